@@ -1,0 +1,123 @@
+"""One cache of compiled programs for all processes of this machine.
+
+Most of the time of a short check goes into compiling the step for each shape, and by default JAX
+keeps no program that took under a second. Here it keeps all, where every process finds them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "BNVERIFY_CACHE"
+
+
+def cache_root() -> Path:
+    """Return the directory of everything bnverify caches.
+
+    ``BNVERIFY_CACHE`` if set, else ``bnverify`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
+    """
+    chosen = os.environ.get(VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bnverify"
+
+
+def machine() -> str:
+    """Return a short name of this processor: equal names can run each other's programs.
+
+    XLA compiles for the very processor it runs on, and JAX does not put that into the name of
+    a cached program: on a processor with other features it may stop with an illegal
+    instruction. A home directory shared between machines makes that real.
+    """
+    traits = [platform.system(), platform.machine(), platform.processor()]
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        text = ""
+    for key in ("model name", "flags", "Features"):  # "Features" on Arm
+        traits += [line for line in text.splitlines() if line.startswith(key)][:1]
+    return hashlib.sha256("\n".join(traits).encode()).hexdigest()[:12]
+
+
+def location(directory: str | os.PathLike[str] | None = None) -> Path:
+    """Return where compiled programs belong: one directory for each jaxlib and processor.
+
+    Args:
+        directory: what to use in the place of :func:`cache_root`.
+    """
+    jaxlib = importlib.metadata.version("jaxlib")
+    root = cache_root() if directory is None else Path(directory)
+    return root / "programs" / f"jaxlib-{jaxlib}-{machine()}"
+
+
+def enable(directory: str | os.PathLike[str] | None = None) -> Path | None:
+    """Let JAX keep every program it compiles, and find those that other processes kept.
+
+    It may be called before or after the first compilation, and by any number of processes at
+    once on one directory.
+
+    Args:
+        directory: what to use in the place of :func:`cache_root`.
+
+    Returns:
+        The directory; None where it cannot be written, and JAX compiles as if not asked.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    path = location(directory)
+    try:
+        # 0o700: who can write a cached program can run code in every process that loads it.
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(path, os.W_OK):
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # JAX decides once whether it has a cache, at the first compilation: let it decide again.
+    compilation_cache.reset_cache()  # type: ignore[no-untyped-call]
+    _write_entries_whole()
+    return path
+
+
+def _write_entries_whole() -> None:
+    """Make a cached program appear whole or not at all.
+
+    JAX writes it in place, so another process can read the first half; it would warn and compile
+    again. A process killed at that moment leaves the half for ever. Written beside and renamed,
+    neither happens. The class is private to JAX: if a release moves it, the cache works as
+    JAX left it.
+    """
+    try:
+        from jax._src.lru_cache import LRUCache
+    except ImportError:
+        return
+    in_place = LRUCache.put
+    if hasattr(in_place, "__wrapped__"):  # done before
+        return
+
+    @functools.wraps(in_place)
+    def put(self: Any, key: str, value: bytes) -> None:
+        if getattr(self, "eviction_enabled", True):  # a cache of limited size has its own lock
+            in_place(self, key, value)
+            return
+        home = Path(self._path)
+        beside = Path(tempfile.mkdtemp(prefix="writing-", dir=home))
+        try:
+            in_place(LRUCache(str(beside), max_size=-1), key, value)
+            for entry in beside.iterdir():
+                entry.replace(home / entry.name)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+    LRUCache.put = put  # type: ignore[method-assign]

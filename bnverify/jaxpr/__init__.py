@@ -1,0 +1,21 @@
+"""Reading a traced step: its shapes, what reaches what, and how far it rounds."""
+
+from bnverify.jaxpr.influence import INPUTS, Influence, Link, influence
+from bnverify.jaxpr.shapes import Run, Traces, Untraceable, trace_at, trace_subject
+from bnverify.jaxpr.tracing import Abstract, Program, leaf_names, trace
+
+__all__ = [
+    "INPUTS",
+    "Abstract",
+    "Influence",
+    "Link",
+    "Program",
+    "Run",
+    "Traces",
+    "Untraceable",
+    "influence",
+    "leaf_names",
+    "trace",
+    "trace_at",
+    "trace_subject",
+]

@@ -1,0 +1,149 @@
+"""One loop over the equations of a jaxpr, with a pluggable reading of what they mean.
+
+``read`` walks a traced program. What a value is (a set of labels, a node of a graph, a float64
+array with its rounding error) is up to the ``Reading``. Calls are entered here; loops and
+branches are handed to the reading with their bodies as functions; everything else is a plain
+equation.
+
+Jaxprs are read by their attributes alone (``eqns``, ``invars``, ``params``), because their
+classes have moved between releases while those attributes have not.
+
+Source: https://docs.jax.dev/en/latest/jaxpr.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+V = TypeVar("V")
+
+Body = Callable[[Sequence[V]], list[V]]
+
+# Equations that mean "run the inner program once on exactly these inputs". A closed list: a
+# primitive that merely carries a jaxpr (``reduce``, some fixed-point loop yet to come) may run
+# it many times, and entering it once would claim too much.
+CALLS = frozenset(
+    {
+        "jit",
+        "pjit",  # jax < 0.7
+        "closed_call",
+        "core_closed_call",
+        "core_call",
+        "remat",
+        "remat2",
+        "checkpoint",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "custom_vjp_call_jaxpr",  # jax < 0.5
+        "composite",
+        "shard_map",
+        "xla_pmap",
+    }
+)
+
+
+class Reading(Protocol[V]):
+    """What a program's values and equations mean.
+
+    Attributes:
+        closed: names of calls that this reading does not enter; they reach ``equation``.
+    """
+
+    closed: frozenset[str]
+
+    def constant(self, value: Any, aval: Any) -> V:
+        """Read a literal or a captured array."""
+
+    def equation(self, eqn: Any, inputs: Sequence[V]) -> Sequence[V]:
+        """Read one equation without a body to enter; one value for each of its outputs."""
+
+    def scan(self, eqn: Any, inputs: Sequence[V], body: Body[V]) -> Sequence[V]:
+        """Read a scan; ``body`` maps consts, carry and slices to carry and slices."""
+
+    def while_loop(
+        self, eqn: Any, inputs: Sequence[V], predicate: Body[V], body: Body[V]
+    ) -> Sequence[V]:
+        """Read a while loop; both bodies take their own consts, then the carry."""
+
+    def cond(self, eqn: Any, inputs: Sequence[V], branches: Sequence[Body[V]]) -> Sequence[V]:
+        """Read a branch; ``inputs[0]`` picks, the rest are every branch's inputs."""
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """Return a jaxpr's equations' owner and its captured constants, closed or not."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def is_jaxpr(value: Any) -> bool:
+    """Return whether a parameter of an equation is a program."""
+    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """Return every program among an equation's parameters."""
+    found = []
+    for value in eqn.params.values():
+        for each in value if isinstance(value, (tuple, list)) else (value,):
+            if is_jaxpr(each):
+                found.append(each)
+    return found
+
+
+def called_jaxpr(eqn: Any) -> Any | None:
+    """Return the program that ``eqn`` calls exactly once, or None where it is no plain call."""
+    if eqn.primitive.name not in CALLS:
+        return None
+    bodies = inner_jaxprs(eqn)
+    if len(bodies) != 1:
+        return None
+    inner, _ = open_jaxpr(bodies[0])
+    fits = len(inner.invars) == len(eqn.invars) and len(inner.outvars) == len(eqn.outvars)
+    return bodies[0] if fits else None
+
+
+def read(jaxpr: Any, reading: Reading[V], inputs: Sequence[V]) -> list[V]:
+    """Return what ``reading`` makes of a program's outputs.
+
+    Args:
+        jaxpr: closed or open, as ``jax.make_jaxpr`` gives it or an equation carries it.
+        reading: what values and equations mean.
+        inputs: one value for each input of ``jaxpr``.
+
+    Raises:
+        ValueError: the number of inputs is not the program's.
+    """
+    inner, consts = open_jaxpr(jaxpr)
+    if len(inputs) != len(inner.invars):
+        raise ValueError(f"the program takes {len(inner.invars)} inputs, got {len(inputs)}")
+    env: dict[Any, V] = dict(zip(inner.invars, inputs, strict=True))
+    for var, const in zip(inner.constvars, consts, strict=True):
+        env[var] = reading.constant(const, var.aval)
+
+    def look_up(atom: Any) -> V:
+        if hasattr(atom, "val"):  # a literal; variables have no value
+            return reading.constant(atom.val, atom.aval)
+        return env[atom]
+
+    for eqn in inner.eqns:
+        outputs = _read_equation(eqn, reading, [look_up(atom) for atom in eqn.invars])
+        env.update(zip(eqn.outvars, outputs, strict=True))
+    return [look_up(atom) for atom in inner.outvars]
+
+
+def _read_equation(eqn: Any, reading: Reading[V], inputs: Sequence[V]) -> Sequence[V]:
+    def body(jaxpr: Any) -> Body[V]:
+        return lambda values: read(jaxpr, reading, values)
+
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return reading.scan(eqn, inputs, body(params["jaxpr"]))
+    if name == "while":
+        predicate, step = body(params["cond_jaxpr"]), body(params["body_jaxpr"])
+        return reading.while_loop(eqn, inputs, predicate, step)
+    if name == "cond":
+        return reading.cond(eqn, inputs, [body(branch) for branch in params["branches"]])
+    called = None if name in reading.closed else called_jaxpr(eqn)
+    if called is not None:
+        return read(called, reading, inputs)
+    return reading.equation(eqn, inputs)

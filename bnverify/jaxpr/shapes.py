@@ -1,0 +1,210 @@
+"""Trace a subject for every batch size and feature size at once, or as widely as it allows.
+
+Tracing under ``jax.export.symbolic_shape`` runs the subject's Python once with sizes that are
+names, so what is read off the result (tree structures, shapes, dtypes, who reaches whom) holds
+for every size. Nothing is compiled.
+
+Not everything traces so. The claim is then narrowed, step by step, and says what is left of it:
+every N and D; N in multiples of 24 (a step that splits its batch); every N at the sizes D that
+the subject declares, or at a few; one concrete shape.
+
+Source: https://docs.jax.dev/en/latest/export/shape_poly.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+
+from bnverify.jaxpr.tracing import Abstract, Program, trace
+
+# Used where a symbolic D is refused: 1, because broadcasting hides there, and two others, far
+# apart. Three also tell whether a parameter's size is affine in D.
+SIZES = (1, 3, 8)
+CONCRETE = (4, 3)
+
+
+class Untraceable(Exception):
+    """A subject that does not trace at any size; the message says where, the cause says why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A subject traced at one pair of sizes.
+
+    Attributes:
+        n: the batch size, an int or symbolic.
+        d: the feature size, likewise.
+        before: the State that ``init`` makes, and from which the step was traced.
+        after: the State after the step.
+        info: the StepInfo: loss and gradients.
+        eval_loss: what ``evaluate`` returns.
+        after_eval: the State evaluation leaves, where the subject shows it; else None.
+        programs: "init", "step", "evaluate" and perhaps "after_eval" -> the traced function.
+            "init" is missing where its State was inferred from other sizes.
+
+    All leaves are ``Abstract``.
+    """
+
+    n: Any
+    d: Any
+    before: Any
+    after: Any
+    info: Any
+    eval_loss: Any
+    after_eval: Any
+    programs: dict[str, Program]
+
+
+@dataclass(frozen=True)
+class Traces:
+    """A subject traced as widely as it allows.
+
+    Attributes:
+        runs: together they cover ``scope``.
+        scope: what was quantified over, in words: "every N and D".
+        proved: whether the batch size was symbolic, so that ``scope`` speaks of every N (or of
+            every multiple). If not, ``runs`` are examples and prove nothing beyond their shapes.
+        narrowed: why the scope is not wider; empty where it is the widest.
+    """
+
+    runs: tuple[Run, ...]
+    scope: str
+    proved: bool
+    narrowed: str = ""
+
+
+def _stage(stage: str, function: Callable[..., Any], *args: Any) -> Program:
+    try:
+        return trace(function, *args)
+    except Exception as error:  # whatever a user's code raises on sizes it cannot take
+        lines = str(error).strip().splitlines() or [""]
+        message = f"{stage} does not trace: {type(error).__name__}: {lines[0]}"
+        raise Untraceable(message) from error
+
+
+def _batch(n: Any, d: Any) -> tuple[Abstract, Abstract, Abstract]:
+    single = np.dtype(np.float32)
+    return Abstract((n, d), single), Abstract((n,), single), Abstract((), single)
+
+
+def trace_at(subject: Any, n: Any, d: Any, before: Any = None) -> Run:
+    """Return ``subject`` traced at one pair of sizes.
+
+    Args:
+        subject: see ``bnverify.subject.Subject``; only init, step, evaluate and, where there is
+            one, after_eval are used.
+        n: the batch size, an int or symbolic.
+        d: the feature size, likewise.
+        before: the state to step from; None traces ``init`` for it.
+
+    Raises:
+        Untraceable: one of the functions does not trace at these sizes.
+    """
+    x, y, lr = _batch(n, d)
+    programs = {}
+    if before is None:
+        seed = Abstract((), np.dtype(np.int32))
+        programs["init"] = _stage("init", subject.init, seed, x)
+        before = programs["init"].out
+    programs["step"] = _stage("step", subject.step, before, x, y, lr)
+    after, info = programs["step"].out
+    programs["evaluate"] = _stage("evaluate", subject.evaluate, before, x, y)
+    if getattr(subject, "after_eval", None) is not None:
+        programs["after_eval"] = _stage("after_eval", subject.after_eval, before, x, y)
+    after_eval = programs["after_eval"].out if "after_eval" in programs else None
+    return Run(n, d, before, after, info, programs["evaluate"].out, after_eval, programs)
+
+
+def _lift_size(sizes: Sequence[Any], dims: Sequence[int], d: Any) -> Any:
+    """Return the size as an affine function of ``d``, from its values at three of ``dims``."""
+    if len(set(sizes)) == 1:
+        return sizes[0]
+    if not all(isinstance(size, int) for size in sizes):
+        raise Untraceable("a parameter's size depends on N and on D")
+    slope, rest = divmod(sizes[1] - sizes[0], dims[1] - dims[0])
+    offset = sizes[0] - slope * dims[0]
+    if rest or any(size != slope * dim + offset for size, dim in zip(sizes, dims, strict=True)):
+        raise Untraceable("a parameter's size is no affine function of D")
+    return slope * d + offset
+
+
+def lift_state(states: Sequence[Any], dims: Sequence[int], d: Any) -> Any:
+    """Return the state at the symbolic feature size ``d``, from the states at three known ones.
+
+    Raises:
+        Untraceable: the trees differ, or a size is no affine function of D.
+    """
+    flat = [jax.tree_util.tree_flatten(state) for state in states]
+    if any(treedef != flat[0][1] for _, treedef in flat):
+        raise Untraceable("init makes another tree at another D")
+    lifted = []
+    for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
+        if len({(len(leaf.shape), leaf.dtype, leaf.weak_type) for leaf in leaves}) != 1:
+            raise Untraceable("init makes other types at another D")
+        shape = tuple(
+            _lift_size(sizes, dims, d)
+            for sizes in zip(*(leaf.shape for leaf in leaves), strict=True)
+        )
+        lifted.append(Abstract(shape, leaves[0].dtype, leaves[0].weak_type))
+    return jax.tree_util.tree_unflatten(flat[0][1], lifted)
+
+
+def _listed(dims: Sequence[int]) -> str:
+    return f"D = {dims[0]}" if len(dims) == 1 else f"D in {tuple(dims)}"
+
+
+def _attempts(subject: Any) -> Iterator[tuple[str, Callable[[], tuple[Run, ...]]]]:
+    """Yield (scope, how to trace it), the widest first."""
+    features = tuple(subject.features or ())
+    n, d = jax.export.symbolic_shape("n, d")
+    multiple, _ = jax.export.symbolic_shape("24*n, d")
+    if not features:
+        yield "every N and D", lambda: (trace_at(subject, n, d),)
+        yield (
+            f"every N and D, from states shaped as init makes them at {_listed(SIZES)}",
+            lambda: (_trace_lifted(subject, n, d),),
+        )
+        yield "every N divisible by 24, every D", lambda: (trace_at(subject, multiple, d),)
+    dims = features or SIZES
+    for size, every in ((n, "every N"), (multiple, "every N divisible by 24")):
+        yield (
+            f"{every}, {_listed(dims)}",
+            lambda size=size: tuple(trace_at(subject, size, dim) for dim in dims),
+        )
+
+
+def _trace_lifted(subject: Any, n: Any, d: Any) -> Run:
+    seed = Abstract((), np.dtype(np.int32))
+    states = [
+        _stage("init", subject.init, seed, Abstract((n, dim), np.dtype(np.float32))).out
+        for dim in SIZES
+    ]
+    return trace_at(subject, n, d, lift_state(states, SIZES, d))
+
+
+def trace_subject(subject: Any, concrete: tuple[int, int] = CONCRETE) -> Traces:
+    """Return ``subject`` traced for as many sizes as it allows, without compiling anything.
+
+    Args:
+        subject: see ``bnverify.subject.Subject``.
+        concrete: (N, D) to fall back to where no size may be symbolic; D gives way to the
+            subject's own ``features``.
+
+    Raises:
+        Untraceable: it does not trace even there.
+    """
+    narrowed = ""
+    for scope, attempt in _attempts(subject):
+        try:
+            return Traces(attempt(), scope, proved=True, narrowed=narrowed)
+        except Untraceable as refusal:
+            narrowed = narrowed or f"at wider sizes {refusal}"
+    n, d = concrete[0], (subject.features or concrete[1:])[0]
+    run = trace_at(subject, n, d)
+    return Traces((run,), f"N = {n}, D = {d} only", proved=False, narrowed=narrowed)

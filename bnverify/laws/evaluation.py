@@ -1,0 +1,123 @@
+"""Laws of evaluation: running statistics in, one number out, nothing written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bnverify.laws.law import law
+from bnverify.laws.residuals import (
+    all_finite,
+    residual,
+    same,
+    smallest,
+    when,
+    wide,
+    within_noise,
+)
+from bnverify.lazy import jnp
+from bnverify.transition import Transition
+
+FLAX_GUIDE = (
+    "Flax, Applying batch normalization: "
+    "https://flax.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html"
+)
+
+
+@law(
+    "evaluation",
+    mistakes=("division_by_zero_variance", "statistics_overflow"),
+    source="the seed's Problem; limits: bnverify.case.Domain",
+)
+def eval_loss_is_finite(t: Transition) -> Any:
+    """After one step from the initial state the eval loss is finite, on the whole domain."""
+    finite = jnp.all(jnp.isfinite(t.eval_loss))
+    return when(t.case.warmup == 0, jnp.where(finite, 0.0, jnp.inf))
+
+
+@law(
+    "evaluation",
+    needs=("after_eval",),
+    requires=("after_eval",),
+    mistakes=("eval_in_train_mode",),
+    source=FLAX_GUIDE,
+)
+def eval_writes_nothing(t: Transition) -> Any:
+    """Evaluation leaves params, statistics and optimizer state as they are, to the bit."""
+    return same(t.facts["after_eval"], t.after)
+
+
+@law(
+    "evaluation",
+    kind="witness",
+    needs=("eval:other_statistics",),
+    requires=("batch_stats",),
+    mistakes=("eval_in_train_mode", "eval_of_stale_state"),
+    source=FLAX_GUIDE,
+)
+def eval_uses_the_running_statistics(t: Transition) -> Any:
+    """Changing the running statistics changes the eval loss, in some case at least."""
+    changed = jnp.any(t.evals["other_statistics"] != t.eval_loss)
+    return when(jnp.all(jnp.isfinite(t.eval_loss)), jnp.where(changed, 0.0, jnp.inf))
+
+
+@law(
+    "evaluation",
+    needs=("noise", "eval:rows"),
+    requires=("row_losses",),
+    mistakes=("eval_in_train_mode", "broadcast_loss"),
+    source=FLAX_GUIDE,
+)
+def eval_rows_are_independent(t: Transition) -> Any:
+    """A row's prediction does not depend on its batch: the eval loss is the mean over rows.
+
+    Each row's loss carries the rounding of one evaluation; the mean of N of them, taken in
+    float64, no more than the whole batch's noise in units of the mean: both sides err by it.
+    """
+    rows = wide(t.evals["rows"])
+    n = rows.shape[0]
+    noise = t.noise.eval_loss + 4 * n**0.5 * 2.0**-24 * jnp.mean(rows)
+    value = residual(t.eval_loss, jnp.mean(rows, axis=0), 2 * noise + smallest(t.eval_loss))
+    return when(t.reliable, value)
+
+
+@law(
+    "evaluation",
+    needs=("noise", "eval:own_statistics"),
+    requires=("batch_stats", "loss", "eval_is_training_loss"),
+    mistakes=("eval_in_train_mode", "statistics_from_another_batch", "sample_variance"),
+    source="Ioffe & Szegedy 2015, algorithms 1 and 2",
+)
+def eval_at_the_batchs_own_moments_is_the_training_loss(t: Transition) -> Any:
+    """Where the statistics are the batch's own moments, eval and training loss are equal."""
+    own = t.evals["own_statistics"][0]
+    noise = t.noise.info.loss + 2.0**-22 * jnp.abs(wide(t.info.loss))
+    return when(t.reliable, within_noise(own, t.info.loss, noise))
+
+
+@law(
+    "evaluation",
+    needs=("noise",),
+    requires=("oracle",),
+    mistakes=(
+        "eval_in_train_mode",
+        "eval_of_stale_state",
+        "broadcast_loss",
+        "sample_variance",
+    ),
+    source="bnverify/oracle.py, derived by hand",
+)
+def eval_loss_equals_the_hand_derivation(t: Transition) -> Any:
+    """The eval loss equals the one derived by hand, within the step's own rounding noise."""
+    value = within_noise(t.eval_loss, t.facts["oracle"].eval_loss, t.noise.eval_loss)
+    return when(t.reliable, value)
+
+
+@law(
+    "evaluation",
+    needs=("again",),
+    mistakes=("hidden_state",),
+    source="JAX, pure functions: https://docs.jax.dev/en/latest/notebooks/Common_Gotchas_in_JAX.html",
+)
+def eval_repeats_to_the_bit(t: Transition) -> Any:
+    """Evaluating twice gives the same bits."""
+    return same(t.facts["again"].eval_loss, t.eval_loss)

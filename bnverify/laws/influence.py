@@ -1,0 +1,100 @@
+"""Laws of influence: what may and what must not reach what.
+
+Where the step's jaxpr shows no path from an input to an output the law is proved for all
+values. Where it shows one, or cannot be read, the law is judged by running: the residual
+compares runs that differ in that input alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bnverify.laws.law import law
+from bnverify.laws.residuals import same, worst_of
+from bnverify.lazy import jax, jnp
+from bnverify.transition import Transition
+
+FLAX_SOURCE = "Flax, linen/normalization.py: train mode normalises by the batch's own moments"
+
+
+@law(
+    "influence",
+    needs=("step:other_statistics",),
+    requires=("batch_stats",),
+    forbids=(("params", "batch_stats"), ("opt_state", "batch_stats"), ("loss", "batch_stats")),
+    mistakes=(
+        "train_step_in_eval_mode",
+        "statistics_fed_to_the_optimizer",
+        "loss_reads_old_statistics",
+    ),
+    source=FLAX_SOURCE,
+)
+def training_is_free_of_old_statistics(t: Transition) -> Any:
+    """Params, optimizer state and training loss after a step do not depend on old statistics."""
+    other = t.reruns["other_statistics"]
+    return worst_of(
+        [
+            same(other.state.params, t.after.params),
+            same(other.state.opt_state, t.after.opt_state),
+            same(other.info, t.info),
+        ]
+    )
+
+
+@law(
+    "influence",
+    forbids=(("eval_batch_stats", "x"), ("eval_batch_stats", "y"), ("eval_batch_stats", "params")),
+    needs=("after_eval",),
+    requires=("batch_stats", "after_eval"),
+    mistakes=("eval_in_train_mode",),
+    source=FLAX_SOURCE,
+)
+def eval_statistics_are_the_ones_passed_in(t: Transition) -> Any:
+    """Evaluation hands back the statistics it was given, whatever the batch."""
+    return same(t.facts["after_eval"].batch_stats, t.after.batch_stats)
+
+
+def _seen(differs: Any) -> Any:
+    return jnp.where(differs, 0.0, jnp.inf)
+
+
+def _differs(a: Any, b: Any) -> Any:
+    leaves = zip(jax.tree_util.tree_leaves(a), jax.tree_util.tree_leaves(b), strict=True)
+    return jnp.any(jnp.stack([jnp.any(x != y) for x, y in leaves]))
+
+
+@law(
+    "influence",
+    kind="witness",
+    needs=("step:other_targets",),
+    mistakes=("update_dropped", "targets_ignored"),
+    source="a training step learns from its targets",
+)
+def targets_reach_the_params(t: Transition) -> Any:
+    """Other targets give other params, in some case at least."""
+    return _seen(_differs(t.reruns["other_targets"].state.params, t.after.params))
+
+
+@law(
+    "influence",
+    kind="witness",
+    needs=("step:zero_lr",),
+    requires=("lr",),
+    mistakes=("update_dropped", "learning_rate_ignored"),
+    source="a training step moves its params",
+)
+def step_moves_the_params(t: Transition) -> Any:
+    """The step changes the params, in some case at least."""
+    return _seen(_differs(t.after.params, t.before.params))
+
+
+@law(
+    "influence",
+    kind="witness",
+    requires=("batch_stats",),
+    mistakes=("new_statistics_dropped", "train_step_in_eval_mode"),
+    source=FLAX_SOURCE,
+)
+def step_moves_the_statistics(t: Transition) -> Any:
+    """The step changes the running statistics, in some case at least."""
+    return _seen(_differs(t.after.batch_stats, t.before.batch_stats))

@@ -1,0 +1,130 @@
+"""Metamorphic laws: changes of the input, or of the way of running, that change nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bnverify.laws.law import law
+from bnverify.laws.residuals import residual, same, when, wide, within_noise, worst_of
+from bnverify.lazy import jnp
+from bnverify.transition import Outcome, Transition
+
+PURE = "JAX, pure functions: https://docs.jax.dev/en/latest/notebooks/Common_Gotchas_in_JAX.html"
+
+
+def _agrees(t: Transition, other: Outcome) -> Any:
+    """Return the residual of another float32 run of the same step against the observed one."""
+    parts = [
+        within_noise(other.state.batch_stats, t.after.batch_stats, t.noise.state.batch_stats),
+        within_noise(other.state.params, t.after.params, t.noise.state.params),
+    ]
+    for name in ("loss", "grads"):
+        actual = getattr(other.info, name)
+        if actual is not None:
+            expected, noise = getattr(t.info, name), getattr(t.noise.info, name)
+            parts.append(within_noise(actual, expected, noise))
+    if other.eval_loss is not None:
+        parts.append(within_noise(other.eval_loss, t.eval_loss, t.noise.eval_loss))
+    return when(t.reliable, worst_of(parts))
+
+
+@law(
+    "metamorphic",
+    needs=("noise", "step:reversed_rows", "eval:reversed_rows"),
+    mistakes=("rows_treated_unequally",),
+    source="every reduction over the batch is symmetric",
+)
+def row_order_changes_nothing(t: Transition) -> Any:
+    """Reversing the rows changes loss, gradients, params, statistics and eval loss by rounding only."""
+    other = t.reruns["reversed_rows"]._replace(eval_loss=t.evals["reversed_rows"])
+    return _agrees(t, other)
+
+
+@law(
+    "metamorphic",
+    needs=("noise", "step:doubled_batch"),
+    mistakes=("sum_instead_of_mean", "sample_variance", "rows_treated_unequally"),
+    source="mean loss and biased variance do not see how often a batch is repeated",
+)
+def doubling_the_batch_changes_nothing(t: Transition) -> Any:
+    """Every row twice gives the same loss, gradients, params and statistics, within rounding."""
+    return _agrees(t, t.reruns["doubled_batch"])
+
+
+@law(
+    "metamorphic",
+    needs=("noise", "step:shifted_bias"),
+    requires=("biases_before_norm", "loss"),
+    mistakes=("train_step_in_eval_mode",),
+    source="Ioffe & Szegedy 2015, section 3.2: BN(Wu + b) = BN(Wu)",
+)
+def shift_before_norm_changes_no_loss(t: Transition) -> Any:
+    """A constant added before a normalisation leaves the training loss within rounding.
+
+    Moving the input by 1 adds at most 1 to the magnitudes that E[h^2] - E[h]^2 subtracts, so
+    the case is compared where the noise is as small for the shifted batch.
+    """
+    usable = t.reliable & t.facts["shift_is_small"]
+    value = within_noise(t.reruns["shifted_bias"].info.loss, t.info.loss, 4 * t.noise.info.loss)
+    return when(usable, value)
+
+
+@law("metamorphic", needs=("again",), mistakes=("hidden_state",), source=PURE)
+def same_input_repeats_to_the_bit(t: Transition) -> Any:
+    """The same seed and batch give the same state, loss and gradients, to the bit."""
+    again = t.facts["again"]
+    return worst_of(
+        [
+            same(again.before, t.before),
+            same(again.state, t.after),
+            same(again.info, t.info),
+        ]
+    )
+
+
+@law("metamorphic", needs=("again",), mistakes=("inputs_overwritten",), source=PURE)
+def step_leaves_its_inputs_alone(t: Transition) -> Any:
+    """The step neither changes nor deletes the state and batch that it is given."""
+    return same(t.facts["again"].inputs_after, t.facts["again"].inputs_before)
+
+
+@law("metamorphic", needs=("noise", "eager"), mistakes=("hidden_state",), source=PURE)
+def jit_equals_eager(t: Transition) -> Any:
+    """Compiled and uncompiled, the step agrees within rounding."""
+    return _agrees(t, t.facts["eager"])
+
+
+@law("metamorphic", needs=("noise", "stacked"), mistakes=("hidden_state",), source=PURE)
+def vmap_equals_loop(t: Transition) -> Any:
+    """Vectorised over cases by jax.vmap, the step agrees with single calls within rounding."""
+    return _agrees(t, t.facts["stacked"])
+
+
+@law(
+    "metamorphic",
+    needs=("solution",),
+    requires=("solution",),
+    mistakes=("seed_not_truncated",),
+    source="the seed's Problem: seed is a float, cast to int",
+)
+def float_seeds_act_as_their_integer_part(t: Transition) -> Any:
+    """A float seed acts as its integer part, to the bit."""
+    return same(t.facts["solution"].fractional, t.facts["solution"].whole)
+
+
+@law(
+    "metamorphic",
+    needs=("noise", "solution"),
+    requires=("solution",),
+    mistakes=("eval_of_stale_state", "eval_in_train_mode"),
+    source="the seed's Problem",
+)
+def solution_is_init_step_evaluate(t: Transition) -> Any:
+    """The one-call function returns the eval loss of init, one step and evaluate, (1,)."""
+    whole = wide(t.facts["solution"].whole)
+    if whole.shape != (1,):
+        return jnp.asarray(jnp.inf)
+    usable = t.reliable & (t.case.warmup == 0)
+    return when(usable, residual(whole, t.eval_loss, 2 * t.noise.eval_loss))
+
+

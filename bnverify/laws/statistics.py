@@ -1,0 +1,323 @@
+"""Laws of the running statistics: an exponential moving average of the batch's own moments.
+
+Nothing about the model is known. The step is run again from other old statistics: from 0 it
+writes (1 - m) b, from a huge S it writes m S + (1 - m) b, and so m and b are found from outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bnverify.laws.law import law
+from bnverify.laws.residuals import (
+    all_finite,
+    floats,
+    residual,
+    same,
+    smallest,
+    trees,
+    unit,
+    when,
+    wide,
+    worst_of,
+)
+from bnverify.lazy import jax, jnp
+from bnverify.subject import LayerInput, Tree
+from bnverify.transition import Transition, huge, own_weight, path_name
+
+IOFFE = "Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167"
+FLAX_SOURCE = "Flax, linen/normalization.py, BatchNorm"
+AVERAGE = ("step:zero_statistics", "step:huge_statistics")
+
+
+def _momenta(t: Transition) -> list[Any]:
+    """Return the measured weight of the old value, elementwise, a list over leaves."""
+    zeros = floats(t.reruns["zero_statistics"].state.batch_stats)
+    highs = floats(t.reruns["huge_statistics"].state.batch_stats)
+    return [
+        (wide(high) - wide(zero)) / huge(zero.dtype)
+        for zero, high in zip(zeros, highs, strict=True)
+    ]
+
+
+def _measurable(zero: Any) -> Any:
+    """Return where (1 - m) b is so small beside S that m is read to the last place."""
+    return jnp.abs(wide(zero)) <= unit(zero) * huge(zero.dtype)
+
+
+@law(
+    "statistics",
+    needs=(*AVERAGE, "step:other_statistics"),
+    requires=("batch_stats",),
+    forbids=(),
+    mistakes=(
+        "statistics_reinitialised",
+        "new_statistics_dropped",
+        "statistics_trained_as_params",
+        "train_step_in_eval_mode",
+    ),
+    source=f"{IOFFE}, section 3.1; {FLAX_SOURCE}",
+)
+def batch_stats_change_only_by_ema(t: Transition) -> Any:
+    """Each statistic moves as m * old + (1 - m) * b, with m and b free of the old value.
+
+    m = (new(S) - new(0)) / S and (1 - m) b = new(0). Then for two more old values s, the
+    observed one and another, new(s) must be m s + new(0). With u = 2^-24 the products and the
+    sum of the step and of the two re-runs err by at most 4 u |m s| + 3 u |new(0)| together, and
+    b itself by one place where the re-runs are vectorised differently: 8 u (|m s| + |new(0)|).
+    """
+
+    def leaf(old: Any, new: Any, zero: Any, high: Any) -> Any:
+        if not jnp.issubdtype(old.dtype, jnp.floating):
+            return residual(0.0, 0.0, 0.0)
+        m = (wide(high) - wide(zero)) / huge(zero.dtype)
+        scale = jnp.abs(m * wide(old)) + jnp.abs(wide(zero))
+        allowed = jnp.where(_measurable(zero), 8 * unit(new) * scale + smallest(new), jnp.inf)
+        return residual(new, m * wide(old) + wide(zero), allowed)
+
+    zero = t.reruns["zero_statistics"].state.batch_stats
+    high = t.reruns["huge_statistics"].state.batch_stats
+    other = t.reruns["other_statistics"].state.batch_stats
+    other_before = jax.tree_util.tree_map(_other, t.before.batch_stats)
+    return worst_of(
+        [
+            trees(leaf, t.before.batch_stats, t.after.batch_stats, zero, high),
+            trees(leaf, other_before, other, zero, high),
+        ]
+    )
+
+
+def _other(value: Any) -> Any:
+    floating = jnp.issubdtype(value.dtype, jnp.floating)
+    return (2 * jnp.abs(value) + 1).astype(value.dtype) if floating else value
+
+
+@law(
+    "statistics",
+    needs=AVERAGE,
+    requires=("batch_stats",),
+    mistakes=("new_statistics_dropped", "statistics_reinitialised", "train_step_in_eval_mode"),
+    source=FLAX_SOURCE,
+)
+def one_momentum_for_the_whole_model(t: Transition) -> Any:
+    """The weight of the old statistics is one number in [0, 1) for the whole model.
+
+    m is read with an error of at most 3 u (a product and a sum in the step, the subtraction of
+    (1 - m) b); two elements may differ by 6 u and u for the decimal's own rounding: 8 u. A
+    momentum of 1 within that would never learn the batch, so 1 - m must be at least 8 u.
+    """
+    zeros = floats(t.reruns["zero_statistics"].state.batch_stats)
+    momenta = _momenta(t)
+    first = jnp.ravel(momenta[0])[0]
+    parts = []
+    for m, zero in zip(momenta, zeros, strict=True):
+        usable = jnp.where(_measurable(zero), 8 * unit(zero), jnp.inf)
+        parts.append(residual(m, jnp.clip(m, 0.0, 1 - 16 * unit(zero)), usable))
+        parts.append(residual(m, jnp.full_like(m, first), usable))
+    return worst_of(parts)
+
+
+@law(
+    "statistics",
+    needs=AVERAGE,
+    requires=("batch_stats", "momentum"),
+    mistakes=("ema_applied_twice", "momentum_reversed"),
+    source=f"{FLAX_SOURCE}: momentum weights the old value, PyTorch's the new",
+)
+def momentum_is_as_declared(t: Transition) -> Any:
+    """The weight of the old statistics is the momentum that the model declares: applied once.
+
+    The measured m errs by 3 u and the declared number by u when rounded to float32: 4 u of a
+    value below 1, doubled for a layer that forms 1 - m first.
+    """
+    zeros = floats(t.reruns["zero_statistics"].state.batch_stats)
+    return worst_of(
+        [
+            residual(m, jnp.full_like(m, declared), 8 * unit(zero) * jnp.ones_like(m))
+            for m, zero, declared in zip(_momenta(t), zeros, t.facts["momenta"], strict=True)
+        ]
+    )
+
+
+@law(
+    "statistics",
+    needs=(*AVERAGE, "layer_inputs"),
+    requires=("batch_stats", "layer_inputs"),
+    mistakes=("sample_variance", "statistics_over_the_wrong_axis", "train_step_in_eval_mode"),
+    source=f"{IOFFE}, algorithm 1: the biased variance; {FLAX_SOURCE}",
+)
+def batch_moments_are_the_layers_own(t: Transition) -> Any:
+    """What enters the average is the mean and the biased variance (divisor N) of the layer's input.
+
+    b = new(0) / (1 - m). The subtraction 1 - m turns the 3 u error of m into 3 u / (1 - m), or
+    half a place where m is a decimal of four places. A sum of n terms errs by at most
+    (log2 n + 8) u of the sum of magnitudes in XLA's blocked order; the fast variance
+    E[h^2] - E[h]^2 therefore errs in units of E[h^2], and so may a captured input, itself
+    rounded once: (log2 n + 16) u E[h^2].
+    """
+    zeros = _by_layer(t.reruns["zero_statistics"].state.batch_stats)
+    highs = _by_layer(t.reruns["huge_statistics"].state.batch_stats)
+    parts = []
+    for path, given in t.facts["layer_inputs"].items():
+        zero, high = zeros.get(path, {}), highs.get(path, {})
+        if not {"mean", "var"} <= set(zero):
+            continue
+        mean, var, count = _moments(given)
+        square = var + mean**2
+        places = jnp.log2(count) + 16
+        for name, expected, scale in (
+            ("mean", mean, jnp.sqrt(square)),
+            ("var", var, square),
+        ):
+            own = own_weight(wide(zero[name]), wide(high[name]), zero[name].dtype)
+            u = unit(zero[name])
+            allowed = places * u * scale + 8 * u / own * jnp.abs(expected) + smallest(zero[name])
+            usable = jnp.where(_measurable(zero[name]) & (own > 0), allowed, jnp.inf)
+            parts.append(residual(wide(zero[name]) / own, expected, usable))
+    return worst_of(parts)
+
+
+def _moments(given: LayerInput) -> tuple[Any, Any, Any]:
+    """Return the mean, the biased variance and the count of a layer's input, in float64."""
+    value = wide(given.value)
+    weights = jnp.ones_like(value)
+    if given.weights is not None:
+        weights = jnp.broadcast_to(wide(given.weights), value.shape)
+    count = jnp.sum(weights, axis=given.axes)
+    mean = jnp.sum(value * weights, axis=given.axes) / count
+    # In two passes: no digits are lost to cancellation.
+    centred = value - jnp.expand_dims(mean, given.axes)
+    var = jnp.sum(centred**2 * weights, axis=given.axes) / count
+    return mean, var, count
+
+
+def _by_layer(batch_stats: Tree) -> dict[str, dict[str, Any]]:
+    layers: dict[str, dict[str, Any]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batch_stats)[0]:
+        layer, _, name = path_name(path).rpartition("/")
+        layers.setdefault(layer, {})[name] = leaf
+    return layers
+
+
+@law(
+    "statistics",
+    needs=("step:other_targets",),
+    requires=("batch_stats",),
+    forbids=(("batch_stats", "y"), ("batch_stats", "lr"), ("batch_stats", "opt_state")),
+    mistakes=("statistics_trained_as_params", "statistics_from_another_batch"),
+    source=FLAX_SOURCE,
+)
+def batch_stats_are_free_of_targets(t: Transition) -> Any:
+    """The new statistics do not depend on y: to the bit, other targets give the same ones."""
+    return same(t.reruns["other_targets"].state.batch_stats, t.after.batch_stats)
+
+
+@law(
+    "statistics",
+    requires=("batch_stats",),
+    mistakes=("ema_applied_twice", "momentum_reversed"),
+    source=f"{IOFFE}, algorithm 1",
+)
+def variance_is_never_negative(t: Transition) -> Any:
+    """A running variance that was not negative before the step is not negative after it."""
+    parts = []
+    for layer, leaves in _by_layer(t.after.batch_stats).items():
+        old = _by_layer(t.before.batch_stats).get(layer, {})
+        if "var" in leaves and "var" in old:
+            new = wide(leaves["var"])
+            compared = jnp.where(wide(old["var"]) >= 0, 0.0, jnp.inf)
+            parts.append(residual(jnp.minimum(new, 0.0), jnp.zeros_like(new), compared))
+    return worst_of(parts)
+
+
+@law(
+    "statistics",
+    needs=("step:own_statistics",),
+    requires=("batch_stats",),
+    mistakes=("statistics_reinitialised", "train_step_in_eval_mode"),
+    source=FLAX_SOURCE,
+)
+def batch_like_the_statistics_is_a_fixed_point(t: Transition) -> Any:
+    """Statistics equal to the batch's own moments stay where they are.
+
+    b is rounded to float32 after a division by 1 - m, whose own error is at most half a place
+    for a decimal m and 3 u / (1 - m) else; the step then adds three roundings. What is asked is
+    |new - b| <= (8 + 4 / (1 - m)) u |b|, far below (1 - m) |b| for any m up to 0.999.
+    """
+
+    def leaf(zero: Any, high: Any, new: Any) -> Any:
+        if not jnp.issubdtype(new.dtype, jnp.floating):
+            return residual(0.0, 0.0, 0.0)
+        weight = own_weight(wide(zero), wide(high), zero.dtype)
+        own = wide(zero) / weight
+        allowed = (8 + 4 / weight) * unit(new) * jnp.abs(own) + smallest(new) / weight
+        return residual(new, own, jnp.where(_measurable(zero) & (weight > 0), allowed, jnp.inf))
+
+    return trees(
+        leaf,
+        t.reruns["zero_statistics"].state.batch_stats,
+        t.reruns["huge_statistics"].state.batch_stats,
+        t.reruns["own_statistics"].state.batch_stats,
+    )
+
+
+@law(
+    "statistics",
+    needs=(*AVERAGE, "step:zero_lr", "step:second_step"),
+    requires=("batch_stats",),
+    mistakes=("new_statistics_dropped", "ema_applied_twice", "statistics_reinitialised"),
+    source=FLAX_SOURCE,
+)
+def equal_steps_converge_geometrically(t: Transition) -> Any:
+    """A second step on the same batch with the same params folds it in once more, by the same m.
+
+    With lr = 0 the params rest, so new2 = m new1 + new(0), within the rounding of
+    ``batch_stats_change_only_by_ema``: 8 u (|m new1| + |new(0)|).
+    """
+
+    def leaf(first: Any, second: Any, zero: Any, high: Any) -> Any:
+        if not jnp.issubdtype(second.dtype, jnp.floating):
+            return residual(0.0, 0.0, 0.0)
+        m = (wide(high) - wide(zero)) / huge(zero.dtype)
+        scale = jnp.abs(m * wide(first)) + jnp.abs(wide(zero))
+        allowed = jnp.where(_measurable(zero), 8 * unit(second) * scale + smallest(second), jnp.inf)
+        return residual(second, m * wide(first) + wide(zero), allowed)
+
+    rested = same(t.reruns["zero_lr"].state.params, t.before.params)
+    value = trees(
+        leaf,
+        t.reruns["zero_lr"].state.batch_stats,
+        t.reruns["second_step"].state.batch_stats,
+        t.reruns["zero_statistics"].state.batch_stats,
+        t.reruns["huge_statistics"].state.batch_stats,
+    )
+    return when(rested == 0, value)  # params that move at lr = 0 break a law of their own
+
+
+@law(
+    "statistics",
+    requires=("batch_stats",),
+    mistakes=("statistics_reinitialised",),
+    source=FLAX_SOURCE,
+)
+def initial_statistics_are_zero_and_one(t: Transition) -> Any:
+    """Before the first step every running mean is 0 and every running variance is 1, exactly."""
+    parts = []
+    for leaves in _by_layer(t.before.batch_stats).values():
+        for name, start in (("mean", 0.0), ("var", 1.0)):
+            if name in leaves:
+                value = wide(leaves[name])
+                parts.append(residual(value, jnp.full_like(value, start), jnp.zeros_like(value)))
+    return when(t.case.warmup == 0, worst_of(parts))
+
+
+@law(
+    "statistics",
+    requires=("batch_stats",),
+    mistakes=("statistics_overflow",),
+    source="float32 carries a squared input up to 1e19",
+)
+def statistics_stay_finite(t: Transition) -> Any:
+    """Finite statistics and params and a batch within the domain give finite statistics."""
+    usable = all_finite(t.before.batch_stats) & (t.case.warmup == 0)
+    return when(usable, jnp.where(all_finite(t.after.batch_stats), 0.0, jnp.inf))

@@ -1,0 +1,196 @@
+"""Laws of structure: what kind of trees go in and come out. Read from shapes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bnverify.laws.law import law
+from bnverify.lazy import jax, jnp
+from bnverify.subject import Tree
+from bnverify.transition import Transition, path_name
+
+FLAX_GUIDE = (
+    "Flax, Applying batch normalization: "
+    "https://flax.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html"
+)
+
+
+def differences(name: str, actual: Tree, expected: Tree, *, weak_types: bool = False) -> list[str]:
+    """Return how two trees differ in structure, shape and dtype, a line for each difference.
+
+    Args:
+        name: how the lines call ``actual``.
+        actual: a tree of arrays or ShapeDtypeStructs.
+        expected: likewise.
+        weak_types: whether weak types must agree too.
+    """
+    found, wanted = _leaves(actual), _leaves(expected)
+    lines = [f"{name} has no {path}" for path in wanted if path not in found]
+    lines += [f"{name} has {path}, which should not be there" for path in found if path not in wanted]
+    for path in found:
+        if path not in wanted:
+            continue
+        for what, read in _READINGS.items():
+            if what == "weak type" and not weak_types:
+                continue
+            if read(found[path]) != read(wanted[path]):
+                lines.append(
+                    f"{name}/{path} has {what} {read(found[path])}, "
+                    f"expected {read(wanted[path])}"
+                )
+    structure = jax.tree_util.tree_structure
+    if not lines and structure(actual) != structure(expected):
+        lines.append(f"{name} is {structure(actual)}, expected {structure(expected)}")
+    return lines
+
+
+_READINGS: dict[str, Any] = {
+    "shape": lambda leaf: tuple(leaf.shape),
+    "dtype": lambda leaf: jnp.dtype(leaf.dtype).name,
+    "weak type": lambda leaf: bool(getattr(leaf, "weak_type", False)),
+}
+
+
+def _leaves(tree: Tree) -> dict[str, Any]:
+    with_paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_name(path): leaf for path, leaf in with_paths}
+
+
+@law(
+    "structure",
+    kind="structure",
+    requires=("grads",),
+    mistakes=("gradient_of_all_variables", "statistics_trained_as_params"),
+    source="JAX, jax.value_and_grad: https://docs.jax.dev/en/latest/_autosummary/jax.value_and_grad.html",
+)
+def gradients_match_params(t: Transition) -> list[str]:
+    """The gradient tree equals the params tree, in structure, shapes and dtypes."""
+    return differences("grads", t.info.grads, t.before.params)
+
+
+@law(
+    "structure",
+    kind="structure",
+    mistakes=("statistics_trained_as_params", "parameters_change_dtype"),
+    source=FLAX_GUIDE,
+)
+def params_keep_their_tree(t: Transition) -> list[str]:
+    """The new params have the structure, shapes and dtypes of the old ones."""
+    return differences("params", t.after.params, t.before.params)
+
+
+@law(
+    "structure",
+    kind="structure",
+    mistakes=("new_statistics_dropped", "statistics_in_low_precision", "broadcast_loss"),
+    source=FLAX_GUIDE,
+)
+def batch_stats_keep_their_tree(t: Transition) -> list[str]:
+    """The new batch_stats have the structure, shapes and dtypes of the old ones."""
+    return differences("batch_stats", t.after.batch_stats, t.before.batch_stats)
+
+
+@law(
+    "structure",
+    kind="structure",
+    requires=("batch_stats",),
+    mistakes=("statistics_trained_as_params",),
+    source=FLAX_GUIDE,
+)
+def params_hold_no_statistics(t: Transition) -> list[str]:
+    """No leaf of params is a running statistic: the two trees share no path."""
+    stats = {path.lower() for path in _leaves(t.before.batch_stats)}
+    shared = [p for p in _leaves(t.before.params) if _ends_with_one_of(p.lower(), stats)]
+    return [f"params holds {path}, a running statistic" for path in shared]
+
+
+@law(
+    "structure",
+    kind="structure",
+    needs=("expected_opt_state",),
+    requires=("optimizer", "opt_state"),
+    mistakes=("optimizer_on_all_variables",),
+    source="Optax, GradientTransformation.init: https://optax.readthedocs.io/en/latest/api/transformations.html",
+)
+def optimizer_state_is_that_of_params(t: Transition) -> list[str]:
+    """The optimizer's state equals what its init gives for params alone, before and after."""
+    expected = t.facts["expected_opt_state"]
+    return differences("opt_state", t.before.opt_state, expected) + differences(
+        "new opt_state", t.after.opt_state, expected
+    )
+
+
+@law(
+    "structure",
+    kind="structure",
+    requires=("opt_state", "batch_stats"),
+    mistakes=("optimizer_on_all_variables", "statistics_trained_as_params"),
+    source=FLAX_GUIDE,
+)
+def optimizer_state_excludes_batch_stats(t: Transition) -> list[str]:
+    """The optimizer's state holds no leaf for a running statistic."""
+    stats = {path.lower() for path in _leaves(t.before.batch_stats)}
+    lines = []
+    for name, state in (("opt_state", t.before.opt_state), ("new opt_state", t.after.opt_state)):
+        for path in _leaves(state):
+            if "batch_stats" in path.lower() or _ends_with_one_of(path.lower(), stats):
+                lines.append(f"{name} holds {path}, a running statistic")
+    return lines
+
+
+def _ends_with_one_of(path: str, endings: set[str]) -> bool:
+    return any(path == ending or path.endswith("/" + ending) for ending in endings)
+
+
+@law(
+    "structure",
+    kind="structure",
+    requires=("loss",),
+    mistakes=("loss_not_reduced",),
+    source="JAX, jax.grad: https://docs.jax.dev/en/latest/_autosummary/jax.grad.html",
+)
+def training_loss_is_a_scalar(t: Transition) -> list[str]:
+    """The training loss has shape ()."""
+    shape = tuple(t.info.loss.shape)
+    return [] if shape == () else [f"loss has shape {shape}, expected ()"]
+
+
+@law("structure", kind="structure", mistakes=("loss_not_reduced",), source="the seed's Problem")
+def eval_loss_has_shape_one(t: Transition) -> list[str]:
+    """The eval loss has shape (1,)."""
+    shape = tuple(t.eval_loss.shape)
+    return [] if shape == (1,) else [f"eval loss has shape {shape}, expected (1,)"]
+
+
+@law(
+    "structure",
+    kind="structure",
+    requires=("batch_stats",),
+    mistakes=("statistics_in_low_precision",),
+    source="Flax, linen/normalization.py: statistics are kept in float32 whatever the dtype",
+)
+def batch_stats_are_float32(t: Transition) -> list[str]:
+    """Floating-point running statistics are float32, whatever the compute dtype."""
+    lines = []
+    for name, tree in (("batch_stats", t.before.batch_stats), ("new batch_stats", t.after.batch_stats)):
+        for path, leaf in _leaves(tree).items():
+            if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float32:
+                lines.append(f"{name}/{path} is {jnp.dtype(leaf.dtype).name}, expected float32")
+    return lines
+
+
+@law(
+    "structure",
+    kind="structure",
+    mistakes=("optimizer_on_all_variables", "parameters_change_dtype", "statistics_in_low_precision"),
+    source="JAX, jit recompiles when a signature changes: https://docs.jax.dev/en/latest/jit-compilation.html",
+)
+def state_signature_is_a_fixed_point(t: Transition) -> list[str]:
+    """The step returns the structure, shapes, dtypes and weak types that it was given."""
+    return [
+        line
+        for name in ("params", "batch_stats", "opt_state")
+        for line in differences(
+            name, getattr(t.after, name), getattr(t.before, name), weak_types=True
+        )
+    ]

@@ -1,0 +1,177 @@
+"""Laws of the update: params move as the optimizer says, along the gradient of the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bnverify.laws.law import law
+from bnverify.laws.residuals import (
+    residual,
+    same,
+    smallest,
+    trees,
+    unit,
+    when,
+    wide,
+    widest,
+    within_noise,
+    worst_of,
+)
+from bnverify.lazy import jax, jnp
+from bnverify.transition import Transition, path_name
+
+OPTAX = "Optax, apply_updates: https://optax.readthedocs.io/en/latest/api/apply_updates.html"
+
+
+@law(
+    "update",
+    needs=("expected_update",),
+    requires=("optimizer", "grads"),
+    mistakes=("update_dropped", "wrong_sign", "update_applied_twice", "old_optimizer_state_kept"),
+    source=OPTAX,
+)
+def params_follow_the_optimizer(t: Transition) -> Any:
+    """The new params are optax.apply_updates of what the optimizer makes of the gradient.
+
+    The same update from the same gradient, compiled in another program: its few operations may
+    round differently, at most 16 u (|old| + |new|), which bounds the update itself too.
+    """
+
+    def leaf(old: Any, new: Any, expected: Any) -> Any:
+        scale = jnp.abs(wide(old)) + jnp.abs(wide(expected))
+        return residual(new, expected, 16 * unit(new) * scale + smallest(new))
+
+    return trees(leaf, t.before.params, t.after.params, t.facts["expected_update"].params)
+
+
+@law(
+    "update",
+    needs=("expected_update",),
+    requires=("optimizer", "grads", "opt_state"),
+    mistakes=("old_optimizer_state_kept", "optimizer_reinitialised"),
+    source=OPTAX,
+)
+def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
+    """The new optimizer state is the one that the optimizer's update returns.
+
+    As for the params, with the largest magnitude of the leaf for scale, since a decayed sum
+    may cancel: 16 u max(|old|, |new|).
+    """
+
+    def leaf(old: Any, new: Any, expected: Any) -> Any:
+        if not jnp.issubdtype(jnp.asarray(new).dtype, jnp.floating):
+            return same(new, expected)
+        scale = jnp.maximum(widest(old), widest(expected))
+        allowed = jnp.ones_like(wide(new)) * (16 * unit(new) * scale + smallest(new))
+        return residual(new, expected, allowed)
+
+    return trees(leaf, t.before.opt_state, t.after.opt_state, t.facts["expected_update"].opt_state)
+
+
+@law(
+    "update",
+    needs=("step:zero_lr",),
+    requires=("lr",),
+    mistakes=("learning_rate_ignored", "decay_outside_the_learning_rate"),
+    source="the step's definition: params + lr * direction",
+)
+def zero_learning_rate_moves_nothing(t: Transition) -> Any:
+    """With lr = 0 the params stay as they are, to the bit."""
+    return same(t.reruns["zero_lr"].state.params, t.before.params)
+
+
+@law(
+    "update",
+    needs=("expected_update",),
+    requires=("optimizer", "grads", "plain_sgd"),
+    mistakes=("wrong_sign", "update_dropped", "update_applied_twice", "learning_rate_ignored"),
+    source="Robbins & Monro 1951; optax.sgd",
+)
+def sgd_moves_params_by_minus_lr_times_gradient(t: Transition) -> Any:
+    """Under plain SGD the new params are old - lr * gradient, to the last place or two.
+
+    One rounding of the product and one of the sum: u (|lr g| + |new|), doubled for a product
+    whose own rounding the sum carries.
+    """
+
+    def leaf(old: Any, new: Any, grad: Any) -> Any:
+        change = wide(t.case.lr) * wide(grad)
+        expected = wide(old) - change
+        scale = jnp.abs(change) + jnp.abs(expected)
+        return residual(new, expected, 2 * unit(new) * scale + smallest(new))
+
+    return trees(leaf, t.before.params, t.after.params, t.info.grads)
+
+
+@law(
+    "update",
+    needs=("noise",),
+    requires=("grads", "oracle"),
+    mistakes=("wrong_gradient", "broadcast_loss", "train_step_in_eval_mode"),
+    source="bnverify/oracle.py, derived by hand",
+)
+def gradients_equal_the_hand_derivation(t: Transition) -> Any:
+    """Every gradient equals the one derived by hand, within the step's own rounding noise."""
+    noise = jax.tree_util.tree_map(lambda n: n, t.noise.info.grads)
+    return when(t.reliable, within_noise(t.info.grads, t.facts["oracle"].grads, noise))
+
+
+@law(
+    "update",
+    needs=("noise",),
+    requires=("loss", "oracle"),
+    mistakes=("broadcast_loss", "train_step_in_eval_mode", "loss_not_reduced"),
+    source="bnverify/oracle.py, derived by hand",
+)
+def training_loss_equals_the_hand_derivation(t: Transition) -> Any:
+    """The training loss equals the one derived by hand, within the step's own rounding noise."""
+    value = within_noise(t.info.loss, t.facts["oracle"].loss, t.noise.info.loss)
+    return when(t.reliable, value)
+
+
+@law(
+    "update",
+    needs=("noise", "directional_derivative"),
+    requires=("grads", "loss"),
+    mistakes=("wrong_gradient", "wrong_sign", "gradient_of_another_loss"),
+    source="central difference of the step's own loss in float64",
+)
+def gradients_are_gradients_of_the_loss(t: Transition) -> Any:
+    """Along a direction, the gradient is the slope of the loss that the step reports."""
+    slope, allowed, usable = t.facts["directional_derivative"]
+    direction = t.facts["direction"]
+    along = sum(
+        jnp.sum(wide(g) * wide(v))
+        for g, v in zip(
+            jax.tree_util.tree_leaves(t.info.grads),
+            jax.tree_util.tree_leaves(direction),
+            strict=True,
+        )
+    )
+    noise = sum(
+        jnp.sum(wide(n) * jnp.abs(wide(v)))
+        for n, v in zip(
+            jax.tree_util.tree_leaves(t.noise.info.grads),
+            jax.tree_util.tree_leaves(direction),
+            strict=True,
+        )
+    )
+    return when(usable & t.reliable, residual(along, slope, allowed + noise))
+
+
+@law(
+    "update",
+    needs=("noise",),
+    requires=("grads", "biases_before_norm"),
+    mistakes=("train_step_in_eval_mode", "wrong_gradient"),
+    source="Ioffe & Szegedy 2015, section 3.2: the bias is subsumed",
+)
+def bias_before_norm_has_no_gradient(t: Transition) -> Any:
+    """A bias added right before a normalisation has no gradient beyond rounding."""
+    parts = []
+    grads, _ = jax.tree_util.tree_flatten_with_path(t.info.grads)
+    noises = jax.tree_util.tree_leaves(t.noise.info.grads)
+    for (path, grad), noise in zip(grads, noises, strict=True):
+        if path_name(path) in t.facts["biases_before_norm"]:
+            parts.append(residual(grad, jnp.zeros_like(wide(grad)), 2 * noise + smallest(grad)))
+    return when(t.reliable, worst_of(parts))

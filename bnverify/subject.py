@@ -1,0 +1,95 @@
+"""What is verified: a training step as three pure functions over a split state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+Tree = Any  # a JAX pytree of arrays: no narrower type exists across the supported releases
+
+
+class State(NamedTuple):
+    """Everything a training step carries from one batch to the next.
+
+    Attributes:
+        params: trainable leaves; the optimizer owns them.
+        batch_stats: running statistics; the forward pass writes them, nobody trains them.
+        opt_state: the optimizer's own state, for ``params`` alone.
+    """
+
+    params: Tree
+    batch_stats: Tree
+    opt_state: Tree
+
+
+class StepInfo(NamedTuple):
+    """What a training step tells besides the new state.
+
+    Attributes:
+        loss: the training loss before the update, a scalar; None where a subject hides it.
+        grads: the gradient of ``loss``, a tree like ``params``; None where a subject hides it.
+    """
+
+    loss: Tree
+    grads: Tree
+
+
+class LayerInput(NamedTuple):
+    """What one normalisation layer was given in a training step.
+
+    Attributes:
+        value: the input, any rank.
+        axes: the axes the layer reduces over to get its statistics.
+        weights: broadcastable to ``value``: 1 counts, 0 is masked out. None: all count.
+    """
+
+    value: Tree
+    axes: tuple[int, ...]
+    weights: Tree = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A training step under verification.
+
+    Every function must be pure and trace under ``jax.jit``. What a subject does not show (an
+    optimizer, a layer's input) makes the laws that need it exempt, never wrong.
+
+    Attributes:
+        name: how reports call it.
+        init: ``(seed: int32 scalar, x: (N, D) float32) -> State``.
+        step: ``(state, x, y: (N,) float32, lr: float32 scalar) -> (State, StepInfo)``.
+        evaluate: ``(state, x, y) -> (1,)``, the loss in eval mode.
+        features: the D it accepts; None: any.
+        optimizer: ``lr -> optax.GradientTransformation``, where it is known.
+        exempt: law name -> why the law does not apply.
+        momentum: the declared weight of the old value in the moving average, where known.
+        layer_inputs: ``(state, x, y) -> {path in batch_stats: LayerInput}``: what each
+            normalisation layer is given in the training step. Paths are joined by "/".
+        after_eval: ``(state, x, y) -> State``: the state evaluation leaves behind, for
+            subjects whose evaluation could write.
+        with_optimizer: ``optimizer -> Subject``: the same step around another optimizer. Lets
+            a stateful probe stand in for an optimizer whose own state is empty.
+        biases_before_norm: paths in ``params`` of biases added right before a normalisation,
+            which therefore cannot move the training loss.
+        solution: ``(seed: float, x, y, lr: float) -> (1,)``: init, one step and evaluation in
+            one call, where the subject has such a function.
+        oracle: ``(state, x, y, lr, xp) -> oracle.Expected``: an independent derivation in
+            float64, where there is one.
+    """
+
+    name: str
+    init: Callable[..., State]
+    step: Callable[..., tuple[State, StepInfo]]
+    evaluate: Callable[..., Tree]
+    features: tuple[int, ...] | None = None
+    optimizer: Callable[[Any], Any] | None = None
+    exempt: Mapping[str, str] = field(default_factory=dict)
+    momentum: float | None = None
+    layer_inputs: Callable[..., Mapping[str, LayerInput]] | None = None
+    after_eval: Callable[..., State] | None = None
+    with_optimizer: Callable[[Callable[[Any], Any]], Subject] | None = None
+    biases_before_norm: tuple[str, ...] = ()
+    solution: Callable[..., Tree] | None = None
+    oracle: Callable[..., Any] | None = None
