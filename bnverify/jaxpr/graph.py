@@ -66,29 +66,29 @@ class Graph:
 
     Attributes:
         parents: for each node, the nodes it is computed from.
-        equations: for each node, its equation; None for inputs and constants.
+        equations: for each node, its equation, after the calls around it, outermost first;
+            empty for inputs and constants.
         sources: the nodes of the program's inputs.
         unknown: names of primitives read conservatively, without an idea of what they do.
     """
 
-    closed: frozenset[str] = frozenset()
-
     def __init__(self, inputs: int) -> None:
         self.parents: list[list[int]] = [[] for _ in range(inputs)]
-        self.equations: list[Any] = [None] * inputs
+        self.equations: list[tuple[Any, ...]] = [()] * inputs
         self.sources = list(range(inputs))
         self.unknown: set[str] = set()
+        self._calls: tuple[Any, ...] = ()
 
-    def _node(self, parents: Sequence[int], eqn: Any) -> int:
+    def _node(self, parents: Sequence[int], *eqn: Any) -> int:
         self.parents.append(list(dict.fromkeys(parents)))
-        self.equations.append(eqn)
+        self.equations.append((*self._calls, *eqn) if eqn else ())
         return len(self.parents) - 1
 
     def constant(self, value: Any, aval: Any) -> int:
         """Return a node that nothing reaches."""
         if _is_ref(aval):  # it outlives the step: what this one writes, the next one reads
             self.unknown.add("captured Ref")
-        return self._node((), None)
+        return self._node(())
 
     def equation(self, eqn: Any, inputs: Sequence[int]) -> Sequence[int]:
         """Let every input reach every output, and every Ref among the inputs."""
@@ -105,6 +105,13 @@ class Graph:
             if _is_ref(atom.aval):
                 self.parents[written].append(node)
         return [node] * len(eqn.outvars)
+
+    def call(self, eqn: Any, inputs: Sequence[int], body: Body[int]) -> Sequence[int]:
+        """Enter it."""
+        self._calls += (eqn,)
+        outputs = body(inputs)
+        self._calls = self._calls[:-1]
+        return outputs
 
     def scan(self, eqn: Any, inputs: Sequence[int], body: Body[int]) -> Sequence[int]:
         """Close the loop over the carry."""
@@ -141,9 +148,7 @@ class Graph:
     def cond(self, eqn: Any, inputs: Sequence[int], branches: Sequence[Body[int]]) -> Sequence[int]:
         """Join the branches; the predicate reaches every output."""
         outputs = [branch(inputs[1:]) for branch in branches]
-        return [
-            self._node([*values, inputs[0]], eqn) for values in zip(*outputs, strict=True)
-        ]
+        return [self._node([*values, inputs[0]], eqn) for values in zip(*outputs, strict=True)]
 
     def labels(self) -> list[int]:
         """Return, for each node, the bit set of the sources that can reach it."""

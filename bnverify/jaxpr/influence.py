@@ -90,7 +90,7 @@ class Influence:
             )
             if way is not None:
                 equations = (reading.graph.equations[node] for node in way[1:])
-                return tuple(Link(eqn.primitive.name, source_line(eqn)) for eqn in equations)
+                return tuple(Link(eqns[-1].primitive.name, source_line(eqns)) for eqns in equations)
         return None
 
     def explain(self, source: str, output: str) -> str:
@@ -127,7 +127,7 @@ def _state_names(state: Any, prefix: str = "") -> list[str]:
 
 
 def _readings(run: Run) -> Iterable[_Reading]:
-    batch = _state_names(run.before) + ["x", "y"]
+    batch = [*_state_names(run.before), "x", "y"]
     info = leaf_names(run.info.loss, "loss") + leaf_names(run.info.grads, "grads")
     step = _read(run.programs["step"], [*batch, "lr"], _state_names(run.after) + info)
     evaluate = _read(run.programs["evaluate"], batch, leaf_names(run.eval_loss, "eval_loss"))
@@ -166,9 +166,7 @@ def influence(traces: Traces) -> Influence:
         labels = reading.graph.labels()
         named = {node: name for name, node in reading.inputs.items()}
         for leaf, node in reading.outputs.items():
-            reached = {
-                name for bit, name in enumerate(reading.inputs) if labels[node] >> bit & 1
-            }
+            reached = {name for bit, name in enumerate(reading.inputs) if labels[node] >> bit & 1}
             leaves.setdefault(leaf, set()).update(reached)
             matrix[_tree(leaf)].update(map(_tree, reached))
             unchanged.setdefault(leaf, set()).add(named.get(node))

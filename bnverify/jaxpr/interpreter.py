@@ -44,19 +44,16 @@ CALLS = frozenset(
 
 
 class Reading(Protocol[V]):
-    """What a program's values and equations mean.
-
-    Attributes:
-        closed: names of calls that this reading does not enter; they reach ``equation``.
-    """
-
-    closed: frozenset[str]
+    """What a program's values and equations mean."""
 
     def constant(self, value: Any, aval: Any) -> V:
         """Read a literal or a captured array."""
 
     def equation(self, eqn: Any, inputs: Sequence[V]) -> Sequence[V]:
         """Read one equation without a body to enter; one value for each of its outputs."""
+
+    def call(self, eqn: Any, inputs: Sequence[V], body: Body[V]) -> Sequence[V]:
+        """Read a call; ``body(inputs)`` enters it."""
 
     def scan(self, eqn: Any, inputs: Sequence[V], body: Body[V]) -> Sequence[V]:
         """Read a scan; ``body`` maps consts, carry and slices to carry and slices."""
@@ -143,7 +140,7 @@ def _read_equation(eqn: Any, reading: Reading[V], inputs: Sequence[V]) -> Sequen
         return reading.while_loop(eqn, inputs, predicate, step)
     if name == "cond":
         return reading.cond(eqn, inputs, [body(branch) for branch in params["branches"]])
-    called = None if name in reading.closed else called_jaxpr(eqn)
+    called = called_jaxpr(eqn)
     if called is not None:
-        return read(called, reading, inputs)
+        return reading.call(eqn, inputs, body(called))
     return reading.equation(eqn, inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os.path
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -22,18 +22,32 @@ def _library_folders() -> tuple[str, ...]:
     return tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
 
 
-def _frames(eqn: Any) -> Iterable[Any]:
+def _user_frames(eqn: Any) -> list[str]:
+    """Return ``path:line (function)`` of every frame outside the libraries, innermost first."""
     try:
-        return list(eqn.source_info.traceback.frames)
+        frames = list(eqn.source_info.traceback.frames)
+        named = [(frame.file_name, frame.line_num, frame.function_name) for frame in frames]
     except Exception:  # source information is a courtesy: without it a path still names primitives
-        return ()
+        return []
+    return [
+        f"{path}:{line} ({function.rsplit('.', 1)[-1]})"
+        for path, line, function in named
+        if not path.startswith(("<", *_library_folders()))
+    ]
 
 
-def source_line(eqn: Any) -> str | None:
-    """Return ``path:line (function)`` of the innermost frame outside the libraries, if known."""
-    for frame in _frames(eqn):
-        path = str(getattr(frame, "file_name", ""))
-        if path and not path.startswith("<") and not path.startswith(_library_folders()):
-            function = getattr(frame, "function_name", "?").rsplit(".", 1)[-1]
-            return f"{path}:{getattr(frame, 'line_num', '?')} ({function})"
-    return None
+def source_line(equations: Sequence[Any]) -> str | None:
+    """Return ``path:line (function)`` of the user's code behind an equation, if known.
+
+    Args:
+        equations: the equation, after the calls around it, outermost first. A function under
+            ``jax.jit`` is traced once and its program reused, with the lines of its first use.
+            So an inner line counts only where its frames end in those of the call; else the
+            call's own line stands.
+    """
+    around: list[str] = []
+    for eqn in equations:
+        frames = _user_frames(eqn)
+        if frames and frames[len(frames) - len(around) :] == around:
+            around = frames
+    return around[0] if around else None
