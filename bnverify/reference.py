@@ -132,7 +132,7 @@ def layer_inputs(state: State, x: Any, y: Any) -> dict[str, LayerInput]:
         capture_intermediates=lambda module, _: module.name == "Dense_0",
     )
     (hidden,) = captured["intermediates"]["Dense_0"]["__call__"]
-    return {"BatchNorm_0": LayerInput(hidden, axes=(0,))}
+    return {"BatchNorm_0": LayerInput(hidden)}
 
 
 def make_subject(

@@ -39,13 +39,12 @@ class LayerInput(NamedTuple):
     """What one normalisation layer was given in a training step.
 
     Attributes:
-        value: the input, any rank.
-        axes: the axes the layer reduces over to get its statistics.
+        value: the input, (R, *features): all the axes that the layer reduces over to get its
+            statistics moved to the front and flattened into R.
         weights: broadcastable to ``value``: 1 counts, 0 is masked out. None: all count.
     """
 
     value: Tree
-    axes: tuple[int, ...]
     weights: Tree = None
 
 

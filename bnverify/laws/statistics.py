@@ -183,11 +183,10 @@ def _moments(given: LayerInput) -> tuple[Any, Any, Any]:
     weights = jnp.ones_like(value)
     if given.weights is not None:
         weights = jnp.broadcast_to(wide(given.weights), value.shape)
-    count = jnp.sum(weights, axis=given.axes)
-    mean = jnp.sum(value * weights, axis=given.axes) / count
+    count = jnp.sum(weights, axis=0)
+    mean = jnp.sum(value * weights, axis=0) / count
     # In two passes: no digits are lost to cancellation.
-    centred = value - jnp.expand_dims(mean, given.axes)
-    var = jnp.sum(centred**2 * weights, axis=given.axes) / count
+    var = jnp.sum((value - mean) ** 2 * weights, axis=0) / count
     return mean, var, count
 
 

@@ -1,0 +1,255 @@
+"""The mistakes that laws diagnose by name, each with its mend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One known way to get a training step wrong.
+
+    Attributes:
+        name: how laws and faults refer to it.
+        title: what was done, in one clause.
+        mend: what to write instead.
+        source: where users met it, a public address; empty where it is elementary.
+    """
+
+    name: str
+    title: str
+    mend: str
+    source: str = ""
+
+
+MISTAKES: dict[str, Mistake] = {}
+
+
+def _mistake(name: str, title: str, mend: str, source: str = "") -> None:
+    MISTAKES[name] = Mistake(name, title, mend, source)
+
+
+# How the optimizer is used.
+_mistake(
+    "optimizer_on_all_variables",
+    "the optimizer was initialised on all variables",
+    "tx.init(params), not tx.init(variables): split variables before the optimizer sees them",
+)
+_mistake(
+    "gradient_of_all_variables",
+    "the gradient was taken of all variables",
+    "differentiate argument 0 only, and let it be params; pass batch_stats as another argument",
+)
+_mistake(
+    "statistics_trained_as_params",
+    "the running statistics are trained, or stored, as params",
+    "keep them in the batch_stats collection and overwrite them with the forward pass's own",
+    "https://github.com/intel/ipex-llm/issues/1599",
+)
+_mistake(
+    "statistics_fed_to_the_optimizer",
+    "the optimizer sees running statistics or something computed from them",
+    "give tx.update the gradients, its own state and params, nothing else",
+)
+_mistake(
+    "wrong_sign",
+    "the update has the wrong sign",
+    "optax.apply_updates adds: pass it what tx.update returns, not the gradient, not its negative",
+)
+_mistake(
+    "update_dropped",
+    "the new params are not the updated ones",
+    "return optax.apply_updates(params, updates); state.replace and tx.update return, never mutate",
+    "https://github.com/borisdayma/dalle-mini/pull/71",
+)
+_mistake(
+    "update_applied_twice",
+    "the update is applied more than once",
+    "call optax.apply_updates once a step",
+)
+_mistake(
+    "old_optimizer_state_kept",
+    "the optimizer's old state is carried on",
+    "updates, opt_state = tx.update(...): return that opt_state",
+    "https://github.com/google/flax/issues/2467",
+)
+_mistake(
+    "optimizer_reinitialised",
+    "the optimizer's state is made anew in each step",
+    "call tx.init once, before the first step, and thread opt_state through the steps",
+)
+_mistake(
+    "learning_rate_ignored",
+    "the learning rate does not scale the update, or not once",
+    "build the optimizer with the step's lr and do not scale the updates again",
+)
+_mistake(
+    "decay_outside_the_learning_rate",
+    "params shrink by a decay that the learning rate does not scale",
+    "use optax.adamw or add_decayed_weights inside the chain, masked to the kernels",
+    "https://github.com/google-deepmind/optax/issues/25",
+)
+_mistake(
+    "decay_of_norm_parameters",
+    "weight decay reaches the scale or bias of a normalisation",
+    "mask the decay: optax.masked(add_decayed_weights(d), mask) with kernels alone",
+    "https://github.com/google-deepmind/optax/issues/25",
+)
+
+# How the gradient is taken.
+_mistake(
+    "wrong_gradient",
+    "the gradient is not that of the training loss",
+    "take jax.value_and_grad of the very loss that is reported, and change nothing in between",
+)
+_mistake(
+    "gradient_of_another_loss",
+    "the reported loss is not the one that was differentiated",
+    "report the value that jax.value_and_grad returns",
+)
+_mistake(
+    "has_aux_forgotten",
+    "value_and_grad was not told that the loss returns a second value",
+    "jax.value_and_grad(loss_fn, has_aux=True) where loss_fn returns (loss, new_batch_stats)",
+)
+_mistake(
+    "mutable_forgotten",
+    "batch_stats was not declared mutable",
+    'model.apply(variables, x, train=True, mutable=["batch_stats"]) and keep what it returns',
+    "https://github.com/google/evojax/issues/60",
+)
+
+# The loss.
+_mistake(
+    "broadcast_loss",
+    "predictions (N, 1) and targets (N,) broadcast to (N, N) in the loss",
+    "out.reshape(-1) or out.squeeze(-1) before subtracting y",
+)
+_mistake(
+    "loss_not_reduced",
+    "the loss does not have the shape it should",
+    "reduce the training loss to a scalar with jnp.mean; the eval loss is that, reshaped to (1,)",
+)
+_mistake(
+    "sum_instead_of_mean",
+    "the loss is a sum over the batch where a mean is meant",
+    "jnp.mean over the batch, so that the step does not depend on the batch's size",
+)
+_mistake(
+    "rows_treated_unequally",
+    "some rows of the batch count more than others, or not at all",
+    "use every row with the same weight in the forward pass and in the loss",
+    "https://github.com/google/flax/issues/1850",
+)
+_mistake(
+    "loss_reads_old_statistics",
+    "the training loss reads the old running statistics",
+    "normalise by the batch's own moments in training: use_running_average=False",
+    "https://github.com/patrick-kidger/equinox/pull/675",
+)
+_mistake("targets_ignored", "the targets do not reach the params", "use y in the training loss")
+
+# The statistics.
+_mistake(
+    "train_step_in_eval_mode",
+    "the training step runs the model in eval mode",
+    "train=True (use_running_average=False) in the training loss",
+)
+_mistake(
+    "new_statistics_dropped",
+    "the new statistics are not carried on",
+    'return updated["batch_stats"] as aux and put it into the next state',
+    "https://github.com/HomericIntelligence/Odyssey/issues/5532",
+)
+_mistake(
+    "statistics_reinitialised",
+    "the statistics do not start from the old ones",
+    "initialise them once (mean 0, variance 1) and pass the carried ones to model.apply",
+    "https://github.com/google/flax/issues/2232",
+)
+_mistake(
+    "ema_applied_twice",
+    "the moving average is applied more than once a step",
+    "one mutable forward pass a step; evaluate other passes with mutable off",
+)
+_mistake(
+    "momentum_reversed",
+    "momentum is meant the other way round",
+    "Flax's momentum weights the old value (0.99), PyTorch's the new (0.01): pass 1 - m",
+    "https://github.com/pytorch/examples/issues/289",
+)
+_mistake(
+    "sample_variance",
+    "the running variance divides by N - 1, or by something else than N",
+    "use the biased variance, divisor N, as Flax's BatchNorm does",
+)
+_mistake(
+    "statistics_over_the_wrong_axis",
+    "the moments are taken over other axes than the batch's",
+    "reduce over every axis but the feature axis (BatchNorm's axis=-1)",
+)
+_mistake(
+    "statistics_from_another_batch",
+    "the statistics are not those of the batch that was trained on",
+    "carry out the statistics of the very forward pass that was differentiated",
+    "https://github.com/andreped/GradientAccumulator/issues/6",
+)
+_mistake(
+    "statistics_in_low_precision",
+    "the statistics are kept in less than float32",
+    "keep batch_stats in float32; dtype= sets the computation's type, param_dtype the storage",
+    "https://github.com/NVIDIA/Model-Optimizer/pull/738",
+)
+_mistake(
+    "statistics_overflow",
+    "the statistics leave the range of their dtype",
+    "scale the input; squares overflow float32 near 1e19, float16 near 255",
+)
+_mistake(
+    "parameters_change_dtype",
+    "the step changes the dtype or shape of what it carries",
+    "keep params and state in the dtype they were initialised with; cast inside the model",
+)
+
+# Evaluation.
+_mistake(
+    "eval_in_train_mode",
+    "evaluation runs in train mode",
+    "train=False (use_running_average=True), or model.eval() in nnx, when evaluating",
+    "https://github.com/yanx27/GACNet/issues/8",
+)
+_mistake(
+    "eval_of_stale_state",
+    "evaluation uses params or statistics from before the step",
+    "pass the new params and the new batch_stats to evaluation",
+    "https://github.com/google/flax/pull/3982",
+)
+_mistake(
+    "division_by_zero_variance",
+    "a variance of zero is divided by",
+    "add epsilon to the variance before the square root",
+)
+
+# Purity.
+_mistake(
+    "hidden_state",
+    "the result depends on something that is not an argument",
+    "carry all state through the step; Python side effects and globals vanish under jit",
+)
+_mistake(
+    "inputs_overwritten",
+    "the step changes or deletes its inputs",
+    "return new arrays; do not donate or write into arrays that the caller still holds",
+    "https://github.com/jax-ml/jax/issues/37830",
+)
+_mistake(
+    "seed_not_truncated",
+    "a float seed is not taken as its integer part",
+    "jax.random.PRNGKey(int(seed))",
+)
+_mistake(
+    "statistics_not_synchronised",
+    "each device keeps the statistics of its own shard",
+    "BatchNorm(axis_name=...), or jax.lax.pmean over the moments E[x] and E[x^2]",
+    "https://github.com/google/flax/issues/877",
+)
