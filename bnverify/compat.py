@@ -5,10 +5,12 @@ Each entry says which releases need it; delete it with the last of them.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 
 def enable_x64() -> AbstractContextManager[Any]:
@@ -17,11 +19,10 @@ def enable_x64() -> AbstractContextManager[Any]:
     ``jax.enable_x64(True)`` from jax 0.8.3; before it ``jax.experimental.enable_x64()``, which
     0.9.2 removed.
     """
-    switch = getattr(jax, "enable_x64", None)
-    if switch is not None and callable(switch):
-        context: AbstractContextManager[Any] = switch(True)
-        return context
-    from jax import experimental
+    switch: Any = getattr(jax, "enable_x64", None)
+    if switch is None:
+        from jax import experimental
 
-    older: AbstractContextManager[Any] = experimental.enable_x64()
-    return older
+        switch = experimental.enable_x64
+    context: AbstractContextManager[Any] = switch(True)
+    return context

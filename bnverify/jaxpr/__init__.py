@@ -1,7 +1,7 @@
 """Reading a traced step: its shapes, what reaches what, and how far it rounds."""
 
 from bnverify.jaxpr.influence import INPUTS, Influence, Link, influence
-from bnverify.jaxpr.shapes import Run, Traces, Untraceable, trace_at, trace_subject
+from bnverify.jaxpr.shapes import Run, TraceError, Traces, trace_at, trace_subject
 from bnverify.jaxpr.tracing import Abstract, Program, leaf_names, trace
 
 __all__ = [
@@ -11,8 +11,8 @@ __all__ = [
     "Link",
     "Program",
     "Run",
+    "TraceError",
     "Traces",
-    "Untraceable",
     "influence",
     "leaf_names",
     "trace",

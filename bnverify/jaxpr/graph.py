@@ -16,10 +16,12 @@ Both, and equations that hide a program or a Python function which is not entere
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnverify.jaxpr.interpreter import Body, inner_jaxprs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # One output for each input, value for value, so identity survives them.
 _PASS_THROUGH = frozenset({"copy", "copy_p", "optimization_barrier"})
@@ -84,7 +86,7 @@ class Graph:
         self.equations.append((*self._calls, *eqn) if eqn else ())
         return len(self.parents) - 1
 
-    def constant(self, value: Any, aval: Any) -> int:
+    def constant(self, _value: Any, aval: Any, /) -> int:
         """Return a node that nothing reaches."""
         if _is_ref(aval):  # it outlives the step: what this one writes, the next one reads
             self.unknown.add("captured Ref")

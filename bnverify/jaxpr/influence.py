@@ -7,15 +7,18 @@ What is in the matrix may flow; whether it does is for a run to show.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnverify.jaxpr.graph import Graph
 from bnverify.jaxpr.interpreter import read
-from bnverify.jaxpr.shapes import Run, Traces
 from bnverify.jaxpr.source import source_line
 from bnverify.jaxpr.tracing import Program, leaf_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from bnverify.jaxpr.shapes import Run, Traces
 
 INPUTS = ("params", "batch_stats", "opt_state", "x", "y", "lr")
 

@@ -46,7 +46,7 @@ CALLS = frozenset(
 class Reading(Protocol[V]):
     """What a program's values and equations mean."""
 
-    def constant(self, value: Any, aval: Any) -> V:
+    def constant(self, value: Any, aval: Any, /) -> V:
         """Read a literal or a captured array."""
 
     def equation(self, eqn: Any, inputs: Sequence[V]) -> Sequence[V]:
@@ -79,11 +79,10 @@ def is_jaxpr(value: Any) -> bool:
 
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """Return every program among an equation's parameters."""
-    found = []
+    found: list[Any] = []
     for value in eqn.params.values():
-        for each in value if isinstance(value, (tuple, list)) else (value,):
-            if is_jaxpr(each):
-                found.append(each)
+        candidates = value if isinstance(value, (tuple, list)) else (value,)
+        found += [each for each in candidates if is_jaxpr(each)]
     return found
 
 

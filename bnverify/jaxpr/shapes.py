@@ -13,9 +13,9 @@ Source: https://docs.jax.dev/en/latest/export/shape_poly.html
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.export
@@ -23,13 +23,16 @@ import numpy as np
 
 from bnverify.jaxpr.tracing import Abstract, Program, trace
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
 # Used where a symbolic D is refused: 1, because broadcasting hides there, and two others, far
 # apart. Three also tell whether a parameter's size is affine in D.
 SIZES = (1, 3, 8)
 CONCRETE = (4, 3)
 
 
-class Untraceable(Exception):
+class TraceError(Exception):
     """A subject that does not trace at any size; the message says where, the cause says why."""
 
 
@@ -85,7 +88,7 @@ def _stage(stage: str, function: Callable[..., Any], *args: Any) -> Program:
     except Exception as error:  # whatever a user's code raises on sizes it cannot take
         lines = str(error).strip().splitlines() or [""]
         message = f"{stage} does not trace: {type(error).__name__}: {lines[0]}"
-        raise Untraceable(message) from error
+        raise TraceError(message) from error
 
 
 def _batch(n: Any, d: Any) -> tuple[Abstract, Abstract, Abstract]:
@@ -104,7 +107,7 @@ def trace_at(subject: Any, n: Any, d: Any, before: Any = None) -> Run:
         before: the state to step from; None traces ``init`` for it.
 
     Raises:
-        Untraceable: one of the functions does not trace at these sizes.
+        TraceError: one of the functions does not trace at these sizes.
     """
     x, y, lr = _batch(n, d)
     programs = {}
@@ -126,11 +129,11 @@ def _lift_size(sizes: Sequence[Any], dims: Sequence[int], d: Any) -> Any:
     if len(set(sizes)) == 1:
         return sizes[0]
     if not all(isinstance(size, int) for size in sizes):
-        raise Untraceable("a parameter's size depends on N and on D")
+        raise TraceError("a parameter's size depends on N and on D")
     slope, rest = divmod(sizes[1] - sizes[0], dims[1] - dims[0])
     offset = sizes[0] - slope * dims[0]
     if rest or any(size != slope * dim + offset for size, dim in zip(sizes, dims, strict=True)):
-        raise Untraceable("a parameter's size is no affine function of D")
+        raise TraceError("a parameter's size is no affine function of D")
     return slope * d + offset
 
 
@@ -138,15 +141,15 @@ def lift_state(states: Sequence[Any], dims: Sequence[int], d: Any) -> Any:
     """Return the state at the symbolic feature size ``d``, from the states at three known ones.
 
     Raises:
-        Untraceable: the trees differ, or a size is no affine function of D.
+        TraceError: the trees differ, or a size is no affine function of D.
     """
-    flat = [jax.tree_util.tree_flatten(state) for state in states]
+    flat: list[tuple[Any, Any]] = [jax.tree_util.tree_flatten(state) for state in states]
     if any(treedef != flat[0][1] for _, treedef in flat):
-        raise Untraceable("init makes another tree at another D")
+        raise TraceError("init makes another tree at another D")
     lifted = []
     for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
         if len({(len(leaf.shape), leaf.dtype, leaf.weak_type) for leaf in leaves}) != 1:
-            raise Untraceable("init makes other types at another D")
+            raise TraceError("init makes other types at another D")
         shape = tuple(
             _lift_size(sizes, dims, d)
             for sizes in zip(*(leaf.shape for leaf in leaves), strict=True)
@@ -173,10 +176,12 @@ def _attempts(subject: Any) -> Iterator[tuple[str, Callable[[], tuple[Run, ...]]
         yield "every N divisible by 24, every D", lambda: (trace_at(subject, multiple, d),)
     dims = features or SIZES
     for size, every in ((n, "every N"), (multiple, "every N divisible by 24")):
-        yield (
-            f"{every}, {_listed(dims)}",
-            lambda size=size: tuple(trace_at(subject, size, dim) for dim in dims),
-        )
+        scope = f"{every}, {_listed(dims)}"
+        yield scope, partial(_trace_each, subject, size, dims)
+
+
+def _trace_each(subject: Any, n: Any, dims: Sequence[int]) -> tuple[Run, ...]:
+    return tuple(trace_at(subject, n, d) for d in dims)
 
 
 def _trace_lifted(subject: Any, n: Any, d: Any) -> Run:
@@ -197,13 +202,13 @@ def trace_subject(subject: Any, concrete: tuple[int, int] = CONCRETE) -> Traces:
             subject's own ``features``.
 
     Raises:
-        Untraceable: it does not trace even there.
+        TraceError: it does not trace even there.
     """
     narrowed = ""
     for scope, attempt in _attempts(subject):
         try:
             return Traces(attempt(), scope, proved=True, narrowed=narrowed)
-        except Untraceable as refusal:
+        except TraceError as refusal:
             narrowed = narrowed or f"at wider sizes {refusal}"
     n, d = concrete[0], (subject.features or concrete[1:])[0]
     run = trace_at(subject, n, d)

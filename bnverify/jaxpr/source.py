@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import os.path
-from collections.abc import Sequence
+import os
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Frames in these belong to nobody's model. bnverify's own are kept, but for this package: the
 # reference step lives there, and so do the adapters' losses.
@@ -15,11 +18,11 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "chex")
 
 @cache
 def _library_folders() -> tuple[str, ...]:
-    folders = [os.path.dirname(__file__)]
+    folders = [str(Path(__file__).parent)]
     for name in _LIBRARIES:
         spec = find_spec(name)
         folders += (spec.submodule_search_locations or []) if spec else []
-    return tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
+    return tuple(f"{folder}{os.sep}" for folder in folders)
 
 
 def _user_frames(eqn: Any) -> list[str]:
@@ -27,7 +30,7 @@ def _user_frames(eqn: Any) -> list[str]:
     try:
         frames = list(eqn.source_info.traceback.frames)
         named = [(frame.file_name, frame.line_num, frame.function_name) for frame in frames]
-    except Exception:  # source information is a courtesy: without it a path still names primitives
+    except (AttributeError, TypeError):  # no public promise: without it paths name primitives only
         return []
     return [
         f"{path}:{line} ({function.rsplit('.', 1)[-1]})"
