@@ -151,7 +151,7 @@ def make_subject(
         with_optimizer=lambda other: make_subject(other, name=f"{name}, probed"),
         biases_before_norm=("Dense_0/bias",),
         solution=train_step if optimizer is optax.sgd else None,
-        oracle=oracle.expected,
+        oracle=oracle,
     )
 
 

@@ -74,8 +74,10 @@ class Subject:
             which therefore cannot move the training loss.
         solution: ``(seed: float, x, y, lr: float) -> (1,)``: init, one step and evaluation in
             one call, where the subject has such a function.
-        oracle: ``(state, x, y, lr, xp) -> oracle.Expected``: an independent derivation in
-            float64, where there is one.
+        oracle: a module like ``bnverify.oracle``: an independent derivation in float64.
+        shows: which further claims laws may rest on: "lr" (the step scales its update by lr),
+            "row_losses" (the eval loss is a mean over rows), "eval_is_training_loss" (both
+            modes compute one loss).
     """
 
     name: str
@@ -91,4 +93,5 @@ class Subject:
     with_optimizer: Callable[[Callable[[Any], Any]], Subject] | None = None
     biases_before_norm: tuple[str, ...] = ()
     solution: Callable[..., Tree] | None = None
-    oracle: Callable[..., Any] | None = None
+    oracle: Any = None
+    shows: frozenset[str] = frozenset({"lr", "row_losses", "eval_is_training_loss"})

@@ -1,0 +1,107 @@
+"""What is known about each law after a check, and the report that sums it up."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
+
+Status: TypeAlias = Literal["proved", "held", "violated", "untriggered", "exempt"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known about one law.
+
+    Attributes:
+        law: its name.
+        family: its family.
+        status: "proved": for every value and size named in ``reason``, from an abstract trace;
+            "held": in ``cases`` cases; "violated": by ``counterexample``; "untriggered":
+            no case reached its precondition; "exempt": it does not apply, ``reason`` says why.
+        cases: how many cases reached the law's precondition.
+        residual: the worst error in units of the error allowed; None where none was measured.
+        reason: one line, what the status rests on.
+        counterexample: a script that shows the violation when pasted and run.
+        diagnosis: the likely mistake and its mend.
+    """
+
+    law: str
+    family: str
+    status: Status
+    cases: int = 0
+    residual: float | None = None
+    reason: str = ""
+    counterexample: str | None = None
+    diagnosis: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the public JSON form; a residual that is not finite is the string "inf"."""
+        data = asdict(self)
+        if self.residual is not None and not math.isfinite(self.residual):
+            data["residual"] = "inf"
+        return data
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a check.
+
+    Attributes:
+        subject: its name.
+        profile: the name of the profile.
+        seed: from which every case of this check was drawn.
+        results: one evidence for each law, in the order of the laws.
+        cases: how many cases were run.
+        seconds: how long the check took, imports not included.
+        versions: package name -> version.
+        influence: output tree -> the input trees that may reach it; empty where not traced.
+        notes: what a reader should know besides: primitives read conservatively, how many
+            cases had no digits to compare.
+    """
+
+    subject: str
+    profile: str
+    seed: int
+    results: tuple[Evidence, ...]
+    cases: int
+    seconds: float
+    versions: Mapping[str, str]
+    influence: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether no law is violated."""
+        return not self.violated
+
+    @property
+    def violated(self) -> tuple[Evidence, ...]:
+        """The laws that are violated."""
+        return tuple(result for result in self.results if result.status == "violated")
+
+    def __getitem__(self, law: str) -> Evidence:
+        """Return the evidence for ``law``."""
+        for result in self.results:
+            if result.law == law:
+                return result
+        raise KeyError(law)
+
+    def to_json(self) -> str:
+        """Return the report as a JSON text; the field names are public."""
+        data = {
+            "bnverify": self.versions.get("bnverify", ""),
+            "versions": dict(self.versions),
+            "subject": self.subject,
+            "profile": self.profile,
+            "seed": self.seed,
+            "ok": self.ok,
+            "seconds": round(self.seconds, 3),
+            "cases": self.cases,
+            "results": [result.to_json() for result in self.results],
+            "influence": dict(self.influence),
+            "notes": list(self.notes),
+        }
+        return json.dumps(data, indent=2, allow_nan=False) + "\n"

@@ -1,0 +1,40 @@
+"""How much a check does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The amount of work of one check.
+
+    Attributes:
+        name: how it is chosen.
+        tiny: shapes (N, D) run first, so that counterexamples are small.
+        shapes: how many further shapes are drawn from the domain.
+        blocks: how many stacked blocks are run for each shape.
+        block: how many cases a block stacks.
+        examples: how many explicit cases Hypothesis draws.
+        eager: how many of them are also run uncompiled.
+        large: the row counts of further shapes, beyond the default domain's.
+    """
+
+    name: str
+    tiny: tuple[tuple[int, int], ...] = ((1, 1), (2, 1), (2, 2))
+    shapes: int = 1
+    blocks: int = 1
+    block: int = 256
+    examples: int = 10
+    eager: int = 1
+    large: tuple[int, ...] = ()
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile("quick"),
+        Profile("ci", shapes=3, blocks=4, block=512, examples=60, eager=3),
+        Profile("nightly", shapes=10, blocks=40, block=1024, examples=500, eager=10, large=(1000, 100_000)),
+    )
+}
