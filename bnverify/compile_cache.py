@@ -85,7 +85,7 @@ def enable(directory: str | os.PathLike[str] | None = None) -> Path | None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # JAX decides once whether it has a cache, at the first compilation: let it decide again.
-    compilation_cache.reset_cache()  # type: ignore[no-untyped-call]
+    compilation_cache.reset_cache()
     _write_entries_whole()
     return path
 

@@ -1,0 +1,46 @@
+"""Settings of every test run: the Hypothesis profiles, and one cache of compiled programs."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Every claim is about the CPU backend; a GPU that happens to be there must not change a verdict.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+COMMON = settings(
+    # The first call of each shape compiles, for 1 to 3 s, the next takes 1 ms: no deadline is
+    # both kept by the first and of any use to the second.
+    deadline=None,
+    # For the same reason an example may be "too slow" without anything being wrong with it.
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+# Run by default: other examples every time, and the failing ones remembered.
+settings.register_profile("dev", COMMON, max_examples=50)
+# For an edit-and-run loop.
+settings.register_profile("quick", COMMON, max_examples=15)
+# The same verdict for the same commit, and a line to paste that repeats a failure elsewhere.
+settings.register_profile(
+    "ci", COMMON, max_examples=100, derandomize=True, database=None, print_blob=True
+)
+# Long and random, to find what the others cannot.
+settings.register_profile("nightly", COMMON, max_examples=1000, print_blob=True)
+
+
+def default_profile() -> str:
+    """Return the profile of a run that names none with ``--hypothesis-profile``."""
+    return os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
+
+
+settings.load_profile(default_profile())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_cache() -> None:
+    # In a fixture, so that --collect-only, --help and the xdist controller load no jax.
+    from bnverify import compile_cache
+
+    compile_cache.enable()

@@ -1,0 +1,99 @@
+"""The cache of compiled programs: found again, keyed by machine, safe between processes."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from bnverify import compile_cache
+
+COMPILE_SOME = """
+import sys, warnings
+warnings.simplefilter("error")  # JAX only warns about an entry it cannot read
+import jax, jax.numpy as jnp
+from bnverify import compile_cache
+compile_cache.enable(sys.argv[1])
+for n in range(1, 9):
+    jax.jit(lambda x: jnp.tanh(x @ x.T).sum(0) + n)(jnp.ones((n, 3))).block_until_ready()
+"""
+
+
+def start(directory: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"PYTHONPATH": str(Path(compile_cache.__file__).parents[1])}
+    return subprocess.Popen([sys.executable, "-c", COMPILE_SOME, str(directory)], env=environment)
+
+
+def test_processes_share_one_cache_at_the_same_time(tmp_path: Path) -> None:
+    """Three cold processes at once all succeed, and a fourth finds everything compiled."""
+    processes = [start(tmp_path) for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    programs = compile_cache.location(tmp_path)
+    kept = {entry.name for entry in programs.iterdir() if "atime" not in entry.name}
+    assert len(kept) >= 8
+    assert start(tmp_path).wait(120) == 0
+    assert kept == {entry.name for entry in programs.iterdir() if "atime" not in entry.name}
+
+
+def test_entries_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+    """While one thread writes entries, another reads none or all of each."""
+    compile_cache.enable()
+    lru_cache = pytest.importorskip("jax._src.lru_cache", reason="private, and may move")
+    writer = lru_cache.LRUCache(str(tmp_path), max_size=-1)
+    reader = lru_cache.LRUCache(str(tmp_path), max_size=-1)
+    value = bytes(8_000_000)
+    keys = [f"key-{i}" for i in range(20)]
+
+    def write() -> None:
+        for key in keys:
+            writer.put(key, value)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    sizes = set()
+    while thread.is_alive():
+        for key in keys:
+            entry = reader.get(key)
+            sizes.add(-1 if entry is None else len(entry))
+    thread.join()
+    assert sizes <= {-1, len(value)}
+    assert {len(reader.get(key)) for key in keys} == {len(value)}
+    assert not list(tmp_path.glob("writing-*"))
+
+
+def test_the_directory_is_the_users_to_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BNVERIFY_CACHE comes before XDG_CACHE_HOME, and that before the home directory."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("BNVERIFY_CACHE", raising=False)
+    assert compile_cache.cache_root() == tmp_path / "home" / ".cache" / "bnverify"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert compile_cache.cache_root() == tmp_path / "xdg" / "bnverify"
+    monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "mine"))
+    assert compile_cache.cache_root() == tmp_path / "mine"
+
+
+def test_another_processor_gets_another_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs compiled for one processor are never offered to a different one."""
+    here = compile_cache.location()
+    monkeypatch.setattr(compile_cache.platform, "machine", lambda: "something-else")
+    assert compile_cache.location() != here
+
+
+def test_a_directory_that_cannot_be_made_is_no_error(tmp_path: Path) -> None:
+    """Where nothing can be written, the answer is None and JAX compiles as ever."""
+    obstacle = tmp_path / "file"
+    obstacle.write_text("")
+    assert compile_cache.enable(obstacle) is None
+
+
+def test_a_directory_that_cannot_be_written_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same where the directory is there but belongs to somebody else."""
+    monkeypatch.setattr(compile_cache.os, "access", lambda path, mode: False)
+    assert compile_cache.enable(tmp_path) is None
