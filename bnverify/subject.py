@@ -16,11 +16,14 @@ class State(NamedTuple):
         params: trainable leaves; the optimizer owns them.
         batch_stats: running statistics; the forward pass writes them, nobody trains them.
         opt_state: the optimizer's own state, for ``params`` alone.
+        extra: whatever else is carried: keys of dropout, a step counter, a loss scale, variables
+            that are no moving averages. Most subjects have nothing.
     """
 
     params: Tree
     batch_stats: Tree
     opt_state: Tree
+    extra: Tree = ()
 
 
 class StepInfo(NamedTuple):
