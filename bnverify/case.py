@@ -51,7 +51,9 @@ class Case(NamedTuple):
         """
         rows = _array("x", x, rank=2, shape="(N, D)")
         if 0 in rows.shape:
-            raise InvalidCase(f"x must have at least one row and one feature, got shape {rows.shape}")
+            raise InvalidCase(
+                f"x must have at least one row and one feature, got shape {rows.shape}"
+            )
         targets = _array("y", y, rank=1, shape="(N,)")
         if len(targets) != len(rows):
             raise InvalidCase(
@@ -85,10 +87,12 @@ class Case(NamedTuple):
 class Domain:
     """The inputs on which the laws are claimed; any valid :class:`Case` may be run.
 
-    The limits are what float32 can carry through one step of a BatchNorm model without leaving
-    its range: an input near 1e19 overflows E[h^2], and a loss squares what a first step with
-    lr = 1 made of the parameters, so 1e6 for x and 1e3 for y leave every intermediate below
-    1e30. Small values need no lower limit: zeros and subnormals are in.
+    Small values need no lower limit: zeros and subnormals are in. The upper limits are what
+    float32 carries through one step with lr = 1 where a large offset has cancelled the batch
+    variance: then sigma is sqrt(epsilon) = 3e-3, differences of rows up to sqrt(2^-23) |h| count
+    for nothing in it, and with |x| = 1e4 and |y| = 1e3 the first step makes kernels of 1e6, scales
+    and output weights of 1e3, an eval prediction near 1e16 and a loss near 1e32. At |x| = 1e6
+    the loss overflows.
 
     Attributes:
         max_rows: the largest N generated.
@@ -101,7 +105,7 @@ class Domain:
 
     max_rows: int = 64
     max_features: int = 16
-    max_abs_x: float = 1e6
+    max_abs_x: float = 1e4
     max_abs_y: float = 1e3
     max_lr: float = 1.0
     max_warmup: int = 2
@@ -172,6 +176,10 @@ def _literal(array: npt.NDArray[np.float32]) -> str:
     def digits(value: Any) -> str:
         if isinstance(value, np.ndarray):
             return "[" + ", ".join(digits(entry) for entry in value) + "]"
-        return np.format_float_positional(value, trim="0") if 1e-4 <= abs(value) < 1e7 or value == 0 else np.format_float_scientific(value, trim="0")
+        return (
+            np.format_float_positional(value, trim="0")
+            if 1e-4 <= abs(value) < 1e7 or value == 0
+            else np.format_float_scientific(value, trim="0")
+        )
 
     return digits(np.asarray(array))

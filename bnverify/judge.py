@@ -47,12 +47,13 @@ def exemption(law: Law, subject: Subject, shown: Collection[str]) -> str | None:
     return None
 
 
-def shown_by(subject: Subject, abstract: Transition) -> frozenset[str]:
+def shown_by(subject: Subject, abstract: Transition, probe: object = None) -> frozenset[str]:
     """Return what ``subject`` shows of what laws can require.
 
     Args:
         subject: what is verified.
         abstract: a transition of it whose leaves have shapes and dtypes, no values.
+        probe: not None where a stateful optimizer stands in for one without a state.
     """
     leaves = jax.tree_util.tree_leaves
     shown = {
@@ -65,7 +66,11 @@ def shown_by(subject: Subject, abstract: Transition) -> frozenset[str]:
     if subject.biases_before_norm:
         shown.add("biases_before_norm")
     shown |= {name for name in ("loss", "grads") if getattr(abstract.info, name) is not None}
-    shown |= {name for name in ("batch_stats", "opt_state") if leaves(getattr(abstract.before, name))}
+    shown |= {
+        name for name in ("batch_stats", "opt_state") if leaves(getattr(abstract.before, name))
+    }
+    if probe is not None:
+        shown.add("opt_state")
     if is_plain_sgd(subject, abstract):
         shown.add("plain_sgd")
     shown |= set(subject.shows)

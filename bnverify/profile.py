@@ -11,8 +11,7 @@ class Profile:
 
     Attributes:
         name: how it is chosen.
-        tiny: shapes (N, D) run first, so that counterexamples are small.
-        shapes: how many further shapes are drawn from the domain.
+        shapes: how many shapes (N, D) are drawn from the domain besides the tiny ones.
         blocks: how many stacked blocks are run for each shape.
         block: how many cases a block stacks.
         examples: how many explicit cases Hypothesis draws.
@@ -21,7 +20,6 @@ class Profile:
     """
 
     name: str
-    tiny: tuple[tuple[int, int], ...] = ((1, 1), (2, 1), (2, 2))
     shapes: int = 1
     blocks: int = 1
     block: int = 256
@@ -35,6 +33,14 @@ PROFILES = {
     for profile in (
         Profile("quick"),
         Profile("ci", shapes=3, blocks=4, block=512, examples=60, eager=3),
-        Profile("nightly", shapes=10, blocks=40, block=1024, examples=500, eager=10, large=(1000, 100_000)),
+        Profile(
+            "nightly",
+            shapes=10,
+            blocks=40,
+            block=1024,
+            examples=500,
+            eager=10,
+            large=(1000, 100_000),
+        ),
     )
 }

@@ -323,9 +323,7 @@ def observe(calls: Calls, subject: Subject, case: Case, needs: Collection[str]) 
 
 def double_batch(case: Case) -> Case:
     """Return the case with every row twice."""
-    return case._replace(
-        x=jnp.concatenate([case.x, case.x]), y=jnp.concatenate([case.y, case.y])
-    )
+    return case._replace(x=jnp.concatenate([case.x, case.x]), y=jnp.concatenate([case.y, case.y]))
 
 
 def shift_biases(subject: Subject, state: State) -> State:

@@ -6,7 +6,6 @@ from typing import Any
 
 from bnverify.laws.law import law
 from bnverify.laws.residuals import (
-    all_finite,
     residual,
     same,
     smallest,

@@ -126,5 +126,3 @@ def solution_is_init_step_evaluate(t: Transition) -> Any:
         return jnp.asarray(jnp.inf)
     usable = t.reliable & (t.case.warmup == 0)
     return when(usable, residual(whole, t.eval_loss, 2 * t.noise.eval_loss))
-
-

@@ -133,7 +133,11 @@ def momentum_is_as_declared(t: Transition) -> Any:
     zeros = floats(t.reruns["zero_statistics"].state.batch_stats)
     return worst_of(
         [
-            residual(m, jnp.full_like(m, declared), 8 * unit(zero) * jnp.ones_like(m))
+            residual(
+                m,
+                jnp.full_like(m, declared),
+                jnp.where(_measurable(zero), 8 * unit(zero), jnp.inf),
+            )
             for m, zero, declared in zip(_momenta(t), zeros, t.facts["momenta"], strict=True)
         ]
     )
@@ -171,7 +175,9 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
         ):
             own = own_weight(wide(zero[name]), wide(high[name]), zero[name].dtype)
             u = unit(zero[name])
-            allowed = places * u * scale + 8 * u / own * jnp.abs(expected) + smallest(zero[name])
+            # (1 - m) b and h^2 may be flushed to zero below the smallest normal number.
+            flushed = 4 * smallest(zero[name]) / own
+            allowed = places * u * scale + 8 * u / own * jnp.abs(expected) + flushed
             usable = jnp.where(_measurable(zero[name]) & (own > 0), allowed, jnp.inf)
             parts.append(residual(wide(zero[name]) / own, expected, usable))
     return worst_of(parts)
@@ -224,7 +230,8 @@ def variance_is_never_negative(t: Transition) -> Any:
         old = _by_layer(t.before.batch_stats).get(layer, {})
         if "var" in leaves and "var" in old:
             new = wide(leaves["var"])
-            compared = jnp.where(wide(old["var"]) >= 0, 0.0, jnp.inf)
+            usable = (wide(old["var"]) >= 0) & jnp.isfinite(new)
+            compared = jnp.where(usable, 0.0, jnp.inf)
             parts.append(residual(jnp.minimum(new, 0.0), jnp.zeros_like(new), compared))
     return worst_of(parts)
 

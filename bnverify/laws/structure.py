@@ -26,7 +26,9 @@ def differences(name: str, actual: Tree, expected: Tree, *, weak_types: bool = F
     """
     found, wanted = _leaves(actual), _leaves(expected)
     lines = [f"{name} has no {path}" for path in wanted if path not in found]
-    lines += [f"{name} has {path}, which should not be there" for path in found if path not in wanted]
+    lines += [
+        f"{name} has {path}, which should not be there" for path in found if path not in wanted
+    ]
     for path in found:
         if path not in wanted:
             continue
@@ -35,8 +37,7 @@ def differences(name: str, actual: Tree, expected: Tree, *, weak_types: bool = F
                 continue
             if read(found[path]) != read(wanted[path]):
                 lines.append(
-                    f"{name}/{path} has {what} {read(found[path])}, "
-                    f"expected {read(wanted[path])}"
+                    f"{name}/{path} has {what} {read(found[path])}, expected {read(wanted[path])}"
                 )
     structure = jax.tree_util.tree_structure
     if not lines and structure(actual) != structure(expected):
@@ -172,7 +173,10 @@ def eval_loss_has_shape_one(t: Transition) -> list[str]:
 def batch_stats_are_float32(t: Transition) -> list[str]:
     """Floating-point running statistics are float32, whatever the compute dtype."""
     lines = []
-    for name, tree in (("batch_stats", t.before.batch_stats), ("new batch_stats", t.after.batch_stats)):
+    for name, tree in (
+        ("batch_stats", t.before.batch_stats),
+        ("new batch_stats", t.after.batch_stats),
+    ):
         for path, leaf in _leaves(tree).items():
             if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float32:
                 lines.append(f"{name}/{path} is {jnp.dtype(leaf.dtype).name}, expected float32")
@@ -182,7 +186,11 @@ def batch_stats_are_float32(t: Transition) -> list[str]:
 @law(
     "structure",
     kind="structure",
-    mistakes=("optimizer_on_all_variables", "parameters_change_dtype", "statistics_in_low_precision"),
+    mistakes=(
+        "optimizer_on_all_variables",
+        "parameters_change_dtype",
+        "statistics_in_low_precision",
+    ),
     source="JAX, jit recompiles when a signature changes: https://docs.jax.dev/en/latest/jit-compilation.html",
 )
 def state_signature_is_a_fixed_point(t: Transition) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from bnverify.laws.law import law
 from bnverify.laws.residuals import (
+    all_finite,
     residual,
     same,
     smallest,
@@ -77,7 +78,8 @@ def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
 )
 def zero_learning_rate_moves_nothing(t: Transition) -> Any:
     """With lr = 0 the params stay as they are, to the bit."""
-    return same(t.reruns["zero_lr"].state.params, t.before.params)
+    usable = all_finite((t.before, t.reruns["zero_lr"].info))  # 0 * inf is NaN in any step
+    return when(usable, same(t.reruns["zero_lr"].state.params, t.before.params))
 
 
 @law(

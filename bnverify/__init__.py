@@ -1,0 +1,56 @@
+"""bnverify: is this training step right, and did the upgrade change it?
+
+Nothing heavy is imported until one of these names is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bnverify.case import Case as Case
+    from bnverify.case import Domain as Domain
+    from bnverify.case import InvalidCase as InvalidCase
+    from bnverify.counterexample import Violation as Violation
+    from bnverify.counterexample import replay as replay
+    from bnverify.engine import verify as verify
+    from bnverify.evidence import Evidence as Evidence
+    from bnverify.evidence import Report as Report
+    from bnverify.profile import Profile as Profile
+    from bnverify.reference import train_step as train_step
+    from bnverify.subject import LayerInput as LayerInput
+    from bnverify.subject import State as State
+    from bnverify.subject import StepInfo as StepInfo
+    from bnverify.subject import Subject as Subject
+
+_HOME = {
+    "Case": "case",
+    "Domain": "case",
+    "Evidence": "evidence",
+    "InvalidCase": "case",
+    "LayerInput": "subject",
+    "Profile": "profile",
+    "Report": "evidence",
+    "State": "subject",
+    "StepInfo": "subject",
+    "Subject": "subject",
+    "Violation": "counterexample",
+    "replay": "counterexample",
+    "train_step": "reference",
+    "verify": "engine",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605 - the table above is the one list of public names
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bnverify' has no attribute {name!r}")
+    value = getattr(import_module(f"bnverify.{_HOME[name]}"), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,176 @@
+"""Check a subject: proofs first, then stacked cases by the thousand, then explicit ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from importlib import metadata
+from typing import Any
+
+from bnverify import compile_cache, proof
+from bnverify.counterexample import script
+from bnverify.diagnosis import diagnose
+from bnverify.evidence import Evidence, Report
+from bnverify.judge import exemption, shown_by, static_facts
+from bnverify.laws import LAWS, Law
+from bnverify.profile import PROFILES, Profile
+from bnverify.runs import Runs
+from bnverify.subject import Subject
+
+Listener = Callable[[str, int, Evidence | None], None]
+"""Told as a check goes: what is being done, cases so far, a law's evidence once it is known."""
+
+
+def verify(
+    subject: Subject,
+    profile: str | Profile = "ci",
+    *,
+    seed: int = 0,
+    select: Collection[str] = (),
+    ignore: Collection[str] = (),
+    proofs_only: bool = False,
+    target: str | None = None,
+    listener: Listener | None = None,
+) -> Report:
+    """Hold ``subject`` to the laws and return what is known about each.
+
+    Args:
+        subject: the training step.
+        profile: how much to do: "quick", "ci", "nightly" or a Profile.
+        seed: from which all cases are drawn; the same seed gives the same report.
+        select: names of laws or families to check; empty: all.
+        ignore: names of laws or families to leave out.
+        proofs_only: read the traced step and run nothing.
+        target: how the counterexample scripts name the subject: "module:name" or "file.py:name".
+        listener: told of progress.
+
+    Raises:
+        ValueError: naming an unknown profile, law or family.
+    """
+    started = time.perf_counter()
+    tell: Listener = listener or (lambda doing, cases, evidence: None)
+    plan = PROFILES.get(profile) if isinstance(profile, str) else profile
+    if plan is None:
+        raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
+    laws = choose(select, ignore)
+    known: dict[str, Evidence] = {}
+
+    def settle(evidence: Evidence) -> None:
+        known[evidence.law] = evidence
+        tell("", 0, evidence)
+
+    tell("tracing", 0, None)
+    reading = proof.read(subject)
+    for evidence in _without_running(laws, subject, reading):
+        settle(evidence)
+    running = [law for law in laws if law.name not in known]
+    runs = Runs(
+        subject,
+        running,
+        static_facts(subject, reading.abstract) if reading.abstract else {},
+        plan,
+        seed,
+        lambda doing, cases: tell(doing, cases, None),
+    )
+    if running and not proofs_only:
+        compile_cache.enable()
+        runs.run()
+    for law in running:
+        settle(runs.evidence(law))
+    violated = {name for name, evidence in known.items() if evidence.status == "violated"}
+    results = []
+    for law in laws:
+        evidence = known[law.name]
+        if evidence.status == "violated":
+            tally = runs.tallies.get(law.name)
+            case = tally.case if tally else None
+            way = proof.explain(law, reading)
+            evidence = replace(
+                evidence,
+                reason=f"{evidence.reason}; {way}" if way else evidence.reason,
+                counterexample=script(law.name, case, target),
+                diagnosis=diagnose(law, violated),
+            )
+        results.append(evidence)
+    return Report(
+        subject=subject.name,
+        profile=plan.name,
+        seed=seed,
+        results=tuple(results),
+        cases=runs.cases,
+        seconds=time.perf_counter() - started,
+        versions=versions(),
+        influence=_matrix(reading),
+        notes=(*_notes(reading), *runs.notes),
+    )
+
+
+def choose(select: Collection[str], ignore: Collection[str]) -> list[Law]:
+    """Return the laws selected by name or family and not ignored.
+
+    Raises:
+        ValueError: naming what is neither a law nor a family.
+    """
+    names = {*LAWS, *(law.family for law in LAWS.values())}
+    for name in (*select, *ignore):
+        if name not in names:
+            raise ValueError(f"no law or family is named {name!r}; see `bnverify list`")
+
+    def listed(law: Law, chosen: Collection[str]) -> bool:
+        return law.name in chosen or law.family in chosen
+
+    return [
+        law
+        for law in LAWS.values()
+        if (not select or listed(law, select)) and not listed(law, ignore)
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a verdict depends on."""
+    names = ("bnverify", "jax", "jaxlib", "flax", "optax", "numpy", "hypothesis")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a source tree
+            found[name] = "unknown"
+    return found
+
+
+def _without_running(
+    laws: Collection[Law], subject: Subject, reading: proof.Reading
+) -> Iterator[Evidence]:
+    """Yield the evidence of every law that needs no run: exempt, structure, proved flows."""
+    abstract = reading.abstract
+    shown = shown_by(subject, abstract, reading.probe) if abstract is not None else None
+    for law in laws:
+        reason = exemption(law, subject, shown) if shown is not None else None
+        if reason is not None:
+            yield Evidence(law.name, law.family, "exempt", reason=reason)
+        elif law.kind == "structure":
+            yield proof.judge_structure(law, subject, reading)
+        else:
+            proved = proof.prove_influence(law, reading)
+            if proved is not None:
+                yield proved
+
+
+def _matrix(reading: proof.Reading) -> dict[str, Any]:
+    if reading.influence is None:
+        return {}
+    flows = reading.influence
+    return {
+        "scope": flows.scope,
+        "proved": flows.proved,
+        "matrix": {output: sorted(sources) for output, sources in flows.matrix.items()},
+        "unknown": list(flows.unknown),
+    }
+
+
+def _notes(reading: proof.Reading) -> Iterator[str]:
+    if reading.refusal:
+        yield f"not traced: {reading.refusal}"
+    if reading.influence is not None and reading.influence.unknown:
+        yield "primitives read conservatively: " + ", ".join(reading.influence.unknown)

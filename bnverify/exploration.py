@@ -1,0 +1,176 @@
+"""Explicit cases, drawn by Hypothesis and run as a user would run them: one call at a time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import hypothesis
+import hypothesis.errors
+import numpy as np
+from hypothesis import strategies as st
+
+from bnverify import strategies
+from bnverify.case import Case, Domain
+from bnverify.judge import Judge, judged
+from bnverify.laws import Law
+from bnverify.lazy import jax
+from bnverify.subject import Subject
+from bnverify.transition import OneByOne, Outcome, Transition, observe
+from bnverify.volume import NEEDS
+
+CALLS = frozenset({"again", "eager", "stacked", "solution"})
+"""What laws can ask of single calls besides ``volume.NEEDS``."""
+
+
+class Again(NamedTuple):
+    """A second run of the same input, and that input before and after it."""
+
+    before: Any
+    state: Any
+    info: Any
+    eval_loss: Any
+    inputs_before: Any
+    inputs_after: Any
+
+
+class Solution(NamedTuple):
+    """The one-call function at a whole seed and at one with a fraction."""
+
+    whole: Any
+    fractional: Any
+
+
+class Exploration:
+    """A subject run one call at a time.
+
+    Args:
+        subject: what is verified.
+        laws: the laws to judge.
+        facts: see ``bnverify.judge.static_facts``.
+        noise: adds the step's rounding to a transition; None: no law needs it.
+        stacked: runs one case under vmap; None where the subject does not vectorise.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        laws: Collection[Law],
+        facts: dict[str, Any],
+        *,
+        noise: Callable[[Transition], Transition] | None = None,
+        stacked: Callable[[Case], Outcome] | None = None,
+    ) -> None:
+        self._subject = subject
+        self._laws = laws
+        self._facts = facts
+        self._noise = noise
+        self._stacked = stacked
+        self._calls = OneByOne(subject)
+        self._eager = OneByOne(subject, jit=False)
+        self._judges: dict[frozenset[str], Judge] = {}
+
+    def residuals(self, case: Case, *, eager: bool = False) -> dict[str, float]:
+        """Return law name -> residual of one case, for every law that it can be held to."""
+        t, available = self.transition(case, eager=eager)
+        key = frozenset(available)
+        if key not in self._judges:
+            laws = judged(self._laws, available)
+            self._judges[key] = Judge(self._subject, laws, self._facts, stacked=False)
+        return {name: float(value) for name, value in self._judges[key](t).items()}
+
+    def transition(self, case: Case, *, eager: bool = False) -> tuple[Transition, set[str]]:
+        """Return the transition of one case and the names of what was observed for it."""
+        needs = {need for law in self._laws for need in law.needs}
+        t = observe(self._calls, self._subject, case, needs & NEEDS)
+        available = set(needs & NEEDS)
+        facts = dict(t.facts)
+        if "again" in needs:
+            facts["again"] = self._again(t)
+            available.add("again")
+        if "eager" in needs and eager:
+            facts["eager"] = _outcome(self._eager, t.before, case)
+            available.add("eager")
+        if "stacked" in needs and self._stacked is not None:
+            facts["stacked"] = self._stacked(case)
+            available.add("stacked")
+        if "solution" in needs and self._subject.solution is not None:
+            facts["solution"] = self._solution(case)
+            available.add("solution")
+        t = t._replace(facts=facts)
+        if self._noise is not None:
+            t = self._noise(t)
+            available.add("noise")
+        return t, available
+
+    def _again(self, t: Transition) -> Again:
+        def copies(tree: Any) -> Any:
+            return jax.tree_util.tree_map(lambda leaf: np.array(leaf, copy=True), tree)
+
+        inputs = (t.before, t.case)
+        kept = copies(inputs)
+        before = self._calls.warm(self._calls.init(t.case), t.case)
+        outcome = _outcome(self._calls, t.before, t.case)
+        return Again(before, outcome.state, outcome.info, outcome.eval_loss, kept, copies(inputs))
+
+    def _solution(self, case: Case) -> Solution:
+        solution = self._subject.solution
+        assert solution is not None
+        seed, lr = int(case.seed), float(case.lr)
+        fraction = 0.75 if seed >= 0 else -0.75  # the integer part is towards zero
+        return Solution(
+            solution(float(seed), case.x, case.y, lr),
+            solution(seed + fraction, case.x, case.y, lr),
+        )
+
+
+def _outcome(calls: OneByOne, before: Any, case: Case) -> Outcome:
+    outcome = calls.step(before, case)
+    return outcome._replace(eval_loss=calls.evaluate(outcome.state, case))
+
+
+def draw(shapes: Sequence[tuple[int, int]], domain: Domain, examples: int, seed: int) -> list[Case]:
+    """Return the cases that Hypothesis draws for ``seed``, the same ones every time."""
+    drawn: list[Case] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(strategies.cases(shape=st.sampled_from(shapes), domain=domain))
+    def collect(case: Case) -> None:
+        drawn.append(case)
+
+    collect()
+    return drawn
+
+
+def find(
+    shapes: Sequence[tuple[int, int]],
+    domain: Domain,
+    condition: Callable[[Case], bool],
+    seed: int,
+    examples: int = 200,
+) -> Case | None:
+    """Return the simplest case that Hypothesis finds with ``condition``; None where it finds none."""
+    settings = hypothesis.settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    try:
+        found: Case = hypothesis.find(
+            strategies.cases(shape=st.sampled_from(shapes), domain=domain),
+            condition,
+            settings=settings,
+            random=random.Random(seed),  # noqa: S311 - it chooses inputs, it guards nothing
+        )
+    except hypothesis.errors.NoSuchExample:
+        return None
+    return found

@@ -1,0 +1,165 @@
+"""What can be known of a step without running it: its structure and what reaches what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bnverify.evidence import Evidence
+from bnverify.jaxpr import Abstract, Influence, Run, TraceError, Traces, influence, trace_subject
+from bnverify.laws import Law
+from bnverify.lazy import jax
+from bnverify.subject import Subject
+from bnverify.transition import Transition
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A subject as its traces show it.
+
+    Attributes:
+        traces: the traces; None where the subject does not trace.
+        influence: what may reach what; None likewise.
+        refusal: why it does not trace; empty where it does.
+        probe: the traces of the same step around a stateful optimizer, where the subject's own
+            keeps no state and another can stand in for it.
+    """
+
+    traces: Traces | None
+    influence: Influence | None
+    refusal: str = ""
+    probe: Traces | None = None
+
+    @property
+    def abstract(self) -> Transition | None:
+        """A transition whose leaves have shapes and dtypes and no values."""
+        return None if self.traces is None else abstract_transition(self.traces.runs[0], None)
+
+
+def read(subject: Subject) -> Reading:
+    """Return ``subject`` as its traces show it; nothing is compiled."""
+    try:
+        traces = trace_subject(subject)
+    except TraceError as error:
+        return Reading(None, None, refusal=str(error))
+    probe = None
+    if not jax.tree_util.tree_leaves(traces.runs[0].before.opt_state):
+        probe = _probe(subject)
+    return Reading(traces, influence(traces), probe=probe)
+
+
+def _probe(subject: Subject) -> Traces | None:
+    if subject.with_optimizer is None:
+        return None
+    try:
+        return trace_subject(subject.with_optimizer(_momentum))
+    except TraceError:  # the probe only adds evidence
+        return None
+
+
+def _momentum(lr: Any) -> Any:
+    import optax
+
+    return optax.sgd(lr, momentum=0.9)
+
+
+def abstract_transition(run: Run, subject: Subject | None) -> Transition:
+    """Return the traced run as a Transition without values.
+
+    Args:
+        run: a traced run.
+        subject: adds what its optimizer's init gives for params alone, where it is known.
+    """
+    facts: dict[str, Any] = {}
+    if subject is not None and subject.optimizer is not None:
+        optimizer = subject.optimizer
+        shaped, lr = jax.tree_util.tree_map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+            (run.before.params, Abstract((), np.dtype(np.float32))),
+        )
+        facts["expected_opt_state"] = jax.eval_shape(
+            lambda params, lr: optimizer(lr).init(params), shaped, lr
+        )
+    return Transition(
+        case=None,  # type: ignore[arg-type] # an abstract transition has no values
+        before=run.before,
+        after=run.after,
+        info=run.info,
+        eval_loss=run.eval_loss,
+        reruns={},
+        evals={},
+        facts=facts,
+    )
+
+
+def judge_structure(law: Law, subject: Subject, reading: Reading) -> Evidence:
+    """Return the evidence for a law of structure from the traces."""
+    traces, of = reading.traces, subject
+    note = ""
+    if "opt_state" in law.requires and reading.probe is not None:
+        assert subject.with_optimizer is not None
+        traces, of = reading.probe, subject.with_optimizer(_momentum)
+        note = "; by a momentum probe, since the optimizer's own state is empty"
+    if traces is None:
+        return Evidence(law.name, law.family, "untriggered", reason=reading.refusal)
+    for run in traces.runs:
+        lines = law.check(abstract_transition(run, of))
+        if lines:
+            more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+            return Evidence(
+                law.name,
+                law.family,
+                "violated",
+                cases=1,
+                reason=f"{lines[0]}{more} [{traces.scope}{note}]",
+            )
+    status, why = ("proved", "") if traces.proved else ("held", f": {traces.narrowed}")
+    return Evidence(
+        law.name,
+        law.family,
+        status,  # type: ignore[arg-type] # one of the two literals above
+        cases=0 if traces.proved else 1,
+        reason=f"{traces.scope}{note}{why}",
+    )
+
+
+def prove_influence(law: Law, reading: Reading) -> Evidence | None:
+    """Return a proof that nothing the law forbids can flow, or None where there is none.
+
+    A flow in the matrix is no violation: it may cancel. Running decides.
+    """
+    flows = reading.influence
+    if flows is None or not flows.proved or not law.forbids:
+        return None
+    absent = [output for output, _ in law.forbids if output not in flows.matrix]
+    if absent or forbidden(law, flows):
+        return None
+    return Evidence(
+        law.name,
+        law.family,
+        "proved",
+        reason=f"all values, {flows.scope}: " + ", ".join(f"no {i} -> {o}" for o, i in law.forbids),
+    )
+
+
+def forbidden(law: Law, flows: Influence) -> list[tuple[str, str]]:
+    """Return the (output, input) pairs that ``law`` forbids and the step may have.
+
+    An evaluation that hands back the very leaf it was given lets nothing else flow into it.
+    """
+    return [
+        (output, source)
+        for output, source in law.forbids
+        if source in flows.matrix.get(output, frozenset())
+    ]
+
+
+def explain(law: Law, reading: Reading) -> str:
+    """Return the way of a forbidden flow in words; empty where there is none."""
+    if reading.influence is None:
+        return ""
+    for output, source in forbidden(law, reading.influence):
+        return reading.influence.explain(source, output)
+    return ""

@@ -1,0 +1,145 @@
+"""Running a subject: stacked cases of each shape first, then explicit ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from bnverify import strategies
+from bnverify.case import Domain
+from bnverify.evidence import Evidence
+from bnverify.exploration import Exploration, draw, find
+from bnverify.judge import judged
+from bnverify.laws import Law
+from bnverify.profile import Profile
+from bnverify.subject import Subject
+from bnverify.tally import ENOUGH, Tally, stack
+from bnverify.volume import NEEDS, Volume
+
+Tell = Callable[[str, int], None]
+Shape = tuple[int, int]
+
+
+class Runs:
+    """The runs of one check and what they say about each law.
+
+    Args:
+        subject: what is verified.
+        laws: the laws that need running.
+        facts: see ``bnverify.judge.static_facts``.
+        plan: how much to run.
+        seed: from which all cases are drawn.
+        tell: told what is being done and how many cases were run so far.
+
+    Attributes:
+        tallies: law name -> its tally.
+        cases: how many cases were run.
+        notes: what the report should say besides.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        laws: Collection[Law],
+        facts: Mapping[str, Any],
+        plan: Profile,
+        seed: int,
+        tell: Tell,
+    ) -> None:
+        self._subject = subject
+        self._facts = dict(facts)
+        self._plan = plan
+        self._seed = seed
+        self._tell = tell
+        self._domain = Domain()
+        self.tallies = {law.name: Tally(law) for law in laws}
+        self.cases = 0
+        self.notes: list[str] = []
+
+    def run(self) -> None:
+        """Run everything the plan asks for."""
+        rng = np.random.default_rng(self._seed)
+        tiny, further = self._shapes()
+        volume = self._stack([*tiny, *further], rng)
+        self._explore([*tiny[-1:], *further[:1]])
+        for tally in self.tallies.values():
+            if tally.violated and tally.law.kind == "residual":
+                self._tell(f"shrinking {tally.law.name}", self.cases)
+                self._simplify(tally, volume, tiny)
+
+    def evidence(self, law: Law) -> Evidence:
+        """Return what the runs say about ``law``."""
+        tally = self.tallies[law.name]
+        if tally.violated:
+            reason = f"{tally.triggered} cases, none of which shows it"
+            if law.kind == "residual":
+                reason = f"off by {tally.worst:.3g} times the error allowed"
+            return Evidence(law.name, law.family, "violated", tally.triggered, tally.worst, reason)
+        if tally.worst is None or (law.kind == "witness" and not tally.shown):
+            reason = "no case reached its precondition"
+            if tally.triggered:
+                reason = f"not shown by {tally.triggered} cases; {ENOUGH} would decide"
+            return Evidence(law.name, law.family, "untriggered", tally.triggered, reason=reason)
+        reason = "" if law.kind == "residual" else "shown by a case"
+        return Evidence(law.name, law.family, "held", tally.triggered, tally.worst, reason)
+
+    def _shapes(self) -> tuple[list[Shape], list[Shape]]:
+        """Return the tiny shapes, where counterexamples are small, and the further ones."""
+        features, tiny = self._subject.features, len(strategies.TINY_SHAPES)
+        size = tiny + self._plan.shapes
+        pool = strategies.shape_pool(self._seed, domain=self._domain, features=features, size=size)
+        width = features[0] if features else 4
+        return list(pool[:tiny]), [*pool[tiny:], *((rows, width) for rows in self._plan.large)]
+
+    def _stack(self, shapes: list[Shape], rng: np.random.Generator) -> Volume | None:
+        laws = judged((tally.law for tally in self.tallies.values()), NEEDS)
+        if not laws:
+            return None
+        plan = self._plan
+        volume = Volume(self._subject, laws, self._facts, block=plan.block, domain=self._domain)
+        for rows, features in shapes:
+            self._tell(f"stacked cases of shape ({rows}, {features})", self.cases)
+            try:
+                for cases, residuals in volume.blocks((rows, features), plan.blocks, rng):
+                    self.cases += len(cases.seed)
+                    for name, values in residuals.items():
+                        self.tallies[name].add(cases, values)
+            except Exception as error:  # noqa: BLE001 - whatever a user's code raises under vmap
+                line = (str(error).strip().splitlines() or [""])[0]
+                self.notes.append(f"not run under vmap: {type(error).__name__}: {line}")
+                return None
+        return volume
+
+    def _explore(self, shapes: list[Shape]) -> None:
+        laws = [tally.law for tally in self.tallies.values()]
+        exploration = Exploration(self._subject, laws, self._facts)
+        cases = draw(shapes, self._domain, self._plan.examples, self._seed)
+        for index, case in enumerate(cases):
+            self._tell("explicit cases", self.cases)
+            residuals = exploration.residuals(case, eager=index < self._plan.eager)
+            self.cases += 1
+            for name, value in residuals.items():
+                self.tallies[name].add(stack([case]), np.asarray([value]))
+
+    def _simplify(self, tally: Tally, volume: Volume | None, tiny: list[Shape]) -> None:
+        """Put the simplest violating case in place: one that a single call confirms."""
+        assert tally.case is not None
+        alone = Exploration(self._subject, [tally.law], self._facts)
+
+        def violates(case: Any) -> bool:
+            return alone.residuals(case, eager=True).get(tally.law.name, -1.0) > 1
+
+        if volume is not None and tally.law.name in volume.laws:
+            simplest = volume.simplify(tally)
+            if violates(simplest):
+                tally.replace(simplest)
+                return
+        if tally.case.shape not in tiny or volume is None or tally.law.name not in volume.laws:
+            found = find(tiny, self._domain, violates, self._seed)
+            if found is not None:
+                tally.replace(found)
+                return
+        if not violates(tally.case):
+            self.notes.append(f"{tally.law.name}: violated under vmap, not by a single call")

@@ -1,0 +1,154 @@
+"""Thousands of cases in one compiled call: the step, its re-runs and the laws under vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bnverify.case import Case, Domain
+from bnverify.judge import Judge
+from bnverify.laws import Law
+from bnverify.lazy import jax
+from bnverify.stacks import stacked_cases
+from bnverify.subject import Subject
+from bnverify.tally import Tally, complexity, stack, take
+from bnverify.transition import LATER_RERUNS, RERUNS, Stacked, Transition, observe
+
+NEEDS = frozenset(
+    [f"step:{name}" for name in (*RERUNS, *LATER_RERUNS, "doubled_batch", "shifted_bias")]
+    + ["eval:other_statistics", "eval:reversed_rows", "eval:own_statistics", "eval:rows"]
+    + ["expected_update", "layer_inputs", "after_eval"]
+)
+"""What laws can ask of a stacked run; the rest takes single calls."""
+
+Residuals = Mapping[str, npt.NDArray[np.float64]]
+
+
+class Volume:
+    """A subject's stacked programs, one for each shape, compiled at first use.
+
+    Args:
+        subject: what is verified.
+        laws: the laws to judge, all of whose needs are in ``NEEDS`` or "noise".
+        facts: see ``bnverify.judge.static_facts``.
+        block: how many cases a call stacks.
+        domain: where cases are drawn from.
+        noise: adds the step's rounding to stacked transitions; None: no law needs it.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        laws: Collection[Law],
+        facts: dict[str, Any],
+        *,
+        block: int,
+        domain: Domain,
+        noise: Callable[[Transition], Transition] | None = None,
+    ) -> None:
+        self.laws = frozenset(law.name for law in laws)
+        self.block = block
+        self.domain = domain
+        needs = {need for law in laws for need in law.needs}
+        calls = Stacked(subject)
+        self._observe = jax.jit(jax.vmap(lambda case: observe(calls, subject, case, needs)))
+        self._judge = Judge(subject, laws, facts, stacked=True)
+        self._noise = noise
+
+    def transitions(self, cases: Case) -> Transition:
+        """Return the stacked transitions of stacked cases."""
+        t: Transition = self._observe(cases)
+        return t if self._noise is None else self._noise(t)
+
+    def residuals(self, cases: Case) -> Residuals:
+        """Return law name -> residuals, (B,), of stacked cases."""
+        out = self._judge(self.transitions(cases))
+        return {name: np.asarray(values) for name, values in out.items()}
+
+    def blocks(
+        self, shape: tuple[int, int], count: int, rng: np.random.Generator
+    ) -> Iterator[tuple[Case, Residuals]]:
+        """Yield ``count`` blocks of cases of one shape with their residuals.
+
+        Half of every block after the first is bred from the worst cases before it.
+        """
+        worst: dict[str, tuple[float, Case]] = {}
+        for _ in range(count):
+            cases = stacked_cases(rng, shape, self.block, self.domain)
+            if worst:
+                parents = [case for _, case in worst.values()]
+                cases = _overlay(cases, breed(parents, self.block // 2, rng, self.domain))
+            residuals = self.residuals(cases)
+            for name, values in residuals.items():
+                finite = np.where(np.isfinite(values), values, -1.0)
+                index = int(np.argmax(finite))
+                if finite[index] > worst.get(name, (0.0, None))[0]:
+                    worst[name] = (float(finite[index]), take(cases, index))
+            yield cases, residuals
+
+    def simplify(self, tally: Tally, rounds: int = 12) -> Case:
+        """Return a case of the same shape that violates the same law and reads easier."""
+        assert tally.case is not None
+        best, name = tally.case, tally.law.name
+        for _ in range(rounds):
+            candidates = sorted(simpler(best), key=complexity)[: self.block]
+            if not candidates:
+                break
+            filled = stack([candidates[i % len(candidates)] for i in range(self.block)])
+            values = np.nan_to_num(self.residuals(filled)[name][: len(candidates)], nan=np.inf)
+            failing = np.flatnonzero(values > 1)
+            if not len(failing):
+                break
+            best = candidates[int(failing[0])]
+        return best
+
+
+def _overlay(cases: Case, bred: list[Case]) -> Case:
+    if not bred:
+        return cases
+    top = stack(bred)
+    return Case(*(np.concatenate([b, a[len(b) :]]) for a, b in zip(cases, top, strict=True)))
+
+
+def breed(parents: list[Case], count: int, rng: np.random.Generator, domain: Domain) -> list[Case]:
+    """Return variations of ``parents``: rescaled, shifted, another lr, another seed."""
+    bred = []
+    for index in range(count):
+        parent = parents[index % len(parents)]
+        x = parent.x * np.float32(2.0 ** rng.integers(-3, 4))
+        if rng.random() < 0.5:
+            x = x + np.float32(rng.normal()) * np.float32(np.max(np.abs(x), initial=1e-6))
+        bred.append(
+            Case(
+                parent.seed if rng.random() < 0.5 else np.int32(rng.integers(0, 1000)),
+                np.clip(x, -domain.max_abs_x, domain.max_abs_x).astype(np.float32),
+                parent.y,
+                parent.lr if rng.random() < 0.5 else np.float32(rng.random() * domain.max_lr),
+                parent.warmup,
+            )
+        )
+    return bred
+
+
+def simpler(case: Case) -> list[Case]:
+    """Return cases of the same shape that read easier, a step or two away."""
+    rank = complexity(case)
+    found = [case._replace(warmup=np.int32(0)), case._replace(seed=np.int32(0))]
+    found += [case._replace(lr=np.float32(lr)) for lr in (0.0, 0.1, 0.5, 1.0)]
+    for name in ("x", "y"):
+        value = getattr(case, name)
+        flat = np.ravel(value)
+        wholes = [np.zeros_like(value), np.ones_like(value)]
+        wholes.append(np.arange(value.size, dtype=np.float32).reshape(value.shape))
+        wholes += [np.round(value, digits) for digits in (0, 1, 2, 3)]
+        wholes += [(value * np.float32(10.0**-k)) for k in (1, 2, 3)]
+        found += [case._replace(**{name: whole.astype(np.float32)}) for whole in wholes]
+        for index in range(min(flat.size, 64)):
+            for to in (0.0, 1.0, -1.0, 2.0, float(np.round(flat[index], 1))):
+                other = flat.copy()
+                other[index] = to
+                found.append(case._replace(**{name: other.reshape(value.shape)}))
+    return [candidate for candidate in found if complexity(candidate) < rank]
