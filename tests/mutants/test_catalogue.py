@@ -1,0 +1,211 @@
+"""The catalogue: every fault is one, every control is none, and all of them trace."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnverify.case import Domain
+from bnverify.mistakes import MISTAKES
+from bnverify.mutants import CONTROLS, MUTANTS
+from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm
+from bnverify.subject import Subject
+
+OBSERVED = 3  # steps: the default domain has at most two before the observed one
+SETTINGS = ("hidden", "momentum", "layers", "epsilon", "bias", "fast_variance")
+
+TRACED = [name for name, mutant in MUTANTS.items() if not mutant.raises]
+REFUSED = [name for name, mutant in MUTANTS.items() if mutant.raises]
+SURVIVING = [name for name, mutant in MUTANTS.items() if mutant.survives]
+SHOWING = [name for name in TRACED if name not in SURVIVING]
+
+
+def batch(rows: int, features: int, size: float = 3.0) -> tuple[Any, Any]:
+    rng = np.random.default_rng(100 * rows + features)
+    x = size * rng.normal(size=(rows, features)) + size
+    return x.astype(np.float32), (10 * rng.normal(size=rows)).astype(np.float32)
+
+
+def constant(rows: int, value: float) -> tuple[Any, Any]:
+    x, y = batch(rows, 2)
+    return np.full_like(x, value), y
+
+
+def batches() -> Iterator[tuple[Any, Any]]:
+    """Yield simple batches, the small ones first."""
+    yield batch(1, 1)
+    yield batch(2, 1)
+    yield batch(2, 2)
+    yield batch(3, 2)
+    yield batch(40, 6)
+    yield constant(3, 1000.3)
+    yield batch(3, 2, 1e3)
+    yield batch(3, 2, 1e5)
+    yield constant(3, 0.0)
+
+
+def right(subject: Subject) -> Subject:
+    """Return the step that the author of ``subject`` meant to write."""
+    parts = subject.step.__self__  # type: ignore[attr-defined]
+    base = HandwrittenNorm if isinstance(parts, HandwrittenNorm) else CanonicalStep
+    meant = {name: getattr(parts, name) for name in SETTINGS}
+    return base(optimizer=parts.optimizer, **meant).subject("right")
+
+
+def observations(subject: Subject, x: Any, y: Any) -> Iterator[Any]:
+    """Yield all that can be seen of ``subject`` on a batch, step by step."""
+    state = subject.init(np.int32(1), x)
+    yield state
+    # From a variance of zero, what a step adds to it is not lost beside the old one.
+    forgotten = jax.tree_util.tree_map(jnp.zeros_like, state.batch_stats)
+    yield subject.step(state._replace(batch_stats=forgotten), x, y, np.float32(0.05))
+    for _ in range(OBSERVED):
+        given = np.array(x)
+        state, info = subject.step(state, given, y, np.float32(0.05))
+        yield state, info, given
+        yield subject.evaluate(state, x, y)
+        if subject.after_eval is not None:
+            yield subject.after_eval(state, x, y)
+
+
+def close(one: Any, other: Any) -> bool:
+    """Tell whether two trees agree in structure, shapes, dtypes, and values but for rounding."""
+    if jax.tree_util.tree_structure(one) != jax.tree_util.tree_structure(other):
+        return False
+    pairs = zip(jax.tree_util.tree_leaves(one), jax.tree_util.tree_leaves(other), strict=True)
+    return all(
+        jnp.shape(a) == jnp.shape(b)
+        and jnp.asarray(a).dtype == jnp.asarray(b).dtype
+        and np.allclose(a, b, rtol=0, atol=2e-5 * float(np.max(np.abs(b))))
+        for a, b in pairs
+    )
+
+
+def differs(faulty: Subject, meant: Subject, x: Any, y: Any) -> bool:
+    """Tell whether anything that can be seen of two steps differs on a batch."""
+    pairs = zip(observations(faulty, x, y), observations(meant, x, y), strict=True)
+    return any(not close(one, other) for one, other in pairs)
+
+
+def shows(faulty: Subject, x: Any, y: Any) -> bool:
+    """Tell whether ``faulty`` differs from what was meant, itself, probed, or in one call."""
+    if differs(faulty, right(faulty), x, y):
+        return True
+    if faulty.solution is not None:
+        meant = CONTROLS["one_call"].make().solution
+        assert meant is not None
+        return not close(faulty.solution(1.7, x, y, 0.05), meant(1.7, x, y, 0.05))
+    if faulty.with_optimizer is not None:
+        probe = CONTROLS["momentum"].make().optimizer
+        assert probe is not None
+        probed = faulty.with_optimizer(probe)
+        return differs(probed, right(probed), x, y)
+    return False
+
+
+@pytest.mark.parametrize("name", SHOWING)
+def test_every_fault_shows_on_a_simple_batch(name: str) -> None:
+    """A fault that no simple input shows would be a second correct step, or a survivor."""
+    mutant = MUTANTS[name]
+    rows, features = mutant.minimal
+    enough = [(x, y) for x, y in batches() if x.shape[0] >= rows and x.shape[1] >= features]
+    assert any(shows(mutant.make(), x, y) for x, y in enough)
+
+
+@pytest.mark.parametrize("name", SURVIVING)
+def test_survivors_agree_with_what_was_meant(name: str) -> None:
+    """A survivor's reason claims that no input of the domain shows it."""
+    subject = MUTANTS[name].make()
+    assert not any(shows(subject, x, y) for x, y in [batch(2, 1), batch(40, 6)])
+
+
+@pytest.mark.parametrize("name", [*TRACED, *CONTROLS])
+def test_every_step_traces_under_jit_and_vmap(name: str) -> None:
+    """Volume runs thousands of cases in one compiled call, so each step must trace."""
+    subject = (MUTANTS.get(name) or CONTROLS[name]).make()
+
+    def run(seed: Any, x: Any, y: Any, lr: Any) -> Any:
+        state = subject.init(seed, x)
+        after, info = subject.step(state, x, y, lr)
+        told = subject.evaluate(after, x, y), info
+        if subject.after_eval is not None:
+            told += (subject.after_eval(after, x, y),)
+        if subject.layer_inputs is not None:
+            told += (
+                {path: given.value for path, given in subject.layer_inputs(state, x, y).items()},
+            )
+        return after, told
+
+    x, y = batch(3, 2)
+    one = np.int32(1), x, y, np.float32(0.05)
+    jax.eval_shape(jax.jit(run), *one)
+    jax.eval_shape(jax.vmap(run), *(np.stack([entry, entry]) for entry in one))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_library_refuses_is_named(name: str) -> None:
+    """A fault that cannot run says with which exception the library refuses it."""
+    mutant = MUTANTS[name]
+    subject = mutant.make()
+    x, y = batch(3, 2)
+    state = subject.init(np.int32(1), x)
+    with pytest.raises(Exception, match=r"\w") as caught:
+        subject.step(state, x, y, np.float32(0.05))
+    assert type(caught.value).__name__ == mutant.raises
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls_declare_what_they_do(name: str) -> None:
+    """A control's layer inputs give the very statistics that its step writes."""
+    subject = CONTROLS[name].make()
+    assert subject.layer_inputs is not None
+    x, y = batch(5, 3)
+    state = subject.init(np.int32(1), x)
+    after, _ = subject.step(state, x, y, np.float32(0.05))
+    inputs = subject.layer_inputs(state, x, y)
+    assert set(inputs) == set(state.batch_stats)
+    for path, given in inputs.items():
+        value = np.asarray(given.value, np.float64)
+        counts = np.broadcast_to(1.0 if given.weights is None else given.weights, value.shape)
+        mean = np.average(value, axis=0, weights=counts)
+        var = np.average((value - mean) ** 2, axis=0, weights=counts)
+        assert subject.momentum is not None
+        old, keep = state.batch_stats[path], subject.momentum
+        for key, now in (("mean", mean), ("var", var)):
+            expected = keep * np.asarray(old[key]) + (1 - keep) * now
+            np.testing.assert_allclose(after.batch_stats[path][key], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_entry_is_described() -> None:
+    """A name without its mistake, its sentence or a shape of the domain explains nothing."""
+    domain = Domain()
+    for name, mutant in MUTANTS.items():
+        assert name == mutant.name
+        assert mutant.mistake in MISTAKES
+        assert mutant.sentence.endswith(".")
+        rows, features = mutant.minimal
+        assert mutant.survives or (rows <= domain.max_rows and features <= domain.max_features)
+        assert not mutant.source or mutant.source.startswith("https://")
+    assert all(control.sentence.endswith(".") for control in CONTROLS.values())
+
+
+def test_the_catalogue_is_large_and_half_of_it_blind() -> None:
+    """The first kill rate is honest only on faults that were written without sight of the laws."""
+    assert len(MUTANTS) >= 80
+    assert sum(mutant.blind for mutant in MUTANTS.values()) >= 45
+
+
+def test_the_catalogue_loads_no_jax() -> None:
+    """Listing the faults is instant; only making one loads what it runs on."""
+    code = (
+        "import sys, bnverify.mutants; print(sorted({'jax', 'flax', 'optax'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert shown.stdout.strip() == "[]"
