@@ -1,0 +1,165 @@
+"""What a value inside a traced step was: marked where it arises, read from the step's jaxpr.
+
+A value cannot simply be stored while a model is traced: inside ``value_and_grad``, ``remat`` or
+``vmap`` it belongs to a trace that is gone afterwards. So it is marked by an identity equation
+with a name, and the program is run with an eye on those equations. A mark inside a loop, a
+branch or the backward pass is not read: there one mark stands for many values, or for none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from bnverify.jaxpr.interpreter import Body, called_jaxpr, inner_jaxprs, open_jaxpr, read
+from bnverify.subject import LayerInput
+
+PREFIX = "bnverify:"
+PRIMITIVE = "name"  # of checkpoint_name, which does nothing where no policy asks for the name
+
+
+def mark(value: Any, label: str) -> Any:
+    """Return ``value``, marked."""
+    return checkpoint_name(value, PREFIX + label)
+
+
+def marked(function: Callable[..., Any], *args: Any) -> dict[str, list[Any]]:
+    """Run ``function`` and return label -> the values marked so, in the order they arise.
+
+    Args:
+        function: traces under ``jax.jit``.
+        *args: trees of arrays, or of tracers.
+    """
+    reading = _Values()
+    read(jax.make_jaxpr(function)(*args), reading, jax.tree_util.tree_leaves(args))
+    return reading.found
+
+
+class _Values:
+    """The plain meaning of equations, and the values of the marked ones."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[Any]] = {}
+
+    def constant(self, value: Any, _: Any) -> Any:
+        return value
+
+    def equation(self, eqn: Any, inputs: Sequence[Any]) -> Sequence[Any]:
+        label = label_of(eqn)
+        if label is not None:
+            self.found.setdefault(label, []).extend(inputs)
+            return inputs
+        given = eqn.primitive.get_bind_params(eqn.params)
+        # A pair to jax 0.9; from 0.10 one mapping, with the functions among the parameters.
+        functions, params = given if isinstance(given, tuple) else ((), given)
+        out = eqn.primitive.bind(*functions, *inputs, **params)
+        return list(out) if eqn.primitive.multiple_results else [out]
+
+    def call(self, eqn: Any, inputs: Sequence[Any], body: Body[Any]) -> Sequence[Any]:
+        return self.equation(eqn, inputs) if _is_backward(eqn) else body(inputs)
+
+    def scan(self, eqn: Any, inputs: Sequence[Any], _: Body[Any]) -> Sequence[Any]:
+        return self.equation(eqn, inputs)
+
+    def while_loop(
+        self, eqn: Any, inputs: Sequence[Any], _predicate: Body[Any], _body: Body[Any]
+    ) -> Sequence[Any]:
+        return self.equation(eqn, inputs)
+
+    def cond(self, eqn: Any, inputs: Sequence[Any], _: Sequence[Body[Any]]) -> Sequence[Any]:
+        return self.equation(eqn, inputs)
+
+
+def label_of(eqn: Any) -> str | None:
+    """Return the label that an equation marks; None where it is no mark."""
+    name = str(eqn.params.get("name", "")) if eqn.primitive.name == PRIMITIVE else ""
+    return name.removeprefix(PREFIX) if name.startswith(PREFIX) else None
+
+
+def _is_backward(eqn: Any) -> bool:
+    return bool(eqn.params.get("differentiated"))  # remat's second run of the forward pass
+
+
+def levels(jaxpr: Any) -> Iterator[Any]:
+    """Yield a program and every program it calls exactly once: no loops, branches, re-runs."""
+    inner, _ = open_jaxpr(jaxpr)
+    yield inner
+    for eqn in inner.eqns:
+        called = called_jaxpr(eqn)
+        if called is not None and not _is_backward(eqn):
+            yield from levels(called)
+
+
+def labels(jaxpr: Any) -> Counter[str]:
+    """Return how often each label is marked where ``marked`` reads it."""
+    found = (label_of(eqn) for level in levels(jaxpr) for eqn in level.eqns)
+    return Counter(label for label in found if label is not None)
+
+
+def labels_anywhere(jaxpr: Any) -> Counter[str]:
+    """Return how often each label is marked, loops, branches and re-runs included."""
+    inner, _ = open_jaxpr(jaxpr)
+    found: Counter[str] = Counter()
+    for eqn in inner.eqns:
+        label = label_of(eqn)
+        if label is not None:
+            found[label] += 1
+        for each in inner_jaxprs(eqn):
+            found += labels_anywhere(each)
+    return found
+
+
+def links(jaxpr: Any) -> set[tuple[str, str]]:
+    """Return the pairs (a, b) where the value marked a is used once: as the value marked b."""
+    found = set()
+    for level in levels(jaxpr):
+        uses: dict[Any, list[Any]] = {}
+        for eqn in level.eqns:
+            for atom in eqn.invars:
+                if not hasattr(atom, "val"):  # a literal is nobody's output
+                    uses.setdefault(atom, []).append(eqn)
+        results = {atom for atom in level.outvars if not hasattr(atom, "val")}
+        for eqn in level.eqns:
+            label = label_of(eqn)
+            if label is None or eqn.outvars[0] in results:
+                continue
+            readers = uses.get(eqn.outvars[0], [])
+            if len(readers) == 1 and (reader := label_of(readers[0])) is not None:
+                found.add((label, reader))
+    return found
+
+
+def rows_first(value: Any, feature_axes: Sequence[int]) -> Any:
+    """Return ``value`` as (R, *features): the other axes moved to the front and flattened."""
+    kept = sorted(axis % value.ndim for axis in feature_axes)
+    reduced = [axis for axis in range(value.ndim) if axis not in kept]
+    shape = tuple(value.shape[axis] for axis in kept)
+    return value.transpose(*reduced, *kept).reshape(-1, *shape)
+
+
+def layer_input(
+    value: Any, mask: Any, shape: tuple[int, ...], feature_axes: Sequence[int]
+) -> LayerInput | None:
+    """Return what a normalisation layer was given, or None where a transformation changed it.
+
+    Args:
+        value: as read from the program.
+        mask: likewise; broadcastable to ``shape``. None: all counts.
+        shape: the input's shape as the layer saw it; one ``vmap`` of size 1 may surround it.
+        feature_axes: the axes that the layer keeps.
+    """
+    import jax.numpy as jnp
+
+    if [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
+        return None
+    rows = rows_first(value.reshape(shape), feature_axes)
+    if mask is None:
+        return LayerInput(rows)
+    if mask.ndim > len(shape):
+        mask = mask.reshape(mask.shape[mask.ndim - len(shape) :])
+    weights = jnp.broadcast_to(mask, shape).astype(bool).astype(jnp.float32)
+    return LayerInput(rows, rows_first(weights, feature_axes))

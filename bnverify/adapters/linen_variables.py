@@ -1,0 +1,216 @@
+"""The variables of a linen module, split into the parts of a State and joined again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import errors, traverse_util
+
+from bnverify.adapters import reasons
+from bnverify.adapters.linen_layers import Recorder
+from bnverify.subject import State
+
+Tree = Any
+
+
+class Model(Protocol):
+    """A module that can be initialised and applied; see ``bnverify.adapters.linen``."""
+
+    @property
+    def statistics(self) -> str:
+        """The collection that holds the running statistics."""
+
+    def init(self, rngs: Any, inputs: Any) -> Any:
+        """Return the initial variables."""
+
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Return (inputs, targets)."""
+
+    def apply(
+        self, variables: Any, inputs: Any, *, train: bool, mutable: Any, rngs: Any
+    ) -> tuple[Any, Any]:
+        """Return the outputs and the updated collections."""
+
+
+@dataclass(frozen=True)
+class Variables:
+    """Which variables a model has and where a State keeps them.
+
+    Attributes:
+        model: the model.
+        mutable: what the training pass may write, as ``module.apply`` takes it.
+        rngs: the random streams that it may draw from, besides "params".
+        others: the collections carried besides ``params`` and the statistics.
+        carried: patterns of paths in the statistics that are no averages.
+        random: whether the training pass draws random numbers.
+        random_eval: whether evaluation does.
+        moving: names of the ``others`` that the training pass may write.
+    """
+
+    model: Model
+    mutable: Any
+    rngs: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    random: bool = False
+    random_eval: bool = False
+    moving: tuple[str, ...] = ()
+
+    def init(self, seed: Any, x: Any) -> tuple[Tree, Tree, Tree]:
+        """Return the initial params, statistics and extra."""
+        key = jax.random.PRNGKey(seed)
+        inputs, _ = self.model.batch(x, jnp.zeros(x.shape[:1], jnp.float32))
+        variables = self.model.init({"params": key, **self._streams(key)}, inputs)
+        averages, carried = self._divide(variables.get(self.model.statistics, {}))
+        # The names of streams are folded in from 1, so 0 is free for the steps' own key.
+        return (
+            variables.get("params", {}),
+            averages,
+            self._extra(variables, carried, jax.random.fold_in(key, 0)),
+        )
+
+    def apply(self, state: State, inputs: Any, *, train: bool) -> tuple[Any, tuple[Tree, Tree]]:
+        """Return the outputs, and the statistics and extra after the pass.
+
+        The key of the random streams moves on in training only.
+        """
+        extra = dict(state.extra or {})
+        key = extra.get("key")
+        rngs = None
+        if key is not None and (train or self.random_eval):
+            key, now = jax.random.split(key)
+            rngs = self._streams(now)
+        collections = dict(extra.get("collections", {}))
+        variables = {"params": state.params, **collections}
+        statistics = self.model.statistics
+        joined = _join(state.batch_stats, extra.get("carried", {}))
+        if joined:
+            variables[statistics] = joined
+        outputs, updated = self.model.apply(
+            variables, inputs, train=train, mutable=self.mutable, rngs=rngs
+        )
+        averages, carried = self._divide(updated.get(statistics, joined))
+        after = {name: updated.get(name, old) for name, old in collections.items()}
+        new_key = key if train else extra.get("key")
+        return outputs, (averages, self._extra(after, carried, new_key))
+
+    def exempt(self) -> dict[str, str]:
+        """Return the laws that do not apply, law name -> reason."""
+        found: dict[str, str] = {}
+        moving = [f"the collection {name}" for name in self.moving]
+        if self.carried:
+            moving.append("the carried variables")
+        if self.random:
+            moving.append("random numbers")
+            found |= reasons.random_in_training()
+        if self.random_eval:
+            found |= reasons.random_in_evaluation()
+        return (reasons.extra_moves(moving) if moving else {}) | found
+
+    def _streams(self, key: Any) -> dict[str, Any]:
+        return {name: jax.random.fold_in(key, i + 1) for i, name in enumerate(self.rngs)}
+
+    def _divide(self, tree: Tree) -> tuple[Tree, Tree]:
+        """Return (averages, carried) of a tree of statistics."""
+        if not self.carried:
+            return tree, {}
+        flat = traverse_util.flatten_dict(tree)
+        apart = {p for p in flat if any(fnmatchcase("/".join(p), each) for each in self.carried)}
+        averages = {p: leaf for p, leaf in flat.items() if p not in apart}
+        carried = {p: leaf for p, leaf in flat.items() if p in apart}
+        return traverse_util.unflatten_dict(averages), traverse_util.unflatten_dict(carried)
+
+    def _extra(self, collections: Mapping[str, Any], carried: Tree, key: Any) -> Tree:
+        parts = {
+            "collections": {name: collections[name] for name in self.others},
+            "carried": carried,
+        }
+        extra = {name: tree for name, tree in parts.items() if tree}
+        if (self.random or self.random_eval) and key is not None:
+            extra["key"] = key
+        return extra or ()
+
+
+def _join(averages: Tree, carried: Tree) -> Tree:
+    if not carried:
+        return averages
+    # Keys stay tuples: the names of nn.SpectralNorm's variables hold a "/" themselves.
+    flat = traverse_util.flatten_dict(averages) | traverse_util.flatten_dict(carried)
+    return traverse_util.unflatten_dict(flat)
+
+
+def look(
+    model: Model,
+    sizes: tuple[int, int],
+    rngs: tuple[str, ...],
+    mutable: bool | Sequence[str] | None,
+    carried: tuple[str, ...],
+) -> Variables:
+    """Return the variables of a model, found by tracing it for shapes.
+
+    Args:
+        model: the model.
+        sizes: (N, D) to trace it at.
+        rngs: names of random streams.
+        mutable: the user's choice; None: every collection but ``params``.
+        carried: the user's patterns.
+    """
+    seed = jax.ShapeDtypeStruct((), "int32")
+    x = jax.ShapeDtypeStruct(sizes, "float32")
+    y = jax.ShapeDtypeStruct(sizes[:1], "float32")
+    recorder = Recorder(model.statistics)
+
+    def initial(seed: Any, x: Any) -> Any:
+        key = jax.random.PRNGKey(seed)
+        streams = dict.fromkeys(("params", *rngs), key)
+        inputs, _ = model.batch(x, jnp.zeros(x.shape[:1], jnp.float32))
+        with nn.intercept_methods(recorder):
+            return model.init(streams, inputs)
+
+    variables = jax.eval_shape(initial, seed, x)
+    others = tuple(name for name in variables if name not in ("params", model.statistics))
+    everything = [model.statistics, *others]
+    chosen = everything if mutable is None else mutable
+    chosen = chosen if isinstance(chosen, bool) else list(chosen)
+
+    def after(variables: Any, x: Any, y: Any, key: Any, *, train: bool) -> Any:
+        inputs, _ = model.batch(x, y)
+        streams = dict.fromkeys(rngs, key) if key is not None else None
+        return model.apply(variables, inputs, train=train, mutable=chosen, rngs=streams)[1]
+
+    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
+
+    def draws(*, train: bool) -> bool:
+        try:
+            jax.eval_shape(lambda v, x, y: after(v, x, y, None, train=train), variables, x, y)
+        except errors.InvalidRngError:
+            return True
+        return False
+
+    updated = jax.eval_shape(lambda *args: after(*args, train=True), variables, x, y, key)
+    # What a pass makes longer (``sow``) is a report of that pass, not a state to carry on.
+    kept = tuple(
+        name
+        for name in others
+        if name not in updated or _shapes(updated[name]) == _shapes(variables[name])
+    )
+    return Variables(
+        model,
+        chosen,
+        rngs,
+        others=kept,
+        carried=(*carried, *(f"{path}/*" for path in sorted(recorder.power_iterated))),
+        random=draws(train=True),
+        random_eval=draws(train=False),
+        moving=tuple(name for name in kept if name in updated),
+    )
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree_util.tree_map(lambda leaf: (tuple(leaf.shape), str(leaf.dtype)), tree)
