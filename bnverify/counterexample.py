@@ -5,7 +5,7 @@ from __future__ import annotations
 from bnverify import proof
 from bnverify.case import Case
 from bnverify.exploration import Exploration
-from bnverify.judge import static_facts
+from bnverify.judge import Judge, static_facts
 from bnverify.laws import LAWS
 from bnverify.subject import Subject
 
@@ -58,7 +58,8 @@ def replay(subject: Subject, case: Case, law: str) -> float | None:
         return None
     abstract = reading.abstract
     facts = static_facts(subject, abstract) if abstract else {}
-    residual = Exploration(subject, [claim], facts).residuals(case, eager=True).get(law, -1.0)
+    exploration = Exploration(subject, [claim], Judge(subject, facts, block=1))
+    residual = exploration.residuals(case, eager=True).get(law, -1.0)
     if residual > 1:
         raise Violation(
             f"{law}: {claim.claim} Off by {residual:.3g} times the error allowed. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -17,8 +17,8 @@ from bnverify.judge import Judge, judged
 from bnverify.laws import Law
 from bnverify.lazy import jax
 from bnverify.subject import Subject
-from bnverify.transition import OneByOne, Outcome, Transition, observe
-from bnverify.volume import NEEDS
+from bnverify.transition import Calls, Outcome, Transition, observe
+from bnverify.volume import NEEDS, Volume
 
 CALLS = frozenset({"again", "eager", "stacked", "solution"})
 """What laws can ask of single calls besides ``volume.NEEDS``."""
@@ -48,61 +48,52 @@ class Exploration:
     Args:
         subject: what is verified.
         laws: the laws to judge.
-        facts: see ``bnverify.judge.static_facts``.
-        noise: adds the step's rounding to a transition; None: no law needs it.
-        stacked: runs one case under vmap; None where the subject does not vectorise.
+        judge: judges them.
+        volume: runs single cases in a stack, to compare; None where the subject does not
+            vectorise.
     """
 
     def __init__(
-        self,
-        subject: Subject,
-        laws: Collection[Law],
-        facts: dict[str, Any],
-        *,
-        noise: Callable[[Transition], Transition] | None = None,
-        stacked: Callable[[Case], Outcome] | None = None,
+        self, subject: Subject, laws: Sequence[Law], judge: Judge, volume: Volume | None = None
     ) -> None:
         self._subject = subject
         self._laws = laws
-        self._facts = facts
-        self._noise = noise
-        self._stacked = stacked
-        self._calls = OneByOne(subject)
-        self._eager = OneByOne(subject, jit=False)
-        self._judges: dict[frozenset[str], Judge] = {}
+        self._judge = judge
+        self._volume = volume
+        self._calls = Calls(subject)
+        self._eager = Calls(subject, "eager")
 
-    def residuals(self, case: Case, *, eager: bool = False) -> dict[str, float]:
-        """Return law name -> residual of one case, for every law that it can be held to."""
-        t, available = self.transition(case, eager=eager)
-        key = frozenset(available)
-        if key not in self._judges:
-            laws = judged(self._laws, available)
-            self._judges[key] = Judge(self._subject, laws, self._facts, stacked=False)
-        return {name: float(value) for name, value in self._judges[key](t).items()}
+    def residuals(
+        self, case: Case, laws: Sequence[Law] = (), *, eager: bool = False
+    ) -> dict[str, float]:
+        """Return law name -> residual of one case, for every law that it can be held to.
 
-    def transition(self, case: Case, *, eager: bool = False) -> tuple[Transition, set[str]]:
+        Args:
+            case: the case.
+            laws: which laws; empty: all.
+            eager: whether to run it uncompiled too.
+        """
+        chosen = laws or self._laws
+        t, available = self.transition(case, chosen, eager=eager)
+        return self._judge.each([t], judged(chosen, available))[0]
+
+    def transition(
+        self, case: Case, laws: Sequence[Law], *, eager: bool = False
+    ) -> tuple[Transition, set[str]]:
         """Return the transition of one case and the names of what was observed for it."""
-        needs = {need for law in self._laws for need in law.needs}
-        t = observe(self._calls, self._subject, case, needs & NEEDS)
-        available = set(needs & NEEDS)
+        needs = {need for law in laws for need in law.needs}
+        t = observe(self._calls, case, needs & NEEDS)
+        available = needs & NEEDS
         facts = dict(t.facts)
         if "again" in needs:
             facts["again"] = self._again(t)
-            available.add("again")
         if "eager" in needs and eager:
             facts["eager"] = _outcome(self._eager, t.before, case)
-            available.add("eager")
-        if "stacked" in needs and self._stacked is not None:
-            facts["stacked"] = self._stacked(case)
-            available.add("stacked")
+        if "stacked" in needs and self._volume is not None:
+            facts["stacked"] = self._volume.outcome(case)
         if "solution" in needs and self._subject.solution is not None:
             facts["solution"] = self._solution(case)
-            available.add("solution")
-        t = t._replace(facts=facts)
-        if self._noise is not None:
-            t = self._noise(t)
-            available.add("noise")
-        return t, available
+        return t._replace(facts=facts), available | (CALLS & set(facts))
 
     def _again(self, t: Transition) -> Again:
         def copies(tree: Any) -> Any:
@@ -120,12 +111,12 @@ class Exploration:
         seed, lr = int(case.seed), float(case.lr)
         fraction = 0.75 if seed >= 0 else -0.75  # the integer part is towards zero
         return Solution(
-            solution(float(seed), case.x, case.y, lr),
-            solution(seed + fraction, case.x, case.y, lr),
+            np.asarray(solution(float(seed), case.x, case.y, lr)),
+            np.asarray(solution(seed + fraction, case.x, case.y, lr)),
         )
 
 
-def _outcome(calls: OneByOne, before: Any, case: Case) -> Outcome:
+def _outcome(calls: Calls, before: Any, case: Case) -> Outcome:
     outcome = calls.step(before, case)
     return outcome._replace(eval_loss=calls.evaluate(outcome.state, case))
 

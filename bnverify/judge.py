@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from bnverify import compat
+from bnverify.compiled import Compiled
 from bnverify.laws import Law
 from bnverify.laws.residuals import wide
 from bnverify.lazy import jax, jnp
+from bnverify.noise import Noise
 from bnverify.subject import Subject
 from bnverify.transition import Transition
 
@@ -109,30 +113,61 @@ def judged(laws: Iterable[Law], available: Collection[str]) -> list[Law]:
 
 
 class Judge:
-    """Residuals of some laws on transitions of one subject, compiled with 64-bit types on.
+    """Residuals of laws on transitions of one subject, with the step's rounding as tolerance.
+
+    Everything is compiled for stacks of ``block`` transitions, whatever is asked, so that one
+    program serves stacked and single runs.
 
     Args:
         subject: what is verified.
-        laws: the laws; each must find what it needs in the transitions.
         facts: static facts, see :func:`static_facts`.
-        stacked: whether transitions carry a leading stack axis.
+        block: how many transitions a stack has.
+        optimise: see ``bnverify.compiled.Compiled``.
     """
 
     def __init__(
-        self, subject: Subject, laws: Collection[Law], facts: dict[str, Any], *, stacked: bool
+        self, subject: Subject, facts: Mapping[str, Any], block: int, *, optimise: bool = False
     ) -> None:
+        self.block = block
+        self._subject = subject
+        self._facts = facts
+        self._optimise = optimise
+        self._noise = Noise(subject, optimise=optimise)
+        self._programs: dict[tuple[str, ...], Compiled] = {}
+
+    def residuals(self, t: Transition, laws: Sequence[Law]) -> dict[str, Any]:
+        """Return law name -> residuals, (block,), of stacked transitions."""
+        names = tuple(law.name for law in laws)
+        if not names:
+            return {}
+        if any("noise" in law.needs for law in laws):
+            t = self._noise(t)
+        if names not in self._programs:
+            self._programs[names] = Compiled(jax.vmap(self._program(laws)), optimise=self._optimise)
+        with compat.enable_x64():
+            out = self._programs[names](t)
+        return {name: np.asarray(values) for name, values in out.items()}
+
+    def each(self, transitions: Sequence[Transition], laws: Sequence[Law]) -> list[dict[str, Any]]:
+        """Return law name -> residual, a float, for each of some transitions of one shape."""
+        found: list[dict[str, Any]] = []
+        for start in range(0, len(transitions), self.block):
+            part = list(transitions[start : start + self.block])
+            filled = part + [part[0]] * (self.block - len(part))
+            stacked = jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *filled)
+            out = self.residuals(stacked, laws)
+            found += [{name: float(v[i]) for name, v in out.items()} for i in range(len(part))]
+        return found
+
+    def _program(self, laws: Sequence[Law]) -> Callable[[Transition], dict[str, Any]]:
         def residuals(t: Transition) -> dict[str, Any]:
-            t = t._replace(facts={**t.facts, **facts})
-            if subject.oracle is not None:
-                t.facts["oracle"] = derivation(subject, t)
+            known = {**t.facts, **self._facts}
+            if self._subject.oracle is not None:
+                known["oracle"] = derivation(self._subject, t)
+            t = t._replace(facts=known)
             return {law.name: law.check(t) for law in laws}
 
-        self._call = jax.jit(jax.vmap(residuals) if stacked else residuals)
-
-    def __call__(self, t: Transition) -> dict[str, Any]:
-        """Return law name -> residual, a scalar or, stacked, one for each transition."""
-        with compat.enable_x64():
-            return self._call(t)  # type: ignore[no-any-return] # jax.jit keeps no return type
+        return residuals
 
 
 def derivation(subject: Subject, t: Transition) -> Any:

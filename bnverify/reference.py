@@ -67,9 +67,7 @@ def loss_fn(params: Tree, batch_stats: Tree, x: Any, y: Any) -> tuple[jax.Array,
     return jnp.mean((preds - y) ** 2), updated["batch_stats"]
 
 
-def step(
-    tx: optax.GradientTransformation, state: State, x: Any, y: Any
-) -> tuple[State, StepInfo]:
+def step(tx: optax.GradientTransformation, state: State, x: Any, y: Any) -> tuple[State, StepInfo]:
     """Take one training step.
 
     Args:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from bnverify import strategies
-from bnverify.case import Domain
+from bnverify.case import Case, Domain
 from bnverify.evidence import Evidence
-from bnverify.exploration import Exploration, draw, find
-from bnverify.judge import judged
+from bnverify.exploration import CALLS, Exploration, draw, find
+from bnverify.judge import Judge, judged
 from bnverify.laws import Law
 from bnverify.profile import Profile
 from bnverify.subject import Subject
@@ -20,6 +20,8 @@ from bnverify.volume import NEEDS, Volume
 
 Tell = Callable[[str, int], None]
 Shape = tuple[int, int]
+
+OFTEN = 20  # blocks of a shape: from here on optimising its programs pays
 
 
 class Runs:
@@ -54,6 +56,8 @@ class Runs:
         self._seed = seed
         self._tell = tell
         self._domain = Domain()
+        self._optimise = plan.blocks > OFTEN
+        self._judge = Judge(subject, facts, plan.block, optimise=self._optimise)
         self.tallies = {law.name: Tally(law) for law in laws}
         self.cases = 0
         self.notes: list[str] = []
@@ -63,11 +67,11 @@ class Runs:
         rng = np.random.default_rng(self._seed)
         tiny, further = self._shapes()
         volume = self._stack([*tiny, *further], rng)
-        self._explore([*tiny[-1:], *further[:1]])
+        exploration = self._explore([*tiny[-1:], *further[:1]], volume)
         for tally in self.tallies.values():
             if tally.violated and tally.law.kind == "residual":
                 self._tell(f"shrinking {tally.law.name}", self.cases)
-                self._simplify(tally, volume, tiny)
+                self._simplify(tally, volume, exploration, tiny)
 
     def evidence(self, law: Law) -> Evidence:
         """Return what the runs say about ``law``."""
@@ -98,7 +102,9 @@ class Runs:
         if not laws:
             return None
         plan = self._plan
-        volume = Volume(self._subject, laws, self._facts, block=plan.block, domain=self._domain)
+        volume = Volume(
+            self._subject, laws, self._judge, domain=self._domain, optimise=self._optimise
+        )
         for rows, features in shapes:
             self._tell(f"stacked cases of shape ({rows}, {features})", self.cases)
             try:
@@ -112,9 +118,13 @@ class Runs:
                 return None
         return volume
 
-    def _explore(self, shapes: list[Shape]) -> None:
-        laws = [tally.law for tally in self.tallies.values()]
-        exploration = Exploration(self._subject, laws, self._facts)
+    def _explore(self, shapes: list[Shape], volume: Volume | None) -> Exploration:
+        """Run explicit cases; the laws that stacked cases were held to need no second look."""
+        all_laws = [tally.law for tally in self.tallies.values()]
+        laws = [law for law in all_laws if volume is None or law.name not in volume.laws]
+        exploration = Exploration(self._subject, laws, self._judge, volume)
+        if not judged(laws, NEEDS | CALLS):
+            return exploration
         cases = draw(shapes, self._domain, self._plan.examples, self._seed)
         for index, case in enumerate(cases):
             self._tell("explicit cases", self.cases)
@@ -122,24 +132,26 @@ class Runs:
             self.cases += 1
             for name, value in residuals.items():
                 self.tallies[name].add(stack([case]), np.asarray([value]))
+        return exploration
 
-    def _simplify(self, tally: Tally, volume: Volume | None, tiny: list[Shape]) -> None:
+    def _simplify(
+        self, tally: Tally, volume: Volume | None, exploration: Exploration, tiny: list[Shape]
+    ) -> None:
         """Put the simplest violating case in place: one that a single call confirms."""
         assert tally.case is not None
-        alone = Exploration(self._subject, [tally.law], self._facts)
+        law = tally.law
 
-        def violates(case: Any) -> bool:
-            return alone.residuals(case, eager=True).get(tally.law.name, -1.0) > 1
+        def violates(case: Case) -> bool:
+            return exploration.residuals(case, [law], eager=True).get(law.name, -1.0) > 1
 
-        if volume is not None and tally.law.name in volume.laws:
-            simplest = volume.simplify(tally)
+        stacked = volume if volume is not None and law.name in volume.laws else None
+        if stacked is not None:
+            simplest = stacked.simplify(tally)
             if violates(simplest):
                 tally.replace(simplest)
                 return
-        if tally.case.shape not in tiny or volume is None or tally.law.name not in volume.laws:
-            found = find(tiny, self._domain, violates, self._seed)
-            if found is not None:
-                tally.replace(found)
-                return
+        elif (found := find(tiny, self._domain, violates, self._seed)) is not None:
+            tally.replace(found)
+            return
         if not violates(tally.case):
-            self.notes.append(f"{tally.law.name}: violated under vmap, not by a single call")
+            self.notes.append(f"{law.name}: violated under vmap, not by a single call")

@@ -1,18 +1,24 @@
 """What one observed step did, with the counterfactual re-runs that laws ask for.
 
-``observe`` runs a subject on one case. It is written once for all ways of running: ``OneByOne``
-calls the subject as a user would, ``Stacked`` runs the re-runs of one shape under one ``vmap``
-and traces, so that thousands of cases can be observed in one compiled call.
+``observe`` runs a subject on one case, or on thousands of stacked ones: the subject's functions
+are compiled once for each shape, and called again for every re-run. What changes between two
+calls is NumPy, so nothing else is compiled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from bnverify.case import Case
+from bnverify.compiled import Compiled
 from bnverify.lazy import jax, jnp
 from bnverify.subject import State, StepInfo, Subject, Tree
+
+FEW_ROWS = 8
+"""Up to so many rows each row is evaluated alone; a law about rows needs no more."""
 
 
 class Outcome(NamedTuple):
@@ -32,13 +38,12 @@ class Transition(NamedTuple):
         after: the state after it.
         info: its loss and gradients.
         eval_loss: (1,), evaluated on the same batch in the state after.
-        reruns: name of a re-run -> its outcome; see ``RERUNS``.
-        evals: name of a re-evaluation -> (1,); see ``EVALS``.
-        facts: what the subject showed of itself: "expected_update" (what its optimizer makes
-            of its gradients), "layer_inputs", "after_eval", "solution".
+        reruns: name of a re-run -> its outcome; see ``RERUNS`` and ``LATER_RERUNS``.
+        evals: name of a re-evaluation -> (1,), see ``EVALS``; "rows" -> (N, 1), each row alone.
+        facts: what else was observed of the subject, by name.
         exact: the outcome in float64; None where no rounding was read.
-        noise: the error that rounding allows each value of ``exact``; an Outcome.
-        reliable: scalar bool: False where rounding leaves no digits to compare.
+        noise: the error that rounding allows each value of ``exact``; an Outcome. Infinite where
+            rounding leaves no digits to compare.
     """
 
     case: Case
@@ -51,19 +56,24 @@ class Transition(NamedTuple):
     facts: Mapping[str, Any]
     exact: Any = None
     noise: Any = None
-    reliable: Any = None
 
 
 Inputs = tuple[State, Case]
+Seen = Mapping[str, Outcome]
 
 
-def _map_floats(change: Callable[[Any], Any], tree: Tree) -> Tree:
-    """Apply ``change`` to the floating-point leaves: a counter is nobody's average."""
+def is_floating(leaf: Any) -> bool:
+    """Return whether a leaf holds floating-point numbers: a counter is nobody's average."""
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def with_statistics(state: State, change: Callable[[Any], Any]) -> State:
+    """Return ``state`` with ``change`` applied to every floating-point statistic."""
 
     def leaf(value: Any) -> Any:
-        return change(value) if jnp.issubdtype(value.dtype, jnp.floating) else value
+        return change(value).astype(value.dtype) if is_floating(value) else value
 
-    return jax.tree_util.tree_map(leaf, tree)
+    return state._replace(batch_stats=jax.tree_util.tree_map(leaf, state.batch_stats))
 
 
 def huge(dtype: Any) -> float:
@@ -71,268 +81,106 @@ def huge(dtype: Any) -> float:
     return float(2.0 ** int(0.8 * jnp.finfo(dtype).maxexp))
 
 
-def with_statistics(state: State, change: Callable[[Any], Any]) -> State:
-    """Return ``state`` with ``change`` applied to every floating-point statistic."""
-    return state._replace(batch_stats=_map_floats(change, state.batch_stats))
-
-
-def other_statistics(state: State) -> State:
-    """Return ``state`` with statistics that all differ and are all positive, as variances are."""
-    return with_statistics(state, lambda s: (2 * jnp.abs(s) + 1).astype(s.dtype))
+def other_statistic(value: Any) -> Any:
+    """Return another value for a statistic: never the same, always positive, as variances are."""
+    return 2 * abs(value) + 1
 
 
 def reverse_rows(case: Case) -> Case:
     """Return the same batch with its rows in reverse order."""
-    return case._replace(x=case.x[::-1], y=case.y[::-1])
+    return case._replace(x=case.x[..., ::-1, :], y=case.y[..., ::-1])
+
+
+def shift(case: Case) -> Any:
+    """Return how far the biases before a normalisation are moved: in proportion to the batch."""
+    return 0.25 * abs(case.x).mean(axis=(-2, -1))
 
 
 RERUNS: dict[str, Callable[[State, Case], Inputs]] = {
-    "zero_statistics": lambda s, c: (with_statistics(s, jnp.zeros_like), c),
+    "zero_statistics": lambda s, c: (with_statistics(s, np.zeros_like), c),
     "huge_statistics": lambda s, c: (
-        with_statistics(s, lambda v: jnp.full_like(v, huge(v.dtype))),
+        with_statistics(s, lambda v: np.full(v.shape, huge(v.dtype))),
         c,
     ),
-    "other_statistics": lambda s, c: (other_statistics(s), c),
-    "other_targets": lambda s, c: (s, c._replace(y=c.y + 1)),
-    "zero_lr": lambda s, c: (s, c._replace(lr=jnp.zeros_like(c.lr))),
+    "other_statistics": lambda s, c: (with_statistics(s, other_statistic), c),
+    "other_targets": lambda s, c: (s, c._replace(y=c.y + np.float32(1))),
+    "zero_lr": lambda s, c: (s, _rest(c)),
     "reversed_rows": lambda s, c: (s, reverse_rows(c)),
+    "doubled_batch": lambda s, c: (s, double_batch(c)),
 }
-"""Re-runs of the same step on changed inputs of the same shape."""
+"""Re-runs of the same step on changed inputs."""
 
-LATER_RERUNS: dict[str, Callable[[Mapping[str, Outcome], State, Case], Inputs]] = {
-    "own_statistics": lambda seen, s, c: (
-        s._replace(batch_stats=own_statistics(seen, s)),
-        c._replace(lr=jnp.zeros_like(c.lr)),
-    ),
-    "second_step": lambda seen, s, c: (
-        seen["zero_lr"].state,
-        c._replace(lr=jnp.zeros_like(c.lr)),
-    ),
+LATER_RERUNS: dict[str, Callable[[Seen, State, Case], Inputs]] = {
+    "own_statistics": lambda seen, s, c: (own_statistics(seen, s), _rest(c)),
+    "second_step": lambda seen, s, c: (seen["zero_lr"].state, _rest(c)),
 }
 """Re-runs whose inputs come out of earlier ones: the batch's own moments, a step repeated."""
 
-LATER_NEEDS = {
-    "own_statistics": ("zero_statistics", "huge_statistics"),
-    "second_step": ("zero_lr",),
-}
-
-EVALS: dict[str, Callable[[State, State, Mapping[str, Outcome], Case], Inputs]] = {
-    "other_statistics": lambda before, after, seen, c: (other_statistics(after), c),
-    "reversed_rows": lambda before, after, seen, c: (after, reverse_rows(c)),
-    "own_statistics": lambda before, after, seen, c: (
-        before._replace(batch_stats=own_statistics(seen, before)),
+EVALS: dict[str, Callable[[Seen, State, State, Case], Inputs]] = {
+    "other_statistics": lambda seen, before, after, c: (
+        with_statistics(after, other_statistic),
         c,
     ),
+    "reversed_rows": lambda seen, before, after, c: (after, reverse_rows(c)),
+    "own_statistics": lambda seen, before, after, c: (own_statistics(seen, before), c),
 }
 """Re-evaluations: from other statistics, of the rows reversed, from the batch's own moments."""
 
-EVAL_NEEDS = {"own_statistics": ("zero_statistics", "huge_statistics")}
+FIRST = {
+    "step:own_statistics": ("step:zero_statistics", "step:huge_statistics"),
+    "step:second_step": ("step:zero_lr",),
+    "eval:own_statistics": ("step:zero_statistics", "step:huge_statistics"),
+}
+"""What must have run before."""
 
 
-def own_weight(zero: Any, high: Any, dtype: Any) -> Any:
+def _rest(case: Case) -> Case:
+    return case._replace(lr=np.zeros_like(case.lr))
+
+
+def double_batch(case: Case) -> Case:
+    """Return the case with every row twice."""
+    return case._replace(
+        x=np.concatenate([case.x, case.x], axis=-2), y=np.concatenate([case.y, case.y], axis=-1)
+    )
+
+
+def own_weight(zero: Any, high: Any, dtype: Any, xp: Any) -> Any:
     """Return 1 - m of new = m * old + (1 - m) * b, from the new values for old = 0 and huge.
 
     Where a decimal of four places lies within rounding of the measured value it is that
     decimal: people write 0.99, and 1 - m would otherwise lose two digits to the subtraction.
 
     Args:
-        zero: what the step writes over 0, any shape.
+        zero: what the step writes over 0, any shape, in float64.
         high: what it writes over ``huge(dtype)``, likewise.
         dtype: of the statistic.
+        xp: numpy or jax.numpy.
     """
     weight = 1 - (high - zero) / huge(dtype)
-    decimal = jnp.round(weight * 1e4) / 1e4
-    near = jnp.abs(weight - decimal) <= 4 * float(jnp.finfo(dtype).eps)
-    return jnp.where(near, decimal, weight)
+    decimal = xp.round(weight * 1e4) / 1e4
+    near = abs(weight - decimal) <= 4 * float(jnp.finfo(dtype).eps)
+    return xp.where(near, decimal, weight)
 
 
-def own_statistics(seen: Mapping[str, Outcome], state: State) -> Tree:
-    """Return the batch's own moments b, found from outside: new(old = 0) = (1 - m) * b."""
+def own_statistics(seen: Seen, state: State) -> State:
+    """Return ``state`` with the batch's own moments b, found from outside: new(0) = (1 - m) b."""
 
     def leaf(old: Any, zero: Any, high: Any) -> Any:
-        if not jnp.issubdtype(old.dtype, jnp.floating):
+        if not is_floating(old):
             return old
-        return (zero / own_weight(zero, high, zero.dtype)).astype(old.dtype)
+        zero, high = zero.astype(np.float64), high.astype(np.float64)
+        # A statistic that never moves has no own weight; what it divides to is not compared.
+        with np.errstate(all="ignore"):
+            return (zero / own_weight(zero, high, old.dtype, np)).astype(old.dtype)
 
-    return jax.tree_util.tree_map(
+    own = jax.tree_util.tree_map(
         leaf,
         state.batch_stats,
         seen["zero_statistics"].state.batch_stats,
         seen["huge_statistics"].state.batch_stats,
     )
-
-
-class Calls(Protocol):
-    """A way of calling a subject's functions."""
-
-    def glue(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Return ``function(*args)``: our own arithmetic between the subject's calls."""
-
-    def init(self, case: Case) -> State:
-        """Return the state before the first step."""
-
-    def warm(self, state: State, case: Case) -> State:
-        """Return the state after ``case.warmup`` steps on the same batch."""
-
-    def steps(self, inputs: Mapping[str, Inputs]) -> dict[str, Outcome]:
-        """Return the outcome of one step for each of ``inputs``, all of one shape."""
-
-    def evals(self, inputs: Mapping[str, Inputs]) -> dict[str, Any]:
-        """Return the eval loss for each of ``inputs``, all of one shape."""
-
-
-class OneByOne:
-    """Calls one after another, compiled by ``jax.jit`` or, with ``jit=False``, eager."""
-
-    def __init__(self, subject: Subject, *, jit: bool = True) -> None:
-        wrap: Callable[[Any], Any] = jax.jit if jit else lambda fn: fn
-        self._init = wrap(subject.init)
-        self._step = wrap(subject.step)
-        self._evaluate = wrap(subject.evaluate)
-        self._glue: dict[str, Any] = {}
-
-    def glue(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        if name not in self._glue:  # compiled once: eager arithmetic would compile every operation
-            self._glue[name] = jax.jit(function)
-        return self._glue[name](*args)
-
-    def init(self, case: Case) -> State:
-        state: State = self._init(case.seed, case.x)
-        return state
-
-    def step(self, state: State, case: Case) -> Outcome:
-        """Return the outcome of one step."""
-        return Outcome(*self._step(state, case.x, case.y, case.lr))
-
-    def evaluate(self, state: State, case: Case) -> Any:
-        """Return the eval loss."""
-        return self._evaluate(state, case.x, case.y)
-
-    def warm(self, state: State, case: Case) -> State:
-        for _ in range(int(case.warmup)):
-            state = self.step(state, case).state
-        return state
-
-    def steps(self, inputs: Mapping[str, Inputs]) -> dict[str, Outcome]:
-        return {name: self.step(*given) for name, given in inputs.items()}
-
-    def evals(self, inputs: Mapping[str, Inputs]) -> dict[str, Any]:
-        return {name: self.evaluate(*given) for name, given in inputs.items()}
-
-
-class Stacked:
-    """Calls of one shape stacked under one ``vmap``: one copy of the step to compile."""
-
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
-
-    def glue(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        return function(*args)
-
-    def init(self, case: Case) -> State:
-        return self._subject.init(case.seed, case.x)
-
-    def warm(self, state: State, case: Case) -> State:
-        def once(_: Any, state: State) -> State:
-            return self._subject.step(state, case.x, case.y, case.lr)[0]
-
-        return jax.lax.fori_loop(0, case.warmup, once, state)
-
-    def steps(self, inputs: Mapping[str, Inputs]) -> dict[str, Outcome]:
-        def step(state: State, case: Case) -> Outcome:
-            return Outcome(*self._subject.step(state, case.x, case.y, case.lr))
-
-        return _stacked(step, inputs)
-
-    def evals(self, inputs: Mapping[str, Inputs]) -> dict[str, Any]:
-        def evaluate(state: State, case: Case) -> Any:
-            return self._subject.evaluate(state, case.x, case.y)
-
-        return _stacked(evaluate, inputs)
-
-
-def _stacked(function: Callable[..., Any], inputs: Mapping[str, Inputs]) -> dict[str, Any]:
-    if not inputs:
-        return {}
-    stack = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *inputs.values())
-    out = jax.vmap(function)(*stack)
-    return {
-        name: jax.tree_util.tree_map(lambda leaf, i=i: leaf[i], out)
-        for i, name in enumerate(inputs)
-    }
-
-
-def observe(calls: Calls, subject: Subject, case: Case, needs: Collection[str]) -> Transition:
-    """Run one step of ``subject`` on ``case`` and the re-runs named in ``needs``.
-
-    Args:
-        calls: the way to call the subject.
-        subject: what is observed.
-        case: the input; its leaves may be tracers.
-        needs: names that laws declare: "step:NAME" of ``RERUNS`` or ``LATER_RERUNS``,
-            "eval:NAME" of ``EVALS``, or a fact.
-
-    Returns:
-        The transition, without rounding: ``exact``, ``noise`` and ``reliable`` are None.
-    """
-    steps = {need.removeprefix("step:") for need in needs if need.startswith("step:")}
-    evals = [name for name in EVALS if f"eval:{name}" in needs]
-    for name in [*steps]:
-        steps.update(LATER_NEEDS.get(name, ()))
-    for name in evals:
-        steps.update(EVAL_NEEDS.get(name, ()))
-    before = calls.warm(calls.init(case), case)
-
-    def first(before: State, case: Case) -> dict[str, Inputs]:
-        inputs = {name: make(before, case) for name, make in RERUNS.items() if name in steps}
-        if "shifted_bias" in steps:
-            inputs["shifted_bias"] = (shift_biases(subject, before), case)
-        return inputs
-
-    def later(seen: Mapping[str, Outcome], before: State, case: Case) -> dict[str, Inputs]:
-        return {n: make(seen, before, case) for n, make in LATER_RERUNS.items() if n in steps}
-
-    def again(seen: Mapping[str, Outcome], before: State, after: State, case: Case) -> Any:
-        return {name: EVALS[name](before, after, seen, case) for name in evals}
-
-    seen = calls.steps({"actual": (before, case), **calls.glue("first", first, before, case)})
-    actual = seen.pop("actual")
-    seen |= calls.steps(calls.glue("later", later, seen, before, case))
-    if "doubled_batch" in steps:
-        twice = calls.glue("twice", double_batch, case)
-        seen |= calls.steps({"doubled_batch": (before, twice)})
-    losses = calls.evals(
-        {
-            "actual": (actual.state, case),
-            **calls.glue("again", again, seen, before, actual.state, case),
-        }
-    )
-    if "eval:rows" in needs:
-        losses["rows"] = _row_losses(calls, actual.state, case)
-    return Transition(
-        case=case,
-        before=before,
-        after=actual.state,
-        info=actual.info,
-        eval_loss=losses.pop("actual"),
-        reruns=seen,
-        evals=losses,
-        facts=_facts(calls, subject, case, before, actual, needs),
-    )
-
-
-def double_batch(case: Case) -> Case:
-    """Return the case with every row twice."""
-    return case._replace(x=jnp.concatenate([case.x, case.x]), y=jnp.concatenate([case.y, case.y]))
-
-
-def shift_biases(subject: Subject, state: State) -> State:
-    """Return ``state`` with 1 added to every bias that stands right before a normalisation."""
-
-    def leaf(path: Any, value: Any) -> Any:
-        return value + 1 if path_name(path) in subject.biases_before_norm else value
-
-    return state._replace(params=jax.tree_util.tree_map_with_path(leaf, state.params))
+    return state._replace(batch_stats=own)
 
 
 def path_name(path: Any) -> str:
@@ -342,25 +190,140 @@ def path_name(path: Any) -> str:
     )
 
 
+def shift_biases(subject: Subject, state: State, by: Any) -> State:
+    """Return ``state`` with ``by`` added to every bias right before a normalisation."""
+
+    def leaf(path: Any, value: Any) -> Any:
+        if path_name(path) not in subject.biases_before_norm:
+            return value
+        return (value + np.expand_dims(by, -1)).astype(value.dtype)
+
+    return state._replace(params=jax.tree_util.tree_map_with_path(leaf, state.params))
+
+
+class Calls:
+    """The functions of a subject, made ready to be called on NumPy trees.
+
+    Args:
+        subject: whose functions.
+        how: "jit": compiled, as a user would; "eager": operation by operation; "stacked":
+            compiled under ``jax.vmap``, every leaf with a leading stack axis.
+        optimise: see ``bnverify.compiled.Compiled``; for stacked calls only.
+    """
+
+    def __init__(self, subject: Subject, how: str = "jit", *, optimise: bool = False) -> None:
+        self.subject = subject
+        self._how = how
+        self._optimise = optimise
+        self._ready: dict[str, Callable[..., Any]] = {}
+
+    def call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Return ``function(*args)`` as a tree of NumPy arrays; ``name`` tells functions apart."""
+        if name not in self._ready:
+            if self._how == "stacked":
+                program: Any = Compiled(jax.vmap(function), optimise=self._optimise)
+            else:
+                program = jax.jit(function) if self._how == "jit" else function
+            self._ready[name] = program
+        return jax.tree_util.tree_map(np.asarray, self._ready[name](*args))
+
+    def init(self, case: Case) -> State:
+        """Return the state before the first step."""
+        state: State = self.call("init", self.subject.init, case.seed, case.x)
+        return state
+
+    def step(self, state: State, case: Case) -> Outcome:
+        """Return the outcome of one step."""
+        return Outcome(*self.call("step", self.subject.step, state, case.x, case.y, case.lr))
+
+    def evaluate(self, state: State, case: Case) -> Any:
+        """Return the eval loss, (1,)."""
+        return self.call("evaluate", self.subject.evaluate, state, case.x, case.y)
+
+    def warm(self, state: State, case: Case) -> State:
+        """Return the state after ``case.warmup`` steps on the same batch."""
+        for done in range(int(np.max(case.warmup))):
+            after = self.step(state, case).state
+            if _signature(after) != _signature(state):
+                return state  # a law of structure says so
+            going = np.asarray(case.warmup) > done
+            state = jax.tree_util.tree_map(
+                lambda new, old, going=going: np.where(_over(going, new), new, old), after, state
+            )
+        return state
+
+
+def _signature(tree: Tree) -> Any:
+    leaves, structure = jax.tree_util.tree_flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _over(mask: Any, leaf: Any) -> Any:
+    return mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
+
+
+def observe(calls: Calls, case: Case, needs: Collection[str]) -> Transition:
+    """Run one step of a subject on ``case`` and the re-runs named in ``needs``.
+
+    Args:
+        calls: the subject's functions.
+        case: the input; with a leading axis on every leaf where the calls are stacked.
+        needs: names that laws declare: "step:NAME" of ``RERUNS`` or ``LATER_RERUNS`` or
+            "step:shifted_bias", "eval:NAME" of ``EVALS`` or "eval:rows", or a fact:
+            "expected_update" (what the subject's optimizer makes of its gradients),
+            "layer_inputs", "after_eval". Others are left to the caller.
+
+    Returns:
+        The transition, without rounding: ``exact`` and ``noise`` are None.
+    """
+    wanted = set(needs).union(*(FIRST.get(need, ()) for need in needs))
+    before = calls.warm(calls.init(case), case)
+    actual = calls.step(before, case)
+    seen = {
+        name: calls.step(*make(before, case))
+        for name, make in RERUNS.items()
+        if f"step:{name}" in wanted
+    }
+    if "step:shifted_bias" in wanted:
+        shifted = shift_biases(calls.subject, before, shift(case))
+        seen["shifted_bias"] = calls.step(shifted, case)
+    for name, make_later in LATER_RERUNS.items():
+        if f"step:{name}" in wanted:
+            seen[name] = calls.step(*make_later(seen, before, case))
+    losses = {
+        name: calls.evaluate(*make_eval(seen, before, actual.state, case))
+        for name, make_eval in EVALS.items()
+        if f"eval:{name}" in wanted
+    }
+    if "eval:rows" in wanted and case.shape[0] <= FEW_ROWS:
+        losses["rows"] = _row_losses(calls, actual.state, case)
+    return Transition(
+        case=case,
+        before=before,
+        after=actual.state,
+        info=actual.info,
+        eval_loss=calls.evaluate(actual.state, case),
+        reruns=seen,
+        evals=losses,
+        facts=_facts(calls, case, before, actual, wanted),
+    )
+
+
 def _row_losses(calls: Calls, state: State, case: Case) -> Any:
-    """Return the eval loss of each row alone, (N, 1)."""
-
-    def split(state: State, case: Case) -> dict[str, Inputs]:
-        rows = range(case.x.shape[0])
-        parts = [case._replace(x=case.x[i : i + 1], y=case.y[i : i + 1]) for i in rows]
-        return {str(i): (state, part) for i, part in enumerate(parts)}
-
-    return jnp.stack(list(calls.evals(calls.glue("rows", split, state, case)).values()))
+    """Return the eval loss of each row, (N, 1), from batches of N copies of it."""
+    rows = []
+    for i in range(case.shape[0]):
+        x = np.broadcast_to(case.x[..., i : i + 1, :], case.x.shape)
+        y = np.broadcast_to(case.y[..., i : i + 1], case.y.shape)
+        rows.append(calls.evaluate(state, case._replace(x=x, y=y)))
+    return np.stack(rows, axis=-2)
 
 
 def _facts(
-    calls: Calls,
-    subject: Subject,
-    case: Case,
-    before: State,
-    actual: Outcome,
-    needs: Collection[str],
+    calls: Calls, case: Case, before: State, actual: Outcome, wanted: Collection[str]
 ) -> dict[str, Any]:
+    subject = calls.subject
+
     def expected_update(lr: Any, grads: Tree, before: State) -> State:
         assert subject.optimizer is not None
         tx = subject.optimizer(lr)
@@ -369,13 +332,13 @@ def _facts(
         return State(params, None, opt_state)
 
     facts: dict[str, Any] = {}
-    if "expected_update" in needs and subject.optimizer is not None:
+    if "expected_update" in wanted and subject.optimizer is not None:
         given = (case.lr, actual.info.grads, before)
-        facts["expected_update"] = calls.glue("expected_update", expected_update, *given)
-    if "layer_inputs" in needs and subject.layer_inputs is not None:
+        facts["expected_update"] = calls.call("expected_update", expected_update, *given)
+    if "layer_inputs" in wanted and subject.layer_inputs is not None:
         inputs = subject.layer_inputs
-        facts["layer_inputs"] = calls.glue("layer_inputs", inputs, before, case.x, case.y)
-    if "after_eval" in needs and subject.after_eval is not None:
+        facts["layer_inputs"] = calls.call("layer_inputs", inputs, before, case.x, case.y)
+    if "after_eval" in wanted and subject.after_eval is not None:
         after_eval = subject.after_eval
-        facts["after_eval"] = calls.glue("after_eval", after_eval, actual.state, case.x, case.y)
+        facts["after_eval"] = calls.call("after_eval", after_eval, actual.state, case.x, case.y)
     return facts

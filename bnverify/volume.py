@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +14,12 @@ from bnverify.lazy import jax
 from bnverify.stacks import stacked_cases
 from bnverify.subject import Subject
 from bnverify.tally import Tally, complexity, stack, take
-from bnverify.transition import LATER_RERUNS, RERUNS, Stacked, Transition, observe
+from bnverify.transition import LATER_RERUNS, RERUNS, Calls, Outcome, observe
 
 NEEDS = frozenset(
-    [f"step:{name}" for name in (*RERUNS, *LATER_RERUNS, "doubled_batch", "shifted_bias")]
+    [f"step:{name}" for name in (*RERUNS, *LATER_RERUNS, "shifted_bias")]
     + ["eval:other_statistics", "eval:reversed_rows", "eval:own_statistics", "eval:rows"]
-    + ["expected_update", "layer_inputs", "after_eval"]
+    + ["expected_update", "layer_inputs", "after_eval", "noise"]
 )
 """What laws can ask of a stacked run; the rest takes single calls."""
 
@@ -28,45 +27,46 @@ Residuals = Mapping[str, npt.NDArray[np.float64]]
 
 
 class Volume:
-    """A subject's stacked programs, one for each shape, compiled at first use.
+    """A subject's functions under vmap, and the laws judged on what they give.
 
     Args:
         subject: what is verified.
-        laws: the laws to judge, all of whose needs are in ``NEEDS`` or "noise".
-        facts: see ``bnverify.judge.static_facts``.
-        block: how many cases a call stacks.
+        laws: the laws to judge, all of whose needs are in ``NEEDS``.
+        judge: judges them; its block is how many cases a call stacks.
         domain: where cases are drawn from.
-        noise: adds the step's rounding to stacked transitions; None: no law needs it.
+        optimise: whether the programs run often enough to be worth optimising.
     """
 
     def __init__(
         self,
         subject: Subject,
-        laws: Collection[Law],
-        facts: dict[str, Any],
+        laws: Sequence[Law],
+        judge: Judge,
         *,
-        block: int,
         domain: Domain,
-        noise: Callable[[Transition], Transition] | None = None,
+        optimise: bool = False,
     ) -> None:
         self.laws = frozenset(law.name for law in laws)
-        self.block = block
+        self.block = judge.block
         self.domain = domain
-        needs = {need for law in laws for need in law.needs}
-        calls = Stacked(subject)
-        self._observe = jax.jit(jax.vmap(lambda case: observe(calls, subject, case, needs)))
-        self._judge = Judge(subject, laws, facts, stacked=True)
-        self._noise = noise
+        self._laws = laws
+        self._needs = {need for law in laws for need in law.needs}
+        self._calls = Calls(subject, "stacked", optimise=optimise)
+        self._judge = judge
 
-    def transitions(self, cases: Case) -> Transition:
-        """Return the stacked transitions of stacked cases."""
-        t: Transition = self._observe(cases)
-        return t if self._noise is None else self._noise(t)
+    def residuals(self, cases: Case, laws: Sequence[Law] = ()) -> Residuals:
+        """Return law name -> residuals, (block,), of stacked cases; of all laws or of some."""
+        chosen = laws or self._laws
+        needs = {need for law in chosen for need in law.needs} if laws else self._needs
+        return self._judge.residuals(observe(self._calls, cases, needs), chosen)
 
-    def residuals(self, cases: Case) -> Residuals:
-        """Return law name -> residuals, (B,), of stacked cases."""
-        out = self._judge(self.transitions(cases))
-        return {name: np.asarray(values) for name, values in out.items()}
+    def outcome(self, case: Case) -> Outcome:
+        """Return what the step gives for one case when it is run in a stack."""
+        cases = stack([case] * self.block)
+        t = observe(self._calls, cases, ())
+        given = Outcome(t.after, t.info, t.eval_loss)
+        outcome: Outcome = jax.tree_util.tree_map(lambda leaf: leaf[0], given)
+        return outcome
 
     def blocks(
         self, shape: tuple[int, int], count: int, rng: np.random.Generator
@@ -98,7 +98,8 @@ class Volume:
             if not candidates:
                 break
             filled = stack([candidates[i % len(candidates)] for i in range(self.block)])
-            values = np.nan_to_num(self.residuals(filled)[name][: len(candidates)], nan=np.inf)
+            found = self.residuals(filled, [tally.law])[name]
+            values = np.nan_to_num(found[: len(candidates)], nan=np.inf)
             failing = np.flatnonzero(values > 1)
             if not len(failing):
                 break

@@ -23,7 +23,14 @@ from bnverify.laws.residuals import (
 )
 from bnverify.lazy import jax, jnp
 from bnverify.subject import LayerInput, Tree
-from bnverify.transition import Transition, huge, own_weight, path_name
+from bnverify.transition import (
+    Transition,
+    huge,
+    is_floating,
+    other_statistic,
+    own_weight,
+    path_name,
+)
 
 IOFFE = "Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167"
 FLAX_SOURCE = "Flax, linen/normalization.py, BatchNorm"
@@ -68,7 +75,7 @@ def batch_stats_change_only_by_ema(t: Transition) -> Any:
     """
 
     def leaf(old: Any, new: Any, zero: Any, high: Any) -> Any:
-        if not jnp.issubdtype(old.dtype, jnp.floating):
+        if not is_floating(old):
             return residual(0.0, 0.0, 0.0)
         m = (wide(high) - wide(zero)) / huge(zero.dtype)
         scale = jnp.abs(m * wide(old)) + jnp.abs(wide(zero))
@@ -88,8 +95,7 @@ def batch_stats_change_only_by_ema(t: Transition) -> Any:
 
 
 def _other(value: Any) -> Any:
-    floating = jnp.issubdtype(value.dtype, jnp.floating)
-    return (2 * jnp.abs(value) + 1).astype(value.dtype) if floating else value
+    return other_statistic(value).astype(value.dtype) if is_floating(value) else value
 
 
 @law(
@@ -173,7 +179,7 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
             ("mean", mean, jnp.sqrt(square)),
             ("var", var, square),
         ):
-            own = own_weight(wide(zero[name]), wide(high[name]), zero[name].dtype)
+            own = own_weight(wide(zero[name]), wide(high[name]), zero[name].dtype, jnp)
             u = unit(zero[name])
             # (1 - m) b and h^2 may be flushed to zero below the smallest normal number.
             flushed = 4 * smallest(zero[name]) / own
@@ -252,9 +258,9 @@ def batch_like_the_statistics_is_a_fixed_point(t: Transition) -> Any:
     """
 
     def leaf(zero: Any, high: Any, new: Any) -> Any:
-        if not jnp.issubdtype(new.dtype, jnp.floating):
+        if not is_floating(new):
             return residual(0.0, 0.0, 0.0)
-        weight = own_weight(wide(zero), wide(high), zero.dtype)
+        weight = own_weight(wide(zero), wide(high), zero.dtype, jnp)
         own = wide(zero) / weight
         allowed = (8 + 4 / weight) * unit(new) * jnp.abs(own) + smallest(new) / weight
         return residual(new, own, jnp.where(_measurable(zero) & (weight > 0), allowed, jnp.inf))
@@ -282,7 +288,7 @@ def equal_steps_converge_geometrically(t: Transition) -> Any:
     """
 
     def leaf(first: Any, second: Any, zero: Any, high: Any) -> Any:
-        if not jnp.issubdtype(second.dtype, jnp.floating):
+        if not is_floating(second):
             return residual(0.0, 0.0, 0.0)
         m = (wide(high) - wide(zero)) / huge(zero.dtype)
         scale = jnp.abs(m * wide(first)) + jnp.abs(wide(zero))
