@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from bnverify.subject import State as State
     from bnverify.subject import StepInfo as StepInfo
     from bnverify.subject import Subject as Subject
+    from bnverify.target import TargetError as TargetError
+    from bnverify.target import load as load
 
 _HOME = {
     "Case": "case",
@@ -35,7 +37,9 @@ _HOME = {
     "State": "subject",
     "StepInfo": "subject",
     "Subject": "subject",
+    "TargetError": "target",
     "Violation": "counterexample",
+    "load": "target",
     "replay": "counterexample",
     "train_step": "reference",
     "verify": "engine",

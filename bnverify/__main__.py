@@ -1,0 +1,7 @@
+"""``python -m bnverify`` is the command line."""
+
+import sys
+
+from bnverify.cli import main
+
+sys.exit(main())

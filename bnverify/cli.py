@@ -1,0 +1,104 @@
+"""The command line. Loads neither jax nor Hypothesis until a command needs them.
+
+Exit status: 0 all hold, 1 a law is violated, 2 the command or its input is unusable, 3 an
+internal error, 130 interrupted, 141 nobody reads the output any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from importlib import import_module, metadata
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import NoReturn
+
+from bnverify import commands
+from bnverify.unusable import Unusable, first_line
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+UNREAD = 141  # 128 + SIGPIPE
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise Unusable(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    Args:
+        argv: the arguments; None: those of the process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a letter shows "?"
+            stream.reconfigure(errors="replace")
+    try:
+        args = build_parser().parse_args(argv)
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except Unusable as error:
+        return _say(f"bnverify: {error}", 2)
+    except KeyboardInterrupt:
+        return _say("bnverify: interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
+    except Exception as error:  # noqa: BLE001 - the last place to tell what happened
+        where = _keep_traceback()
+        return _say(f"bnverify: internal error: {first_line(error)}; traceback in {where}", 3)
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; see :mod:`bnverify.commands`."""
+    parser = Parser(
+        prog="bnverify",
+        description="Verify training steps that split params from batch_stats.",
+        epilog="exit status: 0 all hold, 1 a law is violated, 2 unusable command or target, "
+        "3 internal error",
+    )
+    parser.add_argument("--version", action="version", version=f"bnverify {_version()}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in iter_modules(commands.__path__):
+        command = import_module(f"{commands.__name__}.{module.name}")
+        command.add_parser(subparsers)
+        subparsers.choices[module.name].set_defaults(run=command.run)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("bnverify")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def _say(message: str, status: int) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def _keep_traceback() -> Path:
+    from bnverify.compile_cache import cache_root
+
+    text = traceback.format_exc()
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    for folder in (cache_root() / "errors", Path(tempfile.gettempdir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+        except OSError:
+            continue
+        return folder / name
+    return Path(os.devnull)

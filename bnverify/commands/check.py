@@ -1,0 +1,157 @@
+"""``bnverify check``: hold a training step to the laws."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnverify import deadline, target
+from bnverify.profile import PROFILES
+from bnverify.shard import Shard
+from bnverify.unusable import Unusable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bnverify.evidence import Report
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "check",
+        help="hold a training step to the laws",
+        description="Hold a training step to the laws.",
+    )
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        nargs="?",
+        default=target.REFERENCE,
+        help="package.module:name or path/file.py:name: a Subject, a function that makes one, or "
+        "a function of (seed, x_batch, y_batch, lr); default: the reference",
+    )
+    parser.add_argument(
+        "--profile", choices=list(PROFILES), default="ci", help="how much to do; default: ci"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the report to FILE as JSON; - is standard output"
+    )
+    for option, verb in (("--select", "check only"), ("--ignore", "leave out")):
+        parser.add_argument(
+            option,
+            metavar="LAW",
+            action="append",
+            default=[],
+            help=f"{verb} this law or family; several: commas, or the option again",
+        )
+    parser.add_argument(
+        "--seed", metavar="N", type=_whole, default=0, help="the seed of all cases; default: 0"
+    )
+    parser.add_argument("--proofs", action="store_true", help="read the traced step, run nothing")
+    parser.add_argument("--shard", metavar="K/N", help="check only the K-th of N parts of the laws")
+    parser.add_argument(
+        "--time-limit",
+        metavar="S",
+        type=_seconds,
+        default=deadline.DEFAULT,
+        help="seconds that importing the target, or one call of its Python code, may take; "
+        f"default: {deadline.DEFAULT:g}",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the target, show what was seen and return the exit status."""
+    _check_writable(args.json)
+    # What a target prints must not end up in the JSON.
+    to_stderr = contextlib.redirect_stdout(sys.stderr)
+    with to_stderr if args.json == "-" else contextlib.nullcontext():
+        report = _verify(args)
+        from bnverify.show import terminal
+
+        terminal.show(report)
+    if args.json:
+        _write_json(args.json, report, args.shard)
+    return 0 if report.ok else 1
+
+
+def _verify(args: argparse.Namespace) -> Report:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
+    with target.importable(target.directory(args.target)):
+        subject = target.load(args.target, time_limit=args.time_limit)
+
+        from bnverify.engine import choose, verify
+        from bnverify.show import terminal
+
+        try:
+            laws = [law.name for law in choose(_names(args.select), _names(args.ignore))]
+        except ValueError as error:
+            raise Unusable(str(error)) from None
+        if args.shard:
+            laws = Shard.parse(args.shard).take(laws)
+        if not laws:
+            raise Unusable("no law is left to check")
+        with terminal.progress(subject.name) as listener:
+            try:
+                return verify(
+                    deadline.guard(subject, args.time_limit),
+                    args.profile,
+                    seed=args.seed,
+                    select=laws,
+                    proofs_only=args.proofs,
+                    target=args.target,
+                    listener=listener,
+                )
+            except deadline.OverTime as error:
+                raise target.TargetError(str(error)) from None
+
+
+def _names(given: Sequence[str]) -> list[str]:
+    return [name.strip() for text in given for name in text.split(",") if name.strip()]
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {number}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not seconds > 0 or math.isnan(seconds):
+        raise argparse.ArgumentTypeError(f"must be more than 0 seconds, got {text}")
+    return seconds
+
+
+def _check_writable(file: str | None) -> None:
+    """Refuse a file that cannot be written before an hour of checking, not after."""
+    if file in {None, "-"}:
+        return
+    assert file is not None
+    path = Path(file)
+    if path.is_dir():
+        raise Unusable(f"--json {file} is a directory")
+    if not os.access(path.parent, os.W_OK):
+        raise Unusable(f"--json {file} cannot be written: no such directory, or not yours")
+
+
+def _write_json(file: str, report: Report, shard: str | None) -> None:
+    from bnverify.upgrade import atomic_file
+
+    text = report.to_json()
+    if shard:
+        text = json.dumps({**json.loads(text), "shard": shard}, indent=2) + "\n"
+    if file == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        atomic_file.write(Path(file), text.encode())
+    except OSError as error:
+        raise Unusable(f"--json {file} cannot be written: {error.strerror}") from None

@@ -1,0 +1,116 @@
+"""Whether a subject's functions can be called as a Subject's are, and return what theirs do."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+
+from bnverify.lazy import jax
+from bnverify.subject import State, StepInfo, Subject
+
+CALLS = {
+    "init": ("seed", "x"),
+    "step": ("state", "x", "y", "lr"),
+    "evaluate": ("state", "x", "y"),
+}
+ROWS = (4, 24)  # 24: a step may split its batch in 2, 3, 4, 6 or 8
+FEATURES = 3
+
+
+class Unfit(Exception):
+    """A function is not what the field of a Subject that holds it must be; one line says why."""
+
+
+def accepts(signature: inspect.Signature, *arguments: str) -> bool:
+    """Return whether a function with this signature can be called with these, by position."""
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def check(subject: Subject) -> None:
+    """Trace ``init``, ``step`` and ``evaluate`` once, at one small shape.
+
+    Where they do not trace they are run: code that only refuses to trace is not unfit.
+
+    Raises:
+        Unfit: one of them takes other arguments or returns something else.
+        Exception: what they raise both when traced and when run.
+    """
+    for name, arguments in CALLS.items():
+        _check_call(name, getattr(subject, name), arguments)
+    try:
+        jax.eval_shape(lambda batch: _run(subject, *batch), _batch(subject, ROWS[0]))
+    except Unfit:
+        raise
+    except Exception:  # noqa: BLE001 - whatever a user's code raises
+        _run_one_of(subject, ROWS)
+
+
+def _check_call(name: str, function: Any, arguments: tuple[str, ...]) -> None:
+    expected = f"{name}({', '.join(arguments)})"
+    if not callable(function):
+        raise Unfit(f"{name} is {described(function)}, not a function {expected}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some callables have none; the call itself will tell
+        return
+    if not accepts(signature, *arguments):
+        raise Unfit(f"{name}{signature} cannot be called as {expected}")
+
+
+def _batch(subject: Subject, rows: int) -> tuple[Any, ...]:
+    features = subject.features[0] if subject.features else FEATURES
+    # Distinct values: an init that looks at its batch must not meet a special one.
+    x = np.linspace(-1, 1, rows * features, dtype=np.float32).reshape(rows, features)
+    return np.int32(0), x, x[:, 0].copy(), np.float32(0.1)
+
+
+def _run_one_of(subject: Subject, sizes: tuple[int, ...]) -> None:
+    """Run the subject at the first of ``sizes`` that it takes; raise what it raises at the last."""
+    for rows in sizes:
+        try:
+            _run(subject, *_batch(subject, rows))
+        except Unfit:
+            raise
+        except Exception:
+            if rows == sizes[-1]:
+                raise
+        else:
+            return
+
+
+def _run(subject: Subject, seed: Any, x: Any, y: Any, lr: Any) -> None:
+    state = _state("init", subject.init(seed, x))
+    after: Any = subject.step(state, x, y, lr)
+    if not isinstance(after, tuple) or len(after) != 2 or not isinstance(after[1], StepInfo):
+        raise Unfit(f"step must return (State, StepInfo), got {described(after)}")
+    _arrays("step", "StepInfo", after[1])
+    loss = subject.evaluate(_state("step", after[0]), x, y)
+    if not hasattr(loss, "shape"):
+        raise Unfit(f"evaluate must return an array of shape (1,), got {described(loss)}")
+
+
+def _state(name: str, value: Any) -> State:
+    if not isinstance(value, State):
+        raise Unfit(f"{name} must return a bnverify.State, got {described(value)}")
+    _arrays(name, "State", value)
+    return value
+
+
+def _arrays(name: str, kind: str, value: State | StepInfo) -> None:
+    for field, tree in zip(value._fields, value, strict=True):
+        for leaf in jax.tree_util.tree_leaves(tree):
+            if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+                raise Unfit(f"{name} returns a {kind} whose {field} holds {described(leaf)}")
+
+
+def described(value: Any) -> str:
+    """Return what ``value`` is, for a message."""
+    if isinstance(value, tuple):
+        return "(" + ", ".join(type(part).__name__ for part in value) + ")"
+    return "None" if value is None else f"a value of type {type(value).__name__}"

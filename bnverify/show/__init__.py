@@ -1,0 +1,1 @@
+"""What a person sees of a report. Nothing here decides anything."""

@@ -1,0 +1,79 @@
+"""The influence matrix of a report: which entries there are, and which of them matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bnverify.laws import LAWS
+
+INPUTS = ("params", "batch_stats", "opt_state", "x", "y", "lr")
+REQUIRED = (
+    ("params", "params"),
+    ("params", "x"),
+    ("params", "y"),
+    ("batch_stats", "batch_stats"),
+    ("batch_stats", "x"),
+    ("loss", "params"),
+    ("loss", "x"),
+    ("loss", "y"),
+    ("eval_loss", "params"),
+    ("eval_loss", "batch_stats"),
+    ("eval_loss", "x"),
+    ("eval_loss", "y"),
+)
+"""(output, input) pairs without which a step trains, averages or evaluates nothing."""
+
+LEGEND = {
+    "may": "may reach it",
+    "cannot": "cannot",
+    "kept out": "cannot, as it must",
+    "leaks": "may, and must not",
+    "missing": "cannot, and must",
+}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The matrix, ready to be drawn.
+
+    Attributes:
+        inputs: the columns.
+        rows: output -> for each input a key of ``LEGEND``.
+    """
+
+    inputs: tuple[str, ...]
+    rows: dict[str, tuple[str, ...]]
+
+    def kinds(self) -> list[str]:
+        """Return which kinds of entry occur, in the order of the legend."""
+        found = {kind for row in self.rows.values() for kind in row}
+        return [kind for kind in LEGEND if kind in found]
+
+
+def matrix(flows: Mapping[str, list[str]]) -> Matrix:
+    """Return the matrix of ``report.influence["matrix"]``.
+
+    Trees that nothing reaches and that reach nothing are left out: they have no leaves.
+    """
+    reaching = {source for sources in flows.values() for source in sources}
+    empty = {name for name in INPUTS if name not in reaching and not flows.get(name)}
+    inputs = tuple(name for name in INPUTS if name not in empty)
+    forbidden = {pair for law in LAWS.values() for pair in law.forbids}
+
+    def kind(output: str, source: str) -> str:
+        if source in flows[output]:
+            return "leaks" if (output, source) in forbidden else "may"
+        if (output, source) in REQUIRED:
+            return "missing"
+        return "kept out" if (output, source) in forbidden else "cannot"
+
+    shown = [output for output in flows if output.removeprefix("eval_") not in empty]
+    return Matrix(inputs, {out: tuple(kind(out, source) for source in inputs) for out in shown})
+
+
+def scope(influence: Mapping[str, Any]) -> str:
+    """Return for which sizes the matrix speaks, in words."""
+    claim = "for all values" if influence.get("proved") else "as an example"
+    return f"read from the traced step, {claim}, {influence.get('scope', '')}"

@@ -1,0 +1,50 @@
+"""The signs a report is drawn with: told apart without colour, and on an ASCII terminal too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bnverify.evidence import Status
+
+STATUSES: tuple[Status, ...] = ("proved", "held", "violated", "untriggered", "exempt")
+STYLES: dict[str, str] = {
+    "proved": "bold green",
+    "held": "green",
+    "violated": "bold red",
+    "untriggered": "yellow",
+    "exempt": "dim",
+}
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """One set of signs.
+
+    Attributes:
+        status: status -> its sign.
+        flow: what a cell of the influence matrix says -> its sign.
+        rule: what a line is drawn with.
+    """
+
+    status: dict[str, str]
+    flow: dict[str, str]
+    rule: str
+
+
+UNICODE = Symbols(
+    status={"proved": "■", "held": "✓", "violated": "✗", "untriggered": "?", "exempt": "○"},
+    flow={"may": "●", "cannot": "·", "kept out": "✓", "leaks": "✗ leaks", "missing": "✗ missing"},
+    rule="─",
+)
+ASCII = Symbols(
+    status={"proved": "#", "held": "+", "violated": "X", "untriggered": "?", "exempt": "-"},
+    flow={"may": "o", "cannot": ".", "kept out": "-", "leaks": "X leaks", "missing": "X missing"},
+    rule="-",
+)
+
+
+def symbols(encoding: str) -> Symbols:
+    """Return the signs that text in ``encoding`` can carry."""
+    return UNICODE if encoding.lower().replace("-", "").startswith("utf") else ASCII

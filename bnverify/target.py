@@ -1,0 +1,210 @@
+"""From ``module:name`` or ``file.py:name`` to the Subject it names."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from bnverify import deadline, probe, refusals
+from bnverify.subject import Subject
+from bnverify.unusable import Unusable, did_you_mean, first_line
+
+T = TypeVar("T")
+
+REFERENCE = "bnverify.reference:sgd"
+SOLUTION = ("seed", "x_batch", "y_batch", "lr")
+
+
+class TargetError(Unusable):
+    """A target that cannot be verified: what is wrong with it, in one line."""
+
+
+def load(target: str, *, time_limit: float = deadline.DEFAULT) -> Subject:
+    """Return the subject that ``target`` names.
+
+    Args:
+        target: ``package.module:name`` or ``path/file.py:name``. What it names is a Subject, a
+            function without arguments that makes one, or a function with the signature of the
+            reference, ``(seed, x_batch, y_batch, lr)``. A file may import its neighbours.
+        time_limit: how many seconds importing it, making the subject and tracing each of its
+            functions may take.
+
+    Raises:
+        TargetError: in one line, why it names nothing that can be verified.
+    """
+    source, name = _split(target)
+    try:
+        with importable(directory(target)):
+            with deadline.limit(time_limit, f"importing {source}"):
+                module = _import(source)
+            value = _lookup(module, source, name)
+            with deadline.limit(time_limit, f"making the subject of {target}"):
+                subject = _subject(value, target)
+            with deadline.limit(time_limit, f"tracing {target}"):
+                _check(subject, target)
+    except deadline.OverTime as error:
+        raise TargetError(str(error)) from None
+    return subject
+
+
+def directory(target: str) -> Path:
+    """Return from where ``target`` imports: its file's directory, for a module the current one."""
+    source, _ = _split(target)
+    return Path(source).resolve().parent if _is_file(source) else Path.cwd()
+
+
+@contextmanager
+def importable(home: Path) -> Iterator[None]:
+    """Let the modules in ``home`` be imported in this block; afterwards sys.path is as before."""
+    before = sys.path[:]
+    sys.path.insert(0, str(home))
+    importlib.invalidate_caches()  # a file written a moment ago must be found
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _split(target: str) -> tuple[str, str]:
+    source, _, name = target.rpartition(":")
+    if not source or not all(part.isidentifier() for part in name.split(".")):
+        raise TargetError(f"a target is module:name or path/file.py:name, got {target!r}")
+    return source, name
+
+
+def _is_file(source: str) -> bool:
+    return source.endswith(".py") or "/" in source or "\\" in source or Path(source).is_file()
+
+
+def _import(source: str) -> ModuleType:
+    if _is_file(source):
+        path = Path(source)
+        if not path.exists():
+            beside = path.parent.glob("*.py") if path.parent.is_dir() else ()
+            raise TargetError(
+                f"no file {source}{did_you_mean(path.name, (p.name for p in beside))}"
+            )
+        if not path.is_file() or path.suffix != ".py":
+            raise TargetError(f"{source} is not a Python file (.py)")
+        return _running_user_code(source, lambda: _execute(path.resolve()))
+    return _running_user_code(source, lambda: importlib.import_module(source))
+
+
+def _execute(path: Path) -> ModuleType:
+    # A name of its own: a user's file may well be called like a module that others import.
+    name = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses and pickle look for it
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _running_user_code(source: str, run: Callable[[], T]) -> T:
+    """Return ``run()``; whatever it raises becomes a TargetError with the user's line."""
+    try:
+        return run()
+    except Unusable:
+        raise
+    except SystemExit as error:
+        raise TargetError(f"{source} exits with {error.code!r} when imported") from None
+    except ModuleNotFoundError as error:
+        if error.name and (source == error.name or source.startswith(f"{error.name}.")):
+            raise TargetError(f"no module {error.name!r} here or installed") from None
+        raise TargetError(f"{source} raises {first_line(error)}{user_line(error)}") from None
+    except Exception as error:  # noqa: BLE001 - whatever a user's code raises
+        hint = ""
+        if isinstance(error, ImportError) and "relative import" in str(error):
+            hint = "; name it by its module, package.module:name"
+        raise TargetError(f"{source} raises {first_line(error)}{user_line(error)}{hint}") from None
+
+
+def user_line(error: BaseException) -> str:
+    """Return " (path:line: its text)" of the innermost line of ``error`` in a user's code."""
+    if isinstance(error, SyntaxError):
+        text = (error.text or "").strip()
+        return f" ({error.filename}:{error.lineno}: {text})" if error.filename else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if not _library(frame.filename):
+            return f" ({frame.filename}:{frame.lineno}: {frame.line})"
+    return ""
+
+
+def _library(filename: str) -> bool:
+    places = (str(Path(__file__).parent), str(Path(importlib.__file__).parents[1]))
+    return filename.startswith(("<", *places)) or "site-packages" in filename
+
+
+def _lookup(module: ModuleType, source: str, name: str) -> Any:
+    value: Any = module
+    for part in name.split("."):
+        if not hasattr(value, part):
+            known = [each for each in dir(value) if not each.startswith("_")]
+            raise TargetError(f"{source} has no {name!r}{did_you_mean(part, known)}")
+        value = getattr(value, part)
+    return value
+
+
+def _subject(value: Any, target: str) -> Subject:
+    if isinstance(value, Subject):
+        return value
+    if not callable(value):
+        raise TargetError(
+            f"{target} is of type {type(value).__name__}, neither a bnverify.Subject nor a function"
+        )
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # some builtins have none
+        raise TargetError(f"{target} has no signature to read; wrap it in a function") from None
+    if probe.accepts(signature, *SOLUTION) and not probe.accepts(signature):
+        return _wrap_solution(value, target)
+    if not probe.accepts(signature):
+        raise TargetError(
+            f"{target}{signature} is called neither without arguments, to return a "
+            f"bnverify.Subject, nor with ({', '.join(SOLUTION)})"
+        )
+    made = _running_user_code(target, value)
+    if not isinstance(made, Subject):
+        raise TargetError(f"{target}() returned {probe.described(made)}, not a bnverify.Subject")
+    return made
+
+
+def _wrap_solution(function: Callable[..., Any], target: str) -> Subject:
+    try:
+        solution = importlib.import_module("bnverify.adapters.solution").solution
+    except ModuleNotFoundError:
+        raise TargetError(
+            f"{target} is one function of ({', '.join(SOLUTION)}), which this version cannot "
+            "take apart: make a bnverify.Subject of it"
+        ) from None
+    made = _running_user_code(target, lambda: solution(function))
+    assert isinstance(made, Subject)
+    return made
+
+
+def _check(subject: Subject, target: str) -> None:
+    """Refuse functions of other signatures or results than a Subject's."""
+    try:
+        probe.check(subject)
+    except probe.Unfit as error:
+        raise TargetError(f"{target}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - whatever a user's code raises
+        known = refusals.mistake(error)
+        hint = f"; usually {known.title}. Mend: {known.mend}" if known else ""
+        raise TargetError(f"{target} raises {first_line(error)}{user_line(error)}{hint}") from None
