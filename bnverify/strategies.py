@@ -1,0 +1,361 @@
+"""Hypothesis strategies for the input of a training step.
+
+Each says what is valid on a :class:`~bnverify.case.Domain`, not how often it comes. All shrink
+towards one row, one feature, zeros, seed 0 and learning rate 0.
+
+Compiling a step takes a thousand times as long as running it, so shapes come from a pool: a few for
+a whole run, others in the next run. The smallest are in every pool, so that a failure shrinks to
+them. Small arrays are drawn element by element, which shrinks well; large ones from a recipe of a
+few numbers (:mod:`bnverify.stacks`), which is quick.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import numpy.typing as npt
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.errors import InvalidArgument
+
+from bnverify.case import INT32, Case, Domain
+from bnverify.stacks import KINDS, exponents, fill, largest_float32
+
+Shape = tuple[int, int]
+Floats = npt.NDArray[np.float32]
+
+TINY_SHAPES: tuple[Shape, ...] = ((1, 1), (2, 1), (2, 2))
+POOL_SIZE = 8
+ELEMENTWISE = 16  # arrays up to this size are drawn element by element
+
+HOW = ("free", "constant", "tied rows", "offset", "recipe")
+
+DEFAULT_DOMAIN = Domain()
+
+
+def seeds() -> st.SearchStrategy[int]:
+    """Strategy for the seeds of a step: every int32. Shrinks towards 0."""
+    return st.integers(int(INT32.min), int(INT32.max))
+
+
+def learning_rates(
+    *, min_value: float = 0.0, max_value: float = DEFAULT_DOMAIN.max_lr
+) -> st.SearchStrategy[float]:
+    """Strategy for learning rates: float32 values, 0 and both ends among them.
+
+    Args:
+        min_value: the smallest; at least 0.
+        max_value: the largest; at least ``min_value``.
+
+    Raises:
+        InvalidArgument: the bounds are not finite, negative, or in the wrong order.
+    """
+    for name, value in (("min_value", min_value), ("max_value", max_value)):
+        if not (math.isfinite(value) and value >= 0):
+            raise InvalidArgument(f"{name} must be finite and at least 0, got {value!r}")
+    if min_value > max_value:
+        raise InvalidArgument(
+            f"min_value must be at most max_value={max_value!r}, got {min_value!r}"
+        )
+    low, high = -float(largest_float32(-min_value)), float(largest_float32(max_value))
+    if low > high:
+        raise InvalidArgument(f"no float32 lies between min_value={min_value!r} and {max_value!r}")
+    decades = st.integers(0, 8).map(lambda k: max(low, float(np.float32(high * 10.0**-k))))
+    # Hypothesis gives few floats between 0 and 1 but 0 itself, at which nothing moves.
+    lowest = max(low, float(np.float32(high * 1e-8)))
+    return st.sampled_from(sorted({low, high})) | decades | st.floats(lowest, high, width=32)
+
+
+def shapes(
+    *,
+    domain: Domain = DEFAULT_DOMAIN,
+    features: Sequence[int] | None = None,
+    size: int = POOL_SIZE,
+) -> st.SearchStrategy[Shape]:
+    """Strategy for (N, D), from the pool of this run. Shrinks towards (1, 1).
+
+    The pool is the same in all processes of a pytest-xdist run, and the same in every run where
+    the Hypothesis profile is derandomised.
+
+    Args:
+        domain: bounds N and D.
+        features: the D to choose from; None: up to ``domain.max_features``.
+        size: how many shapes the pool has.
+
+    Raises:
+        InvalidArgument: see :func:`shape_pool`.
+    """
+    shape_pool(0, domain=domain, features=features, size=size)  # refuses bad arguments now
+    chosen = None if features is None else tuple(features)
+
+    @st.composite
+    def shape(draw: st.DrawFn) -> Shape:
+        # Here, and not before: only inside the test are its settings in force.
+        pool = shape_pool(_run_seed(), domain=domain, features=chosen, size=size)
+        tiny = pool[: len(TINY_SHAPES)]
+        # Twice as likely as the others: a failure there spares the shrinker the way.
+        return draw(st.sampled_from([*tiny, *pool]))
+
+    return shape()
+
+
+def shape_pool(
+    seed: int,
+    *,
+    domain: Domain = DEFAULT_DOMAIN,
+    features: Sequence[int] | None = None,
+    size: int = POOL_SIZE,
+) -> tuple[Shape, ...]:
+    """Return ``size`` shapes (N, D), or as many as there are, in order of size.
+
+    The tiny ones, ``TINY_SHAPES`` or what comes nearest, are always there. The others spread evenly
+    over the logarithms of N and D.
+
+    Args:
+        seed: chooses the shapes that are not tiny.
+        domain: bounds N and D.
+        features: the D to choose from; None: up to ``domain.max_features``.
+        size: how many; at least as many as the tiny ones.
+
+    Raises:
+        InvalidArgument: naming the argument, its value and the limit.
+    """
+    _check_domain(domain)
+    if size < len(TINY_SHAPES):
+        raise InvalidArgument(f"size must be at least {len(TINY_SHAPES)}, got {size!r}")
+    if features is not None and (not features or min(features) < 1):
+        raise InvalidArgument(f"features must be one or more sizes of at least 1, got {features!r}")
+    widths = sorted(set(features or range(1, domain.max_features + 1)))
+    tiny = {(min(n, domain.max_rows), widths[min(d, len(widths)) - 1]) for n, d in TINY_SHAPES}
+    pool = set(tiny)
+    choose = random.Random(seed)  # noqa: S311 - chooses input, guards nothing
+    strata = size - len(TINY_SHAPES)
+    for i in range(strata):
+        for _ in range(10):  # where the domain has few shapes, the pool stays smaller
+            at = (i + choose.random()) / strata
+            rows = min(domain.max_rows, int(3 * (domain.max_rows / 3 + 1) ** at))
+            width = widths[int((len(widths) + 1) ** choose.random()) - 1]
+            if (rows, width) not in pool:
+                pool.add((rows, width))
+                break
+    return tuple(sorted(pool, key=lambda shape: (shape not in tiny, math.prod(shape), shape)))
+
+
+def batches(
+    shape: Shape | st.SearchStrategy[Shape] | None = None, *, domain: Domain = DEFAULT_DOMAIN
+) -> st.SearchStrategy[Floats]:
+    """Strategy for x, (N, D) float32, within ``domain.max_abs_x``. Shrinks towards zeros.
+
+    It reaches magnitudes from the smallest subnormal to the limit, both signs, zeros, constants,
+    equal rows, constant columns, and offsets far larger than the spread.
+
+    Args:
+        shape: (N, D), or a strategy for it; None: :func:`shapes`.
+        domain: bounds the values.
+
+    Raises:
+        InvalidArgument: naming the argument, its value and the limit.
+    """
+    _check_domain(domain)
+    return _shapes(shape, domain).flatmap(lambda s: _arrays(s, domain.max_abs_x))
+
+
+def targets(rows: int, *, domain: Domain = DEFAULT_DOMAIN) -> st.SearchStrategy[Floats]:
+    """Strategy for y, (N,) float32, within ``domain.max_abs_y``. Shrinks towards zeros.
+
+    Args:
+        rows: N, at least 1.
+        domain: bounds the values.
+
+    Raises:
+        InvalidArgument: naming the argument, its value and the limit.
+    """
+    _check_domain(domain)
+    if rows < 1:
+        raise InvalidArgument(f"rows must be at least 1, got {rows!r}")
+    return _arrays((rows, 1), domain.max_abs_y).map(lambda column: column[:, 0])
+
+
+def cases(
+    *,
+    domain: Domain = DEFAULT_DOMAIN,
+    shape: Shape | st.SearchStrategy[Shape] | None = None,
+    seed: st.SearchStrategy[int] | None = None,
+    lr: st.SearchStrategy[float] | None = None,
+    warmup: st.SearchStrategy[int] | None = None,
+) -> st.SearchStrategy[Case]:
+    """Strategy for whole inputs of a step, each a :class:`Case` within ``domain``.
+
+    Args:
+        domain: bounds everything that is not given.
+        shape: (N, D), or a strategy for it; None: :func:`shapes`.
+        seed: None: :func:`seeds`.
+        lr: None: :func:`learning_rates` up to ``domain.max_lr``.
+        warmup: steps before the observed one; None: 0 to ``domain.max_warmup``.
+
+    Raises:
+        InvalidArgument: naming the argument, its value and the limit.
+    """
+    _check_domain(domain)
+    shape_strategy = _shapes(shape, domain)
+    seed_strategy = seeds() if seed is None else seed
+    lr_strategy = learning_rates(max_value=domain.max_lr) if lr is None else lr
+    warmup_strategy = st.integers(0, domain.max_warmup) if warmup is None else warmup
+
+    @st.composite
+    def case(draw: st.DrawFn) -> Case:
+        rows, width = draw(shape_strategy)
+        return Case.of(
+            draw(seed_strategy),
+            draw(_arrays((rows, width), domain.max_abs_x)),
+            draw(targets(rows, domain=domain)),
+            draw(lr_strategy),
+            draw(warmup_strategy),
+        )
+
+    return case()
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """A function of the learning rate that makes an optax optimizer; its repr is the call.
+
+    Attributes:
+        name: of the function in optax.
+        options: its keyword arguments besides the learning rate.
+        stateful: whether its state has leaves.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    stateful: bool = True
+
+    def __call__(self, lr: Any) -> Any:
+        """Return the ``optax.GradientTransformation`` for learning rate ``lr``."""
+        import optax
+
+        return getattr(optax, self.name)(lr, **self.options)
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"optax.{self.name}(lr{options})"
+
+
+OPTIMIZERS = (
+    Optimizer("sgd", stateful=False),
+    Optimizer("sgd", {"momentum": 0.9}),
+    Optimizer("sgd", {"momentum": 0.5, "nesterov": True}),
+    Optimizer("adam"),
+    Optimizer("adamw", {"weight_decay": 1e-2}),
+    Optimizer("rmsprop"),
+)
+
+
+def optimizers(*, stateful: bool | None = None) -> st.SearchStrategy[Callable[[Any], Any]]:
+    """Strategy for optimizers: functions lr -> optax.GradientTransformation.
+
+    A fixed few, because each compiles a step of its own. Shrinks towards plain SGD.
+
+    Args:
+        stateful: True: only those whose state has leaves, where a statistic could hide; False:
+            only those without; None: all.
+    """
+    kept = [each for each in OPTIMIZERS if stateful is None or each.stateful == stateful]
+    return st.sampled_from(kept)
+
+
+@st.composite
+def _arrays(draw: st.DrawFn, shape: Shape, limit: float) -> Floats:
+    """Draw (N, D) float32 of magnitude at most ``limit``."""
+    small = math.prod(shape) <= ELEMENTWISE
+    # Both sizes draw the same numbers here, so that a large failure is still one when only its shape
+    # shrinks; "recipe" comes last, so that small arrays leave it for what shrinks further.
+    how = HOW[draw(st.integers(0 if small else len(HOW) - 1, len(HOW) - 1))]
+    if how == "recipe":
+        return draw(_recipes(shape, limit))
+    numbers = _numbers(limit)
+    if how == "constant":
+        return np.full(shape, draw(numbers), np.float32)
+    # The offset first, then column after column: a smaller shape leaves out neighbouring draws.
+    centre = draw(numbers) if how == "offset" else None
+    columns = (shape[1], 1 if how == "tied rows" else shape[0])
+    array = draw(hnp.arrays(np.float32, columns, elements=numbers, fill=st.nothing())).T
+    if centre is not None:  # far larger than the spread: a difference of means loses its digits
+        largest = largest_float32(limit)
+        array = np.clip(centre + array * np.float32(1e-3), -largest, largest)
+    return np.broadcast_to(array, shape).astype(np.float32)
+
+
+def _numbers(limit: float) -> st.SearchStrategy[float]:
+    """Return a strategy for float32 numbers: small integers, every decade, any float at all."""
+    high = float(largest_float32(limit))
+    lowest, highest = exponents(limit)
+    whole = st.integers(-min(3, int(limit)), min(3, int(limit))).map(float)
+    decades = st.builds(
+        lambda digit, exponent: float(np.float32(digit * 10.0**exponent)),
+        st.integers(-9, 9),
+        st.integers(lowest, highest - 1) | st.integers(-45, lowest),  # -45: the smallest subnormal
+    )
+    return whole | decades | st.floats(-high, high, width=32)
+
+
+def _recipes(shape: Shape, limit: float) -> st.SearchStrategy[Floats]:
+    """Return a strategy for arrays too large to draw one by one."""
+
+    def array(kind: str, exponent: int, seed: int) -> Floats:
+        rng = np.random.default_rng(seed)
+        stack = fill(rng, [KINDS.index(kind)], [10.0**exponent], shape, limit)
+        return stack.reshape(shape)
+
+    numbers = st.integers(0, 2**32 - 1)
+    return st.builds(array, st.sampled_from(KINDS), st.integers(*exponents(limit)), numbers)
+
+
+def _shapes(
+    shape: Shape | st.SearchStrategy[Shape] | None, domain: Domain
+) -> st.SearchStrategy[Shape]:
+    if shape is None:
+        return shapes(domain=domain)
+    if isinstance(shape, st.SearchStrategy):
+        return shape
+    if min(shape) < 1:
+        raise InvalidArgument(f"shape must be (N, D) with N and D at least 1, got {shape!r}")
+    return st.just(shape)
+
+
+def _check_domain(domain: Domain) -> None:
+    given: object = domain  # a caller need not have a type checker
+    if not isinstance(given, Domain):
+        raise InvalidArgument(f"domain must be a bnverify.Domain, got {given!r}")
+    for name in ("max_rows", "max_features"):
+        if getattr(domain, name) < 1:
+            raise InvalidArgument(
+                f"domain.{name} must be at least 1, got {getattr(domain, name)!r}"
+            )
+    for name in ("max_abs_x", "max_abs_y"):
+        if not 0 < getattr(domain, name) < math.inf:
+            raise InvalidArgument(
+                f"domain.{name} must be finite and above 0, got {getattr(domain, name)!r}"
+            )
+    if domain.max_warmup < 0:
+        raise InvalidArgument(f"domain.max_warmup must be at least 0, got {domain.max_warmup!r}")
+
+
+def _run_seed() -> int:
+    active = settings.default
+    return 0 if active is not None and active.derandomize else _random_run_seed()
+
+
+@cache
+def _random_run_seed() -> int:
+    shared = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # the same in all workers of one run
+    return zlib.crc32(shared.encode()) if shared else random.SystemRandom().getrandbits(32)
