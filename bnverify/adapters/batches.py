@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
@@ -34,3 +36,12 @@ def mse(outputs: Any, targets: Any) -> Any:
             f"{targets.shape}; pass loss= for a model that gives anything else"
         )
     return jnp.mean((predictions - targets) ** 2)
+
+
+def under_axis(axis_name: str | None, function: Callable[[Any], Any], inputs: Any) -> Any:
+    """Return ``function(inputs)``, run as the only shard of a mapped axis where one is named."""
+    if axis_name is None:
+        return function(inputs)
+    one = jax.tree_util.tree_map(lambda leaf: leaf[None], inputs)
+    out = jax.vmap(function, axis_name=axis_name)(one)
+    return jax.tree_util.tree_map(lambda leaf: leaf[0], out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -13,14 +14,15 @@ import jax.numpy as jnp
 from flax import errors, traverse_util
 
 from bnverify.adapters import reasons
-from bnverify.adapters.linen_layers import Recorder
+from bnverify.adapters.layers import Recording
+from bnverify.adapters.linen_layers import Interceptor
 from bnverify.subject import State
 
 Tree = Any
 
 
-class Model(Protocol):
-    """A module that can be initialised and applied; see ``bnverify.adapters.linen``."""
+class Module(Protocol):
+    """A linen module with its mode and its batch; see ``bnverify.adapters.linen``."""
 
     @property
     def statistics(self) -> str:
@@ -43,7 +45,7 @@ class Variables:
     """Which variables a model has and where a State keeps them.
 
     Attributes:
-        model: the model.
+        module: the module.
         mutable: what the training pass may write, as ``module.apply`` takes it.
         rngs: the random streams that it may draw from, besides "params".
         others: the collections carried besides ``params`` and the statistics.
@@ -53,7 +55,7 @@ class Variables:
         moving: names of the ``others`` that the training pass may write.
     """
 
-    model: Model
+    module: Module
     mutable: Any
     rngs: tuple[str, ...]
     others: tuple[str, ...] = ()
@@ -62,12 +64,16 @@ class Variables:
     random_eval: bool = False
     moving: tuple[str, ...] = ()
 
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Return (inputs, targets)."""
+        return self.module.batch(x, y)
+
     def init(self, seed: Any, x: Any) -> tuple[Tree, Tree, Tree]:
         """Return the initial params, statistics and extra."""
         key = jax.random.PRNGKey(seed)
-        inputs, _ = self.model.batch(x, jnp.zeros(x.shape[:1], jnp.float32))
-        variables = self.model.init({"params": key, **self._streams(key)}, inputs)
-        averages, carried = self._divide(variables.get(self.model.statistics, {}))
+        inputs, _ = self.module.batch(x, jnp.zeros(x.shape[:1], jnp.float32))
+        variables = self.module.init({"params": key, **self._streams(key)}, inputs)
+        averages, carried = self._divide(variables.get(self.module.statistics, {}))
         # The names of streams are folded in from 1, so 0 is free for the steps' own key.
         return (
             variables.get("params", {}),
@@ -75,7 +81,9 @@ class Variables:
             self._extra(variables, carried, jax.random.fold_in(key, 0)),
         )
 
-    def apply(self, state: State, inputs: Any, *, train: bool) -> tuple[Any, tuple[Tree, Tree]]:
+    def apply(
+        self, state: State, inputs: Any, *, train: bool, recording: Recording | None = None
+    ) -> tuple[Any, tuple[Tree, Tree]]:
         """Return the outputs, and the statistics and extra after the pass.
 
         The key of the random streams moves on in training only.
@@ -88,13 +96,14 @@ class Variables:
             rngs = self._streams(now)
         collections = dict(extra.get("collections", {}))
         variables = {"params": state.params, **collections}
-        statistics = self.model.statistics
+        statistics = self.module.statistics
         joined = _join(state.batch_stats, extra.get("carried", {}))
         if joined:
             variables[statistics] = joined
-        outputs, updated = self.model.apply(
-            variables, inputs, train=train, mutable=self.mutable, rngs=rngs
-        )
+        with _noting(recording, statistics):
+            outputs, updated = self.module.apply(
+                variables, inputs, train=train, mutable=self.mutable, rngs=rngs
+            )
         averages, carried = self._divide(updated.get(statistics, joined))
         after = {name: updated.get(name, old) for name, old in collections.items()}
         new_key = key if train else extra.get("key")
@@ -137,6 +146,12 @@ class Variables:
         return extra or ()
 
 
+def _noting(recording: Recording | None, statistics: str) -> AbstractContextManager[Any]:
+    if recording is None:
+        return nullcontext()
+    return nn.intercept_methods(Interceptor(recording, statistics))
+
+
 def _join(averages: Tree, carried: Tree) -> Tree:
     if not carried:
         return averages
@@ -146,7 +161,7 @@ def _join(averages: Tree, carried: Tree) -> Tree:
 
 
 def look(
-    model: Model,
+    module: Module,
     sizes: tuple[int, int],
     rngs: tuple[str, ...],
     mutable: bool | Sequence[str] | None,
@@ -155,7 +170,7 @@ def look(
     """Return the variables of a model, found by tracing it for shapes.
 
     Args:
-        model: the model.
+        module: the module.
         sizes: (N, D) to trace it at.
         rngs: names of random streams.
         mutable: the user's choice; None: every collection but ``params``.
@@ -164,25 +179,25 @@ def look(
     seed = jax.ShapeDtypeStruct((), "int32")
     x = jax.ShapeDtypeStruct(sizes, "float32")
     y = jax.ShapeDtypeStruct(sizes[:1], "float32")
-    recorder = Recorder(model.statistics)
+    recording = Recording()
 
     def initial(seed: Any, x: Any) -> Any:
         key = jax.random.PRNGKey(seed)
         streams = dict.fromkeys(("params", *rngs), key)
-        inputs, _ = model.batch(x, jnp.zeros(x.shape[:1], jnp.float32))
-        with nn.intercept_methods(recorder):
-            return model.init(streams, inputs)
+        inputs, _ = module.batch(x, jnp.zeros(x.shape[:1], jnp.float32))
+        with nn.intercept_methods(Interceptor(recording, module.statistics)):
+            return module.init(streams, inputs)
 
     variables = jax.eval_shape(initial, seed, x)
-    others = tuple(name for name in variables if name not in ("params", model.statistics))
-    everything = [model.statistics, *others]
+    others = tuple(name for name in variables if name not in ("params", module.statistics))
+    everything = [module.statistics, *others]
     chosen = everything if mutable is None else mutable
     chosen = chosen if isinstance(chosen, bool) else list(chosen)
 
     def after(variables: Any, x: Any, y: Any, key: Any, *, train: bool) -> Any:
-        inputs, _ = model.batch(x, y)
+        inputs, _ = module.batch(x, y)
         streams = dict.fromkeys(rngs, key) if key is not None else None
-        return model.apply(variables, inputs, train=train, mutable=chosen, rngs=streams)[1]
+        return module.apply(variables, inputs, train=train, mutable=chosen, rngs=streams)[1]
 
     key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
 
@@ -201,11 +216,11 @@ def look(
         if name not in updated or _shapes(updated[name]) == _shapes(variables[name])
     )
     return Variables(
-        model,
+        module,
         chosen,
         rngs,
         others=kept,
-        carried=(*carried, *(f"{path}/*" for path in sorted(recorder.power_iterated))),
+        carried=(*carried, *(f"{path}/*" for path in sorted(recording.power_iterated))),
         random=draws(train=True),
         random_eval=draws(train=False),
         moving=tuple(name for name in kept if name in updated),

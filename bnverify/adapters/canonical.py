@@ -1,0 +1,155 @@
+"""The canonical training step around any model: what linen and nnx modules have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import optax
+
+from bnverify.adapters import reasons
+from bnverify.adapters.layers import Recording, Survey, layer_inputs, survey
+from bnverify.subject import State, StepInfo, Subject, Tree
+
+EXAMPLE = (4, 6)  # the rows and, where any D will do, the features of the traces made at the start
+
+Optimizer = Callable[[Any], optax.GradientTransformation]
+Loss = Callable[[Any, Any], Any]
+
+
+class Model(Protocol):
+    """A model whose variables are split into the parts of a State."""
+
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Return (inputs, targets)."""
+
+    def init(self, seed: Any, x: Any) -> tuple[Tree, Tree, Tree]:
+        """Return the initial params, statistics and extra."""
+
+    def apply(
+        self, state: State, inputs: Any, *, train: bool, recording: Recording | None = None
+    ) -> tuple[Any, tuple[Tree, Tree]]:
+        """Return the outputs, and the statistics and extra after the pass."""
+
+    def exempt(self) -> Mapping[str, str]:
+        """Return the laws that do not apply, law name -> reason."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The canonical step; see ``bnverify.reference`` for a remark on each of its lines."""
+
+    model: Model
+    optimizer: Optimizer
+    loss: Loss
+
+    def init(self, seed: Any, x: Any) -> State:
+        """Return the state before the first step."""
+        params, batch_stats, extra = self.model.init(seed, x)
+        return State(params, batch_stats, self.optimizer(0.0).init(params), extra)
+
+    def step(self, state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
+        """Take one training step."""
+        inputs, targets = self.model.batch(x, y)
+
+        def loss_fn(params: Any) -> tuple[Any, Any]:
+            outputs, new = self.model.apply(state._replace(params=params), inputs, train=True)
+            return self.loss(outputs, targets), new
+
+        (loss, new), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        tx = self.optimizer(lr)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        batch_stats, extra = new
+        return State(params, batch_stats, opt_state, extra), StepInfo(loss, grads)
+
+    def evaluate(self, state: State, x: Any, y: Any) -> Any:
+        """Return the loss in eval mode, (1,)."""
+        inputs, targets = self.model.batch(x, y)
+        outputs, _ = self.model.apply(state, inputs, train=False)
+        return self.loss(outputs, targets).reshape(1)
+
+    def after_eval(self, state: State, x: Any, y: Any) -> State:
+        """Return the state that evaluation leaves."""
+        inputs, _ = self.model.batch(x, y)
+        _, (batch_stats, extra) = self.model.apply(state, inputs, train=False)
+        return state._replace(batch_stats=batch_stats, extra=extra)
+
+    def layer_inputs(self, state: State, x: Any, y: Any) -> Any:
+        """Return what each normalisation layer is given in the training pass."""
+        recording = Recording()
+        return layer_inputs(partial(self._noted, recording), recording, (state, x, y))
+
+    def shows_inputs(self, sizes: tuple[int, int]) -> bool:
+        """Return whether the input of any normalisation layer can be told."""
+        return bool(jax.eval_shape(self.layer_inputs, *self._example(sizes)))
+
+    def survey(self, sizes: tuple[int, int]) -> Survey:
+        """Return what one abstract trace of the training pass shows."""
+        example = self._example(sizes)
+        recording = Recording()
+        return survey(
+            jax.make_jaxpr(partial(self._noted, recording))(*example), recording, example[0]
+        )
+
+    def _noted(self, recording: Recording, state: State, x: Any, y: Any) -> Any:
+        inputs, targets = self.model.batch(x, y)
+        outputs, _ = self.model.apply(state, inputs, train=True, recording=recording)
+        return self.loss(outputs, targets)  # so that a second use of a value is seen
+
+    def _example(self, sizes: tuple[int, int]) -> tuple[Any, Any, Any]:
+        shape: Any = jax.ShapeDtypeStruct
+        x, y = shape(sizes, "float32"), shape(sizes[:1], "float32")
+        return jax.eval_shape(self.init, shape((), "int32"), x), x, y
+
+
+def example_sizes(features: tuple[int, ...] | None) -> tuple[int, int]:
+    """Return the (N, D) of the traces made at the start."""
+    return EXAMPLE[0], features[0] if features else EXAMPLE[1]
+
+
+def accepted(features: int | Collection[int] | None) -> tuple[int, ...] | None:
+    """Return the feature sizes that a user named, as a tuple; None: any."""
+    if features is None:
+        return None
+    return (features,) if isinstance(features, int) else tuple(features)
+
+
+def subject(
+    model: Model,
+    *,
+    name: str,
+    optimizer: Optimizer,
+    loss: Loss,
+    features: tuple[int, ...] | None,
+    exempt: Mapping[str, str],
+) -> Subject:
+    """Return the canonical training step of ``model``, with all that its traces show."""
+    step = Step(model, optimizer, loss)
+    sizes = example_sizes(features)
+    seen = step.survey(sizes)
+    several = reasons.several_momenta(seen.declared) if len(seen.declared) > 1 else {}
+    return Subject(
+        name=name,
+        init=step.init,
+        step=step.step,
+        evaluate=step.evaluate,
+        features=features,
+        optimizer=optimizer,
+        exempt={**model.exempt(), **several, **exempt},
+        momentum=seen.momentum,
+        layer_inputs=step.layer_inputs if step.shows_inputs(sizes) else None,
+        after_eval=step.after_eval,
+        with_optimizer=lambda other: subject(
+            model,
+            name=f"{name}, another optimizer",
+            optimizer=other,
+            loss=loss,
+            features=features,
+            exempt=exempt,
+        ),
+        biases_before_norm=seen.biases,
+    )
