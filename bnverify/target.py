@@ -82,7 +82,8 @@ def _split(target: str) -> tuple[str, str]:
 
 
 def _is_file(source: str) -> bool:
-    return source.endswith(".py") or "/" in source or "\\" in source or Path(source).is_file()
+    dotted = all(part.isidentifier() for part in source.split("."))
+    return source.endswith(".py") or not dotted or Path(source).is_file()
 
 
 def _import(source: str) -> ModuleType:

@@ -16,9 +16,9 @@ class Unusable(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x' or 'y'?" for the known names closest to ``name``, or ""."""
-    close = difflib.get_close_matches(name, list(known), n=2)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    """Return "; did you mean 'x'?" for the known name closest to ``name``; "" if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

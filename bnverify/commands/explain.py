@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     from bnverify.laws import LAWS
 
     if args.law not in LAWS:
-        raise Unusable(f"no law is named {args.law!r}{did_you_mean(args.law, LAWS)}")
+        hint = did_you_mean(args.law, LAWS) or "; see `bnverify list`"
+        raise Unusable(f"no law is named {args.law!r}{hint}")
     width = min(shutil.get_terminal_size().columns, 100)
     print("\n".join(_lines(LAWS[args.law], width)))
     return 0

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, TextIO, get_args
 
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -106,8 +105,10 @@ class Screen:
         self._summary(report)
 
     def _print(self, text: str | Text = "", *, style: str = "", indent: int = 0) -> None:
-        line = Text(text, style) if isinstance(text, str) else text
-        self._console.print(Padding(line, (0, 0, 0, indent), expand=False))
+        whole = Text(text, style) if isinstance(text, str) else text
+        for line in whole.wrap(self._console, self._console.width - indent) or [Text()]:
+            line.rstrip()
+            self._console.print(Text(" " * indent) + line)
 
     def _law(self, evidence: Evidence) -> None:
         """Print one line, and what the status rests on beside it where that fits, else below."""

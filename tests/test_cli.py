@@ -1,0 +1,327 @@
+"""The command line: exit statuses, one-line errors, JSON, and what is loaded for what."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from pkgutil import iter_modules
+
+import pytest
+
+from bnverify import commands, deadline
+from bnverify.cli import main
+from bnverify.commands import check
+from bnverify.laws import LAWS
+from bnverify.mistakes import MISTAKES
+
+ROOT = Path(__file__).parents[1]
+Run = Callable[..., tuple[int, str, str]]
+
+WRONG_SHAPE = """
+from dataclasses import replace
+from bnverify import reference
+
+sgd = reference.sgd()
+print("the target prints")
+wrong = replace(sgd, name="wrong", evaluate=lambda s, x, y: sgd.evaluate(s, x, y).reshape(()))
+"""
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command line in this process: status, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "steps.py").write_text(WRONG_SHAPE)
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        status = main(argv)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def start(*argv: str, **options: object) -> "subprocess.Popen[str]":
+    """Start the command line in a process of its own."""
+    return subprocess.Popen(  # type: ignore[call-overload, no-any-return] # options vary
+        [sys.executable, "-m", "bnverify", *argv],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def test_status_0_where_all_hold(run: Run) -> None:
+    """The reference keeps the laws of structure, by proof."""
+    status, out, err = run("check", "--proofs", "--select", "structure")
+    assert (status, err) == (0, "")
+    assert "reference[sgd]: all hold" in out
+
+
+def test_status_1_where_a_law_is_violated(run: Run) -> None:
+    """The violated law is named, and the script loads the target by the name it was given."""
+    status, out, _ = run("check", "steps.py:wrong", "--proofs", "--select", "structure")
+    assert status == 1
+    assert "✗ violated    eval_loss_has_shape_one" in out
+    assert "bnverify.load('steps.py:wrong')" in out
+
+
+def test_a_variant_of_the_reference_can_be_named(run: Run) -> None:
+    """What the package itself holds is a target like any other."""
+    status, out, _ = run(
+        "check", "bnverify.reference:adam", "--proofs", "--select", "batch_stats_are_float32"
+    )
+    assert status == 0
+    assert "reference[adam]" in out
+
+
+UNUSABLE = {
+    "": "required: COMMAND",
+    "chek": "invalid choice: 'chek'",
+    "check --profile": "argument --profile: expected one argument",
+    "check --profile slow": "invalid choice: 'slow'",
+    "check --seed x": "argument --seed: invalid",
+    "check --seed -1": "argument --seed: must be at least 0, got -1",
+    "check --time-limit 0": "argument --time-limit: must be more than 0 seconds, got 0",
+    "check --shard 3/2": "a shard is K/N with K in 1 to N, got '3/2'",
+    "check --shard 60/60 --select update": "no law is left to check",
+    "check --select speed": "no law or family is named 'speed'",
+    "check --ignore speed": "no law or family is named 'speed'",
+    "check --select update --ignore update": "no law is left to check",
+    "check --json no/such/folder/x.json": "--json no/such/folder/x.json cannot be written",
+    "check --json .": "--json . is a directory",
+    "check nowhere.py:x": "no file nowhere.py",
+    "check steps.py:rong": "steps.py has no 'rong'; did you mean 'wrong'?",
+    "check json:loads": "is called neither without arguments",
+    "check a b": "unrecognized arguments: b",
+    "explain momentum": "no law is named 'momentum'; see",
+    "explain": "required: LAW",
+}
+
+
+@pytest.mark.parametrize("line", UNUSABLE)
+def test_status_2_and_one_line_where_the_command_is_unusable(run: Run, line: str) -> None:
+    """A command or target that cannot be used gets one line on standard error, no traceback."""
+    status, _, err = run(*line.split())
+    assert status == 2
+    assert UNUSABLE[line] in err
+    assert err.count("\n") == 1
+    assert err.startswith("bnverify: ")
+
+
+def test_a_step_that_hangs_while_it_is_checked_is_unusable(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit holds for every later call of the target too."""
+
+    def verify(*args: object, **options: object) -> None:
+        raise deadline.OverTime("step of mine took more than 1 s")
+
+    monkeypatch.setattr("bnverify.engine.verify", verify)
+    status, _, err = run("check")
+    assert (status, err) == (2, "bnverify: step of mine took more than 1 s\n")
+
+
+def test_status_3_where_bnverify_itself_fails(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An internal error is one line, and its traceback lies in the file that the line names."""
+
+    def verify(*args: object, **options: object) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("bnverify.engine.verify", verify)
+    monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "cache"))
+    status, _, err = run("check")
+    assert status == 3
+    assert err.startswith("bnverify: internal error: RuntimeError: two; traceback in ")
+    assert err.count("\n") == 1
+    file = Path(err.split(" in ")[-1].strip())
+    assert file.parent == tmp_path / "cache" / "errors"
+    assert 'raise RuntimeError("two\\nlines")' in file.read_text()
+
+
+def test_a_traceback_is_kept_where_the_cache_is_not_writeable(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Then it lies with the temporary files."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(check, "_verify", lambda args: 1 / 0)
+    monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    _, _, err = run("check")
+    assert "ZeroDivisionError" in next((tmp_path / "elsewhere").iterdir()).read_text()
+    assert f"traceback in {tmp_path / 'elsewhere'}" in err
+
+
+def test_ctrl_c_ends_without_a_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted, the status is 130, as a shell expects."""
+
+    def interrupted(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "_verify", interrupted)
+    assert run("check") == (130, "", "bnverify: interrupted\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of this kind are POSIX's")
+def test_ctrl_c_during_a_long_check(tmp_path: Path) -> None:
+    """A real signal to a real process, while its target's import sleeps."""
+    (tmp_path / "sleeps.py").write_text(
+        f"import time, pathlib\npathlib.Path({str(tmp_path / 'started')!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+    process = start("check", f"{tmp_path / 'sleeps.py'}:x")
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "bnverify: interrupted\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes break so on POSIX")
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """`bnverify list | head -1` says nothing on standard error."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.run(
+        [sys.executable, "-m", "bnverify", "list"],
+        cwd=ROOT,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (141, "")
+
+
+def test_json_has_the_documented_fields(run: Run, tmp_path: Path) -> None:
+    """The field names are a public contract."""
+    status, _, _ = run("check", "steps.py:wrong", "--proofs", "--json", "report.json")
+    assert status == 1
+    data = json.loads((tmp_path / "report.json").read_text())
+    fields = {"bnverify", "versions", "subject", "ok", "seconds", "cases", "results", "influence"}
+    assert fields <= set(data)
+    assert (data["subject"], data["ok"]) == ("wrong", False)
+    assert {"jax", "flax", "optax"} <= set(data["versions"])
+    law_fields = ("law", "family", "status", "cases", "residual", "reason", "counterexample",
+                  "diagnosis")  # fmt: skip
+    for result in data["results"]:
+        assert set(law_fields) <= set(result)
+    assert [result["law"] for result in data["results"]] == list(LAWS)
+
+
+def test_json_on_standard_output_is_json_alone(run: Run) -> None:
+    """What the target prints and what people read goes to standard error then."""
+    _, out, err = run("check", "steps.py:wrong", "--proofs", "--json", "-")
+    assert json.loads(out)["subject"] == "wrong"
+    assert "the target prints" in err
+    assert "1 of" in err
+
+
+def test_an_unusable_target_leaves_an_old_report_alone(run: Run, tmp_path: Path) -> None:
+    """The file is written whole, at the end, or not at all."""
+    (tmp_path / "report.json").write_text("old")
+    assert run("check", "nowhere.py:x", "--json", "report.json")[0] == 2
+    assert (tmp_path / "report.json").read_text() == "old"
+
+
+def test_shards_cover_every_law_once(run: Run, tmp_path: Path) -> None:
+    """The shards of a selection are disjoint and together all of it, each saying which it is."""
+    seen: list[str] = []
+    for shard in ("1/2", "2/2"):
+        run("check", "--proofs", "--select", "structure", "--shard", shard, "--json", "part.json")
+        data = json.loads((tmp_path / "part.json").read_text())
+        assert data["shard"] == shard
+        seen += [result["law"] for result in data["results"]]
+    assert sorted(seen) == sorted(law.name for law in LAWS.values() if law.family == "structure")
+
+
+def test_laws_are_selected_and_ignored_by_name_and_family(run: Run, tmp_path: Path) -> None:
+    """Several names are joined by commas or given one by one."""
+    run("check", "--proofs", "--select", "structure,influence", "--select", "momentum_is_as_declared",
+        "--ignore", "gradients_match_params", "--json", "report.json")  # fmt: skip
+    data = json.loads((tmp_path / "report.json").read_text())
+    laws = {result["law"] for result in data["results"]}
+    assert "momentum_is_as_declared" in laws
+    assert "gradients_match_params" not in laws
+    assert {result["family"] for result in data["results"]} == {
+        "structure",
+        "influence",
+        "statistics",
+    }
+
+
+def test_list_names_every_law(run: Run) -> None:
+    """Piped, it is one law a line: family, name, claim."""
+    _, out, _ = run("list")
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [name for _, name, _ in rows] == list(LAWS)
+    assert all(LAWS[name].family == family for family, name, _ in rows)
+
+
+def test_list_is_for_people_in_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the claims are wrapped to its width."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, _ = run("list")
+    assert max(map(len, out.splitlines())) <= 60
+    for name in LAWS:
+        assert f"  {name}\n" in out
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_explain_tells_all_about_a_law(run: Run, name: str) -> None:
+    """Claim, source, and each mistake with its mend."""
+    status, out, _ = run("explain", name)
+    text, law = " ".join(out.split()), LAWS[name]
+    assert status == 0
+    for part in (law.claim, law.source, *(MISTAKES[each].mend for each in law.mistakes)):
+        assert " ".join(part.split()) in text
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    """`bnverify --version` says which one runs, where it is installed."""
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    try:
+        version = metadata.version("bnverify")
+    except metadata.PackageNotFoundError:
+        version = "unknown"
+    assert capsys.readouterr().out == f"bnverify {version}\n"
+
+
+def test_help_list_and_explain_load_nothing_heavy() -> None:
+    """They answer at once: neither jax nor Hypothesis nor rich is imported for them."""
+    code = (
+        "import sys\n"
+        "from bnverify.cli import main\n"
+        "for argv in (['list'], ['explain', 'gradients_match_params'], ['check', 'nowhere.py:x']):\n"
+        "    main(argv)\n"
+        "try: main(['check', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'jax', 'flax', 'optax', 'hypothesis', 'rich', 'pytest'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.splitlines()[1:]) == (0, [])
+
+
+def test_every_command_is_a_module_of_its_own() -> None:
+    """The table of commands is the folder: each module adds the parser of its own name."""
+    for module in iter_modules(commands.__path__):
+        command = importlib.import_module(f"bnverify.commands.{module.name}")
+        assert callable(command.add_parser)
+        assert callable(command.run)

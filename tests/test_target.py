@@ -1,0 +1,324 @@
+"""What a target names, and what is said of one that names nothing to verify."""
+
+import contextlib
+import inspect
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bnverify import deadline, probe
+from bnverify.subject import Subject
+from bnverify.target import TargetError, importable, load
+
+STEPS = """
+import jax.numpy as jnp
+from bnverify import State, StepInfo, Subject
+import neighbour
+
+def init(seed, x):
+    return State({"w": jnp.zeros(x.shape[1])}, {}, ())
+
+def step(state, x, y, lr):
+    w = state.params["w"]
+    return State({"w": w - lr * x.mean(0)}, {}, ()), StepInfo(jnp.mean(x @ w - y), {"w": x.mean(0)})
+
+def evaluate(state, x, y):
+    return jnp.mean(x @ state.params["w"] - y).reshape(1)
+
+subject = Subject("mine", init, step, evaluate)
+
+def make():
+    import neighbour_of_the_function
+    return subject
+
+class Steps:
+    inner = subject
+
+number = 3
+
+def two_arguments(a, b):
+    return subject
+
+def makes_a_number():
+    return 3
+
+def raises():
+    return 1 / 0
+
+def hangs():
+    while True:
+        try:
+            while True:
+                pass
+        except BaseException:
+            pass
+        else:
+            pass
+
+def without(**changes):
+    from dataclasses import replace
+    return replace(subject, **changes)
+
+step_of_two = without(step=lambda state, x: (state, StepInfo(None, None)))
+step_returns_state = without(step=lambda state, x, y, lr: state)
+step_returns_pair = without(step=lambda state, x, y, lr: (state, 1.0))
+no_init = without(init=None)
+init_returns_tuple = without(init=lambda seed, x: (1, 2, 3))
+holds_text = without(init=lambda seed, x: State({"w": "text"}, {}, ()))
+evaluates_to_none = without(evaluate=lambda state, x, y: None)
+
+def forgetful(state, x, y, lr):
+    raise ValueError('cannot update "mean": collection "batch_stats" is immutable')
+
+raises_in_step = without(step=forgetful)
+
+def slow(state, x, y, lr):
+    while True:
+        pass
+
+hangs_in_step = without(step=slow)
+
+def concrete(state, x, y, lr):
+    if float(x[0, 0]) > 100:
+        raise ValueError
+    return step(state, x, y, lr)
+
+does_not_trace = without(step=concrete)
+
+def batches_of_24(state, x, y, lr):
+    if x.shape[0] % 24:
+        raise ValueError("not by 24")
+    return step(state, x, y, lr)
+
+takes_24 = without(step=batches_of_24)
+two_features = without(features=(2,), init=lambda seed, x: State({"w": jnp.zeros(2)}, {}, ()))
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "steps.py").write_text(STEPS)
+    (tmp_path / "neighbour.py").write_text("")
+    (tmp_path / "neighbour_of_the_function.py").write_text("")
+    (tmp_path / "syntax.py").write_text("x = (\n")
+    (tmp_path / "missing_import.py").write_text("import no_such_module_anywhere\n")
+    (tmp_path / "relative.py").write_text("from .steps import subject\n")
+    (tmp_path / "exits.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "steps.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    modules = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - modules:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    "target", ["steps.py:subject", "steps.py:make", "steps.py:Steps.inner", "./steps.py:make",
+               "steps:subject", "steps:make"]
+)  # fmt: skip
+def test_a_target_names_a_subject(here: Path, target: str) -> None:
+    """A Subject, or a function that makes one, in a file or a module; neighbours import."""
+    assert load(target).name == "mine"
+
+
+@pytest.mark.parametrize("name", ["does_not_trace", "takes_24", "two_features"])
+def test_only_what_cannot_be_verified_is_refused(here: Path, name: str) -> None:
+    """Code that does not trace, or takes some sizes only, is left to the laws."""
+    assert isinstance(load(f"steps.py:{name}"), Subject)
+
+
+def test_an_absolute_path_works_from_anywhere(here: Path) -> None:
+    """The file's own directory is where it imports from."""
+    (here / "elsewhere").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here / "elsewhere")
+        assert load(f"{here / 'steps.py'}:subject").name == "mine"
+        assert load("../steps.py:subject").name == "mine"
+
+
+def test_sys_path_is_left_alone(here: Path) -> None:
+    """After loading, and after failing to, sys.path is what it was."""
+    before = sys.path[:]
+    load("steps.py:make")
+    with pytest.raises(TargetError):
+        load("steps.py:nothing")
+    assert sys.path == before
+
+
+def test_a_file_is_read_anew(here: Path) -> None:
+    """A file that has changed since it was last loaded is what counts."""
+    load("steps.py:subject")
+    (here / "steps.py").write_text(STEPS.replace('"mine"', '"changed"'))
+    assert load("steps.py:subject").name == "changed"
+
+
+REFUSED = {
+    "steps.py": "a target is module:name or path/file.py:name, got 'steps.py'",
+    "steps.py:": "a target is module:name",
+    "steps.py:not a name": "a target is module:name",
+    "step.py:subject": "no file step.py; did you mean 'steps.py'?",
+    "no/such/step.py:subject": "no file no/such/step.py",
+    "steps.txt:subject": "steps.txt is not a Python file",
+    ".:subject": ". is not a Python file",
+    "no_such_module:subject": "no module 'no_such_module'",
+    "bnverify.no_such_module:subject": "no module 'bnverify.no_such_module'",
+    "steps.py:subjet": "steps.py has no 'subjet'; did you mean 'subject'?",
+    "steps.py:Steps.outer": "steps.py has no 'Steps.outer'",
+    "syntax.py:x": "(syntax.py:1: x = ()",
+    "missing_import.py:x": "missing_import.py:1: import no_such_module_anywhere",
+    "relative.py:x": "name it by its module",
+    "exits.py:x": "exits.py exits with 3 when imported",
+    "steps.py:number": "steps.py:number is of type int, neither a bnverify.Subject nor a function",
+    "steps.py:two_arguments": "two_arguments(a, b) is called neither without arguments",
+    "steps.py:makes_a_number": "returned a value of type int, not a bnverify.Subject",
+    "steps.py:raises": "raises ZeroDivisionError: division by zero",
+    "steps.py:step_of_two": "step(state, x) cannot be called as step(state, x, y, lr)",
+    "steps.py:step_returns_state": "step must return (State, StepInfo), got (dict, dict, tuple",
+    "steps.py:step_returns_pair": "step must return (State, StepInfo), got (State, float)",
+    "steps.py:no_init": "init is None, not a function init(seed, x)",
+    "steps.py:init_returns_tuple": "init must return a bnverify.State, got (int, int, int)",
+    "steps.py:holds_text": "init returns a State whose params holds a value of type str",
+    "steps.py:evaluates_to_none": "evaluate must return an array of shape (1,), got None",
+    "steps.py:raises_in_step": "usually batch_stats was not declared mutable. Mend: model.apply",
+    "builtins:iter": "has no signature to read",
+}
+
+
+@pytest.mark.parametrize("target", REFUSED)
+def test_a_target_that_names_nothing_is_refused(here: Path, target: str) -> None:
+    """One line says what is wrong."""
+    with pytest.raises(TargetError) as refusal:
+        load(target)
+    message = str(refusal.value)
+    assert REFUSED[target] in message.replace(f"{here}/", "")
+    assert "\n" not in message
+
+
+def test_the_line_that_raises_is_shown(here: Path) -> None:
+    """The user's own line, not one of a library's or of ours."""
+    number = STEPS.splitlines().index("    return 1 / 0") + 1
+    with pytest.raises(TargetError, match=rf"\({here}/steps.py:{number}: return 1 / 0\)"):
+        load("steps.py:raises")
+
+
+@pytest.mark.parametrize("name", ["hangs_in_step", "hangs"])
+def test_code_that_hangs_is_ended(here: Path, name: str) -> None:
+    """Past the time limit a loop ends with a TargetError that says which."""
+    if name == "hangs":
+        (here / "steps.py").write_text(STEPS.replace("except BaseException", "except Exception"))
+    with pytest.raises(TargetError, match=f"steps.py:{name} took more than 0.3 s"):
+        load(f"steps.py:{name}", time_limit=0.3)
+
+
+def test_an_import_that_hangs_is_ended(here: Path) -> None:
+    """Likewise at import."""
+    (here / "loops.py").write_text("while True:\n    pass\n")
+    with pytest.raises(TargetError, match=r"importing loops.py took more than 0.3 s"):
+        load("loops.py:x", time_limit=0.3)
+
+
+def test_a_limit_rings_again() -> None:
+    """Code that swallows the first signal meets the next."""
+
+    def swallow() -> None:
+        with deadline.limit(0.05, "swallowing"):
+            for _ in range(2):
+                try:
+                    while True:
+                        pass
+                except deadline.OverTime:
+                    pass
+            while True:
+                pass
+
+    # Rung at 0.05 s and each second after; the third is not swallowed.
+    with pytest.raises(deadline.OverTime, match=r"swallowing took more than 0.05 s"):
+        swallow()
+
+
+def test_a_limit_inside_a_limit_gives_the_outer_one_back() -> None:
+    """The outer limit still holds after the inner one is gone."""
+
+    def nested() -> None:
+        with deadline.limit(0.2, "the outer"):
+            with deadline.limit(60, "the inner"):
+                pass
+            while True:
+                pass
+
+    with pytest.raises(deadline.OverTime, match="the outer"):
+        nested()
+
+
+def test_another_thread_has_no_limit() -> None:
+    """Signals reach the main thread alone, so elsewhere the block just runs."""
+    done = []
+
+    def run() -> None:
+        with deadline.limit(1e-6, "anything"):
+            done.append(sum(range(1000)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert done == [sum(range(1000))]
+
+
+def test_guarded_functions_are_limited_and_otherwise_the_same(here: Path) -> None:
+    """A guarded subject gives what the subject gives, and ends where one of its calls hangs."""
+    subject = load("steps.py:subject")
+    hanging = load("steps.py:does_not_trace")
+    with pytest.raises(deadline.OverTime, match="step of mine took more than"):
+        deadline.guard(_hang(hanging), 0.05).step(None, None, None, None)
+    guarded = deadline.guard(subject, 60)
+    assert guarded.layer_inputs is None
+    assert inspect.signature(guarded.step) == inspect.signature(subject.step)
+    probe.check(guarded)
+
+
+def _hang(subject: Subject) -> Subject:
+    from dataclasses import replace
+
+    def step(state: object, x: object, y: object, lr: object) -> None:
+        while True:
+            pass
+
+    return replace(subject, step=step)  # type: ignore[arg-type] # it never returns
+
+
+def test_an_optimizer_put_in_is_guarded_too() -> None:
+    """What with_optimizer makes of a guarded subject is guarded."""
+    made = Subject("probed", _nothing, _nothing, _nothing)
+    subject = Subject("plain", _nothing, _nothing, _nothing, with_optimizer=lambda tx: made)
+    around = deadline.guard(subject, 60).with_optimizer
+    assert around is not None
+    assert around(None).step is not made.step
+
+
+def _nothing(*args: object) -> None:
+    """Stand in for a function of a subject."""
+
+
+def test_importable_restores_the_path_after_an_error(tmp_path: Path) -> None:
+    """Whatever happens in the block, sys.path is as before."""
+    before = sys.path[:]
+    with contextlib.suppress(KeyError), importable(tmp_path):
+        assert sys.path[0] == str(tmp_path)
+        raise KeyError
+    assert sys.path == before
+
+
+def test_importing_the_module_loads_no_jax() -> None:
+    """Refusing a misspelt file must not take the seconds that importing jax does."""
+    code = (
+        "import sys, bnverify\n"
+        "try: bnverify.load('nowhere.py:x')\n"
+        "except bnverify.TargetError: pass\n"
+        "assert not {'jax', 'flax', 'hypothesis'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
