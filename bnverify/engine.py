@@ -30,6 +30,7 @@ def verify(
     select: Collection[str] = (),
     ignore: Collection[str] = (),
     proofs_only: bool = False,
+    fail_fast: bool = False,
     target: str | None = None,
     listener: Listener | None = None,
 ) -> Report:
@@ -42,6 +43,7 @@ def verify(
         select: names of laws or families to check; empty: all.
         ignore: names of laws or families to leave out.
         proofs_only: read the traced step and run nothing.
+        fail_fast: stop at the first proofs or shape that show a violation.
         target: how the counterexample scripts name the subject: "module:name" or "file.py:name".
         listener: told of progress.
 
@@ -72,8 +74,10 @@ def verify(
         plan,
         seed,
         lambda doing, cases: tell(doing, cases, None),
+        fail_fast=fail_fast,
     )
-    if running and not proofs_only:
+    done = fail_fast and any(evidence.status == "violated" for evidence in known.values())
+    if running and not proofs_only and not done:
         compile_cache.enable()
         runs.run()
     for law in running:
@@ -91,6 +95,7 @@ def verify(
                 reason=f"{evidence.reason}; {way}" if way else evidence.reason,
                 counterexample=script(law.name, case, target),
                 diagnosis=diagnose(law, violated),
+                shape=case.shape if case is not None else None,
             )
         results.append(evidence)
     return Report(

@@ -26,6 +26,7 @@ class Evidence:
         reason: one line, what the status rests on.
         counterexample: a script that shows the violation when pasted and run.
         diagnosis: the likely mistake and its mend.
+        shape: (N, D) of the counterexample; None where any case shows it.
     """
 
     law: str
@@ -36,6 +37,7 @@ class Evidence:
     reason: str = ""
     counterexample: str | None = None
     diagnosis: str | None = None
+    shape: tuple[int, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the public JSON form; a residual that is not finite is the string "inf"."""

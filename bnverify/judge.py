@@ -112,6 +112,10 @@ def judged(laws: Iterable[Law], available: Collection[str]) -> list[Law]:
     return [law for law in laws if law.kind != "structure" and set(law.needs) <= set(available)]
 
 
+_PROGRAMS: dict[Any, Compiled] = {}
+"""Laws know nothing of the step: two subjects with trees alike share the compiled laws."""
+
+
 class Judge:
     """Residuals of laws on transitions of one subject, with the step's rounding as tolerance.
 
@@ -130,10 +134,9 @@ class Judge:
     ) -> None:
         self.block = block
         self._subject = subject
-        self._facts = facts
         self._optimise = optimise
         self._noise = Noise(subject, optimise=optimise)
-        self._programs: dict[tuple[str, ...], Compiled] = {}
+        self._facts = {name: tuple(value) for name, value in facts.items()}
 
     def residuals(self, t: Transition, laws: Sequence[Law]) -> dict[str, Any]:
         """Return law name -> residuals, (block,), of stacked transitions."""
@@ -142,10 +145,11 @@ class Judge:
             return {}
         if any("noise" in law.needs for law in laws):
             t = self._noise(t)
-        if names not in self._programs:
-            self._programs[names] = Compiled(jax.vmap(self._program(laws)), optimise=self._optimise)
+        key = (names, tuple(self._facts.items()), self._subject.oracle, self._optimise)
+        if key not in _PROGRAMS:
+            _PROGRAMS[key] = Compiled(jax.vmap(self._program(laws)), optimise=self._optimise)
         with compat.enable_x64():
-            out = self._programs[names](t)
+            out = _PROGRAMS[key](t)
         return {name: np.asarray(values) for name, values in out.items()}
 
     def each(self, transitions: Sequence[Transition], laws: Sequence[Law]) -> list[dict[str, Any]]:
@@ -160,20 +164,21 @@ class Judge:
         return found
 
     def _program(self, laws: Sequence[Law]) -> Callable[[Transition], dict[str, Any]]:
+        facts, oracle = self._facts, self._subject.oracle
+
         def residuals(t: Transition) -> dict[str, Any]:
-            known = {**t.facts, **self._facts}
-            if self._subject.oracle is not None:
-                known["oracle"] = derivation(self._subject, t)
+            known = {**t.facts, **facts}
+            if oracle is not None:
+                known["oracle"] = derivation(oracle, t)
             t = t._replace(facts=known)
             return {law.name: law.check(t) for law in laws}
 
         return residuals
 
 
-def derivation(subject: Subject, t: Transition) -> Any:
-    """Return what the subject's oracle expects: of the step, and of evaluation in its outcome."""
-    assert subject.oracle is not None
+def derivation(oracle: Any, t: Transition) -> Any:
+    """Return what an oracle expects: of the step, and of evaluation in the step's outcome."""
     before, after, case = jax.tree_util.tree_map(wide, (t.before, t.after, t.case))
-    expected = subject.oracle.expected(before, case.x, case.y, case.lr, xp=jnp)
-    loss = subject.oracle.evaluate(after.params, after.batch_stats, case.x, case.y, xp=jnp)
+    expected = oracle.expected(before, case.x, case.y, case.lr, xp=jnp)
+    loss = oracle.evaluate(after.params, after.batch_stats, case.x, case.y, xp=jnp)
     return expected._replace(eval_loss=loss)

@@ -34,6 +34,7 @@ class Runs:
         plan: how much to run.
         seed: from which all cases are drawn.
         tell: told what is being done and how many cases were run so far.
+        fail_fast: whether to stop at the first shape that shows a violation.
 
     Attributes:
         tallies: law name -> its tally.
@@ -49,12 +50,15 @@ class Runs:
         plan: Profile,
         seed: int,
         tell: Tell,
+        *,
+        fail_fast: bool = False,
     ) -> None:
         self._subject = subject
         self._facts = dict(facts)
         self._plan = plan
         self._seed = seed
         self._tell = tell
+        self._fail_fast = fail_fast
         self._domain = Domain()
         self._optimise = plan.blocks > OFTEN
         self._judge = Judge(subject, facts, plan.block, optimise=self._optimise)
@@ -89,6 +93,11 @@ class Runs:
         reason = "" if law.kind == "residual" else "shown by a case"
         return Evidence(law.name, law.family, "held", tally.triggered, tally.worst, reason)
 
+    @property
+    def _enough(self) -> bool:
+        residual = (tally for tally in self.tallies.values() if tally.law.kind == "residual")
+        return self._fail_fast and any(tally.violated for tally in residual)
+
     def _shapes(self) -> tuple[list[Shape], list[Shape]]:
         """Return the tiny shapes, where counterexamples are small, and the further ones."""
         features, tiny = self._subject.features, len(strategies.TINY_SHAPES)
@@ -116,6 +125,8 @@ class Runs:
                 line = (str(error).strip().splitlines() or [""])[0]
                 self.notes.append(f"not run under vmap: {type(error).__name__}: {line}")
                 return None
+            if self._enough:
+                break
         return volume
 
     def _explore(self, shapes: list[Shape], volume: Volume | None) -> Exploration:
@@ -123,7 +134,7 @@ class Runs:
         all_laws = [tally.law for tally in self.tallies.values()]
         laws = [law for law in all_laws if volume is None or law.name not in volume.laws]
         exploration = Exploration(self._subject, laws, self._judge, volume)
-        if not judged(laws, NEEDS | CALLS):
+        if self._enough or not judged(laws, NEEDS | CALLS):
             return exploration
         cases = draw(shapes, self._domain, self._plan.examples, self._seed)
         for index, case in enumerate(cases):

@@ -1,0 +1,133 @@
+"""Verify the verifier: hold every fault of the catalogue to the laws and see which ones notice."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bnverify.engine import verify
+from bnverify.evidence import Report
+from bnverify.mutants import Mutant
+from bnverify.profile import Profile
+from bnverify.unusable import first_line
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the laws say about one fault.
+
+    Attributes:
+        mutant: its name.
+        family: its family.
+        laws: the laws that it breaks.
+        refusal: how jax or flax refused it, where they did; empty where it ran.
+        seconds: how long the check took.
+        shape: (N, D) of the smallest counterexample; None where no case is needed.
+        diagnosed: whether the first diagnosis of some broken law names the fault's mistake.
+        survives: the stated reason why nothing need catch it.
+    """
+
+    mutant: str
+    family: str
+    laws: tuple[str, ...]
+    refusal: str
+    seconds: float
+    shape: tuple[int, int] | None
+    diagnosed: bool
+    survives: str
+
+    @property
+    def killed(self) -> bool:
+        """Whether a law noticed, or the libraries refused the step."""
+        return bool(self.laws or self.refusal)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The findings on a catalogue."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def survivors(self) -> tuple[Finding, ...]:
+        """The faults that no law noticed."""
+        return tuple(finding for finding in self.findings if not finding.killed)
+
+    @property
+    def unexplained(self) -> tuple[Finding, ...]:
+        """The survivors without a stated reason."""
+        return tuple(finding for finding in self.survivors if not finding.survives)
+
+    def alone(self) -> dict[str, list[str]]:
+        """Return law -> the faults that it alone notices."""
+        kills: dict[str, list[str]] = {}
+        for finding in self.findings:
+            if len(finding.laws) == 1:
+                kills.setdefault(finding.laws[0], []).append(finding.mutant)
+        return kills
+
+    def to_json(self) -> str:
+        """Return the findings as JSON text."""
+        data = {
+            "faults": len(self.findings),
+            "killed": sum(finding.killed for finding in self.findings),
+            "median_seconds": round(statistics.median(f.seconds for f in self.findings), 3),
+            "findings": [asdict(finding) for finding in self.findings],
+            "alone": self.alone(),
+        }
+        return json.dumps(data, indent=2) + "\n"
+
+
+def audit(
+    mutants: Iterable[Mutant],
+    profile: str | Profile = "quick",
+    *,
+    seed: int = 0,
+    listener: Callable[[Finding], None] | None = None,
+) -> Audit:
+    """Hold each of ``mutants`` to the laws.
+
+    Args:
+        mutants: the faults.
+        profile: how much to do for each.
+        seed: from which the cases are drawn.
+        listener: told of each finding.
+    """
+    findings = []
+    for mutant in mutants:
+        finding = examine(mutant, profile, seed)
+        findings.append(finding)
+        if listener is not None:
+            listener(finding)
+    return Audit(tuple(findings))
+
+
+def examine(mutant: Mutant, profile: str | Profile, seed: int) -> Finding:
+    """Return what the laws say about one fault."""
+    started = time.perf_counter()
+    refusal = ""
+    report: Report | None = None
+    try:
+        report = verify(mutant.make(), profile, seed=seed)
+    except Exception as error:  # noqa: BLE001 - a fault may raise whatever it likes
+        refusal = first_line(error)
+    broken = report.violated if report else ()
+    return Finding(
+        mutant=mutant.name,
+        family=mutant.family,
+        laws=tuple(evidence.law for evidence in broken),
+        refusal=refusal,
+        seconds=time.perf_counter() - started,
+        shape=_smallest([evidence.shape for evidence in broken]),
+        diagnosed=any((e.diagnosis or "").startswith(f"{mutant.mistake}:") for e in broken),
+        survives=mutant.survives,
+    )
+
+
+def _smallest(shapes: Sequence[Any]) -> tuple[int, int] | None:
+    known = [shape for shape in shapes if shape is not None]
+    return min(known, key=lambda shape: (shape[0] * shape[1], shape)) if known else None
