@@ -172,7 +172,7 @@ def _build(
     own, own_key = bnverify_itself(store, token)
     paths = [own]
     with store.scratch() as work:
-        tool = uv.Uv(work, token, _UV_SECONDS)
+        tool = uv.Uv(work, requirement.directory, token, _UV_SECONDS)
         if requirement.kind == "python":
             found = releases.there(requirement, token)
         else:
@@ -183,7 +183,7 @@ def _build(
         elif sources:
             paths += sources.places()
     paths += [path.absolute() for path in extra_paths]
-    decisive = [found.version, found.versions, own_key, sources and sources.key, *map(str, paths)]
+    decisive = [found.key, own_key, sources and sources.key, [str(path) for path in paths]]
     return Environment(
         requirement=requirement.text,
         python=found.python,

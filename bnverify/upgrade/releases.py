@@ -27,6 +27,8 @@ _FORMAT = 1  # raise it when the same pins shall make another environment
 _IMPORTED = ("jax", "flax", "optax")
 _IMPORT_SECONDS = 300  # for the first import, which compiles byte code: 3 to 10 s where it is idle
 
+_NAMED = re.compile(r"[A-Za-z0-9._-]+(\[[^\]]*\])?\s*(==|\s@\s)")
+
 _LOOK = """
 import importlib, importlib.metadata, json, platform, sys
 for name in sys.argv[1:]:
@@ -44,11 +46,13 @@ class Releases:
         python: the interpreter to run.
         version: its version, as 3.11.7.
         versions: of every distribution, by normalised name.
+        key: a hash of what is installed.
     """
 
     python: Path
     version: str
     versions: dict[str, str]
+    key: str
 
 
 def there(requirement: Requirement, token: Token) -> Releases:
@@ -75,27 +79,28 @@ def install(requirement: Requirement, project: Project | None, store: Store, uv:
         EnvironmentUnavailableError: it installs but does not import, or is not what was asked for.
     """
     interpreter, lines = resolve(requirement, store, uv)
-    options = [line for line in lines if line.startswith("--")]
-    pins = [line for line in lines if not line.startswith("--")]
+    options = [line for line in lines if re.match("--(?!editable)", line)]
+    pins = [line for line in lines if line not in options]
     if project and project.builds:
-        given = {_name(pin) for pin in pins}
-        beside = project.dependencies(uv, [p for p in pins if not p.startswith("-")], interpreter)
-        pins += [p for p in beside if not p.startswith("--") and _name(p) not in given]
-    local = [_hash_of_local(pin) for pin in pins]
-    parts = [_FORMAT, interpreter.name, str(interpreter.path.resolve()), sorted(pins), local]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        named = {_name(pin): pin for pin in pins if _NAMED.match(pin)}
+        beside = project.dependencies(uv, list(named.values()), interpreter)
+        pins += [pin for pin in beside if not pin.startswith("--") and _name(pin) not in named]
+    local = {pin: path for pin in pins if (path := _local(pin, requirement.directory))}
+    hashes = [trees.digest_any(path) for path in local.values()]
+    key = _hash([_FORMAT, interpreter.name, str(interpreter.path.resolve()), sorted(pins), hashes])
 
     def make(place: Path) -> dict[str, Any]:
         uv.venv(place / "venv", interpreter)
         python = place / "venv" / "bin" / "python"
         hashed = requirement.path if any("--hash=" in x for x in requirement.lines()) else None
-        uv.install(python, [*options, *(_copied(pin, uv.work) for pin in pins)], hashes=hashed)
+        wanted = [_copied(local[pin], uv.work) if pin in local else pin for pin in pins]
+        uv.install(python, [*options, *wanted], hashes=hashed)
         looked = _look(python, uv.token)
         _compare(pins, looked.versions)
         return {"python": looked.version, "versions": looked.versions, "pins": pins}
 
     place, told = store.get("environments", key, make, uv.token)
-    return Releases(place / "venv" / "bin" / "python", told["python"], told["versions"])
+    return Releases(place / "venv" / "bin" / "python", told["python"], told["versions"], key)
 
 
 def _look(python: Path, token: Token) -> Releases:
@@ -116,7 +121,8 @@ def _look(python: Path, token: Token) -> Releases:
         )
         raise EnvironmentUnavailableError(message) from None
     versions = {normal(name): version for name, version in told["versions"].items() if name}
-    return Releases(python, told["python"], dict(sorted(versions.items())))
+    versions = dict(sorted(versions.items()))
+    return Releases(python, told["python"], versions, _hash([told["python"], versions]))
 
 
 def _compare(pins: list[str], versions: dict[str, str]) -> None:
@@ -136,26 +142,29 @@ def _name(pin: str) -> str:
     return normal(re.split(r"[\[=@ ;]", pin, maxsplit=1)[0])
 
 
-def _local_path(pin: str) -> Path | None:
-    match = re.search(r"file://(/[^\s#;]*)", pin)
-    return Path(unquote(match[1])) if match else None
+def _local(pin: str, directory: Path) -> Path | None:
+    """Return the file or directory that a pin names, where it names one."""
+    target = re.sub(r"^(-e|--editable)[\s=]+|^[A-Za-z0-9._-]+(\[[^\]]*\])?\s+@\s+", "", pin)
+    target = re.split(r"\s|#|\[", target, maxsplit=1)[0]
+    if target.startswith("file://"):
+        return Path(unquote(target.removeprefix("file://")))
+    if _NAMED.match(target) or "://" in target:
+        return None
+    return directory / target
 
 
-def _hash_of_local(pin: str) -> str:
-    path = _local_path(pin)
-    if path is None:
-        return ""
-    if path.is_dir():
-        return trees.digest(path, trees.files(path))
-    return trees.digest(path.parent, [Path(path.name)])
+def _copied(path: Path, work: Path) -> str:
+    """Return what to install in the place of a path: of a directory, a copy.
 
-
-def _copied(pin: str, work: Path) -> str:
-    """Return the pin with a local directory copied: some back ends write where they build."""
-    path = _local_path(pin)
-    if path is None or not path.is_dir():
-        return pin
+    Some back ends write where they build.
+    """
+    if not path.is_dir():
+        return path.as_uri()
     names = trees.files(path)
-    copy = work / "local" / hashlib.sha256(str(path).encode()).hexdigest()[:8] / path.name
+    copy = work / "local" / _hash(str(path)) / path.name
     trees.copy(path, names, copy, trees.digest(path, names))
-    return re.sub(r"(-e\s+)?(.*?)file:///[^\s#;]*", rf"\2{copy.as_uri()}", pin)
+    return copy.as_uri()
+
+
+def _hash(decisive: object) -> str:
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]

@@ -43,10 +43,12 @@ class Requirement:
         kind: file, list, latest, or python: an interpreter that is there already.
         path: the requirements file, or the interpreter.
         specifiers: of a list, as `jax==0.10.2`.
+        directory: where relative paths start that stand in a file or a list, as for pip.
     """
 
     text: str
     kind: Kind
+    directory: Path
     path: Path | None = None
     specifiers: tuple[str, ...] = ()
 
@@ -94,21 +96,21 @@ def parse(text: str, directory: Path | None = None) -> Requirement:
     Raises:
         EnvironmentUnavailableError: it is none of these.
     """
-    directory = directory or Path.cwd()
+    directory = (directory or Path.cwd()).absolute()
     stripped = text.strip()
     if stripped == "installed":
-        return Requirement(text, "python", Path(sys.executable))
+        return Requirement(text, "python", directory, Path(sys.executable))
     if stripped == "latest":
-        return Requirement(text, "latest")
+        return Requirement(text, "latest", directory)
     path = directory / Path(stripped).expanduser()
     if stripped and path.exists():
-        return _existing(text, path)
+        return _existing(text, directory, path)
     specifiers = _split(stripped)
     like_a_file = "@" not in stripped and (
         "/" in stripped or Path(stripped).suffix in _FILE_SUFFIXES
     )
     if specifiers and not like_a_file:
-        return Requirement(text, "list", specifiers=specifiers)
+        return Requirement(text, "list", directory, specifiers=specifiers)
     found = f"there is no file {path}" if like_a_file else "it is no list of requirements"
     message = (
         f"{text!r} names no environment: {found}; give a requirements file, a list such as"
@@ -128,21 +130,21 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _existing(text: str, path: Path) -> Requirement:
+def _existing(text: str, directory: Path, path: Path) -> Requirement:
     if path.is_dir():
         python = path / "bin" / "python"
         if (path / "pyvenv.cfg").is_file() and python.exists():
-            return Requirement(text, "python", python)
+            return Requirement(text, "python", directory, python)
         message = f"{text!r} is a directory and no virtual environment; give its requirements file"
         raise EnvironmentUnavailableError(message)
     if path.name.startswith("python"):
-        return Requirement(text, "python", path)
+        return Requirement(text, "python", directory, path)
     try:
         path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         message = f"cannot read the requirements file {path}: {error}"
         raise EnvironmentUnavailableError(message) from None
-    return Requirement(text, "file", path.absolute())
+    return Requirement(text, "file", directory, path.absolute())
 
 
 def _split(text: str) -> tuple[str, ...]:

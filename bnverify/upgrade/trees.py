@@ -52,6 +52,13 @@ def digest(directory: Path, names: Iterable[Path]) -> str:
     return total.hexdigest()[:32]
 
 
+def digest_any(path: Path) -> str:
+    """Return a hash of a directory's sources, or of a file."""
+    if path.is_dir():
+        return digest(path, files(path))
+    return digest(path.parent, [path.relative_to(path.parent)])
+
+
 def copy(directory: Path, names: Iterable[Path], target: Path, expected: str) -> None:
     """Copy the files to a new directory, links as links.
 

@@ -1,8 +1,8 @@
 """Running uv: resolving, making an environment, installing; and its last words when it cannot.
 
 uv is asked with the surroundings shut out that would change the answer in silence: a project's own
-uv settings (it runs in an empty directory), a virtual environment that is active, constraints in
-the environment. The user's indexes, proxies, credentials and cache stay as they are.
+uv settings (an empty directory stands for the project), a virtual environment that is active,
+constraints in the environment. The user's indexes, proxies, credentials and cache stay.
 """
 
 from __future__ import annotations
@@ -94,9 +94,17 @@ _MENDS = (
 
 @dataclass(frozen=True)
 class Uv:
-    """uv, run for one piece of work in an empty directory."""
+    """uv, run for one piece of work.
+
+    Attributes:
+        work: a directory for this work alone.
+        directory: where relative paths in requirements start.
+        token: to be given up by.
+        timeout: seconds for one command.
+    """
 
     work: Path
+    directory: Path
     token: Token
     timeout: float
 
@@ -165,9 +173,9 @@ class Uv:
     def _run(self, *arguments: str) -> str:
         try:
             done = processes.run(
-                [_program(), *arguments, "--quiet", "--color=never"],
+                [_program(), *arguments, "--quiet", "--color=never", "--project", str(self.work)],
                 env=_environment(),
-                cwd=self.work,
+                cwd=self.directory,
                 timeout=self.timeout,
                 token=self.token,
             )
