@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
@@ -20,19 +20,25 @@ Optimizer = Callable[[Any], optax.GradientTransformation]
 Loss = Callable[[Any, Any], Any]
 
 
+class Pass(NamedTuple):
+    """One forward pass: what the model gives, what it should have given, what it leaves."""
+
+    outputs: Any
+    targets: Any
+    batch_stats: Tree
+    extra: Tree
+
+
 class Model(Protocol):
     """A model whose variables are split into the parts of a State."""
-
-    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
-        """Return (inputs, targets)."""
 
     def init(self, seed: Any, x: Any) -> tuple[Tree, Tree, Tree]:
         """Return the initial params, statistics and extra."""
 
     def apply(
-        self, state: State, inputs: Any, *, train: bool, recording: Recording | None = None
-    ) -> tuple[Any, tuple[Tree, Tree]]:
-        """Return the outputs, and the statistics and extra after the pass."""
+        self, state: State, x: Any, y: Any, *, train: bool, recording: Recording | None = None
+    ) -> Pass:
+        """Return one forward pass on the batch made from x and y."""
 
     def exempt(self) -> Mapping[str, str]:
         """Return the laws that do not apply, law name -> reason."""
@@ -53,11 +59,10 @@ class Step:
 
     def step(self, state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
         """Take one training step."""
-        inputs, targets = self.model.batch(x, y)
 
         def loss_fn(params: Any) -> tuple[Any, Any]:
-            outputs, new = self.model.apply(state._replace(params=params), inputs, train=True)
-            return self.loss(outputs, targets), new
+            done = self.model.apply(state._replace(params=params), x, y, train=True)
+            return self.loss(done.outputs, done.targets), (done.batch_stats, done.extra)
 
         (loss, new), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         tx = self.optimizer(lr)
@@ -68,15 +73,13 @@ class Step:
 
     def evaluate(self, state: State, x: Any, y: Any) -> Any:
         """Return the loss in eval mode, (1,)."""
-        inputs, targets = self.model.batch(x, y)
-        outputs, _ = self.model.apply(state, inputs, train=False)
-        return self.loss(outputs, targets).reshape(1)
+        done = self.model.apply(state, x, y, train=False)
+        return self.loss(done.outputs, done.targets).reshape(1)
 
     def after_eval(self, state: State, x: Any, y: Any) -> State:
         """Return the state that evaluation leaves."""
-        inputs, _ = self.model.batch(x, y)
-        _, (batch_stats, extra) = self.model.apply(state, inputs, train=False)
-        return state._replace(batch_stats=batch_stats, extra=extra)
+        done = self.model.apply(state, x, y, train=False)
+        return state._replace(batch_stats=done.batch_stats, extra=done.extra)
 
     def layer_inputs(self, state: State, x: Any, y: Any) -> Any:
         """Return what each normalisation layer is given in the training pass."""
@@ -96,9 +99,8 @@ class Step:
         )
 
     def _noted(self, recording: Recording, state: State, x: Any, y: Any) -> Any:
-        inputs, targets = self.model.batch(x, y)
-        outputs, _ = self.model.apply(state, inputs, train=True, recording=recording)
-        return self.loss(outputs, targets)  # so that a second use of a value is seen
+        done = self.model.apply(state, x, y, train=True, recording=recording)
+        return self.loss(done.outputs, done.targets)  # so that a second use of a value is seen
 
     def _example(self, sizes: tuple[int, int]) -> tuple[Any, Any, Any]:
         shape: Any = jax.ShapeDtypeStruct

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import errors, traverse_util
+from flax import errors
 
 from bnverify.adapters import reasons
+from bnverify.adapters.canonical import Pass
 from bnverify.adapters.layers import Recording
 from bnverify.adapters.linen_layers import Interceptor
+from bnverify.adapters.trees import partition, union
 from bnverify.subject import State
 
 Tree = Any
@@ -64,16 +65,12 @@ class Variables:
     random_eval: bool = False
     moving: tuple[str, ...] = ()
 
-    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
-        """Return (inputs, targets)."""
-        return self.module.batch(x, y)
-
     def init(self, seed: Any, x: Any) -> tuple[Tree, Tree, Tree]:
         """Return the initial params, statistics and extra."""
         key = jax.random.PRNGKey(seed)
         inputs, _ = self.module.batch(x, jnp.zeros(x.shape[:1], jnp.float32))
         variables = self.module.init({"params": key, **self._streams(key)}, inputs)
-        averages, carried = self._divide(variables.get(self.module.statistics, {}))
+        averages, carried = partition(variables.get(self.module.statistics, {}), self.carried)
         # The names of streams are folded in from 1, so 0 is free for the steps' own key.
         return (
             variables.get("params", {}),
@@ -82,12 +79,13 @@ class Variables:
         )
 
     def apply(
-        self, state: State, inputs: Any, *, train: bool, recording: Recording | None = None
-    ) -> tuple[Any, tuple[Tree, Tree]]:
-        """Return the outputs, and the statistics and extra after the pass.
+        self, state: State, x: Any, y: Any, *, train: bool, recording: Recording | None = None
+    ) -> Pass:
+        """Return one forward pass on the batch made from x and y.
 
         The key of the random streams moves on in training only.
         """
+        inputs, targets = self.module.batch(x, y)
         extra = dict(state.extra or {})
         key = extra.get("key")
         rngs = None
@@ -97,17 +95,17 @@ class Variables:
         collections = dict(extra.get("collections", {}))
         variables = {"params": state.params, **collections}
         statistics = self.module.statistics
-        joined = _join(state.batch_stats, extra.get("carried", {}))
+        joined = union(state.batch_stats, extra.get("carried", {}))
         if joined:
             variables[statistics] = joined
         with _noting(recording, statistics):
             outputs, updated = self.module.apply(
                 variables, inputs, train=train, mutable=self.mutable, rngs=rngs
             )
-        averages, carried = self._divide(updated.get(statistics, joined))
+        averages, carried = partition(updated.get(statistics, joined), self.carried)
         after = {name: updated.get(name, old) for name, old in collections.items()}
         new_key = key if train else extra.get("key")
-        return outputs, (averages, self._extra(after, carried, new_key))
+        return Pass(outputs, targets, averages, self._extra(after, carried, new_key))
 
     def exempt(self) -> dict[str, str]:
         """Return the laws that do not apply, law name -> reason."""
@@ -125,16 +123,6 @@ class Variables:
     def _streams(self, key: Any) -> dict[str, Any]:
         return {name: jax.random.fold_in(key, i + 1) for i, name in enumerate(self.rngs)}
 
-    def _divide(self, tree: Tree) -> tuple[Tree, Tree]:
-        """Return (averages, carried) of a tree of statistics."""
-        if not self.carried:
-            return tree, {}
-        flat = traverse_util.flatten_dict(tree)
-        apart = {p for p in flat if any(fnmatchcase("/".join(p), each) for each in self.carried)}
-        averages = {p: leaf for p, leaf in flat.items() if p not in apart}
-        carried = {p: leaf for p, leaf in flat.items() if p in apart}
-        return traverse_util.unflatten_dict(averages), traverse_util.unflatten_dict(carried)
-
     def _extra(self, collections: Mapping[str, Any], carried: Tree, key: Any) -> Tree:
         parts = {
             "collections": {name: collections[name] for name in self.others},
@@ -150,14 +138,6 @@ def _noting(recording: Recording | None, statistics: str) -> AbstractContextMana
     if recording is None:
         return nullcontext()
     return nn.intercept_methods(Interceptor(recording, statistics))
-
-
-def _join(averages: Tree, carried: Tree) -> Tree:
-    if not carried:
-        return averages
-    # Keys stay tuples: the names of nn.SpectralNorm's variables hold a "/" themselves.
-    flat = traverse_util.flatten_dict(averages) | traverse_util.flatten_dict(carried)
-    return traverse_util.unflatten_dict(flat)
 
 
 def look(

@@ -1,0 +1,231 @@
+"""An nnx module as a Subject: its training step written the canonical way around it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import optax
+from flax import nnx as flax_nnx
+
+from bnverify.adapters import reasons
+from bnverify.adapters.batches import mse, rows, under_axis
+from bnverify.adapters.canonical import (
+    Loss,
+    Optimizer,
+    Pass,
+    accepted,
+    example_sizes,
+    subject,
+)
+from bnverify.adapters.layers import Recording
+from bnverify.adapters.modes import Mode, call_mode
+from bnverify.adapters.nnx_layers import noting
+from bnverify.adapters.nnx_parts import Parts
+from bnverify.adapters.trees import leaf_paths, partition, union
+from bnverify.subject import State, Subject, Tree
+
+RANDOM = "random numbers"
+
+
+def nnx(
+    make_module: Callable[..., flax_nnx.Module],
+    *,
+    optimizer: Optimizer = optax.sgd,
+    loss: Loss = mse,
+    batch: Callable[[Any, Any], tuple[Any, Any]] = rows,
+    train_argument: str | Mode | None = None,
+    carried: Sequence[str] = (),
+    axis_name: str | None = None,
+    features: int | Collection[int] | None = None,
+    name: str | None = None,
+    exempt: Mapping[str, str] | None = None,
+) -> Subject:
+    """Return the canonical training step of an nnx module as a Subject.
+
+    ``nnx.Param`` is trained, ``nnx.BatchStat`` are the running statistics, everything else
+    (random streams, counters, caches) is carried. The module is switched by ``train()`` and
+    ``eval()``, and by an argument of its call where it has one.
+
+    Args:
+        make_module: makes the module: a class or function called with ``rngs``, by name, and,
+            where it has another required parameter, with the number of features D as that.
+        optimizer: learning rate -> optax optimizer, of the params alone.
+        loss: (outputs, targets) -> scalar. The default takes outputs (N, 1) or (N,).
+        batch: (x (N, D) float32, y (N,) float32) -> (inputs, targets), traceable; see
+            ``bnverify.linen``. Inputs that are a tuple are passed as several arguments.
+        train_argument: the argument of the module's call that says whether it trains: its
+            name, or a function from "it trains" to keyword arguments. None: found.
+        carried: patterns (``fnmatch``) of paths of ``nnx.BatchStat`` that are no moving
+            averages, or frozen ones: they go to ``State.extra``.
+        axis_name: the mapped axis over which the module synchronises: it is run under
+            ``jax.vmap`` with one shard.
+        features: the D that it accepts, where not any will do. Needed where ``make_module``
+            takes no number of features.
+        name: how reports call it; None: the name of ``make_module``.
+        exempt: law name -> why it does not apply.
+
+    Raises:
+        ValueError: no module can be made, or no mode of ``train_argument``.
+    """
+    sizes = accepted(features)
+    maker = _Maker(make_module)
+    if sizes is None and not maker.takes_features:
+        raise ValueError(
+            "make_module takes no number of features; pass features=D, the D that its module "
+            "accepts, or give it a parameter for D: lambda din, rngs: Model(din, rngs=rngs)"
+        )
+    model = _Model(maker, batch, train_argument, axis_name, tuple(carried))
+    label = getattr(make_module, "__name__", type(make_module).__name__)
+    return subject(
+        model.looked_at(example_sizes(sizes)),
+        name=name or f"nnx:{label}",
+        optimizer=optimizer,
+        loss=loss,
+        features=sizes,
+        exempt=dict(exempt or {}),
+    )
+
+
+class _Maker:
+    """Calls the user's ``make_module`` with what its parameters ask for."""
+
+    def __init__(self, make_module: Callable[..., Any]) -> None:
+        self._make = make_module
+        # The metaclass of nnx modules hides the parameters of their own __init__.
+        made: Any = make_module
+        function = made.__init__ if isinstance(made, type) else made
+        parameters = list(inspect.signature(function).parameters.values())
+        required = [
+            parameter.name
+            for parameter in parameters[1 if isinstance(made, type) else 0 :]
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
+        named = "rngs" in (parameter.name for parameter in parameters)
+        others = [name for name in required if name != "rngs"] if named else required[:-1]
+        if len(others) > 1:
+            raise ValueError(
+                f"make_module has the required parameters {', '.join(required)}; it is called "
+                "with rngs and at most one more, the number of features: wrap it in a lambda"
+            )
+        self._rngs = "rngs" if named else required[-1] if required else None
+        self._features = others[0] if others else None
+
+    @property
+    def takes_features(self) -> bool:
+        """Whether it makes a module for any D."""
+        return self._features is not None
+
+    def __call__(self, key: Any, features: Any) -> Any:
+        given = {self._features: features, self._rngs: flax_nnx.Rngs(key)}
+        return self._make(**{name: value for name, value in given.items() if name is not None})
+
+
+@dataclass(frozen=True)
+class _Model:
+    """An nnx module whose variables are split into the parts of a State.
+
+    Attributes:
+        make: (key, D) -> module.
+        batch: (x, y) -> (inputs, targets).
+        train_argument: see ``nnx``.
+        axis_name: the mapped axis to run under; None: none.
+        carried: patterns of paths of BatchStat that are no averages.
+        moving: what the training pass changes besides statistics, in words.
+        moving_in_eval: what evaluation changes, in words.
+    """
+
+    make: _Maker
+    batch: Callable[[Any, Any], tuple[Any, Any]]
+    train_argument: str | Mode | None
+    axis_name: str | None
+    carried: tuple[str, ...]
+    moving: tuple[str, ...] = ()
+    moving_in_eval: tuple[str, ...] = ()
+    _known: dict[int, Parts] = field(default_factory=dict)
+
+    def init(self, seed: Any, x: Any) -> tuple[Tree, Tree, Tree]:
+        """Return the initial params, statistics and extra."""
+        features = x.shape[1]
+        trees = self._parts(features).split(self.make(jax.random.key(seed), features))
+        return self._sort(*trees)
+
+    def apply(
+        self, state: State, x: Any, y: Any, *, train: bool, recording: Recording | None = None
+    ) -> Pass:
+        """Return one forward pass on the batch made from x and y."""
+        parts = self._parts(x.shape[1])
+        inputs, targets = self.batch(x, y)
+
+        def run(inputs: Any) -> Any:
+            module = parts.merge(*self._join(state))
+            module.train() if train else module.eval()
+            mode = call_mode(type(module).__call__, self.train_argument)(train)
+            with noting(module, recording) if recording is not None else nullcontext():
+                outputs = module(*(inputs if isinstance(inputs, tuple) else (inputs,)), **mode)
+            return outputs, self._sort(*parts.split(module))[1:]
+
+        outputs, (batch_stats, extra) = under_axis(self.axis_name, run, inputs)
+        return Pass(outputs, targets, batch_stats, extra)
+
+    def exempt(self) -> dict[str, str]:
+        """Return the laws that do not apply, law name -> reason."""
+        found = reasons.extra_moves(self.moving) if self.moving else {}
+        if RANDOM in self.moving:
+            found |= reasons.random_in_training()
+        if RANDOM in self.moving_in_eval:
+            found |= reasons.random_in_evaluation()
+        return found
+
+    def looked_at(self, sizes: tuple[int, int]) -> _Model:
+        """Return this model, knowing what its passes change besides the statistics."""
+        moving = self._moving(sizes, train=True)
+        return replace(self, moving=moving, moving_in_eval=self._moving(sizes, train=False))
+
+    def _parts(self, features: Any) -> Parts:
+        # A symbolic size belongs to one tracing, so nothing made with it is kept.
+        known = self._known.get(features) if isinstance(features, int) else None
+        if known is None:
+            filters = (flax_nnx.Param, flax_nnx.BatchStat, flax_nnx.RngState, ...)
+            known = Parts.of(lambda: self.make(jax.random.key(0), features), filters)
+            if isinstance(features, int):
+                self._known[features] = known
+        return known
+
+    def _sort(
+        self, params: Tree, batch_stats: Tree, streams: Tree, others: Tree
+    ) -> tuple[Tree, Tree, Tree]:
+        """Return params, the averages among the statistics, and all else."""
+        averages, carried = partition(batch_stats, self.carried)
+        extra = {"streams": streams, "others": others, "carried": carried}
+        return params, averages, {name: tree for name, tree in extra.items() if tree} or ()
+
+    def _join(self, state: State) -> tuple[Tree, Tree, Tree, Tree]:
+        extra = dict(state.extra or {})
+        batch_stats = union(state.batch_stats, extra.get("carried", {}))
+        return state.params, batch_stats, extra.get("streams", {}), extra.get("others", {})
+
+    def _moving(self, sizes: tuple[int, int], *, train: bool) -> tuple[str, ...]:
+        """Return what one pass changes besides the statistics, in words."""
+        shape: Any = jax.ShapeDtypeStruct
+        x, y = shape(sizes, "float32"), shape(sizes[:1], "float32")
+        params, batch_stats, extra = jax.eval_shape(self.init, shape((), "int32"), x)
+        if not extra:
+            return ()
+
+        def after(extra: Any, params: Any, batch_stats: Any, x: Any, y: Any) -> Any:
+            return self.apply(State(params, batch_stats, (), extra), x, y, train=train).extra
+
+        jaxpr = jax.make_jaxpr(after)(extra, params, batch_stats, x, y).jaxpr
+        # A leaf that comes out as it went in is one and the same variable of the program.
+        pairs = zip(leaf_paths(extra), jaxpr.invars, jaxpr.outvars, strict=False)
+        moved = [path for path, given, left in pairs if left is not given]
+        # Keys are wrapped and unwrapped each time; what tells a draw is their counter.
+        drawn = any(path[0] == "streams" and path[-1] == "count" for path in moved)
+        named = [f"the variable {'/'.join(path[1:])}" for path in moved if path[0] != "streams"]
+        return (*named, *([RANDOM] if drawn else []))
