@@ -1,7 +1,7 @@
 """Wrong training steps, each by name: what the verifier is verified with.
 
-Each module of faults is one family. They enter the catalogue as they are imported, here, in the
-order in which a step runs the parts that they spoil; none of them loads jax.
+Each module of faults is one family. They enter the catalogue as they are imported, here; none of
+them loads jax.
 """
 
 from bnverify.mutants import (  # noqa: F401 - imported for what they enter into the catalogue
@@ -11,8 +11,14 @@ from bnverify.mutants import (  # noqa: F401 - imported for what they enter into
     gradient,
     inside_layer,
     loss,
+    low_precision,
+    one_layer,
     optimizer_use,
+    shapes,
+    sizes,
+    small,
     statistics,
+    two_steps,
 )
 from bnverify.mutants.catalogue import CONTROLS, MUTANTS, Control, Mutant, control, mutant
 

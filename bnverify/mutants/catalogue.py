@@ -128,4 +128,4 @@ def control(parts: Parts) -> Parts:
 
 def snake_case(name: str) -> str:
     """Return ``name`` of a class as the name of a fault: SampleVariance -> sample_variance."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

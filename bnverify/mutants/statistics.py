@@ -260,7 +260,7 @@ class VariancesAveragedOverShards(HandwrittenNorm):
     source="https://github.com/andreped/GradientAccumulator/issues/6",
 )
 class StatisticsOfTheBatchReversedInSign(CanonicalStep):
-    """The statistics come from a pass over -x: an augmentation of which the gradient knows nothing."""
+    """The statistics come from a pass over -x, an augmentation that the gradient does not see."""
 
     def loss(self, params: Tree, batch_stats: Tree, x: Any, y: Any) -> tuple[Any, Tree]:
         """Take the statistics of another batch."""
