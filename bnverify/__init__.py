@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bnverify.evidence import Evidence as Evidence
     from bnverify.evidence import Report as Report
     from bnverify.profile import Profile as Profile
+    from bnverify.pytest_suite import suite as suite
     from bnverify.reference import train_step as train_step
     from bnverify.subject import LayerInput as LayerInput
     from bnverify.subject import State as State
@@ -41,6 +42,7 @@ _HOME = {
     "Violation": "counterexample",
     "load": "target",
     "replay": "counterexample",
+    "suite": "pytest_suite",
     "train_step": "reference",
     "verify": "engine",
 }

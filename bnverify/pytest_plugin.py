@@ -1,1 +1,176 @@
 """The pytest plugin. pytest loads it in every run, so it imports neither jax nor hypothesis."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from bnverify.known_failures import KnownFailure
+
+STALE = pytest.StashKey[list[str]]()
+ENTRIES = pytest.StashKey["tuple[KnownFailure, ...]"]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options."""
+    group = parser.getgroup("bnverify", "training steps with batch statistics")
+    group.addoption(
+        "--bnverify-target",
+        metavar="TARGET",
+        help="what bnverify's own properties are run on: module:name or path/file.py:name",
+    )
+    group.addoption(
+        "--bnverify-profile",
+        metavar="NAME",
+        choices=["quick", "ci", "nightly"],
+        help="how much every bnverify.suite does, in the place of its own profile",
+    )
+    group.addoption(
+        "--bnverify-seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="the seed of all cases of every bnverify.suite; default: 0",
+    )
+    group.addoption(
+        "--bnverify-known-failures",
+        metavar="FILE",
+        help="a TOML file of known failures: law, subject, reason, issue, versions",
+    )
+    group.addoption(
+        "--bnverify-shard", metavar="K/N", help="run only the K-th of N parts of all tests"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marks and read the file of known failures."""
+    config.addinivalue_line(
+        "markers", "bnverify(law, subject): a test of one law on one subject, by bnverify.suite"
+    )
+    config.addinivalue_line("markers", "xdist_group(name): tests for one worker of pytest-xdist")
+    config.stash[STALE] = []
+    config.stash[ENTRIES] = ()
+    file = config.getoption("bnverify_known_failures")
+    if file is None:
+        return
+    from bnverify import known_failures
+    from bnverify.unusable import Unusable
+
+    path = Path(file) if Path(file).exists() else config.rootpath / file
+    try:
+        config.stash[ENTRIES] = known_failures.read(path)
+    except Unusable as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def claim(item: pytest.Item) -> tuple[str, str] | None:
+    """Return (law, subject name) of a test about one law; None for any other test."""
+    mark = item.get_closest_marker("bnverify")
+    if mark is None:
+        return None
+    try:
+        return mark.kwargs["law"], mark.kwargs["subject"].name
+    except Exception:  # noqa: BLE001 - a function that should make a subject; its tests will tell
+        return None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, None, None]:
+    """Mark known failures, look for stale ones, then keep this shard's part of what is left."""
+    entries = config.stash[ENTRIES]
+    if entries:  # before -k and -m: what they leave out is not stale
+        _mark_known(items, entries)
+        if _is_full_run(config):
+            _find_stale(config, items, entries)
+    yield
+    text = config.getoption("bnverify_shard")
+    if text:
+        kept = _shard(text).take(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+def _shard(text: str) -> Any:
+    from bnverify.shard import Shard
+    from bnverify.unusable import Unusable
+
+    try:
+        return Shard.parse(text)
+    except Unusable as error:
+        raise pytest.UsageError(f"--bnverify-shard: {error}") from None
+
+
+def _mark_known(items: list[pytest.Item], entries: tuple[KnownFailure, ...]) -> None:
+    from bnverify.counterexample import Violation
+    from bnverify.pytest_suite import KNOWN
+
+    known = {(entry.law, entry.subject): entry for entry in entries if entry.applies}
+    for item in items:
+        entry = known.get(claim(item) or ("", ""))
+        if entry is not None:
+            reason = f"{entry.reason} ({entry.issue})"
+            item.stash[KNOWN] = reason
+            # Only a violation is known; strict: one that no longer happens is news.
+            item.add_marker(pytest.mark.xfail(raises=Violation, strict=True, reason=reason))
+
+
+def _is_full_run(config: pytest.Config) -> bool:
+    """Return whether everything was collected that a plain `pytest` collects."""
+    options = config.option
+    narrowed = options.ignore or options.ignore_glob or options.bnverify_target
+    return config.args_source is not pytest.Config.ArgsSource.ARGS and not narrowed
+
+
+def _find_stale(
+    config: pytest.Config, items: list[pytest.Item], entries: tuple[KnownFailure, ...]
+) -> None:
+    from bnverify.known_failures import stale
+
+    claims = {found for item in items if (found := claim(item))}
+    config.stash[STALE] = [str(entry) for entry in stale(entries, claims)]
+    if hasattr(config, "workeroutput"):  # a worker of pytest-xdist: the controller reports
+        config.workeroutput["bnverify_stale"] = config.stash[STALE]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Take over what a worker of pytest-xdist found; all of them find the same."""
+    found = getattr(node, "workeroutput", {}).get("bnverify_stale", [])
+    if found:
+        node.config.stash[STALE] = found
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run in which a known failure is about no test."""
+    if session.config.stash.get(STALE, None) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Name the known failures that are about no test."""
+    found = config.stash.get(STALE, [])
+    if found:
+        terminalreporter.section("stale known failures", red=True, bold=True)
+        for entry in found:
+            terminalreporter.line(f"no test is about {entry}: delete the entry")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, Any, Any]:
+    """Show of a violation what it says: its traceback is bnverify's own."""
+    report = yield
+    mark = item.get_closest_marker("bnverify")
+    if mark is not None and call.excinfo is not None and report.failed:
+        from bnverify.counterexample import Violation
+
+        if isinstance(call.excinfo.value, Violation):
+            report.longrepr = call.excinfo.getrepr(style="value")
+    return report

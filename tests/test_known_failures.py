@@ -1,0 +1,244 @@
+"""Known failures: refused where incomplete, strict both ways, reported where stale."""
+
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Loaded before any test runs: pytester forgets what is first imported inside it.
+from bnverify import Subject, engine, known_failures
+from bnverify.evidence import Evidence, Report
+from bnverify.known_failures import KnownFailure
+from bnverify.laws import LAWS
+from bnverify.unusable import Unusable
+
+pytest_plugins = ("pytester",)
+
+LAW, OTHER, *_ = LAWS
+JAX = metadata.version("jax")
+ENTRY = {
+    "law": LAW,
+    "subject": "mine",
+    "reason": "it does so",
+    "issue": "https://example.com/1",
+    "versions": f"jax=={JAX}",
+}
+STEP = """
+import bnverify
+
+def nothing(*args):
+    pass
+
+mine = bnverify.Subject("mine", nothing, nothing, nothing)
+test_mine = bnverify.suite(mine)
+"""
+Inner = Callable[..., pytest.RunResult]
+
+
+def toml(*entries: dict[str, Any]) -> str:
+    lines = []
+    for entry in entries:
+        lines.append("[[failure]]")
+        lines += [f"{name} = {value!r}" for name, value in entry.items()]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def statuses(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the engine is made to say, by law; held where nothing is said."""
+    said: dict[str, Any] = {}
+
+    def verify(subject: Subject, profile: object, **options: Any) -> Report:
+        results = [
+            Evidence(law, LAWS[law].family, said.get(law, "held"), 1, reason="made up")
+            for law in options["select"]
+        ]
+        return Report(subject.name, "made up", 0, tuple(results), 1, 0.1, {})
+
+    monkeypatch.setattr(engine, "verify", verify)
+    monkeypatch.delenv("PYTEST_XDIST_TESTRUNUID", raising=False)
+    return said
+
+
+@pytest.fixture
+def inner(
+    pytester: pytest.Pytester, request: pytest.FixtureRequest, statuses: dict[str, Any]
+) -> Inner:
+    """Run pytest in this process on a suite, with a file of known failures."""
+    pytester.makepyfile(test_step=STEP)
+    installed = request.config.pluginmanager.has_plugin("bnverify")
+    ours = () if installed else ("-p", "bnverify.pytest_plugin")
+
+    def run(*args: str, known: str | None) -> pytest.RunResult:
+        if known is not None:
+            (pytester.path / "known.toml").write_text(known)
+        return pytester.runpytest_inprocess(*ours, "--bnverify-known-failures", "known.toml", *args)
+
+    return run
+
+
+def test_a_known_failure_is_expected(inner: Inner, statuses: dict[str, Any]) -> None:
+    """It fails as an xfail with its reason and its issue, and the run is green."""
+    statuses[LAW] = "violated"
+    result = inner("-rx", known=toml(ENTRY))
+    assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(xfailed=1, passed=len(LAWS) - 1)
+    result.stdout.fnmatch_lines([f"XFAIL *{LAW}* - it does so (https://example.com/1)*"])
+
+
+def test_another_failure_is_not_expected(inner: Inner, statuses: dict[str, Any]) -> None:
+    """Only that law on that subject is excused."""
+    statuses[LAW] = statuses[OTHER] = "violated"
+    inner(known=toml(ENTRY)).assert_outcomes(xfailed=1, failed=1, passed=len(LAWS) - 2)
+
+
+def test_a_known_failure_that_passes_fails(inner: Inner) -> None:
+    """It no longer happens, so the entry must go."""
+    result = inner(known=toml(ENTRY))
+    result.assert_outcomes(failed=1, passed=len(LAWS) - 1)
+    result.stdout.fnmatch_lines(["*XPASS(strict)*it does so*"])
+
+
+@pytest.mark.parametrize("status", ["untriggered", "exempt"])
+def test_a_known_failure_that_is_not_reached_fails(
+    inner: Inner, statuses: dict[str, Any], status: str
+) -> None:
+    """A skip would hide that the entry excuses nothing."""
+    statuses[LAW] = status
+    result = inner(known=toml(ENTRY))
+    result.assert_outcomes(failed=1, passed=len(LAWS) - 1)
+    result.stdout.fnmatch_lines([f"*known to fail, but {status}: made up*"])
+
+
+def test_any_other_exception_fails(
+    inner: Inner, statuses: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A violation is known, a crash is not."""
+
+    def verify(*args: object, **options: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(engine, "verify", verify)
+    inner("-k", f"[{LAW}]", known=toml(ENTRY)).assert_outcomes(failed=1)
+
+
+def test_entries_for_other_versions_are_ignored(inner: Inner, statuses: dict[str, Any]) -> None:
+    """Outside its versions an entry neither excuses nor is stale."""
+    elsewhere = {**ENTRY, "versions": f"jax!={JAX}"}
+    inner(known=toml(elsewhere)).assert_outcomes(passed=len(LAWS))
+    absent = {**ENTRY, "versions": [f"jax=={JAX}", "no-such-package-anywhere"]}
+    inner(known=toml(absent)).assert_outcomes(passed=len(LAWS))
+    statuses[LAW] = "violated"
+    inner(known=toml(elsewhere)).assert_outcomes(failed=1, passed=len(LAWS) - 1)
+
+
+def test_a_stale_entry_fails_a_full_run(inner: Inner) -> None:
+    """An entry about a subject that no test has is reported, and the run is red."""
+    result = inner(known=toml({**ENTRY, "subject": "gone"}))
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(
+        ["*stale known failures*", f"no test is about {LAW} on gone (jax=={JAX}): delete the entry"]
+    )
+
+
+def test_a_narrower_run_finds_nothing_stale(inner: Inner, statuses: dict[str, Any]) -> None:
+    """Where a path is given, what was not collected may well be there."""
+    gone = toml({**ENTRY, "subject": "gone"})
+    assert inner("test_step.py", known=gone).ret == pytest.ExitCode.OK
+    assert inner("--ignore", "elsewhere", known=gone).ret == pytest.ExitCode.OK
+
+
+def test_what_is_deselected_is_not_stale(inner: Inner) -> None:
+    """-k leaves tests out; they are there all the same."""
+    assert inner("-k", f"[{OTHER}]", known=toml(ENTRY)).ret == pytest.ExitCode.OK
+
+
+def test_workers_report_stale_entries(
+    pytester: pytest.Pytester, request: pytest.FixtureRequest
+) -> None:
+    """Under pytest-xdist the controller collects nothing, and reports what its workers found."""
+    pytester.makepyfile("def test_nothing():\n    pass\n")
+    (pytester.path / "known.toml").write_text(toml(ENTRY))
+    installed = request.config.pluginmanager.has_plugin("bnverify")
+    ours = () if installed else ("-p", "bnverify.pytest_plugin")
+    result = pytester.runpytest_subprocess(
+        *ours, "-n", "1", "--bnverify-known-failures", "known.toml"
+    )
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*stale known failures*", f"no test is about {LAW} on mine*"])
+
+
+def test_a_subject_that_cannot_be_made_is_told_by_its_tests(
+    inner: Inner, pytester: pytest.Pytester
+) -> None:
+    """Its name is needed for the entries; the error is the tests' to report."""
+    pytester.makepyfile(
+        test_step="import bnverify\ndef make():\n    1 / 0\ntest_mine = bnverify.suite(make)\n"
+    )
+    result = inner("-k", f"[{LAW}]", known=toml(ENTRY))
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*ZeroDivisionError*"])
+
+
+def test_the_file_is_also_found_from_the_root(
+    inner: Inner, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In addopts the file is named from the root, wherever pytest is started."""
+    pytester.makeini("[pytest]\n")
+    (pytester.path / "below").mkdir()
+    inner(known="")
+    monkeypatch.chdir(pytester.path / "below")
+    assert inner(str(pytester.path), known=None).ret == pytest.ExitCode.OK
+
+
+REFUSED = {
+    **{
+        f"no {name}": (toml({k: v for k, v in ENTRY.items() if k != name}), f"has no '{name}'")
+        for name in ENTRY
+    },
+    "empty reason": (toml({**ENTRY, "reason": ""}), "has no 'reason'"),
+    "no versions": (toml({**ENTRY, "versions": []}), "has no 'versions'"),
+    "bad versions": (toml({**ENTRY, "versions": "flax<<1"}), "versions are like 'flax<0.13'"),
+    "not a string": (toml({**ENTRY, "reason": 3}), "must hold strings alone"),
+    "unknown law": (toml({**ENTRY, "law": LAW[:-1]}), f"did you mean '{LAW}'?"),
+    "unknown field": (toml({**ENTRY, "isue": "x"}), "unknown field 'isue'; did you mean 'issue'?"),
+    "other table": ('[other]\nx = "y"\n', "only [[failure]] tables"),
+    "one table": ("[failure]\n", "only [[failure]] tables"),
+    "no table": ("failure = [1]\n", "failure 1 is no table"),
+    "no TOML": ("x = [\n", "known.toml: "),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_incomplete_file_is_refused(tmp_path: Path, name: str) -> None:
+    """The message says which entry and which field."""
+    text, message = REFUSED[name]
+    path = tmp_path / "known.toml"
+    path.write_text(text)
+    with pytest.raises(Unusable) as refusal:
+        known_failures.read(path)
+    assert message in str(refusal.value)
+
+
+def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
+    """So is one that cannot be read."""
+    with pytest.raises(Unusable, match="No such file"):
+        known_failures.read(tmp_path / "nowhere.toml")
+
+
+def test_pytest_refuses_the_run(inner: Inner) -> None:
+    """A bad file ends the run before any test, in one line, with pytest's status for wrong use."""
+    result = inner(known="[other]\n")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: known failures *known.toml: only*tables may be there"])
+
+
+def test_an_entry_is_what_the_file_says(tmp_path: Path) -> None:
+    """Versions may be one requirement or a list."""
+    path = tmp_path / "known.toml"
+    path.write_text(toml(ENTRY, {**ENTRY, "versions": ["flax<1", "jax"]}))
+    first, second = known_failures.read(path)
+    assert first == KnownFailure(**{**ENTRY, "versions": (f"jax=={JAX}",)})
+    assert second.versions == ("flax<1", "jax")

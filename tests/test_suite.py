@@ -1,0 +1,342 @@
+"""bnverify.suite and the pytest plugin, on reports made up for the purpose."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Loaded before any test runs: pytester forgets what is first imported inside it, and a second jax
+# in one process is refused.
+from bnverify import Subject, counterexample, engine, pytest_suite
+from bnverify.case import Case
+from bnverify.evidence import Evidence, Report
+from bnverify.laws import LAWS
+from bnverify.target import load
+
+pytest_plugins = ("pytester",)
+
+ROOT = Path(__file__).parents[1]
+VIOLATED, HELD, PROVED, UNTRIGGERED, EXEMPT, *_ = LAWS
+CASE = Case.of(seed=3, x=[[1.0, 2.0]], y=[0.5], lr=0.25, warmup=1)
+SCRIPT = counterexample.script(VIOLATED, CASE, "test_step.py:test_mine")
+EVIDENCE = (
+    Evidence(VIOLATED, "evaluation", "violated", 5, 7.0, "off by 7", SCRIPT, "slip: it. Mend: so."),
+    Evidence(HELD, "evaluation", "held", 5, 0.5),
+    Evidence(PROVED, "evaluation", "proved", reason="every N and D"),
+    Evidence(UNTRIGGERED, "evaluation", "untriggered", reason="no case reached it"),
+    Evidence(EXEMPT, "evaluation", "exempt", reason="it has none"),
+)
+STEP = """
+import bnverify
+
+def nothing(*args):
+    pass
+
+mine = bnverify.Subject("mine", nothing, nothing, nothing)
+test_mine = bnverify.suite(mine, "quick")
+"""
+OUTCOMES = ("PASSED", "FAILED", "SKIPPE", "ERROR ")
+FIVE = " or ".join(f"[{evidence.law}]" for evidence in EVIDENCE)
+
+
+class Engine:
+    """Stands in for the engine: says what EVIDENCE says, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.replayed: list[tuple[Case, str]] = []
+        self.fixed = False
+
+    def verify(self, subject: Subject, profile: str, **options: Any) -> Report:
+        self.asked.append({"subject": subject.name, "profile": profile, **options})
+        known = {evidence.law: evidence for evidence in EVIDENCE}
+        if self.fixed:
+            known[VIOLATED] = Evidence(VIOLATED, "evaluation", "held", 5)
+        results = [
+            known.get(law, Evidence(law, LAWS[law].family, "held", 1)) for law in options["select"]
+        ]
+        return Report(subject.name, str(profile), 0, tuple(results), 5, 0.1, {})
+
+    def replay(self, subject: Subject, case: Case, law: str) -> None:
+        self.replayed.append((case, law))
+        if not self.fixed:
+            raise counterexample.Violation("as before")
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    made_up = Engine()
+    monkeypatch.setattr(engine, "verify", made_up.verify)
+    monkeypatch.setattr(counterexample, "replay", made_up.replay)
+    monkeypatch.delenv("PYTEST_XDIST_TESTRUNUID", raising=False)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    return made_up
+
+
+Inner = Callable[..., pytest.RunResult]
+
+
+@pytest.fixture
+def inner(pytester: pytest.Pytester, request: pytest.FixtureRequest, made_up: Engine) -> Inner:
+    """Run pytest in this process, with the plugin, on a file with one suite."""
+    pytester.makepyfile(test_step=STEP)
+    plugins = request.config.pluginmanager
+    # Installed, it is there by its entry point, and naming it again would be refused.
+    ours = () if plugins.has_plugin("bnverify") else ("-p", "bnverify.pytest_plugin")
+    return lambda *args: pytester.runpytest_inprocess(*ours, "-p", "no:randomly", *args)
+
+
+def test_a_suite_is_one_test_for_each_law(inner: Inner) -> None:
+    """The ids are the names of the laws."""
+    result = inner("--collect-only", "-q")
+    for law in LAWS:
+        result.stdout.fnmatch_lines([f"test_step.py::test_mine[[]{law}[]]"])
+
+
+def test_a_tick_means_that_something_was_seen(inner: Inner) -> None:
+    """Proved and held pass, violated fails, untriggered and exempt are skipped with a reason."""
+    result = inner("-k", FIVE, "-rs")
+    result.assert_outcomes(passed=2, failed=1, skipped=2)
+    result.stdout.fnmatch_lines_random(
+        ["*untriggered: no case reached it*", "*exempt: it has none*"]
+    )
+
+
+def test_a_violation_says_what_it_is_and_nothing_else(inner: Inner) -> None:
+    """Claim, reason, diagnosis and counterexample; no traceback of bnverify's own."""
+    result = inner("-k", f"[{VIOLATED}]")
+    text = str(result.stdout)
+    for part in (LAWS[VIOLATED].claim, "off by 7", "Usually: slip: it. Mend: so.", SCRIPT.strip()):
+        assert part in text
+    assert "pytest_suite.py" not in text
+    assert "Traceback" not in text
+    assert result.ret == 1
+
+
+def test_junit_gets_the_same_message(inner: Inner, pytester: pytest.Pytester) -> None:
+    """The JUnit file of pytest itself carries the reason and the script."""
+    inner("-k", f"[{VIOLATED}]", "--junitxml=out.xml")
+    text = (pytester.path / "out.xml").read_text()
+    assert "off by 7" in text
+    assert "bnverify.replay(subject, case" in text
+
+
+def test_the_check_runs_once(inner: Inner, made_up: Engine) -> None:
+    """All laws share one check, of the laws selected, by the profile of the suite."""
+    inner("-k", FIVE)
+    (asked,) = made_up.asked
+    assert asked["subject"] == "mine"
+    assert asked["profile"] == "quick"
+    assert asked["seed"] == 0
+    assert asked["select"] == [evidence.law for evidence in EVIDENCE]
+    assert asked["target"] == "test_step.py:test_mine"
+
+
+def test_options_take_the_place_of_the_suites_own(inner: Inner, made_up: Engine) -> None:
+    """--bnverify-profile and --bnverify-seed reach the engine."""
+    inner("--bnverify-profile", "nightly", "--bnverify-seed", "11", "-k", f"[{HELD}]")
+    (asked,) = made_up.asked
+    assert (asked["profile"], asked["seed"]) == ("nightly", 11)
+
+
+def test_a_failing_check_is_told_by_every_law_and_made_once(
+    inner: Inner, made_up: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the subject itself raises, the first law shows it, the others name it."""
+    tries = []
+
+    def verify(*args: object, **options: object) -> None:
+        tries.append(1)
+        raise RuntimeError("the user's own")
+
+    monkeypatch.setattr(engine, "verify", verify)
+    result = inner("-k", FIVE)
+    result.assert_outcomes(failed=5)
+    named = [line for line in result.outlines if line.startswith("the check could not be made: ")]
+    assert named == ["the check could not be made: RuntimeError: the user's own"] * 4
+    assert tries == [1]
+
+
+def test_a_failing_case_is_tried_first_next_time(inner: Inner, made_up: Engine) -> None:
+    """The next run replays the case, and as long as it fails needs no check."""
+    inner("-k", f"[{VIOLATED}]")
+    assert made_up.replayed == []
+    result = inner("-k", f"[{VIOLATED}]")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*the case of the last run, tried first*"])
+    assert len(made_up.asked) == 1
+    ((case, law),) = made_up.replayed
+    assert (law, case.code()) == (VIOLATED, CASE.code())
+
+
+def test_a_mended_case_is_forgotten(inner: Inner, made_up: Engine) -> None:
+    """Once the case passes, the whole check decides, and the case is not tried again."""
+    inner("-k", f"[{VIOLATED}]")
+    made_up.fixed = True
+    inner("-k", f"[{VIOLATED}]").assert_outcomes(passed=1)
+    inner("-k", f"[{VIOLATED}]").assert_outcomes(passed=1)
+    assert len(made_up.replayed) == 1
+    assert len(made_up.asked) == 3
+
+
+def test_a_case_that_no_longer_fits_is_forgotten(
+    inner: Inner, made_up: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A subject that has changed its shape makes the old case useless, not an error."""
+    inner("-k", f"[{VIOLATED}]")
+
+    def replay(*args: object) -> None:
+        raise TypeError("of another shape")
+
+    monkeypatch.setattr(counterexample, "replay", replay)
+    inner("-k", f"[{VIOLATED}]").stdout.fnmatch_lines(["*off by 7*"])
+    assert len(made_up.asked) == 2
+
+
+def test_without_a_cache_nothing_is_remembered(inner: Inner, made_up: Engine) -> None:
+    """-p no:cacheprovider is allowed."""
+    for _ in range(2):
+        inner("-p", "no:cacheprovider", "-k", f"[{VIOLATED}]").assert_outcomes(failed=1)
+    assert made_up.replayed == []
+
+
+def test_a_subject_may_be_made_late(
+    inner: Inner, made_up: Engine, pytester: pytest.Pytester
+) -> None:
+    """A function that makes the subject is called when the first law runs, and once."""
+    late = STEP.replace("bnverify.suite(mine", "bnverify.suite(make") + "\nmade = []\n"
+    late += "def make():\n    made.append(1)\n    assert made == [1]\n    return mine\n"
+    # The function must be there when the suite is made.
+    head, tail = late.split("test_mine = ")
+    line, rest = tail.split("\n", 1)
+    pytester.makepyfile(test_step=f"{head}{rest}\ntest_mine = {line}\n")
+    inner("-k", FIVE).assert_outcomes(passed=2, failed=1, skipped=2)
+    assert len(made_up.asked) == 1
+
+
+def test_shards_cover_every_test_once(inner: Inner) -> None:
+    """--bnverify-shard K/N: disjoint, and together all."""
+    seen: list[str] = []
+    for shard in ("1/3", "2/3", "3/3"):
+        lines = inner("--collect-only", "-q", "--bnverify-shard", shard).outlines
+        seen += [line for line in lines if line.startswith("test_step.py::")]
+    assert sorted(seen) == sorted(f"test_step.py::test_mine[{law}]" for law in LAWS)
+
+
+def test_a_shard_that_is_none_is_refused(inner: Inner) -> None:
+    """One line, and pytest's own status for wrong use."""
+    result = inner("--bnverify-shard", "4/3")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --bnverify-shard: a shard is K/N with K in 1 to N*"])
+
+
+def test_workers_share_one_check(
+    pytester: pytest.Pytester, made_up: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one worker of a run has made, another finds."""
+    monkeypatch.setenv("PYTEST_XDIST_TESTRUNUID", "of this run")
+    (pytester.path / "gw0").mkdir()
+
+    class Factory:
+        def getbasetemp(self) -> Path:
+            return pytester.path / "gw0"
+
+    class Request:
+        node = type("Node", (), {"nodeid": "test_step.py::test_mine[law]"})
+
+        def getfixturevalue(self, name: str) -> Factory:
+            return Factory()
+
+    report = made_up.verify(Subject("mine", print, print, print), "quick", select=[HELD])
+    with pytest_suite.shared(Request()) as share:  # type: ignore[arg-type] # as much as it needs
+        assert share.load() is None
+        share.save(report)
+    with pytest_suite.shared(Request()) as share:  # type: ignore[arg-type] # likewise
+        assert share.load() == report
+
+
+def test_the_script_names_a_suite(pytester: pytest.Pytester) -> None:
+    """What a counterexample of a suite loads is the subject of that suite."""
+    pytester.makepyfile(test_step=STEP)
+    with pytest.raises(ValueError, match=r"test_step.py:test_mine: init must return"):
+        load("test_step.py:test_mine")
+
+
+def test_the_case_is_read_from_its_script() -> None:
+    """The case in a script is the case, and a script without one is refused."""
+    assert pytest_suite.case_of(SCRIPT).code() == CASE.code()
+    with pytest.raises(ValueError, match="no case"):
+        pytest_suite.case_of("import bnverify")
+
+
+def test_the_plugin_loads_nothing_heavy() -> None:
+    """It is loaded in every run of everybody's tests."""
+    code = (
+        "import sys, bnverify.pytest_plugin\n"
+        "heavy = {'jax', 'numpy', 'flax', 'hypothesis', 'rich', 'bnverify.laws'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_collecting_a_suite_loads_no_jax(pytester: pytest.Pytester) -> None:
+    """Where the subject is made late, collection is as quick as without bnverify."""
+    pytester.makepyfile(
+        test_step="import bnverify, sys\n"
+        "def make():\n    import jax\n"
+        "test_mine = bnverify.suite(make)\n"
+        "assert not {'jax', 'hypothesis.strategies'} & set(sys.modules)\n"
+    )
+    done = outer(pytester.path, "--collect-only", "-q", "-p", "no:hypothesispytest")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def outer(folder: Path, *args: str) -> "subprocess.CompletedProcess[str]":
+    """Run pytest in a process of its own, with the plugin."""
+    installed = any(entry.name == "bnverify" for entry in entry_points(group="pytest11"))
+    ours = () if installed else ("-p", "bnverify.pytest_plugin")
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *ours, *args],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    )
+
+
+def test_workers_and_orders_give_the_same_verdicts(pytester: pytest.Pytester) -> None:
+    """With -n 0, with -n 2 and backwards, the same laws fail, of a step that is really checked."""
+    pytester.makepyfile(
+        test_step="import bnverify\n"
+        "def make():\n"
+        "    from dataclasses import replace\n"
+        "    from bnverify.reference import sgd\n"
+        "    good = sgd()\n"
+        "    evaluate = lambda s, x, y: good.evaluate(s, x, y).reshape(())\n"
+        "    return replace(good, evaluate=evaluate)\n"
+        "test_mine = bnverify.suite(make, 'quick')\n"
+    )
+    (pytester.path / "conftest.py").write_text(
+        "import os\n"
+        "def pytest_collection_modifyitems(items):\n"
+        "    if 'BACKWARDS' in os.environ: items.reverse()\n"
+    )
+    structure = " or ".join(f"[{law.name}]" for law in LAWS.values() if law.family == "structure")
+    verdicts = []
+    for workers, order in (("0", "FORWARDS"), ("2", "FORWARDS"), ("0", "BACKWARDS")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(order, "1")
+            done = outer(
+                pytester.path, "-k", structure, "-n", workers, "-rA", "-p", "no:cacheprovider"
+            )
+        lines = done.stdout.splitlines()
+        verdicts.append(sorted(line.split(" - ")[0] for line in lines if line[:6] in OUTCOMES))
+    assert "FAILED test_step.py::test_mine[eval_loss_has_shape_one]" in verdicts[0]
+    assert verdicts[0] == verdicts[1] == verdicts[2]
