@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "BNVERIFY_CACHE"
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def cache_root() -> Path:
@@ -39,7 +40,7 @@ def machine() -> str:
     """
     traits = [platform.system(), platform.machine(), platform.processor()]
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux
         text = ""
     for key in ("model name", "flags", "Features"):  # "Features" on Arm

@@ -84,6 +84,49 @@ def test_another_processor_gets_another_directory(monkeypatch: pytest.MonkeyPatc
     assert compile_cache.location() != here
 
 
+def test_the_features_of_the_processor_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two processors of one model, one with more instructions is another one."""
+    names = set()
+    for features in ("fma avx2", "fma avx2 avx512f"):
+        cpuinfo = tmp_path / "cpuinfo"
+        cpuinfo.write_text(f"model name : one\nflags : {features}\ncpu MHz : 1\n")
+        monkeypatch.setattr(compile_cache, "CPUINFO", cpuinfo)
+        names.add(compile_cache.machine())
+    monkeypatch.setattr(compile_cache, "CPUINFO", tmp_path / "missing")  # not Linux
+    names.add(compile_cache.machine())
+    assert len(names) == 3
+
+
+def test_a_cache_of_limited_size_is_left_to_its_own_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eviction reads the directory, so JAX locks it; nothing may come from the side."""
+    lru_cache = pytest.importorskip("jax._src.lru_cache", reason="private, and may move")
+    written = []
+
+    class Limited:
+        _path = tmp_path
+        eviction_enabled = True
+
+        def put(self, key: str, value: bytes) -> None:
+            written.append((self._path, key, value))
+
+    monkeypatch.setattr(lru_cache, "LRUCache", Limited)
+    compile_cache._write_entries_whole()
+    Limited().put("key", b"value")
+    assert written == [(tmp_path, "key", b"value")]
+
+
+def test_a_release_that_moves_the_private_class_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Then the cache works as JAX wrote it."""
+    monkeypatch.setitem(sys.modules, "jax._src.lru_cache", None)
+    compile_cache._write_entries_whole()
+
+
 def test_a_directory_that_cannot_be_made_is_no_error(tmp_path: Path) -> None:
     """Where nothing can be written, the answer is None and JAX compiles as ever."""
     obstacle = tmp_path / "file"
