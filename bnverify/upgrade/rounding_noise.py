@@ -1,0 +1,101 @@
+"""The rounding noise of what is recorded: how far float32 may take each value from the exact one.
+
+Each value's noise is one of three things: a finite number; infinity, where rounding leaves no digits
+to compare; NaN, where it is not known, because the program holds something that cannot be read.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bnverify.lazy import jax
+from bnverify.upgrade.leaves import named
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Noise:
+    """Reads the rounding of one function, a program for each shape of its arguments.
+
+    Attributes:
+        unread: why nothing is known; empty where something is.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._ready: dict[Any, Any] = {}
+        self.unread = ""
+
+    def __call__(self, *stacked: Any) -> Any:
+        """Return a tree like the function's result, of noise; None where none can be read.
+
+        Args:
+            *stacked: the function's arguments, with a leading axis of cases on every leaf.
+        """
+        try:
+            return self._read(stacked)
+        except Exception as error:  # noqa: BLE001 - a step that runs and cannot be read is no fault
+            self.unread = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            return None
+
+    def _read(self, stacked: Any) -> Any:
+        leaves, structure = jax.tree_util.tree_flatten(stacked)
+        key = structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        if key not in self._ready:
+            abstract = jax.tree_util.tree_map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked
+            )
+            reading = _rounding()(self._function, *abstract)  # in 32 bits, as the step runs
+            self._ready[key] = reading, None
+        reading, program = self._ready[key]
+        from bnverify import compat
+
+        with compat.enable_x64():
+            if program is None:
+                program = _compile(lambda *args: reading.evaluate(*args).noise, stacked)
+                self._ready[key] = reading, program
+            noise = program(*stacked)
+        unknown = bool(reading.unknown)
+
+        def plain(value: Any) -> Any:
+            # Half a unit of float32 too large rather than too small.
+            bound = np.asarray(value, np.float64) * (1 + 2.0**-23)
+            with np.errstate(over="ignore"):
+                bound = bound.astype(np.float32)
+            return np.where(np.isinf(bound), np.float32("nan"), bound) if unknown else bound
+
+        return jax.tree_util.tree_map(plain, noise)
+
+
+def named_noise(tree: Any, prefix: str) -> dict[str, Any]:
+    """Return path -> noise; nothing for a tree that was not read."""
+    return {} if tree is None else named(tree, prefix)
+
+
+def _compile(function: Callable[..., Any], stacked: Any) -> Any:
+    from bnverify.compiled import QUICK
+
+    lowered = jax.jit(jax.vmap(function)).lower(*stacked)
+    try:
+        return lowered.compile(compiler_options=QUICK)
+    except Exception:  # noqa: BLE001 - jaxlib before 0.4.30 takes the option for a string
+        return lowered.compile()
+
+
+def _rounding() -> Callable[..., Any]:
+    """Return ``bnverify.jaxpr.rounding.rounding``, also where jax has no ``jax.export`` yet.
+
+    jax has it from 0.4.30. The package imports it for symbolic sizes, which rounding does without.
+    """
+    try:
+        import_module("jax.export")
+    except ImportError:
+        sys.modules["jax.export"] = ModuleType("jax.export")
+    rounding: Callable[..., Any] = import_module("bnverify.jaxpr.rounding").rounding
+    return rounding

@@ -1,0 +1,182 @@
+"""Standalone scripts that show a difference: jax, flax, NumPy and the user's own code, no bnverify.
+
+A script holds the state before the step and the batch, runs one function of the target in whatever
+environment it is started in, prints the recorded and the present value, and exits with 1 where they
+are farther apart than rounding explains.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from bnverify.upgrade.recorded import Recorded
+    from bnverify.upgrade.values import Place
+
+_LITERAL = 64  # elements; longer arrays are packed
+
+_LOAD = '''\
+import base64, importlib, importlib.util, inspect, os, pathlib, sys, zlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import jax
+import numpy as np
+
+TARGET = {target!r}
+
+
+def load(target):
+    """Return the functions that the target names: its init, step and evaluate."""
+    source, _, name = target.rpartition(":")
+    if source.endswith(".py"):
+        sys.path.insert(0, str(pathlib.Path(source).resolve().parent))
+        spec = importlib.util.spec_from_file_location("the_target", source)
+        module = sys.modules["the_target"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        sys.path.insert(0, os.getcwd())
+        module = importlib.import_module(source)
+    found = module
+    for part in name.split("."):
+        found = getattr(found, part)
+    if hasattr(found, "step"):
+        return found
+    if inspect.signature(found).parameters:  # a function of (seed, x_batch, y_batch, lr)
+        import bnverify
+
+        return bnverify.load(target)
+    return found()
+
+
+subject = load(TARGET)
+'''
+
+_ARRAYS = '''
+
+def unpack(text, dtype, shape):
+    """Return an array from its bytes, compressed."""
+    data = zlib.decompress(base64.b85decode(text))
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+x = {x}
+y = {y}
+lr = np.float32({lr!r})
+# The state before the step, leaf by leaf.
+leaves = {{
+{leaves}
+}}
+structure = jax.tree_util.tree_structure(subject.init(np.int32(0), x))
+state = jax.tree_util.tree_unflatten(structure, list(leaves.values()))
+'''
+
+_VALUE = """
+{run}
+paths, _ = jax.tree_util.tree_flatten_with_path({tree})
+new = float(np.asarray(paths[{index}][1], np.float64)[{element}])
+old = {old}
+allowed = {allowed!r}
+print({leaf!r})
+print("recorded:", old, "with", {then!r})
+print("now:     ", new, "with jax", jax.__version__)
+print("allowed by rounding:", allowed)
+same = abs(new - old) <= allowed or new == old or (new != new and old != old)
+sys.exit(0 if same else 1)
+"""
+
+_ERROR = """
+x = np.arange(24 * {features}, dtype=np.float32).reshape(24, {features}) / 8
+y = np.arange(24, dtype=np.float32) / 8
+state = jax.jit(subject.init)(np.int32(0), x)
+state, info = jax.jit(subject.step)(state, x, y, np.float32(0.5))
+print("eval loss", jax.jit(subject.evaluate)(state, x, y))
+"""
+
+
+def of_error(target: str, features: int = 3) -> str:
+    """Return a script that runs the target's three functions, and so shows what one raises."""
+    return _LOAD.format(target=target) + _ERROR.format(features=features)
+
+
+def of_value(old: Recorded, new: Recorded, place: Place) -> str | None:
+    """Return a script that shows one value beyond the noise; None where the state cannot be made.
+
+    Args:
+        old: the recording, whose state before the step is put into the script.
+        new: the replay, whose order of leaves the script meets.
+        place: the value.
+    """
+    home = f"shape{place.shape}"
+    evaluating = place.leaf == "eval_loss"
+    order = list(new.leaves(place.shape, "state"))
+    try:
+        if evaluating:
+            values = old.under(f"{home}/step{place.step}/value")
+            state = {leaf: values[leaf] for leaf in order}
+        else:
+            before = old.before(place.shape, place.step)
+            state = {leaf: before[leaf] for leaf in order}
+        tree, index = _find(new, place)
+    except (KeyError, ValueError):  # leaves that were renamed
+        return None
+    case = old.under(f"{home}/case")
+    lines = (f"    {leaf!r}: {_array(values[place.case])}," for leaf, values in state.items())
+    run = (
+        "result = jax.jit(subject.evaluate)(state, x, y)"
+        if evaluating
+        else "after, info = jax.jit(subject.step)(state, x, y, lr)"
+    )
+    at = f"{place.leaf}{list(place.element) if place.element else ''}"
+    return (
+        f'"""{at} differs from what was recorded."""\n\n'
+        + _LOAD.format(target=new.manifest["target"])
+        + _ARRAYS.format(
+            x=_array(case["x"][place.case]),
+            y=_array(case["y"][place.case]),
+            lr=float(case["lr"][place.case]),
+            leaves="\n".join(lines),
+        )
+        + _VALUE.format(
+            run=run,
+            tree=tree,
+            index=index,
+            element=place.element,
+            old=_number(place.old),
+            allowed=place.allowed,
+            leaf=at,
+            then=", ".join(f"{k} {v}" for k, v in old.manifest["versions"].items()),
+        )
+    )
+
+
+def _find(new: Recorded, place: Place) -> tuple[str, int]:
+    """Return in which tree of the result the leaf stands, and at which index."""
+    for tree, expression in (
+        ("after", "after"),
+        ("loss", "info.loss"),
+        ("grads", "info.grads"),
+        ("eval_loss", "result"),
+    ):
+        paths = list(new.leaves(place.shape, tree))
+        if place.leaf in paths:
+            return expression, paths.index(place.leaf)
+    raise KeyError(place.leaf)
+
+
+def _number(value: float) -> str:
+    return repr(value) if np.isfinite(value) else f'float("{value}")'
+
+
+def _array(array: Any) -> str:
+    """Return an expression for an array: its digits, or its bytes where they would be many."""
+    if array.size <= _LITERAL and array.dtype.kind in "fiub" and np.isfinite(array).all():
+        return f"np.array({array.tolist()!r}, np.{array.dtype.name})"
+    packed = base64.b85encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 9)).decode()
+    dtype = f"np.dtype({array.dtype.name!r})"
+    if array.dtype.kind == "V":
+        dtype = f"jax.numpy.dtype({array.dtype.name!r})"
+    return f"unpack({packed!r}, {dtype}, {array.shape})"
