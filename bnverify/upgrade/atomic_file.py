@@ -45,15 +45,18 @@ def write(path: Path, data: bytes) -> None:
 
 def _abandoned(directory: Path, prefix: str) -> Iterator[Path]:
     """Yield what writers of the same file left that died between opening and renaming."""
-    if os.name != "posix":  # elsewhere os.kill(pid, 0) does not ask, it interrupts
-        return
     pattern = re.compile(re.escape(prefix) + r"([0-9]{1,9})-[0-9a-f]{8}\.tmp")
     for entry in directory.iterdir():
         owner = pattern.fullmatch(entry.name)
-        if owner:
-            try:
-                os.kill(int(owner[1]), 0)
-            except ProcessLookupError:
-                yield entry
-            except OSError:
-                pass  # alive, and another user's
+        if owner and not _alive(int(owner[1])):
+            yield entry
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":  # pragma: no cover -- there os.kill does not ask, it interrupts
+        return True
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it is another user's
+    return True

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -84,6 +85,8 @@ def build(
         EnvironmentUnavailableError: it cannot be resolved, built or imported.
         CancelledError: the token was cancelled.
     """
+    if os.name != "posix":  # pragma: no cover -- no locks that die with their holder, no killpg
+        raise _unavailable(requirement, "that takes Linux or macOS; on Windows use WSL")
     try:
         return _build(requirement, project, extra_paths, _store(cache_dir), token or Token())
     except uv.UvError as error:

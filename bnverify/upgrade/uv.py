@@ -130,8 +130,8 @@ class Uv:
             UvError: they do not resolve there.
         """
         options = [f"--only-binary={name}" for name in _WHEELS_ONLY]
-        options += ["--constraints", str(self.write("constraints.txt", constraints))]
-        options += ["--overrides", str(self.write("overrides.txt", overrides))]
+        options += ["--constraint", str(self.write("constraints.txt", constraints))]
+        options += ["--override", str(self.write("overrides.txt", overrides))]
         output = self._run(
             *("pip", "compile", "--python", str(interpreter.path), *options),
             *("--no-header", "--no-annotate", "--emit-index-url", "--emit-find-links"),
@@ -161,7 +161,7 @@ class Uv:
         """
         options = ["--link-mode=hardlink", "--no-deps", "--python", str(python)]
         options += ["--target", str(target)] if target else []
-        options += ["--constraints", str(hashes), "--verify-hashes"] if hashes else []
+        options += ["--constraint", str(hashes), "--verify-hashes"] if hashes else []
         self._run("pip", "install", *options, "-r", str(self.write("install.txt", lines)))
 
     def write(self, name: str, lines: Sequence[str]) -> Path:

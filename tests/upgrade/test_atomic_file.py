@@ -59,6 +59,16 @@ def test_a_living_writer_is_left_to_finish(tmp_path):
     assert not dead.exists()
 
 
+def test_another_users_process_is_alive(monkeypatch):
+    """Not being allowed to ask is an answer."""
+
+    def refuse(_process: int, _signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert atomic_file._alive(1)
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     """A full disk leaves the old file and no other."""
     path = tmp_path / "r"

@@ -86,6 +86,13 @@ def test_what_does_not_answer_as_expected_is_passed_over(machine, answer):
     assert found() == [f"{own(1)}.9"]
 
 
+def test_a_version_none_of_whose_pythons_answers_is_passed_over(machine):
+    """And so is a directory that only looks like a version."""
+    machine(f"bin/python{own(1)}", "exit 1")
+    machine("pyenv/versions/3.x/bin/python", says(f"{own(1)}.9"))
+    assert found() == []
+
+
 def test_pythons_too_old_to_record_are_passed_over(machine):
     """The recording side needs 3.9."""
     machine("bin/python3.8", says("3.8.18"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bnverify.upgrade import processes
+from bnverify.upgrade import processes, supervisor
 from bnverify.upgrade.processes import CancelledError, Token
 
 # A command that starts another, as uv starts a build, and waits for it.
@@ -38,6 +38,8 @@ def alive(mark: str) -> list[str]:
 @pytest.fixture
 def mark(request) -> str:
     """Mark the environment of the commands of one test."""
+    if not Path("/proc/self/environ").exists():
+        pytest.skip("processes are told by /proc, which only Linux has")
     return f"{os.getpid()}-{request.node.name}"
 
 
@@ -133,3 +135,27 @@ def test_a_terminated_supervisor_takes_its_command_along(mark):
     thread.join()
     assert results == [128 + signal.SIGKILL]
     until(lambda: not alive(mark))
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_the_supervisor_waits_while_somebody_holds_its_input(hold):
+    """In this very process: the command ends by itself, or when the pipe closes."""
+    handler, standard_input = signal.getsignal(signal.SIGTERM), os.dup(0)
+    read, write = os.pipe()
+    os.dup2(read, 0)
+    os.close(read)
+    if not hold:
+        threading.Timer(0.3, os.close, [write]).start()
+    try:
+        code = "raise SystemExit(3)" if hold else "import time; time.sleep(600)"
+        assert supervisor.main([sys.executable, "-c", code]) == (
+            3 if hold else 128 + signal.SIGKILL
+        )
+        assert supervisor.main(["/absent/program"]) == 127
+    finally:
+        if hold:
+            os.close(write)
+        time.sleep(0.05)  # the thread's read ends before its descriptor is another file's
+        os.dup2(standard_input, 0)
+        os.close(standard_input)
+        signal.signal(signal.SIGTERM, handler)

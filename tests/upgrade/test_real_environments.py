@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,7 @@ from bnverify.upgrade.environments import build_all, parse, run
 
 PINS = Path(__file__).parents[2] / "pins"
 
-pytestmark = [
-    pytest.mark.environments,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        shutil.which("uv") is None, reason="uv is not installed: pip install 'bnverify[gate]'"
-    ),
-]
+pytestmark = [pytest.mark.environments, pytest.mark.slow]
 
 RECORD = """
 import sys

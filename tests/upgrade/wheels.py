@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def wheel(
-    directory: Path, name: str, version: str, *lines: str, code: str = "", file: str | None = None
+    directory: Path, name: str, version: str, *lines: str, code: str = "", python: str = "py3"
 ) -> Path:
     """Make a wheel of one module, and return its path.
 
@@ -18,19 +18,19 @@ def wheel(
         directory: where to put it.
         name: of the distribution and the module.
         version: of the distribution; the module's `version` too.
-        lines: of its metadata, as `Requires-Dist: jax>=1` or `Requires-Python: >=3.12`.
+        lines: of its metadata, as `Requires-Dist: jax>=1`.
         code: the rest of the module.
-        file: the wheel's name, if it must not say what it is.
+        python: the tag of the Pythons it is for; py312 is 3.12 and newer.
     """
     about = f"{name}-{version}.dist-info"
     metadata = "\n".join([f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}", *lines, ""])
     parts = {
         f"{name}.py": f"version = {version!r}\n{code}\n",
         f"{about}/METADATA": metadata,
-        f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{about}/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {python}-none-any\n",
     }
     parts[f"{about}/RECORD"] = "".join(f"{part},,\n" for part in [*parts, f"{about}/RECORD"])
-    path = directory / (file or f"{name}-{version}-py3-none-any.whl")
+    path = directory / f"{name}-{version}-{python}-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for part, text in parts.items():
             archive.writestr(part, text)
