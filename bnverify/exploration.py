@@ -90,7 +90,7 @@ class Exploration:
         if "eager" in needs and eager:
             facts["eager"] = _outcome(self._eager, t.before, case)
         if "stacked" in needs and self._volume is not None:
-            facts["stacked"] = self._volume.outcome(case)
+            facts["stacked"] = self._volume.outcome(t.before, case)
         if "solution" in needs and self._subject.solution is not None:
             facts["solution"] = self._solution(case)
         return t._replace(facts=facts), available | (CALLS & set(facts))

@@ -86,6 +86,13 @@ def other_statistic(value: Any) -> Any:
     return 2 * abs(value) + 1
 
 
+def nudged(value: Any) -> Any:
+    """Return ``value`` with neighbouring elements moved up and down by eight roundings."""
+    signs = np.where(np.arange(value.shape[-1] if value.ndim else 1) % 2, 1, -1)
+    moved: Any = value * (1 + 4 * float(jnp.finfo(value.dtype).eps) * signs)
+    return moved.reshape(value.shape)
+
+
 def reverse_rows(case: Case) -> Case:
     """Return the same batch with its rows in reverse order."""
     return case._replace(x=case.x[..., ::-1, :], y=case.y[..., ::-1])
@@ -123,13 +130,19 @@ EVALS: dict[str, Callable[[Seen, State, State, Case], Inputs]] = {
     ),
     "reversed_rows": lambda seen, before, after, c: (after, reverse_rows(c)),
     "own_statistics": lambda seen, before, after, c: (own_statistics(seen, before), c),
+    "nudged_statistics": lambda seen, before, after, c: (
+        with_statistics(own_statistics(seen, before), nudged),
+        c,
+    ),
 }
-"""Re-evaluations: from other statistics, of the rows reversed, from the batch's own moments."""
+"""Re-evaluations: from other statistics, of the rows reversed, from the batch's own moments and
+from those moved by a few places."""
 
 FIRST = {
     "step:own_statistics": ("step:zero_statistics", "step:huge_statistics"),
     "step:second_step": ("step:zero_lr",),
     "eval:own_statistics": ("step:zero_statistics", "step:huge_statistics"),
+    "eval:nudged_statistics": ("step:zero_statistics", "step:huge_statistics"),
 }
 """What must have run before."""
 

@@ -12,13 +12,13 @@ from bnverify.judge import Judge
 from bnverify.laws import Law
 from bnverify.lazy import jax
 from bnverify.stacks import stacked_cases
-from bnverify.subject import Subject
+from bnverify.subject import State, Subject
 from bnverify.tally import Tally, complexity, stack, take
-from bnverify.transition import LATER_RERUNS, RERUNS, Calls, Outcome, observe
+from bnverify.transition import EVALS, LATER_RERUNS, RERUNS, Calls, Outcome, observe
 
 NEEDS = frozenset(
     [f"step:{name}" for name in (*RERUNS, *LATER_RERUNS, "shifted_bias")]
-    + ["eval:other_statistics", "eval:reversed_rows", "eval:own_statistics", "eval:rows"]
+    + [f"eval:{name}" for name in (*EVALS, "rows")]
     + ["expected_update", "layer_inputs", "after_eval", "noise"]
 )
 """What laws can ask of a stacked run; the rest takes single calls."""
@@ -60,13 +60,15 @@ class Volume:
         needs = {need for law in chosen for need in law.needs} if laws else self._needs
         return self._judge.residuals(observe(self._calls, cases, needs), chosen)
 
-    def outcome(self, case: Case) -> Outcome:
-        """Return what the step gives for one case when it is run in a stack."""
-        cases = stack([case] * self.block)
-        t = observe(self._calls, cases, ())
-        given = Outcome(t.after, t.info, t.eval_loss)
-        outcome: Outcome = jax.tree_util.tree_map(lambda leaf: leaf[0], given)
-        return outcome
+    def outcome(self, before: State, case: Case) -> Outcome:
+        """Return what the step gives for one state and case when it is run in a stack."""
+        state, cases = jax.tree_util.tree_map(
+            lambda leaf: np.stack([leaf] * self.block), (before, case)
+        )
+        outcome = self._calls.step(state, cases)
+        outcome = outcome._replace(eval_loss=self._calls.evaluate(outcome.state, cases))
+        first: Outcome = jax.tree_util.tree_map(lambda leaf: leaf[0], outcome)
+        return first
 
     def blocks(
         self, shape: tuple[int, int], count: int, rng: np.random.Generator

@@ -35,16 +35,22 @@ def smallest(value: Any) -> float:
 def residual(actual: Any, expected: Any, allowed: Any) -> Any:
     """Return the worst error of ``actual`` in units of ``allowed``, a scalar.
 
-    Elements whose expected value or allowance is not finite are out of range and not
-    compared. An error where none is allowed is infinite, and so is an actual value that is
+    Elements whose expected value or allowance leaves the range of the actual value's dtype are
+    not compared. An error where none is allowed is infinite, and so is an actual value that is
     not finite though the expected one is.
     """
+    largest = _largest(actual)
     actual, expected, allowed = wide(actual), wide(expected), wide(allowed)
-    compared = jnp.isfinite(expected) & jnp.isfinite(allowed)
+    compared = jnp.abs(expected) + allowed <= largest  # false for NaN and infinity too
     error = jnp.where(compared, jnp.abs(actual - expected), 0.0)
     error = jnp.where(jnp.isfinite(error), error, jnp.inf)
     ratio = jnp.where(error == 0, 0.0, error / jnp.where(allowed > 0, allowed, 0.0))
     return worst_of([jnp.max(jnp.where(compared, ratio, UNTRIGGERED), initial=UNTRIGGERED)])
+
+
+def _largest(value: Any) -> float:
+    dtype = jnp.asarray(value).dtype
+    return float(jnp.finfo(dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32).max)
 
 
 def worst_of(residuals: list[Any]) -> Any:
@@ -79,9 +85,17 @@ def same(actual: Tree, expected: Tree) -> Any:
     return trees(lambda a, e: residual(a, e, jnp.zeros_like(wide(e))), actual, expected)
 
 
+UNDERFLOW = 2.0**16
+"""How much a step may magnify what it flushed to zero: by 1 / sqrt(epsilon) = 316 and a kernel."""
+
+
 def within_noise(actual: Tree, expected: Tree, noise: Tree) -> Any:
     """Return the residual of two float32 runs of one computation: each may err by ``noise``."""
-    return trees(lambda a, e, n: residual(a, e, 2 * n + smallest(a)), actual, expected, noise)
+
+    def leaf(a: Any, e: Any, n: Any) -> Any:
+        return residual(a, e, 2 * n + UNDERFLOW * smallest(a))
+
+    return trees(leaf, actual, expected, noise)
 
 
 def when(condition: Any, value: Any) -> Any:
