@@ -11,6 +11,7 @@ import jax
 import optax
 
 from bnverify.adapters import reasons
+from bnverify.adapters.explain import explaining
 from bnverify.adapters.layers import Recording, Survey, layer_inputs, survey
 from bnverify.subject import State, StepInfo, Subject, Tree
 
@@ -44,7 +45,7 @@ class Model(Protocol):
         """Return the laws that do not apply, law name -> reason."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """The canonical step; see ``bnverify.reference`` for a remark on each of its lines."""
 
@@ -52,11 +53,13 @@ class Step:
     optimizer: Optimizer
     loss: Loss
 
+    @explaining("init")
     def init(self, seed: Any, x: Any) -> State:
         """Return the state before the first step."""
         params, batch_stats, extra = self.model.init(seed, x)
         return State(params, batch_stats, self.optimizer(0.0).init(params), extra)
 
+    @explaining("the training step")
     def step(self, state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
         """Take one training step."""
 
@@ -71,16 +74,19 @@ class Step:
         batch_stats, extra = new
         return State(params, batch_stats, opt_state, extra), StepInfo(loss, grads)
 
+    @explaining("evaluation")
     def evaluate(self, state: State, x: Any, y: Any) -> Any:
         """Return the loss in eval mode, (1,)."""
         done = self.model.apply(state, x, y, train=False)
         return self.loss(done.outputs, done.targets).reshape(1)
 
+    @explaining("evaluation")
     def after_eval(self, state: State, x: Any, y: Any) -> State:
         """Return the state that evaluation leaves."""
         done = self.model.apply(state, x, y, train=False)
         return state._replace(batch_stats=done.batch_stats, extra=done.extra)
 
+    @explaining("the training step")
     def layer_inputs(self, state: State, x: Any, y: Any) -> Any:
         """Return what each normalisation layer is given in the training pass."""
         recording = Recording()
@@ -94,9 +100,9 @@ class Step:
         """Return what one abstract trace of the training pass shows."""
         example = self._example(sizes)
         recording = Recording()
-        return survey(
-            jax.make_jaxpr(partial(self._noted, recording))(*example), recording, example[0]
-        )
+        with explaining("the training step"):
+            jaxpr = jax.make_jaxpr(partial(self._noted, recording))(*example)
+        return survey(jaxpr, recording, example[0])
 
     def _noted(self, recording: Recording, state: State, x: Any, y: Any) -> Any:
         done = self.model.apply(state, x, y, train=True, recording=recording)

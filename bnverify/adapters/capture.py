@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from bnverify.jaxpr.interpreter import Body, called_jaxpr, inner_jaxprs, open_jaxpr, read
+from bnverify.jaxpr.interpreter import called_jaxpr, inner_jaxprs, open_jaxpr
 from bnverify.subject import LayerInput
 
 PREFIX = "bnverify:"
@@ -34,44 +34,39 @@ def marked(function: Callable[..., Any], *args: Any) -> dict[str, list[Any]]:
         function: traces under ``jax.jit``.
         *args: trees of arrays, or of tracers.
     """
-    reading = _Values()
-    read(jax.make_jaxpr(function)(*args), reading, jax.tree_util.tree_leaves(args))
-    return reading.found
+    found: dict[str, list[Any]] = {}
+    _run(jax.make_jaxpr(function)(*args), jax.tree_util.tree_leaves(args), found)
+    return found
 
 
-class _Values:
-    """The plain meaning of equations, and the values of the marked ones."""
+def _run(jaxpr: Any, inputs: Sequence[Any], found: dict[str, list[Any]]) -> list[Any]:
+    """Evaluate a program, entering what it calls once; add marked values to ``found``."""
+    inner, consts = open_jaxpr(jaxpr)
+    env = dict(zip((*inner.constvars, *inner.invars), (*consts, *inputs), strict=True))
 
-    def __init__(self) -> None:
-        self.found: dict[str, list[Any]] = {}
+    def value(atom: Any) -> Any:
+        return atom.val if hasattr(atom, "val") else env[atom]  # a literal has its value
 
-    def constant(self, value: Any, _: Any) -> Any:
-        return value
-
-    def equation(self, eqn: Any, inputs: Sequence[Any]) -> Sequence[Any]:
-        label = label_of(eqn)
+    for eqn in inner.eqns:
+        given = [value(atom) for atom in eqn.invars]
+        label, called = label_of(eqn), called_jaxpr(eqn)
         if label is not None:
-            self.found.setdefault(label, []).extend(inputs)
-            return inputs
-        given = eqn.primitive.get_bind_params(eqn.params)
-        # A pair to jax 0.9; from 0.10 one mapping, with the functions among the parameters.
-        functions, params = given if isinstance(given, tuple) else ((), given)
-        out = eqn.primitive.bind(*functions, *inputs, **params)
-        return list(out) if eqn.primitive.multiple_results else [out]
+            found.setdefault(label, []).extend(given)
+            results = given
+        elif called is not None and not _is_backward(eqn):
+            results = _run(called, given, found)
+        else:
+            results = _bind(eqn, given)
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [value(atom) for atom in inner.outvars]
 
-    def call(self, eqn: Any, inputs: Sequence[Any], body: Body[Any]) -> Sequence[Any]:
-        return self.equation(eqn, inputs) if _is_backward(eqn) else body(inputs)
 
-    def scan(self, eqn: Any, inputs: Sequence[Any], _: Body[Any]) -> Sequence[Any]:
-        return self.equation(eqn, inputs)
-
-    def while_loop(
-        self, eqn: Any, inputs: Sequence[Any], _predicate: Body[Any], _body: Body[Any]
-    ) -> Sequence[Any]:
-        return self.equation(eqn, inputs)
-
-    def cond(self, eqn: Any, inputs: Sequence[Any], _: Sequence[Body[Any]]) -> Sequence[Any]:
-        return self.equation(eqn, inputs)
+def _bind(eqn: Any, inputs: Sequence[Any]) -> Sequence[Any]:
+    given = eqn.primitive.get_bind_params(eqn.params)
+    # A pair to jax 0.9; from 0.10 one mapping, with the functions among the parameters.
+    functions, params = given if isinstance(given, tuple) else ((), given)
+    out = eqn.primitive.bind(*functions, *inputs, **params)
+    return out if eqn.primitive.multiple_results else [out]
 
 
 def label_of(eqn: Any) -> str | None:

@@ -13,6 +13,7 @@ import optax
 
 from bnverify.adapters.batches import mse, rows, under_axis
 from bnverify.adapters.canonical import Loss, Optimizer, accepted, example_sizes, subject
+from bnverify.adapters.explain import explaining
 from bnverify.adapters.linen_variables import look
 from bnverify.adapters.modes import Mode, call_mode, known_names, named
 from bnverify.subject import Subject
@@ -72,7 +73,8 @@ def linen(
     """
     sizes = accepted(features)
     bound = _Module(module, _mode(module, train_argument), batch, axis_name, statistics)
-    model = look(bound, example_sizes(sizes), tuple(rngs), mutable, tuple(carried))
+    with explaining("the model"):
+        model = look(bound, example_sizes(sizes), tuple(rngs), mutable, tuple(carried))
     return subject(
         model,
         name=name or f"linen:{type(module).__name__}",
@@ -96,7 +98,7 @@ def _call_of(module: nn.Module) -> Callable[..., Any]:
     return call
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Module:
     """The module with its batch and its mode: how it is initialised and applied.
 

@@ -41,7 +41,7 @@ class Module(Protocol):
         """Return the outputs and the updated collections."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variables:
     """Which variables a model has and where a State keeps them.
 

@@ -22,6 +22,7 @@ from bnverify.adapters.canonical import (
     example_sizes,
     subject,
 )
+from bnverify.adapters.explain import explaining
 from bnverify.adapters.layers import Recording
 from bnverify.adapters.modes import Mode, call_mode
 from bnverify.adapters.nnx_layers import noting
@@ -80,9 +81,11 @@ def nnx(
             "accepts, or give it a parameter for D: lambda din, rngs: Model(din, rngs=rngs)"
         )
     model = _Model(maker, batch, train_argument, axis_name, tuple(carried))
+    with explaining("the model"):
+        model = model.looked_at(example_sizes(sizes))
     label = getattr(make_module, "__name__", type(make_module).__name__)
     return subject(
-        model.looked_at(example_sizes(sizes)),
+        model,
         name=name or f"nnx:{label}",
         optimizer=optimizer,
         loss=loss,
@@ -98,7 +101,7 @@ class _Maker:
         self._make = make_module
         # The metaclass of nnx modules hides the parameters of their own __init__.
         made: Any = make_module
-        function = made.__init__ if isinstance(made, type) else made
+        function = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]
         parameters = list(inspect.signature(function).parameters.values())
         required = [
             parameter.name
@@ -126,7 +129,7 @@ class _Maker:
         return self._make(**{name: value for name, value in given.items() if name is not None})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Model:
     """An nnx module whose variables are split into the parts of a State.
 
