@@ -25,6 +25,7 @@ class Compiled:
         self._programs: dict[Any, Any] = {}
 
     def __call__(self, *args: Any) -> Any:
+        """Return ``function(*args)``."""
         leaves, structure = jax.tree_util.tree_flatten(args)
         key = structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
         if key not in self._programs:

@@ -17,6 +17,7 @@ from bnverify.laws import LAWS, Law
 from bnverify.profile import PROFILES, Profile
 from bnverify.runs import Runs
 from bnverify.subject import Subject
+from bnverify.transition import Transition
 
 Listener = Callable[[str, int, Evidence | None], None]
 """Told as a check goes: what is being done, cases so far, a law's evidence once it is known."""
@@ -67,27 +68,21 @@ def verify(
     for evidence in _without_running(laws, subject, reading):
         settle(evidence)
     running = [law for law in laws if law.name not in known]
-    runs = Runs(
-        subject,
-        running,
-        static_facts(subject, reading.abstract) if reading.abstract else {},
-        plan,
-        seed,
-        lambda doing, cases: tell(doing, cases, None),
-        fail_fast=fail_fast,
-    )
     done = fail_fast and any(evidence.status == "violated" for evidence in known.values())
-    if running and not proofs_only and not done:
+    idle = proofs_only or done
+    if not idle:
         compile_cache.enable()
-        runs.run()
-    for law in running:
-        settle(runs.evidence(law))
+    runs = _run_all(running, subject, reading, plan, seed, tell, fail_fast=fail_fast, idle=idle)
+    for part in runs:
+        for evidence in part.evidence():
+            settle(evidence)
+    tallies = {name: tally for part in runs for name, tally in part.tallies.items()}
     violated = {name for name, evidence in known.items() if evidence.status == "violated"}
     results = []
     for law in laws:
         evidence = known[law.name]
         if evidence.status == "violated":
-            tally = runs.tallies.get(law.name)
+            tally = tallies.get(law.name)
             case = tally.case if tally else None
             way = proof.explain(law, reading)
             evidence = replace(
@@ -103,12 +98,46 @@ def verify(
         profile=plan.name,
         seed=seed,
         results=tuple(results),
-        cases=runs.cases,
+        cases=sum(part.cases for part in runs),
         seconds=time.perf_counter() - started,
         versions=versions(),
         influence=_matrix(reading),
-        notes=(*_notes(reading), *runs.notes),
+        notes=(*_notes(reading), *(note for part in runs for note in part.notes)),
     )
+
+
+def _run_all(
+    laws: Collection[Law],
+    subject: Subject,
+    reading: proof.Reading,
+    plan: Profile,
+    seed: int,
+    tell: Listener,
+    *,
+    fail_fast: bool,
+    idle: bool,
+) -> list[Runs]:
+    """Run ``laws`` on the subject, and those about an empty optimizer state on the probe."""
+    probe = reading.probe
+    probed = [law for law in laws if probe is not None and "opt_state" in law.requires]
+    own = [law for law in laws if law not in probed]
+    parts: list[tuple[Subject, list[Law], Transition | None, Profile, str]]
+    parts = [(subject, own, reading.abstract, plan, "")]
+    if probe is not None and probed:
+        abstract = proof.abstract_transition(probe.traces.runs[0], None)
+        few = replace(plan, shapes=0, blocks=1, examples=1, large=())
+        parts.append((probe.subject, probed, abstract, few, proof.PROBED))
+    runs: list[Runs] = []
+    for of, part, shapes, amount, note in parts:
+        facts = static_facts(of, shapes) if shapes is not None else {}
+
+        def report(doing: str, cases: int) -> None:
+            tell(doing, cases + sum(run.cases for run in runs[:-1]), None)
+
+        runs.append(Runs(of, part, facts, amount, seed, report, fail_fast=fail_fast, note=note))
+        if part and not idle:
+            runs[-1].run()
+    return runs
 
 
 def choose(select: Collection[str], ignore: Collection[str]) -> list[Law]:

@@ -14,6 +14,16 @@ from bnverify.lazy import jax
 from bnverify.subject import Subject
 from bnverify.transition import Transition
 
+PROBED = "by a momentum probe, since the optimizer's own state is empty"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A subject around another optimizer, and its traces."""
+
+    subject: Subject
+    traces: Traces
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -23,14 +33,14 @@ class Reading:
         traces: the traces; None where the subject does not trace.
         influence: what may reach what; None likewise.
         refusal: why it does not trace; empty where it does.
-        probe: the traces of the same step around a stateful optimizer, where the subject's own
-            keeps no state and another can stand in for it.
+        probe: the same step around SGD with momentum, where the subject's own optimizer keeps
+            no state and another can stand in for it.
     """
 
     traces: Traces | None
     influence: Influence | None
     refusal: str = ""
-    probe: Traces | None = None
+    probe: Probe | None = None
 
     @property
     def abstract(self) -> Transition | None:
@@ -50,11 +60,12 @@ def read(subject: Subject) -> Reading:
     return Reading(traces, influence(traces), probe=probe)
 
 
-def _probe(subject: Subject) -> Traces | None:
+def _probe(subject: Subject) -> Probe | None:
     if subject.with_optimizer is None:
         return None
+    probe = subject.with_optimizer(_momentum)
     try:
-        return trace_subject(subject.with_optimizer(_momentum))
+        return Probe(probe, trace_subject(probe))
     except TraceError:  # the probe only adds evidence
         return None
 
@@ -99,9 +110,7 @@ def judge_structure(law: Law, subject: Subject, reading: Reading) -> Evidence:
     traces, of = reading.traces, subject
     note = ""
     if "opt_state" in law.requires and reading.probe is not None:
-        assert subject.with_optimizer is not None
-        traces, of = reading.probe, subject.with_optimizer(_momentum)
-        note = "; by a momentum probe, since the optimizer's own state is empty"
+        traces, of, note = reading.probe.traces, reading.probe.subject, f"; {PROBED}"
     if traces is None:
         return Evidence(law.name, law.family, "untriggered", reason=reading.refusal)
     for run in traces.runs:

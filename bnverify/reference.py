@@ -32,6 +32,7 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Return the predictions, (N, 1)."""
         x = nn.Dense(HIDDEN)(x)
         # 1. In training the batch's own moments normalise; in evaluation the running ones do.
         x = nn.BatchNorm(use_running_average=not train, momentum=MOMENTUM)(x)

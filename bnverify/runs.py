@@ -9,7 +9,7 @@ import numpy as np
 
 from bnverify import strategies
 from bnverify.case import Case, Domain
-from bnverify.evidence import Evidence
+from bnverify.evidence import Evidence, Status
 from bnverify.exploration import CALLS, Exploration, draw, find
 from bnverify.judge import Judge, judged
 from bnverify.laws import Law
@@ -35,6 +35,7 @@ class Runs:
         seed: from which all cases are drawn.
         tell: told what is being done and how many cases were run so far.
         fail_fast: whether to stop at the first shape that shows a violation.
+        note: what the evidence should say besides.
 
     Attributes:
         tallies: law name -> its tally.
@@ -52,6 +53,7 @@ class Runs:
         tell: Tell,
         *,
         fail_fast: bool = False,
+        note: str = "",
     ) -> None:
         self._subject = subject
         self._facts = dict(facts)
@@ -59,6 +61,7 @@ class Runs:
         self._seed = seed
         self._tell = tell
         self._fail_fast = fail_fast
+        self._note = note
         self._domain = Domain()
         self._optimise = plan.blocks > OFTEN
         self._judge = Judge(subject, facts, plan.block, optimise=self._optimise)
@@ -77,21 +80,15 @@ class Runs:
                 self._tell(f"shrinking {tally.law.name}", self.cases)
                 self._simplify(tally, volume, exploration, tiny)
 
-    def evidence(self, law: Law) -> Evidence:
-        """Return what the runs say about ``law``."""
-        tally = self.tallies[law.name]
-        if tally.violated:
-            reason = f"{tally.triggered} cases, none of which shows it"
-            if law.kind == "residual":
-                reason = f"off by {tally.worst:.3g} times the error allowed"
-            return Evidence(law.name, law.family, "violated", tally.triggered, tally.worst, reason)
-        if tally.worst is None or (law.kind == "witness" and not tally.shown):
-            reason = "no case reached its precondition"
-            if tally.triggered:
-                reason = f"not shown by {tally.triggered} cases; {ENOUGH} would decide"
-            return Evidence(law.name, law.family, "untriggered", tally.triggered, reason=reason)
-        reason = "" if law.kind == "residual" else "shown by a case"
-        return Evidence(law.name, law.family, "held", tally.triggered, tally.worst, reason)
+    def evidence(self) -> list[Evidence]:
+        """Return what the runs say about each law."""
+        found = []
+        for tally in self.tallies.values():
+            status, reason = _verdict(tally)
+            law, worst = tally.law, tally.worst if status != "untriggered" else None
+            said = "; ".join(text for text in (reason, self._note) if text)
+            found.append(Evidence(law.name, law.family, status, tally.triggered, worst, said))
+        return found
 
     @property
     def _enough(self) -> bool:
@@ -166,3 +163,17 @@ class Runs:
             return
         if not violates(tally.case):
             self.notes.append(f"{law.name}: violated under vmap, not by a single call")
+
+
+def _verdict(tally: Tally) -> tuple[Status, str]:
+    if tally.violated and tally.law.kind == "witness":
+        return "violated", f"{tally.triggered} cases, none of which shows it"
+    if tally.violated:
+        return "violated", f"off by {tally.worst:.3g} times the error allowed"
+    if tally.worst is None:
+        return "untriggered", "no case reached its precondition"
+    if tally.law.kind == "witness":
+        if tally.shown:
+            return "held", "shown by a case"
+        return "untriggered", f"not shown by {tally.triggered} cases; {ENOUGH} would decide"
+    return "held", ""

@@ -86,9 +86,13 @@ def other_statistic(value: Any) -> Any:
     return 2 * abs(value) + 1
 
 
-def nudged(value: Any) -> Any:
-    """Return ``value`` with neighbouring elements moved up and down by eight roundings."""
-    signs = np.where(np.arange(value.shape[-1] if value.ndim else 1) % 2, 1, -1)
+NUDGES = 3
+
+
+def nudged(value: Any, pattern: int) -> Any:
+    """Return ``value`` with its elements moved up and down by eight roundings, in a pattern."""
+    index = np.arange(value.shape[-1] if value.ndim else 1)
+    signs = 1 - 2 * ((index * (2654435769, 0, 1)[pattern] >> (4 if pattern == 0 else 0)) % 2)
     moved: Any = value * (1 + 4 * float(jnp.finfo(value.dtype).eps) * signs)
     return moved.reshape(value.shape)
 
@@ -130,19 +134,26 @@ EVALS: dict[str, Callable[[Seen, State, State, Case], Inputs]] = {
     ),
     "reversed_rows": lambda seen, before, after, c: (after, reverse_rows(c)),
     "own_statistics": lambda seen, before, after, c: (own_statistics(seen, before), c),
-    "nudged_statistics": lambda seen, before, after, c: (
-        with_statistics(own_statistics(seen, before), nudged),
-        c,
-    ),
 }
 """Re-evaluations: from other statistics, of the rows reversed, from the batch's own moments and
 from those moved by a few places."""
 
+
+def _nudge(pattern: int) -> Callable[[Seen, State, State, Case], Inputs]:
+    return lambda seen, before, after, c: (
+        with_statistics(own_statistics(seen, before), lambda v: nudged(v, pattern)),
+        c,
+    )
+
+
+EVALS |= {f"nudged_statistics_{pattern}": _nudge(pattern) for pattern in range(NUDGES)}
+
+AVERAGE = ("step:zero_statistics", "step:huge_statistics")
 FIRST = {
-    "step:own_statistics": ("step:zero_statistics", "step:huge_statistics"),
+    "step:own_statistics": AVERAGE,
     "step:second_step": ("step:zero_lr",),
-    "eval:own_statistics": ("step:zero_statistics", "step:huge_statistics"),
-    "eval:nudged_statistics": ("step:zero_statistics", "step:huge_statistics"),
+    "eval:own_statistics": AVERAGE,
+    **{f"eval:nudged_statistics_{pattern}": AVERAGE for pattern in range(NUDGES)},
 }
 """What must have run before."""
 

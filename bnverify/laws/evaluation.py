@@ -12,14 +12,17 @@ from bnverify.laws.residuals import (
     when,
     wide,
     within_noise,
+    worst_of,
 )
 from bnverify.lazy import jnp
-from bnverify.transition import Transition
+from bnverify.transition import NUDGES, Transition
 
 FLAX_GUIDE = (
     "Flax, Applying batch normalization: "
     "https://flax.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html"
 )
+
+NUDGED = tuple(f"nudged_statistics_{pattern}" for pattern in range(NUDGES))
 
 
 @law(
@@ -77,13 +80,12 @@ def eval_rows_are_independent(t: Transition) -> Any:
     rows = wide(t.evals["rows"])
     n = rows.shape[0]
     noise = t.noise.eval_loss + 4 * n**0.5 * 2.0**-24 * jnp.mean(rows)
-    value = residual(t.eval_loss, jnp.mean(rows, axis=0), 2 * noise + smallest(t.eval_loss))
-    return value
+    return residual(t.eval_loss, jnp.mean(rows, axis=0), 2 * noise + smallest(t.eval_loss))
 
 
 @law(
     "evaluation",
-    needs=("noise", "eval:own_statistics", "eval:nudged_statistics"),
+    needs=("noise", "eval:own_statistics", *(f"eval:{name}" for name in NUDGED)),
     requires=("batch_stats", "loss", "eval_is_training_loss"),
     mistakes=("eval_in_train_mode", "statistics_from_another_batch", "sample_variance"),
     source="Ioffe & Szegedy 2015, algorithms 1 and 2",
@@ -92,11 +94,13 @@ def eval_at_the_batchs_own_moments_is_the_training_loss(t: Transition) -> Any:
     """Where the statistics are the batch's own moments, eval and training loss are equal.
 
     The moments are read from outside and rounded, by 2 u and less. What that does to the loss is
-    measured: the same evaluation from moments moved by 8 u, up and down. Twice that difference
-    and the step's own noise are allowed.
+    measured: the same evaluation from moments moved by 8 u, up and down, in three patterns, since
+    in one of them the effects on several features may cancel. Sixteen times the largest effect and
+    the step's own noise are allowed.
     """
-    own, moved = t.evals["own_statistics"][0], t.evals["nudged_statistics"][0]
-    noise = t.noise.info.loss + jnp.abs(wide(own) - wide(moved))
+    own = t.evals["own_statistics"][0]
+    moved = [jnp.abs(wide(own) - wide(t.evals[name][0])) for name in NUDGED]
+    noise = t.noise.info.loss + 8 * worst_of(moved)
     return within_noise(own, t.info.loss, noise)
 
 
@@ -114,8 +118,7 @@ def eval_at_the_batchs_own_moments_is_the_training_loss(t: Transition) -> Any:
 )
 def eval_loss_equals_the_hand_derivation(t: Transition) -> Any:
     """The eval loss equals the one derived by hand, within the step's own rounding noise."""
-    value = within_noise(t.eval_loss, t.facts["oracle"].eval_loss, t.noise.eval_loss)
-    return value
+    return within_noise(t.eval_loss, t.facts["oracle"].eval_loss, t.noise.eval_loss)
 
 
 @law(

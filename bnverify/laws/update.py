@@ -126,8 +126,7 @@ def gradients_equal_the_hand_derivation(t: Transition) -> Any:
 )
 def training_loss_equals_the_hand_derivation(t: Transition) -> Any:
     """The training loss equals the one derived by hand, within the step's own rounding noise."""
-    value = within_noise(t.info.loss, t.facts["oracle"].loss, t.noise.info.loss)
-    return value
+    return within_noise(t.info.loss, t.facts["oracle"].loss, t.noise.info.loss)
 
 
 @law(
