@@ -5,6 +5,7 @@ Each entry says which releases need it; delete it with the last of them.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,8 +22,24 @@ def enable_x64() -> AbstractContextManager[Any]:
     """
     switch: Any = getattr(jax, "enable_x64", None)
     if switch is None:
-        from jax import experimental
-
-        switch = experimental.enable_x64
+        switch = import_module("jax.experimental").enable_x64
     context: AbstractContextManager[Any] = switch(True)
     return context
+
+
+def scan_split(eqn: Any) -> tuple[int, int] | None:
+    """Return how many inputs of a scan's equation are constants, and how many its carry.
+
+    The parameters ``num_consts`` and ``num_carry`` to jax 0.10; groups of inputs, "ft_in", after
+    it. None where neither is there, or they do not add up.
+    """
+    params = eqn.params
+    if "num_consts" in params and "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    try:
+        consts, carry, xs = (len(list(group)) for group in params["ft_in"].unpack())
+        carried = len(list(params["ft_out"].unpack()[0]))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    adds_up = consts + carry + xs == len(eqn.invars) and carried == carry
+    return (consts, carry) if adds_up else None

@@ -115,9 +115,11 @@ class Graph:
         self._calls = self._calls[:-1]
         return outputs
 
-    def scan(self, eqn: Any, inputs: Sequence[int], body: Body[int]) -> Sequence[int]:
+    def scan(
+        self, eqn: Any, split: tuple[int, int], inputs: Sequence[int], body: Body[int]
+    ) -> Sequence[int]:
         """Close the loop over the carry."""
-        consts, rest = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+        consts, rest = split[0], sum(split)
         carry = [self._node([value], eqn) for value in inputs[consts:rest]]
         slices = [self._node([value], eqn) for value in inputs[rest:]]
         outputs = body([*inputs[:consts], *carry, *slices])

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from bnverify.compat import scan_split
+
 V = TypeVar("V")
 
 Body = Callable[[Sequence[V]], list[V]]
@@ -55,8 +57,13 @@ class Reading(Protocol[V]):
     def call(self, eqn: Any, inputs: Sequence[V], body: Body[V]) -> Sequence[V]:
         """Read a call; ``body(inputs)`` enters it."""
 
-    def scan(self, eqn: Any, inputs: Sequence[V], body: Body[V]) -> Sequence[V]:
-        """Read a scan; ``body`` maps consts, carry and slices to carry and slices."""
+    def scan(
+        self, eqn: Any, split: tuple[int, int], inputs: Sequence[V], body: Body[V]
+    ) -> Sequence[V]:
+        """Read a scan; ``body`` maps consts, carry and slices to carry and slices.
+
+        ``split`` says how many of the inputs are consts, and how many after them the carry.
+        """
 
     def while_loop(
         self, eqn: Any, inputs: Sequence[V], predicate: Body[V], body: Body[V]
@@ -133,7 +140,9 @@ def _read_equation(eqn: Any, reading: Reading[V], inputs: Sequence[V]) -> Sequen
 
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        return reading.scan(eqn, inputs, body(params["jaxpr"]))
+        split = scan_split(eqn)
+        if split is not None:
+            return reading.scan(eqn, split, inputs, body(params["jaxpr"]))
     if name == "while":
         predicate, step = body(params["cond_jaxpr"]), body(params["body_jaxpr"])
         return reading.while_loop(eqn, inputs, predicate, step)

@@ -1,0 +1,192 @@
+"""What each primitive does to the digits of its inputs: tables, and a few rules.
+
+A primitive that is in none of them is taken to round its floating-point outputs once, which is
+what IEEE arithmetic does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+# Moves values about, or picks among them: no new digits, so no rounding.
+_EXACT = frozenset(
+    {
+        "abs",
+        "argmax",
+        "argmin",
+        "broadcast_in_dim",
+        "ceil",
+        "clamp",
+        "concatenate",
+        "copy",
+        "copy_p",
+        "cummax",
+        "cummin",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "expand_dims",
+        "floor",
+        "gather",
+        "iota",
+        "max",
+        "min",
+        "neg",
+        "optimization_barrier",
+        "pad",
+        "pbroadcast",
+        "pvary",
+        "reduce_max",
+        "reduce_min",
+        "reshape",
+        "rev",
+        "round",
+        "scatter",
+        "scatter-max",
+        "scatter-min",
+        "scatter_max",
+        "scatter_min",
+        "select_n",
+        "sign",
+        "slice",
+        "sort",
+        "split",
+        "squeeze",
+        "stack",
+        "stop_gradient",
+        "tile",
+        "top_k",
+        "transpose",
+        "unstack",
+    }
+)
+
+# Computed by polynomial, table or iteration rather than correctly rounded: a few units in the
+# last place.
+_APPROXIMATE = frozenset(
+    {
+        "acos",
+        "acosh",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "cbrt",
+        "cos",
+        "cosh",
+        "cumlogsumexp",
+        "digamma",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "igamma",
+        "igammac",
+        "lgamma",
+        "log",
+        "log1p",
+        "logistic",
+        "pow",
+        "rsqrt",
+        "sin",
+        "sinh",
+        "tan",
+        "tanh",
+    }
+)
+_APPROXIMATE_UNITS = 4.0
+
+# Step functions of a real number.
+STEPS = frozenset({"argmax", "argmin", "ceil", "floor", "round"})
+
+# The bits of a float are the point: these run in the original dtype.
+BITWISE = frozenset({"bitcast_convert_type", "nextafter", "reduce_precision"})
+
+
+def terms(eqn: Any) -> int:
+    """Return how many numbers each output of a sum or product takes in; 1 where it is neither."""
+    name, params = eqn.primitive.name, eqn.params
+    shapes = [atom.aval.shape for atom in eqn.invars]
+    count: Any = 1
+    if name in {"reduce_sum", "reduce_prod"}:
+        count = math.prod(shapes[0][axis] for axis in params["axes"])
+    elif name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        count = math.prod(shapes[0][axis] for axis in contracted)
+    elif name == "conv_general_dilated":
+        count = math.prod(shapes[1]) // shapes[1][params["dimension_numbers"].rhs_spec[0]]
+    elif name in {"cumsum", "cumprod", "cumlogsumexp"}:
+        count = shapes[0][params["axis"]]
+    elif name == "reduce_window_sum":
+        count = math.prod(params["window_dimensions"])
+    elif name in {"scatter-add", "scatter-mul", "scatter_mul"}:
+        count = math.prod(shapes[1][:-1])  # every update may hit one place
+    return max(int(count), 1)
+
+
+def growth(eqn: Any) -> float:
+    """Return how many roundings an equation's result is worth.
+
+    A sum of n numbers rounds n - 1 partial sums: errors at random add up to sqrt(n) roundings,
+    equal numbers, whose errors agree, to a fraction of n.
+    """
+    name = eqn.primitive.name
+    if name in _APPROXIMATE:
+        return _APPROXIMATE_UNITS
+    if name == "integer_pow":
+        return math.sqrt(max(abs(eqn.params["y"]) - 1, 1))
+    count = terms(eqn)
+    return math.sqrt(count) + count / 64
+
+
+def summed_in(dtype: Any, eqn: Any) -> Any:
+    """Return the dtype in which terms of ``dtype`` are added up."""
+    products = eqn.primitive.name in {"dot_general", "conv_general_dilated"}
+    # Products of 16-bit numbers are accumulated in 32 bits, and rounded once at the end.
+    return np.dtype(np.float32) if products and jnp.finfo(dtype).bits < 32 else dtype
+
+
+def is_exact(eqn: Any) -> bool:
+    """Return whether an equation's result needs no rounding."""
+    name = eqn.primitive.name
+    if name in _EXACT or (name == "integer_pow" and eqn.params["y"] == 1):
+        return True
+    if name == "convert_element_type":
+        old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+        return bool(old == np.bool_ or (_is_real(old) and jnp.promote_types(old, new) == new))
+    return any(_leaves_digits(eqn, position) for position in range(len(eqn.invars)))
+
+
+def _is_real(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def _leaves_digits(eqn: Any, position: int) -> bool:
+    """Return whether an input is a literal 0 to add or a power of two to scale by."""
+    name, atom = eqn.primitive.name, eqn.invars[position]
+    if not hasattr(atom, "val") or np.ndim(atom.val) or not _is_real(atom.aval.dtype):
+        return False
+    value = float(atom.val)
+    if name in {"add", "add_any", "sub"}:
+        return value == 0
+    power = value != 0 and math.isfinite(value) and abs(math.frexp(value)[0]) == 0.5
+    return power and (name == "mul" or (name == "div" and position == 1))
+
+
+def pole(eqn: Any) -> int | None:
+    """Return which input must itself have digits for the result to have some; None: no input."""
+    name = eqn.primitive.name
+    if name in {"div", "rem"}:
+        return 1
+    if name in {"digamma", "lgamma", "log", "rsqrt"}:
+        return 0
+    if name == "integer_pow" and eqn.params["y"] < 0:
+        return 0
+    exponent = getattr(eqn.invars[1], "val", 1) if name == "pow" else 1
+    return 0 if np.ndim(exponent) == 0 and exponent < 0 else None

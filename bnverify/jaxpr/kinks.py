@@ -1,0 +1,171 @@
+"""Where rounding does more than move a result a little: kinks and poles.
+
+Near a kink (``max``, a comparison, ``sign``) rounding decides which side is taken. A row whose
+distance from row 0, times FLIP, exceeds row 0's own distance from the kink is in doubt. It takes
+a side by a coin in a comparison, and the noisy side in ``max`` and ``min``: so the consequence,
+together with everything else that a row may hold, becomes part of the rows' spread.
+
+Near a pole (a denominator, the argument of ``log``) a few rows say little about the worst. Where
+a row is further from row 0 than a POLE-th of its value, it becomes NaN: what depends on it has no
+known error. To let NaN pass through decisions, a truth value with rows is a float here: 0, 1, or
+NaN for one that is not known.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnverify.jaxpr.values import Value, is_float
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+FLIP = 8.0
+POLE = 4.0
+
+COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "eq": operator.eq,
+    "ge": operator.ge,
+    "gt": operator.gt,
+    "le": operator.le,
+    "lt": operator.lt,
+    "ne": operator.ne,
+}
+
+# These act on a truth value's place alone, so they act on a NaN as on any other.
+_MOVES = frozenset(
+    {
+        "broadcast_in_dim",
+        "concatenate",
+        "copy",
+        "dynamic_slice",
+        "expand_dims",
+        "gather",
+        "reshape",
+        "rev",
+        "slice",
+        "squeeze",
+        "transpose",
+    }
+)
+
+
+def in_doubt(distance: Any) -> Any:
+    """Return for each row whether rounding could take it to the other side of 0."""
+    exact = distance[:1]
+    moved = jnp.where(distance == exact, 0, jnp.abs(distance - exact))  # inf - inf is no move
+    return FLIP * moved > jnp.abs(exact)
+
+
+def coins(array: Any, seed: int) -> Any:
+    """Return random booleans in the shape of ``array``, others for each row."""
+    draws = np.random.default_rng(seed).integers(2**32, size=1 + array.shape[0], dtype=np.uint32)
+    place = jax.lax.iota(jnp.uint32, array[0].size) + draws[0]
+    mixed = (place * (draws[1:, None] | 1) ^ (place >> 3)) * np.uint32(0x9E3779B1)
+    return (mixed >> 31).astype(bool).reshape(array.shape)
+
+
+def _aligned(left: Value, right: Value) -> tuple[Any, Any]:
+    """Return two arrays that broadcast, rows against rows, though one may be a scalar's."""
+    rank = max(value.array.ndim - value.rows for value in (left, right))
+    return tuple(
+        value.array.reshape(-1, *[1] * rank)
+        if value.rows and value.array.ndim == 1
+        else value.array
+        for value in (left, right)
+    )
+
+
+def compare(name: str, left: Value, right: Value, seed: int) -> Value:
+    """Return a comparison, by a coin in rows where it is in doubt."""
+    one, other = _aligned(left, right)
+    distance = one - other
+    decided = COMPARISONS[name](one, other)
+    taken = jnp.where(in_doubt(distance), coins(distance, seed), decided)
+    lost = jnp.isnan(one) | jnp.isnan(other)
+    return Value(jnp.where(lost, jnp.nan, taken.astype(jnp.float64)), rows=True)
+
+
+def extreme(sign: int, left: Value, right: Value) -> Value:
+    """Return max (``sign`` 1) or min (-1); in rows where it is in doubt, what noise makes.
+
+    Clipped, all rows on one side would say the same, and their spread would be 0.
+    """
+    one, other = _aligned(left, right)
+    distance = sign * (one - other)
+    noisy = jnp.where(in_doubt(distance), jnp.abs(distance), jnp.maximum(distance, 0))
+    plain = (jnp.maximum if sign > 0 else jnp.minimum)(one, other)
+    return Value(jnp.where(jnp.isfinite(distance), other + sign * noisy, plain), rows=True)
+
+
+def signed(value: Value, seed: int) -> Value:
+    """Return a value whose sign counts, negated by a coin in rows where that is in doubt."""
+    flipped = in_doubt(value.array) & coins(value.array, seed)
+    return Value(jnp.where(flipped, -value.array, value.array), rows=True)
+
+
+def amplified(value: Value) -> Value:
+    """Return a value that a step function is taken of, each row FLIP times as far from row 0."""
+    far = value.array[:1] + FLIP * (value.array - value.array[:1])
+    return Value(jnp.where(jnp.isfinite(far), far, value.array), rows=True)
+
+
+def near_pole(value: Value) -> Value:
+    """Return a value that must keep its digits, with NaN in the rows where it lost them."""
+    array, exact = value.array, value.array[:1]
+    lost = POLE * jnp.abs(array - exact) > jnp.abs(exact)
+    return Value(jnp.where(lost, jnp.nan, array), rows=True)
+
+
+def is_soft(value: Value, dtype: Any) -> bool:
+    """Return whether a value of the program's ``dtype`` is a truth value that may be NaN."""
+    return value.rows and dtype == np.bool_ and is_float(value.array.dtype)
+
+
+def harden(value: Value) -> Value:
+    """Return a truth value as a boolean; one that is not known is false."""
+    return Value(value.array > 0.5, rows=True)
+
+
+def decide(eqn: Any, inputs: Sequence[Value], apply: Callable[..., list[Value]]) -> list[Value]:
+    """Return an equation some of whose inputs are truth values that may be NaN.
+
+    Args:
+        eqn: the equation.
+        inputs: its inputs.
+        apply: evaluates the primitive on all rows of other inputs.
+    """
+    name, first = eqn.primitive.name, inputs[0]
+    out = eqn.outvars[0].aval.dtype
+    if name in _MOVES:
+        wide = [
+            Value(value.array.astype(jnp.float64), value.rows)
+            if atom.aval.dtype == np.bool_
+            else value
+            for value, atom in zip(inputs, eqn.invars, strict=True)
+        ]
+        return apply(eqn, wide, eqn.params)
+    if name == "convert_element_type" and is_float(out):
+        return [first]
+    if name == "not":
+        return [Value(1 - first.array, rows=True)]
+    if name in {"and", "or"}:
+        left, right = (value.array.astype(jnp.float64) for value in inputs)
+        both = left * right
+        return [Value(both if name == "and" else left + right - both, rows=True)]
+    hard = [
+        harden(value) if is_soft(value, atom.aval.dtype) else value
+        for value, atom in zip(inputs, eqn.invars, strict=True)
+    ]
+    outputs = apply(eqn, hard, eqn.params)
+    if name == "select_n" and is_float(outputs[0].array.dtype):
+        chosen = outputs[0].array
+        lost = jnp.isnan(first.array)
+        lost = lost.reshape(*lost.shape, *([1] * (chosen.ndim - lost.ndim)))
+        return [Value(jnp.where(lost, jnp.nan, chosen), rows=True)]
+    return outputs

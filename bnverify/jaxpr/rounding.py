@@ -1,0 +1,119 @@
+"""How far the float32 arithmetic of a program may take its results from the exact ones.
+
+The program's own jaxpr is evaluated in float64, once exactly and ROWS times with coarser
+rounding (``bnverify.jaxpr.noise``), in one vectorised run. The distance of the coarse rows from
+the exact one is the tolerance: nothing is assumed about the model, and an ill-conditioned input
+widens its own tolerance.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bnverify.jaxpr import kinks, tracing
+from bnverify.jaxpr.interpreter import read
+from bnverify.jaxpr.noise import ROWS, Rows
+from bnverify.jaxpr.values import Value, is_float, widen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SAFETY = 1.25
+
+
+class Rounded(NamedTuple):
+    """A program's results without rounding, and how far rounding may move them.
+
+    Attributes:
+        exact: the results in float64; integers and booleans as they are.
+        noise: like ``exact``: the tolerance of each number, infinite where nothing is known.
+        reliable: like ``exact``, a scalar bool for each leaf: the noise of all its numbers is
+            finite.
+    """
+
+    exact: Any
+    noise: Any
+    reliable: Any
+
+
+class Rounding:
+    """The rounding of one traced program.
+
+    Attributes:
+        program: what was traced.
+        unknown: names of primitives whose rounding is not known; filled by ``evaluate``.
+    """
+
+    def __init__(self, program: tracing.Program, rows: int = ROWS) -> None:
+        self.program = program
+        self.rows = rows
+        self.unknown: frozenset[str] = frozenset()
+
+    def evaluate(self, *args: Any) -> Rounded:
+        """Return what the program gives on ``args``, and its rounding noise.
+
+        Under ``jax.jit`` and ``jax.vmap``, and only within ``bnverify.compat.enable_x64()``.
+
+        Args:
+            *args: trees of arrays like those the program was traced on.
+
+        Raises:
+            RuntimeError: float64 is not enabled.
+        """
+        if jnp.zeros((), jnp.float64).dtype != jnp.float64:
+            raise RuntimeError("rounding is read in float64: call within compat.enable_x64()")
+        reading = Rows(self.rows)
+        results = read(self.program.jaxpr, reading, self._inputs(args))
+        types = jax.tree_util.tree_leaves(self.program.out)
+        outputs = [
+            kinks.harden(value) if kinks.is_soft(value, aval.dtype) else value
+            for value, aval in zip(results, types, strict=True)
+        ]
+        self.unknown = frozenset(reading.unknown)
+        exact = [value.array[0] if value.rows else jnp.asarray(value.array) for value in outputs]
+        noise = [_noise(value) for value in outputs]
+        reliable = [jnp.all(jnp.isfinite(bound)) for bound in noise]
+        treedef = jax.tree_util.tree_structure(self.program.out)
+        return Rounded(
+            *(jax.tree_util.tree_unflatten(treedef, t) for t in (exact, noise, reliable))
+        )
+
+    def _inputs(self, args: Any) -> list[Value]:
+        expected: Any = jax.tree_util.tree_structure(self.program.args)
+        given: Any = jax.tree_util.tree_structure(args)
+        if given != expected:
+            raise TypeError(f"traced on {expected}, called with {given}")
+        leaves = jax.tree_util.tree_leaves(args)
+        abstract = jax.tree_util.tree_leaves(self.program.args)
+        return [
+            Value(widen(leaf, aval.dtype), rows=False)
+            for leaf, aval in zip(leaves, abstract, strict=True)
+        ]
+
+
+def _noise(value: Value) -> Any:
+    array = value.array
+    if not value.rows:
+        return jnp.zeros(jnp.shape(array), jnp.float64)
+    if not is_float(array.dtype):
+        return jnp.where(jnp.all(array == array[:1], axis=0), 0.0, jnp.inf)
+    distance = array[1:] - array[:1]
+    # The length of the vector of distances: steadier than their maximum, and never below it, so
+    # that a jump which only one row made counts in full.
+    noise = SAFETY * jnp.sqrt(jnp.sum(distance * distance, axis=0))
+    return jnp.where(jnp.isfinite(noise), noise, jnp.inf)
+
+
+def rounding(function: Callable[..., Any], *args: Any, rows: int = ROWS) -> Rounding:
+    """Return the rounding of ``function``, traced on arguments of these types.
+
+    Args:
+        function: anything that traces under ``jax.jit``. Trace it outside ``enable_x64``, with
+            the dtypes it is to be judged in.
+        *args: trees of ``Abstract``, ``jax.ShapeDtypeStruct`` or arrays, of concrete shapes.
+        rows: how many coarse runs to take.
+    """
+    return Rounding(tracing.trace(function, *args), rows)
