@@ -131,12 +131,13 @@ def optimizer_state_is_that_of_params(t: Transition) -> list[str]:
 def optimizer_state_excludes_batch_stats(t: Transition) -> list[str]:
     """The optimizer's state holds no leaf for a running statistic."""
     stats = {path.lower() for path in _leaves(t.before.batch_stats)}
-    lines = []
-    for name, state in (("opt_state", t.before.opt_state), ("new opt_state", t.after.opt_state)):
-        for path in _leaves(state):
-            if "batch_stats" in path.lower() or _ends_with_one_of(path.lower(), stats):
-                lines.append(f"{name} holds {path}, a running statistic")
-    return lines
+    states = (("opt_state", t.before.opt_state), ("new opt_state", t.after.opt_state))
+    return [
+        f"{name} holds {path}, a running statistic"
+        for name, state in states
+        for path in _leaves(state)
+        if "batch_stats" in path.lower() or _ends_with_one_of(path.lower(), stats)
+    ]
 
 
 def _ends_with_one_of(path: str, endings: set[str]) -> bool:
