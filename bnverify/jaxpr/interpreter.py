@@ -14,6 +14,7 @@ Source: https://docs.jax.dev/en/latest/jaxpr.html
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
 from bnverify.compat import scan_split
@@ -103,6 +104,21 @@ def called_jaxpr(eqn: Any) -> Any | None:
     inner, _ = open_jaxpr(bodies[0])
     fits = len(inner.invars) == len(eqn.invars) and len(inner.outvars) == len(eqn.outvars)
     return bodies[0] if fits else None
+
+
+def live(jaxpr: Any) -> Any:
+    """Return a program without the equations that none of its outputs needs."""
+    inner, consts = open_jaxpr(jaxpr)
+    needed = set(map(id, inner.outvars))
+    kept = []
+    for eqn in reversed(inner.eqns):
+        if any(id(var) in needed for var in eqn.outvars):
+            needed.update(map(id, eqn.invars))
+            kept.append(eqn)
+    pruned = SimpleNamespace(
+        eqns=kept[::-1], invars=inner.invars, constvars=inner.constvars, outvars=inner.outvars
+    )
+    return SimpleNamespace(jaxpr=pruned, consts=consts)
 
 
 def read(jaxpr: Any, reading: Reading[V], inputs: Sequence[V]) -> list[V]:

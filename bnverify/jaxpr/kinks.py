@@ -70,7 +70,7 @@ def coins(array: Any, seed: int) -> Any:
     return (mixed >> 31).astype(bool).reshape(array.shape)
 
 
-def _aligned(left: Value, right: Value) -> tuple[Any, Any]:
+def aligned(left: Value, right: Value) -> tuple[Any, Any]:
     """Return two arrays that broadcast, rows against rows, though one may be a scalar's."""
     rank = max(value.array.ndim - value.rows for value in (left, right))
     return tuple(
@@ -83,7 +83,7 @@ def _aligned(left: Value, right: Value) -> tuple[Any, Any]:
 
 def compare(name: str, left: Value, right: Value, seed: int) -> Value:
     """Return a comparison, by a coin in rows where it is in doubt."""
-    one, other = _aligned(left, right)
+    one, other = aligned(left, right)
     distance = one - other
     decided = COMPARISONS[name](one, other)
     taken = jnp.where(in_doubt(distance), coins(distance, seed), decided)
@@ -96,7 +96,7 @@ def extreme(sign: int, left: Value, right: Value) -> Value:
 
     Clipped, all rows on one side would say the same, and their spread would be 0.
     """
-    one, other = _aligned(left, right)
+    one, other = aligned(left, right)
     distance = sign * (one - other)
     noisy = jnp.where(in_doubt(distance), jnp.abs(distance), jnp.maximum(distance, 0))
     plain = (jnp.maximum if sign > 0 else jnp.minimum)(one, other)

@@ -174,14 +174,20 @@ class Rows:
         """Return an equation that may take either of two sides; None where it is another."""
         name = eqn.primitive.name
         if name in kinks.COMPARISONS:
-            self._points += 1
-            return kinks.compare(name, inputs[0], inputs[1], self._points)
+            return self._compare(name, inputs[0], inputs[1])
         if name in {"max", "min"}:
-            return kinks.extreme(1 if name == "max" else -1, inputs[0], inputs[1])
+            return self._pick(1 if name == "max" else -1, inputs[0], inputs[1])
         if name == "clamp":
             low, value, high = inputs
-            return kinks.extreme(-1, kinks.extreme(1, value, low), high)
+            return self._pick(-1, self._pick(1, value, low), high)
         return None
+
+    def _compare(self, name: str, left: Value, right: Value) -> Value:
+        self._points += 1
+        return kinks.compare(name, left, right, self._points)
+
+    def _pick(self, sign: int, left: Value, right: Value) -> Value:
+        return kinks.extreme(sign, left, right)
 
     def _steady(self, eqn: Any, inputs: Sequence[Value], noisy: list[bool]) -> list[Value]:
         """Return the inputs, made fit for step functions and poles."""
