@@ -12,12 +12,14 @@ from bnverify.mutants import (  # noqa: F401 - imported for what they enter into
     inside_layer,
     loss,
     low_precision,
+    nnx_faults,
     one_layer,
     optimizer_use,
     shapes,
     sizes,
     small,
     statistics,
+    train_state_faults,
     two_steps,
 )
 from bnverify.mutants.catalogue import CONTROLS, MUTANTS, Control, Mutant, control, mutant

@@ -11,12 +11,14 @@ from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm
 from bnverify.mutants.catalogue import control
 from bnverify.mutants.evaluation import WithSolution
 from bnverify.mutants.loss import PaddingEntersStatistics
+from bnverify.mutants.nnx_faults import NnxStep
 from bnverify.mutants.optimizers import (
     WithAdam,
     WithMaskedAdamW,
     WithMaskedDecay,
     WithMomentum,
 )
+from bnverify.mutants.train_state_faults import TrainStateStep
 from bnverify.subject import State
 
 optax: Any = LazyModule("optax")
@@ -115,3 +117,8 @@ class InputsScaled(CanonicalStep):
     def evaluate(self, state: State, x: Any, y: Any) -> Any:
         """Scale likewise."""
         return super().evaluate(state, x / 1024.0, y)
+
+
+variant("Nnx", "The canonical step around an nnx module.", NnxStep)
+variant("NnxHalfMomentum", "An nnx module of momentum 0.5.", NnxStep, momentum=0.5)
+variant("TrainState", "The canonical step around a TrainState.", TrainStateStep)

@@ -17,9 +17,12 @@ from bnverify.case import Domain
 from bnverify.mistakes import MISTAKES
 from bnverify.mutants import CONTROLS, MUTANTS
 from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm
+from bnverify.mutants.nnx_faults import NnxStep
+from bnverify.mutants.train_state_faults import TrainStateStep
 from bnverify.mutants.trees import mapped
 from bnverify.subject import Subject
 
+BASES = (TrainStateStep, NnxStep, HandwrittenNorm, CanonicalStep)
 OBSERVED = 3  # steps: the default domain has at most two before the observed one
 SETTINGS = ("hidden", "momentum", "layers", "epsilon", "bias", "fast_variance")
 
@@ -54,7 +57,7 @@ def batches() -> Iterator[tuple[Any, Any]]:
 def right(subject: Subject) -> Subject:
     """Return the step that the author of ``subject`` meant to write."""
     parts = subject.step.__self__  # type: ignore[attr-defined]
-    base = HandwrittenNorm if isinstance(parts, HandwrittenNorm) else CanonicalStep
+    base = next(base for base in BASES if isinstance(parts, base))
     meant = {name: getattr(parts, name) for name in SETTINGS}
     return base(optimizer=parts.optimizer, **meant).subject("right")
 
