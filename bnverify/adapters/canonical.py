@@ -41,9 +41,6 @@ class Model(Protocol):
     ) -> Pass:
         """Return one forward pass on the batch made from x and y."""
 
-    def exempt(self) -> Mapping[str, str]:
-        """Return the laws that do not apply, law name -> reason."""
-
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -97,12 +94,26 @@ class Step:
         return bool(jax.eval_shape(self.layer_inputs, *self._example(sizes)))
 
     def survey(self, sizes: tuple[int, int]) -> Survey:
-        """Return what one abstract trace of the training pass shows."""
+        """Return what one abstract trace of the training pass shows of the layers."""
         example = self._example(sizes)
         recording = Recording()
         with explaining("the training step"):
             jaxpr = jax.make_jaxpr(partial(self._noted, recording))(*example)
         return survey(jaxpr, recording, example[0])
+
+    def exempt(self, sizes: tuple[int, int]) -> dict[str, str]:
+        """Return the laws that the model's other variables and random numbers break."""
+        example = self._example(sizes)
+        found: dict[str, str] = {}
+        for train in (False, True):
+            with explaining("the training step" if train else "evaluation"):
+                jaxpr = jax.make_jaxpr(partial(self._flows, train))(*example)
+            found |= reasons.of_pass(jaxpr, example[0], train=train)
+        return found
+
+    def _flows(self, train: bool, state: State, x: Any, y: Any) -> Any:
+        done = self.model.apply(state, x, y, train=train)
+        return self.loss(done.outputs, done.targets), done.batch_stats, done.extra
 
     def _noted(self, recording: Recording, state: State, x: Any, y: Any) -> Any:
         done = self.model.apply(state, x, y, train=True, recording=recording)
@@ -147,7 +158,7 @@ def subject(
         evaluate=step.evaluate,
         features=features,
         optimizer=optimizer,
-        exempt={**model.exempt(), **several, **exempt},
+        exempt={**step.exempt(sizes), **several, **exempt},
         momentum=seen.momentum,
         layer_inputs=step.layer_inputs if step.shows_inputs(sizes) else None,
         after_eval=step.after_eval,

@@ -50,6 +50,7 @@ def _run(jaxpr: Any, inputs: Sequence[Any], found: dict[str, list[Any]]) -> list
     for eqn in inner.eqns:
         given = [value(atom) for atom in eqn.invars]
         label, called = label_of(eqn), called_jaxpr(eqn)
+        results: Sequence[Any]
         if label is not None:
             found.setdefault(label, []).extend(given)
             results = given

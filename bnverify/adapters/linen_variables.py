@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from flax import errors
 
-from bnverify.adapters import reasons
 from bnverify.adapters.canonical import Pass
 from bnverify.adapters.layers import Recording
 from bnverify.adapters.linen_layers import Interceptor
@@ -53,7 +52,6 @@ class Variables:
         carried: patterns of paths in the statistics that are no averages.
         random: whether the training pass draws random numbers.
         random_eval: whether evaluation does.
-        moving: names of the ``others`` that the training pass may write.
     """
 
     module: Module
@@ -63,7 +61,6 @@ class Variables:
     carried: tuple[str, ...] = ()
     random: bool = False
     random_eval: bool = False
-    moving: tuple[str, ...] = ()
 
     def init(self, seed: Any, x: Any) -> tuple[Tree, Tree, Tree]:
         """Return the initial params, statistics and extra."""
@@ -106,19 +103,6 @@ class Variables:
         after = {name: updated.get(name, old) for name, old in collections.items()}
         new_key = key if train else extra.get("key")
         return Pass(outputs, targets, averages, self._extra(after, carried, new_key))
-
-    def exempt(self) -> dict[str, str]:
-        """Return the laws that do not apply, law name -> reason."""
-        found: dict[str, str] = {}
-        moving = [f"the collection {name}" for name in self.moving]
-        if self.carried:
-            moving.append("the carried variables")
-        if self.random:
-            moving.append("random numbers")
-            found |= reasons.random_in_training()
-        if self.random_eval:
-            found |= reasons.random_in_evaluation()
-        return (reasons.extra_moves(moving) if moving else {}) | found
 
     def _streams(self, key: Any) -> dict[str, Any]:
         return {name: jax.random.fold_in(key, i + 1) for i, name in enumerate(self.rngs)}
@@ -174,21 +158,21 @@ def look(
     chosen = everything if mutable is None else mutable
     chosen = chosen if isinstance(chosen, bool) else list(chosen)
 
-    def after(variables: Any, x: Any, y: Any, key: Any, *, train: bool) -> Any:
-        inputs, _ = module.batch(x, y)
-        streams = dict.fromkeys(rngs, key) if key is not None else None
-        return module.apply(variables, inputs, train=train, mutable=chosen, rngs=streams)[1]
+    def after(mutable: Any, streams: Any, train: bool) -> Any:
+        def run(variables: Any, x: Any, y: Any) -> Any:
+            inputs, _ = module.batch(x, y)
+            return module.apply(variables, inputs, train=train, mutable=mutable, rngs=streams)[1]
 
-    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
+        return jax.eval_shape(run, variables, x, y)
 
     def draws(*, train: bool) -> bool:
         try:
-            jax.eval_shape(lambda v, x, y: after(v, x, y, None, train=train), variables, x, y)
+            after(chosen, None, train)
         except errors.InvalidRngError:
             return True
         return False
 
-    updated = jax.eval_shape(lambda *args: after(*args, train=True), variables, x, y, key)
+    updated = after(everything, dict.fromkeys(rngs, jax.random.PRNGKey(0)), True)
     # What a pass makes longer (``sow``) is a report of that pass, not a state to carry on.
     kept = tuple(
         name
@@ -203,7 +187,6 @@ def look(
         carried=(*carried, *(f"{path}/*" for path in sorted(recording.power_iterated))),
         random=draws(train=True),
         random_eval=draws(train=False),
-        moving=tuple(name for name in kept if name in updated),
     )
 
 

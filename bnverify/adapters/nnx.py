@@ -5,32 +5,27 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import optax
 from flax import nnx as flax_nnx
 
-from bnverify.adapters import reasons
 from bnverify.adapters.batches import mse, rows, under_axis
 from bnverify.adapters.canonical import (
     Loss,
     Optimizer,
     Pass,
     accepted,
-    example_sizes,
     subject,
 )
-from bnverify.adapters.explain import explaining
 from bnverify.adapters.layers import Recording
 from bnverify.adapters.modes import Mode, call_mode
 from bnverify.adapters.nnx_layers import noting
 from bnverify.adapters.nnx_parts import Parts
-from bnverify.adapters.trees import leaf_paths, partition, union
+from bnverify.adapters.trees import partition, union
 from bnverify.subject import State, Subject, Tree
-
-RANDOM = "random numbers"
 
 
 def nnx(
@@ -81,8 +76,6 @@ def nnx(
             "accepts, or give it a parameter for D: lambda din, rngs: Model(din, rngs=rngs)"
         )
     model = _Model(maker, batch, train_argument, axis_name, tuple(carried))
-    with explaining("the model"):
-        model = model.looked_at(example_sizes(sizes))
     label = getattr(make_module, "__name__", type(make_module).__name__)
     return subject(
         model,
@@ -139,8 +132,6 @@ class _Model:
         train_argument: see ``nnx``.
         axis_name: the mapped axis to run under; None: none.
         carried: patterns of paths of BatchStat that are no averages.
-        moving: what the training pass changes besides statistics, in words.
-        moving_in_eval: what evaluation changes, in words.
     """
 
     make: _Maker
@@ -148,8 +139,6 @@ class _Model:
     train_argument: str | Mode | None
     axis_name: str | None
     carried: tuple[str, ...]
-    moving: tuple[str, ...] = ()
-    moving_in_eval: tuple[str, ...] = ()
     _known: dict[int, Parts] = field(default_factory=dict)
 
     def init(self, seed: Any, x: Any) -> tuple[Tree, Tree, Tree]:
@@ -176,20 +165,6 @@ class _Model:
         outputs, (batch_stats, extra) = under_axis(self.axis_name, run, inputs)
         return Pass(outputs, targets, batch_stats, extra)
 
-    def exempt(self) -> dict[str, str]:
-        """Return the laws that do not apply, law name -> reason."""
-        found = reasons.extra_moves(self.moving) if self.moving else {}
-        if RANDOM in self.moving:
-            found |= reasons.random_in_training()
-        if RANDOM in self.moving_in_eval:
-            found |= reasons.random_in_evaluation()
-        return found
-
-    def looked_at(self, sizes: tuple[int, int]) -> _Model:
-        """Return this model, knowing what its passes change besides the statistics."""
-        moving = self._moving(sizes, train=True)
-        return replace(self, moving=moving, moving_in_eval=self._moving(sizes, train=False))
-
     def _parts(self, features: Any) -> Parts:
         # A symbolic size belongs to one tracing, so nothing made with it is kept.
         known = self._known.get(features) if isinstance(features, int) else None
@@ -212,23 +187,3 @@ class _Model:
         extra = dict(state.extra or {})
         batch_stats = union(state.batch_stats, extra.get("carried", {}))
         return state.params, batch_stats, extra.get("streams", {}), extra.get("others", {})
-
-    def _moving(self, sizes: tuple[int, int], *, train: bool) -> tuple[str, ...]:
-        """Return what one pass changes besides the statistics, in words."""
-        shape: Any = jax.ShapeDtypeStruct
-        x, y = shape(sizes, "float32"), shape(sizes[:1], "float32")
-        params, batch_stats, extra = jax.eval_shape(self.init, shape((), "int32"), x)
-        if not extra:
-            return ()
-
-        def after(extra: Any, params: Any, batch_stats: Any, x: Any, y: Any) -> Any:
-            return self.apply(State(params, batch_stats, (), extra), x, y, train=train).extra
-
-        jaxpr = jax.make_jaxpr(after)(extra, params, batch_stats, x, y).jaxpr
-        # A leaf that comes out as it went in is one and the same variable of the program.
-        pairs = zip(leaf_paths(extra), jaxpr.invars, jaxpr.outvars, strict=False)
-        moved = [path for path, given, left in pairs if left is not given]
-        # Keys are wrapped and unwrapped each time; what tells a draw is their counter.
-        drawn = any(path[0] == "streams" and path[-1] == "count" for path in moved)
-        named = [f"the variable {'/'.join(path[1:])}" for path in moved if path[0] != "streams"]
-        return (*named, *([RANDOM] if drawn else []))

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from bnverify.adapters.flows import DRAWS, changed, reached
+from bnverify.subject import State
+from bnverify.transition import path_name
+
+RANDOM = "random numbers"
 
 
 def random_in_training() -> dict[str, str]:
@@ -32,8 +41,8 @@ def extra_moves(names: Iterable[str]) -> dict[str, str]:
     """
     what = " and ".join(names)
     return {
-        "equal_steps_converge_geometrically": f"{what} differ in the second of two equal steps",
-        "eval_at_the_batchs_own_moments_is_the_training_loss": f"{what} differ between the modes",
+        "equal_steps_converge_geometrically": f"what moves between two equal steps and reaches them: {what}",
+        "eval_at_the_batchs_own_moments_is_the_training_loss": f"what moves in training and reaches the loss: {what}",
     }
 
 
@@ -43,3 +52,33 @@ def several_momenta(momenta: Iterable[float]) -> dict[str, str]:
     return {
         "one_momentum_for_the_whole_model": f"its layers weigh the old value differently: {listed}"
     }
+
+
+def of_pass(jaxpr: Any, state: State, *, train: bool) -> dict[str, str]:
+    """Return the laws that do not hold of a pass, from its program.
+
+    Args:
+        jaxpr: of state, x, y -> loss, statistics, extra.
+        state: its leaves need only have shapes.
+        train: whether it is the training pass.
+    """
+    before = len(jax.tree_util.tree_leaves(state[:3]))
+    statistics = len(jax.tree_util.tree_leaves(state.batch_stats))
+    seen = 1 + statistics  # outputs that laws look at: the loss and the statistics
+    extra = jax.tree_util.tree_flatten_with_path(state.extra)[0]
+    found: dict[str, str] = {}
+    if train:
+        moving = [
+            path_name(extra[index][0])
+            for index in changed(jaxpr, before, seen, len(extra))
+            if any(reached(jaxpr, {before + index})[:seen])
+        ]
+        names = sorted({RANDOM if _is_stream(path) else f"the variable {path}" for path in moving})
+        found = extra_moves(names) if names else {}
+    if any(reached(jaxpr, primitives=DRAWS)[:seen]):
+        found |= random_in_training() if train else random_in_evaluation()
+    return found
+
+
+def _is_stream(path: str) -> bool:
+    return path == "key" or path.startswith("streams/")

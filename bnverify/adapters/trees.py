@@ -11,11 +11,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 Tree = Any
 
 
-def leaf_paths(tree: Tree) -> list[tuple[str, ...]]:
-    """Return the path of each leaf, in the order of ``jax.tree_util``."""
-    return sorted(flatten_dict(tree))
-
-
 def partition(tree: Tree, patterns: Iterable[str]) -> tuple[Tree, Tree]:
     """Return the tree without and with the leaves whose path matches one of ``patterns``.
 

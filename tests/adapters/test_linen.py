@@ -1,0 +1,432 @@
+"""The linen adapter: what it finds out about a module, and the step it makes of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bnverify import reference
+from bnverify.adapters.batches import classes
+from bnverify.adapters.explain import SubjectError
+from bnverify.adapters.linen import linen
+from bnverify.case import Case
+from bnverify.subject import State, Subject
+
+CASE = Case.of(
+    3, np.linspace(-2, 2, 15, dtype=np.float32).reshape(5, 3) ** 3, [1.0, -2.0, 0.5, 3.0, 0.0], 0.1
+)
+
+
+def one_step(subject: Subject, case: Case = CASE) -> tuple[State, State, Any]:
+    """Return the state before and after a compiled step, and its info."""
+    before = jax.jit(subject.init)(case.seed, case.x)
+    after, info = jax.jit(subject.step)(before, case.x, case.y, case.lr)
+    return before, after, info
+
+
+def net_called_with(argument: str, *, inverted: bool) -> nn.Module:
+    """Return a module whose ``__call__`` has the argument of that name."""
+
+    def call(self: Any, x: Any, flag: bool) -> Any:
+        train = not flag if inverted else flag
+        h = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+        return nn.Dense(1)(h)
+
+    source = f"lambda self, x, *, {argument}: call(self, x, {argument})"
+    wrapped = eval(source, {"call": call})  # noqa: S307 - the argument's name is what is tested
+    wrapped.__name__ = "__call__"
+    module: nn.Module = type("Named", (nn.Module,), {"__call__": nn.compact(wrapped)})()
+    return module
+
+
+class TestReference:
+    def test_the_reference_model_gives_the_reference_step(self) -> None:
+        """The adapter's step around the reference's model is the reference step, to the bit."""
+        ours, theirs = one_step(linen(reference.Model())), one_step(reference.sgd())
+        for a, b in zip(
+            jax.tree_util.tree_leaves(ours), jax.tree_util.tree_leaves(theirs), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+
+    def test_its_evaluation_is_the_references(self) -> None:
+        """So is the loss in eval mode."""
+        _, after, _ = one_step(reference.sgd())
+        np.testing.assert_array_equal(
+            linen(reference.Model()).evaluate(after, CASE.x, CASE.y),
+            reference.evaluate(after, CASE.x, CASE.y),
+        )
+
+    def test_what_the_reference_declares_is_found(self) -> None:
+        """Momentum, the bias before the normalisation and the layer's input need no declaring."""
+        found, declared = linen(reference.Model()), reference.sgd()
+        before, _, _ = one_step(found)
+        assert found.momentum == declared.momentum
+        assert found.biases_before_norm == declared.biases_before_norm
+        assert found.layer_inputs is not None
+        (ours,) = found.layer_inputs(before, CASE.x, CASE.y).values()
+        (theirs,) = reference.layer_inputs(before, CASE.x, CASE.y).values()
+        np.testing.assert_allclose(ours.value, theirs.value, rtol=1e-6)
+
+
+class TestMode:
+    @pytest.mark.parametrize(
+        ("argument", "inverted"),
+        [
+            ("train", False),
+            ("training", False),
+            ("is_training", False),
+            ("use_running_average", True),
+            ("deterministic", True),
+        ],
+    )
+    def test_the_training_argument_is_found_by_its_name(
+        self, argument: str, inverted: bool
+    ) -> None:
+        """Training moves the statistics and evaluation does not, whatever the argument is called."""
+        subject = linen(net_called_with(argument, inverted=inverted))
+        before, after, _ = one_step(subject)
+        moved = (
+            before.batch_stats["BatchNorm_0"]["mean"] != after.batch_stats["BatchNorm_0"]["mean"]
+        )
+        assert np.all(moved)
+        assert subject.after_eval is not None
+        left = subject.after_eval(after, CASE.x, CASE.y)
+        assert jax.tree_util.tree_all(
+            jax.tree_util.tree_map(np.array_equal, left.batch_stats, after.batch_stats)
+        )
+
+    def test_a_field_of_the_module_is_found_too(self) -> None:
+        """A module that is made for training is made anew for each mode."""
+
+        class Fielded(nn.Module):
+            train: bool = False
+
+            @nn.compact
+            def __call__(self, x: Any) -> Any:
+                return nn.Dense(1)(nn.BatchNorm(use_running_average=not self.train)(x))
+
+        before, after, _ = one_step(linen(Fielded()))
+        assert np.any(
+            before.batch_stats["BatchNorm_0"]["mean"] != after.batch_stats["BatchNorm_0"]["mean"]
+        )
+
+    def test_an_argument_that_says_neither_is_refused(self) -> None:
+        """A name that does not tell whether True means training is refused, with the way out."""
+        with pytest.raises(ValueError, match="does not say whether True means training"):
+            linen(reference.Model(), train_argument="mode")
+
+    def test_a_function_says_what_a_name_cannot(self) -> None:
+        """An argument that is no bool is set by a function of the mode."""
+
+        class Moded(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, mode: str) -> Any:
+                return nn.Dense(1)(nn.BatchNorm(use_running_average=mode == "eval")(x))
+
+        subject = linen(Moded(), train_argument=lambda train: {"mode": "fit" if train else "eval"})
+        before, after, _ = one_step(subject)
+        assert np.any(
+            before.batch_stats["BatchNorm_0"]["mean"] != after.batch_stats["BatchNorm_0"]["mean"]
+        )
+
+
+class Everything(nn.Module):
+    """Dropout, a counter of its own, spectral norm, a sown value: all that can be carried."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        h = nn.SpectralNorm(nn.Dense(4))(x, update_stats=train)
+        h = nn.BatchNorm(use_running_average=not train)(h)
+        h = nn.Dropout(0.5, deterministic=not train)(h)
+        steps = self.variable("counters", "steps", lambda: jnp.zeros((), jnp.int32))
+        if train:
+            steps.value = steps.value + 1
+        self.sow("intermediates", "h", h)
+        self.sow("losses", "size", jnp.sum(h**2))
+        return nn.Dense(1)(h)
+
+
+class TestCarried:
+    def test_other_collections_and_keys_go_on_in_extra(self) -> None:
+        """A step moves the counter, the power iteration and the key; sown values are dropped."""
+        before, after, _ = one_step(linen(Everything()))
+        assert jax.tree_util.tree_structure(before) == jax.tree_util.tree_structure(after)
+        assert set(after.extra) == {"collections", "carried", "key"}
+        assert after.extra["collections"] == {"counters": {"steps": 1}}
+        for name in ("key", "carried"):
+            leaves = [jax.tree_util.tree_leaves(s.extra[name]) for s in (before, after)]
+            assert any(np.any(a != b) for a, b in zip(*leaves, strict=True))
+
+    def test_vectors_of_a_power_iteration_are_no_averages(self) -> None:
+        """What nn.SpectralNorm keeps in batch_stats is carried, not held to the averages' laws."""
+        before, _, _ = one_step(linen(Everything()))
+        assert set(before.batch_stats) == {"BatchNorm_0"}
+
+    def test_a_step_is_a_function_of_its_arguments(self) -> None:
+        """The same state gives the same dropout; the next state another one."""
+        subject = linen(Everything())
+        before, after, info = one_step(subject)
+        step = jax.jit(subject.step)
+        again, twice = (step(s, CASE.x, CASE.y, 0.0)[1].loss for s in (before, after))
+        assert info.loss == again
+        assert again != twice
+
+    def test_laws_that_randomness_breaks_are_exempt(self) -> None:
+        """A model with dropout is not asked whether the order of rows matters."""
+        exempt = linen(Everything()).exempt
+        assert "row_order_changes_nothing" in exempt
+        assert "equal_steps_converge_geometrically" in exempt
+        assert linen(reference.Model()).exempt == {}
+
+    @pytest.mark.parametrize("mutable", [True, ["batch_stats", "counters", "intermediates"]])
+    def test_every_form_of_mutable_gives_one_step(self, mutable: Any) -> None:
+        """mutable=True and a list of collections carry the same variables on."""
+        usual, other = linen(Everything()), linen(Everything(), mutable=mutable)
+        for a, b in zip(
+            *(jax.tree_util.tree_leaves(one_step(s)) for s in (usual, other)), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+
+    def test_a_pattern_carries_what_is_no_average(self) -> None:
+        """Statistics that the user names are left out of batch_stats and still used."""
+        whole, parted = linen(reference.Model()), linen(reference.Model(), carried=["*/var"])
+        _, after, info = one_step(parted)
+        assert list(after.batch_stats["BatchNorm_0"]) == ["mean"]
+        assert info.loss == one_step(whole)[2].loss
+
+
+class Block(nn.Module):
+    """Conv -> BatchNorm -> ReLU beside a shortcut."""
+
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        y = nn.BatchNorm(use_running_average=not self.train, momentum=0.9)(nn.Conv(3, (3, 3))(x))
+        return nn.relu(y) + x
+
+
+class Images(nn.Module):
+    """Blocks plain, under remat and under jit, for images (N, 2, 2, 3) and three classes."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        for block in (Block, nn.remat(Block), nn.jit(Block)):
+            x = block(train)(x)
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+def cross_entropy(logits: Any, labels: Any) -> Any:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+IMAGES: dict[str, Any] = {
+    "batch": lambda x, y: (x.reshape(-1, 2, 2, 3), classes(y, 3)),
+    "loss": cross_entropy,
+    "features": 12,
+}
+
+
+class TestLayers:
+    @pytest.mark.parametrize("transformed", [lambda f: f, jax.jit], ids=["eager", "jit"])
+    def test_inputs_are_seen_through_remat_and_jit(self, transformed: Callable[..., Any]) -> None:
+        """Each layer's input is (N H W, C), and its mean is what the step adds to the average."""
+        subject = linen(Images(), **IMAGES)
+        case = Case.of(1, np.arange(36.0).reshape(3, 12) / 36, [0.0, 1.0, 2.0], 0.1)
+        before, after, _ = one_step(subject, case)
+        found = transformed(subject.layer_inputs)(before, case.x, case.y)
+        assert {path: given.value.shape for path, given in found.items()} == {
+            f"{kind}Block_0/BatchNorm_0": (12, 3) for kind in ("", "Checkpoint", "Jit")
+        }
+        for path, given in found.items():
+            mean = after.batch_stats[path.split("/")[0]]["BatchNorm_0"]["mean"]
+            np.testing.assert_allclose(mean, 0.1 * given.value.mean(0), rtol=1e-3, atol=1e-6)
+
+    def test_inputs_are_seen_under_vmap(self) -> None:
+        """Stacked batches give stacked inputs."""
+        subject = linen(reference.Model())
+        before, _, _ = one_step(subject)
+        many = np.stack([CASE.x, CASE.x + 1])
+        found = jax.vmap(subject.layer_inputs, in_axes=(None, 0, None))(before, many, CASE.y)
+        assert found["BatchNorm_0"].value.shape == (2, 5, reference.HIDDEN)
+
+    def test_a_bias_counts_only_where_it_goes_nowhere_else(self) -> None:
+        """The shortcut of a block is past its normalisation; one around the bias would be found."""
+
+        class Around(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                h = nn.Dense(4)(x)
+                return nn.Dense(1)(nn.BatchNorm(use_running_average=not train)(h) + h)
+
+        assert linen(Images(), **IMAGES).biases_before_norm == (
+            "Block_0/Conv_0/bias",
+            "CheckpointBlock_0/Conv_0/bias",
+            "JitBlock_0/Conv_0/bias",
+        )
+        assert linen(Around()).biases_before_norm == ()
+
+    def test_a_bias_along_a_reduced_axis_does_not_count(self) -> None:
+        """Normalising along the first axis takes no constant out of the last."""
+
+        class Across(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                h = nn.Dense(4)(x[:, None, :].repeat(2, 1))
+                h = nn.BatchNorm(use_running_average=not train, axis=1)(h)
+                return nn.Dense(1)(h.reshape(x.shape[0], 8))
+
+        subject = linen(Across())
+        assert subject.biases_before_norm == ()
+        before, _, _ = one_step(subject)
+        assert subject.layer_inputs is not None
+        assert subject.layer_inputs(before, CASE.x, CASE.y)["BatchNorm_0"].value.shape == (20, 2)
+
+    def test_a_mask_becomes_weights(self) -> None:
+        """Masked rows have the weight 0 in what is shown."""
+
+        class Masked(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                mask = (jnp.arange(x.shape[0]) < 3)[:, None]
+                h = nn.BatchNorm(use_running_average=not train, axis_name="batch")(x, mask=mask)
+                return nn.Dense(1)(h)
+
+        subject = linen(Masked(), axis_name="batch")
+        before, after, _ = one_step(subject)
+        assert subject.layer_inputs is not None
+        given = subject.layer_inputs(before, CASE.x, CASE.y)["BatchNorm_0"]
+        np.testing.assert_array_equal(given.weights, [[1] * 3] * 3 + [[0] * 3] * 2)
+        mean = (given.value * given.weights).sum(0) / given.weights.sum(0)
+        np.testing.assert_allclose(after.batch_stats["BatchNorm_0"]["mean"], 0.01 * mean, rtol=1e-4)
+
+    def test_a_layer_called_twice_weighs_the_old_value_twice(self) -> None:
+        """Its momentum is squared, and which of its inputs counts cannot be told."""
+
+        class Shared(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                norm = nn.BatchNorm(use_running_average=not train, momentum=0.5)
+                return nn.Dense(1)(norm(nn.Dense(4)(norm(nn.Dense(4)(x)))))
+
+        subject = linen(Shared())
+        assert subject.momentum == 0.25
+        assert subject.layer_inputs is None
+
+    def test_layers_in_a_scan_have_a_momentum_and_no_shown_input(self) -> None:
+        """Each turn writes its own slice, once; one mark in the loop's body stands for all."""
+
+        class Turn(nn.Module):
+            train: bool
+
+            @nn.compact
+            def __call__(self, x: Any, _: Any) -> Any:
+                h = nn.Dense(4)(x)
+                return nn.BatchNorm(use_running_average=not self.train, momentum=0.9)(h), None
+
+        class Scanned(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                turns = nn.scan(
+                    Turn,
+                    variable_axes={"params": 0, "batch_stats": 0},
+                    split_rngs={"params": True},
+                    length=3,
+                )
+                return nn.Dense(1)(turns(train)(nn.Dense(4)(x), None)[0])
+
+        subject = linen(Scanned())
+        assert subject.momentum == 0.9
+        assert subject.layer_inputs is None
+
+    def test_layers_of_different_momenta_are_not_held_to_one(self) -> None:
+        """The law of one momentum is exempt, and says which ones there are."""
+
+        class Two(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                for momentum in (0.9, 0.5):
+                    x = nn.BatchNorm(use_running_average=not train, momentum=momentum)(x)
+                return nn.Dense(1)(x)
+
+        subject = linen(Two())
+        assert subject.momentum is None
+        assert "0.5, 0.9" in subject.exempt["one_momentum_for_the_whole_model"]
+
+    def test_a_module_of_ones_own_shows_its_input_and_no_momentum(self) -> None:
+        """A module with a mean and a variance is a normalisation; its momentum may mean anything."""
+
+        class Own(nn.Module):
+            momentum: float = 0.1
+
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                shape = x.shape[-1:]
+                mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+                var = self.variable("batch_stats", "var", jnp.ones, shape)
+                if not train:
+                    return (x - mean.value) / jnp.sqrt(var.value + 1e-5)
+                m, v = x.mean(0), x.var(0)
+                mean.value = (1 - self.momentum) * mean.value + self.momentum * m
+                var.value = (1 - self.momentum) * var.value + self.momentum * v
+                return (x - m) / jnp.sqrt(v + 1e-5)
+
+        class Model(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                return nn.Dense(1)(Own()(nn.Dense(4)(x), train))
+
+        subject = linen(Model())
+        assert subject.momentum is None
+        assert subject.layer_inputs is not None
+        before, _, _ = one_step(subject)
+        assert set(subject.layer_inputs(before, CASE.x, CASE.y)) == {"Own_0"}
+
+    def test_a_model_without_statistics_is_a_subject_too(self) -> None:
+        """LayerNorm alone: no statistics, nothing carried, a step all the same."""
+
+        class Layered(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any) -> Any:
+                return nn.Dense(1)(nn.LayerNorm()(nn.Dense(4)(x)))
+
+        before, after, _ = one_step(linen(Layered()))
+        assert after.batch_stats == {}
+        assert np.any(before.params["Dense_1"]["kernel"] != after.params["Dense_1"]["kernel"])
+
+
+class TestRefused:
+    def test_a_forgotten_mutable_is_named(self) -> None:
+        """What Flax refuses is told as the mistake it is, with its mend."""
+        with pytest.raises(SubjectError, match="mutable=") as caught:
+            linen(reference.Model(), mutable=[])
+        assert caught.value.mistake.name == "mutable_forgotten"
+
+    def test_the_wrong_number_of_outputs_is_refused(self) -> None:
+        """The default loss does not broadcast (N, 2) against (N,)."""
+        with pytest.raises(ValueError, match="one output for each target"):
+            linen(nn.Dense(2))
+
+    def test_the_subjects_name_is_the_modules_class(self) -> None:
+        """Unless the user gives one."""
+        assert linen(reference.Model()).name == "linen:Model"
+        assert linen(reference.Model(), name="mine").name == "mine"
+
+    def test_another_optimizer_goes_around_the_same_step(self) -> None:
+        """The probe's subject has the probe's state and the same statistics."""
+        subject = linen(reference.Model())
+        assert subject.with_optimizer is not None
+        probed = subject.with_optimizer(lambda lr: optax.sgd(lr, momentum=0.9))
+        before, after, _ = one_step(probed)
+        assert jax.tree_util.tree_leaves(before.opt_state)
+        for a, b in zip(
+            jax.tree_util.tree_leaves(after.batch_stats),
+            jax.tree_util.tree_leaves(one_step(subject)[1].batch_stats),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(a, b)
