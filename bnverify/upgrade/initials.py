@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bnverify.upgrade import witness
 from bnverify.upgrade.difference import Difference
 
 if TYPE_CHECKING:
@@ -40,13 +41,14 @@ def differences(old: Recorded, new: Recorded) -> Iterator[Difference]:
             continue
         changed = _distribution(old, new, leaf)
         if changed is not None:
-            size, text = changed
+            size, moment, text = changed
             yield Difference(
                 kind="meaning",
                 subject=subject,
                 leaf=name,
                 size=size,
                 text=f"initial values are drawn from another distribution: {text}",
+                witness=witness.of_draws(old, new, leaf, moment, _SEEDS, SIGMAS),
             )
             continue
         yield Difference(
@@ -81,8 +83,8 @@ def _apart(old: Recorded, new: Recorded, leaf: str, which: str) -> tuple[bool, f
     return apart, units
 
 
-def _distribution(old: Recorded, new: Recorded, leaf: str) -> tuple[float, str] | None:
-    """Return how many standard errors apart the draws are and in words how; None where alike."""
+def _distribution(old: Recorded, new: Recorded, leaf: str) -> tuple[float, int, str] | None:
+    """Return how many standard errors apart the draws are, in which average, and how in words."""
     before, after = old.arrays.get(f"draws/{leaf}"), new.arrays.get(f"draws/{leaf}")
     if before is None or after is None or before.shape != (2, 3) or after.shape != (2, 3):
         return None
@@ -96,7 +98,7 @@ def _distribution(old: Recorded, new: Recorded, leaf: str) -> tuple[float, str] 
     if not apart[worst] > SIGMAS:
         return None
     words = f"{_AVERAGES[worst]} {means[0][worst]:.4g} became {means[1][worst]:.4g}"
-    return None if not np.isfinite(apart[worst]) else (float(apart[worst]), words)
+    return None if not np.isfinite(apart[worst]) else (float(apart[worst]), worst, words)
 
 
 def _why(old: Recorded, new: Recorded, leaf: str) -> str:

@@ -96,6 +96,22 @@ state, info = jax.jit(subject.step)(state, x, y, np.float32(0.5))
 print("eval loss", jax.jit(subject.evaluate)(state, x, y))
 """
 
+_DRAWS = """
+x = np.zeros({shape}, np.float32)
+init = jax.jit(subject.init)
+values = []
+for seed in range({seeds}):
+    paths, _ = jax.tree_util.tree_flatten_with_path(init(np.int32(seed), x))
+    values.append(np.mean(np.asarray(paths[{index}][1], np.float64) ** {power}))
+old, new = {old!r}, float(np.mean(values))
+allowed = {sigmas} * ((({variance!r} + np.var(values, ddof=1)) / {seeds}) ** 0.5) + 2e-6 * abs(old)
+print({leaf!r}, "to the power {power}, mean over {seeds} seeds")
+print("recorded:", old, "with", {then!r})
+print("now:     ", new, "with jax", jax.__version__)
+print("allowed by chance:", allowed)
+sys.exit(0 if abs(new - old) <= allowed else 1)
+"""
+
 
 def of_error(target: str, features: int = 3) -> str:
     """Return a script that runs the target's three functions, and so shows what one raises."""
@@ -148,9 +164,48 @@ def of_value(old: Recorded, new: Recorded, place: Place) -> str | None:
             old=_number(place.old),
             allowed=place.allowed,
             leaf=at,
-            then=", ".join(f"{k} {v}" for k, v in old.manifest["versions"].items()),
+            then=_versions(old),
         )
     )
+
+
+def of_draws(
+    old: Recorded, new: Recorded, leaf: str, moment: int, seeds: int, sigmas: float
+) -> str | None:
+    """Return a script that shows a leaf's initial values to be of another distribution.
+
+    Args:
+        old: the recording, whose averages are put into the script.
+        new: the replay.
+        leaf: the leaf's path.
+        moment: index of the average that differs; the powers are 1, 2 and 4.
+        seeds: how many seeds the averages are over.
+        sigmas: how many standard errors chance is given.
+    """
+    shapes = new.manifest["shapes"]
+    paths = list(new.leaves(min(1, len(shapes) - 1), "state"))
+    if leaf not in paths:
+        return None
+    mean, variance = (float(row[moment]) for row in old.arrays[f"draws/{leaf}"])
+    return (
+        f'"""The initial values of {leaf} are not distributed as was recorded."""\n\n'
+        + _LOAD.format(target=new.manifest["target"])
+        + _DRAWS.format(
+            shape=tuple(shapes[min(1, len(shapes) - 1)]),
+            seeds=seeds,
+            index=paths.index(leaf),
+            power=(1, 2, 4)[moment],
+            old=mean,
+            variance=variance,
+            sigmas=sigmas,
+            leaf=leaf,
+            then=_versions(old),
+        )
+    )
+
+
+def _versions(recorded: Recorded) -> str:
+    return ", ".join(f"{name} {version}" for name, version in recorded.manifest["versions"].items())
 
 
 def _find(new: Recorded, place: Place) -> tuple[str, int]:

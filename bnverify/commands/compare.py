@@ -1,0 +1,73 @@
+"""``bnverify compare``: what changed between a recording and its replay."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from bnverify.unusable import Unusable
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="tell what changed between a recording and its replay",
+        description="Class every difference between a recording and its replay: api, structure, "
+        "dtype, initialisation, rounding or meaning. Exit status 1 where the policy forbids one.",
+    )
+    parser.add_argument("old", metavar="OLD", help="from bnverify record -o OLD")
+    parser.add_argument("new", metavar="NEW", help="from bnverify record --replay OLD -o NEW")
+    add_report_arguments(parser)
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what all commands that judge an upgrade take."""
+    parser.add_argument(
+        "--format",
+        metavar="FORMAT[=FILE]",
+        action="append",
+        default=[],
+        help="terminal (the default), json, junit, html or github; several: the option again",
+    )
+    parser.add_argument(
+        "--policy",
+        metavar="FILE",
+        help="what is accepted; default: bnverify.toml or pyproject.toml in the current directory",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, report and return the exit status."""
+    from bnverify.show import formats
+    from bnverify.upgrade import recorded
+    from bnverify.upgrade.compare import compare
+    from bnverify.upgrade.judgement import judge
+    from bnverify.upgrade.recording_file import RecordingError
+
+    started = time.perf_counter()
+    outputs = formats.parse(args.format)
+    policy = read_policy(args.policy)
+    try:
+        comparison = compare(recorded.read(args.old), recorded.read(args.new))
+    except RecordingError as error:
+        raise Unusable(str(error)) from None
+    judgement = judge(comparison, policy, seconds=time.perf_counter() - started)
+    formats.write([judgement], outputs)
+    return 0 if judgement.ok else 1
+
+
+def read_policy(file: str | None) -> Any:
+    """Return the policy in a file, or the current directory's, or the default.
+
+    Raises:
+        Unusable: it cannot be used.
+    """
+    from bnverify.upgrade import policy_file
+
+    try:
+        return policy_file.load(Path(file)) if file else policy_file.find(Path.cwd())
+    except policy_file.PolicyError as error:
+        raise Unusable(str(error)) from None

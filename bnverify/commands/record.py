@@ -1,0 +1,41 @@
+"""``bnverify record``: a recording of a training step, or the replay of one."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from bnverify import target
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "record",
+        help="record a training step, to compare it with after an upgrade",
+        description="Record a training step's cases, states and outputs in a file; or replay a "
+        "recording made in another environment in this one.",
+    )
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        nargs="?",
+        default=target.REFERENCE,
+        help="package.module:name or path/file.py:name; default: the reference",
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the recording")
+    parser.add_argument("--replay", metavar="OLD", help="a recording to run again here")
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="the seed of all cases; default: 0"
+    )
+    parser.add_argument(
+        "--costs", action="store_true", help="measure times too; every recording differs then"
+    )
+    parser.add_argument("--no-laws", action="store_true", help="leave the laws' verdicts out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the recording and return the exit status."""
+    from bnverify.upgrade import recording
+
+    return recording.run(args)

@@ -1,0 +1,106 @@
+"""What an upgrade changed, in a terminal: plain text, signs and words, colour where there is one."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+from bnverify.show.symbols import symbols
+from bnverify.upgrade.difference import KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bnverify.upgrade.judgement import Judgement
+
+EXPLAINED = {
+    "api": "code that no longer runs",
+    "structure": "trees or shapes",
+    "dtype": "types of leaves",
+    "initialisation": "initial values of the same seed",
+    "rounding": "values within the rounding noise of either side",
+    "meaning": "values beyond it",
+}
+_SHOWN = 8  # differences of one class; the rest is counted
+
+
+def show(judgement: Judgement, file: TextIO | None = None, encoding: str = "") -> None:
+    """Print what changed and whether it may pass."""
+    out = file or sys.stdout
+    signs = symbols(encoding or getattr(out, "encoding", None) or "utf-8")
+    for line in lines(judgement, ok=signs.status["held"], bad=signs.status["violated"]):
+        print(line, file=out)
+
+
+def lines(judgement: Judgement, ok: str, bad: str) -> Iterator[str]:
+    """Yield the report's lines.
+
+    Args:
+        judgement: what to tell.
+        ok: the sign for what may pass.
+        bad: the sign for what may not.
+    """
+    comparison, verdict = judgement.comparison, judgement.verdict
+    yield f"{comparison.subject}: from {judgement.old} to {judgement.new}"
+    moved = judgement.moved()
+    yield "  " + (
+        ", ".join(f"{name} {a} -> {b}" for name, (a, b) in moved.items()) or "the same releases"
+    )
+    failing = {id(d) for d in verdict.failing}
+    accepted = {id(d): entry for d, entry in verdict.accepted}
+    for kind in KINDS:
+        found = comparison.of(kind)
+        if not found:
+            continue
+        yield ""
+        sign = bad if any(id(d) in failing for d in found) else ok
+        yield f"{sign} {kind}: {EXPLAINED[kind]}"
+        if kind == "rounding":
+            yield f"    {_rounding(judgement)}"
+            continue
+        for difference in found[:_SHOWN]:
+            leaf = difference.leaf or ""
+            text = difference.text
+            named = text if not leaf or text.startswith(leaf) else f"{leaf}: {text}"
+            yield f"    {named}"
+            entry = accepted.get(id(difference))
+            if entry:
+                yield f"      accepted until {entry.expires}: {entry.reason}"
+        if len(found) > _SHOWN:
+            yield f"    and {len(found) - _SHOWN} more"
+    yield from _costs(judgement)
+    for entry in verdict.stale:
+        yield f"accepted, but no longer occurs: {entry.kind} {entry.leaf or ''}: {entry.reason}"
+    for entry in verdict.expired:
+        yield f"accepted until {entry.expires}, which is past: {entry.kind}: {entry.reason}"
+    for note in comparison.notes:
+        yield f"note: {note}"
+    shown = next((d for d in verdict.failing if d.witness), None)
+    if shown is not None and shown.witness:
+        yield ""
+        yield f"To see {shown.leaf or 'it'} for yourself, save this and run it on both sides:"
+        yield ""
+        yield shown.witness.rstrip()
+    yield ""
+    yield f"{ok if judgement.ok else bad} {comparison.subject}: {judgement.headline()}"
+
+
+def _rounding(judgement: Judgement) -> str:
+    found = judgement.comparison.of("rounding")
+    sized = [d for d in found if d.size is not None]
+    if not sized:
+        return f"{len(found)} leaves, in the last places"
+    worst = max(sized, key=lambda d: d.size or 0.0)
+    return f"{len(found)} leaves, at most {worst.size:.2g} times the noise ({worst.leaf})"
+
+
+def _costs(judgement: Judgement) -> Iterator[str]:
+    old, new = judgement.comparison.old["costs"], judgement.comparison.new["costs"]
+    bounds = {cost: bound for cost, _, bound in judgement.verdict.exceeded}
+    if not judgement.comparison.costs:
+        return
+    yield ""
+    for cost, ratio in judgement.comparison.costs.items():
+        beyond = f", beyond the bound of {bounds[cost]:g}" if cost in bounds else ""
+        name = cost.replace("_", " ")
+        yield f"{name}: {old[cost]:.3g} -> {new[cost]:.3g}, {ratio:.2f} times{beyond}"
