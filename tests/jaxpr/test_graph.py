@@ -1,0 +1,104 @@
+"""What the graph does with equations that hide something."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import io_callback
+
+from bnverify.jaxpr.graph import Graph
+from bnverify.jaxpr.interpreter import live, read
+from bnverify.jaxpr.tracing import Abstract, trace
+
+NUMBER = Abstract((), np.dtype(np.float32))
+FLOAT = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+def graph_of(function, inputs):
+    """Return the graph, and the labels of the outputs."""
+    graph = Graph(inputs)
+    outputs = read(trace(function, *[NUMBER] * inputs).jaxpr, graph, graph.sources)
+    labels = graph.labels()
+    return graph, [labels[node] for node in outputs]
+
+
+def test_a_pure_callback_is_entered_by_its_inputs_only_and_named():
+    """Opaque code that promises to be pure depends on what it is given."""
+    graph, labels = graph_of(lambda x, y: (jax.pure_callback(np.sin, FLOAT, x), y), 2)
+    assert labels == [0b01, 0b10]
+    assert graph.unknown == {"pure_callback"}
+
+
+def test_a_callback_with_effects_may_know_everything():
+    """Code that talks to the outside may return what it was told before."""
+    graph, labels = graph_of(lambda x, y: (io_callback(np.sin, FLOAT, x), y), 2)
+    assert labels == [0b11, 0b10]
+    assert graph.unknown == {"io_callback"}
+
+
+def test_printing_is_no_flow():
+    """jax.debug.print sees values and hands none on."""
+
+    def function(x, y):
+        jax.debug.print("{}", x)
+        return y
+
+    graph, labels = graph_of(function, 2)
+    assert labels == [0b10]
+    assert graph.unknown == set()
+
+
+def test_an_unknown_primitive_with_a_program_is_not_entered():
+    """A primitive that may run its program more than once mixes all its inputs, and is named."""
+    from jax.extend.core import Primitive
+
+    strange = Primitive("run_until_stable")
+    strange.multiple_results = True
+    strange.def_abstract_eval(lambda *avals, jaxpr: avals)
+    swap = jax.make_jaxpr(lambda x, y: (y, x))(1.0, 2.0)
+    graph, labels = graph_of(lambda x, y: strange.bind(x, y, jaxpr=swap), 2)
+    assert labels == [0b11, 0b11]
+    assert graph.unknown == {"run_until_stable"}
+
+
+def test_a_reduction_by_a_program_is_known():
+    """lax.reduce carries its combining program, and that is no secret."""
+    add = lambda x, y: x + y  # noqa: E731  reduce wants a function of two
+
+    def function(x, y):
+        return jax.lax.reduce(jnp.stack([x, y]), jnp.float32(0), add, (0,))
+
+    graph, labels = graph_of(function, 2)
+    assert labels == [0b11]
+    assert graph.unknown == set()
+
+
+def test_what_is_written_to_a_mutable_array_reaches_its_readers():
+    """A Ref is followed, though no output of the write carries it."""
+    make = getattr(jax, "new_ref", None) or getattr(jax.extend.core, "mutable_array", None)
+    if make is None:
+        pytest.skip("no public mutable arrays in this release")
+
+    def function(x, y):
+        ref = make(y)
+        ref[...] = x * 2
+        return ref[...], y
+
+    _, labels = graph_of(function, 2)
+    assert labels[0] & 0b01
+    assert labels[1] == 0b10
+
+
+def test_a_wrong_number_of_inputs_is_refused():
+    """A program of one input is not read with two."""
+    jaxpr = trace(lambda x: x, NUMBER).jaxpr
+    with pytest.raises(ValueError, match="takes 1 inputs, got 2"):
+        read(jaxpr, Graph(2), [0, 1])
+
+
+def test_live_drops_what_no_output_needs():
+    """Only equations on the way to an output are left."""
+    jaxpr = trace(lambda x: (jnp.sin(x), jnp.cos(x) + 1)[0], NUMBER).jaxpr
+    assert [eqn.primitive.name for eqn in live(jaxpr).jaxpr.eqns] == ["sin"]

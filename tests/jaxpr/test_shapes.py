@@ -1,0 +1,172 @@
+"""A subject is traced as widely as it allows, and the scope says how widely."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bnverify import reference
+from bnverify.jaxpr import Abstract, TraceError, leaf_names, trace_subject
+from bnverify.subject import State, StepInfo, Subject
+
+
+def linear(features=None, shape=lambda d: (d,), step=None) -> Subject:
+    """Return linear regression in plain JAX, which takes any symbolic size."""
+
+    def init(seed, x):
+        params = {"w": jax.random.normal(jax.random.PRNGKey(seed), shape(x.shape[1]))}
+        return State(params, {}, optax.sgd(0.0).init(params))
+
+    def loss_fn(params, x, y):
+        return jnp.mean((x @ params["w"].reshape(-1)[: x.shape[1]] - y) ** 2)
+
+    def plain(state, x, y, lr):
+        loss, grads = jax.value_and_grad(loss_fn)(state.params, x, y)
+        params = jax.tree_util.tree_map(lambda p, g: p - lr * g, state.params, grads)
+        return state._replace(params=params), StepInfo(loss, grads)
+
+    def evaluate(state, x, y):
+        return loss_fn(state.params, x, y).reshape(1)
+
+    return Subject("linear", init, step or plain, evaluate, features=features)
+
+
+def takes_symbolic_features() -> bool:
+    """Return whether Flax's default initialiser takes a symbolic size here (jax 0.11 ended it)."""
+    return tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
+
+
+def test_the_reference_is_traced_for_every_batch_size():
+    """Every N and D; from jax 0.11, where initialisers refuse a symbolic D, every N."""
+    traces = trace_subject(reference.adam())
+    assert traces.proved
+    if takes_symbolic_features():
+        assert traces.scope == "every N and D"
+        assert traces.narrowed == ""
+    else:
+        assert traces.scope == "every N, D in (1, 3, 8)"
+        assert "init does not trace" in traces.narrowed
+    assert len(traces.runs) == (1 if takes_symbolic_features() else 3)
+
+
+def test_the_structure_of_the_reference():
+    """The state is a fixed point of the step in structure, shape, dtype and weak type."""
+    for run in trace_subject(reference.adam()).runs:
+        assert run.after == run.before
+        assert run.info.grads == run.before.params
+        assert run.info.loss == Abstract((), np.dtype(np.float32))
+        assert run.eval_loss == Abstract((1,), np.dtype(np.float32))
+        kernel = run.before.params["Dense_0"]["kernel"]
+        assert kernel.shape[0] == run.d
+        assert run.after_eval == run.before
+
+
+def test_plain_code_is_traced_for_every_size_on_every_release():
+    """What divides no size traces with both sizes symbolic."""
+    traces = trace_subject(linear())
+    assert traces.scope == "every N and D"
+    assert str(traces.runs[0].before.params["w"]) == "float32[d]"
+
+
+def test_a_declared_feature_size_is_kept():
+    """A subject that takes D = 5 alone is traced for every N."""
+    traces = trace_subject(linear(features=(5,)))
+    assert traces.scope == "every N, D = 5"
+    assert traces.proved
+    assert traces.runs[0].before.params["w"].shape == (5,)
+
+
+def test_states_are_inferred_where_only_init_refuses():
+    """An init that needs a concrete D leaves step and evaluation to be traced for every D."""
+
+    def init(seed, x):
+        if x.shape[1] > 2**20:  # a symbolic size is neither
+            raise ValueError("too wide")
+        return linear().init(seed, x)
+
+    traces = trace_subject(replace(linear(shape=lambda d: (2 * d + 1,)), init=init))
+    assert traces.scope.startswith("every N and D, from states shaped as init makes them at D in")
+    assert "init" not in traces.runs[0].programs
+    assert "init does not trace: " in traces.narrowed
+
+
+@pytest.mark.parametrize(
+    "shape", [lambda d: (d * d,), lambda d: (d,) * (1 if d < 4 else 2)], ids=["square", "rank"]
+)
+def test_states_are_not_inferred_where_they_follow_no_rule(shape):
+    """A size that is no affine function of D, or a rank that changes, narrows the claim."""
+
+    def init(seed, x):
+        if x.shape[1] > 2**20:
+            raise ValueError("too wide")
+        return linear(shape=shape).init(seed, x)
+
+    traces = trace_subject(replace(linear(), init=init))
+    assert traces.scope == "every N, D in (1, 3, 8)"
+    assert traces.proved
+
+
+def test_a_split_batch_is_traced_for_every_multiple():
+    """A step that accumulates over micro-batches of a quarter is traced in multiples of 24."""
+
+    def step(state, x, y, lr):
+        if x.shape[0] % 4 != 0:
+            raise ValueError("the batch does not split in four")
+        return linear().step(state, x, y, lr)
+
+    traces = trace_subject(linear(step=step))
+    assert traces.scope == "every N divisible by 24, every D"
+    assert traces.proved
+
+
+def test_shape_dependent_code_falls_back_to_one_shape_and_says_so():
+    """Python that loops over the rows is traced at one shape, which proves nothing for others."""
+
+    def step(state, x, y, lr):
+        for _ in range(int(x.shape[0])):
+            state, info = linear().step(state, x, y, lr)
+        return state, info
+
+    traces = trace_subject(linear(step=step), concrete=(2, 3))
+    assert traces.scope == "N = 2, D = 3 only"
+    assert not traces.proved
+    assert "step does not trace" in traces.narrowed
+
+
+def test_what_traces_nowhere_is_refused_by_name():
+    """A step that needs concrete values names itself and the reason."""
+
+    def step(state, x, y, lr):
+        if float(lr) > 0:
+            return linear().step(state, x, y, lr)
+        raise AssertionError
+
+    with pytest.raises(TraceError, match=r"^step does not trace: ConcretizationTypeError"):
+        trace_subject(linear(step=step))
+
+
+def test_weak_types_are_seen():
+    """A statistic that becomes a Python scalar's array is no longer like the old one."""
+
+    def step(state, x, y, lr):
+        after, info = linear().step(state, x, y, lr)
+        return after._replace(batch_stats={"count": jnp.asarray(1.0)}), info
+
+    def init(seed, x):
+        return linear().init(seed, x)._replace(batch_stats={"count": jnp.float32(1)})
+
+    run = trace_subject(replace(linear(step=step), init=init)).runs[0]
+    assert str(run.before.batch_stats["count"]) == "float32[]"
+    assert str(run.after.batch_stats["count"]) == "float32[] weak"
+
+
+def test_leaf_names_are_paths():
+    """Dictionaries, tuples and named tuples give one kind of path."""
+    tree = {"a": (1, {"b": 2}), "c": StepInfo(3, None)}
+    assert leaf_names(tree, "t") == ["t/a/0", "t/a/1/b", "t/c/loss"]
+    assert leaf_names(1, "t") == ["t"]

@@ -1,0 +1,181 @@
+"""The influence of the canonical step, and of faulty ones, is exactly what it is."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import faults
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnverify import reference
+from bnverify.jaxpr import influence, trace_subject
+from bnverify.jaxpr.source import source_line
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+BATCH = {"params", "x", "y"}
+
+
+def read(subject):
+    """Return the influence of ``subject``."""
+    return influence(trace_subject(subject))
+
+
+@pytest.fixture
+def compilations():
+    """The names of the programs that XLA has compiled since the test began."""
+    seen = []
+
+    def listen(event, _duration, **_):
+        if event == COMPILED:
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.clear_caches()
+    return seen
+
+
+@pytest.mark.parametrize("make", reference.VARIANTS, ids=lambda make: make.__name__)
+def test_the_canonical_step_flows_as_the_guide_says(make):
+    """Statistics depend on params, x and themselves; all else is free of them but evaluation."""
+    stateful = set() if make is reference.sgd else {"opt_state"}
+    flows = read(make())
+    assert flows.proved
+    assert flows.unknown == ()
+    assert flows.matrix == {
+        "params": BATCH | {"lr"} | stateful,
+        "batch_stats": {"params", "batch_stats", "x"},
+        "opt_state": BATCH | stateful if stateful else frozenset(),
+        "loss": BATCH,
+        "grads": BATCH,
+        "eval_loss": {"params", "batch_stats", "x", "y"},
+        "eval_params": {"params"},
+        "eval_batch_stats": {"batch_stats"},
+        "eval_opt_state": stateful,
+    }
+
+
+def test_leaves_are_told_apart():
+    """Each statistic follows its own old value, and only the layers before it."""
+    leaves = read(reference.momentum()).leaves
+    assert leaves["batch_stats/BatchNorm_0/mean"] == {
+        "batch_stats/BatchNorm_0/mean",
+        "params/Dense_0/bias",
+        "params/Dense_0/kernel",
+        "x",
+    }
+    assert "opt_state/0/trace/Dense_0/bias" not in leaves["params/Dense_0/kernel"]
+    assert leaves["loss"] >= {"params/Dense_1/kernel", "x", "y"}
+
+
+def test_evaluation_hands_its_state_on_untouched():
+    """What evaluation leaves behind is, value for value, what it was given."""
+    unchanged = read(reference.sgd()).unchanged
+    assert unchanged["eval_batch_stats/BatchNorm_0/var"] == "batch_stats/BatchNorm_0/var"
+    assert "batch_stats/BatchNorm_0/var" not in unchanged
+
+
+@pytest.mark.parametrize("make", reference.VARIANTS, ids=lambda make: make.__name__)
+def test_proofs_compile_nothing_and_are_quick(make, compilations):
+    """Tracing and reading the canonical step calls XLA not once, in under two seconds."""
+    subject = make()
+    jnp.zeros(3)  # the listener hears a compilation
+    assert len(compilations) >= 1
+    compilations.clear()
+    start = time.process_time()
+    read(subject)
+    assert time.process_time() - start < 2
+    assert compilations == []
+
+
+def here(text: str) -> str:
+    """Return ``path:line`` of the only line of faults.py that contains ``text``."""
+    path = Path(faults.__file__)
+    (number,) = [n for n, line in enumerate(path.read_text().splitlines(), 1) if text in line]
+    return f"{path}:{number}"
+
+
+def test_a_step_in_eval_mode_is_seen_and_explained():
+    """With train=False the statistics stand still, and the old ones reach params."""
+    flows = read(faults.eval_mode_in_training())
+    assert flows.matrix["batch_stats"] == {"batch_stats"}
+    assert flows.unchanged["batch_stats/BatchNorm_0/mean"] == "batch_stats/BatchNorm_0/mean"
+    assert "batch_stats" in flows.matrix["params"]
+    why = flows.explain("batch_stats", "params")
+    assert why.startswith("batch_stats -> ")
+    assert why.endswith(" -> params")
+    assert "reference.py" in why
+
+
+def test_a_loss_that_reads_old_statistics_is_seen_and_explained():
+    """The way from the old statistics to the params leads through the line that reads them."""
+    flows = read(faults.loss_reads_old_statistics())
+    assert "batch_stats" in flows.matrix["params"] & flows.matrix["loss"] & flows.matrix["grads"]
+    assert here("jnp.sum(old * params") in flows.explain("batch_stats", "loss")
+    assert here("jnp.sum(old * params") in flows.explain("batch_stats", "params")
+
+
+def test_statistics_in_the_optimizer_are_seen_and_explained():
+    """Statistics that an optimizer moves depend on lr, on its state and, by it, on y."""
+    flows = read(faults.statistics_in_the_optimizer())
+    assert flows.matrix["batch_stats"] >= {"lr", "opt_state"}
+    assert here("optimizer(lr).update") in flows.explain("lr", "batch_stats")
+    assert "opt_state/0/trace/batch_stats/BatchNorm_0/mean" in flows.leaves
+
+
+def test_evaluation_that_writes_is_seen_and_explained():
+    """An evaluation in train mode ignores the statistics and overwrites them from x."""
+    flows = read(faults.evaluation_writes())
+    assert "batch_stats" not in flows.matrix["eval_loss"]
+    assert "x" in flows.matrix["eval_batch_stats"]
+    assert here("_, stats = apply(") in flows.explain("x", "eval_batch_stats") or (
+        "reference.py" in flows.explain("x", "eval_batch_stats")
+    )
+    assert flows.explain("batch_stats", "eval_loss") == (
+        "nothing leads from batch_stats to eval_loss"
+    )
+
+
+def test_paths_are_shortest_and_in_the_order_of_computation():
+    """The learning rate reaches params by a product and a sum."""
+    flows = read(reference.sgd())
+    assert [link.primitive for link in flows.path("lr", "params")] == ["mul", "mul", "add"]
+    assert flows.path("batch_stats", "eval_batch_stats") == ()
+    assert flows.explain("batch_stats", "eval_batch_stats") == (
+        "batch_stats is eval_batch_stats, unchanged"
+    )
+    assert flows.path("y", "batch_stats") is None
+
+
+def test_a_cached_function_is_not_placed_where_it_was_first_used():
+    """jax.jit traces relu once; its second user is told of its own line, not of the first."""
+
+    def first(x):
+        return jax.nn.relu(x)
+
+    def second(x):
+        return jax.nn.relu(x)
+
+    lines = []
+    for function in (first, second):
+        jaxpr = jax.make_jaxpr(function)(np.float32(1)).jaxpr
+        chain = [jaxpr.eqns[0]]
+        while any(hasattr(value, "jaxpr") for value in chain[-1].params.values()):
+            inner = next(v for v in chain[-1].params.values() if hasattr(v, "jaxpr"))
+            chain.append(inner.jaxpr.eqns[0])
+        lines.append(source_line(chain))
+    assert "(first)" in lines[0]
+    assert "(second)" in lines[1]
+
+
+def test_an_equation_without_source_is_still_named():
+    """Source lines are a courtesy of JAX."""
+
+    class Bare:
+        source_info = None
+
+    assert source_line([Bare()]) is None
