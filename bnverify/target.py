@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import inspect
 import sys
-import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from bnverify import deadline, probe, refusals
+from bnverify import deadline, probe
+from bnverify.adapters import explain
 from bnverify.subject import Subject
 from bnverify.unusable import Unusable, did_you_mean, first_line
 
@@ -140,16 +140,8 @@ def user_line(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         text = (error.text or "").strip()
         return f" ({error.filename}:{error.lineno}: {text})" if error.filename else ""
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
-        if not _library(frame.filename):
-            return f" ({frame.filename}:{frame.lineno}: {frame.line})"
-    return ""
-
-
-def _library(filename: str) -> bool:
-    places = (str(Path(__file__).parent), str(Path(importlib.__file__).parents[1]))
-    return filename.startswith(("<", *places)) or "site-packages" in filename
+    frame = explain.user_frame(error)
+    return f" ({frame.filename}:{frame.lineno}: {frame.line})" if frame else ""
 
 
 def _lookup(module: ModuleType, source: str, name: str) -> Any:
@@ -209,6 +201,6 @@ def _check(subject: Subject, target: str) -> None:
     except probe.Unfit as error:
         raise TargetError(f"{target}: {error}") from None
     except Exception as error:  # noqa: BLE001 - whatever a user's code raises
-        known = refusals.mistake(error)
+        known = explain.mistake(error)
         hint = f"; usually {known.title}. Mend: {known.mend}" if known else ""
         raise TargetError(f"{target} raises {first_line(error)}{user_line(error)}{hint}") from None

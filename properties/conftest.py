@@ -1,0 +1,204 @@
+"""What the properties are about: a step, and what it means that the step keeps a law.
+
+By default the step is the reference's, around four optimizers; ``--bnverify-target`` names another.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import Phase, assume, errors, find, settings
+from hypothesis import strategies as st
+
+from bnverify.laws import LAWS, Law
+from bnverify.target import load
+from bnverify.unusable import Unusable
+
+# jax is loaded when the first property runs, not when they are collected.
+if TYPE_CHECKING:
+    from bnverify.case import Case
+    from bnverify.exploration import Exploration
+    from bnverify.jaxpr import Traces
+    from bnverify.proof import Reading
+    from bnverify.subject import Subject
+
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
+FEW_OPTIMIZERS = ("sgd", "adam")
+"""For the properties that no optimizer has a part in: one without a state, one with much."""
+SHAPES = 5  # each compiles a few programs for each optimizer; three of them are always tiny
+
+
+class Step:
+    """A training step, held to laws by name.
+
+    Args:
+        name: what the tests' ids call it.
+        target: what ``bnverify.load`` makes it from.
+    """
+
+    def __init__(self, name: str, target: str) -> None:
+        self._id = name
+        self._target = target
+        self._made: dict[str, Exploration] = {}
+
+    def __str__(self) -> str:
+        return self._id
+
+    def cases(self, *, warmup: st.SearchStrategy[int] | None = None) -> st.SearchStrategy[Case]:
+        """Return a strategy for inputs of the sizes that the step accepts.
+
+        Args:
+            warmup: how many steps come before the observed one.
+        """
+        from bnverify import strategies
+
+        shapes = strategies.shapes(features=self.subject.features, size=SHAPES)
+        return strategies.cases(shape=shapes, warmup=warmup)
+
+    def first_steps(self) -> st.SearchStrategy[Case]:
+        """Return a strategy for inputs of the first step from the initial state."""
+        return self.cases(warmup=st.just(0))
+
+    def keeps(self, law: str, case: Case, *, eager: bool = False) -> None:
+        """Hold the step to a law on one case; a case below the law's precondition is rejected.
+
+        Args:
+            law: its name.
+            case: the input.
+            eager: whether to run the step uncompiled too, for the law that compares the two.
+        """
+        __tracebackhide__ = True
+        residual = self._residual(self._applicable(law), case, eager=eager)
+        assume(residual >= 0)
+        if residual > 1:
+            self._violated(law, f"off by {residual:.3g} times what is allowed", case)
+
+    def shows(self, law: str, cases: st.SearchStrategy[Case]) -> None:
+        """Find a case that shows what the law says some case shows."""
+        __tracebackhide__ = True
+        known = self._applicable(law)
+        try:
+            find(
+                cases,
+                lambda case: self._residual(known, case) == 0,
+                settings=settings(database=None, phases=[Phase.generate]),
+                random=random.Random(0),
+            )
+        except errors.NoSuchExample:
+            self._violated(law, "none of the cases tried shows it")
+
+    def proves(self, law: str) -> None:
+        """Read a law of structure off the traced step: for every N and D, where it traces so."""
+        __tracebackhide__ = True
+        from bnverify.proof import judge_structure
+
+        evidence = judge_structure(self._applicable(law), self.subject, self._reading)
+        if evidence.status == "violated":
+            self._violated(law, evidence.reason)
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The step as a Subject."""
+        return load(self._target)
+
+    @property
+    def name(self) -> str:
+        """The name that known failures know it by."""
+        return self.subject.name
+
+    @cached_property
+    def _reading(self) -> Reading:
+        from bnverify import proof
+
+        return proof.read(self.subject)
+
+    def _exploration(self, law: Law) -> Exploration:
+        """Return what runs the step for ``law``: around a stateful optimizer where it needs one."""
+        probe = self._reading.probe
+        if probe is None or "opt_state" not in law.requires:
+            return self._runs(self.subject, self._reading.traces)
+        return self._runs(probe.subject, probe.traces)
+
+    def _runs(self, subject: Subject, traces: Traces | None) -> Exploration:
+        if subject.name in self._made:
+            return self._made[subject.name]
+        from bnverify.case import Domain
+        from bnverify.exploration import Exploration
+        from bnverify.judge import Judge, judged, static_facts
+        from bnverify.proof import abstract_transition
+        from bnverify.volume import NEEDS, Volume
+
+        assert traces is not None
+        abstract = abstract_transition(traces.runs[0], None)
+        laws = [law for law in LAWS.values() if law.kind != "structure"]
+        # One program for each shape, of one case: a stack is there only to be compared with.
+        judge = Judge(subject, static_facts(subject, abstract), block=1)
+        volume = Volume(subject, judged(laws, NEEDS), judge, domain=Domain())
+        self._made[subject.name] = Exploration(subject, laws, judge, volume)
+        return self._made[subject.name]
+
+    def _applicable(self, name: str) -> Law:
+        """Return the law, or skip the test with the reason why it does not apply."""
+        from bnverify.exploration import CALLS
+        from bnverify.judge import exemption, shown_by
+        from bnverify.volume import NEEDS
+
+        law, reading = LAWS[name], self._reading
+        if reading.abstract is None:
+            pytest.skip(reading.refusal)
+        reason = exemption(
+            law, self.subject, shown_by(self.subject, reading.abstract, reading.probe)
+        )
+        missing = set(law.needs) - NEEDS - CALLS
+        if reason is None and missing and law.kind != "structure":
+            reason = f"nothing observes {', '.join(sorted(missing))} yet"
+        if reason is not None:
+            pytest.skip(reason)
+        return law
+
+    def _residual(self, law: Law, case: Case, *, eager: bool = False) -> float:
+        return float(self._exploration(law).residuals(case, [law], eager=eager)[law.name])
+
+    def _violated(self, law: str, reason: str, case: Case | None = None) -> None:
+        __tracebackhide__ = True
+        from bnverify.counterexample import Violation, script
+
+        told = f"{law}: {LAWS[law].claim}\n{reason}\n\n{script(law, case, self._target)}"
+        raise Violation(told)
+
+
+STEPS: dict[str, Step] = {}
+"""One for each name: its compiled programs serve all properties of a process."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Ask for each property of each step."""
+    if "step" not in metafunc.fixturenames:
+        return
+    target = metafunc.config.getoption("bnverify_target", default=None)
+    names = getattr(metafunc.module, "STEPS_OF", OPTIMIZERS)
+    targets = {f"reference[{name}]": f"bnverify.reference:{name}" for name in names}
+    if target:
+        targets = {target: target}
+    law = metafunc.function.__name__.removeprefix("test_")
+    steps = [STEPS.setdefault(name, Step(name, source)) for name, source in targets.items()]
+    metafunc.parametrize(
+        "step",
+        # The mark is how known failures find the test.
+        [pytest.param(step, marks=pytest.mark.bnverify(law=law, subject=step)) for step in steps],
+        ids=str,
+        scope="session",
+    )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse a target that is none in one line, before the first test."""
+    target = session.config.getoption("bnverify_target", default=None)
+    if target in STEPS and not session.config.option.collectonly:
+        try:
+            STEPS[target].subject  # noqa: B018 - it is made here, once
+        except Unusable as error:
+            raise pytest.UsageError(str(error)) from None
