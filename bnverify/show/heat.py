@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 _LEGEND = (
     "A number is the largest difference in units of rounding noise: up to 1 it is rounding. "
-    "= equal to the last bit,  ~ other initial values of the same distribution,  "
-    "+ a leaf that is new,  ? no digits to compare,  ✗ beyond rounding.  "
-    "A law's number is its residual: up to 1 it holds; ■ is proved, ✓ held, ✗ violated."
+    "= is equal to the last bit, ~ other initial values of the same distribution, ? no digits to "
+    "compare, ✗ beyond rounding. A law's number is its error in units of the error allowed; "
+    "■ is proved, ✓ held, ✗ violated, ? not reached, ○ exempt."
 )
 _LARGEST = 6.0  # decades above rounding at which the shade is full
 
@@ -35,14 +35,27 @@ def heat_map(judgements: Sequence[Judgement]) -> Iterator[str]:
     for leaf in leaves:
         cells = "".join(column.get(leaf, "<td></td>") for column in columns)
         yield f"<tr><th><code>{escape(leaf)}</code></th>{cells}</tr>"
+    broken = [law for law in laws if any(_status(j, law) == "violated" for j in judgements)]
+    yield from _law_rows(judgements, broken)
     yield "</tbody></table></div>"
-    if not laws:
-        return
-    yield '<details><summary>the laws</summary><div class="wide"><table><tbody>'
+    holding = [law for law in laws if law not in broken]
+    if holding:
+        more = "the other" if broken else "the"
+        yield f"<details><summary>{more} {len(holding)} laws</summary>"
+        yield '<div class="wide"><table><tbody>'
+        yield from _law_rows(judgements, holding)
+        yield "</tbody></table></div></details>"
+
+
+def _law_rows(judgements: Sequence[Judgement], laws: list[str]) -> Iterator[str]:
     for law in laws:
         cells = "".join(_law(j, law) for j in judgements)
         yield f"<tr><th>{escape(law.replace('_', ' '))}</th>{cells}</tr>"
-    yield "</tbody></table></div></details>"
+
+
+def _status(judgement: Judgement, law: str) -> str:
+    told = judgement.comparison.new["laws"].get(law)
+    return str(told["status"]) if told else ""
 
 
 def _ordered(names: Iterator[str]) -> list[str]:

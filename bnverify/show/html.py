@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _OK, _BAD = UNICODE.status["held"], UNICODE.status["violated"]
 _MARKS = {"failing": f"{_BAD} fails", "accepted": f"{_OK} accepted", "reported": f"{_OK} reported"}
-_SHOWN = 12  # differences in the open; the rest folds
+_SHOWN = 8  # differences in the open; the rest folds
 
 
 def page(judgements: Sequence[Judgement]) -> str:
@@ -41,12 +41,13 @@ def _page(judgements: Sequence[Judgement]) -> Iterator[str]:
     yield f"<title>{escape(subject)}: upgrade</title><style>{style}</style></head><body>"
     for judgement in judgements:
         yield from _verdict(judgement)
-    yield from heat_map(judgements)
-    for judgement in judgements:
-        title = f" ({escape(judgement.new)})" if len(judgements) > 1 else ""
-        yield from _witness(judgement, title)
-        yield from _matrices(judgement, title)
+    titles = [f" ({escape(j.new)})" if len(judgements) > 1 else "" for j in judgements]
+    for judgement, title in zip(judgements, titles, strict=True):
         yield from _differences(judgement, title)
+    yield from heat_map(judgements)
+    for judgement, title in zip(judgements, titles, strict=True):
+        yield from _matrices(judgement, title)
+        yield from _witness(judgement, title)
         yield from _costs(judgement, title)
         yield from _notes(judgement, title)
     yield "</body></html>"
@@ -116,12 +117,15 @@ def _differences(judgement: Judgement, title: str) -> Iterator[str]:
     if not rows:
         return
     yield f"<h2>What changed{title}</h2>"
-    for mark, difference, why in rows[:_SHOWN]:
-        yield from _difference(mark, difference, why)
-    if len(rows) > _SHOWN:
-        yield f"<details><summary>and {len(rows) - _SHOWN} more</summary>"
-        for mark, difference, why in rows[_SHOWN:]:
-            yield from _difference(mark, difference, why)
+    # Rounding is in the heat map, a number for each leaf.
+    shown = [row for row in rows if row[1].kind != "rounding" or row[0] == "failing"]
+    for row in shown[:_SHOWN]:
+        yield from _difference(*row)
+    rest = [row for row in rows if row not in shown[:_SHOWN]]
+    if rest:
+        yield f"<details><summary>and {len(rest)} more</summary>"
+        for row in rest:
+            yield from _difference(*row)
         yield "</details>"
 
 
