@@ -12,10 +12,13 @@ import optax
 
 from bnverify.adapters import reasons
 from bnverify.adapters.explain import explaining
+from bnverify.adapters.flows import reached
 from bnverify.adapters.layers import Recording, Survey, layer_inputs, survey
 from bnverify.subject import State, StepInfo, Subject, Tree
 
 EXAMPLE = (4, 6)  # the rows and, where any D will do, the features of the traces made at the start
+CLAIMS = frozenset({"lr", "row_losses", "eval_is_training_loss"})
+INITIAL_RATE = 0.1  # of the first optimizer state: some optimizers keep the rate in it
 
 Optimizer = Callable[[Any], optax.GradientTransformation]
 Loss = Callable[[Any, Any], Any]
@@ -54,7 +57,7 @@ class Step:
     def init(self, seed: Any, x: Any) -> State:
         """Return the state before the first step."""
         params, batch_stats, extra = self.model.init(seed, x)
-        return State(params, batch_stats, self.optimizer(0.0).init(params), extra)
+        return State(params, batch_stats, self.optimizer(INITIAL_RATE).init(params), extra)
 
     @explaining("the training step")
     def step(self, state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
@@ -110,6 +113,12 @@ class Step:
                 jaxpr = jax.make_jaxpr(partial(self._flows, train))(*example)
             found |= reasons.of_pass(jaxpr, example[0], train=train)
         return found
+
+    def keeps_rate(self, sizes: tuple[int, int]) -> bool:
+        """Return whether the optimizer's state holds the rate, so that later ones do not count."""
+        params = self._example(sizes)[0].params
+        jaxpr = jax.make_jaxpr(lambda lr, p: self.optimizer(lr).init(p))(INITIAL_RATE, params)
+        return any(reached(jaxpr, {0}))
 
     def _flows(self, train: bool, state: State, x: Any, y: Any) -> Any:
         done = self.model.apply(state, x, y, train=train)
@@ -171,4 +180,5 @@ def subject(
             exempt=exempt,
         ),
         biases_before_norm=seen.biases,
+        shows=CLAIMS - {"lr"} if step.keeps_rate(sizes) else CLAIMS,
     )

@@ -8,7 +8,8 @@ layer is called, which input can be shown, which bias goes into a normalisation 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,7 @@ class Call:
         momentum: the weight of the old value that it declares, in Flax's sense; None: unknown.
         training: whether it normalises by the batch's own moments and writes.
         masked: whether it was given a mask.
+        turn: which pass of the model it belongs to.
     """
 
     path: str
@@ -46,6 +48,7 @@ class Call:
     momentum: float | None
     training: bool
     masked: bool
+    turn: int = 0
 
 
 @dataclass
@@ -56,11 +59,24 @@ class Recording:
         calls: label -> the call of a normalisation layer whose input has that mark.
         biases: label -> the path in ``params`` of the bias added last to the marked value.
         power_iterated: paths of modules whose statistics are vectors of a power iteration.
+        turns: how many passes of the model were begun.
     """
 
     calls: dict[str, Call] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
     power_iterated: set[str] = field(default_factory=set)
+    turns: int = 0
+    _depth: int = 0
+
+    @contextmanager
+    def root_call(self) -> Iterator[None]:
+        """Count the outermost of nested calls of the model as a pass."""
+        self.turns += self._depth == 0
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
 
     def given(
         self,
@@ -82,6 +98,7 @@ class Recording:
             momentum=momentum,
             training=training,
             masked=mask is not None,
+            turn=self.turns,
         )
         return mark(x, label), mask if mask is None else mark(mask, f"{label} mask")
 
@@ -129,7 +146,7 @@ class Survey:
 
     Attributes:
         momenta: path of a layer -> the weight of the old value after one step: the declared
-            momentum to the power of the layer's calls. None: it cannot be told.
+            momentum to the power of the layer's calls in one pass of the model. None: it cannot be told.
         biases: paths in ``params`` of the biases that go into a normalisation and nowhere else.
     """
 
@@ -197,8 +214,11 @@ def _momentum(
         return None
     writing = [label for label, call in traced.items() if call.training]
     if all(inline[label] for label in writing):
-        times = sum(inline[label] for label in writing)
-        return float(momentum ** max(times, 1))
+        # A layer shared within one pass writes twice by design; one pass too many is a mistake.
+        per_turn: Counter[int] = Counter()
+        for label in writing:
+            per_turn[traced[label].turn] += inline[label]
+        return float(momentum ** max([1, *per_turn.values()]))
     # In a loop or a vmapped module every turn has a slice of its own, or writes again.
     features = max(len(call.feature_axes) for call in traced.values())
     sliced = len(writing) == 1 and all(len(leaf.shape) > features for leaf in leaves)

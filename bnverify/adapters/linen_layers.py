@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,12 @@ class Interceptor:
     def __call__(self, call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         """Run one method call, noting it where it is a layer's."""
         module = context.module
-        if context.method_name != "__call__":
-            return call(*args, **kwargs)
+        with self.recording.root_call() if not module.path else nullcontext():
+            if context.method_name != "__call__":
+                return call(*args, **kwargs)
+            return self._layer(module, call, args, kwargs)
+
+    def _layer(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         path = "/".join(module.path)
         if isinstance(module, nn.SpectralNorm):
             self.recording.power_iterated.add(path)

@@ -54,6 +54,14 @@ def several_momenta(momenta: Iterable[float]) -> dict[str, str]:
     }
 
 
+def penalty() -> dict[str, str]:
+    """Return the laws that take the reported loss for the one that is differentiated."""
+    return {
+        "gradients_are_gradients_of_the_loss": "the loss that is differentiated has a term of "
+        "params alone, a penalty, that the reported one lacks"
+    }
+
+
 def of_pass(jaxpr: Any, state: State, *, train: bool) -> dict[str, str]:
     """Return the laws that do not hold of a pass, from its program.
 

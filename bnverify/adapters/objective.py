@@ -1,0 +1,59 @@
+"""Whether the loss that a step reports is the one that it differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PLACES = 1e-3  # far above the rounding of one small step, far below any penalty's share
+
+
+def has_penalty(init: Callable[..., Any], step: Callable[..., Any], sizes: tuple[int, int]) -> bool:
+    """Return whether the gradients are those of the reported loss and of a term of params alone.
+
+    Along a direction v the gradient g and the slope of the reported loss L differ by
+    r = g v - L'(v). A penalty on the params gives one r for every batch; a wrong gradient gives
+    another r for another batch, and is for the laws to find.
+
+    Args:
+        init: see ``bnverify.subject.Subject``.
+        step: likewise; its loss and gradients are not None.
+        sizes: (N, D) of the batches that are run.
+    """
+
+    def measured(x: Any, y: Any) -> tuple[Any, Any]:
+        state = init(jnp.int32(0), x)
+        direction = _direction(state.params)
+
+        def loss(params: Any) -> Any:
+            return step(state._replace(params=params), x, y, jnp.float32(0.0))[1].loss
+
+        grads = step(state, x, y, jnp.float32(0.0))[1].grads
+        parts = jax.tree_util.tree_map(lambda g, v: jnp.sum(g * v), grads, direction)
+        _, slope = jax.jvp(loss, (state.params,), (direction,))
+        return sum(jax.tree_util.tree_leaves(parts)), slope
+
+    run = jax.jit(measured)
+    generator = np.random.default_rng(0)
+    found = []
+    for shift in (0.0, 1.0):
+        x = generator.standard_normal(sizes).astype(np.float32)
+        along, slope = (float(part) for part in run(x, x[:, 0] + np.float32(shift)))
+        found.append((along - slope, abs(along) + abs(slope)))
+    (first, size), (second, other_size) = found
+    differ = abs(first) > PLACES * size or abs(second) > PLACES * other_size
+    return differ and abs(first - second) <= PLACES * (size + other_size)
+
+
+def _direction(params: Any) -> Any:
+    """Return a tree like ``params`` of numbers without a pattern, each at most 1."""
+
+    def leaf(value: Any) -> Any:
+        count = jnp.arange(value.size, dtype=jnp.float32).reshape(value.shape)
+        return jnp.sin(1.0 + 1.7 * count + 0.3 * value.size).astype(value.dtype)
+
+    return jax.tree_util.tree_map(leaf, params)
