@@ -174,6 +174,11 @@ STEPS: dict[str, Step] = {}
 """One for each name: its compiled programs serve all properties of a process."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the mark for a checkout that is not installed, and so has no plugin."""
+    config.addinivalue_line("markers", "bnverify(law, subject): a test of one law on one subject")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Ask for each property of each step."""
     if "step" not in metafunc.fixturenames:
