@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from bnverify.case import Case as Case
     from bnverify.case import Domain as Domain
     from bnverify.case import InvalidCase as InvalidCase
+    from bnverify.checkpoint import Lived as Lived
     from bnverify.counterexample import Violation as Violation
     from bnverify.counterexample import replay as replay
     from bnverify.engine import verify as verify
     from bnverify.evidence import Evidence as Evidence
     from bnverify.evidence import Report as Report
+    from bnverify.lifetime import Life as Life
+    from bnverify.machine import check_life as check_life
+    from bnverify.machine import life as life
     from bnverify.profile import Profile as Profile
     from bnverify.pytest_suite import suite as suite
     from bnverify.reference import train_step as train_step
@@ -33,6 +37,8 @@ _HOME = {
     "Evidence": "evidence",
     "InvalidCase": "case",
     "LayerInput": "subject",
+    "Life": "lifetime",
+    "Lived": "checkpoint",
     "Profile": "profile",
     "Report": "evidence",
     "State": "subject",
@@ -40,6 +46,8 @@ _HOME = {
     "Subject": "subject",
     "TargetError": "target",
     "Violation": "counterexample",
+    "check_life": "machine",
+    "life": "machine",
     "load": "target",
     "replay": "counterexample",
     "suite": "pytest_suite",

@@ -253,3 +253,83 @@ _mistake(
     "BatchNorm(axis_name=...), or jax.lax.pmean over the moments E[x] and E[x^2]",
     "https://github.com/google/flax/issues/877",
 )
+
+# Several devices.
+_mistake(
+    "variances_averaged",
+    "the devices' variances are averaged, which loses the spread between their means",
+    "pmean E[x] and E[x^2] before E[x^2] - E[x]^2 is taken: BatchNorm(axis_name=...)",
+    "https://github.com/tensorflow/tpu/issues/321",
+)
+_mistake(
+    "unequal_shards",
+    "moments of shards with unequal numbers of rows are averaged as if they were equal",
+    "psum the sums and the counts of rows, and divide once; pmean weighs every shard alike",
+    "https://github.com/google/flax/issues/2417",
+)
+_mistake(
+    "mean_of_means",
+    "the loss is the mean of the devices' means, whatever number of rows each has",
+    "psum the sum of the errors and the count of rows, and divide once",
+    "https://github.com/huggingface/transformers/pull/18458",
+)
+_mistake(
+    "gradients_not_synchronised",
+    "each device updates its params by the gradient of its own shard",
+    "grads = jax.lax.pmean(grads, axis_name) before tx.update",
+)
+_mistake(
+    "gradients_summed",
+    "the devices' gradients are summed where their mean is meant",
+    "jax.lax.pmean, not psum; under shard_map with checked replication the sum is taken already",
+)
+
+# Saving and restoring.
+_mistake(
+    "checkpoint_drops_statistics",
+    "the checkpoint does not hold the running statistics",
+    "save and restore the whole state: params, batch_stats, opt_state and keys",
+    "https://github.com/AI-Hypercomputer/maxtext/pull/4343",
+)
+_mistake(
+    "checkpoint_drops_optimizer_state",
+    "the checkpoint does not hold the optimizer's state",
+    "save opt_state beside params, and do not call tx.init after restoring",
+)
+_mistake(
+    "checkpoint_drops_key",
+    "the checkpoint does not hold the random key, or what else the step carries",
+    "put keys and counters into the state that is saved",
+    "https://github.com/AI-Hypercomputer/maxtext/pull/4343",
+)
+_mistake(
+    "counter_reset_on_restore",
+    "a step counter starts again when a run is restored",
+    "restore the optimizer's count with the rest of opt_state: schedules and Adam read it",
+)
+_mistake(
+    "restored_in_other_types",
+    "the restored state has other containers, shapes or dtypes than the saved one",
+    "restore into a template: from_bytes(state_of_the_same_structure, data)",
+    "https://github.com/google/flax/issues/1550",
+)
+_mistake(
+    "checkpoint_loses_digits",
+    "the checkpoint stores values in a narrower type",
+    "save float32 as float32; cast a copy for export, never the state that training resumes from",
+)
+_mistake(
+    "checkpoint_not_used",
+    "the restored values are not the checkpoint's",
+    "use what from_bytes or restore returns: it does not fill its template in place",
+)
+_mistake(
+    "restored_in_another_order",
+    "values come back in each other's places",
+    "restore by name into a template, never from a list of leaves in an order of its own",
+)
+_mistake(
+    "checkpoint_is_stale",
+    "an older checkpoint is restored than the one saved last",
+    "save by value, wait for an asynchronous save to end, and restore the latest step",
+)

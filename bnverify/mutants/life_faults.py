@@ -16,7 +16,7 @@ from bnverify.checkpoint import Lived, serialization
 from bnverify.lazy import LazyModule, jax, jnp
 from bnverify.mutants.carrying import CallsCountedInPython
 from bnverify.mutants.catalogue import snake_case
-from bnverify.mutants.statistics import EvalWritesStatistics
+from bnverify.mutants.evaluation import EvalWritesStatistics
 from bnverify.mutants.trees import mapped
 from bnverify.mutants.two_steps import FirstBatchReplacesTheInitialStatistics
 from bnverify.subject import State, StepInfo, Subject
@@ -210,9 +210,9 @@ class SavedInBfloat16(Checkpoint):
     def kept(self, state: State) -> Any:
         """Narrow the floats."""
         return mapped(
-            lambda leaf: leaf.astype(jnp.bfloat16)
-            if jnp.issubdtype(leaf.dtype, jnp.floating)
-            else leaf,
+            lambda leaf: (
+                leaf.astype(jnp.bfloat16) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+            ),
             state,
         )
 
@@ -252,7 +252,7 @@ class FirstCheckpointForEver(Checkpoint):
         return self.first
 
 
-@fault("checkpoint_drops_statistics", VALUES)
+@fault("checkpoint_is_stale", VALUES)
 class StatisticsOfTheSaveBefore(Checkpoint):
     """The statistics are written one save late."""
 
@@ -268,7 +268,7 @@ class StatisticsOfTheSaveBefore(Checkpoint):
         return super().save(state if late is None else state._replace(batch_stats=late))
 
 
-@fault("checkpoint_is_stale", VALUES)
+@fault("restored_in_another_order", VALUES)
 class MeanAndVarianceExchanged(Checkpoint):
     """The leaves of a layer are saved as a list and read back in another order."""
 
