@@ -201,6 +201,11 @@ def _check(subject: Subject, target: str) -> None:
     except probe.Unfit as error:
         raise TargetError(f"{target}: {error}") from None
     except Exception as error:  # noqa: BLE001 - whatever a user's code raises
-        known = explain.mistake(error)
-        hint = f"; usually {known.title}. Mend: {known.mend}" if known else ""
-        raise TargetError(f"{target} raises {first_line(error)}{user_line(error)}{hint}") from None
+        raise refused(error, target) from None
+
+
+def refused(error: Exception, target: str) -> TargetError:
+    """Return what to say of an error that the code of ``target`` raised."""
+    known = explain.mistake(error)
+    hint = f"; usually {known.title}. Mend: {known.mend}" if known else ""
+    return TargetError(f"{target} raises {first_line(error)}{user_line(error)}{hint}")

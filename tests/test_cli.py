@@ -129,23 +129,41 @@ def test_a_step_that_hangs_while_it_is_checked_is_unusable(
     assert (status, err) == (2, "bnverify: step of mine took more than 1 s\n")
 
 
+def test_a_step_that_raises_on_some_input_is_unusable(run: Run, tmp_path: Path) -> None:
+    """What only a later call of the target raises is told like what the first one raises."""
+    (tmp_path / "later.py").write_text(
+        "from dataclasses import replace\n"
+        "from bnverify import reference\n"
+        "sgd = reference.sgd()\n"
+        "def step(state, x, y, lr):\n"
+        "    if x.shape[0] < 4:\n"
+        "        raise ValueError('too few rows')\n"
+        "    return sgd.step(state, x, y, lr)\n"
+        "subject = replace(sgd, step=step)\n"
+    )
+    status, _, err = run(
+        "check", "later.py:subject", "--profile", "quick", "--select", "variance_is_never_negative"
+    )
+    assert status == 2
+    assert "later.py:subject raises ValueError: too few rows" in err
+    assert "later.py:6: raise ValueError('too few rows')" in err
+    assert err.count("\n") == 1
+
+
 def test_status_3_where_bnverify_itself_fails(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An internal error is one line, and its traceback lies in the file that the line names."""
 
-    def verify(*args: object, **options: object) -> None:
-        raise RuntimeError("two\nlines")
-
-    monkeypatch.setattr("bnverify.engine.verify", verify)
+    monkeypatch.setattr("bnverify.engine.verify", None)  # to call it fails in our own code
     monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "cache"))
     status, _, err = run("check")
     assert status == 3
-    assert err.startswith("bnverify: internal error: RuntimeError: two; traceback in ")
+    assert err.startswith("bnverify: internal error: TypeError: 'NoneType' object is not callable")
     assert err.count("\n") == 1
-    file = Path(err.split(" in ")[-1].strip())
+    file = Path(err.split("; traceback in ")[-1].strip())
     assert file.parent == tmp_path / "cache" / "errors"
-    assert 'raise RuntimeError("two\\nlines")' in file.read_text()
+    assert "Traceback (most recent call last)" in file.read_text()
 
 
 def test_a_traceback_is_kept_where_the_cache_is_not_writeable(

@@ -110,6 +110,10 @@ def _verify(args: argparse.Namespace) -> Report:
                 )
             except deadline.OverTime as error:
                 raise target.TargetError(str(error)) from None
+            except Exception as error:
+                if target.user_line(error):  # it comes out of the target's code, not out of ours
+                    raise target.refused(error, args.target) from None
+                raise
 
 
 def _names(given: Sequence[str]) -> list[str]:
