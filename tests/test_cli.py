@@ -154,7 +154,6 @@ def test_status_3_where_bnverify_itself_fails(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An internal error is one line, and its traceback lies in the file that the line names."""
-
     monkeypatch.setattr("bnverify.engine.verify", None)  # to call it fails in our own code
     monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "cache"))
     status, _, err = run("check")
