@@ -14,7 +14,7 @@ from bnverify.laws.residuals import wide
 from bnverify.lazy import jax, jnp
 from bnverify.noise import Noise
 from bnverify.subject import Subject
-from bnverify.transition import Transition
+from bnverify.transition import Transition, double_batch
 
 HIDDEN = {
     "optimizer": "the subject does not show its optimizer",
@@ -143,8 +143,13 @@ class Judge:
         names = tuple(law.name for law in laws)
         if not names:
             return {}
-        if any("noise" in law.needs for law in laws):
-            t = self._noise(t)
+        needs = {need for law in laws for need in law.needs}
+        if "noise" in needs:
+            rounded = self._noise(t.before, t.case)
+            t = t._replace(exact=rounded.exact, noise=rounded.noise)
+        if "doubled_noise" in needs:
+            rounded = self._noise(t.before, double_batch(t.case))
+            t = t._replace(facts={**t.facts, "doubled_noise": rounded.noise})
         key = (names, tuple(self._facts.items()), self._subject.oracle, self._optimise)
         if key not in _PROGRAMS:
             _PROGRAMS[key] = Compiled(jax.vmap(self._program(laws)), optimise=self._optimise)

@@ -131,7 +131,7 @@ class Runs:
         all_laws = [tally.law for tally in self.tallies.values()]
         laws = [law for law in all_laws if volume is None or law.name not in volume.laws]
         exploration = Exploration(self._subject, laws, self._judge, volume)
-        if self._enough or not judged(laws, NEEDS | CALLS):
+        if self._enough or not self._plan.examples or not judged(laws, NEEDS | CALLS):
             return exploration
         cases = draw(shapes, self._domain, self._plan.examples, self._seed)
         for index, case in enumerate(cases):

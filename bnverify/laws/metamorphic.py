@@ -6,7 +6,7 @@ from typing import Any
 
 from bnverify.laws.law import law
 from bnverify.laws.residuals import residual, same, when, wide, within_noise, worst_of
-from bnverify.lazy import jnp
+from bnverify.lazy import jax, jnp
 from bnverify.transition import Outcome, Transition, shift
 
 PURE = "JAX, pure functions: https://docs.jax.dev/en/latest/notebooks/Common_Gotchas_in_JAX.html"
@@ -42,13 +42,17 @@ def row_order_changes_nothing(t: Transition) -> Any:
 
 @law(
     "metamorphic",
-    needs=("noise", "step:doubled_batch"),
+    needs=("noise", "doubled_noise", "step:doubled_batch"),
     mistakes=("sum_instead_of_mean", "sample_variance", "rows_treated_unequally"),
     source="mean loss and biased variance do not see how often a batch is repeated",
 )
 def doubling_the_batch_changes_nothing(t: Transition) -> Any:
-    """Every row twice gives the same loss, gradients, params and statistics, within rounding."""
-    return _agrees(t, t.reruns["doubled_batch"])
+    """Every row twice gives the same loss, gradients, params and statistics, within rounding.
+
+    What cancels exactly in N rows may round in 2 N: each run may err by its own noise.
+    """
+    mean = jax.tree_util.tree_map(lambda a, b: (a + b) / 2, t.noise, t.facts["doubled_noise"])
+    return _agrees(t._replace(noise=mean), t.reruns["doubled_batch"])
 
 
 @law(
