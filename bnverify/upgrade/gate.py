@@ -50,6 +50,7 @@ class Recordings:
         seed: of the cases.
         cache_dir: by default what ``compile_cache.cache_root`` says.
         time_limit: seconds that one recording may take.
+        laws: whether to judge the laws, which takes a third of the time.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class Recordings:
         seed: int = 0,
         cache_dir: Path | None = None,
         time_limit: float = TIME_LIMIT,
+        laws: bool = True,
     ) -> None:
         self._target, self._seed, self._limit = target, seed, time_limit
+        self._always = ["--costs"] if laws else ["--costs", "--no-laws"]
         self._store = Store((cache_dir or compile_cache.cache_root()).absolute() / "upgrade")
         self._token = Token()
 
@@ -91,12 +94,12 @@ class Recordings:
         settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_DECISIVE)}
         decisive = [
             *(_FORMAT, environment.key, self._target.absolute, self._target.digest),
-            *(self._seed, of, compile_cache.machine(), settings),
+            *(self._seed, self._always, of, compile_cache.machine(), settings),
         ]
         key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
 
         def make(place: Path) -> dict[str, Any]:
-            self._run(environment, [*options, "--costs", "-o", str(place / _FILE)], place)
+            self._run(environment, [*options, *self._always, "-o", str(place / _FILE)], place)
             return {"target": self._target.text}
 
         place, _ = self._store.get("recordings", key, make, self._token)

@@ -37,6 +37,8 @@ _FIELDS: Mapping[str, Any] = {
     "replays": str,
 }
 
+_MOST = {"cases": 4096, "steps": 64, "shapes": 16}  # a file must not decide how long we read it
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -106,6 +108,10 @@ def _problem(recorded: Recorded) -> str:
     for name, kind in _FIELDS.items():
         if type(manifest.get(name)) is not kind:
             return f"its manifest has no {name} that is a {kind.__name__}"
+    for name, most in _MOST.items():
+        size = manifest[name] if isinstance(manifest[name], int) else len(manifest[name])
+        if not 0 <= size <= most:
+            return f"its {name} are {size}, and no recording has more than {most}"
     if manifest["replays"] and not manifest["shapes"]:
         return ""  # the target did not run there
     try:

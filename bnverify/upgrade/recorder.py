@@ -204,7 +204,8 @@ class Recorder:
 
     def _last(self) -> None:
         """Record what speaks of the subject as a whole: draws, the old stream, laws, costs."""
-        x = np.zeros(self.shapes[min(1, len(self.shapes) - 1)], np.float32)
+        rows, features = self.shapes[min(1, len(self.shapes) - 1)]
+        x = np.zeros((rows, features), np.float32)
         if self.cases == CASES:  # not for a large state
             self._keep("draws", draws.summaries(self._init, x))
         self._same_stream()
@@ -218,7 +219,7 @@ class Recorder:
         for name, noise in (("step", self._step_noise), ("evaluate", self._eval_noise)):
             if noise.unread:
                 self.notes.append(f"rounding of {name} not read: {noise.unread}")
-        zeros = np.zeros(x.shape[:1], np.float32)
+        zeros = np.zeros((rows,), np.float32)
         given = (self._init(np.int32(0), x), x, zeros, np.float32(0.5))
         self.costs = running.size(self.subject.step, *given)
         if self._measure:
@@ -227,8 +228,8 @@ class Recorder:
             from bnverify.upgrade.recorded_laws import verdicts
 
             try:
-                shape = (self.shapes[1][0], self.shapes[1][1])
-                self.laws, self.influence = verdicts(self.subject, shape, self._seed)
+                found = verdicts(self.subject, (rows, features), self._seed)
+                self.laws, self.influence = found
             except Exception as error:  # noqa: BLE001 - an old release; recordings do without
                 self.notes.append(f"laws not judged: {first_line(error)}")
 

@@ -1,0 +1,122 @@
+"""Make docs/compatibility.md: every adjacent pair of the pinned releases, compared.
+
+    python benchmarks/compatibility.py -o docs/compatibility.md
+
+Environments and recordings are cached, so that an interrupted run goes on where it stopped. A first
+run makes fifteen environments and 29 recordings a model, each of some ten seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections import Counter
+from pathlib import Path
+
+from bnverify.unusable import Unusable
+from bnverify.upgrade import environments
+from bnverify.upgrade.compare import Comparison, compare
+from bnverify.upgrade.difference import KINDS
+from bnverify.upgrade.gate import Recordings
+from bnverify.upgrade.recorded import Recorded
+from bnverify.upgrade.requirements import release
+from bnverify.upgrade.sources import locate
+
+ROOT = Path(__file__).parents[1]
+MODELS = {
+    "reference": "bnverify.reference:sgd",
+    "linen": f"{ROOT / 'benchmarks' / 'compatibility_targets.py'}:linen",
+    "nnx": f"{ROOT / 'benchmarks' / 'compatibility_targets.py'}:nnx",
+}
+
+HEAD = """# What each release changed
+
+Made by `python benchmarks/compatibility.py -o docs/compatibility.md`: each release of
+[the pinned fifteen](../pins) compared with the one before, on one machine, for the reference step,
+for a linen model with `BatchNorm` as it comes, and for the same model in nnx. The step is recorded
+with the older releases and replayed with the newer ones, from the same states.
+
+- *rounding x* is the largest difference in units of rounding noise: up to 1 it is rounding.
+- *initialisation* is other initial values from the same seed, of the same distribution.
+- *structure*, *dtype*, *meaning* and *api* are what a gate fails for by default.
+
+| from | to |"""
+
+
+def pins() -> list[Path]:
+    """Return the files of pins, oldest jax first."""
+    return sorted(ROOT.glob("pins/jax-*.txt"), key=lambda p: release(p.stem.removeprefix("jax-")))
+
+
+def described(comparison: Comparison) -> str:
+    """Return a cell: each class that occurs, with what a reader needs of it."""
+    parts = []
+    counts = Counter(d.kind for d in comparison.differences)
+    for kind in KINDS:
+        found = comparison.of(kind)
+        if kind == "rounding" and found:
+            worst = max((d.size or 0.0) for d in found)
+            parts.append(f"rounding {worst:.2f}")
+        elif kind == "initialisation" and found:
+            parts.append("initialisation")
+        elif found:
+            parts.append(f"**{kind}** ({counts[kind]}): {found[0].text}"[:160].replace("|", "\\|"))
+    return "; ".join(parts) or "nothing, to the bit"
+
+
+def column(model: str, files: list[Path]) -> list[str]:
+    """Return the cells of one model, one for each adjacent pair."""
+    recordings = Recordings(locate(MODELS[model]), laws=False)
+    cells, before = [], None
+    for file in files:
+        environment = environments.build(environments.parse(str(file)))
+        if before is not None:
+            cells.append(cell(recordings, before, environment))
+            print(f"{model} {file.stem}: {cells[-1]}", flush=True)
+        before = recorded(recordings, environment)
+    return cells
+
+
+def recorded(recordings: Recordings, environment: environments.Environment) -> Recorded | str:
+    """Return the recording in an environment, or why there is none."""
+    try:
+        return recordings.record(environment)
+    except Unusable as error:
+        return str(error)
+
+
+def cell(
+    recordings: Recordings, before: Recorded | str, environment: environments.Environment
+) -> str:
+    """Return what changed from a recording to an environment."""
+    if isinstance(before, str):
+        return "not to be had with the older"
+    try:
+        return described(compare(before, recordings.replay(environment, before)))
+    except Unusable as error:
+        print(error, file=sys.stderr)
+        return "not to be recorded"
+
+
+def main() -> int:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--model", choices=MODELS, action="append", help="default: all")
+    args = parser.parse_args()
+    models, files = args.model or list(MODELS), pins()
+    names = []
+    for file in files:
+        lines = dict(x.split("==") for x in file.read_text().split() if "==" in x)
+        names.append(f"jax {lines['jax']}, flax {lines['flax']}")
+    columns = [column(model, files) for model in models]
+    text = HEAD + "".join(f" {model} |" for model in models) + "\n|---|---|" + "---|" * len(models)
+    for index, (old, new) in enumerate(itertools.pairwise(names)):
+        text += f"\n| {old} | {new} |" + "".join(f" {cells[index]} |" for cells in columns)
+    args.output.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

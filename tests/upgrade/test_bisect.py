@@ -1,0 +1,102 @@
+"""Bisection: the right release, few tries, and honesty about what could not be tried."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bnverify.cli import main
+from bnverify.unusable import Unusable
+from bnverify.upgrade import bisect as module
+from bnverify.upgrade import interpreters
+from bnverify.upgrade.bisect import first_changed, releases_between
+from bnverify.upgrade.uv import UvError
+
+
+@given(st.integers(2, 200).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1))))
+def test_the_first_changed_release_is_found_in_logarithmically_many_tries(drawn):
+    """Wherever it lies."""
+    count, first = drawn
+    releases = [str(i) for i in range(count)]
+    tried = []
+
+    def changed(version):
+        tried.append(version)
+        return int(version) >= first
+
+    assert first_changed(releases, changed) == (first - 1, first)
+    assert len(tried) <= math.ceil(math.log2(count))
+    assert len(set(tried)) == len(tried)
+
+
+@given(
+    st.integers(2, 40).flatmap(
+        lambda n: st.tuples(
+            st.just(n), st.integers(1, n - 1), st.sets(st.integers(1, max(1, n - 2)))
+        )
+    )
+)
+def test_releases_that_cannot_be_tried_are_passed_over_and_told(drawn):
+    """What is left between the two ends is exactly what could not be had."""
+    count, first, missing = drawn
+    releases = [str(i) for i in range(count)]
+    missing.discard(count - 1)
+
+    def changed(version):
+        return None if int(version) in missing else int(version) >= first
+
+    low, high = first_changed(releases, changed)
+    assert low < first <= high
+    assert set(range(low + 1, high)) <= missing
+
+
+class FakeUv:
+    """An index of one package, where the newest releases want another Python."""
+
+    releases = ("1.9", "1.10", "2.0", "2.1")
+    needs: ClassVar = {"2.1": "new"}
+
+    def __init__(self, *args):
+        pass
+
+    def write(self, name, lines):
+        del name
+        return lines[0]
+
+    def compile(self, sources, interpreter):
+        name, _, rest = sources[0].partition(">=")
+        low, _, high = rest.partition(",<")
+        order = module.release
+        fitting = [v for v in self.releases if order(low) <= order(v) < order(high)]
+        fitting = [v for v in fitting if self.needs.get(v, interpreter) == interpreter]
+        if not fitting:
+            raise UvError("the requirements are\n unsatisfiable")
+        return [f"{name}=={fitting[-1]}", "other==1"]
+
+
+@pytest.fixture
+def index(monkeypatch, tmp_path):
+    """The index above, and two Pythons."""
+    monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "Uv", FakeUv)
+    monkeypatch.setattr(interpreters, "found", lambda: iter(["new", "old"]))
+
+
+def test_releases_are_listed_oldest_first_by_version(index):
+    """1.10 comes after 1.9, and both ends are there."""
+    assert releases_between("thing", "1.9", "2.1") == ["1.9", "1.10", "2.0", "2.1"]
+    assert releases_between("thing", "1.9.5", "2.0") == ["1.9.5", "1.10", "2.0"]
+    with pytest.raises(Unusable, match="not older"):
+        releases_between("thing", "2.0", "2.0")
+
+
+def test_the_command_refuses_what_is_no_version(capsys):
+    """Requirements files belong to the gate."""
+    asked = ["bisect", "--package", "jax", "--to", "0.5.0", "--from"]
+    assert main([*asked, "pins/old.txt"]) == 2
+    assert "versions of jax" in capsys.readouterr().err
+    assert main([*asked, "flax==0.8.5"]) == 2

@@ -1,0 +1,227 @@
+"""Comparison: every change is found, classed, and shown by a script that fails on its own."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import altered_step
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from bnverify.unusable import Unusable
+from bnverify.upgrade import initials, recorded, recorder, recording, values
+from bnverify.upgrade.compare import compare
+
+FLOATS = hnp.arrays(np.float64, 4, elements=st.floats(-1e6, 1e6))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A directory with the small step."""
+    directory = tmp_path_factory.mktemp("step")
+    altered_step.write(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def record(home):
+    """Record the small step as altered, once for each alteration."""
+    known = {}
+
+    def call(old=None, laws=False, **altered):
+        key = old is not None, laws, repr(altered)
+        if key not in known:
+            altered_step.alter(home, **altered)
+            sys.modules.pop("side", None)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(recorder, "ROWS", (5,))
+                patch.setattr(recorder, "CASES", 6)
+                target = f"{home / 'steps.py'}:make"
+                known[key] = recorded.Recorded(*recording.record(target, old=old, laws=laws))
+        return known[key]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def old(record):
+    """The step as it was."""
+    return record()
+
+
+@pytest.fixture(scope="module")
+def changes(record, old):
+    """Return what an alteration is told to have changed: class -> leaves."""
+
+    def call(**altered):
+        found = {}
+        for each in compare(old, record(old, **altered)).differences:
+            found.setdefault(each.kind, set()).add(each.leaf)
+        return found
+
+    return call
+
+
+def test_the_same_step_differs_in_nothing(changes):
+    """In the same environment a replay equals its recording to the bit."""
+    assert changes() == {}
+
+
+@pytest.mark.parametrize(
+    ("altered", "leaves"),
+    [
+        ({"momentum": 0.99}, {"batch_stats/mean", "batch_stats/var"}),
+        ({"ddof": 1}, {"batch_stats/var", "loss", "grads/kernel", "params/kernel", "eval_loss"}),
+        ({"epsilon": 1.1e-3}, {"loss", "grads/kernel", "grads/out", "params/kernel", "eval_loss"}),
+    ],
+    ids=["momentum", "variance divisor", "epsilon"],
+)
+def test_a_changed_layer_is_a_change_of_meaning(changes, altered, leaves):
+    """With the leaf it is in; and it is not called a change of initial values."""
+    found = changes(**altered)
+    expected = leaves - {"eval_loss"} if "ddof" in altered else leaves
+    assert expected <= found["meaning"]
+    assert "initialisation" not in found
+    if "momentum" in altered:
+        assert found == {"meaning": leaves}
+
+
+def test_other_random_bits_are_initialisation(changes):
+    """The same distribution from another stream: the step is not to blame, and nor is the law."""
+    assert changes(seed=1000) == {"initialisation": {"init/params/kernel"}}
+
+
+def test_another_initialiser_is_a_change_of_meaning(changes):
+    """Spread or constant: other than by chance."""
+    assert changes(scale=1.2) == {"meaning": {"init/params/kernel"}}
+
+
+def test_last_places_are_rounding(changes):
+    """A factor of one unit in the last place, in front of the loss."""
+    found = changes(last_places=True)
+    assert set(found) == {"rounding"}
+    assert "loss" in found["rounding"]
+
+
+def test_another_type_is_told_as_such(changes):
+    """With the leaf; what its fewer digits change in values is told beside."""
+    assert changes(dtype="bfloat16")["dtype"] == {"batch_stats/var"}
+
+
+def test_another_leaf_is_structure(changes):
+    """With its path."""
+    assert "params/new" in changes(leaf=True)["structure"]
+
+
+def test_code_that_no_longer_runs_is_api(record, old):
+    """With the exception's words and the user's line."""
+    (difference,) = compare(old, record(old, raises=True)).differences
+    assert difference.kind == "api"
+    assert "gone since" in difference.text
+
+
+def test_a_law_that_held_and_is_violated_is_a_change_of_meaning(record):
+    """A variance by n - 1 changes when the batch is doubled."""
+    old = record(laws=True)
+    new = record(old, laws=True, ddof=1)
+    texts = [d.text for d in compare(old, new).differences if d.leaf is None]
+    assert any("doubling_the_batch_changes_nothing" in text for text in texts)
+
+
+@pytest.mark.parametrize("altered", [{"momentum": 0.99}, {"scale": 1.2}, {"raises": True}])
+def test_the_witness_fails_where_the_step_differs_and_passes_where_it_does_not(
+    home, record, old, altered
+):
+    """A script by itself: it needs no bnverify beyond what the target imports."""
+    compared = compare(old, record(old, **altered))
+    script = next(d.witness for d in compared.differences if d.witness)
+    assert "from bnverify" not in script
+    for now, status in (({}, 0), (altered, 1)):
+        altered_step.alter(home, **now)
+        done = subprocess.run(
+            [sys.executable, "-B", "-c", script], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status, done.stderr
+    if "raises" not in altered:
+        assert "recorded:" in done.stdout
+
+
+def test_what_is_no_replay_is_refused(record, old):
+    """Values from different states say nothing about the step."""
+    with pytest.raises(Unusable, match="no replay"):
+        compare(old, record(momentum=0.5))
+    with pytest.raises(Unusable, match="other way round"):
+        compare(record(old, momentum=0.99), old)
+
+
+def test_comparing_imports_no_jax():
+    """Neither of the environments compared is needed."""
+    code = "import sys, bnverify.upgrade.compare; assert not {'jax', 'flax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@given(FLOATS, FLOATS)
+def test_equal_values_are_nothing_apart_and_others_are(old, new):
+    """Zero exactly where equal, whatever is allowed."""
+    sizes = values.sizes(old, new, np.full(4, 0.5))
+    assert np.array_equal(sizes == 0, old == new)
+    assert np.array_equal(sizes > 1, np.abs(old - new) > 0.5)
+
+
+def test_what_has_no_digits_is_not_compared_and_what_is_not_known_is_told():
+    """Infinite noise hides a difference; NaN on one side takes the other's."""
+    one, two = np.zeros(1), np.ones(1)
+    noise = np.full(1, 0.1, np.float32)
+    hidden = values.allowed(one, two, noise, np.full(1, np.inf, np.float32), 0.0)
+    assert np.isnan(values.sizes(one, two, hidden)[0])
+    other = values.allowed(one, two, noise, np.full(1, np.nan, np.float32), 0.0)
+    assert values.sizes(one, two, other)[0] == pytest.approx(5)
+    unknown = values.allowed(one, two, None, None, 0.0)
+    assert np.isnan(values.sizes(one, two, unknown)[0])
+    assert values.sizes(one, np.full(1, np.nan), np.ones(1))[0] == math.inf
+    assert values.sizes(np.full(1, np.nan), np.full(1, np.nan), np.ones(1))[0] == 0
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_chance_is_not_taken_for_another_initialiser(seed):
+    """Two sets of draws from one distribution are alike."""
+    rng = np.random.default_rng(seed)
+    sides = []
+    for _ in range(2):
+        rows = rng.standard_normal((512, 12))
+        averages = np.stack([(rows**p).mean(1) for p in (1, 2, 4)], axis=1)
+        draws = np.stack([averages.mean(0), averages.var(0, ddof=1)])
+        sides.append(recorded.Recorded({}, {"draws/w": draws}))
+    assert initials._distribution(*sides, "w") is None
+
+
+def test_the_command_tells_and_exits_by_the_policy(
+    home, record, old, tmp_path, monkeypatch, capsys
+):
+    """0, 1 or 2; a policy can accept what would fail."""
+    from bnverify.cli import main
+    from bnverify.upgrade import recording_file
+
+    files = [str(tmp_path / name) for name in ("old.bnv", "new.bnv")]
+    sides = (old, record(old, momentum=0.99))
+    for file, side in zip(files, sides, strict=True):
+        recording_file.write(file, side.manifest, side.arrays)
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *files]) == 1
+    assert "batch_stats/mean" in capsys.readouterr().out
+    assert main(["compare", files[0], files[0]]) == 0
+    assert main(["compare", files[0], str(tmp_path / "none")]) == 2
+    assert main(["compare", *files, "--format", "xml"]) == 2
+    (tmp_path / "bnverify.toml").write_text(
+        '[[accept]]\nclass = "meaning"\nleaf = "batch_stats/*"\n'
+        'reason = "retrained"\nexpires = 9999-12-31\n'
+    )
+    assert main(["compare", *files]) == 0
+    assert "retrained" in capsys.readouterr().out
+    (tmp_path / "bnverify.toml").write_text("accept = 1\n")
+    assert main(["compare", *files]) == 2

@@ -1,0 +1,270 @@
+"""The gate: two environments, a verdict, and nothing left behind, whatever interrupts it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import altered_step
+import pytest
+
+from bnverify.cli import main
+from bnverify.unusable import Unusable
+from bnverify.upgrade import environments, recorded, sources
+from bnverify.upgrade import gate as gates
+from bnverify.upgrade.policy import Policy
+
+OLD, NEW = "old", "new"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of this test alone."""
+    monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def target(tmp_path):
+    """The small step in a file; each side imports how it behaves from a directory of its own."""
+    home = tmp_path / "home"
+    home.mkdir()
+    return altered_step.write(home)
+
+
+@pytest.fixture
+def sides(tmp_path, cache, monkeypatch):
+    """Two environments around the running interpreter, which differ in what ``side`` says."""
+
+    def build_all(requirements, project=None, cache_dir=None):
+        del requirements, project
+        return [
+            dataclasses.replace(
+                environments.build(
+                    environments.parse("installed"), None, [tmp_path / name], cache_dir
+                ),
+                requirement=name,
+                key=f"{name} {(tmp_path / name / 'side.py').read_text()}",
+            )
+            for name in (OLD, NEW)
+        ]
+
+    monkeypatch.setattr(environments, "build_all", build_all)
+    altered_step.alter(tmp_path / OLD)
+    altered_step.alter(tmp_path / NEW)
+
+    def alter(**altered):
+        altered_step.alter(tmp_path / NEW, **altered)
+
+    return alter
+
+
+def gate(target):
+    return gates.gate(target, "installed", "installed", Policy())
+
+
+@pytest.mark.slow
+def test_the_gate_tells_a_changed_step_and_then_answers_from_its_cache(
+    target, sides, cache, monkeypatch
+):
+    """Changed: not ok, with the leaf. Again: the same, and no environment is run."""
+    sides(momentum=0.99)
+    first = gate(target)
+    assert not first.ok
+    assert {d.leaf for d in first.verdict.failing if d.leaf} == {
+        "batch_stats/mean",
+        "batch_stats/var",
+    }
+    left = sorted(p.name for p in (cache / "upgrade").iterdir())
+    assert left == ["bnverify", "building", "locks", "recordings"]
+    assert not list((cache / "upgrade" / "building").iterdir())
+
+    def no_run(*args, **kwargs):
+        raise AssertionError("an environment was run again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(environments, "run", no_run)
+        again = gate(target)
+    assert again.comparison.differences == first.comparison.differences
+
+    (old_file, *_) = (cache / "upgrade" / "recordings").glob("*/recording.bnv")
+    old_file.write_bytes(old_file.read_bytes()[:-10])  # damaged where it lies: made again
+    mended = gate(target)
+    assert mended.comparison.differences == first.comparison.differences
+
+
+@pytest.mark.slow
+def test_a_step_that_kills_its_process_is_an_api_change(target, sides):
+    """On the new side it is the upgrade's doing; on the old side the target is unusable."""
+    sides(dies=True)
+    judgement = gate(target)
+    (difference,) = judgement.verdict.failing
+    assert difference.kind == "api"
+    assert "died of signal 9" in difference.text
+
+
+def test_what_cannot_be_had_is_told_in_one_line(cache, target, capsys):
+    """A requirement that names nothing, a target that is not there: status 2, no traceback."""
+    assert main(["gate", target, "--from", "nonsense !", "--to", "installed"]) == 2
+    assert "names no environment" in capsys.readouterr().err
+    assert main(["gate", "--from", "installed", "--to", "installed", "--project", "none"]) == 2
+    assert main(["gate", "--from", "installed", "--to", "installed", "--seed", "-1"]) == 2
+    assert main(["gate", "--from", "installed", "--to", "installed", "--time-limit", "0"]) == 2
+
+
+def test_a_target_that_does_not_run_in_the_old_environment_is_refused(sides, cache, tmp_path):
+    """Nothing can be compared with it."""
+    with pytest.raises(Unusable, match="no file"):
+        gate(f"{tmp_path / 'nowhere.py'}:make")
+
+
+def test_an_edit_of_the_target_or_its_neighbours_is_seen(tmp_path):
+    """The cache must not answer for another step."""
+    target = altered_step.write(tmp_path)
+    seen = {sources.locate(target).digest}
+    (tmp_path / "beside.py").write_text("x = 1\n")
+    seen.add(sources.locate(target).digest)
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "inside.py").write_text("y = 1\n")
+    seen.add(sources.locate(target).digest)
+    (package / "inside.py").write_text("y = 2\n")
+    seen.add(sources.locate(target).digest)
+    assert len(seen) == 4
+
+
+def test_the_project_is_the_nearest_that_builds(tmp_path, monkeypatch):
+    """Above the target's file; for a module, above the current directory."""
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    inner = tmp_path / "steps"
+    inner.mkdir()
+    target = altered_step.write(inner)
+    assert sources.locate(target).project == tmp_path
+    monkeypatch.chdir(inner)
+    assert sources.locate("my_package.steps:make").project == tmp_path
+    assert sources.locate("bnverify.reference:sgd").project is None
+    assert sources.locate(target, inner).project == inner
+
+
+@pytest.fixture(scope="module")
+def judgement(tmp_path_factory):
+    """A judgement with a hostile leaf and a failing difference, made without any recording."""
+    from bnverify.upgrade.compare import Comparison
+    from bnverify.upgrade.difference import Difference
+    from bnverify.upgrade.judgement import judge
+
+    manifest = {
+        "bnverify": "0",
+        "python": "3.11.7",
+        "versions": {"jax": "1", "flax": "1"},
+        "laws": {},
+        "influence": {},
+        "costs": {},
+    }
+    found = (
+        Difference(
+            kind="meaning",
+            subject="s",
+            leaf="params/<b>&\x07%:|`",
+            size=1e5,
+            text="was 1\nis 2 <script>alert(1)</script>",
+            witness="print('</pre>')\n",
+        ),
+        Difference(kind="rounding", subject="s", leaf="loss", size=0.5, text="differs a little"),
+    )
+    new = {**manifest, "versions": {"jax": "2", "flax": "1"}}
+    return judge(Comparison("<s>", manifest, new, found, {}, {}), Policy(), old="a", new="b")
+
+
+def test_junit_is_xml_whatever_a_leaf_is_called(judgement):
+    """One case for each class; the failing one has its text and witness."""
+    from bnverify.show.junit import junit
+
+    root = ET.fromstring(junit([judgement]))  # noqa: S314 - our own output
+    (suite,) = root
+    assert (suite.get("tests"), suite.get("failures")) == ("7", "1")
+    (failure,) = suite.iter("failure")
+    assert "</pre>" in (failure.text or "")
+
+
+def test_github_commands_are_one_line_each(judgement):
+    """A leaf or a message with line breaks or colons injects no command of its own."""
+    from bnverify.show.github import messages, summary
+
+    lines = messages([judgement]).splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("::error title=") for line in lines)
+    assert "%0A" in lines[0]
+    page = summary([judgement])
+    assert "<script>" not in page.split("````")[0]
+
+
+def test_formats_go_where_they_are_asked_to(judgement, tmp_path, capsys, monkeypatch):
+    """One to the screen, the others to files; GitHub's summary page beside its messages."""
+    from bnverify.show import formats
+
+    page = tmp_path / "page.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
+    files = [f"{name}={tmp_path / name}" for name in ("html", "junit", "terminal")]
+    formats.write([judgement], formats.parse([*files, "json", f"github={tmp_path / 'github'}"]))
+    told = json.loads(capsys.readouterr().out)
+    assert not told["ok"]
+    assert told["differences"][0]["mark"] == "failing"
+    assert all(
+        (tmp_path / name).stat().st_size for name in ("html", "junit", "terminal", "page.md")
+    )
+    for wrong in (["json", "terminal"], ["xml"], [f"json={tmp_path / 'no' / 'where'}"]):
+        with pytest.raises(Unusable):
+            formats.parse(wrong)
+
+
+def descendants(marker: str) -> list[str]:
+    """Return the command lines of living processes that hold a marker, but for this one."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if marker in text and str(os.getpid()) != entry.parent.name:
+            found.append(text)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_at_any_moment_it_leaves_nothing_and_can_be_run_again(tmp_path, cache, how):
+    """No process goes on, no half-written recording is taken for one, the verdict is the same."""
+    home = tmp_path / "killed_gate"
+    home.mkdir()
+    altered_step.alter(home)
+    target = altered_step.write(home)
+    command = [sys.executable, "-m", "bnverify", "gate", target]
+    command += ["--from", "installed", "--to", "installed"]
+    rng = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        time.sleep(rng.uniform(0.3, 6))
+        process.send_signal(how)
+        _, err = process.communicate()
+        assert b"Traceback" not in err
+        until = time.monotonic() + 10
+        while (left := descendants(str(home))) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert left == []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nothing changed, to the last bit" in done.stdout
+    assert not list((cache / "upgrade" / "building").iterdir())
+    for file in (cache / "upgrade" / "recordings").glob("*/recording.bnv"):
+        recorded.read(file)

@@ -1,0 +1,192 @@
+"""Recording: what a step gave is kept to the bit, and can be given to it again."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import altered_step
+import numpy as np
+import pytest
+
+from bnverify.unusable import Unusable
+from bnverify.upgrade import recorded, recorder, recording, recording_file
+from bnverify.upgrade.leaves import UnlikeError, containers, fill, named
+
+PACKAGE = Path(recording.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """Record the small step as altered, on one small shape: it compiles sooner."""
+    home = tmp_path_factory.mktemp("step")
+    target = altered_step.write(home)
+
+    def call(old=None, laws=False, rows=(5,), budget=recorder.BUDGET, **altered):
+        altered_step.alter(home, **altered)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(sys.modules, "side", raising=False)
+            patch.setattr(recorder, "ROWS", rows)
+            patch.setattr(recorder, "CASES", 4)
+            patch.setattr(recorder, "BUDGET", budget)
+            return recorded.Recorded(*recording.record(target, old=old, laws=laws))
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def made(record):
+    """The step as it is."""
+    return record()
+
+
+def test_the_same_step_gives_the_same_recording(record, made):
+    """Two recordings are equal to the bit, so a file under version control stays as it is."""
+    assert record().digest == made.digest
+
+
+def test_a_recording_holds_every_output_of_every_step(record, tmp_path):
+    """States, losses, gradients, with a noise each, of every shape; and the file reads back."""
+    made = record(rows=(2, 5))
+    recording_file.write(tmp_path / "step.bnv", made.manifest, made.arrays)
+    read = recorded.read(tmp_path / "step.bnv")
+    assert read.digest == made.digest
+    values = read.under("shape1/step2/value")
+    expected = {"params/kernel", "params/out", "batch_stats/mean", "batch_stats/var"}
+    assert expected | {"loss", "grads/kernel", "grads/out", "eval_loss"} == set(values)
+    assert set(read.under("shape1/step2/noise")) == set(values)
+    assert values["params/kernel"].shape == (4, 3, 2)
+    assert read.manifest["shapes"] == [[2, 1], [5, 3]]
+    assert read.leaves(1, "state")["params/kernel"] == ("float32", (3, 2))
+
+
+def test_each_step_starts_where_the_last_one_ended(made):
+    """A first recording follows its own states."""
+    after = made.under("shape0/step0/value")
+    before = made.before(0, 1)
+    assert list(before) == list(made.leaves(0, "state"))
+    assert all(np.array_equal(before[leaf], after[leaf]) for leaf in before)
+
+
+def test_a_replay_starts_each_step_from_the_recorded_state(record, made):
+    """A changed momentum shows in every step by one step's worth, not by the sum of them."""
+    old = made
+    new = record(old, momentum=0.5)
+    before = old.before(0, 2)["batch_stats/mean"].astype(float)
+    moment = (old.under("shape0/step2/value")["batch_stats/mean"] - 0.9 * before) / 0.1
+    expected = 0.5 * before + 0.5 * moment
+    actual = new.under("shape0/step2/value")["batch_stats/mean"]
+    assert np.allclose(actual, expected, rtol=1e-4, atol=1e-4 * np.abs(before).max())
+    assert new.manifest["replays"] == old.digest
+
+
+def test_the_laws_are_judged_where_they_can_be(record):
+    """Verdicts and the influence matrix are part of the recording."""
+    made = record(laws=True)
+    assert made.manifest["laws"]["batch_stats_keep_their_tree"]["status"] == "proved"
+    assert made.manifest["laws"]["batch_stats_change_only_by_ema"]["status"] == "held"
+    assert "batch_stats" not in made.manifest["influence"]["matrix"]["params"]
+
+
+def test_a_step_that_does_not_run_is_refused_at_first_and_kept_in_a_replay(record, made):
+    """The old side must run; what fails on the new side is what the comparison is about."""
+    with pytest.raises(Unusable, match="gone since"):
+        record(raises=True)
+    replayed = record(made, raises=True)
+    assert "gone since" in replayed.manifest["errors"]["target"]
+    assert replayed.arrays == {}
+
+
+def test_a_state_of_other_leaves_is_not_replayed_but_described(record, made):
+    """The new tree is recorded, so that the comparison can name the leaf."""
+    replayed = record(made, leaf=True)
+    assert "params/new" in replayed.leaves(0, "state")
+    assert replayed.under("shape0/step0/value") == {}
+    assert any("not replayed" in note for note in replayed.manifest["notes"])
+
+
+def test_a_large_state_has_fewer_cases(record):
+    """The file stays small, whatever the model."""
+    made = record(budget=1500)
+    assert made.manifest["cases"] < 4
+    assert any("large state" in note for note in made.manifest["notes"])
+
+
+def test_a_manifest_that_lies_about_its_arrays_is_refused(made, tmp_path):
+    """Nothing that is not a recording of a step reaches the comparison."""
+    file = tmp_path / "hostile.bnv"
+    for change in (
+        {"content": 2},
+        {"cases": 9},
+        {"shapes": [[2, 1], [5, 1]]},
+        {"trees": [{"state": {"leaves": [["params/other", "float32", [1]]]}}]},
+        {"trees": [7]},
+        {"laws": []},
+        {"steps": 10**9},
+    ):
+        recording_file.write(file, {**made.manifest, **change}, made.arrays)
+        with pytest.raises(recording_file.RecordingError):
+            recorded.read(file)
+    recording_file.write(file, {"seed": 1}, {})
+    with pytest.raises(recording_file.RecordingError):
+        recorded.read(file)
+
+
+def test_trees_are_filled_by_path_or_in_order():
+    """A renamed path is matched in order where shapes allow, and told; other leaves are refused."""
+    tree = {"a": np.zeros(2, np.float32), "b": (np.zeros(3, np.float32),)}
+    assert containers(tree) == "dict(*, tuple(*))"
+    values = {path: leaf + 1 for path, leaf in named(tree).items()}
+    same, alike = fill(tree, values)
+    assert alike
+    assert np.array_equal(same["b"][0], np.ones(3))
+    renamed = dict(zip(("a", "c/0"), values.values(), strict=True))
+    same, alike = fill(tree, renamed)
+    assert not alike
+    assert np.array_equal(same["a"], np.ones(2))
+    with pytest.raises(UnlikeError):
+        fill(tree, {"a": np.zeros(2)})
+    with pytest.raises(UnlikeError):
+        fill(tree, {"a": np.zeros(3), "b/0": np.zeros(3)})
+
+
+def test_recording_needs_neither_hypothesis_nor_rich():
+    """An old environment holds jax, flax, optax and NumPy, and nothing of the suite's."""
+    code = (
+        "import sys\n"
+        "for name in ('hypothesis', 'rich', 'pytest'): sys.modules[name] = None\n"
+        "from bnverify.upgrade import recorder, recording\n"
+        "recorder.ROWS = (2,)\n"
+        "manifest, arrays = recording.record('bnverify.reference:sgd')\n"
+        "assert manifest['laws'], manifest['notes']\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "module", ["leaves", "recorded", "recorder", "recording", "running", "rounding_noise", "draws"]
+)
+def test_recording_is_written_for_python_3_9(module):
+    """No newer syntax, no zip(strict=...), which is of Python 3.10."""
+    text = (PACKAGE / "upgrade" / f"{module}.py").read_text()
+    ast.parse(text, feature_version=(3, 9))
+    assert "strict=" not in text
+
+
+def test_the_command_writes_a_file_and_refuses_in_one_line(tmp_path, monkeypatch):
+    """Status 0 with a file, status 2 with a line."""
+    from bnverify.cli import main
+
+    monkeypatch.setattr(recorder, "ROWS", (2,))
+    monkeypatch.delitem(sys.modules, "side", raising=False)
+    target = altered_step.write(tmp_path)
+    altered_step.alter(tmp_path)
+    file = tmp_path / "step.bnv"
+    assert main(["record", target, "-o", str(file), "--no-laws"]) == 0
+    assert recorded.read(file).manifest["subject"] == "small"
+    assert main(["record", target, "-o", str(tmp_path / "nowhere" / "x")]) == 2
+    assert main(["record", target, "-o", str(file), "--replay", str(tmp_path / "none")]) == 2
+    assert main(["record", target, "-o", str(file), "--seed", "-1"]) == 2
