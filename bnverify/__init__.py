@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from bnverify.lifetime import Life as Life
     from bnverify.machine import check_life as check_life
     from bnverify.machine import life as life
+    from bnverify.parallel import Parallel as Parallel
+    from bnverify.parallel import check_parallel as check_parallel
     from bnverify.profile import Profile as Profile
     from bnverify.pytest_suite import suite as suite
     from bnverify.reference import train_step as train_step
@@ -39,6 +41,7 @@ _HOME = {
     "LayerInput": "subject",
     "Life": "lifetime",
     "Lived": "checkpoint",
+    "Parallel": "parallel",
     "Profile": "profile",
     "Report": "evidence",
     "State": "subject",
@@ -47,6 +50,7 @@ _HOME = {
     "TargetError": "target",
     "Violation": "counterexample",
     "check_life": "machine",
+    "check_parallel": "parallel",
     "life": "machine",
     "load": "target",
     "replay": "counterexample",

@@ -1,0 +1,99 @@
+"""Steps on many devices: they equal the step on one, and where they do not the mistake is named."""
+
+import os
+
+import pytest
+
+import bnverify
+from bnverify.evidence import Evidence
+from bnverify.mistakes import MISTAKES
+from bnverify.mutants.parallel_faults import PARALLEL_FAULTS
+from bnverify.mutants.parallel_step import axis_name
+from bnverify.parallel import CLAIMS
+from bnverify.parallel_check import replay
+from bnverify.parallel_runner import FLAG, environment, find, run
+from bnverify.unusable import Unusable
+
+REFERENCE = "bnverify.mutants.parallel_step:reference"
+AXIS_NAME = "bnverify.mutants.parallel_step:axis_name"
+FAULTS = "bnverify.mutants.parallel_faults"
+
+
+@pytest.fixture(scope="module")
+def everything() -> dict[str, dict[str, Evidence]]:
+    """The evidence on both references and on every fault, from one process with four devices."""
+    targets = [REFERENCE, AXIS_NAME, *(f"{FAULTS}:{name}" for name in PARALLEL_FAULTS)]
+    found = run(targets, "quick")
+    return {target: {each.law: each for each in found[target]} for target in targets}
+
+
+def test_the_reference_holds_under_every_mapping(
+    everything: dict[str, dict[str, Evidence]],
+) -> None:
+    """vmap, pmap, shard_map and sharded jit give the single-device step, within its rounding."""
+    found = everything[REFERENCE]
+    assert {name: each.status for name, each in found.items()} == dict.fromkeys(CLAIMS, "held")
+    assert all(each.residual is not None and each.residual < 0.8 for each in found.values())
+
+
+def test_flax_own_axis_name_holds(everything: dict[str, dict[str, Evidence]]) -> None:
+    """BatchNorm(axis_name) and pmean hold; what takes no padding is exempt from that claim."""
+    statuses = [each.status for each in everything[AXIS_NAME].values()]
+    assert statuses == ["held"] * 5 + ["exempt"]
+
+
+@pytest.mark.parametrize("name", sorted(PARALLEL_FAULTS))
+def test_each_fault_is_caught_and_named(
+    name: str, everything: dict[str, dict[str, Evidence]]
+) -> None:
+    """Each fault breaks the claim it must break, and its mistake is the one that is named."""
+    fault = PARALLEL_FAULTS[name]
+    found = everything[f"{FAULTS}:{name}"][fault.expected]
+    assert found.status == "violated"
+    assert (found.diagnosis or "").startswith(f"{fault.mistake}:")
+
+
+def test_faults_of_unequal_shards_hold_where_shards_are_equal(
+    everything: dict[str, dict[str, Evidence]],
+) -> None:
+    """What is wrong with padding alone is no violation without it."""
+    for fault in PARALLEL_FAULTS.values():
+        if fault.expected == "unequal_shards_equal_one_device":
+            found = everything[f"{FAULTS}:{fault.name}"]
+            assert [law for law, each in found.items() if each.status == "violated"] == [
+                fault.expected
+            ]
+
+
+def test_one_device_is_enough_for_vmap() -> None:
+    """In a process with one device the rest reads untriggered, and a counterexample replays."""
+    fault = PARALLEL_FAULTS["gradients_summed"]
+    found = {each.law: each for each in bnverify.check_parallel(fault.make(), "quick")}
+    assert found["pmap_equals_one_device"].status == "untriggered"
+    broken = found["vmap_with_an_axis_equals_one_device"]
+    assert broken.status == "violated"
+    case = bnverify.Case.of(0, [[1.0], [2.0], [3.0], [5.0]], [0.0, 1.0, 0.0, 2.0], 0.5)
+    with pytest.raises(bnverify.Violation, match="gradients_summed"):
+        replay(fault.make(), case, "vmap_with_an_axis_equals_one_device")
+    assert replay(axis_name(), case, "vmap_with_an_axis_equals_one_device") <= 1
+
+
+def test_this_process_keeps_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simulated devices are the child's alone, and another number of them is overruled."""
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_cpu_enable_fast_math=false {FLAG}=2")
+    assert environment()["XLA_FLAGS"] == f"--xla_cpu_enable_fast_math=false {FLAG}=4"
+    assert os.environ["XLA_FLAGS"].endswith("=2")
+
+
+@pytest.mark.parametrize("target", ["bnverify.reference:sgd", "no.such:thing", "bnverify:nothing"])
+def test_other_targets_are_refused(target: str) -> None:
+    """What names no Parallel is refused in one line."""
+    with pytest.raises(Unusable, match=target.split(":", maxsplit=1)[0]):
+        find(target)
+
+
+@pytest.mark.parametrize("name", sorted(CLAIMS))
+def test_claims_name_known_mistakes(name: str) -> None:
+    """Every mistake that a claim names has a mend."""
+    assert CLAIMS[name].mistakes
+    assert all(mistake in MISTAKES for mistake in CLAIMS[name].mistakes)
