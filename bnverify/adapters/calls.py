@@ -23,7 +23,7 @@ _WORDS = {
 ROLES = {role: tuple(words.split()) for role, words in _WORDS.items()}
 """What a parameter can be -> the names that say so."""
 
-_ROLE = {name: role for role, names in ROLES.items() for name in names}
+ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 OPTIONAL = ("lr", "tx")  # asked for even where there is a default: laws need to set them
 
 
@@ -70,7 +70,7 @@ def caller(
     positional: list[str] = []
     named: dict[str, str] = {}
     for parameter in parameters:
-        role = _ROLE.get(parameter.name)
+        role = ROLE_OF.get(parameter.name)
         role = role if role in allowed else None
         required = parameter.default is parameter.empty and parameter.kind not in (
             parameter.VAR_POSITIONAL,

@@ -34,9 +34,15 @@ def marked(function: Callable[..., Any], *args: Any) -> dict[str, list[Any]]:
         function: traces under ``jax.jit``.
         *args: trees of arrays, or of tracers.
     """
+    return evaluated(function, *args)[1]
+
+
+def evaluated(function: Callable[..., Any], *args: Any) -> tuple[Any, dict[str, list[Any]]]:
+    """Run ``function`` and return its result, and what ``marked`` returns."""
     found: dict[str, list[Any]] = {}
-    _run(jax.make_jaxpr(function)(*args), jax.tree_util.tree_leaves(args), found)
-    return found
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    results = _run(jaxpr, jax.tree_util.tree_leaves(args), found)
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(shapes), results), found
 
 
 def _run(jaxpr: Any, inputs: Sequence[Any], found: dict[str, list[Any]]) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from bnverify.adapters.canonical import (
 from bnverify.adapters.layers import Recording
 from bnverify.adapters.modes import Mode, call_mode
 from bnverify.adapters.nnx_layers import noting
+from bnverify.adapters.nnx_maker import Maker
 from bnverify.adapters.nnx_parts import Parts
 from bnverify.adapters.trees import partition, union
 from bnverify.subject import State, Subject, Tree
@@ -69,7 +69,7 @@ def nnx(
         ValueError: no module can be made, or no mode of ``train_argument``.
     """
     sizes = accepted(features)
-    maker = _Maker(make_module)
+    maker = Maker(make_module, "make_module")
     if sizes is None and not maker.takes_features:
         raise ValueError(
             "make_module takes no number of features; pass features=D, the D that its module "
@@ -87,41 +87,6 @@ def nnx(
     )
 
 
-class _Maker:
-    """Calls the user's ``make_module`` with what its parameters ask for."""
-
-    def __init__(self, make_module: Callable[..., Any]) -> None:
-        self._make = make_module
-        # The metaclass of nnx modules hides the parameters of their own __init__.
-        made: Any = make_module
-        function = made.__init__ if isinstance(made, type) else made  # type: ignore[misc]
-        parameters = list(inspect.signature(function).parameters.values())
-        required = [
-            parameter.name
-            for parameter in parameters[1 if isinstance(made, type) else 0 :]
-            if parameter.default is parameter.empty
-            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        ]
-        named = "rngs" in (parameter.name for parameter in parameters)
-        others = [name for name in required if name != "rngs"] if named else required[:-1]
-        if len(others) > 1:
-            raise ValueError(
-                f"make_module has the required parameters {', '.join(required)}; it is called "
-                "with rngs and at most one more, the number of features: wrap it in a lambda"
-            )
-        self._rngs = "rngs" if named else required[-1] if required else None
-        self._features = others[0] if others else None
-
-    @property
-    def takes_features(self) -> bool:
-        """Whether it makes a module for any D."""
-        return self._features is not None
-
-    def __call__(self, key: Any, features: Any) -> Any:
-        given = {self._features: features, self._rngs: flax_nnx.Rngs(key)}
-        return self._make(**{name: value for name, value in given.items() if name is not None})
-
-
 @dataclass(frozen=True, eq=False)
 class _Model:
     """An nnx module whose variables are split into the parts of a State.
@@ -134,7 +99,7 @@ class _Model:
         carried: patterns of paths of BatchStat that are no averages.
     """
 
-    make: _Maker
+    make: Maker
     batch: Callable[[Any, Any], tuple[Any, Any]]
     train_argument: str | Mode | None
     axis_name: str | None

@@ -19,10 +19,19 @@ HOLDERS = ("raw_value", "value")
 
 def variable_path(path: Any) -> tuple[str, ...]:
     """Return where a State's leaf sits in the module: ("layers", "0", "mean")."""
-    names = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
-    if len(path) > 1 and hasattr(path[-1], "name") and names[-1] in HOLDERS:
+    names = [_name(entry) for entry in path]
+    # In flax 0.8 the optimizer's copies of Variables are dicts of their arrays.
+    is_holder = names[-1:] == [HOLDERS[0]] or (hasattr(path[-1], "name") and names[-1] in HOLDERS)
+    if len(path) > 1 and is_holder:
         names.pop()
     return tuple(names)
+
+
+def _name(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
 
 
 def modules_of(node: Any) -> Iterator[tuple[str, nnx.Module]]:

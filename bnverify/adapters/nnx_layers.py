@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from flax import nnx
@@ -14,52 +14,77 @@ from bnverify.adapters.nnx_compat import modules_of
 
 
 @contextmanager
-def noting(node: Any, recording: Recording) -> Iterator[None]:
-    """Note and mark what the layers of ``node`` are given, while the context is open.
+def noting(model: Any, recording: Recording) -> Iterator[None]:
+    """Note and mark what the layers of ``model`` are given, while the context is open.
 
-    nnx has no interception, so the classes of its layers get another ``__call__`` for the time.
-    Only calls on the modules of this very ``node`` are noted: inside ``nnx.scan``, ``vmap`` or
-    ``remat`` a module is a copy, and nothing is claimed of it.
+    nnx has no interception, so the classes of the model and of its layers get another
+    ``__call__`` for the time. Noted are calls on modules of the model being called, which
+    ``nnx.grad`` and ``nnx.jit`` copy; of a layer that is copied further in (``nnx.scan``,
+    ``vmap``, ``remat``) nothing is claimed.
     """
-    paths = {id(module): path for path, module in modules_of(node)}
-    layers = [module for _, module in modules_of(node) if _is_norm(module) or _is_linear(module)]
-    busy: set[int] = set()  # a class and its base may both stand in for one call
+    layers = [module for _, module in modules_of(model) if _is_norm(module) or _is_linear(module)]
+    stand_in = _StandIn(type(model), recording)
+    stand_in.look(model)
     with ExitStack() as stack:
-        for cls in dict.fromkeys(type(module) for module in layers):
-            stack.enter_context(_standing_in(cls, paths, recording, busy))
+        for cls in dict.fromkeys([type(model), *(type(module) for module in layers)]):
+            stack.enter_context(stand_in.of(cls))
         yield
 
 
-@contextmanager
-def _standing_in(
-    cls: type, paths: dict[int, str], recording: Recording, busy: set[int]
-) -> Iterator[None]:
-    own = cls.__dict__.get("__call__")
-    original: Any = cls.__call__
+class _StandIn:
+    """What calls of a model's classes go through while it is noted."""
 
-    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-        path = paths.get(id(module))
-        if path is None or id(module) in busy:
-            return original(module, *args, **kwargs)
-        busy.add(id(module))
+    def __init__(self, root: type, recording: Recording) -> None:
+        self._root = root
+        self._recording = recording
+        self._paths: dict[int, str] = {}
+        self._alive: list[Any] = []  # an id is a module's own only as long as that exists
+        self._busy: set[int] = set()  # a class and its base may both stand in for one call
+
+    def look(self, model: Any) -> None:
+        """Remember where the modules of ``model`` sit in it."""
+        self._alive.append(model)
+        self._paths.update({id(module): path for path, module in modules_of(model)})
+
+    @contextmanager
+    def of(self, cls: Any) -> Iterator[None]:
+        """Let calls of this class be noted."""
+        own = cls.__dict__.get("__call__")
+        original = getattr(cls, "__call__", None)  # noqa: B004 - the function itself is wanted
+        if original is None:
+            yield
+            return
+
+        def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if id(module) in self._busy:
+                return original(module, *args, **kwargs)
+            is_root = type(module) is self._root
+            if is_root and id(module) not in self._paths:
+                self.look(module)
+            self._busy.add(id(module))
+            try:
+                with self._recording.root_call() if is_root else nullcontext():
+                    return self._noted(original, module, args, kwargs)
+            finally:
+                self._busy.discard(id(module))
+
+        cls.__call__ = call
         try:
-            if _is_norm(module):
-                args, kwargs = _given(module, path, args, kwargs, recording)
-            out = original(module, *args, **kwargs)
+            yield
         finally:
-            busy.discard(id(module))
-        if _is_linear(module) and _has_bias(module) and hasattr(out, "shape"):
-            out = recording.biased(path, out)
-        return out
+            if own is None:
+                del cls.__call__
+            else:
+                cls.__call__ = own
 
-    setattr(cls, "__call__", call)  # noqa: B010 - mypy refuses the assignment
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(cls, "__call__")
-        else:
-            setattr(cls, "__call__", own)  # noqa: B010 - as above
+    def _noted(self, original: Any, module: Any, args: Any, kwargs: Any) -> Any:
+        path = self._paths.get(id(module))
+        if path is not None and _is_norm(module):
+            args, kwargs = _given(module, path, args, kwargs, self._recording)
+        out = original(module, *args, **kwargs)
+        if path is None or not _is_linear(module) or not hasattr(out, "shape"):
+            return out
+        return self._recording.biased(path, out) if getattr(module, "use_bias", False) else out
 
 
 def _is_norm(module: Any) -> bool:
@@ -70,10 +95,6 @@ def _is_norm(module: Any) -> bool:
 
 def _is_linear(module: Any) -> bool:
     return isinstance(module, nnx.Linear | nnx.Conv)
-
-
-def _has_bias(module: Any) -> bool:
-    return bool(getattr(module, "use_bias", False))
 
 
 def _given(

@@ -89,14 +89,18 @@ class Parts:
     parts: tuple[Part, ...]
 
     @classmethod
+    def of_object(cls, node: Any, filters: Sequence[Any]) -> Parts:
+        """Return the parts of an object whose variables may be tracers."""
+        graphdef, *states = nnx.split(node, *filters)
+        return cls(graphdef, tuple(filters), tuple(Part.of(state) for state in states))
+
+    @classmethod
     def of(cls, make: Callable[[], Any], filters: Sequence[Any]) -> Parts:
         """Return the parts of what ``make`` makes, traced for shapes only."""
         found: list[Parts] = []
 
         def build() -> None:
-            graphdef, *states = nnx.split(make(), *filters)
-            parts = tuple(Part.of(state) for state in states)
-            found.append(cls(graphdef, tuple(filters), parts))
+            found.append(cls.of_object(make(), filters))
 
         jax.eval_shape(build)
         return found[0]

@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bnverify.adapters import reasons
 from bnverify.adapters.batches import under_axis
 from bnverify.adapters.calls import Caller, caller, plain
 from bnverify.adapters.canonical import INITIAL_RATE, Optimizer, accepted, example_sizes
 from bnverify.adapters.explain import explaining
 from bnverify.adapters.flows import reached
-from bnverify.adapters.layers import Recording, layer_inputs, survey
+from bnverify.adapters.layers import Recording
 from bnverify.adapters.linen_layers import Interceptor
-from bnverify.adapters.objective import has_penalty
+from bnverify.adapters.loops import example, loop_subject
 from bnverify.adapters.reports import (
     Reading,
     copied,
@@ -91,6 +90,7 @@ def train_state(
         ValueError: a parameter's meaning cannot be told, or a result cannot be read.
         SubjectError: the code raises what a common mistake raises.
     """
+    sizes = example_sizes(accepted(features))
     loop = _Loop(
         create=caller(
             create,
@@ -105,13 +105,13 @@ def train_state(
         loss=loss,
         eval_loss=eval_loss,
         axis_name=axis_name,
+        sizes=sizes,
     )
-    sizes = example_sizes(accepted(features))
     with explaining("create"):
         loop = loop.with_fields(sizes, statistics)
     loop = loop.settled(sizes)
-    label = getattr(plain(train_step), "__name__", type(train_step).__name__)
-    return _subject(
+    label = getattr(plain(train_step), "__name__", None) or _inner_name(train_step)
+    return _made(
         loop,
         sizes,
         name=name or f"train_state:{label}",
@@ -120,6 +120,22 @@ def train_state(
         same_loss=same_loss,
         exempt=dict(exempt or {}),
     )
+
+
+def _made(loop: _Loop, sizes: tuple[int, int], **options: Any) -> Subject:
+    def probed(optimizer: Optimizer) -> Subject:
+        other = {**options, "name": f"{options['name']}, another optimizer"}
+        return _made(replace(loop, optimizer=optimizer).settled(sizes), sizes, **other)
+
+    takes = loop.create.takes("tx")
+    return loop_subject(loop, sizes, **options, with_optimizer=probed if takes else None)
+
+
+def _inner_name(function: Callable[..., Any]) -> str:
+    inner = plain(function)
+    while isinstance(inner, partial):
+        inner = inner.func
+    return getattr(inner, "__name__", type(inner).__name__)
 
 
 def _step_caller(function: Callable[..., Any], what: str) -> Caller:
@@ -135,6 +151,7 @@ class _Loop:
     """A user's three functions, with what is known about them.
 
     Attributes:
+        sizes: (N, D) that it can be created for.
         fields: of the train state; None until it was looked at.
         Others: see ``train_state``.
     """
@@ -147,12 +164,21 @@ class _Loop:
     loss: Reading
     eval_loss: Reading
     axis_name: str | None
+    sizes: tuple[int, int]
     fields: Any = None
 
     @property
     def takes_rate(self) -> bool:
         """Whether the learning rate can be set from outside."""
         return self.train.takes("lr") or self._made_for_a_rate
+
+    @property
+    def optimizer_of(self) -> Optimizer | None:
+        """Learning rate -> the user's optimizer; None where its gradients are not shown."""
+        if not self._fields.shown:
+            return None
+        x = jnp.zeros(self.sizes, jnp.float32)
+        return lambda lr: self.template(x, lr).tx
 
     @property
     def _made_for_a_rate(self) -> bool:
@@ -219,50 +245,18 @@ class _Loop:
         return loss.reshape(1)
 
     @explaining("eval_step")
-    def after_eval(self, state: State, x: Any, y: Any) -> State:
-        """Return the state that evaluation leaves."""
+    def after_eval(self, state: State, x: Any, y: Any) -> State | None:
+        """Return the state that evaluation leaves; None: ``eval_step`` returns none."""
         after, _, _ = self._evaluated(state, x, y)
+        if after is None:
+            return None
         extra = dict(state.extra or {})
         extra.pop("fields", None)
         return replace(self._fields, shown=False).split(after, extra)[0]  # type: ignore[no-any-return]
 
-    def returns_state(self, example: tuple[State, Any, Any]) -> bool:
-        """Return whether ``eval_step`` returns a state."""
-        found: list[bool] = []
-
-        def evaluate(*given: Any) -> None:
-            found.append(self._evaluated(*given)[0] is not None)
-
-        with explaining("eval_step"):
-            jax.eval_shape(evaluate, *example)
-        return found[0]
-
-    def keeps_rate(self, sizes: tuple[int, int]) -> bool:
-        """Return whether the optimizer's state holds the rate, so that later ones do not count."""
-
-        def opt_state(lr: Any) -> Any:
-            return self.created(0, jnp.zeros(sizes, jnp.float32), lr).opt_state
-
-        return any(reached(jax.make_jaxpr(opt_state)(INITIAL_RATE), {0}))
-
-    def exempt(self, example: tuple[State, Any, Any]) -> dict[str, str]:
-        """Return the laws that other variables and random numbers break."""
-
-        def trained(state: State, x: Any, y: Any) -> Any:
-            after, info = self.step(state, x, y, INITIAL_RATE)
-            loss = jnp.zeros(()) if info.loss is None else info.loss
-            return loss, after.batch_stats, after.extra
-
-        def evaluated(state: State, x: Any, y: Any) -> Any:
-            return self.evaluate(state, x, y), state.batch_stats, state.extra
-
-        found = reasons.of_pass(jax.make_jaxpr(evaluated)(*example), example[0], train=False)
-        return found | reasons.of_pass(jax.make_jaxpr(trained)(*example), example[0], train=True)
-
-    def layer_inputs(self, state: State, x: Any, y: Any) -> Any:
-        """Return what each normalisation layer is given in the training step."""
-        recording = Recording()
-        return layer_inputs(partial(self.noted, recording), recording, (state, x, y))
+    def initial_opt_state(self, lr: Any, sizes: tuple[int, int]) -> Any:
+        """Return the first optimizer state, made for a learning rate."""
+        return self.created(0, jnp.zeros(sizes, jnp.float32), lr).opt_state
 
     def noted(self, recording: Recording, state: State, x: Any, y: Any) -> Any:
         """Take a step and note its layers."""
@@ -317,7 +311,7 @@ class _Loop:
 
     def shows_gradients(self, sizes: tuple[int, int]) -> bool:
         """Trace one step; return whether the optimizer was given gradients of the batch."""
-        state, x, y = self.example(sizes)
+        state, x, y = example(self, sizes)
         if not self._fields.shown:
             jax.eval_shape(self.step, state, x, y, INITIAL_RATE)
             return False
@@ -326,12 +320,6 @@ class _Loop:
             state, x, y
         )
         return any(reached(jaxpr, {start, start + 1}))
-
-    def example(self, sizes: tuple[int, int]) -> tuple[State, Any, Any]:
-        """Return a state and a batch of shapes without values."""
-        shape: Any = jax.ShapeDtypeStruct
-        x, y = shape(sizes, "float32"), shape(sizes[:1], "float32")
-        return jax.eval_shape(self.init, shape((), "int32"), x), x, y
 
     @property
     def _fields(self) -> Any:
@@ -357,58 +345,3 @@ class _Loop:
 
         returned = under_axis(self.axis_name, call, batch)
         return *state_and_report(returned, type(given)), batch
-
-
-def _subject(
-    loop: _Loop,
-    sizes: tuple[int, int],
-    *,
-    name: str,
-    features: tuple[int, ...] | None,
-    penalty: bool | None,
-    same_loss: bool,
-    exempt: dict[str, str],
-) -> Subject:
-    example = loop.example(sizes)
-    recording = Recording()
-    seen = survey(jax.make_jaxpr(partial(loop.noted, recording))(*example), recording, example[0])
-    info = jax.eval_shape(loop.step, *example, INITIAL_RATE)[1]
-    shown = loop.fields.shown
-    found = loop.exempt(example)
-    if len(seen.declared) > 1:
-        found |= reasons.several_momenta(seen.declared)
-    if shown and info.loss is not None:
-        if penalty is None:
-            penalty = has_penalty(loop.init, loop.step, sizes)
-        if penalty:
-            found |= reasons.penalty()
-    claims = {
-        "lr": loop.takes_rate and not loop.keeps_rate(sizes),
-        "row_losses": True,
-        "eval_is_training_loss": same_loss,
-    }
-    probed = None
-    if loop.create.takes("tx"):
-        probed = lambda other: _subject(  # noqa: E731 - the same arguments but one
-            replace(loop, optimizer=other).settled(sizes),
-            sizes,
-            name=f"{name}, another optimizer",
-            features=features,
-            penalty=penalty,
-            same_loss=same_loss,
-            exempt=exempt,
-        )
-    return Subject(
-        name=name,
-        init=loop.init,
-        step=loop.step,
-        evaluate=loop.evaluate,
-        features=features,
-        optimizer=(lambda lr: loop.template(jnp.zeros(sizes), lr).tx) if shown else None,
-        exempt={**found, **exempt},
-        momentum=seen.momentum,
-        layer_inputs=loop.layer_inputs if jax.eval_shape(loop.layer_inputs, *example) else None,
-        after_eval=loop.after_eval if loop.returns_state(example) else None,
-        with_optimizer=probed,
-        shows=frozenset(claim for claim, holds in claims.items() if holds),
-    )
