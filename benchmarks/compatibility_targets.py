@@ -38,4 +38,4 @@ def nnx() -> bnverify.Subject:
         def __call__(self, x: Any) -> Any:
             return self.last(nn.relu(self.norm(self.first(x))))
 
-    return adapt(Model)
+    return adapt(Model, features=3)

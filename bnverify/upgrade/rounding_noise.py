@@ -89,13 +89,17 @@ def _compile(function: Callable[..., Any], stacked: Any) -> Any:
 
 
 def _rounding() -> Callable[..., Any]:
-    """Return ``bnverify.jaxpr.rounding.rounding``, also where jax has no ``jax.export`` yet.
+    without_export()
+    rounding: Callable[..., Any] = import_module("bnverify.jaxpr.rounding").rounding
+    return rounding
 
-    jax has it from 0.4.30. The package imports it for symbolic sizes, which rounding does without.
+
+def without_export() -> None:
+    """Let ``bnverify.jaxpr`` be imported where jax has no ``jax.export`` yet: before 0.4.30.
+
+    It imports that for symbolic sizes, which neither rounding nor the adapters need.
     """
     try:
         import_module("jax.export")
     except ImportError:
         sys.modules["jax.export"] = ModuleType("jax.export")
-    rounding: Callable[..., Any] = import_module("bnverify.jaxpr.rounding").rounding
-    return rounding

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bnverify.unusable import Unusable
 from bnverify.upgrade import trees
 
 if TYPE_CHECKING:
@@ -42,12 +43,17 @@ def locate(target: str, project: Path | None = None) -> Target:
         target: ``package.module:name`` or ``path/file.py:name``.
         project: the user's choice; by default the nearest directory above the file, or above the
             current directory for a module, that says how to build itself.
+
+    Raises:
+        Unusable: there is no such file.
     """
     source, _, name = target.rpartition(":")
     path = Path(source)
     if source.split(".")[0] == _OWN.joinpath("bnverify").name and not path.is_file():
         return Target(target, target, project, "")
     if source.endswith(".py") or path.is_file():
+        if not path.is_file():
+            raise Unusable(f"no file {source}")
         path = path.resolve()
         found = project or _above(path.parent)
         return Target(target, f"{path}:{name}", found, _digest(path))
