@@ -87,12 +87,11 @@ class Case(NamedTuple):
 class Domain:
     """The inputs on which the laws are claimed; any valid :class:`Case` may be run.
 
-    Small values need no lower limit: zeros and subnormals are in. The upper limits are what
-    float32 carries through one step with lr = 1 where a large offset has cancelled the batch
-    variance: then sigma is sqrt(epsilon) = 3e-3, differences of rows up to sqrt(2^-23) |h| count
-    for nothing in it, and with |x| = 1e4 and |y| = 1e3 the first step makes kernels of 1e6, scales
-    and output weights of 1e3, an eval prediction near 1e16 and a loss near 1e32. At |x| = 1e6
-    the loss overflows.
+    Small values need no lower limit: zeros and subnormals are in. The upper limits keep one step
+    with lr = 1 within float32 wherever the batch variance has digits left: a kernel gradient is
+    at most |x| |dL/dh|, 1e4 times 1e3 / sqrt(epsilon) = 3e9, and the eval loss the square of a
+    product of two such steps and |x|. Where a large offset has cancelled the variance no bound
+    of this kind exists, and the laws that compare values do not claim those cases.
 
     Attributes:
         max_rows: the largest N generated.

@@ -29,12 +29,14 @@ class Tally:
         triggered: how many cases reached its precondition.
         worst: the largest residual; for a witness law the smallest.
         case: the simplest case that violates it; for a witness law the one that shows it.
+        dismissed: whether no single call confirmed what stacked ones seemed to show.
     """
 
     law: Law
     triggered: int = 0
     worst: float | None = None
     case: Case | None = None
+    dismissed: bool = False
     _rank: tuple[float, ...] = field(default=(math.inf,))
 
     def add(self, cases: Case, residuals: npt.NDArray[np.float64]) -> None:
@@ -76,7 +78,7 @@ class Tally:
 
         A witness law is contradicted when 30 cases and more reached it and none showed it.
         """
-        if self.worst is None:
+        if self.worst is None or self.dismissed:
             return False
         if self.law.kind == "witness":
             return not self.shown and self.triggered >= ENOUGH

@@ -64,6 +64,11 @@ _EXACT = frozenset(
     }
 )
 
+# Those that move all of a single value.
+MOVES = frozenset(
+    {"broadcast_in_dim", "copy", "expand_dims", "neg", "reshape", "slice", "squeeze", "transpose"}
+)
+
 # Computed by polynomial, table or iteration rather than correctly rounded: a few units in the
 # last place.
 _APPROXIMATE = frozenset(
@@ -177,6 +182,18 @@ def _leaves_digits(eqn: Any, position: int) -> bool:
         return value == 0
     power = value != 0 and math.isfinite(value) and abs(math.frexp(value)[0]) == 0.5
     return power and (name == "mul" or (name == "div" and position == 1))
+
+
+def is_covered(eqn: Any, fresh: list[bool]) -> bool:
+    """Return whether an equation's own rounding may be left to that of its fresh inputs.
+
+    A product is no more exact than a factor that was just rounded; a sum, no more than its
+    summands if both were.
+    """
+    name = eqn.primitive.name
+    if name in {"add", "add_any", "sub"}:
+        return all(fresh)
+    return name in {"div", "integer_pow", "mul", "square"} and any(fresh)
 
 
 def pole(eqn: Any) -> int | None:

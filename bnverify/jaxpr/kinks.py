@@ -94,13 +94,17 @@ def compare(name: str, left: Value, right: Value, seed: int) -> Value:
 def extreme(sign: int, left: Value, right: Value) -> Value:
     """Return max (``sign`` 1) or min (-1); in rows where it is in doubt, what noise makes.
 
-    Clipped, all rows on one side would say the same, and their spread would be 0.
+    Clipped at a bound without noise, all rows on one side would say the same, and their spread
+    would be 0: there they say how far beyond the bound they are.
     """
     one, other = aligned(left, right)
-    distance = sign * (one - other)
-    noisy = jnp.where(in_doubt(distance), jnp.abs(distance), jnp.maximum(distance, 0))
     plain = (jnp.maximum if sign > 0 else jnp.minimum)(one, other)
-    return Value(jnp.where(jnp.isfinite(distance), other + sign * noisy, plain), rows=True)
+    if left.rows and right.rows:
+        return Value(plain, rows=True)
+    value, bound = (one, other) if left.rows else (other, one)
+    distance = value - bound
+    beyond = in_doubt(distance) & jnp.isfinite(distance)
+    return Value(jnp.where(beyond, bound + sign * jnp.abs(distance), plain), rows=True)
 
 
 def signed(value: Value, seed: int) -> Value:

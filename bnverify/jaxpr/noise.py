@@ -4,11 +4,11 @@ Every value carries a leading axis of rows: row 0 is the float64 run, each other
 which every equation's result v is rounded more coarsely than the program's dtype would. The
 rounding is that of two products which float64 cannot hold,
 
-    row(v) = (k + d) w - k w,    w = v / d,
+    row(v) = ((k + d) w - k w) / (c d),    w = c v,
 
 so each row errs by up to k / d units of float64. k is COARSE times the ratio of the two dtypes'
-units, and d is near 1; both are drawn for each row and each equation. In row 0, k is 0 and d is
-1: it stays exact. So a row is one thing that somewhat worse arithmetic could have made. Like
+units, c and d are near 1; all are drawn for each row and each equation. In row 0, k is 0, c and d
+are 1: it stays exact. So a row is one thing that somewhat worse arithmetic could have made. Like
 rounding itself it depends on the value alone: equal values err equally, and the errors of many
 equal terms add up instead of cancelling. What overflows in the program's dtype has no known
 error. Where values are exact (inputs, and what is only moved about), no rows exist.
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnverify.jaxpr import arithmetic, kinks, loops
+from bnverify.jaxpr.cancellation import reordered
 from bnverify.jaxpr.interpreter import inner_jaxprs
 from bnverify.jaxpr.values import Value, is_float, widen, widen_params
 
@@ -38,6 +39,8 @@ ROWS = 12
 COARSE = 1.0
 
 _DRAWS = 509  # equations that share a draw are this far apart
+_FEW = 64  # terms of a sum whose own rounding covers that of the partial sums
+_FAINT = 2.0**16  # a value so near to underflow may be made of what was flushed to zero
 _LARGEST = 2.0**51  # k beyond which nothing would be left of a value
 
 # Their equations carry the combining program, in the program's own dtype: made anew in float64.
@@ -107,15 +110,22 @@ class Rows:
         ratio = float(info.eps) / float(np.finfo(np.float64).eps)
         less = np.minimum(ratio * COARSE * growth * draw, _LARGEST)
         more = less + np.where(draw > 0, draw / 2, 1)
-        part = more - less  # what is left of the second summand, exactly
+        part = more - less  # exactly; d
+        shift = np.where(draw > 0, 1 / (1 + draw), 1)
         # Scaled so that the products overflow where ``dtype`` does.
         large = 2.0 ** (1024 - int(info.maxexp))
         column = (-1, *[1] * (array.ndim - 1))
-        scaled = array * (large / part).reshape(column)
-        rounded = scaled * (more / large).reshape(column) - scaled * (less / large).reshape(column)
+        scaled = array * (large * shift).reshape(column)
+        parts = scaled * (more / large).reshape(column) - scaled * (less / large).reshape(column)
+        rounded = parts * (1 / (shift * part)).reshape(column)
+        # What is flushed to zero may lie on either side of a kink there; an exact zero does not.
+        tiny, exact = float(info.tiny), array[:1]
+        faint = (exact != 0) & (jnp.abs(exact) < _FAINT * tiny)
+        signs = np.where(np.arange(array.shape[0]) % 2, tiny, -tiny) * (draw > 0)
+        rounded = jnp.where(faint, rounded + signs.reshape(column), rounded)
         if self._infinite:  # an infinity that the program asks for, as a mask, is no overflow
             rounded = jnp.where(jnp.isinf(array), array, rounded)
-        return Value(rounded, rows=True)
+        return Value(rounded, rows=True, fresh=True)
 
     def _apply(self, eqn: Any, inputs: Sequence[Value], params: dict[str, Any]) -> list[Value]:
         """Return the primitive on every row."""
@@ -206,7 +216,7 @@ class Rows:
         growth, terms = arithmetic.growth(eqn), arithmetic.terms(eqn)
         if terms > 1:
             inputs = [
-                self.round(value, arithmetic.summed_in(atom.aval.dtype, eqn), growth)
+                self._round_terms(value, atom.aval.dtype, eqn)
                 if is_float(atom.aval.dtype)
                 else value
                 for value, atom in zip(inputs, eqn.invars, strict=True)
@@ -215,17 +225,34 @@ class Rows:
             outputs = self._apply(eqn, inputs, widen_params(eqn.params))
         except (NotImplementedError, TypeError):  # no float64 form of it, or no batched one
             return self._give_up(eqn, inputs)
+        fresh = [value.fresh for value in inputs]
         if arithmetic.is_exact(eqn):
-            return outputs
+            if eqn.primitive.name in arithmetic.MOVES:
+                return [inputs[0]._replace(array=value.array) for value in outputs]
+            owing = any(value.owing for value in inputs)
+            return [value._replace(owing=owing) for value in outputs]
+        if arithmetic.is_covered(eqn, fresh):
+            return [value._replace(owing=True) for value in outputs]
+        if any(value.owing for value in inputs):
+            growth *= 2**0.5  # one rounding that stands for two
         rounded = [
             self.round(value, var.aval.dtype, growth) if is_float(var.aval.dtype) else value
             for value, var in zip(outputs, eqn.outvars, strict=True)
         ]
+        if len(rounded) == 1:
+            params = widen_params(eqn.params)
+            rounded = [reordered(eqn, inputs, rounded[0], self._apply, params, self._points)]
         exactly = self._exactly(eqn, inputs)
         if exactly is not None:
             kept = jnp.where(exactly, self.spread(outputs[0]), rounded[0].array)
             return [Value(kept, rows=True)]
         return rounded
+
+    def _round_terms(self, value: Value, dtype: Any, eqn: Any) -> Value:
+        """Round the terms of a sum as its partial sums are: where terms cancel, it shows."""
+        if value.rows and arithmetic.terms(eqn) <= _FEW:
+            return value  # they are rounded enough
+        return self.round(value, arithmetic.summed_in(dtype, eqn), arithmetic.growth(eqn))
 
     def _exactly(self, eqn: Any, inputs: Sequence[Value]) -> Any | None:
         """Return where the values themselves spare an equation its rounding; None: nowhere."""

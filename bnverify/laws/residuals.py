@@ -117,4 +117,5 @@ def widest(tree: Tree) -> Any:
 
 def all_finite(tree: Tree) -> Any:
     """Return whether every value in ``tree`` is finite, a scalar bool."""
-    return jnp.isfinite(widest(tree))
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in floats(tree)]
+    return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)

@@ -114,12 +114,16 @@ def one_momentum_for_the_whole_model(t: Transition) -> Any:
     """
     zeros = floats(t.reruns["zero_statistics"].state.batch_stats)
     momenta = _momenta(t)
-    first = jnp.ravel(momenta[0])[0]
+    usable = [_measurable(zero) & jnp.isfinite(m) for m, zero in zip(momenta, zeros, strict=True)]
+    places = 8 * max(unit(zero) for zero in zeros)
+    most, least = -jnp.inf, jnp.inf
     parts = []
-    for m, zero in zip(momenta, zeros, strict=True):
-        usable = jnp.where(_measurable(zero), 8 * unit(zero), jnp.inf)
-        parts.append(residual(m, jnp.clip(m, 0.0, 1 - 16 * unit(zero)), usable))
-        parts.append(residual(m, jnp.full_like(m, first), usable))
+    for m, seen in zip(momenta, usable, strict=True):
+        most = jnp.maximum(most, jnp.max(jnp.where(seen, m, -jnp.inf)))
+        least = jnp.minimum(least, jnp.min(jnp.where(seen, m, jnp.inf)))
+        allowed = jnp.where(seen, places, jnp.inf)
+        parts.append(residual(m, jnp.clip(m, 0.0, 1 - 2 * places), allowed))
+    parts.append(residual(most, least, places))
     return worst_of(parts)
 
 

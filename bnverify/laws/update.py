@@ -77,9 +77,15 @@ def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
     source="the step's definition: params + lr * direction",
 )
 def zero_learning_rate_moves_nothing(t: Transition) -> Any:
-    """With lr = 0 the params stay as they are, to the bit."""
-    usable = all_finite((t.before, t.reruns["zero_lr"].info))  # 0 * inf is NaN in any step
-    return when(usable, same(t.reruns["zero_lr"].state.params, t.before.params))
+    """With lr = 0 the params stay as they are, to the bit, but that a subnormal one may become 0."""
+    # 0 * inf is NaN in any step.
+    usable = all_finite((t.before, t.reruns["zero_lr"].info, t.info))
+    moved = trees(
+        lambda new, old: residual(new, old, jnp.full(jnp.shape(old), smallest(old))),
+        t.reruns["zero_lr"].state.params,
+        t.before.params,
+    )
+    return when(usable, moved)
 
 
 @law(
