@@ -1,0 +1,133 @@
+"""``bnverify audit``: which faults the laws notice, or which a user's own tests would miss."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnverify.profile import PROFILES
+from bnverify.shard import Shard
+from bnverify.unusable import Unusable, did_you_mean
+
+if TYPE_CHECKING:
+    from bnverify.audit import Audit
+    from bnverify.mutants.users_tests import TestsAudit
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "audit",
+        help="say which faults the laws notice, or your own tests would miss",
+        description="Hold every fault of the catalogue to the laws; with --tests, run your own "
+        "tests once for each fault put into your own step as it is imported.",
+    )
+    parser.add_argument(
+        "--select",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="only this fault or family; several: commas, or the option again",
+    )
+    parser.add_argument(
+        "--profile", choices=list(PROFILES), default="ci", help="how much to do; default: ci"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="the seed of all cases")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the findings to FILE as JSON; - is standard output"
+    )
+    parser.add_argument("--shard", metavar="K/N", help="only the K-th of N parts of the faults")
+    parser.add_argument("--picture", metavar="FILE", help="draw the matrix to FILE as SVG")
+    parser.add_argument(
+        "--tests", metavar="CMD", help="a command that runs your tests, such as 'pytest my_tests'"
+    )
+    parser.add_argument(
+        "--target",
+        metavar="T",
+        action="append",
+        default=[],
+        help="with --tests: module:name or path/file.py:name of your step, evaluation, or "
+        "bnverify.Subject; several: the option again",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Audit, show what was found and return 1 where a fault was missed, else 0."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
+    if args.tests is None and args.target:
+        raise Unusable("--target says where --tests are to meet faults; there is no --tests")
+    return _users_tests(args) if args.tests is not None else _catalogue(args)
+
+
+def _catalogue(args: argparse.Namespace) -> int:
+    from bnverify import audit
+    from bnverify.mutants import MUTANTS
+    from bnverify.show import audit as screen
+
+    families = {mutant.family for mutant in MUTANTS.values()}
+    names = _names(args.select, {*MUTANTS, *families})
+    chosen = [m for m in MUTANTS.values() if not names or {m.name, m.family} & set(names)]
+    if args.shard:
+        chosen = Shard.parse(args.shard).take(chosen)
+    if not chosen:
+        raise Unusable("no fault is left to audit")
+    found: Audit = audit.audit(
+        chosen, args.profile, seed=args.seed, listener=screen.progress(len(chosen))
+    )
+    if args.json != "-":
+        screen.show(found)
+    _write(args.json, found.to_json())
+    if args.picture:
+        from bnverify.show import audit_picture
+
+        _write(args.picture, audit_picture.draw(found))
+    return 1 if found.unexplained else 0
+
+
+def _users_tests(args: argparse.Namespace) -> int:
+    from bnverify.mutants.transplant import TRANSPLANTS
+    from bnverify.mutants.users_tests import audit_tests
+    from bnverify.show import audit as screen
+
+    if not args.target:
+        raise Unusable("--tests needs --target: where in your code the faults go")
+    for target in args.target:
+        if ":" not in target:
+            raise Unusable(f"a target is module:name or path/file.py:name, got {target!r}")
+    names = _names(args.select, TRANSPLANTS)
+    chosen = [fault for name, fault in TRANSPLANTS.items() if not names or name in names]
+    if args.shard:
+        chosen = Shard.parse(args.shard).take(chosen)
+    if args.picture:
+        raise Unusable("--picture draws faults and laws; --tests has no laws")
+    found: TestsAudit = audit_tests(
+        args.tests, args.target, chosen, listener=screen.tests_progress(len(chosen))
+    )
+    if args.json != "-":
+        screen.show_tests(found)
+    _write(args.json, found.to_json())
+    return 1 if found.of("missed") else 0
+
+
+def _names(given: Sequence[str], known: Any) -> list[str]:
+    names = [name.strip() for text in given for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise Unusable(f"no fault is named {name!r}{did_you_mean(name, known)}")
+    return names
+
+
+def _write(file: str | None, text: str) -> None:
+    if file == "-":
+        sys.stdout.write(text)
+    elif file is not None:
+        from bnverify.upgrade import atomic_file
+
+        try:
+            atomic_file.write(Path(file), text.encode())
+        except OSError as error:
+            raise Unusable(f"{file} cannot be written: {error.strerror}") from None

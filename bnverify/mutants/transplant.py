@@ -1,0 +1,311 @@
+"""Faults put into anybody's training step from outside: what would the user's own tests miss?
+
+A fault changes what a step returns, or what an evaluation is given, by its parts: params, running
+statistics, optimizer state, loss. So it fits every Subject, and every function that takes a state
+and returns one, whatever is inside.
+
+Loads no jax until a faulty function is called.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bnverify.lazy import jax, jnp
+from bnverify.subject import Subject, Tree
+
+PARTS = ("params", "batch_stats", "opt_state")
+
+Again = Callable[[Any], Any]  # the same step from another state -> the state after it
+Touched = Callable[[], None]  # told when the fault had something to change
+
+
+@dataclass(frozen=True)
+class Transplant:
+    """A fault that can be put into any step.
+
+    Attributes:
+        name: the fault.
+        mistake: a name in ``bnverify.mistakes``.
+        sentence: what is wrong, in one sentence.
+        part: which part of the state it changes, "loss" or "evaluation".
+        change: what it does; see ``in_step``, ``in_loss`` and ``in_evaluation``.
+    """
+
+    name: str
+    mistake: str
+    sentence: str
+    part: str
+    change: Callable[..., Any]
+
+
+TRANSPLANTS: dict[str, Transplant] = {}
+
+
+def _fault(mistake: str, part: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def enter(change: Callable[..., Any]) -> Callable[..., Any]:
+        sentence = (change.__doc__ or "").strip()
+        name = change.__name__
+        TRANSPLANTS[name] = Transplant(name, mistake, sentence, part, change)
+        return change
+
+    return enter
+
+
+def _map(function: Callable[..., Any], *trees: Tree) -> Tree:
+    return jax.tree_util.tree_map(function, *trees)
+
+
+def _moved(old: Tree, new: Tree, times: float) -> Tree:
+    """Return ``old`` moved ``times`` as far as ``new`` is from it; integers as they are."""
+
+    def leaf(was: Any, now: Any) -> Any:
+        if not jnp.issubdtype(jnp.asarray(now).dtype, jnp.floating):
+            return now
+        return (was + times * (now - was)).astype(now.dtype)
+
+    return _map(leaf, old, new)
+
+
+def _initial(statistics: Tree) -> Tree:
+    """Return statistics as a fresh model has them: variances one, all else zero."""
+
+    def leaf(path: Any, value: Any) -> Any:
+        name = str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
+        return jnp.ones_like(value) if name == "var" else jnp.zeros_like(value)
+
+    return jax.tree_util.tree_map_with_path(leaf, statistics)
+
+
+# A change of a part: (old part, new part, the part after the same step from another one) -> part.
+
+
+@_fault("new_statistics_dropped", "batch_stats")
+def statistics_dropped(old: Tree, new: Tree, again: Again) -> Tree:
+    """The new running statistics are not carried on."""
+    return old
+
+
+@_fault("statistics_reinitialised", "batch_stats")
+def statistics_reset(old: Tree, new: Tree, again: Again) -> Tree:
+    """Every step starts its moving average from a fresh model's statistics."""
+    return again(_initial(old))
+
+
+@_fault("ema_applied_twice", "batch_stats")
+def statistics_folded_twice(old: Tree, new: Tree, again: Again) -> Tree:
+    """Every batch is folded into the statistics twice."""
+    return again(new)
+
+
+@_fault("momentum_reversed", "batch_stats")
+def statistics_forget_ten_times_as_fast(old: Tree, new: Tree, again: Again) -> Tree:
+    """The statistics move ten times as far as they should: 0.9 in the place of 0.99."""
+    return _moved(old, new, 10.0)
+
+
+@_fault("statistics_in_low_precision", "batch_stats")
+def statistics_rounded_to_bfloat16(old: Tree, new: Tree, again: Again) -> Tree:
+    """The statistics lose all digits but the first two or three."""
+    return _map(lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype), new)
+
+
+@_fault("update_dropped", "params")
+def update_dropped(old: Tree, new: Tree, again: Again) -> Tree:
+    """The params stay as they were."""
+    return old
+
+
+@_fault("wrong_sign", "params")
+def update_negated(old: Tree, new: Tree, again: Again) -> Tree:
+    """The params move up the gradient."""
+    return _moved(old, new, -1.0)
+
+
+@_fault("update_applied_twice", "params")
+def update_doubled(old: Tree, new: Tree, again: Again) -> Tree:
+    """The params move twice as far as they should."""
+    return _moved(old, new, 2.0)
+
+
+@_fault("learning_rate_ignored", "params")
+def update_a_hundredth(old: Tree, new: Tree, again: Again) -> Tree:
+    """The params move by a hundredth of the update, as by another learning rate."""
+    return _moved(old, new, 0.01)
+
+
+@_fault("wrong_gradient", "params")
+def first_leaf_frozen(old: Tree, new: Tree, again: Again) -> Tree:
+    """One leaf of the params is not trained."""
+    leaves, structure = jax.tree_util.tree_flatten(new)
+    first = jax.tree_util.tree_leaves(old)[0]
+    return jax.tree_util.tree_unflatten(structure, [first, *leaves[1:]])
+
+
+@_fault("decay_outside_the_learning_rate", "params")
+def params_decay(old: Tree, new: Tree, again: Again) -> Tree:
+    """All params shrink by a thousandth in each step."""
+    return _map(lambda leaf: (leaf * 0.999).astype(leaf.dtype), new)
+
+
+@_fault("old_optimizer_state_kept", "opt_state")
+def optimizer_state_dropped(old: Tree, new: Tree, again: Again) -> Tree:
+    """The optimizer's new state is not carried on."""
+    return old
+
+
+@_fault("optimizer_reinitialised", "opt_state")
+def optimizer_state_zeroed(old: Tree, new: Tree, again: Again) -> Tree:
+    """The optimizer's state is all zeros after each step."""
+    return _map(lambda leaf: leaf * 0, new)
+
+
+# A change of the reported loss.
+
+
+@_fault("sum_instead_of_mean", "loss")
+def loss_doubled(loss: Any) -> Any:
+    """The reported loss is twice the loss."""
+    return loss * 2
+
+
+@_fault("gradient_of_another_loss", "loss")
+def loss_is_zero(loss: Any) -> Any:
+    """The reported loss is zero."""
+    return loss * 0
+
+
+# A change of the statistics or params that an evaluation is given, or of its result.
+
+
+@_fault("eval_of_stale_state", "evaluation")
+def evaluates_initial_statistics(state: Any) -> Any:
+    """Evaluation uses a fresh model's statistics."""
+    return put(state, batch_stats=_initial(get(state, "batch_stats")))
+
+
+@_fault("eval_of_stale_state", "evaluation")
+def evaluates_halved_params(state: Any) -> Any:
+    """Evaluation uses other params than the trained ones."""
+    return put(state, params=_map(lambda leaf: leaf * 0.5, get(state, "params")))
+
+
+def get(state: Any, part: str) -> Any:
+    """Return a part of anything state-like: an attribute or an entry of that name."""
+    return state[part] if isinstance(state, Mapping) else getattr(state, part)
+
+
+def put(state: Any, **changes: Any) -> Any:
+    """Return a state-like value with parts replaced, whatever its kind of copy-with-changes."""
+    if isinstance(state, Mapping):
+        return {**state, **changes}
+    if hasattr(state, "_replace"):
+        return state._replace(**changes)
+    return state.replace(**changes) if hasattr(state, "replace") else replace(state, **changes)
+
+
+def is_state(value: Any) -> bool:
+    """Return whether ``value`` holds params and running statistics by these names."""
+    if isinstance(value, Mapping):
+        return {"params", "batch_stats"} <= set(value)
+    return hasattr(value, "params") and hasattr(value, "batch_stats")
+
+
+def faulty(value: Any, fault: Transplant, touched: Touched) -> Any:
+    """Return ``value`` with a fault in it.
+
+    Args:
+        value: a Subject, a function that makes one, a training step that takes and returns a
+            state, an evaluation that takes one, or a function that returns a loss.
+        fault: what is to be wrong.
+        touched: called whenever the fault has something to change.
+    """
+    if isinstance(value, Subject):
+        return replace(
+            value,
+            step=_step(value.step, fault, touched),
+            evaluate=_step(value.evaluate, fault, touched),
+            solution=None,
+        )
+    return _step(value, fault, touched)
+
+
+def _step(function: Callable[..., Any], fault: Transplant, touched: Touched) -> Any:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        index = next((i for i, value in enumerate(args) if is_state(value)), None)
+        if index is None:
+            result = function(*args, **kwargs)
+            return faulty(result, fault, touched) if isinstance(result, Subject) else result
+
+        def call(state: Any) -> Any:
+            given = _kept(state)  # the step may donate, and so delete, what it is given
+            return function(*args[:index], given, *args[index + 1 :], **kwargs)
+
+        old = args[index]
+        result = call(old)
+        if _state_in(result) is None:
+            return _evaluation(result, old, call, fault, touched)
+        return _training(result, old, call, fault, touched)
+
+    return wrapped
+
+
+def _kept(state: Any) -> Any:
+    return _map(lambda leaf: jnp.array(leaf, copy=True) if hasattr(leaf, "dtype") else leaf, state)
+
+
+def _state_in(result: Any) -> Any:
+    if is_state(result):
+        return result
+    inside = result if isinstance(result, tuple | list) else ()
+    return next((each for each in inside if is_state(each)), None)
+
+
+def _training(result: Any, old: Any, call: Again, fault: Transplant, touched: Touched) -> Any:
+    new = _state_in(result)
+    if fault.part in PARTS:
+        part = fault.part
+        if not jax.tree_util.tree_leaves(get(new, part)):
+            return result
+
+        def again(other: Any) -> Any:
+            return get(_state_in(call(put(old, **{part: other}))), part)
+
+        changed = put(new, **{part: fault.change(get(old, part), get(new, part), again)})
+        touched()
+        return _replaced(result, new, changed)
+    if fault.part == "loss" and result is not new:
+        touched()
+        return _rebuilt(result, lambda each: each if each is new else _scaled(each, fault.change))
+    return result
+
+
+def _evaluation(result: Any, old: Any, call: Again, fault: Transplant, touched: Touched) -> Any:
+    if fault.part != "evaluation":
+        return result
+    touched()
+    return call(fault.change(old))
+
+
+def _replaced(result: Any, new: Any, changed: Any) -> Any:
+    if result is new:
+        return changed
+    return _rebuilt(result, lambda each: changed if each is new else each)
+
+
+def _rebuilt(result: Any, function: Callable[[Any], Any]) -> Any:
+    parts = [function(each) for each in result]
+    return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+
+
+def _scaled(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return ``value`` with its loss changed: itself, its field or its entry of that name."""
+    if isinstance(value, Mapping):
+        return {**value, "loss": change(value["loss"])} if "loss" in value else value
+    if hasattr(value, "_replace") and hasattr(value, "loss"):
+        return value._replace(loss=change(value.loss))
+    return change(value) if getattr(value, "size", 0) == 1 else value
