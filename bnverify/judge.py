@@ -145,11 +145,12 @@ class Judge:
             return {}
         needs = {need for law in laws for need in law.needs}
         if "noise" in needs:
-            rounded = self._noise(t.before, t.case)
-            t = t._replace(exact=rounded.exact, noise=rounded.noise)
+            known = self._noise(t.before, t.case, slope="directional_derivative" in needs)
+            facts = {**t.facts, "direction": known.direction, "directional_derivative": known.slope}
+            t = t._replace(exact=known.exact, noise=known.noise, facts=facts)
         if "doubled_noise" in needs:
-            rounded = self._noise(t.before, double_batch(t.case))
-            t = t._replace(facts={**t.facts, "doubled_noise": rounded.noise})
+            doubled = self._noise(t.before, double_batch(t.case))
+            t = t._replace(facts={**t.facts, "doubled_noise": doubled.noise})
         key = (names, tuple(self._facts.items()), self._subject.oracle, self._optimise)
         if key not in _PROGRAMS:
             _PROGRAMS[key] = Compiled(jax.vmap(self._program(laws)), optimise=self._optimise)

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from bnverify import compat
 from bnverify.case import Case
 from bnverify.compiled import Compiled
-from bnverify.jaxpr.rounding import Rounded, rounding
-from bnverify.lazy import jax
-from bnverify.subject import State, Subject
+from bnverify.jaxpr import trace
+from bnverify.jaxpr.rounding import rounding
+from bnverify.jaxpr.slope import directional_derivative
+from bnverify.lazy import jax, jnp
+from bnverify.subject import State, Subject, Tree
 from bnverify.transition import Outcome
+
+
+class Known(NamedTuple):
+    """What float64 tells of one step and evaluation.
+
+    Attributes:
+        exact: the outcome without rounding.
+        noise: like ``exact``: how far rounding may move each value.
+        direction: a tree like params; None where the subject shows no loss.
+        slope: (value, allowed error, whether it is known) of the loss along ``direction``.
+    """
+
+    exact: Any
+    noise: Any
+    direction: Any = None
+    slope: Any = None
 
 
 class Noise:
@@ -26,27 +46,56 @@ class Noise:
         self._optimise = optimise
         self._programs: dict[Any, Compiled] = {}
 
-    def __call__(self, before: State, case: Case) -> Rounded:
+    def __call__(self, before: State, case: Case, *, slope: bool = False) -> Known:
         """Return the exact outcomes of one step and evaluation, and the noise around them.
 
         Args:
             before: stacked states.
             case: stacked cases.
+            slope: whether the slope of the loss is asked for too.
         """
-        key = jax.tree_util.tree_structure(before), case.x.shape
+        key = jax.tree_util.tree_structure(before), case.x.shape, slope
         if key not in self._programs:
-            self._programs[key] = self._program(before, case)
+            self._programs[key] = self._program(before, case, slope=slope)
         with compat.enable_x64():
-            rounded: Rounded = self._programs[key](before, case)
-        return rounded
+            known: Known = self._programs[key](before, case)
+        return known
 
-    def _program(self, before: State, case: Case) -> Compiled:
+    def _program(self, before: State, case: Case, *, slope: bool) -> Compiled:
         def run(before: State, case: Case) -> Outcome:
             after, info = self._subject.step(before, case.x, case.y, case.lr)
             return Outcome(after, info, self._subject.evaluate(after, case.x, case.y))
 
+        def loss(params: Tree, before: State, case: Case) -> Any:
+            return run(before._replace(params=params), case).info.loss
+
+        # Traced here, while 64-bit types are off.
         abstract = jax.tree_util.tree_map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (before, case)
         )
-        evaluate = rounding(run, *abstract).evaluate  # traced here, while 64-bit types are off
+        step = rounding(run, *abstract)
+        slope = slope and step.program.out.info.loss is not None
+        of_loss = trace(loss, abstract[0].params, *abstract) if slope else None
+
+        def evaluate(before: State, case: Case) -> Known:
+            rounded = step.evaluate(before, case)
+            known = Known(rounded.exact, rounded.noise)
+            if of_loss is None:
+                return known
+            direction = some_direction(before.params)
+            at, noise = known.exact.info.loss, known.noise.info.loss
+            args = (before.params, before, case)
+            found = directional_derivative(of_loss, args, direction, at, noise)
+            return known._replace(direction=direction, slope=tuple(found))
+
         return Compiled(jax.vmap(evaluate), optimise=self._optimise)
+
+
+def some_direction(params: Tree) -> Tree:
+    """Return a tree like ``params``, in which every element counts: signs and sizes at random."""
+    leaves, structure = jax.tree_util.tree_flatten(params)
+    rng = np.random.default_rng(0)
+    drawn = [
+        rng.uniform(0.5, 1, leaf.shape) * rng.choice([-1.0, 1.0], leaf.shape) for leaf in leaves
+    ]
+    return jax.tree_util.tree_unflatten(structure, [jnp.asarray(values) for values in drawn])

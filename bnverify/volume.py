@@ -19,7 +19,14 @@ from bnverify.transition import EVALS, LATER_RERUNS, RERUNS, Calls, Outcome, obs
 NEEDS = frozenset(
     [f"step:{name}" for name in (*RERUNS, *LATER_RERUNS, "shifted_bias")]
     + [f"eval:{name}" for name in (*EVALS, "rows")]
-    + ["expected_update", "layer_inputs", "after_eval", "noise", "doubled_noise"]
+    + [
+        "expected_update",
+        "layer_inputs",
+        "after_eval",
+        "noise",
+        "doubled_noise",
+        "directional_derivative",
+    ]
 )
 """What laws can ask of a stacked run; the rest takes single calls."""
 

@@ -61,4 +61,4 @@ def reordered(
     draw[0] = 0
     shape = (rows, *[1] * max(len(aval.shape) - 1, 0), *([last] if aval.shape else []))
     error = unit * arithmetic.growth(eqn) * draw.reshape(shape) * magnitude
-    return Value(output.array + error, rows=True)
+    return output._replace(array=output.array + error)

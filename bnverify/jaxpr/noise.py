@@ -240,13 +240,17 @@ class Rows:
             for value, var in zip(outputs, eqn.outvars, strict=True)
         ]
         if len(rounded) == 1:
-            params = widen_params(eqn.params)
-            rounded = [reordered(eqn, inputs, rounded[0], self._apply, params, self._points)]
+            rounded = [self.reorder(eqn, inputs, rounded[0])]
         exactly = self._exactly(eqn, inputs)
         if exactly is not None:
             kept = jnp.where(exactly, self.spread(outputs[0]), rounded[0].array)
             return [Value(kept, rows=True)]
         return rounded
+
+    def reorder(self, eqn: Any, inputs: Sequence[Value], output: Value) -> Value:
+        """Return a sum with the error that another order of its terms would make."""
+        params = widen_params(eqn.params)
+        return reordered(eqn, inputs, output, self._apply, params, self._points)
 
     def _round_terms(self, value: Value, dtype: Any, eqn: Any) -> Value:
         """Round the terms of a sum as its partial sums are: where terms cancel, it shows."""

@@ -56,6 +56,11 @@ class _Points(Rows):
         del dtype, growth
         return value
 
+    def reorder(self, eqn: Any, inputs: Sequence[Value], output: Value) -> Value:
+        """Leave ``output`` as it is."""
+        del eqn, inputs
+        return output
+
     def _at_kink(self, eqn: Any, inputs: Sequence[Value]) -> Value | None:
         """Return an equation that may take either of two sides; None where it is another."""
         name = eqn.primitive.name

@@ -6,6 +6,7 @@ from typing import Any
 
 from bnverify.laws.law import law
 from bnverify.laws.residuals import (
+    UNDERFLOW,
     all_finite,
     residual,
     same,
@@ -143,26 +144,20 @@ def training_loss_equals_the_hand_derivation(t: Transition) -> Any:
     source="central difference of the step's own loss in float64",
 )
 def gradients_are_gradients_of_the_loss(t: Transition) -> Any:
-    """Along a direction, the gradient is the slope of the loss that the step reports."""
+    """Along a direction, the gradient is the slope of the loss that the step reports.
+
+    Allowed: what truncation and float64 leave in the slope, and the rounding of each gradient.
+    """
     slope, allowed, usable = t.facts["directional_derivative"]
-    direction = t.facts["direction"]
-    along = sum(
-        jnp.sum(wide(g) * wide(v))
-        for g, v in zip(
-            jax.tree_util.tree_leaves(t.info.grads),
-            jax.tree_util.tree_leaves(direction),
-            strict=True,
-        )
-    )
-    noise = sum(
-        jnp.sum(wide(n) * jnp.abs(wide(v)))
-        for n, v in zip(
-            jax.tree_util.tree_leaves(t.noise.info.grads),
-            jax.tree_util.tree_leaves(direction),
-            strict=True,
-        )
-    )
-    return when(usable, residual(along, slope, allowed + noise))
+    leaves, structure = jax.tree_util.tree_flatten(t.facts["direction"])
+    grads, found = jax.tree_util.tree_flatten(t.info.grads)
+    if found != structure:
+        return jnp.asarray(jnp.inf)  # a gradient of something else than params
+    noises = jax.tree_util.tree_leaves(t.noise.info.grads)
+    along = sum(jnp.sum(wide(g) * wide(v)) for g, v in zip(grads, leaves, strict=True))
+    noise = sum(jnp.sum(wide(n) * jnp.abs(wide(v))) for n, v in zip(noises, leaves, strict=True))
+    floor = UNDERFLOW * smallest(t.info.loss)
+    return when(usable, residual(along, slope, allowed + noise + floor))
 
 
 @law(
