@@ -9,6 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bnverify.adapters.linen import linen as linen
+    from bnverify.adapters.nnx import nnx as nnx
+    from bnverify.adapters.solution import solution as solution
+    from bnverify.adapters.train_state import train_state as train_state
     from bnverify.case import Case as Case
     from bnverify.case import Domain as Domain
     from bnverify.case import InvalidCase as InvalidCase
@@ -52,9 +56,13 @@ _HOME = {
     "check_life": "machine",
     "check_parallel": "parallel",
     "life": "machine",
+    "linen": "adapters.linen",
     "load": "target",
+    "nnx": "adapters.nnx",
     "replay": "counterexample",
+    "solution": "adapters.solution",
     "suite": "pytest_suite",
+    "train_state": "adapters.train_state",
     "train_step": "reference",
     "verify": "engine",
 }
