@@ -120,8 +120,8 @@ def _running_user_code(source: str, run: Callable[[], T]) -> T:
     """Return ``run()``; whatever it raises becomes a TargetError with the user's line."""
     try:
         return run()
-    except Unusable:
-        raise
+    except Unusable as error:  # an adapter has explained it already
+        raise TargetError(str(error)) from None
     except SystemExit as error:
         raise TargetError(f"{source} exits with {error.code!r} when imported") from None
     except ModuleNotFoundError as error:
@@ -169,7 +169,9 @@ def _subject(value: Any, target: str) -> Subject:
     except (TypeError, ValueError):  # some builtins have none
         raise TargetError(f"{target} has no signature to read; wrap it in a function") from None
     if probe.accepts(signature, *SOLUTION) and not probe.accepts(signature):
-        return _wrap_solution(value, target)
+        from bnverify.adapters.solution import solution
+
+        return _running_user_code(target, lambda: solution(value))
     if not probe.accepts(signature):
         raise TargetError(
             f"{target}{signature} is called neither without arguments, to return a "
@@ -178,19 +180,6 @@ def _subject(value: Any, target: str) -> Subject:
     made = _running_user_code(target, value)
     if not isinstance(made, Subject):
         raise TargetError(f"{target}() returned {probe.described(made)}, not a bnverify.Subject")
-    return made
-
-
-def _wrap_solution(function: Callable[..., Any], target: str) -> Subject:
-    try:
-        solution = importlib.import_module("bnverify.adapters.solution").solution
-    except ModuleNotFoundError:
-        raise TargetError(
-            f"{target} is one function of ({', '.join(SOLUTION)}), which this version cannot "
-            "take apart: make a bnverify.Subject of it"
-        ) from None
-    made = _running_user_code(target, lambda: solution(function))
-    assert isinstance(made, Subject)
     return made
 
 

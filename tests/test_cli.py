@@ -89,6 +89,7 @@ UNUSABLE = {
     "check --profile slow": "invalid choice: 'slow'",
     "check --seed x": "argument --seed: invalid",
     "check --seed -1": "argument --seed: must be at least 0, got -1",
+    "check --time-limit nan": "argument --time-limit: must be more than 0 seconds, got nan",
     "check --time-limit 0": "argument --time-limit: must be more than 0 seconds, got 0",
     "check --shard 3/2": "a shard is K/N with K in 1 to N, got '3/2'",
     "check --shard 60/60 --select update": "no law is left to check",
@@ -235,6 +236,20 @@ def test_json_has_the_documented_fields(run: Run, tmp_path: Path) -> None:
     for result in data["results"]:
         assert set(law_fields) <= set(result)
     assert [result["law"] for result in data["results"]] == list(LAWS)
+
+
+def test_a_disk_that_is_full_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could be written before the check, and cannot after it, is one line too."""
+
+    def write(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bnverify.upgrade.atomic_file.write", write)
+    status, _, err = run("check", "--proofs", "--select", "structure", "--json", "x.json")
+    assert (status, err) == (
+        2,
+        "bnverify: --json x.json cannot be written: No space left on device\n",
+    )
 
 
 def test_json_on_standard_output_is_json_alone(run: Run) -> None:

@@ -43,6 +43,15 @@ number = 3
 def two_arguments(a, b):
     return subject
 
+def function(seed, x_batch, y_batch, lr):
+    return jnp.mean(x_batch).reshape(1)
+
+def function_of_none(seed, x_batch, y_batch, lr):
+    return None
+
+def forgetful_function(seed, x_batch, y_batch, lr):
+    forgetful(None, x_batch, y_batch, lr)
+
 def makes_a_number():
     return 3
 
@@ -129,6 +138,13 @@ def test_a_target_names_a_subject(here: Path, target: str) -> None:
     assert load(target).name == "mine"
 
 
+def test_a_function_like_the_reference_is_a_subject(here: Path) -> None:
+    """One function of seed, batch and learning rate is wrapped into a Subject."""
+    subject = load("steps.py:function")
+    assert subject.name == "function"
+    assert subject.solution is not None
+
+
 @pytest.mark.parametrize("name", ["does_not_trace", "takes_24", "two_features"])
 def test_only_what_cannot_be_verified_is_refused(here: Path, name: str) -> None:
     """Code that does not trace, or takes some sizes only, is left to the laws."""
@@ -188,6 +204,8 @@ REFUSED = {
     "steps.py:holds_text": "init returns a State whose params holds a value of type str",
     "steps.py:evaluates_to_none": "evaluate must return an array of shape (1,), got None",
     "steps.py:raises_in_step": "usually batch_stats was not declared mutable. Mend: model.apply",
+    "steps.py:function_of_none": "must return an array of shape (1,), got None",
+    "steps.py:forgetful_function": "usually batch_stats was not declared mutable. Mend: model.apply",
     "builtins:iter": "has no signature to read",
 }
 
