@@ -76,7 +76,7 @@ class OldAdamStateKept(WithAdam):
         return new._replace(opt_state=old.opt_state)
 
 
-@fault(mistake="old_optimizer_state_kept")
+@fault(mistake="old_optimizer_state_kept", minimal=(2, 1))
 class OldOptimizerStateOfKernels(WithAdam):
     """The optimizer's state of the matrices stays old, that of the vectors goes on."""
 
@@ -98,7 +98,7 @@ class OptimizerReinitialised(WithMomentum):
         return super().update(grads, state._replace(opt_state=fresh), lr)
 
 
-@fault(mistake="statistics_from_another_batch")
+@fault(mistake="statistics_from_another_batch", minimal=(2, 1))
 class StatisticsOfTheUpdatedParams(CanonicalStep):
     """The statistics come from a second pass, made with the params after the update."""
 

@@ -110,7 +110,7 @@ class EvalIgnoresTheRunningVariance(HandwrittenNorm):
         return running[0], jnp.ones_like(running[1])
 
 
-@fault(mistake="eval_of_stale_state")
+@fault(mistake="eval_of_stale_state", minimal=(2, 1))
 class EvalIgnoresTheScale(HandwrittenNorm):
     """Evaluation leaves the layer's trained scale out."""
 
@@ -222,7 +222,7 @@ class EvalReversesTheTargets(EvaluationError):
         return self.error(preds, y[::-1]).reshape(1)
 
 
-@fault(mistake="eval_in_train_mode", minimal=(2, 1))
+@fault(mistake="eval_in_train_mode")
 class EvalStandardisesItsBatch(CanonicalStep):
     """Evaluation, unlike training, first takes the mean of its batch off the features."""
 

@@ -122,7 +122,7 @@ class UpdatesReportedAsGradients(CanonicalStep):
         return StepInfo(loss, mapped(lambda slope: slope / 2, grads))
 
 
-@fault(mistake="wrong_gradient")
+@fault(mistake="wrong_gradient", minimal=(2, 1))
 class MomentsHeldConstant(HandwrittenNorm):
     """No gradient flows through the batch's moments."""
 
@@ -131,7 +131,7 @@ class MomentsHeldConstant(HandwrittenNorm):
         return jax.lax.stop_gradient(batch)  # type: ignore[no-any-return]
 
 
-@fault(mistake="wrong_gradient")
+@fault(mistake="wrong_gradient", minimal=(2, 1))
 class MeanHeldConstant(HandwrittenNorm):
     """No gradient flows through the batch's mean, so the bias before it seems to matter."""
 
@@ -163,7 +163,7 @@ class BackboneFrozen(CanonicalStep):
         return result, edited(grads, "Dense_0/kernel", jnp.zeros_like)
 
 
-@fault(mistake="wrong_gradient")
+@fault(mistake="wrong_gradient", minimal=(2, 1))
 class GradientsOfScaleAndBiasSwapped(CanonicalStep):
     """The normalisation's scale gets the gradient of its bias, and the other way round."""
 

@@ -31,7 +31,7 @@ class EpsilonForgottenInTraining(HandwrittenNorm):
         return jax.lax.rsqrt(var) if train else super().inverse_deviation(var, train, layer)
 
 
-@fault(mistake="division_by_zero_variance", minimal=(2, 1))
+@fault(mistake="division_by_zero_variance")
 class EpsilonOfEvaluationIsAHundredth(HandwrittenNorm):
     """Training adds 0.00001 to the variance, evaluation 0.01."""
 
@@ -40,7 +40,7 @@ class EpsilonOfEvaluationIsAHundredth(HandwrittenNorm):
         return jax.lax.rsqrt(var + (self.epsilon if train else 1e-2))
 
 
-@fault(mistake="division_by_zero_variance", minimal=(2, 1))
+@fault(mistake="division_by_zero_variance")
 class EpsilonOutsideTheRootInEvaluation(HandwrittenNorm):
     """Evaluation adds epsilon to the deviation, training to the variance."""
 
@@ -135,7 +135,7 @@ class MeanNotSubtractedInTraining(HandwrittenNorm):
         return jnp.zeros_like(batch[0]), batch[1]
 
 
-@fault(mistake="wrong_gradient")
+@fault(mistake="wrong_gradient", minimal=(2, 1))
 class BiasBeforeScale(HandwrittenNorm):
     """In training the bias is added before the scale is applied."""
 
@@ -147,7 +147,7 @@ class BiasBeforeScale(HandwrittenNorm):
         )
 
 
-@fault(mistake="wrong_gradient")
+@fault(mistake="wrong_gradient", minimal=(2, 1))
 class ScaleIgnored(HandwrittenNorm):
     """The layer has a scale and never uses it."""
 
@@ -156,7 +156,7 @@ class ScaleIgnored(HandwrittenNorm):
         return super().standardise(h, moments, (1.0, affine[1]), train, layer)
 
 
-@fault(mistake="statistics_over_the_wrong_axis", minimal=(2, 1))
+@fault(mistake="statistics_over_the_wrong_axis")
 class MomentsOverRowsAndChannels(HandwrittenNorm):
     """In training one mean and one variance normalise all channels; the recorded ones are right."""
 
@@ -177,7 +177,7 @@ class RowsNormalisedInTraining(HandwrittenNorm):
         return super().standardise(h, moments, affine, train, layer)
 
 
-@fault(mistake="statistics_over_the_wrong_axis", minimal=(2, 1))
+@fault(mistake="statistics_over_the_wrong_axis")
 class LastChannelNotNormalised(HandwrittenNorm):
     """In training the last channel is neither centred nor scaled."""
 
@@ -231,11 +231,7 @@ class NormalisedTwice(HandwrittenNorm):
         return out
 
 
-@fault(
-    mistake="rows_treated_unequally",
-    minimal=(2, 1),
-    source="https://github.com/FluxML/Flux.jl/issues/1992",
-)
+@fault(mistake="rows_treated_unequally", source="https://github.com/FluxML/Flux.jl/issues/1992")
 class EachRowWithoutItself(HandwrittenNorm):
     """Every row is centred by the mean of the other rows."""
 

@@ -71,7 +71,7 @@ class LastRowLeftOutOfTheLoss(TrainingError):
 
 
 @fault(
-    mistake="rows_treated_unequally",
+    mistake="mean_of_means",
     minimal=(3, 1),
     source="https://github.com/huggingface/transformers/pull/18458",
 )

@@ -187,7 +187,7 @@ class EvalReadsStatisticsInBfloat16(HandwrittenNorm):
         return rounded(running[0], "bfloat16"), rounded(running[1], "bfloat16")
 
 
-@fault(mistake="rows_treated_unequally", minimal=(2, 1))
+@fault(mistake="rows_treated_unequally")
 class ErrorsAddedUpInBfloat16(TrainingError):
     """The mean of the squared errors is taken in bfloat16, and told in float32."""
 

@@ -124,7 +124,7 @@ class SecondLayersStatisticsRounded(TwoHandwritten):
         return mean, var
 
 
-@fault(mistake="wrong_gradient")
+@fault(mistake="wrong_gradient", minimal=(2, 1))
 class SecondBiasGradientOff(TwoLayers):
     """The gradient of the second layer's bias is off by a thousandth."""
 
@@ -144,7 +144,7 @@ class SecondLayersMomentsHeldConstant(TwoHandwritten):
         return mean, var
 
 
-@fault(mistake="loss_reads_old_statistics")
+@fault(mistake="loss_reads_old_statistics", minimal=(2, 1))
 class SecondLayerUsesOldMoments(TwoHandwritten):
     """In training the second layer is normalised by its old running moments."""
 
@@ -199,7 +199,11 @@ class SecondLayerRecordsTheFirstOnesInput(TwoHandwritten):
         return batch if first is None else first
 
 
-@fault(mistake="update_dropped", source="https://github.com/lightly-ai/lightly/issues/1438")
+@fault(
+    mistake="update_dropped",
+    source="https://github.com/lightly-ai/lightly/issues/1438",
+    minimal=(2, 1),
+)
 class SecondLayersParamsNotUpdated(TwoLayers):
     """Scale and bias of the second layer stay as they were."""
 

@@ -181,9 +181,9 @@ class FeaturesBeyondEightNotTrained(CanonicalStep):
 
 
 @fault(
-    mistake="statistics_not_synchronised",
+    mistake="variances_averaged",
     minimal=(4, 1),
-    source="https://github.com/google/flax/issues/2417",
+    source="https://github.com/tensorflow/tpu/issues/321",
 )
 class FourShardsWhereTheyFit(HandwrittenNorm):
     """Of a batch that fits into four shards, the recorded variance is the mean of theirs."""

@@ -81,7 +81,7 @@ class OldStatisticsOff(SmallFault, HandwrittenNorm):
         return super().fold((self.off(old[0]), self.off(old[1])), batch, layer)
 
 
-@small(mistake="wrong_gradient")
+@small(mistake="wrong_gradient", minimal=(2, 1))
 class OneGradientLeafOff(SmallFault, CanonicalStep):
     """The gradient of the normalisation's bias is a little off."""
 
@@ -175,7 +175,7 @@ class EvalEpsilonOff(SmallFault, HandwrittenNorm):
         return super().inverse_deviation(var, train, layer)
 
 
-@small(mistake="rows_treated_unequally", minimal=(2, 1))
+@small(mistake="rows_treated_unequally")
 class FirstRowOff(SmallFault, CanonicalStep):
     """The first row's error counts a little more than the others'."""
 

@@ -238,7 +238,7 @@ class StatisticsOfTheFirstShard(HandwrittenNorm):
 
 
 @fault(
-    mistake="statistics_not_synchronised",
+    mistake="variances_averaged",
     minimal=(2, 1),
     source="https://github.com/tensorflow/tpu/issues/321",
 )

@@ -134,7 +134,7 @@ class MomentumClearedEverySecondStep(WithAdam):
         return new._replace(opt_state=mapped(cleared, new.opt_state))
 
 
-@fault(mistake="optimizer_reinitialised")
+@fault(mistake="optimizer_reinitialised", minimal=(2, 1))
 class OneMomentumBufferCleared(WithMomentum):
     """The momentum of the normalisation's scale is cleared in each step."""
 
