@@ -8,6 +8,8 @@ Imports no jax: a comparison needs none of the environments compared.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +126,16 @@ def _trees(old: Recorded, new: Recorded) -> Iterator[Difference]:
             ]
             if containers[0] != containers[1] and f"{tree}()" not in seen and tree != "after":
                 seen.add(f"{tree}()")
-                text = f"the containers of {tree} were {containers[0]} and are {containers[1]}"
+                text = f"the containers of {tree} changed: {_containers(*containers)}"
                 yield Difference(kind="structure", subject=subject, leaf=None, text=text)
+
+
+def _containers(old: str | None, new: str | None) -> str:
+    """Return which kinds of container became more or fewer, or that they were arranged otherwise."""
+    then, now = (Counter(re.findall(r"\w+(?=\()", text or "")) for text in (old, new))
+    names = [name for name in {**then, **now} if then[name] != now[name]]
+    counts = ", ".join(f"{name} {then[name]} -> {now[name]}" for name in names)
+    return counts or f"{old} is now {new}"
 
 
 def _leaf_change(before: Any, after: Any) -> tuple[str, Any]:

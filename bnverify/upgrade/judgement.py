@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bnverify.upgrade import policy as policies
+from bnverify.upgrade.difference import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +63,7 @@ class Judgement:
     def headline(self) -> str:
         """Return the verdict in one line."""
         if self.verdict.failing:
-            kinds = sorted({d.kind for d in self.verdict.failing}, key=policies.FAILING.index)
+            kinds = sorted({d.kind for d in self.verdict.failing}, key=KINDS.index)
             count = len(self.verdict.failing)
             return f"{count} difference{'s' if count > 1 else ''} not accepted: {', '.join(kinds)}"
         if self.verdict.exceeded:

@@ -108,17 +108,47 @@ def _problem(recorded: Recorded) -> str:
     for name, kind in _FIELDS.items():
         if type(manifest.get(name)) is not kind:
             return f"its manifest has no {name} that is a {kind.__name__}"
-    for name, most in _MOST.items():
-        size = manifest[name] if isinstance(manifest[name], int) else len(manifest[name])
-        if not 0 <= size <= most:
-            return f"its {name} are {size}, and no recording has more than {most}"
-    if manifest["replays"] and not manifest["shapes"]:
-        return ""  # the target did not run there
+    problem = _badly_told(manifest)
+    if problem or (manifest["replays"] and not manifest["shapes"]):
+        return problem  # without shapes, the target did not run there
     try:
         _check_values(recorded)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return f"its parts do not fit together ({type(error).__name__}: {error})"
     return ""
+
+
+def _badly_told(manifest: Mapping[str, Any]) -> str:
+    """Return which part of the manifest is too large or not of the form that reports rely on."""
+    for name, most in _MOST.items():
+        size = manifest[name] if isinstance(manifest[name], int) else len(manifest[name])
+        if not 0 <= size <= most:
+            return f"its {name} are {size}, and no recording has more than {most}"
+    for name in ("versions", "errors", "laws", "influence", "costs", "notes"):
+        if not _told(name, manifest[name]):
+            return f"its {name} are not what a recording tells"
+    return ""
+
+
+def _told(name: str, value: Any) -> bool:
+    """Return whether a part of the manifest that reports show has the form they rely on."""
+    if name == "notes":
+        return all(type(each) is str for each in value)
+    if name == "influence":
+        matrix = value.get("matrix", {})
+        rows = list(matrix.values()) if type(matrix) is dict else [None]
+        return type(value.get("scope", "")) is str and all(
+            type(row) is list and all(type(each) is str for each in row) for row in rows
+        )
+    if name == "laws":
+        return all(
+            type(each) is dict
+            and type(each.get("status")) is str
+            and ("residual" in each and type(each["residual"]) in {float, int, type(None)})
+            for each in value.values()
+        )
+    kinds = {float, int} if name == "costs" else {str}
+    return all(type(each) in kinds for each in value.values())
 
 
 def _check_values(recorded: Recorded) -> None:

@@ -8,7 +8,7 @@ the cases *and the state before every step* from the old recording: so a changed
 told apart from a changed step, and an error made in one step is not carried into the next. It
 records what its own ``init`` makes of the same seeds beside.
 
-Needs jax, flax, optax and NumPy alone: Python 3.9 and jax 0.4.13 do. Where the laws can run they are
+Needs jax, flax, optax and NumPy alone: Python 3.10 and jax 0.4.13 do. Where the laws can run they are
 recorded too.
 """
 

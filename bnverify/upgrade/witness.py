@@ -148,7 +148,9 @@ def of_value(old: Recorded, new: Recorded, place: Place) -> str | None:
     )
     at = f"{place.leaf}{list(place.element) if place.element else ''}"
     return (
-        f'"""{at} differs from what was recorded."""\n\n'
+        # A literal, not text between quotes: a recording from elsewhere names its own leaves.
+        repr(f"{at} differs from what was recorded.")
+        + "\n\n"
         + _LOAD.format(target=new.manifest["target"])
         + _ARRAYS.format(
             x=_array(case["x"][place.case]),
@@ -188,7 +190,8 @@ def of_draws(
         return None
     mean, variance = (float(row[moment]) for row in old.arrays[f"draws/{leaf}"])
     return (
-        f'"""The initial values of {leaf} are not distributed as was recorded."""\n\n'
+        repr(f"The initial values of {leaf} are not distributed as was recorded.")
+        + "\n\n"
         + _LOAD.format(target=new.manifest["target"])
         + _DRAWS.format(
             shape=tuple(shapes[min(1, len(shapes) - 1)]),

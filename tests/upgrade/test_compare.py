@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import subprocess
 import sys
@@ -148,6 +149,32 @@ def test_the_witness_fails_where_the_step_differs_and_passes_where_it_does_not(
         assert done.returncode == status, done.stderr
     if "raises" not in altered:
         assert "recorded:" in done.stdout
+
+
+def test_a_leaf_of_a_hostile_name_is_no_code_in_the_witness(record, old):
+    """A recording from elsewhere names its leaves; its script runs only what we wrote."""
+    from bnverify.upgrade import witness
+
+    new = record(old, momentum=0.99)
+    evil = 'batch_stats/mean"""\nraise SystemExit(7)\n"""'
+    rename = {"batch_stats/mean": evil}
+    trees = [
+        {
+            name: {**tree, "leaves": [[rename.get(p, p), *rest] for p, *rest in tree["leaves"]]}
+            for name, tree in trees.items()
+        }
+        for trees in old.manifest["trees"]
+    ]
+    arrays = {name.replace("batch_stats/mean", evil): array for name, array in old.arrays.items()}
+    hostile = [recorded.Recorded({**r.manifest, "trees": trees}, arrays) for r in (old, new)]
+    place = values.Place(0, 0, 0, evil, (0,), 1.0, 2.0, 1e-6, 1e6)
+    for script in (
+        witness.of_value(*hostile, place),
+        witness.of_draws(*hostile, evil, 0, 512, 6.0),
+    ):
+        assert script
+        raised = [node for node in ast.walk(ast.parse(script)) if isinstance(node, ast.Raise)]
+        assert raised == []
 
 
 def test_what_is_no_replay_is_refused(record, old):

@@ -124,6 +124,13 @@ def test_a_manifest_that_lies_about_its_arrays_is_refused(made, tmp_path):
         {"trees": [{"state": {"leaves": [["params/other", "float32", [1]]]}}]},
         {"trees": [7]},
         {"laws": []},
+        {"laws": {"a": {"status": 1, "residual": None}}},
+        {"laws": {"a": {"status": "held"}}},
+        {"influence": {"matrix": {"params": 1}}},
+        {"influence": {"matrix": []}},
+        {"costs": {"run_time": "fast"}},
+        {"versions": {"jax": 1}},
+        {"notes": [1]},
         {"steps": 10**9},
     ):
         recording_file.write(file, {**made.manifest, **change}, made.arrays)
