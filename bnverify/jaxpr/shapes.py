@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # apart. Three also tell whether a parameter's size is affine in D.
 SIZES = (1, 3, 8)
 CONCRETE = (4, 3)
+CORNERS = ((1, 1), (2, 2))
 
 
 class TraceError(Exception):
@@ -69,7 +70,8 @@ class Traces:
     """A subject traced as widely as it allows.
 
     Attributes:
-        runs: together they cover ``scope``.
+        runs: together they cover ``scope``; last those of the smallest sizes on their own, where
+            Python code may take other turns.
         scope: what was quantified over, in words: "every N and D".
         proved: whether the batch size was symbolic, so that ``scope`` speaks of every N (or of
             every multiple). If not, ``runs`` are examples and prove nothing beyond their shapes.
@@ -180,6 +182,20 @@ def _attempts(subject: Any) -> Iterator[tuple[str, Callable[[], tuple[Run, ...]]
         yield scope, partial(_trace_each, subject, size, dims)
 
 
+def _corners(subject: Any) -> Iterator[Run]:
+    """Yield runs at sizes where Python code takes turns that a symbolic size does not show.
+
+    To JAX ``n == 1`` and ``n == d`` are plainly false for symbolic sizes, so a branch on them
+    goes unseen. What is read must hold there too; a size that no trace takes is left out.
+    """
+    for n, d in CORNERS:
+        size = min(subject.features) if subject.features else d
+        try:
+            yield trace_at(subject, n, size)
+        except TraceError:  # running will tell
+            continue
+
+
 def _trace_each(subject: Any, n: Any, dims: Sequence[int]) -> tuple[Run, ...]:
     return tuple(trace_at(subject, n, d) for d in dims)
 
@@ -207,9 +223,11 @@ def trace_subject(subject: Any, concrete: tuple[int, int] = CONCRETE) -> Traces:
     narrowed = ""
     for scope, attempt in _attempts(subject):
         try:
-            return Traces(attempt(), scope, proved=True, narrowed=narrowed)
+            runs = attempt()
         except TraceError as refusal:
             narrowed = narrowed or f"at wider sizes {refusal}"
+        else:
+            return Traces((*runs, *_corners(subject)), scope, proved=True, narrowed=narrowed)
     n, d = concrete[0], (subject.features or concrete[1:])[0]
     run = trace_at(subject, n, d)
     return Traces((run,), f"N = {n}, D = {d} only", proved=False, narrowed=narrowed)

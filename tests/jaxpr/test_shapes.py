@@ -12,6 +12,7 @@ import pytest
 
 from bnverify import reference
 from bnverify.jaxpr import Abstract, TraceError, leaf_names, trace_subject
+from bnverify.jaxpr.shapes import CORNERS
 from bnverify.subject import State, StepInfo, Subject
 
 
@@ -51,7 +52,7 @@ def test_the_reference_is_traced_for_every_batch_size():
     else:
         assert traces.scope == "every N, D in (1, 3, 8)"
         assert "init does not trace" in traces.narrowed
-    assert len(traces.runs) == (1 if takes_symbolic_features() else 3)
+    assert len(traces.runs) == (1 if takes_symbolic_features() else 3) + len(CORNERS)
 
 
 def test_the_structure_of_the_reference():
@@ -170,3 +171,16 @@ def test_leaf_names_are_paths():
     tree = {"a": (1, {"b": 2}), "c": StepInfo(3, None)}
     assert leaf_names(tree, "t") == ["t/a/0", "t/a/1/b", "t/c/loss"]
     assert leaf_names(1, "t") == ["t"]
+
+
+def test_a_branch_on_a_size_of_one_is_seen():
+    """`n == 1` is false of a symbolic N: the smallest sizes are read on their own."""
+
+    def step(state, x, y, lr):
+        after, info = linear().step(state, x, y, lr)
+        if x.shape[0] == 1:
+            after = after._replace(params={"w": after.params["w"].astype(jnp.bfloat16)})
+        return after, info
+
+    runs = trace_subject(replace(linear(), step=step)).runs
+    assert any(run.after.params["w"].dtype == jnp.bfloat16 for run in runs)
