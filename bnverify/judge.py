@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from bnverify import compat
+from bnverify.case import Case
 from bnverify.compiled import Compiled
 from bnverify.laws import Law
 from bnverify.laws.residuals import wide
 from bnverify.lazy import jax, jnp
 from bnverify.noise import Noise
 from bnverify.subject import Subject
-from bnverify.transition import Transition, double_batch
+from bnverify.transition import Outcome, Transition, double_batch
 
 HIDDEN = {
     "optimizer": "the subject does not show its optimizer",
@@ -147,7 +148,8 @@ class Judge:
         if "noise" in needs:
             known = self._noise(t.before, t.case, slope="directional_derivative" in needs)
             facts = {**t.facts, "direction": known.direction, "directional_derivative": known.slope}
-            t = t._replace(exact=known.exact, noise=known.noise, facts=facts)
+            noise = _unless_faint(t.case, known.noise)
+            t = t._replace(exact=known.exact, noise=noise, facts=facts)
         if "doubled_noise" in needs:
             doubled = self._noise(t.before, double_batch(t.case))
             t = t._replace(facts={**t.facts, "doubled_noise": doubled.noise})
@@ -180,6 +182,28 @@ class Judge:
             return {law.name: law.check(t) for law in laws}
 
         return residuals
+
+
+FAINT = 2.0**-60
+
+
+def _unless_faint(case: Case, noise: Outcome) -> Outcome:
+    """Return ``noise``, infinite for a batch so faint that its squares and slopes underflow.
+
+    Rounding is read as if a value were flushed to zero once; where all of x is below 2^-60 whole
+    chains of values are, and what is left of them is no measure of a step.
+    """
+    largest = np.max(np.abs(case.x), axis=(-2, -1))
+    faint = (largest > 0) & (largest < FAINT)
+    if not faint.any():
+        return noise
+
+    def leaf(value: Any) -> Any:
+        value = np.asarray(value)
+        return np.where(faint.reshape(-1, *[1] * (value.ndim - 1)), np.inf, value)
+
+    masked: Outcome = jax.tree_util.tree_map(leaf, noise)
+    return masked
 
 
 def derivation(oracle: Any, t: Transition) -> Any:

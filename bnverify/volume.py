@@ -14,7 +14,7 @@ from bnverify.lazy import jax
 from bnverify.stacks import stacked_cases
 from bnverify.subject import State, Subject
 from bnverify.tally import Tally, complexity, stack, take
-from bnverify.transition import EVALS, LATER_RERUNS, RERUNS, Calls, Outcome, observe
+from bnverify.transition import EVALS, FEW_ROWS, LATER_RERUNS, RERUNS, Calls, Outcome, observe
 
 NEEDS = frozenset(
     [f"step:{name}" for name in (*RERUNS, *LATER_RERUNS, "shifted_bias")]
@@ -57,14 +57,13 @@ class Volume:
         self.block = judge.block
         self.domain = domain
         self._laws = laws
-        self._needs = {need for law in laws for need in law.needs}
         self._calls = Calls(subject, "stacked", optimise=optimise)
         self._judge = judge
 
     def residuals(self, cases: Case, laws: Sequence[Law] = ()) -> Residuals:
         """Return law name -> residuals, (block,), of stacked cases; of all laws or of some."""
-        chosen = laws or self._laws
-        needs = {need for law in chosen for need in law.needs} if laws else self._needs
+        chosen = [law for law in laws or self._laws if _affordable(law, cases)]
+        needs = {need for law in chosen for need in law.needs}
         return self._judge.residuals(observe(self._calls, cases, needs), chosen)
 
     def outcome(self, before: State, case: Case) -> Outcome:
@@ -114,6 +113,11 @@ class Volume:
                 break
             best = candidates[int(failing[0])]
         return best
+
+
+def _affordable(law: Law, cases: Case) -> bool:
+    """Return whether a law is worth its programs: what doubling shows, it shows on few rows."""
+    return "doubled_noise" not in law.needs or cases.shape[0] <= FEW_ROWS
 
 
 def _overlay(cases: Case, bred: list[Case]) -> Case:
