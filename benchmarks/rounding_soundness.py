@@ -137,11 +137,11 @@ def judge(actual: Any, claimed: Rounded) -> tuple[Any, Any, Any]:
     """Return errors and noises of all numbers, (cases, numbers) each, and the unknown cases."""
     leaves = zip(*(jax.tree_util.tree_leaves(tree) for tree in (actual, *claimed)), strict=True)
     errors, noises, unknown = [], [], []
-    for got, exact, noise, reliable in leaves:
+    for got, exact, noise in leaves:
         count = got.shape[0]
         errors.append(np.abs(np.asarray(got, float) - np.asarray(exact, float)).reshape(count, -1))
         noises.append(np.asarray(noise).reshape(count, -1))
-        unknown.append(~np.asarray(reliable))
+        unknown.append(~np.isfinite(noises[-1]).all(axis=1))
     return np.hstack(errors), np.hstack(noises), np.any(unknown, axis=0)
 
 

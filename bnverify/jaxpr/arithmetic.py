@@ -64,11 +64,6 @@ _EXACT = frozenset(
     }
 )
 
-# Those that move all of a single value.
-MOVES = frozenset(
-    {"broadcast_in_dim", "copy", "expand_dims", "neg", "reshape", "slice", "squeeze", "transpose"}
-)
-
 # Computed by polynomial, table or iteration rather than correctly rounded: a few units in the
 # last place.
 _APPROXIMATE = frozenset(
@@ -106,6 +101,29 @@ _APPROXIMATE = frozenset(
     }
 )
 _APPROXIMATE_UNITS = 4.0
+
+# Makes large or small numbers of moderate ones.
+_SCALING = frozenset(
+    {
+        "conv_general_dilated",
+        "cosh",
+        "cumprod",
+        "cumsum",
+        "div",
+        "dot_general",
+        "exp",
+        "exp2",
+        "expm1",
+        "integer_pow",
+        "mul",
+        "pow",
+        "reduce_prod",
+        "reduce_sum",
+        "reduce_window_sum",
+        "sinh",
+        "square",
+    }
+)
 
 # Step functions of a real number.
 STEPS = frozenset({"argmax", "argmin", "ceil", "floor", "round"})
@@ -184,16 +202,22 @@ def _leaves_digits(eqn: Any, position: int) -> bool:
     return power and (name == "mul" or (name == "div" and position == 1))
 
 
-def is_covered(eqn: Any, fresh: list[bool]) -> bool:
-    """Return whether an equation's own rounding may be left to that of its fresh inputs.
+def faint(dtype: Any) -> float:
+    """Return the magnitude below which values of ``dtype`` may stem from what underflowed.
 
-    A product is no more exact than a factor that was just rounded; a sum, no more than its
-    summands if both were.
+    XLA flushes subnormal numbers of 32 bits to zero, and computes those of 16 in 32 bits.
     """
-    name = eqn.primitive.name
-    if name in {"add", "add_any", "sub"}:
-        return all(fresh)
-    return name in {"div", "integer_pow", "mul", "square"} and any(fresh)
+    info = jnp.finfo(dtype)
+    return float(info.smallest_subnormal if info.nexp < 8 else info.tiny) * 2**16
+
+
+def leaves_range(eqn: Any) -> bool:
+    """Return whether an equation may take values out of a dtype's range that were well in it."""
+    moderate = any(
+        hasattr(atom, "val") and np.ndim(atom.val) == 0 and 1e-3 <= abs(atom.val) <= 1e3
+        for atom in eqn.invars
+    )
+    return eqn.primitive.name in _SCALING and not (moderate and len(eqn.invars) == 2)
 
 
 def pole(eqn: Any) -> int | None:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnverify.jaxpr import arithmetic
 from bnverify.jaxpr.values import Value, is_float
 
 if TYPE_CHECKING:
@@ -55,10 +56,14 @@ _MOVES = frozenset(
 )
 
 
-def in_doubt(distance: Any) -> Any:
-    """Return for each row whether rounding could take it to the other side of 0."""
+def in_doubt(distance: Any, dtype: Any) -> Any:
+    """Return for each row whether rounding could take it to the other side of 0.
+
+    It could, too, where the distance is as small as what underflows, but not 0.
+    """
     exact = distance[:1]
     moved = jnp.where(distance == exact, 0, jnp.abs(distance - exact))  # inf - inf is no move
+    moved = moved + jnp.where(exact == 0, 0, arithmetic.faint(dtype))
     return FLIP * moved > jnp.abs(exact)
 
 
@@ -81,17 +86,17 @@ def aligned(left: Value, right: Value) -> tuple[Any, Any]:
     )
 
 
-def compare(name: str, left: Value, right: Value, seed: int) -> Value:
+def compare(name: str, left: Value, right: Value, dtype: Any, seed: int) -> Value:
     """Return a comparison, by a coin in rows where it is in doubt."""
     one, other = aligned(left, right)
     distance = one - other
     decided = COMPARISONS[name](one, other)
-    taken = jnp.where(in_doubt(distance), coins(distance, seed), decided)
+    taken = jnp.where(in_doubt(distance, dtype), coins(distance, seed), decided)
     lost = jnp.isnan(one) | jnp.isnan(other)
     return Value(jnp.where(lost, jnp.nan, taken.astype(jnp.float64)), rows=True)
 
 
-def extreme(sign: int, left: Value, right: Value) -> Value:
+def extreme(sign: int, left: Value, right: Value, dtype: Any) -> Value:
     """Return max (``sign`` 1) or min (-1); in rows where it is in doubt, what noise makes.
 
     Clipped at a bound without noise, all rows on one side would say the same, and their spread
@@ -103,13 +108,13 @@ def extreme(sign: int, left: Value, right: Value) -> Value:
         return Value(plain, rows=True)
     value, bound = (one, other) if left.rows else (other, one)
     distance = value - bound
-    beyond = in_doubt(distance) & jnp.isfinite(distance)
+    beyond = in_doubt(distance, dtype) & jnp.isfinite(distance)
     return Value(jnp.where(beyond, bound + sign * jnp.abs(distance), plain), rows=True)
 
 
-def signed(value: Value, seed: int) -> Value:
+def signed(value: Value, dtype: Any, seed: int) -> Value:
     """Return a value whose sign counts, negated by a coin in rows where that is in doubt."""
-    flipped = in_doubt(value.array) & coins(value.array, seed)
+    flipped = in_doubt(value.array, dtype) & coins(value.array, seed)
     return Value(jnp.where(flipped, -value.array, value.array), rows=True)
 
 

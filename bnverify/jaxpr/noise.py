@@ -1,17 +1,19 @@
-"""Evaluate a program in float64 several times at once: exactly, and with coarser rounding.
+"""Evaluate a program in float64 several times at once: exactly, and with random rounding.
 
-Every value carries a leading axis of rows: row 0 is the float64 run, each other row a run in
-which every equation's result v is rounded more coarsely than the program's dtype would. The
-rounding is that of two products which float64 cannot hold,
+Every value carries a leading axis of rows. Row 0 is the float64 run. Each other row is a run in
+which every equation's result is multiplied by 1 + e, with e drawn anew for each row, equation
+and element, somewhat larger than a rounding of the program's dtype: one thing that its arithmetic
+could have made of the same numbers. Draws are independent, because compiled arithmetic is no
+function of the values alone: sums are reordered, and a product may be fused into the sum that
+takes it, so that equal terms need not cancel.
 
-    row(v) = ((k + d) w - k w) / (c d),    w = c v,
+What rounding can do:
 
-so each row errs by up to k / d units of float64. k is COARSE times the ratio of the two dtypes'
-units, c and d are near 1; all are drawn for each row and each equation. In row 0, k is 0, c and d
-are 1: it stays exact. So a row is one thing that somewhat worse arithmetic could have made. Like
-rounding itself it depends on the value alone: equal values err equally, and the errors of many
-equal terms add up instead of cancelling. What overflows in the program's dtype has no known
-error. Where values are exact (inputs, and what is only moved about), no rows exist.
+- A result errs by a unit of its dtype; a function that is approximated, by a few.
+- A sum of n terms errs by its partial sums: as many units of it as ``arithmetic.growth`` says,
+  and where terms cancel, as many of each term.
+- What overflows in the program's dtype is infinite in its rows, so that its error is, too.
+- What has no rounding (inputs, and what is only moved about) has no rows.
 
 Random rounding as a probe of stability is due to La Porte and Vignes (CESTAC) and to Parker
 (Monte Carlo arithmetic, 1997).
@@ -19,6 +21,7 @@ Random rounding as a probe of stability is due to La Porte and Vignes (CESTAC) a
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -26,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnverify.jaxpr import arithmetic, kinks, loops
-from bnverify.jaxpr.cancellation import reordered
 from bnverify.jaxpr.interpreter import inner_jaxprs
 from bnverify.jaxpr.values import Value, is_float, widen, widen_params
 
@@ -36,12 +38,9 @@ if TYPE_CHECKING:
     from bnverify.jaxpr.interpreter import Body
 
 ROWS = 12
-COARSE = 1.0
+SIZE = 0.8  # the root mean square of e in units of rounding; that of a real error is near 0.4
 
-_DRAWS = 509  # equations that share a draw are this far apart
-_FEW = 64  # terms of a sum whose own rounding covers that of the partial sums
-_FAINT = 2.0**16  # a value so near to underflow may be made of what was flushed to zero
-_LARGEST = 2.0**51  # k beyond which nothing would be left of a value
+_SMALL = 512  # elements up to which each has its own draw; beyond, each index of each axis
 
 # Their equations carry the combining program, in the program's own dtype: made anew in float64.
 _SCATTERS = {
@@ -75,17 +74,32 @@ class Rows:
     def __init__(self, rows: int = ROWS) -> None:
         self.rows = rows
         self.unknown: set[str] = set()
-        self._draws = 2 ** np.random.default_rng(0).uniform(-0.5, 0.5, (_DRAWS, 1 + rows))
-        self._draws[:, 0] = 0
         self._points = 0
-        self._infinite = False
+
+    def _draw(self, shape: tuple[int, ...]) -> Any:
+        """Return e in units of SIZE, for each row and element of ``shape``; 0 in row 0."""
+        self._points += 1
+        rng = np.random.default_rng(self._points)
+
+        def normal(*axes: int) -> Any:
+            return rng.choice([-1.0, 1.0], axes) * rng.uniform(0.5, 1.5, axes) / 1.0408
+
+        if math.prod(shape) <= _SMALL:
+            draw = normal(1 + self.rows, *shape)
+            draw[0] = 0
+            return draw
+        # Signs that multiply: independent in pairs, and as many numbers as the axes are long.
+        draw = normal(1 + self.rows, *[1] * len(shape))
+        draw[0] = 0
+        for axis, size in enumerate(shape):
+            others = [1] * len(shape)
+            others[axis] = size
+            draw = draw * jnp.asarray(rng.choice([-1.0, 1.0], (1 + self.rows, *others)))
+        return draw
 
     def constant(self, value: Any, aval: Any, /) -> Value:
         """Return a literal or captured array: exact."""
-        wide = widen(value, aval.dtype)
-        if is_float(aval.dtype) and not isinstance(value, jax.core.Tracer):
-            self._infinite |= bool(np.any(np.isinf(np.asarray(value, np.float64))))
-        return Value(wide, rows=False)
+        return Value(widen(value, aval.dtype), rows=False)
 
     def spread(self, value: Value) -> Any:
         """Return an array with its rows, equal ones if it had none."""
@@ -102,30 +116,29 @@ class Rows:
         first = np.arange(1 + self.rows).reshape(-1, *[1] * (array.ndim - 1)) == 0
         return Value(jnp.where(first | known, array, jnp.nan), rows=True)
 
-    def round(self, value: Value, dtype: Any, growth: float = 1.0) -> Value:
-        """Round every row but the first as ``dtype`` does, only ``COARSE * growth`` times worse."""
-        array, info = self.spread(value), jnp.finfo(dtype)
-        draw = self._draws[self._points % _DRAWS]
-        self._points += 1
-        ratio = float(info.eps) / float(np.finfo(np.float64).eps)
-        less = np.minimum(ratio * COARSE * growth * draw, _LARGEST)
-        more = less + np.where(draw > 0, draw / 2, 1)
-        part = more - less  # exactly; d
-        shift = np.where(draw > 0, 1 / (1 + draw), 1)
-        # Scaled so that the products overflow where ``dtype`` does.
-        large = 2.0 ** (1024 - int(info.maxexp))
-        column = (-1, *[1] * (array.ndim - 1))
-        scaled = array * (large * shift).reshape(column)
-        parts = scaled * (more / large).reshape(column) - scaled * (less / large).reshape(column)
-        rounded = parts * (1 / (shift * part)).reshape(column)
-        # What is flushed to zero may lie on either side of a kink there; an exact zero does not.
-        tiny, exact = float(info.tiny), array[:1]
-        faint = (exact != 0) & (jnp.abs(exact) < _FAINT * tiny)
-        signs = np.where(np.arange(array.shape[0]) % 2, tiny, -tiny) * (draw > 0)
-        rounded = jnp.where(faint, rounded + signs.reshape(column), rounded)
-        if self._infinite:  # an infinity that the program asks for, as a mask, is no overflow
-            rounded = jnp.where(jnp.isinf(array), array, rounded)
-        return Value(rounded, rows=True, fresh=True)
+    def round(self, value: Value, dtype: Any, units: float = 1.0) -> Value:
+        """Round every row but the first as ``dtype`` does, ``units`` times over."""
+        array = jnp.asarray(value.array)
+        shape = array.shape[1:] if value.rows else array.shape
+        size = units * SIZE * float(jnp.finfo(dtype).eps) / 2
+        rounded = array * (1 + size * self._draw(shape))
+        if jnp.finfo(dtype).nexp < 8:  # float16: values of every day are subnormal
+            step = float(jnp.finfo(dtype).smallest_subnormal) * units
+            rounded = jnp.where(array == 0, rounded, rounded + step * self._draw(shape))
+        return Value(rounded, rows=True)
+
+    def confine(self, value: Value, dtype: Any) -> Value:
+        """Return ``value`` in the range of ``dtype``: beyond it infinite, below it 0.
+
+        But in row 0, which is exact.
+        """
+        info, column = jnp.finfo(dtype), (1 + self.rows, *[1] * (value.array.ndim - 1))
+        # A quarter, because partial sums may be larger than the sum.
+        largest, least = np.full(column, float(info.max) / 4), np.full(column, float(info.tiny))
+        largest[0], least[0] = np.inf, 0
+        size = jnp.abs(value.array)
+        inner = jnp.where(size < least, 0, value.array)
+        return Value(jnp.where(size > largest, jnp.inf, inner), rows=True)
 
     def _apply(self, eqn: Any, inputs: Sequence[Value], params: dict[str, Any]) -> list[Value]:
         """Return the primitive on every row."""
@@ -183,21 +196,22 @@ class Rows:
     def _at_kink(self, eqn: Any, inputs: Sequence[Value]) -> Value | None:
         """Return an equation that may take either of two sides; None where it is another."""
         name = eqn.primitive.name
+        dtype = eqn.invars[-1].aval.dtype
         if name in kinks.COMPARISONS:
-            return self._compare(name, inputs[0], inputs[1])
+            return self._compare(name, inputs[0], inputs[1], dtype)
         if name in {"max", "min"}:
-            return self._pick(1 if name == "max" else -1, inputs[0], inputs[1])
+            return self._pick(1 if name == "max" else -1, inputs[0], inputs[1], dtype)
         if name == "clamp":
             low, value, high = inputs
-            return self._pick(-1, self._pick(1, value, low), high)
+            return self._pick(-1, self._pick(1, value, low, dtype), high, dtype)
         return None
 
-    def _compare(self, name: str, left: Value, right: Value) -> Value:
+    def _compare(self, name: str, left: Value, right: Value, dtype: Any) -> Value:
         self._points += 1
-        return kinks.compare(name, left, right, self._points)
+        return kinks.compare(name, left, right, dtype, self._points)
 
-    def _pick(self, sign: int, left: Value, right: Value) -> Value:
-        return kinks.extreme(sign, left, right)
+    def _pick(self, sign: int, left: Value, right: Value, dtype: Any) -> Value:
+        return kinks.extreme(sign, left, right, dtype)
 
     def _steady(self, eqn: Any, inputs: Sequence[Value], noisy: list[bool]) -> list[Value]:
         """Return the inputs, made fit for step functions and poles."""
@@ -207,16 +221,16 @@ class Rows:
             ready[0] = kinks.amplified(inputs[0])
         if noisy[0] and name == "sign":
             self._points += 1
-            ready[0] = kinks.signed(inputs[0], self._points)
+            ready[0] = kinks.signed(inputs[0], eqn.invars[0].aval.dtype, self._points)
         if pole is not None and noisy[pole]:
             ready[pole] = kinks.near_pole(inputs[pole])
         return ready
 
     def _arithmetic(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
-        growth, terms = arithmetic.growth(eqn), arithmetic.terms(eqn)
-        if terms > 1:
+        units = arithmetic.growth(eqn)
+        if arithmetic.terms(eqn) > 1:
             inputs = [
-                self._round_terms(value, atom.aval.dtype, eqn)
+                self.round(value, arithmetic.summed_in(atom.aval.dtype, eqn), units)
                 if is_float(atom.aval.dtype)
                 else value
                 for value, atom in zip(inputs, eqn.invars, strict=True)
@@ -225,38 +239,21 @@ class Rows:
             outputs = self._apply(eqn, inputs, widen_params(eqn.params))
         except (NotImplementedError, TypeError):  # no float64 form of it, or no batched one
             return self._give_up(eqn, inputs)
-        fresh = [value.fresh for value in inputs]
         if arithmetic.is_exact(eqn):
-            if eqn.primitive.name in arithmetic.MOVES:
-                return [inputs[0]._replace(array=value.array) for value in outputs]
-            owing = any(value.owing for value in inputs)
-            return [value._replace(owing=owing) for value in outputs]
-        if arithmetic.is_covered(eqn, fresh):
-            return [value._replace(owing=True) for value in outputs]
-        if any(value.owing for value in inputs):
-            growth *= 2**0.5  # one rounding that stands for two
+            return outputs
         rounded = [
-            self.round(value, var.aval.dtype, growth) if is_float(var.aval.dtype) else value
+            self._finish(eqn, value, var.aval.dtype, units) if is_float(var.aval.dtype) else value
             for value, var in zip(outputs, eqn.outvars, strict=True)
         ]
-        if len(rounded) == 1:
-            rounded = [self.reorder(eqn, inputs, rounded[0])]
         exactly = self._exactly(eqn, inputs)
         if exactly is not None:
             kept = jnp.where(exactly, self.spread(outputs[0]), rounded[0].array)
             return [Value(kept, rows=True)]
         return rounded
 
-    def reorder(self, eqn: Any, inputs: Sequence[Value], output: Value) -> Value:
-        """Return a sum with the error that another order of its terms would make."""
-        params = widen_params(eqn.params)
-        return reordered(eqn, inputs, output, self._apply, params, self._points)
-
-    def _round_terms(self, value: Value, dtype: Any, eqn: Any) -> Value:
-        """Round the terms of a sum as its partial sums are: where terms cancel, it shows."""
-        if value.rows and arithmetic.terms(eqn) <= _FEW:
-            return value  # they are rounded enough
-        return self.round(value, arithmetic.summed_in(dtype, eqn), arithmetic.growth(eqn))
+    def _finish(self, eqn: Any, value: Value, dtype: Any, units: float) -> Value:
+        rounded = self.round(value, dtype, units)
+        return self.confine(rounded, dtype) if arithmetic.leaves_range(eqn) else rounded
 
     def _exactly(self, eqn: Any, inputs: Sequence[Value]) -> Any | None:
         """Return where the values themselves spare an equation its rounding; None: nowhere."""

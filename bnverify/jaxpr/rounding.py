@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bnverify.jaxpr import kinks, tracing
+from bnverify.jaxpr import arithmetic, kinks, tracing
 from bnverify.jaxpr.interpreter import read
 from bnverify.jaxpr.noise import ROWS, Rows
 from bnverify.jaxpr.values import Value, is_float, widen
@@ -30,13 +31,15 @@ class Rounded(NamedTuple):
     Attributes:
         exact: the results in float64; integers and booleans as they are.
         noise: like ``exact``: the tolerance of each number, infinite where nothing is known.
-        reliable: like ``exact``, a scalar bool for each leaf: the noise of all its numbers is
-            finite.
     """
 
     exact: Any
     noise: Any
-    reliable: Any
+
+    @property
+    def reliable(self) -> Any:
+        """Return a tree like ``exact``, of scalar bools: all of a leaf's noise is finite."""
+        return jax.tree_util.tree_map(lambda bound: jnp.all(jnp.isfinite(bound)), self.noise)
 
 
 class Rounding:
@@ -74,11 +77,10 @@ class Rounding:
         ]
         self.unknown = frozenset(reading.unknown)
         exact = [value.array[0] if value.rows else jnp.asarray(value.array) for value in outputs]
-        noise = [_noise(value) for value in outputs]
-        reliable = [jnp.all(jnp.isfinite(bound)) for bound in noise]
         treedef = jax.tree_util.tree_structure(self.program.out)
         return Rounded(
-            *(jax.tree_util.tree_unflatten(treedef, t) for t in (exact, noise, reliable))
+            jax.tree_util.tree_unflatten(treedef, exact),
+            jax.tree_util.tree_unflatten(treedef, _noises(outputs, [t.dtype for t in types])),
         )
 
     def _inputs(self, args: Any) -> list[Value]:
@@ -94,15 +96,39 @@ class Rounding:
         ]
 
 
-def _noise(value: Value) -> Any:
-    array = value.array
-    if not value.rows:
-        return jnp.zeros(jnp.shape(array), jnp.float64)
-    if not is_float(array.dtype):
-        return jnp.where(jnp.all(array == array[:1], axis=0), 0.0, jnp.inf)
-    distance = array[1:] - array[:1]
-    # The length of the vector of distances: steadier than their maximum, and never below it, so
-    # that a jump which only one row made counts in full.
+def _noises(values: list[Value], dtypes: list[Any]) -> list[Any]:
+    """Return the noise of each of ``values``, which the program holds in ``dtypes``."""
+    noises = [jnp.zeros(_shape(value), jnp.float64) for value in values]
+    floats = []
+    for number, value in enumerate(values):
+        if value.rows and is_float(value.array.dtype):
+            floats.append(number)
+        elif value.rows:
+            steady = jnp.all(value.array == value.array[:1], axis=0)
+            noises[number] = jnp.where(steady, 0.0, jnp.inf)
+    if not floats:
+        return noises
+    # All numbers in one array: a program of few large steps compiles faster than of many small.
+    arrays = [values[number].array for number in floats]
+    together = jnp.concatenate([array.reshape(array.shape[0], -1) for array in arrays], axis=1)
+    ends = np.cumsum([array[0].size for array in arrays])[:-1]
+    for number, part in zip(floats, jnp.split(_length(together), ends), strict=True):
+        noises[number] = part.reshape(_shape(values[number])) + arithmetic.faint(dtypes[number])
+    return noises
+
+
+def _shape(value: Value) -> tuple[int, ...]:
+    shape: tuple[int, ...] = jnp.shape(value.array)
+    return shape[1:] if value.rows else shape
+
+
+def _length(rows: Any) -> Any:
+    """Return the length of the vector of the rows' distances from the first, times SAFETY.
+
+    It is steadier than the largest distance, and never below it, so that a jump which only one
+    row made counts in full.
+    """
+    distance = rows[1:] - rows[:1]
     noise = SAFETY * jnp.sqrt(jnp.sum(distance * distance, axis=0))
     return jnp.where(jnp.isfinite(noise), noise, jnp.inf)
 

@@ -51,15 +51,15 @@ class Slope(NamedTuple):
 class _Points(Rows):
     """The reading that evaluates all points without rounding; row 0, p, decides for all."""
 
-    def round(self, value: Value, dtype: Any, growth: float = 1.0) -> Value:
+    def round(self, value: Value, dtype: Any, units: float = 1.0) -> Value:
         """Leave ``value`` as it is."""
-        del dtype, growth
+        del dtype, units
         return value
 
-    def reorder(self, eqn: Any, inputs: Sequence[Value], output: Value) -> Value:
-        """Leave ``output`` as it is."""
-        del eqn, inputs
-        return output
+    def confine(self, value: Value, dtype: Any) -> Value:
+        """Leave ``value`` as it is."""
+        del dtype
+        return value
 
     def _at_kink(self, eqn: Any, inputs: Sequence[Value]) -> Value | None:
         """Return an equation that may take either of two sides; None where it is another."""
@@ -72,12 +72,14 @@ class _Points(Rows):
             return _extreme(name, inputs[0].array, tuple(axis + 1 for axis in eqn.params["axes"]))
         return super()._at_kink(eqn, inputs)
 
-    def _compare(self, name: str, left: Value, right: Value) -> Value:
+    def _compare(self, name: str, left: Value, right: Value, dtype: Any) -> Value:
+        del dtype
         one, other = kinks.aligned(left, right)
         decided = kinks.COMPARISONS[name](one, other)[:1].astype(jnp.float64)
         return _off_kink(one - other, decided + jnp.zeros_like(one - other))
 
-    def _pick(self, sign: int, left: Value, right: Value) -> Value:
+    def _pick(self, sign: int, left: Value, right: Value, dtype: Any) -> Value:
+        del dtype
         one, other = kinks.aligned(left, right)
         distance = sign * (one - other)
         return _off_kink(distance, jnp.where(distance[:1] > 0, one, other))

@@ -15,15 +15,10 @@ class Value(NamedTuple):
     Attributes:
         array: with a leading axis where ``rows``: the exact run, then the coarse ones.
         rows: whether rounding has touched it.
-        fresh: whether all of it was rounded just now, so that its rows err by at least one
-            rounding wherever it is not 0.
-        owing: whether its own rounding was left out, to be made up for by the next.
     """
 
     array: Any
     rows: bool
-    fresh: bool = False
-    owing: bool = False
 
 
 def is_float(dtype: Any) -> bool:
