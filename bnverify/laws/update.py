@@ -157,7 +157,8 @@ def gradients_are_gradients_of_the_loss(t: Transition) -> Any:
     along = sum(jnp.sum(wide(g) * wide(v)) for g, v in zip(grads, leaves, strict=True))
     noise = sum(jnp.sum(wide(n) * jnp.abs(wide(v))) for n, v in zip(noises, leaves, strict=True))
     floor = UNDERFLOW * smallest(t.info.loss)
-    return when(usable, residual(along, slope, allowed + noise + floor))
+    known = usable & (allowed <= 0.1 * jnp.abs(slope))  # else it measures nothing
+    return when(known, residual(along, slope, allowed + noise + floor))
 
 
 @law(
