@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import jax
+
 from bnverify.jaxpr.interpreter import called_jaxpr, inner_jaxprs, open_jaxpr
 
 DRAWS = frozenset({"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"})
@@ -47,6 +49,14 @@ def _holds_one_of(eqn: Any, primitives: frozenset[str]) -> bool:
         return True
     bodies = (open_jaxpr(each)[0] for each in inner_jaxprs(eqn))
     return any(_holds_one_of(inner, primitives) for body in bodies for inner in body.eqns)
+
+
+def holds_tracers(jaxpr: Any) -> bool:
+    """Return whether a program closes over a value of some other trace, which cannot be run."""
+    inner, consts = open_jaxpr(jaxpr)
+    if any(isinstance(const, jax.core.Tracer) for const in consts):
+        return True
+    return any(holds_tracers(each) for eqn in inner.eqns for each in inner_jaxprs(eqn))
 
 
 def changed(jaxpr: Any, inputs: int, outputs: int, count: int) -> list[int]:

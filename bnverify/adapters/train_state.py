@@ -17,7 +17,7 @@ from bnverify.adapters.batches import under_axis
 from bnverify.adapters.calls import Caller, caller, plain
 from bnverify.adapters.canonical import INITIAL_RATE, Optimizer, accepted, example_sizes
 from bnverify.adapters.explain import explaining
-from bnverify.adapters.flows import reached
+from bnverify.adapters.flows import holds_tracers, reached
 from bnverify.adapters.layers import Recording
 from bnverify.adapters.linen_layers import Interceptor
 from bnverify.adapters.loops import example, loop_subject
@@ -319,6 +319,8 @@ class _Loop:
         jaxpr = jax.make_jaxpr(lambda s, x, y: self.step(s, x, y, INITIAL_RATE)[1].grads)(
             state, x, y
         )
+        if holds_tracers(jaxpr):
+            raise jax.errors.UnexpectedTracerError("create keeps arrays that it computes")
         return any(reached(jaxpr, {start, start + 1}))
 
     @property

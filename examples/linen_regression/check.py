@@ -1,0 +1,8 @@
+"""What bnverify is told of this project: `bnverify check check.py:subject`."""
+
+import optax
+from model import Regressor, loss
+
+import bnverify
+
+subject = bnverify.linen(Regressor(), optimizer=optax.adam, loss=loss)

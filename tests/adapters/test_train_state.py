@@ -1,0 +1,409 @@
+"""The TrainState adapter: users' loops, run as they are written."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training import dynamic_scale, train_state
+
+from bnverify import reference
+from bnverify.adapters import train_state as adapter
+from bnverify.adapters.explain import SubjectError
+from bnverify.case import Case
+from bnverify.subject import State, Subject
+
+CASE = Case.of(
+    3, np.linspace(-2, 2, 15, dtype=np.float32).reshape(5, 3) ** 3, [1.0, -2.0, 0.5, 3.0, 0.0], 0.1
+)
+adapt = adapter.train_state
+
+
+def one_step(subject: Subject, case: Case = CASE) -> tuple[State, State, Any]:
+    """Return the state before and after a compiled step, and its info."""
+    before = jax.jit(subject.init)(case.seed, case.x)
+    after, info = jax.jit(subject.step)(before, case.x, case.y, case.lr)
+    return before, after, info
+
+
+class TrainState(train_state.TrainState):
+    batch_stats: Any
+
+
+def create(rng: Any, lr: float) -> TrainState:
+    model = reference.Model()
+    variables = model.init(rng, jnp.ones((1, 3)), train=False)
+    return TrainState.create(
+        apply_fn=model.apply,
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        tx=optax.sgd(lr),
+    )
+
+
+def gradients(state: TrainState, batch: Any) -> Any:
+    def loss_fn(params: Any) -> Any:
+        out, updates = state.apply_fn(
+            {"params": params, "batch_stats": state.batch_stats},
+            batch["image"],
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return jnp.mean((out.reshape(-1) - batch["label"]) ** 2), updates
+
+    return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+
+
+def train_step(state: TrainState, batch: Any) -> Any:
+    (loss, updates), grads = gradients(state, batch)
+    state = state.apply_gradients(grads=grads)
+    return state.replace(batch_stats=updates["batch_stats"]), {"loss": loss}
+
+
+def eval_step(state: TrainState, batch: Any) -> Any:
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    out = state.apply_fn(variables, batch["image"], train=False)
+    return {"loss": jnp.mean((out.reshape(-1) - batch["label"]) ** 2)}
+
+
+def assert_is_the_reference_step(subject: Subject, rtol: float = 1e-6) -> None:
+    """Fail unless ``subject`` does what the reference does, from the same initial state."""
+    before, after, info = one_step(subject)
+    _, expected, expected_info = one_step(reference.sgd())
+    for actual, wanted in (
+        (after.params, expected.params),
+        (after.batch_stats, expected.batch_stats),
+        (info.loss, expected_info.loss),
+        (info.grads, expected_info.grads),
+        (
+            subject.evaluate(after, CASE.x, CASE.y),
+            reference.sgd().evaluate(expected, CASE.x, CASE.y),
+        ),
+    ):
+        jax.tree_util.tree_map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=rtol, atol=rtol), actual, wanted
+        )
+    assert jax.tree_util.tree_structure(before) == jax.tree_util.tree_structure(after)
+
+
+def test_a_loop_of_ones_own_is_seen_whole() -> None:
+    """Loss, gradients, statistics and evaluation of the canonical loop are the reference's."""
+    subject = adapt(create, train_step, eval_step, features=3)
+    assert_is_the_reference_step(subject)
+    assert subject.momentum == reference.MOMENTUM
+    assert "lr" in subject.shows
+    assert subject.exempt == {}
+    before, _, info = one_step(subject)
+    assert subject.optimizer is not None
+    updates, _ = subject.optimizer(0.5).update(info.grads, before.opt_state, before.params)
+    kernel = updates["Dense_1"]["kernel"]
+    np.testing.assert_allclose(kernel, -0.5 * info.grads["Dense_1"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [jax.jit, partial(jax.jit, donate_argnums=0), partial(jax.pmap, axis_name="batch")],
+    ids=["jit", "donating", "pmap"],
+)
+def test_compiled_steps_are_looked_into(wrap: Any) -> None:
+    """A compiled step is the same subject; one that donates its state takes nothing from us."""
+    subject = adapt(create, wrap(train_step), wrap(eval_step), features=3)
+    assert_is_the_reference_step(subject)
+    before, _, _ = one_step(subject)
+    for _ in range(2):
+        subject.step(before, CASE.x, CASE.y, CASE.lr)
+    assert subject.layer_inputs is not None
+
+
+def test_an_average_over_devices_runs_as_one_shard() -> None:
+    """The axis of a ``pmap`` is found where JAX says that it is unbound."""
+
+    def averaged(state: TrainState, batch: Any) -> Any:
+        (loss, updates), grads = gradients(state, batch)
+        state = state.apply_gradients(grads=jax.lax.pmean(grads, axis_name="devices"))
+        statistics = jax.lax.pmean(updates["batch_stats"], "devices")
+        return state.replace(batch_stats=statistics), jax.lax.pmean({"loss": loss}, "devices")
+
+    subject = adapt(create, averaged, eval_step, features=3)
+    assert_is_the_reference_step(subject)
+    before, _, _ = one_step(subject)
+    assert subject.layer_inputs is not None
+    shown = subject.layer_inputs(before, CASE.x, CASE.y)
+    assert shown["BatchNorm_0"].value.shape == (5, reference.HIDDEN)
+
+
+def test_parameters_are_filled_by_name() -> None:
+    """A step may take inputs and targets apart, a key, and return the loss alone."""
+
+    def apart(state: TrainState, x: Any, y: Any, dropout_rng: Any) -> Any:
+        state, metrics = train_step(state, {"image": x, "label": y})
+        return metrics["loss"] + 0 * jax.random.normal(dropout_rng), state
+
+    def judge(state: TrainState, x: Any, y: Any) -> Any:
+        return eval_step(state, {"image": x, "label": y})["loss"]
+
+    subject = adapt(create, apart, judge, features=3)
+    assert_is_the_reference_step(subject)
+    before, after, _ = one_step(subject)
+    assert np.any(before.extra["key"] != after.extra["key"])
+
+
+def test_what_cannot_be_told_is_asked_for() -> None:
+    """A parameter whose meaning no name tells is refused, with the lambda to write."""
+
+    def configured(rng: Any, config: Any) -> Any:
+        return create(rng, config.lr)
+
+    with pytest.raises(ValueError, match=r"'config' cannot be told; wrap it, as in lambda key"):
+        adapt(configured, train_step, eval_step)
+
+
+def test_a_loss_is_needed_in_evaluation_only() -> None:
+    """Without a training loss its laws are exempt; without an eval loss there is no subject."""
+
+    def silent(state: TrainState, batch: Any) -> Any:
+        return train_step(state, batch)[0]
+
+    before, after, info = one_step(adapt(create, silent, eval_step, features=3))
+    assert info.loss is None
+    assert np.any(before.params["Dense_0"]["kernel"] != after.params["Dense_0"]["kernel"])
+    with pytest.raises(ValueError, match="eval_step reports no loss"):
+        adapt(create, train_step, lambda state, batch: {"accuracy": 1.0}, features=3)
+
+
+def test_a_loss_by_another_name_is_read() -> None:
+    """A key, or a function of (report, batch), says where the loss is."""
+
+    def renamed(state: TrainState, batch: Any) -> Any:
+        state, metrics = train_step(state, batch)
+        return state, {"train_mse": metrics["loss"]}
+
+    def predictions(state: TrainState, batch: Any) -> Any:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        return state.apply_fn(variables, batch["image"], train=False)
+
+    subject = adapt(
+        create,
+        renamed,
+        predictions,
+        loss="train_mse",
+        eval_loss=lambda out, batch: jnp.mean((out.reshape(-1) - batch["label"]) ** 2),
+        features=3,
+    )
+    assert_is_the_reference_step(subject)
+    with pytest.raises(ValueError, match="reports no 'mse'; it reports the keys 'train_mse'"):
+        adapt(create, renamed, eval_step, loss="mse", features=3)
+
+
+def test_an_eval_step_that_returns_a_state_shows_it() -> None:
+    """What evaluation leaves is known where the step returns it, as Flax's guide does."""
+
+    def both(state: TrainState, batch: Any) -> Any:
+        return state, eval_step(state, batch)
+
+    shown = adapt(create, train_step, both, features=3)
+    assert shown.after_eval is not None
+    _, after, _ = one_step(shown)
+    left = shown.after_eval(after, CASE.x, CASE.y)
+    assert jax.tree_util.tree_all(jax.tree_util.tree_map(np.array_equal, left, after))
+    assert adapt(create, train_step, eval_step, features=3).after_eval is None
+
+
+def test_a_penalty_is_told_from_a_wrong_gradient() -> None:
+    """Weight decay in the loss excuses the law of the gradient; a wrong gradient does not."""
+
+    def penalised(state: TrainState, batch: Any) -> Any:
+        (loss, updates), grads = gradients(state, batch)
+        decay = jax.grad(lambda p: 0.01 * sum(jnp.sum(w**2) for w in jax.tree_util.tree_leaves(p)))
+        grads = jax.tree_util.tree_map(jnp.add, grads, decay(state.params))
+        state = state.apply_gradients(grads=grads)
+        return state.replace(batch_stats=updates["batch_stats"]), {"loss": loss}
+
+    def reversed_step(state: TrainState, batch: Any) -> Any:
+        (loss, updates), grads = gradients(state, batch)
+        state = state.apply_gradients(grads=jax.tree_util.tree_map(jnp.negative, grads))
+        return state.replace(batch_stats=updates["batch_stats"]), {"loss": loss}
+
+    law = "gradients_are_gradients_of_the_loss"
+    assert "penalty" in adapt(create, penalised, eval_step, features=3).exempt[law]
+    assert law not in adapt(create, reversed_step, eval_step, features=3).exempt
+
+
+def test_a_schedule_inside_leaves_no_rate_to_set() -> None:
+    """The step counter goes on in extra, and the laws about the rate are not claimed."""
+
+    def scheduled(rng: Any) -> TrainState:
+        state = create(rng, 0.1)
+        # Arrays in the schedule, as users have them: made while create runs.
+        base = jnp.float32(0.1) * 2
+        tx = optax.sgd(lambda step: base / (1 + step))
+        return state.replace(tx=tx, opt_state=tx.init(state.params))
+
+    subject = adapt(scheduled, train_step, eval_step, features=3)
+    assert "lr" not in subject.shows
+    _, after, info = one_step(subject)
+    assert after.extra["fields"] == {"step": 1}
+    assert info.grads is not None
+
+
+def test_a_rate_kept_in_the_optimizers_state_is_not_set_from_outside() -> None:
+    """``inject_hyperparams`` reads the rate that the state was made with."""
+
+    def injected(rng: Any, lr: float) -> TrainState:
+        state = create(rng, lr)
+        tx = optax.inject_hyperparams(optax.sgd)(learning_rate=lr)
+        return state.replace(tx=tx, opt_state=tx.init(state.params))
+
+    assert "lr" not in adapt(injected, train_step, eval_step, features=3).shows
+
+
+def test_an_optimizer_of_ones_own_choice_can_be_probed() -> None:
+    """A ``create`` that takes the optimizer is run around another one too."""
+
+    def chosen(rng: Any, tx: Any) -> TrainState:
+        state = create(rng, 0.0)
+        return state.replace(tx=tx, opt_state=tx.init(state.params))
+
+    subject = adapt(chosen, train_step, eval_step, features=3)
+    assert_is_the_reference_step(subject)
+    assert subject.with_optimizer is not None
+    probed = subject.with_optimizer(lambda lr: optax.sgd(lr, momentum=0.9))
+    assert jax.tree_util.tree_leaves(one_step(probed)[0].opt_state)
+
+
+def test_a_step_that_looks_into_the_optimizers_state_hides_its_gradients() -> None:
+    """Where gradients cannot be carried out in the optimizer's state, they are not shown."""
+
+    def momentum(rng: Any) -> TrainState:
+        state = create(rng, 0.1)
+        tx = optax.sgd(0.1, momentum=0.9)
+        return state.replace(tx=tx, opt_state=tx.init(state.params))
+
+    def looking(state: TrainState, batch: Any) -> Any:
+        state, metrics = train_step(state, batch)
+        return state, {**metrics, "trace": jnp.sum(state.opt_state[0].trace["Dense_1"]["kernel"])}
+
+    subject = adapt(momentum, looking, eval_step, features=3)
+    _, after, info = one_step(subject)
+    assert info.grads is None
+    assert subject.optimizer is None
+    assert np.any(np.asarray(after.opt_state[0].trace["Dense_1"]["kernel"]) != 0)
+
+
+def test_dynamic_loss_scaling_is_carried() -> None:
+    """The scale goes on in extra, and the gradients shown are the unscaled ones."""
+
+    class Scaled(TrainState):
+        scale: Any
+
+    def scaled(rng: Any, lr: float) -> Scaled:
+        state = create(rng, lr)
+        return Scaled.create(
+            apply_fn=state.apply_fn,
+            params=state.params,
+            batch_stats=state.batch_stats,
+            tx=state.tx,
+            scale=dynamic_scale.DynamicScale(),
+        )
+
+    def step(state: Scaled, batch: Any) -> Any:
+        def loss_fn(params: Any) -> Any:
+            out, updates = state.apply_fn(
+                {"params": params, "batch_stats": state.batch_stats},
+                batch["image"],
+                train=True,
+                mutable=["batch_stats"],
+            )
+            return jnp.mean((out.reshape(-1) - batch["label"]) ** 2), updates
+
+        grad_fn = state.scale.value_and_grad(loss_fn, has_aux=True)
+        scale, finite, (loss, updates), grads = grad_fn(state.params)
+        after = state.apply_gradients(grads=grads)
+        keep = partial(jax.tree_util.tree_map, partial(jnp.where, finite))
+        after = after.replace(
+            params=keep(after.params, state.params),
+            opt_state=keep(after.opt_state, state.opt_state),
+        )
+        return after.replace(batch_stats=updates["batch_stats"], scale=scale), {"loss": loss}
+
+    subject = adapt(scaled, step, eval_step, features=3)
+    assert_is_the_reference_step(subject, rtol=1e-5)
+    before, _, _ = one_step(subject)
+    assert set(before.extra["fields"]) == {"step", "scale"}
+
+
+def test_dropout_is_known_by_what_the_step_draws() -> None:
+    """Where the training step draws random numbers, the laws about rows are exempt."""
+
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, train: bool) -> Any:
+            x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+            return nn.Dense(1)(nn.Dropout(0.5, deterministic=not train)(x))
+
+    def noisy(rng: Any, lr: float) -> TrainState:
+        model = Noisy()
+        variables = model.init(rng, jnp.ones((1, 3)), train=False)
+        return TrainState.create(
+            apply_fn=model.apply,
+            params=variables["params"],
+            batch_stats=variables["batch_stats"],
+            tx=optax.sgd(lr),
+        )
+
+    def step(state: TrainState, batch: Any, rng: Any) -> Any:
+        drawing = state.replace(apply_fn=partial(state.apply_fn, rngs={"dropout": rng}))
+        (loss, updates), grads = gradients(drawing, batch)
+        state = state.apply_gradients(grads=grads)
+        return state.replace(batch_stats=updates["batch_stats"]), {"loss": loss}
+
+    exempt = adapt(noisy, step, eval_step, features=3).exempt
+    assert "row_order_changes_nothing" in exempt
+    assert "eval_rows_are_independent" not in exempt
+
+
+class TestMistakes:
+    def test_a_second_mutable_pass_is_no_declared_sharing(self) -> None:
+        """A layer that two passes of one step write weighs the old value once, as declared."""
+
+        def twice(state: TrainState, batch: Any) -> Any:
+            state, metrics = train_step(state, batch)
+            return train_step(state, batch)[0], metrics
+
+        assert adapt(create, twice, eval_step, features=3).momentum == reference.MOMENTUM
+
+    def test_a_forgotten_mutable_is_named_with_the_users_line(self) -> None:
+        """The message has the mistake, its mend, and the line of this file."""
+
+        def forgetful(state: TrainState, batch: Any) -> Any:
+            variables = {"params": state.params, "batch_stats": state.batch_stats}
+            out = state.apply_fn(variables, batch["image"], train=True)  # here
+            return state, {"loss": jnp.mean((out.reshape(-1) - batch["label"]) ** 2)}
+
+        with pytest.raises(SubjectError, match="batch_stats was not declared mutable") as caught:
+            adapt(create, forgetful, eval_step, features=3)
+        path, _, line = caught.value.where.rpartition(":")
+        assert path == __file__
+        with open(path) as source:
+            assert source.readlines()[int(line) - 1].endswith("# here\n")
+
+    def test_a_step_without_a_state_is_refused(self) -> None:
+        """A step that returns no state cannot be one."""
+        with pytest.raises(ValueError, match="train_step returns no TrainState"):
+            adapt(create, lambda state, batch: {"loss": 0.0}, eval_step, features=3)
+
+    def test_a_state_without_the_field_has_no_statistics(self) -> None:
+        """Flax's own TrainState drops them; the message says which field is missing."""
+
+        def bare(rng: Any, lr: float) -> Any:
+            state = create(rng, lr)
+            return train_state.TrainState.create(
+                apply_fn=state.apply_fn, params=state.params, tx=state.tx
+            )
+
+        with pytest.raises(SubjectError, match="no field for the running statistics"):
+            adapt(bare, train_step, eval_step, features=3)
