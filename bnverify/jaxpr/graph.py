@@ -18,10 +18,12 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from bnverify.jaxpr.interpreter import Body, inner_jaxprs
+from bnverify.jaxpr.interpreter import hides_code
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from bnverify.jaxpr.interpreter import Body
 
 # One output for each input, value for value, so identity survives them.
 _PASS_THROUGH = frozenset({"copy", "copy_p", "optimization_barrier"})
@@ -29,9 +31,6 @@ _PASS_THROUGH = frozenset({"copy", "copy_p", "optimization_barrier"})
 # These carry a program, yet what they do with it is known: combine values of their own inputs.
 _COMBINERS = frozenset({"reduce", "reduce_window", "custom_linear_solve"})
 _COMBINER_FAMILIES = ("scatter", "select_and_scatter")
-
-# Foreign code without a Python callable to give it away.
-_FOREIGN = frozenset({"ffi_call", "custom_call", "tpu_custom_call", "infeed", "outfeed"})
 
 # Effects that move no value into an output: axis names, printing, and Refs (followed apart).
 _HARMLESS_EFFECTS = frozenset(
@@ -57,10 +56,8 @@ def _effects_outside(eqn: Any) -> bool:
 
 def _is_opaque(eqn: Any) -> bool:
     name = eqn.primitive.name
-    if name in _COMBINERS or name.startswith(_COMBINER_FAMILIES):
-        return False
-    hidden = any(callable(value) and "callback" in key for key, value in eqn.params.items())
-    return bool(inner_jaxprs(eqn)) or hidden or name in _FOREIGN
+    known = name in _COMBINERS or name.startswith(_COMBINER_FAMILIES)
+    return hides_code(eqn) and not known
 
 
 class Graph:

@@ -45,6 +45,9 @@ CALLS = frozenset(
     }
 )
 
+# Foreign code without a Python callable to give it away.
+_FOREIGN = frozenset({"ffi_call", "custom_call", "tpu_custom_call", "infeed", "outfeed"})
+
 
 class Reading(Protocol[V]):
     """What a program's values and equations mean."""
@@ -92,6 +95,12 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
         candidates = value if isinstance(value, (tuple, list)) else (value,)
         found += [each for each in candidates if is_jaxpr(each)]
     return found
+
+
+def hides_code(eqn: Any) -> bool:
+    """Return whether ``eqn`` carries a program or a Python function, or calls foreign code."""
+    callback = any(callable(value) and "callback" in key for key, value in eqn.params.items())
+    return callback or eqn.primitive.name in _FOREIGN or bool(inner_jaxprs(eqn))
 
 
 def called_jaxpr(eqn: Any) -> Any | None:

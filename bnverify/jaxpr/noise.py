@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnverify.jaxpr import arithmetic, kinks, loops
-from bnverify.jaxpr.interpreter import inner_jaxprs
+from bnverify.jaxpr.interpreter import hides_code
 from bnverify.jaxpr.values import Value, is_float, widen, widen_params
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class Rows:
         name = eqn.primitive.name
         atoms = (*eqn.invars, *eqn.outvars)
         if any(jnp.issubdtype(atom.aval.dtype, jnp.complexfloating) for atom in atoms) or (
-            inner_jaxprs(eqn) and name not in _SCATTERS
+            hides_code(eqn) and name not in _SCATTERS
         ):
             return self._give_up(eqn, inputs)
         if name in arithmetic.BITWISE:

@@ -66,7 +66,7 @@ class Rounding:
         Raises:
             RuntimeError: float64 is not enabled.
         """
-        if jnp.zeros((), jnp.float64).dtype != jnp.float64:
+        if jnp.asarray(np.zeros(())).dtype != jnp.float64:
             raise RuntimeError("rounding is read in float64: call within compat.enable_x64()")
         reading = Rows(self.rows)
         results = read(self.program.jaxpr, reading, self._inputs(args))

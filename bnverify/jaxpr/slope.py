@@ -131,7 +131,7 @@ def directional_derivative(
         Value(widen(leaf, aval.dtype), rows=False)
         for leaf, aval in zip(jax.tree_util.tree_leaves(args[1:]), types, strict=True)
     ]
-    error = noise * _FLOAT64_TO_FLOAT32
+    error = noise * _FLOAT64_TO_FLOAT32 + jnp.abs(exact) * float(jnp.finfo(jnp.float64).eps)
     # Truncation leaves about h**2, rounding error / h: they balance at the cube root.
     balanced = jnp.cbrt(error / jnp.where(exact == 0, 1, jnp.abs(exact)))
     size = jnp.where(_length(where) > 0, _length(where), 1)

@@ -57,7 +57,7 @@ def loss_reads_old_statistics() -> Subject:
 
 def statistics_in_the_optimizer() -> Subject:
     """Return a step whose optimizer trains the statistics with everything else."""
-    optimizer = lambda lr: optax.sgd(lr, momentum=0.9)  # noqa: E731  the house's form of it
+    optimizer = lambda lr: optax.sgd(lr, momentum=0.9)  # noqa: E731
 
     def init(seed, x):
         state = reference.sgd().init(seed, x)

@@ -1,0 +1,333 @@
+"""The claimed noise covers the true error, knows kinks and poles, and admits what it cannot tell."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bnverify import reference
+from bnverify.compat import enable_x64
+from bnverify.jaxpr.arithmetic import pole
+from bnverify.jaxpr.noise import Rows
+from bnverify.jaxpr.rounding import rounding
+
+CASES = 256
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape, scale=1.0, offset=0.0):
+    """Return float32 numbers."""
+    return (RNG.normal(size=shape) * scale + offset).astype(np.float32)
+
+
+def claim(function, *stacked):
+    """Return what ``function`` gives in its own dtypes, and what is claimed, on stacked inputs."""
+    reading = rounding(function, *jax.tree_util.tree_map(lambda leaf: leaf[0], stacked))
+    actual = jax.jit(jax.vmap(function))(*stacked)
+    with enable_x64():
+        claimed = jax.jit(jax.vmap(reading.evaluate))(*stacked)
+        host = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf, np.float64), tuple(claimed))
+    wide = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf).astype(np.float64), actual)
+    return wide, *host, reading.unknown
+
+
+def worst(actual, exact, noise):
+    """Return the largest error over noise, of a tree."""
+    ratios = [0.0]
+    for a, e, n in zip(*map(jax.tree_util.tree_leaves, (actual, exact, noise)), strict=True):
+        some = (a != e) & np.isfinite(n)
+        if some.any():
+            assert (n[some] > 0).all(), "an error where none was claimed"
+            ratios.append(float(np.max(np.abs(a - e)[some] / n[some])))
+    return max(ratios)
+
+
+def steps(subject):
+    """Return a function that takes a step and evaluates before it."""
+
+    def run(state, x, y, lr):
+        return *subject.step(state, x, y, lr), subject.evaluate(state, x, y)
+
+    return run
+
+
+def batches(subject, n, d, scale, offset):
+    """Return stacked arguments of ``steps(subject)``."""
+    x = normal(CASES, n, d) * scale + offset
+    state = jax.vmap(subject.init)(np.arange(CASES, dtype=np.int32), x)
+    return state, x.astype(np.float32), normal(CASES, n), np.full(CASES, 0.1, np.float32)
+
+
+@pytest.mark.parametrize("make", [reference.sgd, reference.adamw], ids=["sgd", "adamw"])
+def test_noise_covers_the_error_of_the_step(make):
+    """Over six decades with offsets to 1e4, no number of a step is beyond its noise."""
+    scale = 10.0 ** RNG.uniform(-3, 3, (CASES, 1, 1))
+    offset = 10.0 ** RNG.uniform(-2, 4, (CASES, 1, 2)) * RNG.choice([-1, 0, 1], (CASES, 1, 2))
+    arguments = batches(make(), 4, 2, scale, offset)
+    actual, exact, noise, unknown = claim(steps(make()), *arguments)
+    assert unknown == frozenset()
+    assert worst(actual, exact, noise) <= 1
+    known = np.isfinite(noise[1].loss)
+    assert 0.5 < known.mean() < 1
+
+
+def test_faults_of_a_ten_thousandth_stand_out_of_the_noise():
+    """On ordinary cases 1e-4 of a statistic, a gradient or the eval loss is beyond twice the noise.
+
+    And 1e-5 is on most.
+    """
+    arguments = batches(reference.sgd(), 8, 3, 1.0, 0.5)
+    _, exact, noise, _ = claim(steps(reference.sgd()), *arguments)
+    leaves = {
+        "mean": lambda out: out[0].batch_stats["BatchNorm_0"]["mean"],
+        "var": lambda out: out[0].batch_stats["BatchNorm_0"]["var"],
+        "kernel": lambda out: out[1].grads["Dense_0"]["kernel"],
+        "scale": lambda out: out[1].grads["BatchNorm_0"]["scale"],
+        "last": lambda out: out[1].grads["Dense_1"]["kernel"],
+        "eval": lambda out: out[2],
+    }
+    for fault, caught in ((1e-4, 0.99), (1e-5, 0.75)):
+        for name, leaf in leaves.items():
+            size = (np.abs(leaf(exact)) / (2 * leaf(noise))).reshape(CASES, -1).max(axis=1)
+            assert (size * fault > 1).mean() >= caught, (name, fault)
+
+
+def test_what_is_only_moved_about_has_no_noise():
+    """Inputs, their picks, signs and doubles are exact."""
+
+    def function(x, y):
+        parts = jnp.concatenate([x[::-1], -y]), jnp.where(x > y, x, y), jnp.sort(2 * x)
+        return *parts, jnp.max(x), x.reshape(2, 2).T, jnp.argmax(x), x > y, x + 0.0
+
+    actual, exact, noise, _ = claim(function, normal(CASES, 4), normal(CASES, 4))
+    for a, e, n in zip(actual, exact, noise, strict=True):
+        np.testing.assert_array_equal(a, e)
+        np.testing.assert_array_equal(n, 0)
+
+
+OPERATIONS = {
+    "softmax": lambda x, y: jax.nn.softmax(x * y),
+    "masked": lambda x, y: jax.nn.softmax(jnp.where(jnp.arange(4) < 3, x, -jnp.inf) * 2 + y[0]),
+    "logsumexp": lambda x, y: jax.nn.logsumexp(100 * x + y),
+    "gelu": lambda x, y: jax.nn.gelu(x) + jnp.tanh(y),
+    "norm": lambda x, y: jnp.linalg.norm(x) / jnp.abs(y).sum(),
+    "scan": lambda x, y: jax.lax.scan(
+        lambda c, t: (jnp.tanh(c * t + x), c.sum()), y, jnp.arange(5.0), reverse=True
+    ),
+    "while": lambda x, y: jax.lax.while_loop(
+        lambda s: s[0] < 4, lambda s: (s[0] + 1, s[1] * 1.1 + y), (0, x)
+    )[1],
+    "cond": lambda x, y: jax.lax.cond(x[0] > 0, lambda z: z * 1.1, lambda z: z / 3, y),
+    "scatter": lambda x, y: x.at[jnp.array([0, 0, 1])].add(y[:3] * 1.1).at[3].mul(1.1),
+    "clip": lambda x, y: jnp.clip(x * 3, -1, 1) + jax.lax.clamp(-1.0, y * 1.1, 1.0),
+    "cumsum": lambda x, y: jnp.cumsum(x * 1.1) + jnp.cumsum(y)[::-1],
+    "conv": lambda x, y: jnp.convolve(x, y, mode="same"),
+    "dropout": lambda x, y: jnp.where(
+        jax.random.bernoulli(jax.random.PRNGKey(1), 0.5, (4,)), x / 0.7, y * 0
+    ),
+    "random": lambda x, y: x * jax.random.normal(jax.random.PRNGKey(0), (4,)) + y,
+    "steps": lambda x, y: jnp.floor(x * 1.1) + jnp.round(y * 3) + (x * 9).astype(jnp.int32),
+    "signs": lambda x, y: jnp.sign(x * 1.1 - y) * jnp.abs(x - y * 1.1),
+    "logic": lambda x, y: jnp.where(~((x * 1.1 > y) & (x * 1.3 < 1)) | (y * 1.1 > 1), x, y) * 3,
+    "power": lambda x, y: jnp.abs(x) ** 0.3 + y**3 + (jnp.abs(y) + 1) ** -2,
+    "lookup": lambda x, y: x[jnp.argmax(y * 1.1)] * y,
+    "bfloat16": lambda x, y: (x.astype(jnp.bfloat16) * y.astype(jnp.bfloat16)).sum(),
+    "float16": lambda x, y: x.astype(jnp.float16) * y.astype(jnp.float16) * jnp.float16(1e-4),
+    "remat": lambda x, y: jax.grad(lambda z: jnp.sum(jax.checkpoint(jnp.sin)(z * y)))(x),
+    "custom": lambda x, y: jax.grad(lambda z: jax.nn.relu(z * y + x).sum())(x),
+    "fft": lambda x, y: jnp.fft.fft(x).real + y,
+}
+
+
+def test_noise_covers_the_error_of_every_operation():
+    """Whatever a model is made of, its error is within the noise."""
+
+    def function(x, y):
+        return {name: operation(x, y) for name, operation in OPERATIONS.items()}
+
+    actual, exact, noise, unknown = claim(function, normal(CASES, 4), normal(CASES, 4))
+    assert "fft" in unknown  # of complex numbers nothing is known
+    for name in OPERATIONS:
+        assert worst(actual[name], exact[name], noise[name]) <= 1, name
+        finite = np.mean([np.isfinite(n).mean() for n in jax.tree_util.tree_leaves(noise[name])])
+        assert finite == 0 if name == "fft" else finite > 0.95, name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unit"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8), (jnp.float16, 2.0**-11)]
+)
+def test_the_unit_of_rounding_is_the_dtypes_own(dtype, unit):
+    """A product has a tolerance of a few units of its dtype, relative to its value."""
+    x = jnp.asarray(normal(CASES, offset=10), dtype)
+    _, exact, noise, _ = claim(lambda x: x * x, x)
+    assert 1 < np.median(noise / exact) / unit < 6
+
+
+def test_equal_terms_need_not_cancel():
+    """E[h^2] - E[h]^2 of a single row is 0 on paper; fused, it is a rounding of h^2."""
+
+    def variance(x):
+        h = x * 1.1
+        return jnp.mean(h * h, 0) - jnp.mean(h, 0) ** 2
+
+    actual, exact, noise, _ = claim(variance, normal(CASES, 1, 3, offset=100))
+    assert np.abs(exact).max() < 1e-9
+    assert (noise > 1e-4).all()
+    assert worst(actual, exact, noise) <= 1
+
+
+def test_a_kink_that_rounding_may_pass_counts_on_both_sides():
+    """Where relu's input is within rounding of 0, its gradient may be 0 or 1."""
+    x = normal(CASES)
+    near = (x * np.float32(1.1)).astype(np.float32)
+
+    def slope(x, y):
+        return jax.grad(lambda z: jax.nn.relu(z * 1.1 - y))(x)
+
+    actual, exact, noise, _ = claim(slope, x, near)
+    assert 0 < exact.mean() < 1.1
+    assert (noise >= 1.1).all()
+    assert worst(actual, exact, noise) <= 1
+    _, _, noise, _ = claim(slope, x, near + np.float32(1e-2))
+    assert (noise < 1e-5).all()
+
+
+def test_an_exact_zero_is_no_kink_to_rounding():
+    """A unit that is off because its input is 0 stays off, whatever the rounding."""
+    _, exact, noise, _ = claim(
+        lambda x, y: jax.grad(lambda z: jax.nn.relu(z * y) * 3.0)(x),
+        normal(CASES),
+        0 * normal(CASES),
+    )
+    np.testing.assert_array_equal(exact, 0)
+    np.testing.assert_array_equal(noise < 1e-30, True)
+
+
+def test_clipped_at_zero_the_noise_is_not_lost():
+    """A variance within rounding of 0 has a tolerance, even if no coarse run makes it positive."""
+    x = normal(CASES, 16, scale=1e-3, offset=1000)
+    actual, exact, noise, _ = claim(
+        lambda x: jnp.maximum(jnp.mean(x * x) - jnp.mean(x) ** 2, 0.0), x
+    )
+    assert (noise > 1e-3).all()
+    assert worst(actual, exact, noise) <= 1
+
+
+def test_a_denominator_without_digits_makes_no_claim():
+    """A quotient by what rounding left of a difference has no known error."""
+    x = normal(CASES, offset=3)
+    near = (x * np.float32(1.1)).astype(np.float32)
+    _, _, noise, unknown = claim(lambda x, y: (1 / (x * 1.1 - y), x + y), x, near)
+    assert np.isinf(noise[0]).mean() > 0.99
+    assert np.isfinite(noise[1]).all()
+    assert unknown == frozenset()
+
+
+def test_what_overflows_makes_no_claim():
+    """An intermediate result beyond the dtype's range spoils what depends on it, and no more."""
+    x = normal(CASES, scale=0.1, offset=1) * np.float32(1e25)
+    _, _, noise, _ = claim(lambda x: (jnp.sqrt(x * x), x * 1.1), x)
+    assert np.isinf(noise[0]).all()
+    assert np.isfinite(noise[1]).all()
+
+
+def test_what_underflows_is_allowed_to_vanish():
+    """A product below the dtype's range may be 0, and its multiples with it."""
+    x = normal(CASES, scale=0.1, offset=1) * np.float32(1e-25)
+    actual, exact, noise, _ = claim(lambda x: (x * x) * 1e30, x)
+    assert (exact > 0).all()
+    np.testing.assert_array_equal(actual, 0)
+    assert worst(actual, exact, noise) <= 1
+
+
+def test_a_loop_whose_length_rounding_decides_makes_no_claim():
+    """Rows that disagree on how often to turn have nothing in common."""
+
+    def function(x, y):
+        return jax.lax.while_loop(lambda s: s * 1.1 < y, lambda s: s * 1.1, x)
+
+    x = np.abs(normal(CASES)) + np.float32(1)
+    steady = claim(function, x, x * np.float32(1.5))
+    assert np.isfinite(steady[2]).mean() > 0.99
+    near = np.float32(1.1) * (np.float32(1.1) * x)
+    assert np.isinf(claim(function, x, near)[2]).mean() > 0.9
+
+
+def test_a_branch_that_rounding_decides_makes_no_claim():
+    """Rows that disagree on the branch have nothing in common."""
+
+    def function(x, y):
+        return jax.lax.cond(x * 1.1 > y, lambda: x * 3, lambda: x - 1)
+
+    x = normal(CASES, offset=3)
+    near = (x * np.float32(1.1)).astype(np.float32)
+    assert np.isinf(claim(jax.jit(function), x, near)[2]).mean() > 0.99
+    assert np.isfinite(claim(jax.jit(function), x, near + np.float32(1))[2]).all()
+
+
+def test_foreign_code_makes_no_claim_and_is_named():
+    """Nobody knows how a Python callback rounds."""
+
+    def function(x):
+        out = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(np.sin, out, x, vmap_method="sequential") * 2, x * 1.1
+
+    reading = rounding(function, np.float32(1))
+    with enable_x64():
+        claimed = jax.jit(reading.evaluate)(np.float32(1))
+        assert reading.unknown == {"pure_callback"}
+        assert [bool(r) for r in claimed.reliable] == [False, True]
+
+
+def test_evaluation_outside_double_precision_is_refused():
+    """Without float64 the exact run would be no more exact than what it judges."""
+    with pytest.raises(RuntimeError, match="enable_x64"):
+        rounding(lambda x: x, np.float32(1)).evaluate(np.float32(1))
+
+
+def test_other_arguments_than_traced_are_refused():
+    """A tree of another structure is told from the one that was traced."""
+    reading = rounding(lambda x: x["a"], {"a": np.float32(1)})
+    with enable_x64(), pytest.raises(TypeError, match="traced on"):
+        reading.evaluate({"b": np.float32(1)})
+
+
+def test_draws_of_large_arrays_are_independent_in_pairs():
+    """One sign for each index of each axis makes uncorrelated errors, without a draw for each."""
+    rows = Rows(400)
+    draw = np.asarray(rows._draw((40, 30)))
+    assert draw.shape == (401, 40, 30)
+    np.testing.assert_array_equal(draw[0], 0)
+    np.testing.assert_allclose(np.sqrt(np.mean(draw[1:] ** 2)), 1, rtol=0.05)
+    correlation = np.mean(draw[1:, 3, 4] * draw[1:, 5, 4])
+    assert abs(correlation) < 0.2
+
+
+def test_poles_are_where_digits_are_needed():
+    """Denominators and arguments of logarithms, and of powers that go to infinity at 0."""
+
+    def poles(function, *args):
+        return [pole(eqn) for eqn in jax.make_jaxpr(function)(*args).jaxpr.eqns]
+
+    one = np.float32(1)
+    assert poles(lambda x, y: x / y, one, one) == [1]
+    assert poles(jax.lax.rsqrt, one) == [0]
+    assert poles(jax.lax.log, one) == [0]
+    assert poles(lambda x: jax.lax.integer_pow(x, -2), one) == [0]
+    assert poles(lambda x: jax.lax.integer_pow(x, 2), one) == [None]
+    assert poles(lambda x: jax.lax.pow(x, np.float32(-0.5)), one) == [0]
+    assert poles(lambda x: jax.lax.pow(x, np.float32(0.5)), one) == [None]
+    assert poles(jax.lax.pow, one, one) == [None]
+
+
+def test_adam_at_a_gradient_that_is_noise_makes_no_claim_there_alone():
+    """The bias before a normalisation has no gradient: Adam makes lr of its rounding, or -lr."""
+    subject = reference.make_subject(optax.adam)
+    actual, exact, noise, _ = claim(steps(subject), *batches(subject, 8, 3, 1.0, 0.0))
+    params = noise[0].params
+    assert np.isinf(params["Dense_0"]["bias"]).any(axis=1).mean() > 0.9
+    assert np.isfinite(params["Dense_1"]["kernel"]).all(axis=1).mean() > 0.8
+    assert worst(actual, exact, noise) <= 1

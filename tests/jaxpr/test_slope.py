@@ -1,0 +1,134 @@
+"""The slope of a loss is its derivative where there is one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnverify import reference
+from bnverify.compat import enable_x64
+from bnverify.jaxpr import directional_derivative, rounding, trace
+
+CASES = 128
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    """Return float32 numbers."""
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def slopes(loss, params, *rest, direction):
+    """Return the slope, what is allowed it, and whether it is reliable, of stacked cases."""
+    first = jax.tree_util.tree_map(lambda leaf: leaf[0], (params, *rest))
+    program, reading = trace(loss, *first), rounding(loss, *first)
+
+    def both(params, direction, *rest):
+        known = reading.evaluate(params, *rest)
+        args = (params, *rest)
+        return directional_derivative(program, args, direction, known.exact, known.noise)
+
+    with enable_x64():
+        found = jax.jit(jax.vmap(both))(params, direction, *rest)
+        return tuple(np.asarray(part) for part in found)
+
+
+SMOOTH = {
+    "power": (lambda p, x: jnp.sum((p * x) ** 4), lambda p, x: 4 * p**3 * x**4),
+    "tanh": (lambda p, x: jnp.sum(jnp.tanh(p * x)), lambda p, x: x / np.cosh(p * x) ** 2),
+    "relu": (lambda p, x: jnp.sum(jax.nn.relu(p * x)), lambda p, x: x * (p * x > 0)),
+    "abs": (lambda p, x: jnp.sum(jnp.abs(p * x)), lambda p, x: x * np.sign(p * x)),
+    "clip": (
+        lambda p, x: jnp.sum(jnp.clip(p * x, -0.5, 0.5) + jax.lax.clamp(-0.5, p * x, 0.5)),
+        lambda p, x: 2 * x * (np.abs(p * x) < 0.5),
+    ),
+    "max": (lambda p, x: jnp.max(p * x), lambda p, x: x * _is_max(p * x)),
+    "where": (
+        lambda p, x: jnp.sum(jnp.where(p > x, p**2, 3 * p)),
+        lambda p, x: np.where(p > x, 2 * p, 3),
+    ),
+    "sign": (lambda p, x: jnp.sum(jnp.sign(p) * p * x), lambda p, x: np.sign(p) * x),
+    "pick": (lambda p, x: p[jnp.argmax(p * x)] * 2, lambda p, x: 2.0 * _is_max(p * x)),
+    "floor": (
+        lambda p, x: jnp.sum((p - jnp.floor(p)) ** 2) + 0 * x[0],
+        lambda p, x: 2 * (p - np.floor(p)) + 0 * x,
+    ),
+    "scan": (
+        lambda p, x: jax.lax.scan(lambda c, t: (c * t + p.sum(), None), p[0], x)[0],
+        None,
+    ),
+}
+
+
+def _is_max(values):
+    return values == values.max(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_the_slope_is_the_derivative(name):
+    """On every smooth piece, to about ten digits, and within what is allowed."""
+    loss, derivative = SMOOTH[name]
+    p, x, v = normal(CASES, 3), normal(CASES, 3), normal(CASES, 3)
+    value, allowed, reliable = slopes(loss, p, x, direction=v)
+    wide = p.astype(float), x.astype(float)
+    if derivative is None:
+        with enable_x64():
+            expected = np.asarray(jax.vmap(jax.grad(loss))(*map(jnp.asarray, wide)))
+    else:
+        expected = derivative(*wide)
+    expected = np.sum(expected * v, axis=-1)
+    assert reliable.all()
+    assert (np.abs(value - expected) <= allowed + 1e-13).all()
+    np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_on_a_kink_there_is_no_slope():
+    """At relu(0), abs(0) or a tie of two maxima, the result says that it is not reliable."""
+    zero, v = np.zeros((CASES, 2), np.float32), normal(CASES, 2)
+    for loss in (
+        lambda p: jnp.sum(jnp.maximum(p, 0)),
+        lambda p: jnp.sum(jnp.abs(p)),
+        lambda p: jnp.sum(jnp.where(p > 0, p, 2 * p)),
+    ):
+        assert not slopes(loss, zero, direction=v)[2].any()
+
+
+def test_a_unit_that_is_off_for_good_is_no_kink():
+    """relu(0 * p) is 0 on both sides."""
+    zero, v = np.zeros((CASES, 2), np.float32), normal(CASES, 2)
+    value, _, reliable = slopes(
+        lambda p, x: jnp.sum(jax.nn.relu(p * x)) + p[0], normal(CASES, 2), zero, direction=v
+    )
+    assert reliable.all()
+    np.testing.assert_allclose(value, v[:, 0], rtol=1e-6)
+
+
+def test_the_reference_reports_the_gradient_of_its_loss():
+    """Its float32 gradient is the slope within noise; a gradient wrong by 1e-4 is not."""
+    subject = reference.sgd()
+    x, y = normal(CASES, 8, 3), normal(CASES, 8)
+    state = jax.vmap(subject.init)(np.arange(CASES, dtype=np.int32), x)
+    lr = np.full(CASES, 0.1, np.float32)
+
+    def loss(params, state, x, y, lr):
+        return subject.step(state._replace(params=params), x, y, lr)[1].loss
+
+    v = jax.tree_util.tree_map(lambda p: normal(*p.shape), state.params)
+    value, allowed, reliable = slopes(loss, state.params, state, x, y, lr, direction=v)
+    info = jax.jit(jax.vmap(subject.step))(state, x, y, lr)[1]
+    reading = rounding(subject.step, *jax.tree_util.tree_map(lambda a: a[0], (state, x, y, lr)))
+    with enable_x64():
+        noise = jax.jit(jax.vmap(reading.evaluate))(state, x, y, lr).noise[1].grads
+        noise = jax.tree_util.tree_map(np.asarray, noise)
+
+    def along(tree, direction):
+        leaves = zip(*map(jax.tree_util.tree_leaves, (tree, direction)), strict=True)
+        return sum(np.sum((np.asarray(g, float) * d).reshape(CASES, -1), axis=1) for g, d in leaves)
+
+    slope = along(info.grads, v)
+    bound = allowed + along(noise, jax.tree_util.tree_map(np.abs, v))
+    assert reliable.mean() > 0.9
+    assert (np.abs(slope - value) <= bound)[reliable].all()
+    assert (np.abs(slope * (1 + 1e-4) - value) > bound)[reliable].mean() > 0.8
