@@ -97,7 +97,7 @@ class Graph:
         if _effects_outside(eqn):
             self.unknown.add(eqn.primitive.name)
             parents += self.sources
-        elif _is_opaque(eqn):
+        elif eqn.outvars and _is_opaque(eqn):
             self.unknown.add(eqn.primitive.name)
         node = self._node(parents, eqn)
         for atom, written in zip(eqn.invars, inputs, strict=True):

@@ -260,7 +260,8 @@ class Rows:
         if eqn.primitive.name == "pow":  # Adam's bias corrections in its first step
             return inputs[1].array == 1
         old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-        if eqn.primitive.name == "convert_element_type" and jnp.issubdtype(old, jnp.integer):
+        counts = jnp.issubdtype(old, jnp.integer) and is_float(new)
+        if eqn.primitive.name == "convert_element_type" and counts:
             largest = 2 ** (int(jnp.finfo(new).nmant) + 1)
             return abs(inputs[0].array.astype(jnp.float64)) <= largest
         return None
