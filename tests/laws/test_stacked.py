@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from bnverify import compat, reference
-from bnverify.case import Domain
+from bnverify.case import Case
 from bnverify.exploration import Again, Solution
 from bnverify.judge import derivation, static_facts
 from bnverify.laws import LAWS
-from bnverify.stacks import stacked_cases
 from bnverify.transition import Calls, Outcome, Transition, observe
 from bnverify.volume import NEEDS
 
@@ -23,7 +22,15 @@ SHAPE = (3, 2)
 def transitions() -> Transition:
     """256 stacked transitions of the reference with momentum, all that laws can ask in them."""
     subject = reference.momentum()
-    cases = stacked_cases(np.random.default_rng(0), SHAPE, STACK, Domain())
+    # Ordinary numbers: what is compared here is two ways to run a law, not a law's conditioning.
+    rng = np.random.default_rng(0)
+    cases = Case(
+        seed=np.arange(STACK, dtype=np.int32),
+        x=rng.normal(size=(STACK, *SHAPE)).astype(np.float32),
+        y=rng.normal(size=(STACK, SHAPE[0])).astype(np.float32),
+        lr=rng.random(STACK).astype(np.float32) / 10,
+        warmup=(np.arange(STACK) % 3).astype(np.int32),
+    )
     t = observe(Calls(subject, "stacked"), cases, NEEDS)
     outcome = Outcome(t.after, t.info, t.eval_loss)
     # Any tolerance serves here, as long as it is far above the last place of what is compared.
