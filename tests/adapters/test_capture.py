@@ -1,0 +1,131 @@
+"""Marks: what a value inside a traced step was."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnverify.adapters.capture import (
+    evaluated,
+    labels,
+    labels_anywhere,
+    layer_input,
+    links,
+    mark,
+    marked,
+    rows_first,
+)
+from bnverify.adapters.flows import DRAWS, changed, holds_tracers, reached
+
+X = jnp.arange(6.0).reshape(2, 3)
+
+
+def test_a_mark_changes_nothing() -> None:
+    """The marked program computes what the unmarked one does."""
+    result, found = evaluated(lambda x: {"out": mark(x + 1, "a") * 2}, X)
+    np.testing.assert_array_equal(result["out"], (X + 1) * 2)
+    np.testing.assert_array_equal(found["a"][0], X + 1)
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, jax.grad], ids=["jit", "remat", "grad"])
+def test_marks_are_read_inside_calls(wrap: Any) -> None:
+    """jit, remat and differentiation leave one value to read."""
+
+    def inner(x: Any) -> Any:
+        return jnp.sum(mark(x * 3, "a") ** 2)
+
+    (found,) = marked(wrap(inner), X)["a"]
+    np.testing.assert_array_equal(found, X * 3)
+
+
+def test_the_second_run_of_remat_is_not_read() -> None:
+    """The backward pass of remat runs the forward pass again; one value is read."""
+
+    @jax.checkpoint
+    def inner(x: Any) -> Any:
+        return jnp.sum(jnp.sin(mark(jnp.sin(x), "a")))
+
+    assert len(marked(jax.value_and_grad(inner), X)["a"]) == 1
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap], ids=["jit", "vmap"])
+def test_marks_are_read_under_a_transformation(transform: Any) -> None:
+    """What reads marks is itself a function that JAX transforms."""
+    found = transform(lambda x: marked(lambda x: mark(x + 1, "a"), x)["a"][0])(X)
+    np.testing.assert_array_equal(found, X + 1)
+
+
+def test_marks_in_loops_and_branches_are_known_and_not_read() -> None:
+    """There one mark stands for many values, or for none."""
+
+    def function(x: Any) -> Any:
+        total, _ = jax.lax.scan(lambda c, row: (c + mark(row, "loop"), None), x[0], x)
+        return jax.lax.cond(x[0, 0] > 0, lambda t: mark(t, "branch"), lambda t: t, total)
+
+    jaxpr = jax.make_jaxpr(function)(X)
+    assert marked(function, X) == {}
+    assert not labels(jaxpr)
+    assert labels_anywhere(jaxpr) == {"loop": 1, "branch": 1}
+    np.testing.assert_array_equal(evaluated(function, X)[0], X[0] + X.sum(0))
+
+
+def test_links_are_values_used_once() -> None:
+    """A value is linked to another mark where nothing else reads it."""
+
+    def once(x: Any) -> Any:
+        return mark(mark(x + 1, "a"), "b") * 2
+
+    def twice(x: Any) -> Any:
+        a = mark(x + 1, "a")
+        return mark(a, "b") + a
+
+    def returned(x: Any) -> Any:
+        a = mark(x + 1, "a")
+        return mark(a, "b"), a
+
+    assert links(jax.make_jaxpr(once)(X)) == {("a", "b")}
+    assert links(jax.make_jaxpr(twice)(X)) == set()
+    assert links(jax.make_jaxpr(returned)(X)) == set()
+
+
+def test_rows_come_first() -> None:
+    """The reduced axes are flattened in order, the kept ones stay last."""
+    value = jnp.arange(24).reshape(2, 3, 4)
+    assert rows_first(value, (-1,)).shape == (6, 4)
+    np.testing.assert_array_equal(rows_first(value, (1,)), value.transpose(0, 2, 1).reshape(8, 3))
+    assert rows_first(value, (1, 2)).shape == (2, 3, 4)
+
+
+def test_a_value_with_another_axis_is_not_shown() -> None:
+    """An axis of size 1 is a shard's; any other means that the layer saw something else."""
+    assert layer_input(X[None], None, (2, 3), (1,)) is not None
+    assert layer_input(jnp.stack([X, X]), None, (2, 3), (1,)) is None
+
+
+def test_what_reaches_an_output_is_told_coarsely() -> None:
+    """Through calls exactly, through everything else any input reaches any output."""
+
+    def function(x: Any, y: Any, key: Any) -> Any:
+        a, b = jax.jit(lambda x, y: (x + 1, y * 2))(x, y)
+        return a, b, x, jax.random.normal(key) + b
+
+    jaxpr = jax.make_jaxpr(function)(1.0, 2.0, jax.random.PRNGKey(0))
+    assert reached(jaxpr, {0}) == [True, False, True, False]
+    assert reached(jaxpr, {1}) == [False, True, False, True]
+    assert reached(jaxpr, primitives=DRAWS) == [False, False, False, True]
+    assert changed(jaxpr, 0, 2, 1) == []
+    assert changed(jaxpr, 1, 1, 1) == [0]
+
+
+def test_a_value_of_a_trace_that_is_gone_is_found() -> None:
+    """A program that closes over one cannot be run."""
+    kept: list[Any] = []
+    jax.eval_shape(lambda: kept.append(jnp.float32(1) * 2))
+    assert not holds_tracers(jax.make_jaxpr(lambda x: x + 1)(1.0))
+    try:
+        jaxpr = jax.make_jaxpr(lambda x: x + kept[0])(1.0)
+    except jax.errors.UnexpectedTracerError:  # jax 0.4 refuses by itself
+        return
+    assert holds_tracers(jaxpr)

@@ -1,0 +1,189 @@
+"""The nnx loop adapter: users' steps that change their arguments."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx as flax_nnx
+
+from bnverify.adapters.explain import SubjectError
+from bnverify.adapters.nnx import nnx
+from bnverify.adapters.nnx_loop import nnx_loop
+from bnverify.case import Case
+from bnverify.subject import State, Subject
+
+CASE = Case.of(
+    3, np.linspace(-2, 2, 15, dtype=np.float32).reshape(5, 3) ** 3, [1.0, -2.0, 0.5, 3.0, 0.0], 0.1
+)
+HOLDS_MODEL = hasattr(flax_nnx.Optimizer, "split")  # to flax 0.10
+
+
+def one_step(subject: Subject, case: Case = CASE) -> tuple[State, State, Any]:
+    """Return the state before and after a compiled step, and its info."""
+    before = jax.jit(subject.init)(case.seed, case.x)
+    after, info = jax.jit(subject.step)(before, case.x, case.y, case.lr)
+    return before, after, info
+
+
+class Model(flax_nnx.Module):
+    def __init__(self, din: int, rngs: Any) -> None:
+        self.first = flax_nnx.Linear(din, 8, rngs=rngs)
+        self.norm = flax_nnx.BatchNorm(8, rngs=rngs)
+        self.last = flax_nnx.Linear(8, 1, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.last(flax_nnx.relu(self.norm(self.first(x))))
+
+
+def make(din: int, rngs: Any, lr: float) -> Any:
+    model = Model(din, rngs)
+    return model, flax_nnx.Optimizer(model, optax.adam(lr), wrt=flax_nnx.Param)
+
+
+def loss_fn(model: Any, x: Any, y: Any) -> Any:
+    return jnp.mean((model(x).reshape(-1) - y) ** 2)
+
+
+def update(model: Any, optimizer: Any, grads: Any) -> None:
+    optimizer.update(*([grads] if HOLDS_MODEL else [model, grads]))
+
+
+@flax_nnx.jit
+def train_step(model: Any, optimizer: Any, batch: Any) -> Any:
+    loss, grads = flax_nnx.value_and_grad(loss_fn)(model, *batch)
+    update(model, optimizer, grads)
+    return loss
+
+
+@flax_nnx.jit
+def eval_step(model: Any, batch: Any) -> Any:
+    return loss_fn(model, *batch)
+
+
+def test_a_mutating_loop_is_the_canonical_step() -> None:
+    """From the same numbers the user's loop does what the canonical step around its model does."""
+    loop, canonical = nnx_loop(make, train_step, eval_step), nnx(Model, optimizer=optax.adam)
+    before, after, info = one_step(loop)
+    start = State(before.params, before.batch_stats, before.opt_state)
+    expected, expected_info = jax.jit(canonical.step)(start, CASE.x, CASE.y, CASE.lr)
+    for actual, wanted in (
+        (after.params, expected.params),
+        (after.batch_stats, expected.batch_stats),
+        (after.opt_state, expected.opt_state),
+        (info, expected_info),
+    ):
+        jax.tree_util.tree_map(
+            lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), actual, wanted
+        )
+    assert jax.tree_util.tree_structure(before) == jax.tree_util.tree_structure(after)
+    np.testing.assert_allclose(
+        loop.evaluate(after, CASE.x, CASE.y),
+        canonical.evaluate(expected, CASE.x, CASE.y),
+        rtol=1e-5,
+    )
+
+
+def test_the_optimizers_state_is_optaxs() -> None:
+    """It has the structure of ``tx.init(params)``; the step counter goes on in extra."""
+    subject = nnx_loop(make, train_step, eval_step)
+    before, after, _ = one_step(subject)
+    assert subject.optimizer is not None
+    expected = jax.tree_util.tree_structure(subject.optimizer(0.1).init(before.params))
+    assert jax.tree_util.tree_structure(after.opt_state) == expected
+    assert after.extra["optimizer"] == {"step": 1}
+    assert {"lr"} <= subject.shows
+
+
+def test_an_optimizer_over_statistics_keeps_its_own_tree() -> None:
+    """Initialised over BatchStat too, its state is not that of the params, and shows it."""
+
+    def over_all(din: int, rngs: Any) -> Any:
+        model = Model(din, rngs)
+        wrt = (flax_nnx.Param, flax_nnx.BatchStat)
+        return model, flax_nnx.Optimizer(model, optax.adam(0.1), wrt=wrt)
+
+    def step(model: Any, optimizer: Any, batch: Any) -> Any:
+        return loss_fn(model, *batch) + 0 * jax.tree_util.tree_leaves(flax_nnx.state(optimizer))[0]
+
+    subject = nnx_loop(over_all, step, eval_step)
+    before = jax.eval_shape(subject.init, CASE.seed, CASE.x)
+    paths = [
+        "/".join(str(getattr(key, "key", key)) for key in path)
+        for path, _ in jax.tree_util.tree_flatten_with_path(before.opt_state)[0]
+    ]
+    assert any(path.endswith("norm/mean") for path in paths)
+
+
+def test_layers_are_seen_in_the_copies_that_nnx_makes() -> None:
+    """``nnx.jit`` and ``nnx.grad`` copy the model; its layers are found all the same."""
+    subject = nnx_loop(make, train_step, eval_step)
+    assert subject.momentum == 0.99
+    before, after, _ = one_step(subject)
+    assert subject.layer_inputs is not None
+    given = subject.layer_inputs(before, CASE.x, CASE.y)["norm"]
+    mean = after.batch_stats["norm"]["mean"]
+    np.testing.assert_allclose(mean, 0.01 * given.value.mean(0), rtol=1e-3, atol=1e-7)
+
+
+def test_objects_are_passed_by_their_names() -> None:
+    """A third object, a key and a batch in two halves reach the parameters that ask for them."""
+
+    class Average(flax_nnx.Metric):
+        def __init__(self) -> None:
+            self.total = flax_nnx.metrics.MetricState(jnp.zeros(()))
+
+        def add(self, value: Any) -> None:
+            (total,) = jax.tree_util.tree_leaves(flax_nnx.state(self))
+            self.total = flax_nnx.metrics.MetricState(total + value)
+
+    def with_metric(din: int, rngs: Any, lr: float) -> Any:
+        return *make(din, rngs, lr), Average()
+
+    def step(model: Any, optimizer: Any, metrics: Any, x: Any, y: Any, rng: Any) -> Any:
+        loss = train_step(model, optimizer, (x, y))
+        metrics.add(loss + 0 * jax.random.normal(rng))
+        return {"loss": loss}
+
+    def judge(model: Any, metrics: Any, x: Any, y: Any) -> Any:
+        return {"loss": eval_step(model, (x, y)), "seen": metrics.total}
+
+    _, after, info = one_step(nnx_loop(with_metric, step, judge))
+    assert after.extra["others"] == {"object2": {"total": info.loss}}
+    assert "key" in after.extra
+
+
+def test_a_loop_that_switches_by_itself_is_left_to_it() -> None:
+    """Without ``switch`` a model that nobody puts into eval mode evaluates in train mode."""
+    _, after, _ = one_step(nnx_loop(make, train_step, eval_step))
+    kept, left = (
+        nnx_loop(make, train_step, eval_step, switch=switch).after_eval for switch in (True, False)
+    )
+    assert kept is not None
+    assert left is not None
+    mean = after.batch_stats["norm"]["mean"]
+    assert np.all(kept(after, CASE.x, CASE.y).batch_stats["norm"]["mean"] == mean)
+    assert np.any(left(after, CASE.x, CASE.y).batch_stats["norm"]["mean"] != mean)
+
+
+def test_what_make_must_return_is_said() -> None:
+    """A model alone is not a loop."""
+    with pytest.raises(ValueError, match="make must return"):
+        nnx_loop(Model, train_step, eval_step)
+    with pytest.raises(ValueError, match="pass features=D"):
+        nnx_loop(lambda rngs: make(3, rngs, 0.1), train_step, eval_step)
+
+
+def test_an_update_in_another_releases_form_is_explained() -> None:
+    """``optimizer.update(grads)`` or ``(model, grads)``: the release decides, the message says."""
+
+    def other_form(model: Any, optimizer: Any, batch: Any) -> Any:
+        loss, grads = flax_nnx.value_and_grad(loss_fn)(model, *batch)
+        optimizer.update(*([model, grads] if HOLDS_MODEL else [grads]))
+        return loss
+
+    with pytest.raises(SubjectError) as caught:
+        nnx_loop(make, other_form, eval_step)
+    assert caught.value.mistake.name == "nnx_optimizer_form"
