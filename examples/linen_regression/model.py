@@ -31,7 +31,7 @@ class Regressor(nn.Module):
 def loss(predictions: Any, targets: Any) -> Any:
     """Return the mean squared error of predictions (N, 1) against targets (N,)."""
     error = predictions.squeeze(-1) - targets
-    # error = predictions - targets  # the mistake: (N, 1) - (N,) is (N, N)
+    # error = predictions - targets  # the mistake: (N, 1) - (N,) is (N, N)  # noqa: ERA001
     return jnp.mean(error**2)
 
 

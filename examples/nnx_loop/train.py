@@ -56,7 +56,7 @@ def train_step(model: Classifier, optimizer: nnx.Optimizer, batch: dict[str, Any
 def eval_step(model: Classifier, batch: dict[str, Any]) -> Any:
     """Return the loss with the running statistics."""
     model.eval()
-    # model.train()  # the mistake: evaluation in train mode
+    # model.train()  # the mistake: evaluation in train mode  # noqa: ERA001
     return loss_fn(model, batch)
 
 

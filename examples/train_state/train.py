@@ -65,7 +65,7 @@ def train_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, di
     (loss, (logits, updates)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=grads)
     state = state.replace(batch_stats=updates["batch_stats"])
-    # state.replace(batch_stats=updates["batch_stats"])  # the mistake: replace returns
+    # state.replace(batch_stats=updates["batch_stats"])  # the mistake: replace returns  # noqa: ERA001
     return state, {"loss": loss, "accuracy": jnp.mean(logits.argmax(-1) == batch["label"])}
 
 
