@@ -89,9 +89,13 @@ def audit_tests(
     words = shlex.split(command)
     with tempfile.TemporaryDirectory(prefix="bnverify-") as folder:
         mark = Path(folder) / "mark"
-        done, seconds = _run(words, Order(tuple(targets), "", str(mark)), None)
+        printed = Path(folder) / "printed"
+        done, seconds = _run(words, Order(tuple(targets), "", str(mark)), None, printed)
         if done != 0:
-            raise Unusable(f"the tests fail without any fault: {command} ended with {done}")
+            last = "\n".join(_lines(printed)[-20:])
+            raise Unusable(
+                f"the tests fail without any fault: {command} ended with {done}; it printed\n{last}"
+            )
         seen = _lines(mark)
         for target in targets:
             if f"imported {target}" not in seen:
@@ -110,17 +114,20 @@ def audit_tests(
     return TestsAudit(command, tuple(targets), seconds, tuple(findings))
 
 
-def _run(words: Sequence[str], order: Order, limit: float | None) -> tuple[int, float]:
+def _run(
+    words: Sequence[str], order: Order, limit: float | None, printed: Path | None = None
+) -> tuple[int, float]:
     started = time.perf_counter()
     try:
-        done = subprocess.run(  # noqa: S603 - the user's own command
-            words,
-            env=environment(order),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=limit,
-            check=False,
-        )
+        with Path(printed or os.devnull).open("wb") as out:
+            done = subprocess.run(  # noqa: S603 - the user's own command
+                words,
+                env=environment(order),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+                check=False,
+            )
         status = done.returncode
     except FileNotFoundError:
         raise Unusable(f"no command {words[0]!r} is found") from None
@@ -137,6 +144,10 @@ def environment(order: Order) -> dict[str, str]:
     if "site-packages" not in home.parts:  # run from a source tree, which the tests need not know
         path.append(str(home))
     path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    # The substitution imports bnverify before pytest can rewrite its asserts; it has none. Where a
+    # project makes warnings errors, that warning would end every run.
+    quiet = "ignore:Module already imported so cannot be rewritten:pytest.PytestAssertRewriteWarning"
+    options = [os.environ.get("PYTEST_ADDOPTS", ""), f"-o cache_dir={scratch}/pytest", f"-W '{quiet}'"]
     programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     return {
         **os.environ,
@@ -146,9 +157,9 @@ def environment(order: Order) -> dict[str, str]:
         # What tools remember of these runs is none of the user's.
         "PYTHONDONTWRITEBYTECODE": "1",
         "HYPOTHESIS_STORAGE_DIRECTORY": str(scratch / "hypothesis"),
-        "PYTEST_ADDOPTS": f"{os.environ.get('PYTEST_ADDOPTS', '')} -o cache_dir={scratch}/pytest",
+        "PYTEST_ADDOPTS": " ".join(options),
     }
 
 
 def _lines(mark: Path) -> list[str]:
-    return mark.read_text(encoding="utf-8").splitlines() if mark.exists() else []
+    return mark.read_text(encoding="utf-8", errors="replace").splitlines() if mark.exists() else []
