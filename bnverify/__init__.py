@@ -16,19 +16,18 @@ if TYPE_CHECKING:
     from bnverify.case import Case as Case
     from bnverify.case import Domain as Domain
     from bnverify.case import InvalidCase as InvalidCase
-    from bnverify.checkpoint import Lived as Lived
-    from bnverify.counterexample import Violation as Violation
-    from bnverify.counterexample import replay as replay
-    from bnverify.engine import verify as verify
+    from bnverify.engine.counterexample import Violation as Violation
+    from bnverify.engine.counterexample import replay as replay
+    from bnverify.engine.verify import verify as verify
     from bnverify.evidence import Evidence as Evidence
     from bnverify.evidence import Report as Report
-    from bnverify.lifetime import Life as Life
-    from bnverify.machine import check_life as check_life
-    from bnverify.machine import life as life
-    from bnverify.parallel import Parallel as Parallel
-    from bnverify.parallel import check_parallel as check_parallel
+    from bnverify.lifetime.checkpoint import Lived as Lived
+    from bnverify.lifetime.life import Life as Life
+    from bnverify.lifetime.machine import check_life as check_life
+    from bnverify.lifetime.machine import life as life
+    from bnverify.parallel.subject import Parallel as Parallel
+    from bnverify.parallel.subject import check_parallel as check_parallel
     from bnverify.profile import Profile as Profile
-    from bnverify.pytest_suite import suite as suite
     from bnverify.reference import train_step as train_step
     from bnverify.subject import LayerInput as LayerInput
     from bnverify.subject import State as State
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from bnverify.subject import Subject as Subject
     from bnverify.target import TargetError as TargetError
     from bnverify.target import load as load
+    from bnverify.testing.suite import suite as suite
 
 _HOME = {
     "Case": "case",
@@ -43,28 +43,28 @@ _HOME = {
     "Evidence": "evidence",
     "InvalidCase": "case",
     "LayerInput": "subject",
-    "Life": "lifetime",
-    "Lived": "checkpoint",
-    "Parallel": "parallel",
+    "Life": "lifetime.life",
+    "Lived": "lifetime.checkpoint",
+    "Parallel": "parallel.subject",
     "Profile": "profile",
     "Report": "evidence",
     "State": "subject",
     "StepInfo": "subject",
     "Subject": "subject",
     "TargetError": "target",
-    "Violation": "counterexample",
-    "check_life": "machine",
-    "check_parallel": "parallel",
-    "life": "machine",
+    "Violation": "engine.counterexample",
+    "check_life": "lifetime.machine",
+    "check_parallel": "parallel.subject",
+    "life": "lifetime.machine",
     "linen": "adapters.linen",
     "load": "target",
     "nnx": "adapters.nnx",
-    "replay": "counterexample",
+    "replay": "engine.counterexample",
     "solution": "adapters.solution",
-    "suite": "pytest_suite",
+    "suite": "testing.suite",
     "train_state": "adapters.train_state",
     "train_step": "reference",
-    "verify": "engine",
+    "verify": "engine.verify",
 }
 
 __all__ = sorted(_HOME)  # noqa: PLE0605 - the table above is the one list of public names

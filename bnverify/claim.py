@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bnverify.counterexample import Violation
+from bnverify.engine.counterexample import Violation
 from bnverify.evidence import Evidence
 from bnverify.mistakes import MISTAKES
 

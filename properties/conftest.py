@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from bnverify.case import Case
-    from bnverify.exploration import Exploration
+    from bnverify.engine.exploration import Exploration
+    from bnverify.engine.proof import Reading
     from bnverify.jaxpr import Traces
-    from bnverify.proof import Reading
     from bnverify.subject import Subject
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
@@ -100,7 +100,7 @@ class Step:
     def proves(self, law: str) -> None:
         """Read a law of structure off the traced step: for every N and D, where it traces so."""
         __tracebackhide__ = True
-        from bnverify.proof import judge_structure
+        from bnverify.engine.proof import judge_structure
 
         evidence = judge_structure(self._applicable(law), self.subject, self._reading)
         if evidence.status == "violated":
@@ -119,7 +119,7 @@ class Step:
 
     @cached_property
     def _reading(self) -> Reading:
-        from bnverify import proof
+        from bnverify.engine import proof
 
         return proof.read(self.subject)
 
@@ -134,10 +134,10 @@ class Step:
         if subject.name in self._made:
             return self._made[subject.name]
         from bnverify.case import Domain
-        from bnverify.exploration import Exploration
-        from bnverify.judge import Judge, judged, static_facts
-        from bnverify.proof import abstract_transition
-        from bnverify.volume import NEEDS, Volume
+        from bnverify.engine.exploration import Exploration
+        from bnverify.engine.judge import Judge, judged, static_facts
+        from bnverify.engine.proof import abstract_transition
+        from bnverify.engine.volume import NEEDS, Volume
 
         assert traces is not None
         abstract = abstract_transition(traces.runs[0], None)
@@ -150,9 +150,9 @@ class Step:
 
     def _applicable(self, name: str) -> Law:
         """Return the law, or skip the test with the reason why it does not apply."""
-        from bnverify.exploration import CALLS
-        from bnverify.judge import exemption, shown_by
-        from bnverify.volume import NEEDS
+        from bnverify.engine.exploration import CALLS
+        from bnverify.engine.judge import exemption, shown_by
+        from bnverify.engine.volume import NEEDS
 
         law, reading = LAWS[name], self._reading
         if reading.abstract is None:
@@ -172,7 +172,7 @@ class Step:
 
     def _violated(self, law: str, reason: str, case: Case | None = None) -> None:
         __tracebackhide__ = True
-        from bnverify.counterexample import Violation, script
+        from bnverify.engine.counterexample import Violation, script
 
         told = f"{law}: {LAWS[law].claim}\n{reason}\n\n{script(law, case, self._target)}"
         raise Violation(told)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from bnverify import cli, reference
-from bnverify.audit import Audit, Finding
 from bnverify.mistakes import MISTAKES
 from bnverify.mutants import MUTANTS
+from bnverify.mutants.audit import Audit, Finding
 from bnverify.mutants.substitution import Order
 from bnverify.mutants.transplant import TRANSPLANTS, faulty, get, put
 from bnverify.mutants.users_tests import audit_tests
@@ -226,7 +226,7 @@ def test_the_command_selects_shards_and_writes(
         seen.extend(mutant.name for mutant in mutants)
         return AUDIT
 
-    monkeypatch.setattr("bnverify.audit.audit", audited)
+    monkeypatch.setattr("bnverify.mutants.audit.audit", audited)
     files = tmp_path / "audit.json", tmp_path / "audit.svg"
     command = ["audit", "--select", "two_steps", "--shard", "2/3"]
     assert cli.main([*command, "--json", str(files[0]), "--picture", str(files[1])]) == 1

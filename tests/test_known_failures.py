@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 # Loaded before any test runs: pytester forgets what is first imported inside it.
-from bnverify import Subject, engine, known_failures
+from bnverify import Subject
+from bnverify.engine import verify as engine
 from bnverify.evidence import Evidence, Report
-from bnverify.known_failures import KnownFailure
 from bnverify.laws import LAWS
+from bnverify.testing import known_failures
+from bnverify.testing.known_failures import KnownFailure
 from bnverify.unusable import Unusable
 
 pytest_plugins = ("pytester",)
@@ -69,7 +71,7 @@ def inner(
     """Run pytest in this process on a suite, with a file of known failures."""
     pytester.makepyfile(test_step=STEP)
     installed = request.config.pluginmanager.has_plugin("bnverify")
-    ours = () if installed else ("-p", "bnverify.pytest_plugin")
+    ours = () if installed else ("-p", "bnverify.testing.plugin")
 
     def run(*args: str, known: str | None) -> pytest.RunResult:
         if known is not None:
@@ -162,7 +164,7 @@ def test_workers_report_stale_entries(
     pytester.makepyfile("def test_nothing():\n    pass\n")
     (pytester.path / "known.toml").write_text(toml(ENTRY))
     installed = request.config.pluginmanager.has_plugin("bnverify")
-    ours = () if installed else ("-p", "bnverify.pytest_plugin")
+    ours = () if installed else ("-p", "bnverify.testing.plugin")
     result = pytester.runpytest_subprocess(
         *ours, "-n", "1", "--bnverify-known-failures", "known.toml"
     )

@@ -14,10 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine
 import bnverify
 from bnverify import reference
 from bnverify.adapters.linen import linen
-from bnverify.checkpoint import ORBAX, WAYS, kinds_differ, values_differ
 from bnverify.claim import Broken
-from bnverify.fold import Fold
-from bnverify.lifetime import CLAIMS, Life
+from bnverify.lifetime.checkpoint import ORBAX, WAYS, kinds_differ, values_differ
+from bnverify.lifetime.fold import Fold
+from bnverify.lifetime.life import CLAIMS, Life
 from bnverify.mistakes import MISTAKES
 from bnverify.mutants.life_faults import LIFE_FAULTS, correct
 from bnverify.profile import Profile
@@ -179,5 +179,5 @@ def test_statistics_that_overflow_are_not_compared() -> None:
 
 def test_life_loads_no_hypothesis_for_a_script() -> None:
     """Replaying a counterexample needs no Hypothesis machinery: only ``Life``."""
-    code = "import sys, bnverify.lifetime; sys.exit('bnverify.machine' in sys.modules)"
+    code = "import sys, bnverify.lifetime; sys.exit('bnverify.lifetime.machine' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

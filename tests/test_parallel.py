@@ -9,9 +9,9 @@ from bnverify.evidence import Evidence
 from bnverify.mistakes import MISTAKES
 from bnverify.mutants.parallel_faults import PARALLEL_FAULTS
 from bnverify.mutants.parallel_step import axis_name
-from bnverify.parallel import CLAIMS
-from bnverify.parallel_check import replay
-from bnverify.parallel_runner import FLAG, environment, find, run
+from bnverify.parallel.check import replay
+from bnverify.parallel.runner import FLAG, environment, find, run
+from bnverify.parallel.subject import CLAIMS
 from bnverify.unusable import Unusable
 
 REFERENCE = "bnverify.mutants.parallel_step:reference"

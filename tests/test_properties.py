@@ -58,7 +58,7 @@ def test_every_law_is_bound() -> None:
 
 def properties(folder: Path, *args: str) -> "subprocess.CompletedProcess[str]":
     installed = any(entry.name == "bnverify" for entry in entry_points(group="pytest11"))
-    ours = () if installed else ("-p", "bnverify.pytest_plugin")
+    ours = () if installed else ("-p", "bnverify.testing.plugin")
     return subprocess.run(
         [sys.executable, "-m", "pytest", *ours, "--rootdir", str(ROOT), "-c",
          str(ROOT / "pyproject.toml"), "--hypothesis-profile", "quick", "-p", "no:cacheprovider",

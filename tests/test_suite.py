@@ -12,11 +12,14 @@ import pytest
 
 # Loaded before any test runs: pytester forgets what is first imported inside it, and a second jax
 # in one process is refused.
-from bnverify import Subject, counterexample, engine, pytest_suite
+from bnverify import Subject
 from bnverify.case import Case
+from bnverify.engine import counterexample
+from bnverify.engine import verify as engine
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import LAWS
 from bnverify.target import load
+from bnverify.testing import suite as its_suite
 
 pytest_plugins = ("pytester",)
 
@@ -87,7 +90,7 @@ def inner(pytester: pytest.Pytester, request: pytest.FixtureRequest, made_up: En
     pytester.makepyfile(test_step=STEP)
     plugins = request.config.pluginmanager
     # Installed, it is there by its entry point, and naming it again would be refused.
-    ours = () if plugins.has_plugin("bnverify") else ("-p", "bnverify.pytest_plugin")
+    ours = () if plugins.has_plugin("bnverify") else ("-p", "bnverify.testing.plugin")
     return lambda *args: pytester.runpytest_inprocess(*ours, "-p", "no:randomly", *args)
 
 
@@ -113,7 +116,7 @@ def test_a_violation_says_what_it_is_and_nothing_else(inner: Inner) -> None:
     text = str(result.stdout)
     for part in (LAWS[VIOLATED].claim, "off by 7", "Usually: slip: it. Mend: so.", SCRIPT.strip()):
         assert part in text
-    assert "pytest_suite.py" not in text
+    assert "suite.py" not in text
     assert "Traceback" not in text
     assert result.ret == 1
 
@@ -253,10 +256,10 @@ def test_workers_share_one_check(
             return Factory()
 
     report = made_up.verify(Subject("mine", print, print, print), "quick", select=[HELD])
-    with pytest_suite.shared(Request()) as share:  # type: ignore[arg-type] # as much as it needs
+    with its_suite.shared(Request()) as share:  # type: ignore[arg-type] # as much as it needs
         assert share.load() is None
         share.save(report)
-    with pytest_suite.shared(Request()) as share:  # type: ignore[arg-type] # likewise
+    with its_suite.shared(Request()) as share:  # type: ignore[arg-type] # likewise
         assert share.load() == report
 
 
@@ -269,15 +272,15 @@ def test_the_script_names_a_suite(pytester: pytest.Pytester) -> None:
 
 def test_the_case_is_read_from_its_script() -> None:
     """The case in a script is the case, and a script without one is refused."""
-    assert pytest_suite.case_of(SCRIPT).code() == CASE.code()
+    assert its_suite.case_of(SCRIPT).code() == CASE.code()
     with pytest.raises(ValueError, match="no case"):
-        pytest_suite.case_of("import bnverify")
+        its_suite.case_of("import bnverify")
 
 
 def test_the_plugin_loads_nothing_heavy() -> None:
     """It is loaded in every run of everybody's tests."""
     code = (
-        "import sys, bnverify.pytest_plugin\n"
+        "import sys, bnverify.testing.plugin\n"
         "heavy = {'jax', 'numpy', 'flax', 'hypothesis', 'rich', 'bnverify.laws'} & set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
@@ -299,7 +302,7 @@ def test_collecting_a_suite_loads_no_jax(pytester: pytest.Pytester) -> None:
 def outer(folder: Path, *args: str) -> "subprocess.CompletedProcess[str]":
     """Run pytest in a process of its own, with the plugin."""
     installed = any(entry.name == "bnverify" for entry in entry_points(group="pytest11"))
-    ours = () if installed else ("-p", "bnverify.pytest_plugin")
+    ours = () if installed else ("-p", "bnverify.testing.plugin")
     return subprocess.run(
         [sys.executable, "-m", "pytest", *ours, *args],
         cwd=folder,

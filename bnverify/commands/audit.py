@@ -14,7 +14,7 @@ from bnverify.shard import Shard
 from bnverify.unusable import Unusable, did_you_mean
 
 if TYPE_CHECKING:
-    from bnverify.audit import Audit
+    from bnverify.mutants.audit import Audit
     from bnverify.mutants.users_tests import TestsAudit
 
 
@@ -64,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _catalogue(args: argparse.Namespace) -> int:
-    from bnverify import audit
-    from bnverify.mutants import MUTANTS
+    from bnverify.mutants import MUTANTS, audit
     from bnverify.show import audit as screen
 
     families = {mutant.family for mutant in MUTANTS.values()}

@@ -86,7 +86,7 @@ def _verify(args: argparse.Namespace) -> Report:
     with target.importable(target.directory(args.target)):
         subject = target.load(args.target, time_limit=args.time_limit)
 
-        from bnverify.engine import choose, verify
+        from bnverify.engine.verify import choose, verify
         from bnverify.show import terminal
 
         try:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bnverify.checkpoint import Lived, serialization
 from bnverify.lazy import LazyModule, jax, jnp
+from bnverify.lifetime.checkpoint import Lived, serialization
 from bnverify.mutants.carrying import CallsCountedInPython
 from bnverify.mutants.catalogue import snake_case
 from bnverify.mutants.evaluation import EvalWritesStatistics

@@ -14,7 +14,7 @@ from typing import Any
 from bnverify.lazy import LazyModule, jax, jnp
 from bnverify.mutants.catalogue import snake_case
 from bnverify.mutants.parallel_step import AXIS, AxisName, Norm, ParallelStep, one_device
-from bnverify.parallel import Parallel
+from bnverify.parallel.subject import Parallel
 from bnverify.subject import State, StepInfo, Tree
 
 nn: Any = LazyModule("flax.linen")

@@ -146,8 +146,14 @@ def environment(order: Order) -> dict[str, str]:
     path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     # The substitution imports bnverify before pytest can rewrite its asserts; it has none. Where a
     # project makes warnings errors, that warning would end every run.
-    quiet = "ignore:Module already imported so cannot be rewritten:pytest.PytestAssertRewriteWarning"
-    options = [os.environ.get("PYTEST_ADDOPTS", ""), f"-o cache_dir={scratch}/pytest", f"-W '{quiet}'"]
+    quiet = (
+        "ignore:Module already imported so cannot be rewritten:pytest.PytestAssertRewriteWarning"
+    )
+    options = [
+        os.environ.get("PYTEST_ADDOPTS", ""),
+        f"-o cache_dir={scratch}/pytest",
+        f"-W '{quiet}'",
+    ]
     programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     return {
         **os.environ,

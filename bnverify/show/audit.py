@@ -15,7 +15,7 @@ from bnverify.mistakes import MISTAKES
 from bnverify.show.symbols import symbols
 
 if TYPE_CHECKING:
-    from bnverify.audit import Audit, Finding
+    from bnverify.mutants.audit import Audit, Finding
     from bnverify.mutants.users_tests import TestsAudit, TestsFinding
 
 NAME = 50  # columns for a fault's name

@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 from bnverify.show.audit import killers, summary
 
 if TYPE_CHECKING:
-    from bnverify.audit import Audit
+    from bnverify.mutants.audit import Audit
 
 CELL = 9
 LEFT, TOP = 320, 300

@@ -24,8 +24,8 @@ def verdicts(subject: Any, shape: tuple[int, int], seed: int) -> tuple[dict[str,
     Raises:
         Exception: whatever keeps the laws from running here; the recording goes without.
     """
-    from bnverify import proof
-    from bnverify.judge import exemption, shown_by
+    from bnverify.engine import proof
+    from bnverify.engine.judge import exemption, shown_by
     from bnverify.laws import LAWS
 
     reading = proof.read(subject)
@@ -63,8 +63,8 @@ def _stacked(
     subject: Any, abstract: Any, laws: list[Any], shape: tuple[int, int], seed: int
 ) -> dict[str, Any]:
     from bnverify.case import Domain
-    from bnverify.judge import Judge, judged, static_facts
-    from bnverify.volume import NEEDS, Volume
+    from bnverify.engine.judge import Judge, judged, static_facts
+    from bnverify.engine.volume import NEEDS, Volume
 
     chosen = judged(laws, NEEDS)
     if not chosen:

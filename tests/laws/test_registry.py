@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import bnverify
-from bnverify.judge import HIDDEN
+from bnverify.engine.judge import HIDDEN
 from bnverify.laws import LAWS
 from bnverify.laws.law import law
 from bnverify.mistakes import MISTAKES

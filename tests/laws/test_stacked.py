@@ -8,11 +8,11 @@ import pytest
 
 from bnverify import compat, reference
 from bnverify.case import Case
-from bnverify.exploration import Again, Solution
-from bnverify.judge import derivation, static_facts
+from bnverify.engine.exploration import Again, Solution
+from bnverify.engine.judge import derivation, static_facts
+from bnverify.engine.volume import NEEDS
 from bnverify.laws import LAWS
 from bnverify.transition import Calls, Outcome, Transition, observe
-from bnverify.volume import NEEDS
 
 STACK = 256
 SHAPE = (3, 2)

@@ -10,15 +10,15 @@ import numpy as np
 
 from bnverify.case import Case, Domain
 from bnverify.claim import Broken
+from bnverify.engine.noise import Noise
+from bnverify.engine.tally import complexity
 from bnverify.evidence import Evidence
 from bnverify.lazy import jax
-from bnverify.noise import Noise
-from bnverify.parallel import CLAIMS, DEVICES, Parallel
-from bnverify.parallel_compat import has_pmap, shard_map
+from bnverify.parallel.compat import has_pmap, shard_map
+from bnverify.parallel.subject import CLAIMS, DEVICES, Parallel
 from bnverify.profile import PROFILES, Profile
 from bnverify.stacks import stacked_cases
 from bnverify.subject import Subject
-from bnverify.tally import complexity
 from bnverify.transition import Calls, Transition, observe, path_name
 from bnverify.unusable import first_line
 
@@ -403,7 +403,7 @@ def script(parallel: Parallel, name: str, case: Case) -> str:
         "import os\n\n"
         f'os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count={DEVICES}"\n'
         "import bnverify\n"
-        "from bnverify.parallel_check import replay\n\n"
+        "from bnverify.parallel.check import replay\n\n"
         f"parallel = ...  # {parallel.name}\n"
         f"case = {case.code()}\n"
         f"replay(parallel, case, claim={name!r})\n"

@@ -26,11 +26,11 @@ from hypothesis.stateful import (
 
 from bnverify import compile_cache
 from bnverify.case import Case
-from bnverify.checkpoint import COPIES, Lived
 from bnverify.claim import Broken
 from bnverify.evidence import Evidence
 from bnverify.lazy import jax
-from bnverify.lifetime import CLAIMS, Life, Programs, Record, subject_of, ways
+from bnverify.lifetime.checkpoint import COPIES, Lived
+from bnverify.lifetime.life import CLAIMS, Life, Programs, Record, subject_of, ways
 from bnverify.profile import PROFILES, Profile
 from bnverify.subject import Subject
 from bnverify.transition import is_floating
@@ -78,7 +78,7 @@ def life(
         lived: a Subject, saved by ``flax.serialization``, or a Lived with its own way to save
             and restore.
         name: how counterexamples find ``lived``: "module:name"; None: the reader puts it in.
-        programs: see :class:`bnverify.lifetime.Programs`.
+        programs: see :class:`bnverify.lifetime.life.Programs`.
         ignore: names of claims that are not asked.
         record: counts how often each claim was tested.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from bnverify.known_failures import KnownFailure
+    from bnverify.testing.known_failures import KnownFailure
 
 STALE = pytest.StashKey[list[str]]()
 ENTRIES = pytest.StashKey["tuple[KnownFailure, ...]"]()
@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     file = config.getoption("bnverify_known_failures")
     if file is None:
         return
-    from bnverify import known_failures
+    from bnverify.testing import known_failures
     from bnverify.unusable import Unusable
 
     path = Path(file) if Path(file).exists() else config.rootpath / file
@@ -107,8 +107,8 @@ def _shard(text: str) -> Any:
 
 
 def _mark_known(items: list[pytest.Item], entries: tuple[KnownFailure, ...]) -> None:
-    from bnverify.counterexample import Violation
-    from bnverify.pytest_suite import KNOWN
+    from bnverify.engine.counterexample import Violation
+    from bnverify.testing.suite import KNOWN
 
     known = {(entry.law, entry.subject): entry for entry in entries if entry.applies}
     for item in items:
@@ -130,7 +130,7 @@ def _is_full_run(config: pytest.Config) -> bool:
 def _find_stale(
     config: pytest.Config, items: list[pytest.Item], entries: tuple[KnownFailure, ...]
 ) -> None:
-    from bnverify.known_failures import stale
+    from bnverify.testing.known_failures import stale
 
     claims = {found for item in items if (found := claim(item))}
     config.stash[STALE] = [str(entry) for entry in stale(entries, claims)]
@@ -169,7 +169,7 @@ def pytest_runtest_makereport(
     report = yield
     mark = item.get_closest_marker("bnverify")
     if mark is not None and call.excinfo is not None and report.failed:
-        from bnverify.counterexample import Violation
+        from bnverify.engine.counterexample import Violation
 
         if isinstance(call.excinfo.value, Violation):
             report.longrepr = call.excinfo.getrepr(style="value")

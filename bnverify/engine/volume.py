@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from bnverify.case import Case, Domain
-from bnverify.judge import Judge
+from bnverify.engine.judge import Judge
+from bnverify.engine.tally import Tally, complexity, stack, take
 from bnverify.laws import Law
 from bnverify.lazy import jax
 from bnverify.stacks import stacked_cases
 from bnverify.subject import State, Subject
-from bnverify.tally import Tally, complexity, stack, take
 from bnverify.transition import EVALS, FEW_ROWS, LATER_RERUNS, RERUNS, Calls, Outcome, observe
 
 NEEDS = frozenset(

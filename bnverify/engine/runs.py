@@ -9,14 +9,14 @@ import numpy as np
 
 from bnverify import strategies
 from bnverify.case import Case, Domain
+from bnverify.engine.exploration import CALLS, Exploration, draw, find
+from bnverify.engine.judge import Judge, judged
+from bnverify.engine.tally import ENOUGH, Tally, stack
+from bnverify.engine.volume import NEEDS, Volume
 from bnverify.evidence import Evidence, Status
-from bnverify.exploration import CALLS, Exploration, draw, find
-from bnverify.judge import Judge, judged
 from bnverify.laws import Law
 from bnverify.profile import Profile
 from bnverify.subject import Subject
-from bnverify.tally import ENOUGH, Tally, stack
-from bnverify.volume import NEEDS, Volume
 
 Tell = Callable[[str, int], None]
 Shape = tuple[int, int]
@@ -30,7 +30,7 @@ class Runs:
     Args:
         subject: what is verified.
         laws: the laws that need running.
-        facts: see ``bnverify.judge.static_facts``.
+        facts: see ``bnverify.engine.judge.static_facts``.
         plan: how much to run.
         seed: from which all cases are drawn.
         tell: told what is being done and how many cases were run so far.

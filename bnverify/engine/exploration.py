@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from bnverify import strategies
 from bnverify.case import Case, Domain
-from bnverify.judge import Judge, judged
+from bnverify.engine.judge import Judge, judged
+from bnverify.engine.volume import NEEDS, Volume
 from bnverify.laws import Law
 from bnverify.lazy import jax
 from bnverify.subject import Subject
 from bnverify.transition import Calls, Outcome, Transition, observe
-from bnverify.volume import NEEDS, Volume
 
 CALLS = frozenset({"again", "eager", "stacked", "solution"})
 """What laws can ask of single calls besides ``volume.NEEDS``."""

@@ -10,10 +10,10 @@ import numpy as np
 from bnverify import compat
 from bnverify.case import Case
 from bnverify.compiled import Compiled
+from bnverify.engine.noise import Noise
 from bnverify.laws import Law
 from bnverify.laws.residuals import wide
 from bnverify.lazy import jax, jnp
-from bnverify.noise import Noise
 from bnverify.subject import Subject
 from bnverify.transition import Outcome, Transition, double_batch
 

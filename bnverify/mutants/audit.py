@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bnverify.engine import verify
+from bnverify.engine.verify import verify
 from bnverify.evidence import Report
 from bnverify.mutants import Mutant
 from bnverify.profile import Profile

@@ -8,14 +8,15 @@ from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
-from bnverify import compile_cache, proof
-from bnverify.counterexample import script
-from bnverify.diagnosis import diagnose
+from bnverify import compile_cache
+from bnverify.engine import proof
+from bnverify.engine.counterexample import script
+from bnverify.engine.diagnosis import diagnose
+from bnverify.engine.judge import exemption, shown_by, static_facts
+from bnverify.engine.runs import Runs
 from bnverify.evidence import Evidence, Report
-from bnverify.judge import exemption, shown_by, static_facts
 from bnverify.laws import LAWS, Law
 from bnverify.profile import PROFILES, Profile
-from bnverify.runs import Runs
 from bnverify.subject import Subject
 from bnverify.transition import Transition
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bnverify.evidence import Evidence
-from bnverify.parallel import DEVICES, Parallel
+from bnverify.parallel.subject import DEVICES, Parallel
 from bnverify.profile import PROFILES, Profile
 from bnverify.unusable import Unusable, first_line
 
@@ -110,7 +110,7 @@ def _evidence(data: dict[str, Any]) -> Evidence:
 def main(answer: str, profile: str, seed: str, *targets: str) -> None:
     """Check each target in this process and write what was found."""
     from bnverify import compile_cache
-    from bnverify.parallel_check import Check
+    from bnverify.parallel.check import Check
 
     compile_cache.enable()
     found: dict[str, Any] = {}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from bnverify import proof
 from bnverify.case import Case
-from bnverify.exploration import Exploration
-from bnverify.judge import Judge, static_facts
+from bnverify.engine import proof
+from bnverify.engine.exploration import Exploration
+from bnverify.engine.judge import Judge, static_facts
 from bnverify.laws import LAWS
 from bnverify.subject import Subject
 

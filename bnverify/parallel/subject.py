@@ -5,7 +5,7 @@ beside the single-device step that it must equal. It is run under every way of m
 release of jax has; its tolerance is the single step's own rounding noise.
 
 Four devices are simulated on the CPU. XLA reads how many there are when jax starts, so
-``check_parallel`` checks a target in a process of its own (``bnverify.parallel_runner``); given a
+``check_parallel`` checks a target in a process of its own (``bnverify.parallel.runner``); given a
 ``Parallel`` it checks here, what the devices of this process allow.
 """
 
@@ -126,9 +126,9 @@ def check_parallel(
         ValueError: the profile is unknown, or nothing can be made of ``what``.
     """
     if isinstance(what, Parallel):
-        from bnverify.parallel_check import Check
+        from bnverify.parallel.check import Check
 
         return Check(what, profile, seed).run()
-    from bnverify.parallel_runner import run
+    from bnverify.parallel.runner import run
 
     return run([what], profile, seed)[what]

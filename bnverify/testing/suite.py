@@ -107,7 +107,7 @@ class Check:
             Violation: the law is violated.
         """
         __tracebackhide__ = True
-        from bnverify.counterexample import Violation
+        from bnverify.engine.counterexample import Violation
 
         memory = Memory(request)
         message = self._replay(law, memory)
@@ -127,7 +127,7 @@ class Check:
     def _replay(self, law: str, memory: Memory) -> str | None:
         """Return what was remembered of the last run, if its case still violates ``law``."""
         from bnverify import compile_cache
-        from bnverify.counterexample import Violation, replay
+        from bnverify.engine.counterexample import Violation, replay
 
         remembered = memory.recall()
         if remembered is None:
@@ -160,7 +160,7 @@ class Check:
         return self._report
 
     def _verify(self, request: pytest.FixtureRequest) -> Report:
-        from bnverify import engine
+        from bnverify.engine import verify as engine
 
         settings = Settings.of(request.config)
         path = os.path.relpath(request.node.path)

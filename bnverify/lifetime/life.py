@@ -2,7 +2,7 @@
 
 Two histories run side by side. One is saved, restored, copied and resumed; its twin only ever
 trains. At each moment they must be equal to the bit. A third, in float64, says what the running
-statistics must be if every batch was folded in exactly once (``bnverify.fold``).
+statistics must be if every batch was folded in exactly once (``bnverify.lifetime.fold``).
 
 ``life(subject)`` is a Hypothesis state machine for a user's own tests:
 
@@ -20,7 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from bnverify.case import Case
-from bnverify.checkpoint import (
+from bnverify.claim import Broken, Claim
+from bnverify.lazy import jax
+from bnverify.lifetime.checkpoint import (
     COPIES,
     ORBAX,
     WAYS,
@@ -31,9 +33,7 @@ from bnverify.checkpoint import (
     suspect,
     values_differ,
 )
-from bnverify.claim import Broken, Claim
-from bnverify.fold import Fold
-from bnverify.lazy import jax
+from bnverify.lifetime.fold import Fold
 from bnverify.subject import State, StepInfo, Subject
 from bnverify.transition import is_floating
 from bnverify.unusable import first_line
@@ -91,7 +91,7 @@ CLAIMS: dict[str, Claim] = {
             "life",
             "After any history the statistics are the moving average of its batches, each once.",
             ("ema_applied_twice", "statistics_reinitialised", "new_statistics_dropped"),
-            "Ioffe & Szegedy 2015, algorithm 1; the bound is derived in bnverify/fold.py",
+            "Ioffe & Szegedy 2015, algorithm 1; the bound is derived in bnverify/lifetime/fold.py",
         ),
     )
 }

@@ -1,0 +1,1 @@
+"""From a Subject to a Report: proofs, stacked cases, explicit cases, and what their verdicts say."""
