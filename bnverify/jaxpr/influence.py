@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from bnverify.jaxpr.shapes import Run, Traces
 
-INPUTS = ("params", "batch_stats", "opt_state", "x", "y", "lr")
+INPUTS = ("params", "batch_stats", "opt_state", "extra", "x", "y", "lr")
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class _Reading:
 class Influence:
     """What can reach what.
 
-    Outputs are "params", "batch_stats", "opt_state" (the new ones), "loss", "grads",
-    "eval_loss", and, where the subject shows the state that evaluation leaves, "eval_params",
-    "eval_batch_stats" and "eval_opt_state". Inputs are "params", "batch_stats", "opt_state" (the
-    old ones; for evaluation, those passed in), "x", "y", "lr".
+    Outputs are "params", "batch_stats", "opt_state" (the new ones), "extra" where there is any,
+    "loss", "grads", "eval_loss", and, where the subject shows the state that evaluation leaves,
+    "eval_params" and so on. Inputs are "params", "batch_stats", "opt_state", "extra" (the old
+    ones; for evaluation, those passed in), "x", "y", "lr".
 
     Attributes:
         matrix: output tree -> the input trees that may reach it. A tree that the subject hides
@@ -124,8 +124,7 @@ def _read(program: Program, inputs: Sequence[str], outputs: Sequence[str]) -> _R
 
 
 def _state_names(state: Any, prefix: str = "") -> list[str]:
-    trees = (("params", state.params), ("batch_stats", state.batch_stats))
-    named = (*trees, ("opt_state", state.opt_state))
+    named = zip(state._fields, state, strict=True)
     return [name for tree, value in named for name in leaf_names(value, prefix + tree)]
 
 
@@ -143,11 +142,10 @@ def _readings(run: Run) -> Iterable[_Reading]:
 
 def _output_trees(run: Run) -> list[str]:
     trees = ["params", "batch_stats", "opt_state"]
-    trees += [name for name in ("loss", "grads") if getattr(run.info, name) is not None]
-    trees += ["eval_loss"]
-    if run.after_eval is not None:
-        trees += ["eval_params", "eval_batch_stats", "eval_opt_state"]
-    return trees
+    trees += ["extra"] if leaf_names(run.before.extra) else []  # most subjects have nothing there
+    info = [name for name in ("loss", "grads") if getattr(run.info, name) is not None]
+    after = [f"eval_{tree}" for tree in trees] if run.after_eval is not None else []
+    return [*trees, *info, "eval_loss", *after]
 
 
 def _tree(leaf: str) -> str:

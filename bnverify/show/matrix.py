@@ -8,7 +8,7 @@ from typing import Any
 
 from bnverify.laws import LAWS
 
-INPUTS = ("params", "batch_stats", "opt_state", "x", "y", "lr")
+INPUTS = ("params", "batch_stats", "opt_state", "extra", "x", "y", "lr")
 REQUIRED = (
     ("params", "params"),
     ("params", "x"),

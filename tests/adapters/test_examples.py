@@ -55,11 +55,6 @@ def checked(project: Path, laws: tuple[str, ...]) -> bnverify.Report:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    raises=ValueError,
-    strict=False,  # no news when it passes: the reading of State.extra is on its way
-    reason="what reaches what is read with no name for the leaves of State.extra",
-)
 @pytest.mark.parametrize("name", PROJECTS)
 def test_a_project_is_right_until_its_mistake_is_planted(name: str, tmp_path: Path) -> None:
     """As it is no law is broken; with the mistake a law is, and the mistake is named."""

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import faults
+import flax.linen as nn
 import jax
 import jax.monitoring
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from bnverify import reference
+from bnverify.adapters.linen import linen
 from bnverify.jaxpr import influence, trace_subject
 from bnverify.jaxpr.source import source_line
 
@@ -179,3 +181,19 @@ def test_an_equation_without_source_is_still_named():
         source_info = None
 
     assert source_line([Bare()]) is None
+
+
+def test_what_is_carried_besides_has_a_name_too():
+    """A key in State.extra reaches the next key and the training loss, and no evaluation."""
+
+    class Dropping(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.BatchNorm(use_running_average=not train)(x)
+            return nn.Dense(1)(nn.Dropout(0.5, deterministic=not train)(x))
+
+    flows = read(linen(Dropping()))
+    assert flows.matrix["extra"] == {"extra"}
+    assert "extra" in flows.matrix["loss"]
+    assert "extra" not in flows.matrix["eval_loss"]
+    assert flows.matrix["eval_extra"] == {"extra"}
