@@ -30,11 +30,21 @@ _IMPORT_SECONDS = 300  # for the first import, which compiles byte code: 3 to 10
 _NAMED = re.compile(r"[A-Za-z0-9._-]+(\[[^\]]*\])?\s*(==|\s@\s)")
 
 _LOOK = """
-import importlib, importlib.metadata, json, platform, sys
+import hashlib, importlib, importlib.metadata, json, os, platform, sys
 for name in sys.argv[1:]:
     importlib.import_module(name)
 found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-print(json.dumps({"python": platform.python_version(), "versions": found}))
+state = hashlib.sha256()
+known = set(getattr(sys, "stdlib_module_names", ()))  # from Python 3.10
+for name in sorted({name.partition(".")[0] for name in sys.modules} - known):
+    for root in sorted(getattr(sys.modules.get(name), "__path__", ())):
+        for directory, inner, files in os.walk(root):
+            inner.sort()
+            for file in sorted(f for f in files if f.endswith((".py", ".so"))):
+                at = os.stat(os.path.join(directory, file))
+                state.update(f"{directory}/{file}:{at.st_size}:{at.st_mtime_ns};".encode())
+found = {"python": platform.python_version(), "versions": found, "state": state.hexdigest()}
+print(json.dumps(found))
 """
 
 
@@ -57,6 +67,9 @@ class Releases:
 
 def there(requirement: Requirement, token: Token) -> Releases:
     """Return what is installed beside an interpreter that the requirement names.
+
+    Its key holds the size and time of every source file that jax, flax and optax bring: what is
+    installed there may be edited, and goes by the same version.
 
     Raises:
         EnvironmentUnavailableError: jax, flax and optax do not import there.
@@ -122,7 +135,8 @@ def _look(python: Path, token: Token) -> Releases:
         raise EnvironmentUnavailableError(message) from None
     versions = {normal(name): version for name, version in told["versions"].items() if name}
     versions = dict(sorted(versions.items()))
-    return Releases(python, told["python"], versions, _hash([told["python"], versions]))
+    key = _hash([told["python"], versions, told["state"]])
+    return Releases(python, told["python"], versions, key)
 
 
 def _compare(pins: list[str], versions: dict[str, str]) -> None:
