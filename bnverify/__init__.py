@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from bnverify.engine.verify import verify as verify
     from bnverify.evidence import Evidence as Evidence
     from bnverify.evidence import Report as Report
+    from bnverify.lifetime.check import check_life as check_life
     from bnverify.lifetime.checkpoint import Lived as Lived
     from bnverify.lifetime.life import Life as Life
-    from bnverify.lifetime.machine import check_life as check_life
     from bnverify.lifetime.machine import life as life
     from bnverify.parallel.subject import Parallel as Parallel
     from bnverify.parallel.subject import check_parallel as check_parallel
@@ -53,7 +53,7 @@ _HOME = {
     "Subject": "subject",
     "TargetError": "target",
     "Violation": "engine.counterexample",
-    "check_life": "lifetime.machine",
+    "check_life": "lifetime.check",
     "check_parallel": "parallel.subject",
     "life": "lifetime.machine",
     "linen": "adapters.linen",

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -9,21 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 import bnverify
 from bnverify import reference
 from bnverify.adapters.linen import linen
+from bnverify.case import Case
 from bnverify.claim import Broken
-from bnverify.lifetime.checkpoint import ORBAX, WAYS, kinds_differ, values_differ
+from bnverify.lifetime import check
+from bnverify.lifetime.calls import Call, script
+from bnverify.lifetime.checkpoint import ORBAX, WAYS
+from bnverify.lifetime.claims import CLAIMS
+from bnverify.lifetime.differences import kinds_differ, values_differ
 from bnverify.lifetime.fold import Fold
-from bnverify.lifetime.life import CLAIMS, Life
+from bnverify.lifetime.life import Life
+from bnverify.lifetime.lives import drawn, scripted
+from bnverify.lifetime.shorten import fewest, shorten
 from bnverify.mistakes import MISTAKES
 from bnverify.mutants.life_faults import LIFE_FAULTS, correct
 from bnverify.profile import Profile
 
 SCRIPTED = Profile("scripted", examples=0)  # one life for each way to save, nothing drawn
 FEW = Profile("few", examples=4)
+ONLY_DRAWN = Profile("drawn", examples=20)
 
 
 class Droops(nn.Module):
@@ -75,18 +84,84 @@ def test_each_fault_is_caught_and_named(name: str) -> None:
         assert found.diagnosis.startswith(f"{fault.mistake}:")
 
 
-def test_a_counterexample_is_short_and_runs() -> None:
-    """The shrunk life is a few calls long and breaks the same claim when pasted."""
+@pytest.mark.parametrize("profile", [SCRIPTED, ONLY_DRAWN], ids=lambda profile: profile.name)
+def test_a_counterexample_is_short_and_runs(
+    profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it was found, the life is a few calls long, and breaks the same claim when pasted."""
+    if profile is ONLY_DRAWN:
+        monkeypatch.setattr(check, "scripted", lambda way, shape: ())
     fault = LIFE_FAULTS["statistics_not_saved"]
     (found,) = bnverify.check_life(
-        fault.make(), "quick", select=[fault.expected], target="drops:statistics"
+        fault.make(), profile, select=[fault.expected], target="drops:statistics"
     )
     assert found.counterexample is not None
-    assert found.counterexample.count("life.") <= 4  # begin, train, save, restore
+    calls = [line for line in found.counterexample.splitlines() if line.startswith("life.")]
+    assert calls == [
+        "life.begin(case_0)",
+        "life.train(case_0)",
+        "life.save('own')",
+        "life.restore()",
+    ]
     assert "life = bnverify.Life(bnverify.load('drops:statistics'))" in found.counterexample
     script = found.counterexample.replace("bnverify.load('drops:statistics')", "fault.make()")
     with pytest.raises(Broken, match=fault.expected):
         exec(script, {"fault": fault})  # noqa: S102 - this script was made a line above
+
+
+def test_a_shortened_life_loses_nothing_it_needs() -> None:
+    """Nothing more can be left out, and what is left still breaks the claim."""
+
+    def breaks(calls: Sequence[Call]) -> bool:
+        names = [call.name for call in calls]
+        batch = calls[0].argument
+        assert isinstance(batch, Case)
+        return names.count("train") >= 2 and "save" in names and batch.x[1, 0] != 0
+
+    life, _ = scripted("bytes", (2, 2))
+    short = shorten(life, breaks)
+    assert breaks(short)
+    assert sorted(call.name for call in short) == ["begin", "save", "train", "train"]
+    (batch,) = {id(call.argument): call.argument for call in short if call.name != "save"}.values()
+    assert batch.code() == Case.of(0, [[0, 0], [1, 0]], [0, 0], 0).code()
+
+
+@pytest.mark.parametrize("needed", [(), (0,), (3, 7), (2, 3, 4, 15, 16)])
+def test_the_fewest_are_those_that_are_needed(needed: tuple[int, ...]) -> None:
+    """Of twenty things exactly the needed ones are left, in their order."""
+    assert fewest(range(20), lambda some: set(needed) <= set(some)) == list(needed)
+
+
+def test_lives_are_drawn_from_the_seed_alone() -> None:
+    """The same seed gives the same lives; in many of them everything happens, in a possible order."""
+    one, two, other = (list(drawn(seed, 50, ("bytes",), (2, 2))) for seed in (3, 3, 4))
+    assert [script(life, None) for life in one] == [script(life, None) for life in two]
+    assert [script(life, None) for life in one] != [script(life, None) for life in other]
+    names = {call.name for life in one for call in life}
+    assert names == {"begin", "train", "evaluate", "save", "restore", "copy", "resume"}
+    for life in one:
+        order = [call.name for call in life]
+        assert "restore" not in order or order.index("save") < order.index("restore")
+
+
+def test_restoring_needs_something_saved() -> None:
+    """A life that restores before it saves is refused."""
+    life = Life(reference.sgd())
+    life.begin(Case.of(0, [[1.0], [2.0]], [0.0, 1.0], 0.1))
+    with pytest.raises(ValueError, match="nothing was saved"):
+        life.restore()
+
+
+@pytest.mark.parametrize(
+    "name", ["statistics_not_saved", "every_second_batch_twice", "evaluation_folds_its_batch"]
+)
+def test_the_users_machine_finds_faults(name: str) -> None:
+    """The state machine for users' tests breaks on what check_life finds."""
+    fault = LIFE_FAULTS[name]
+    machine = bnverify.life(fault.make())
+    few = settings(derandomize=True, database=None, deadline=None, print_blob=False)
+    with pytest.raises(Broken, match=fault.expected):
+        run_state_machine_as_test(machine, settings=few)
 
 
 def test_the_same_seed_gives_the_same_evidence() -> None:

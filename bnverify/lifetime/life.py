@@ -4,117 +4,29 @@ Two histories run side by side. One is saved, restored, copied and resumed; its 
 trains. At each moment they must be equal to the bit. A third, in float64, says what the running
 statistics must be if every batch was folded in exactly once (``bnverify.lifetime.fold``).
 
-``life(subject)`` is a Hypothesis state machine for a user's own tests:
-
-    TestLife = bnverify.life(subject).TestCase
-
-``check_life(subject)`` runs it and returns evidence.
+A life breaks as it happens: the call that shows a broken claim is the one that raises.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from bnverify.case import Case
-from bnverify.claim import Broken, Claim
+from bnverify.claim import Broken
 from bnverify.lazy import jax
-from bnverify.lifetime.checkpoint import (
-    COPIES,
-    ORBAX,
-    WAYS,
-    Lived,
-    Way,
-    has_orbax,
-    kinds_differ,
-    suspect,
-    values_differ,
-)
+from bnverify.lifetime.calls import Call, script
+from bnverify.lifetime.checkpoint import COPIES, ORBAX, WAYS, Lived, Way, has_orbax
+from bnverify.lifetime.claims import CLAIMS
+from bnverify.lifetime.differences import kinds_differ, suspect, values_differ
 from bnverify.lifetime.fold import Fold
+from bnverify.lifetime.programs import Programs
 from bnverify.subject import State, StepInfo, Subject
 from bnverify.transition import is_floating
 from bnverify.unusable import first_line
-
-FLAX_SAVING = "Flax, saving and loading checkpoints: flax.serialization"
-
-CLAIMS: dict[str, Claim] = {
-    claim.name: claim
-    for claim in (
-        Claim(
-            "a_checkpoint_keeps_every_value",
-            "life",
-            "A state that is saved and restored has every value it had, to the bit.",
-            ("checkpoint_drops_statistics", "checkpoint_drops_optimizer_state"),
-            FLAX_SAVING,
-        ),
-        Claim(
-            "a_checkpoint_keeps_types_and_containers",
-            "life",
-            "A restored state has the containers, shapes and dtypes of the saved one.",
-            ("restored_in_other_types",),
-            "https://github.com/google/flax/issues/1550",
-        ),
-        Claim(
-            "a_copy_keeps_everything",
-            "life",
-            "Copying a state, or putting it on a device, keeps values, types, weak types and "
-            "containers.",
-            ("restored_in_other_types",),
-            "JAX, pytrees: flattening and unflattening are inverse",
-        ),
-        Claim(
-            "a_restored_run_continues_to_the_bit",
-            "life",
-            "A run that was restored goes on as one that was never saved, to the bit.",
-            ("restored_in_other_types", "hidden_state"),
-            FLAX_SAVING,
-        ),
-        Claim(
-            "a_resumed_process_continues_to_the_bit",
-            "life",
-            "A step that is traced again, as a new process does, goes on to the bit.",
-            ("hidden_state",),
-            "JAX, pure functions: what is no argument vanishes with the process",
-        ),
-        Claim(
-            "evaluation_between_steps_changes_nothing",
-            "life",
-            "Evaluating between two steps leaves the state as it is, to the bit.",
-            ("eval_in_train_mode",),
-            "Ioffe & Szegedy 2015, algorithm 2: inference only reads the statistics",
-        ),
-        Claim(
-            "statistics_fold_each_batch_once",
-            "life",
-            "After any history the statistics are the moving average of its batches, each once.",
-            ("ema_applied_twice", "statistics_reinitialised", "new_statistics_dropped"),
-            "Ioffe & Szegedy 2015, algorithm 1; the bound is derived in bnverify/lifetime/fold.py",
-        ),
-    )
-}
-
-
-class Programs:
-    """The functions of a subject, compiled once and traced twice, as by two processes."""
-
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
-        self.steps = tuple(jax.jit(_afresh(subject.step)) for _ in range(2))
-        self.init = jax.jit(_afresh(subject.init))
-        self.evaluate = jax.jit(_afresh(subject.evaluate))
-        after = subject.after_eval
-        self.after_eval = jax.jit(_afresh(after)) if after is not None else None
-
-
-def _afresh(function: Callable[..., Any]) -> Callable[..., Any]:
-    # jax.jit keeps the trace of a function that it knows: each of these is one it does not.
-    def again(*args: Any) -> Any:
-        return function(*args)
-
-    return again
 
 
 @dataclass
@@ -166,15 +78,24 @@ class Life:
         self._ignore = ignore
         self._record = record or Record()
         self._name = name
-        self._log: list[tuple[str, Case | None]] = []
+        self._log: list[Call] = []
         self._active = 0
         self._mistake = ""
         self.ended = False
         self.saved: Saved | None = None
 
+    def live(self, calls: Iterable[Call]) -> None:
+        """Let all of ``calls`` happen, in their order.
+
+        Raises:
+            Broken: one of them breaks a claim.
+        """
+        for name, argument in calls:
+            getattr(self, name)(*(() if argument is None else (argument,)))
+
     def begin(self, case: Case) -> None:
         """Initialise the state from a case's seed and shape, the template from another seed."""
-        self._log.append(("begin", case))
+        self._log.append(Call("begin", case))
         if self._begin is not None:
             self._begin()
         self.state: State = self._programs.init(case.seed, case.x)
@@ -186,7 +107,7 @@ class Life:
         """Take one step on the batch of ``case``, in both histories."""
         if self.ended:
             return
-        self._log.append(("train", case))
+        self._log.append(Call("train", case))
         batch = case.x, case.y, case.lr
         main = self._programs.steps[0]
         if self._averages:
@@ -201,7 +122,7 @@ class Life:
         """Evaluate on the batch of ``case``, in one history only."""
         if self.ended:
             return
-        self._log.append(("evaluate", case))
+        self._log.append(Call("evaluate", case))
         with self._breaking(self._continuing, "evaluation fails on the restored state"):
             loss = self._programs.evaluate(self.state, case.x, case.y)
             known = self._programs.evaluate(self._twin, case.x, case.y)
@@ -219,18 +140,23 @@ class Life:
         """Save the state in one of ``self.ways``."""
         if self.ended:
             return
-        self._log.append((f"save({way!r})", None))
+        self._log.append(Call("save", way))
         chosen = self.ways[way]
         with self._breaking("a_checkpoint_keeps_every_value", "saving fails"):
             data = chosen.save(self.state)
             self.saved = Saved(chosen, data, self.state, self._twin, self._fold)
 
     def restore(self) -> None:
-        """Go back to what was saved last; the twin goes back without having been saved."""
+        """Go back to what was saved last; the twin goes back without having been saved.
+
+        Raises:
+            ValueError: nothing was saved.
+        """
         if self.ended:
             return
-        self._log.append(("restore()", None))
-        assert self.saved is not None
+        if self.saved is None:
+            raise ValueError("nothing was saved that could be restored")
+        self._log.append(Call("restore"))
         saved = self.saved
         with self._breaking("a_checkpoint_keeps_every_value", "restoring fails"):
             restored = saved.way.restore(self._template, saved.data)
@@ -253,7 +179,7 @@ class Life:
         """Go on with a copy of the state, made in one of ``COPIES``."""
         if self.ended:
             return
-        self._log.append((f"copy({way!r})", None))
+        self._log.append(Call("copy", way))
         name = "a_copy_keeps_everything"
         copied = COPIES[way](self.state)
         if not self._mistyped and self._asks(name):
@@ -265,24 +191,8 @@ class Life:
 
     def resume(self) -> None:
         """Go on as another process would: with the step traced again."""
-        self._log.append(("resume()", None))
+        self._log.append(Call("resume"))
         self._active = 1
-
-    def script(self) -> str:
-        """Return this life as a script that can be pasted and run."""
-        subject = f"bnverify.load({self._name!r})" if self._name else "..."
-        cases: dict[str, str] = {}
-        lines = []
-        for call, case in self._log:
-            if case is None:
-                lines.append(f"life.{call}")
-                continue
-            name = cases.setdefault(case.code(), f"case_{len(cases)}")
-            lines.append(f"life.{call}({name})")
-        given = [f"{name} = {code}" for code, name in cases.items()]
-        note = "" if self._name else "  # in the place of the dots: what was verified"
-        head = ["import bnverify", "", *given, f"life = bnverify.Life({subject}){note}"]
-        return "\n".join([*head, *lines]) + "\n"
 
     @property
     def _continuing(self) -> str | None:
@@ -356,14 +266,14 @@ class Life:
     def _break(
         self, name: str, reason: str, mistake: str = "", residual: float = float("inf")
     ) -> None:
-        _, case = self._log[0]
-        assert case is not None
+        first = self._log[0].argument
+        assert isinstance(first, Case)
         raise Broken(
             CLAIMS[name],
             reason,
             mistake=mistake,
-            script=self.script(),
-            shape=case.shape,
+            script=script(self._log, self._name),
+            shape=first.shape,
             residual=residual,
         )
 
