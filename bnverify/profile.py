@@ -11,6 +11,7 @@ class Profile:
 
     Attributes:
         name: how it is chosen.
+        tiny: how many of the tiny shapes, where counterexamples are small; the largest of them.
         shapes: how many shapes (N, D) are drawn from the domain besides the tiny ones.
         blocks: how many stacked blocks are run for each shape.
         block: how many cases a block stacks.
@@ -20,6 +21,7 @@ class Profile:
     """
 
     name: str
+    tiny: int = 3
     shapes: int = 1
     blocks: int = 1
     block: int = 256

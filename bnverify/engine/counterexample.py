@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bnverify.case import Case
+from bnverify.case import Case, Domain
 from bnverify.engine import proof
 from bnverify.engine.exploration import Exploration
 from bnverify.engine.judge import Judge, static_facts
+from bnverify.engine.volume import Volume
 from bnverify.laws import LAWS
 from bnverify.subject import Subject
 
@@ -58,7 +59,10 @@ def replay(subject: Subject, case: Case, law: str) -> float | None:
         return None
     abstract = reading.abstract
     facts = static_facts(subject, abstract) if abstract else {}
-    exploration = Exploration(subject, [claim], Judge(subject, facts, block=1))
+    judge = Judge(subject, facts, block=1)
+    # What a stack of cases does differently takes a stack to show.
+    volume = Volume(subject, [], judge, domain=Domain()) if "stacked" in claim.needs else None
+    exploration = Exploration(subject, [claim], judge, volume)
     residual = exploration.residuals(case, eager=True).get(law, -1.0)
     if residual > 1:
         raise Violation(

@@ -101,7 +101,10 @@ class Runs:
         size = tiny + self._plan.shapes
         pool = strategies.shape_pool(self._seed, domain=self._domain, features=features, size=size)
         width = features[0] if features else 4
-        return list(pool[:tiny]), [*pool[tiny:], *((rows, width) for rows in self._plan.large)]
+        return list(pool[:tiny][-self._plan.tiny :]), [
+            *pool[tiny:],
+            *((rows, width) for rows in self._plan.large),
+        ]
 
     def _stack(self, shapes: list[Shape], rng: np.random.Generator) -> Volume | None:
         laws = judged((tally.law for tally in self.tallies.values()), NEEDS)
@@ -148,11 +151,13 @@ class Runs:
         """Put the simplest violating case in place: one that a single call confirms."""
         assert tally.case is not None
         law = tally.law
+        stacked = volume if volume is not None and law.name in volume.laws else None
 
         def violates(case: Case) -> bool:
-            return exploration.residuals(case, [law], eager=True).get(law.name, -1.0) > 1
+            # What was judged together is again: that program exists.
+            laws = stacked.judged(case.shape) if stacked is not None else [law]
+            return exploration.residuals(case, laws, eager=True).get(law.name, -1.0) > 1
 
-        stacked = volume if volume is not None and law.name in volume.laws else None
         if stacked is not None:
             simplest = stacked.simplify(tally)
             if violates(simplest):

@@ -126,7 +126,7 @@ def _run_all(
     parts = [(subject, own, reading.abstract, plan, "")]
     if probe is not None and probed:
         abstract = proof.abstract_transition(probe.traces.runs[0], None)
-        few = replace(plan, shapes=0, blocks=1, examples=1, large=())
+        few = replace(plan, tiny=1, shapes=0, blocks=1, examples=1, large=())
         parts.append((probe.subject, probed, abstract, few, proof.PROBED))
     runs: list[Runs] = []
     for of, part, shapes, amount, note in parts:

@@ -60,11 +60,15 @@ class Volume:
         self._calls = Calls(subject, "stacked", optimise=optimise)
         self._judge = judge
 
-    def residuals(self, cases: Case, laws: Sequence[Law] = ()) -> Residuals:
-        """Return law name -> residuals, (block,), of stacked cases; of all laws or of some."""
-        chosen = [law for law in laws or self._laws if _affordable(law, cases)]
-        needs = {need for law in chosen for need in law.needs}
-        return self._judge.residuals(observe(self._calls, cases, needs), chosen)
+    def judged(self, shape: tuple[int, int]) -> list[Law]:
+        """Return the laws judged on cases of one shape; always together: one program for all."""
+        return [law for law in self._laws if _affordable(law, shape)]
+
+    def residuals(self, cases: Case) -> Residuals:
+        """Return law name -> residuals, (block,), of stacked cases."""
+        laws = self.judged(cases.shape)
+        needs = {need for law in laws for need in law.needs}
+        return self._judge.residuals(observe(self._calls, cases, needs), laws)
 
     def outcome(self, before: State, case: Case) -> Outcome:
         """Return what the step gives for one state and case when it is run in a stack."""
@@ -106,7 +110,7 @@ class Volume:
             if not candidates:
                 break
             filled = stack([candidates[i % len(candidates)] for i in range(self.block)])
-            found = self.residuals(filled, [tally.law])[name]
+            found = self.residuals(filled)[name]
             values = np.nan_to_num(found[: len(candidates)], nan=np.inf)
             failing = np.flatnonzero(values > 1)
             if not len(failing):
@@ -115,9 +119,9 @@ class Volume:
         return best
 
 
-def _affordable(law: Law, cases: Case) -> bool:
+def _affordable(law: Law, shape: tuple[int, int]) -> bool:
     """Return whether a law is worth its programs: what doubling shows, it shows on few rows."""
-    return "doubled_noise" not in law.needs or cases.shape[0] <= FEW_ROWS
+    return "doubled_noise" not in law.needs or shape[0] <= FEW_ROWS
 
 
 def _overlay(cases: Case, bred: list[Case]) -> Case:
