@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from bnverify.case import Case as Case
     from bnverify.case import Domain as Domain
     from bnverify.case import InvalidCase as InvalidCase
+    from bnverify.checking.devices import check_parallel as check_parallel
+    from bnverify.checking.replay import replay as replay
+    from bnverify.checking.verify import verify as verify
     from bnverify.engine.counterexample import Violation as Violation
-    from bnverify.engine.counterexample import replay as replay
-    from bnverify.engine.verify import verify as verify
     from bnverify.evidence import Evidence as Evidence
     from bnverify.evidence import Report as Report
     from bnverify.lifetime.check import check_life as check_life
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from bnverify.lifetime.life import Life as Life
     from bnverify.lifetime.machine import life as life
     from bnverify.parallel.subject import Parallel as Parallel
-    from bnverify.parallel.subject import check_parallel as check_parallel
     from bnverify.profile import Profile as Profile
     from bnverify.reference import train_step as train_step
     from bnverify.subject import LayerInput as LayerInput
@@ -54,17 +54,17 @@ _HOME = {
     "TargetError": "target",
     "Violation": "engine.counterexample",
     "check_life": "lifetime.check",
-    "check_parallel": "parallel.subject",
+    "check_parallel": "checking.devices",
     "life": "lifetime.machine",
     "linen": "adapters.linen",
     "load": "target",
     "nnx": "adapters.nnx",
-    "replay": "engine.counterexample",
+    "replay": "checking.replay",
     "solution": "adapters.solution",
     "suite": "testing.suite",
     "train_state": "adapters.train_state",
     "train_step": "reference",
-    "verify": "engine.verify",
+    "verify": "checking.verify",
 }
 
 __all__ = sorted(_HOME)  # noqa: PLE0605 - the table above is the one list of public names

@@ -46,6 +46,13 @@ class Evidence:
             data["residual"] = "inf"
         return data
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Evidence:
+        """Return the evidence that ``to_json`` wrote."""
+        residual = math.inf if data["residual"] == "inf" else data["residual"]
+        shape = tuple(data["shape"]) if data["shape"] is not None else None
+        return cls(**{**data, "residual": residual, "shape": shape})
+
 
 @dataclass(frozen=True)
 class Report:

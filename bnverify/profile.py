@@ -46,3 +46,15 @@ PROFILES = {
         ),
     )
 }
+
+
+def named(profile: str | Profile) -> Profile:
+    """Return the profile of that name; a Profile is itself.
+
+    Raises:
+        ValueError: no profile has that name.
+    """
+    found = PROFILES.get(profile) if isinstance(profile, str) else profile
+    if found is None:
+        raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
+    return found

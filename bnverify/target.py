@@ -11,14 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from bnverify import deadline, probe
 from bnverify.adapters import explain
+from bnverify.lifetime.checkpoint import Lived, subject_of
+from bnverify.parallel.subject import Parallel
 from bnverify.subject import Subject
 from bnverify.unusable import Unusable, did_you_mean, first_line
 
 T = TypeVar("T")
+
+Target: TypeAlias = Subject | Lived | Parallel
+"""What can be verified."""
 
 REFERENCE = "bnverify.reference:sgd"
 SOLUTION = ("seed", "x_batch", "y_batch", "lr")
@@ -28,13 +33,14 @@ class TargetError(Unusable):
     """A target that cannot be verified: what is wrong with it, in one line."""
 
 
-def load(target: str, *, time_limit: float = deadline.DEFAULT) -> Subject:
+def load(target: str, *, time_limit: float = deadline.DEFAULT) -> Target:
     """Return the subject that ``target`` names.
 
     Args:
         target: ``package.module:name`` or ``path/file.py:name``. What it names is a Subject, a
-            function without arguments that makes one, or a function with the signature of the
-            reference, ``(seed, x_batch, y_batch, lr)``. A file may import its neighbours.
+            Lived or a Parallel, a function without arguments that makes one, or a function with
+            the signature of the reference, ``(seed, x_batch, y_batch, lr)``. A file may import
+            its neighbours.
         time_limit: how many seconds importing it, making the subject and tracing each of its
             functions may take.
 
@@ -48,12 +54,12 @@ def load(target: str, *, time_limit: float = deadline.DEFAULT) -> Subject:
                 module = _import(source)
             value = _lookup(module, source, name)
             with deadline.limit(time_limit, f"making the subject of {target}"):
-                subject = _subject(value, target)
+                made = _made(value, target)
             with deadline.limit(time_limit, f"tracing {target}"):
-                _check(subject, target)
+                _check(subject_of(made), target)
     except deadline.OverTime as error:
         raise TargetError(str(error)) from None
-    return subject
+    return made
 
 
 def directory(target: str) -> Path:
@@ -154,11 +160,11 @@ def _lookup(module: ModuleType, source: str, name: str) -> Any:
     return value
 
 
-def _subject(value: Any, target: str) -> Subject:
+def _made(value: Any, target: str) -> Target:
     check = getattr(value, "bnverify_suite", None)
     if check is not None:  # the counterexamples of a suite name it
         value = _running_user_code(target, lambda: check.subject)
-    if isinstance(value, Subject):
+    if isinstance(value, Target):
         return value
     if not callable(value):
         raise TargetError(
@@ -178,7 +184,7 @@ def _subject(value: Any, target: str) -> Subject:
             f"bnverify.Subject, nor with ({', '.join(SOLUTION)})"
         )
     made = _running_user_code(target, value)
-    if not isinstance(made, Subject):
+    if not isinstance(made, Target):
         raise TargetError(f"{target}() returned {probe.described(made)}, not a bnverify.Subject")
     return made
 

@@ -12,6 +12,7 @@ from bnverify import Subject
 from bnverify.engine import verify as engine
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import LAWS
+from bnverify.lifetime.claims import CLAIMS as LIFE
 from bnverify.testing import known_failures
 from bnverify.testing.known_failures import KnownFailure
 from bnverify.unusable import Unusable
@@ -86,20 +87,22 @@ def test_a_known_failure_is_expected(inner: Inner, statuses: dict[str, Any]) -> 
     statuses[LAW] = "violated"
     result = inner("-rx", known=toml(ENTRY))
     assert result.ret == pytest.ExitCode.OK
-    result.assert_outcomes(xfailed=1, passed=len(LAWS) - 1)
+    result.assert_outcomes(xfailed=1, passed=len(LAWS) - 1, skipped=len(LIFE))
     result.stdout.fnmatch_lines([f"XFAIL *{LAW}* - it does so (https://example.com/1)*"])
 
 
 def test_another_failure_is_not_expected(inner: Inner, statuses: dict[str, Any]) -> None:
     """Only that law on that subject is excused."""
     statuses[LAW] = statuses[OTHER] = "violated"
-    inner(known=toml(ENTRY)).assert_outcomes(xfailed=1, failed=1, passed=len(LAWS) - 2)
+    inner(known=toml(ENTRY)).assert_outcomes(
+        xfailed=1, failed=1, passed=len(LAWS) - 2, skipped=len(LIFE)
+    )
 
 
 def test_a_known_failure_that_passes_fails(inner: Inner) -> None:
     """It no longer happens, so the entry must go."""
     result = inner(known=toml(ENTRY))
-    result.assert_outcomes(failed=1, passed=len(LAWS) - 1)
+    result.assert_outcomes(failed=1, passed=len(LAWS) - 1, skipped=len(LIFE))
     result.stdout.fnmatch_lines(["*XPASS(strict)*it does so*"])
 
 
@@ -110,7 +113,7 @@ def test_a_known_failure_that_is_not_reached_fails(
     """A skip would hide that the entry excuses nothing."""
     statuses[LAW] = status
     result = inner(known=toml(ENTRY))
-    result.assert_outcomes(failed=1, passed=len(LAWS) - 1)
+    result.assert_outcomes(failed=1, passed=len(LAWS) - 1, skipped=len(LIFE))
     result.stdout.fnmatch_lines([f"*known to fail, but {status}: made up*"])
 
 
@@ -129,11 +132,11 @@ def test_any_other_exception_fails(
 def test_entries_for_other_versions_are_ignored(inner: Inner, statuses: dict[str, Any]) -> None:
     """Outside its versions an entry neither excuses nor is stale."""
     elsewhere = {**ENTRY, "versions": f"jax!={JAX}"}
-    inner(known=toml(elsewhere)).assert_outcomes(passed=len(LAWS))
+    inner(known=toml(elsewhere)).assert_outcomes(passed=len(LAWS), skipped=len(LIFE))
     absent = {**ENTRY, "versions": [f"jax=={JAX}", "no-such-package-anywhere"]}
-    inner(known=toml(absent)).assert_outcomes(passed=len(LAWS))
+    inner(known=toml(absent)).assert_outcomes(passed=len(LAWS), skipped=len(LIFE))
     statuses[LAW] = "violated"
-    inner(known=toml(elsewhere)).assert_outcomes(failed=1, passed=len(LAWS) - 1)
+    inner(known=toml(elsewhere)).assert_outcomes(failed=1, passed=len(LAWS) - 1, skipped=len(LIFE))
 
 
 def test_a_stale_entry_fails_a_full_run(inner: Inner) -> None:

@@ -15,8 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 import bnverify
 from bnverify import reference
 from bnverify.adapters.linen import linen
+from bnverify.broken import Broken
 from bnverify.case import Case
-from bnverify.claim import Broken
 from bnverify.lifetime import check
 from bnverify.lifetime.calls import Call, script
 from bnverify.lifetime.checkpoint import ORBAX, WAYS

@@ -5,13 +5,13 @@ import os
 import pytest
 
 import bnverify
+from bnverify.checking.devices import FLAG, environment, find, run
 from bnverify.evidence import Evidence
 from bnverify.mistakes import MISTAKES
 from bnverify.mutants.parallel_faults import PARALLEL_FAULTS
 from bnverify.mutants.parallel_step import axis_name
 from bnverify.parallel.check import replay
-from bnverify.parallel.runner import FLAG, environment, find, run
-from bnverify.parallel.subject import CLAIMS
+from bnverify.parallel.claims import CLAIMS
 from bnverify.unusable import Unusable
 
 REFERENCE = "bnverify.mutants.parallel_step:reference"
@@ -24,7 +24,7 @@ def everything() -> dict[str, dict[str, Evidence]]:
     """The evidence on both references and on every fault, from one process with four devices."""
     targets = [REFERENCE, AXIS_NAME, *(f"{FAULTS}:{name}" for name in PARALLEL_FAULTS)]
     found = run(targets, "quick")
-    return {target: {each.law: each for each in found[target]} for target in targets}
+    return {target: {each.law: each for each in found[target].results} for target in targets}
 
 
 def test_the_reference_holds_under_every_mapping(
@@ -85,10 +85,17 @@ def test_this_process_keeps_its_devices(monkeypatch: pytest.MonkeyPatch) -> None
     assert os.environ["XLA_FLAGS"].endswith("=2")
 
 
-@pytest.mark.parametrize("target", ["bnverify.reference:sgd", "no.such:thing", "bnverify:nothing"])
-def test_other_targets_are_refused(target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "refusal"),
+    [
+        ("bnverify.reference:sgd", "bnverify.reference:sgd is no bnverify.Parallel"),
+        ("bnverify.nowhere:thing", "no module 'bnverify.nowhere' here or installed"),
+        ("bnverify:nothing", "bnverify has no 'nothing'"),
+    ],
+)
+def test_other_targets_are_refused(target: str, refusal: str) -> None:
     """What names no Parallel is refused in one line."""
-    with pytest.raises(Unusable, match=target.split(":", maxsplit=1)[0]):
+    with pytest.raises(Unusable, match=refusal):
         find(target)
 
 

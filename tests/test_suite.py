@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
 
 # Loaded before any test runs: pytester forgets what is first imported inside it, and a second jax
 # in one process is refused.
 from bnverify import Subject
 from bnverify.case import Case
+from bnverify.checking import replay as replays
+from bnverify.checking import verify as checking
 from bnverify.engine import counterexample
 from bnverify.engine import verify as engine
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import LAWS
+from bnverify.lifetime.claims import CLAIMS as LIFE
 from bnverify.target import load
-from bnverify.testing import suite as its_suite
+from bnverify.testing import memory
+from bnverify.testing.workers import shared
 
 pytest_plugins = ("pytester",)
 
@@ -74,11 +80,19 @@ class Engine:
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> Engine:
     made_up = Engine()
+    assert checking.engine is engine
     monkeypatch.setattr(engine, "verify", made_up.verify)
     monkeypatch.setattr(counterexample, "replay", made_up.replay)
     monkeypatch.delenv("PYTEST_XDIST_TESTRUNUID", raising=False)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    remembering(monkeypatch, InMemoryExampleDatabase())
     return made_up
+
+
+def remembering(monkeypatch: pytest.MonkeyPatch, database: ExampleDatabase | None) -> None:
+    """Let the settings of Hypothesis name this database."""
+    named = settings(database=database)
+    monkeypatch.setattr(memory, "settings", lambda: named)
 
 
 Inner = Callable[..., pytest.RunResult]
@@ -97,7 +111,7 @@ def inner(pytester: pytest.Pytester, request: pytest.FixtureRequest, made_up: En
 def test_a_suite_is_one_test_for_each_law(inner: Inner) -> None:
     """The ids are the names of the laws."""
     result = inner("--collect-only", "-q")
-    for law in LAWS:
+    for law in (*LAWS, *LIFE):
         result.stdout.fnmatch_lines([f"test_step.py::test_mine[[]{law}[]]"])
 
 
@@ -201,10 +215,13 @@ def test_a_case_that_no_longer_fits_is_forgotten(
     assert len(made_up.asked) == 2
 
 
-def test_without_a_cache_nothing_is_remembered(inner: Inner, made_up: Engine) -> None:
-    """-p no:cacheprovider is allowed."""
+def test_without_a_database_nothing_is_remembered(
+    inner: Inner, made_up: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hypothesis's own profile for CI has none."""
+    remembering(monkeypatch, None)
     for _ in range(2):
-        inner("-p", "no:cacheprovider", "-k", f"[{VIOLATED}]").assert_outcomes(failed=1)
+        inner("-k", f"[{VIOLATED}]").assert_outcomes(failed=1)
     assert made_up.replayed == []
 
 
@@ -228,7 +245,7 @@ def test_shards_cover_every_test_once(inner: Inner) -> None:
     for shard in ("1/3", "2/3", "3/3"):
         lines = inner("--collect-only", "-q", "--bnverify-shard", shard).outlines
         seen += [line for line in lines if line.startswith("test_step.py::")]
-    assert sorted(seen) == sorted(f"test_step.py::test_mine[{law}]" for law in LAWS)
+    assert sorted(seen) == sorted(f"test_step.py::test_mine[{law}]" for law in (*LAWS, *LIFE))
 
 
 def test_a_shard_that_is_none_is_refused(inner: Inner) -> None:
@@ -256,10 +273,10 @@ def test_workers_share_one_check(
             return Factory()
 
     report = made_up.verify(Subject("mine", print, print, print), "quick", select=[HELD])
-    with its_suite.shared(Request()) as share:  # type: ignore[arg-type] # as much as it needs
+    with shared(Request()) as share:  # type: ignore[arg-type] # as much as it needs
         assert share.load() is None
         share.save(report)
-    with its_suite.shared(Request()) as share:  # type: ignore[arg-type] # likewise
+    with shared(Request()) as share:  # type: ignore[arg-type] # likewise
         assert share.load() == report
 
 
@@ -272,9 +289,9 @@ def test_the_script_names_a_suite(pytester: pytest.Pytester) -> None:
 
 def test_the_case_is_read_from_its_script() -> None:
     """The case in a script is the case, and a script without one is refused."""
-    assert its_suite.case_of(SCRIPT).code() == CASE.code()
+    assert replays.case_in(SCRIPT).code() == CASE.code()
     with pytest.raises(ValueError, match="no case"):
-        its_suite.case_of("import bnverify")
+        replays.case_in("import bnverify")
 
 
 def test_the_plugin_loads_nothing_heavy() -> None:

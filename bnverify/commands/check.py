@@ -84,23 +84,26 @@ def run(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> Report:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
     with target.importable(target.directory(args.target)):
-        subject = target.load(args.target, time_limit=args.time_limit)
+        what = target.load(args.target, time_limit=args.time_limit)
 
-        from bnverify.engine.verify import choose, verify
+        from bnverify.checking.claims import choose
+        from bnverify.checking.verify import guarded, verify
+        from bnverify.parallel.subject import Parallel
         from bnverify.show import terminal
 
+        select, ignore = _names(args.select), _names(args.ignore)
         try:
-            laws = [law.name for law in choose(_names(args.select), _names(args.ignore))]
+            laws = choose(select, ignore, parallel=isinstance(what, Parallel))
         except ValueError as error:
             raise Unusable(str(error)) from None
         if args.shard:
             laws = Shard.parse(args.shard).take(laws)
         if not laws:
             raise Unusable("no law is left to check")
-        with terminal.progress(subject.name) as listener:
+        with terminal.progress(what.name) as listener:
             try:
                 return verify(
-                    deadline.guard(subject, args.time_limit),
+                    guarded(what, args.time_limit),
                     args.profile,
                     seed=args.seed,
                     select=laws,

@@ -13,12 +13,15 @@ from bnverify.unusable import Unusable, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bnverify.laws import Law
+    from bnverify.checking.claims import AnyClaim
 
 HOW = {
     "structure": "proved from the traced step where it traces for every size, else read at a few",
     "residual": "an error in units of the error allowed, over generated cases",
     "witness": "some generated case must show it",
+    "life": "in lives from a script and drawn from the seed: steps, evaluations, saves, restores, "
+    "copies and resumptions, beside a twin that only trains",
+    "parallel": "on four simulated devices beside one, within the rounding of the step on one",
 }
 
 
@@ -34,17 +37,43 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one law."""
-    from bnverify.laws import LAWS
+    from bnverify.checking.claims import CLAIMS
 
-    if args.law not in LAWS:
-        hint = did_you_mean(args.law, LAWS) or "; see `bnverify list`"
+    if args.law not in CLAIMS:
+        hint = did_you_mean(args.law, CLAIMS) or "; see `bnverify list`"
         raise Unusable(f"no law is named {args.law!r}{hint}")
     width = min(shutil.get_terminal_size().columns, 100)
-    print("\n".join(_lines(LAWS[args.law], width)))
+    print("\n".join(_lines(CLAIMS[args.law], width)))
     return 0
 
 
-def _lines(law: Law, width: int) -> Iterator[str]:
+def _derivation(law: AnyClaim) -> Iterator[str]:
+    from bnverify.laws import Law
+
+    if isinstance(law, Law):
+        paragraphs = inspect.cleandoc("\n" + law.derivation).split("\n\n")
+        yield from (paragraph for paragraph in paragraphs if paragraph)
+
+
+def _checked(law: AnyClaim) -> Iterator[str]:
+    """Yield how a law is checked, and what must be there for it."""
+    from bnverify.laws import Law
+
+    if not isinstance(law, Law):
+        yield f"Checked: {HOW[law.family]}"
+        return
+    how = HOW[law.kind]
+    if law.forbids:
+        how = f"proved where the traced step has no such flow, else {how}"
+    yield f"Checked: {how}"
+    if law.forbids:
+        flows = ", ".join(f"{source} -> {output}" for output, source in law.forbids)
+        yield f"Forbidden: {flows}"
+    if law.requires:
+        yield f"Needs, of the subject: {', '.join(law.requires)}"
+
+
+def _lines(law: AnyClaim, width: int) -> Iterator[str]:
     from bnverify.mistakes import MISTAKES
 
     def wrapped(text: str, indent: str = "", hang: str = "") -> str:
@@ -60,20 +89,12 @@ def _lines(law: Law, width: int) -> Iterator[str]:
     yield f"{law.name} ({law.family})"
     yield ""
     yield wrapped(law.claim)
-    for paragraph in inspect.cleandoc("\n" + law.derivation).split("\n\n"):
-        if paragraph:
-            yield ""
-            yield wrapped(paragraph)
+    for paragraph in _derivation(law):
+        yield ""
+        yield wrapped(paragraph)
     yield ""
-    how = HOW[law.kind]
-    if law.forbids:
-        how = f"proved where the traced step has no such flow, else {how}"
-    yield wrapped(f"Checked: {how}", hang="  ")
-    if law.forbids:
-        flows = ", ".join(f"{source} -> {output}" for output, source in law.forbids)
-        yield wrapped(f"Forbidden: {flows}", hang="  ")
-    if law.requires:
-        yield wrapped(f"Needs, of the subject: {', '.join(law.requires)}", hang="  ")
+    for line in _checked(law):
+        yield wrapped(line, hang="  ")
     yield wrapped(f"Source: {law.source}", hang="  ")
     if law.mistakes:
         yield ""

@@ -6,7 +6,7 @@ import argparse
 import shutil
 import sys
 import textwrap
-from typing import Any, get_args
+from typing import Any
 
 
 def add_parser(subparsers: Any) -> None:
@@ -20,17 +20,16 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the laws."""
-    from bnverify.laws import LAWS
-    from bnverify.laws.law import Family
+    from bnverify.checking.claims import CLAIMS, FAMILIES
 
     if not sys.stdout.isatty():  # for grep and cut
-        for law in LAWS.values():
+        for law in CLAIMS.values():
             print(law.family, law.name, law.claim, sep="\t")
         return 0
     width = shutil.get_terminal_size().columns
-    for family in get_args(Family):
+    for family in FAMILIES:
         print(family)
-        for law in (law for law in LAWS.values() if law.family == family):
+        for law in (law for law in CLAIMS.values() if law.family == family):
             print(f"  {law.name}")
             print(textwrap.fill(law.claim, width, initial_indent="    ", subsequent_indent="    "))
         print()

@@ -19,11 +19,15 @@ from bnverify.unusable import first_line
 SHAPES = ((2, 2), (4, 3), (24, 3))  # 24: a step may split its batch in 2, 3, 4, 6 or 8
 
 
+class Untraceable(ValueError):
+    """A subject that does not trace at any of the shapes tried; one line says why."""
+
+
 def shape_of(subject: Subject) -> tuple[int, int]:
     """Return the smallest of a few shapes that the subject takes when it is traced.
 
     Raises:
-        ValueError: it takes none of them.
+        Untraceable: it takes none of them.
     """
     failure: Exception | None = None
     for rows, features in SHAPES:
@@ -36,8 +40,9 @@ def shape_of(subject: Subject) -> tuple[int, int]:
         else:
             return shape
     assert failure is not None
-    raise ValueError(
-        f"{subject.name} takes no batch of 2, 4 or 24 rows: {first_line(failure)}"
+    sizes = ", ".join(str(rows) for rows, _ in SHAPES)
+    raise Untraceable(
+        f"{subject.name} traces at none of {sizes} rows: {first_line(failure)}"
     ) from failure
 
 

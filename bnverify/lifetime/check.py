@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from bnverify import compile_cache
-from bnverify.claim import Broken
+from bnverify.broken import Broken
 from bnverify.evidence import Evidence
 from bnverify.lifetime.applies import exemption, refused, shape_of
 from bnverify.lifetime.calls import Call
-from bnverify.lifetime.checkpoint import Lived
+from bnverify.lifetime.checkpoint import Lived, subject_of
 from bnverify.lifetime.claims import CLAIMS
-from bnverify.lifetime.life import Life, Record, subject_of, ways
+from bnverify.lifetime.life import Life, Record, ways
 from bnverify.lifetime.lives import drawn, scripted
 from bnverify.lifetime.programs import Programs
 from bnverify.lifetime.shorten import shorten
-from bnverify.profile import PROFILES, Profile
+from bnverify.profile import PROFILES, Profile, named
 from bnverify.subject import Subject
 
 
@@ -41,50 +41,61 @@ def check_life(
         ValueError: the profile or a claim is unknown, or the step does not trace with a batch of
             2, 4 or 24 rows.
     """
-    plan = PROFILES.get(profile) if isinstance(profile, str) else profile
-    if plan is None:
-        raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
     for name in select:
         if name not in CLAIMS:
             raise ValueError(f"no claim about the life of a state is named {name!r}")
-    compile_cache.enable()
-    asked = [name for name in CLAIMS if not select or name in select]
-    check = _Check(lived, plan, seed, asked, target)
-    check.run()
-    return [check.evidence(name) for name in asked]
+    return Lives(lived, named(profile), seed, select or CLAIMS, target).run()
 
 
-class _Check:
-    """One check of the life of a state."""
+class Lives:
+    """One check of the life of a state.
+
+    Args:
+        lived: a Subject, or a Lived with its own way to save and restore.
+        plan: how much to do.
+        seed: from which lives are drawn.
+        select: the names of the claims.
+        target: how counterexample scripts name the subject.
+
+    Attributes:
+        cases: how many lives were lived.
+
+    Raises:
+        Untraceable: the step does not trace at any of the shapes tried.
+    """
 
     def __init__(
         self,
         lived: Subject | Lived,
         plan: Profile,
         seed: int,
-        asked: Collection[str],
+        select: Collection[str],
         target: str | None,
     ) -> None:
         self._lived = lived
         self._subject = subject_of(lived)
         self._plan = plan
         self._seed = seed
-        self._unasked = set(CLAIMS) - set(asked)
+        self._asked = [name for name in CLAIMS if name in select]
         self._target = target
         self._shape = shape_of(self._subject)
         self._programs = Programs(self._subject)
         self._record = Record()
         self._broken: dict[str, Broken] = {}
         self._refusals: dict[str, str] = {}
+        self.cases = 0
 
-    def run(self) -> None:
-        """Live all the lives."""
+    def run(self) -> list[Evidence]:
+        """Live all the lives and return what is known about each claim."""
+        compile_cache.enable()
         for calls in self._lives():
+            self.cases += 1
             # A claim that is broken is not asked again: behind it others may be broken too.
             while (found := self._live(calls, self._record)) is not None:
                 self._broken[found.claim.name] = self._short(calls, found)
+        return [self._evidence(name) for name in self._asked]
 
-    def evidence(self, name: str) -> Evidence:
+    def _evidence(self, name: str) -> Evidence:
         """Return what is known about one claim."""
         claim, cases = CLAIMS[name], self._record.seen[name]
         if name in self._broken:
@@ -117,7 +128,7 @@ class _Check:
         life = Life(
             self._lived,
             programs=self._programs,
-            ignore=self._unasked | set(self._broken),
+            ignore=set(CLAIMS) - set(self._asked) | set(self._broken),
             record=record,
             name=self._target,
         )

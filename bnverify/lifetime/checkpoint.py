@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bnverify.lazy import LazyModule, jax, jnp
+from bnverify.parallel.subject import Parallel
 from bnverify.subject import State, Subject
 
 serialization: Any = LazyModule("flax.serialization")
@@ -51,6 +52,18 @@ class Lived:
     save: Callable[[State], Any]
     restore: Callable[[State, Any], Any]
     begin: Callable[[], None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the training step."""
+        return self.subject.name
+
+
+def subject_of(lived: Subject | Lived | Parallel) -> Subject:
+    """Return the training step of ``lived``, on one device."""
+    if isinstance(lived, Parallel):
+        return lived.single
+    return lived.subject if isinstance(lived, Lived) else lived
 
 
 def _save_bytes(state: State) -> Any:

@@ -15,15 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from bnverify.broken import Broken
 from bnverify.case import Case
-from bnverify.claim import Broken
 from bnverify.lazy import jax
 from bnverify.lifetime.calls import Call, script
-from bnverify.lifetime.checkpoint import COPIES, ORBAX, WAYS, Lived, Way, has_orbax
+from bnverify.lifetime.checkpoint import COPIES, ORBAX, WAYS, Lived, Way, has_orbax, subject_of
 from bnverify.lifetime.claims import CLAIMS
 from bnverify.lifetime.differences import kinds_differ, suspect, values_differ
 from bnverify.lifetime.fold import Fold
 from bnverify.lifetime.programs import Programs
+from bnverify.parallel.subject import Parallel
 from bnverify.subject import State, StepInfo, Subject
 from bnverify.transition import is_floating
 from bnverify.unusable import first_line
@@ -56,7 +57,8 @@ class Life:
     """One state's life, held to the claims as it goes.
 
     Args:
-        lived: a Subject, or a Lived with its own way to save and restore.
+        lived: a Subject, a Lived with its own way to save and restore, or the single-device step
+            of a Parallel.
         programs: compiled before; None: now.
         ignore: names of claims that are not asked.
         record: counts how often each claim was tested; None: nobody wants to know.
@@ -65,7 +67,7 @@ class Life:
 
     def __init__(
         self,
-        lived: Subject | Lived,
+        lived: Subject | Lived | Parallel,
         *,
         programs: Programs | None = None,
         ignore: Collection[str] = (),
@@ -278,12 +280,7 @@ class Life:
         )
 
 
-def subject_of(lived: Subject | Lived) -> Subject:
-    """Return the training step of ``lived``."""
-    return lived.subject if isinstance(lived, Lived) else lived
-
-
-def ways(lived: Subject | Lived) -> Mapping[str, Way]:
+def ways(lived: Subject | Lived | Parallel) -> Mapping[str, Way]:
     """Return the ways in which ``lived`` is saved: its own, or the libraries'."""
     if isinstance(lived, Lived):
         return {"own": Way(lived.save, lived.restore)}

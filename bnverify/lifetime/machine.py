@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from bnverify.case import Case
 from bnverify.lifetime.applies import refused, shape_of
-from bnverify.lifetime.checkpoint import COPIES, Lived
-from bnverify.lifetime.life import Life, Record, subject_of, ways
+from bnverify.lifetime.checkpoint import COPIES, Lived, subject_of
+from bnverify.lifetime.life import Life, Record, ways
 from bnverify.lifetime.lives import QUARTERS, RATES, SEEDS
 from bnverify.lifetime.programs import Programs
 from bnverify.subject import Subject

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO, get_args
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,15 +14,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from bnverify.laws import LAWS
-from bnverify.laws.law import Family
+from bnverify.checking.claims import CLAIMS, FAMILIES
 from bnverify.show.matrix import LEGEND, matrix, scope
 from bnverify.show.symbols import STATUSES, STYLES, Symbols, symbols
 
 if TYPE_CHECKING:
     from bnverify.evidence import Evidence, Report
-
-FAMILIES: tuple[str, ...] = get_args(Family)
 
 
 def show(report: Report, file: TextIO | None = None) -> None:
@@ -145,8 +142,8 @@ class Screen:
         self._print()
         title = f"{self._symbols.rule * 2} {sign} {evidence.law} "
         self._print(title.ljust(self._console.width, self._symbols.rule), style="bold red")
-        if evidence.law in LAWS:
-            self._print(LAWS[evidence.law].claim)
+        if evidence.law in CLAIMS:
+            self._print(CLAIMS[evidence.law].claim)
         self._print(evidence.reason)
         if evidence.diagnosis:
             self._print(f"Usually: {evidence.diagnosis}")

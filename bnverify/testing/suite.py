@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import itertools
 import os
-import pickle
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
+from bnverify.checking.claims import CLAIMS, LIFE, PARALLEL
 from bnverify.laws import LAWS
+from bnverify.lifetime.checkpoint import Lived
+from bnverify.parallel.subject import Parallel
 from bnverify.subject import Subject
+from bnverify.testing.workers import shared
 from bnverify.unusable import first_line
 
 if TYPE_CHECKING:
-    from bnverify.case import Case
     from bnverify.evidence import Evidence, Report
     from bnverify.profile import Profile
+    from bnverify.target import Target
+    from bnverify.testing.memory import Memory
 
 KNOWN = pytest.StashKey[str]()
 """Set on an item whose law is known to fail: why."""
@@ -32,7 +32,7 @@ _GROUPS = itertools.count(1)
 
 
 def suite(
-    subject: Subject | Callable[[], Subject], profile: str | Profile = "ci"
+    subject: Target | Callable[[], Target], profile: str | Profile = "ci"
 ) -> Callable[..., None]:
     """Return a pytest test, to be assigned to a ``test_*`` name, that is one test for each law.
 
@@ -41,7 +41,9 @@ def suite(
     reason: a tick means that something was seen. The check runs once, for all the laws selected.
 
     Args:
-        subject: the training step, or a function that makes it, called when a test first runs.
+        subject: the training step, a Lived or a Parallel; or a function that makes it, called
+            when a test first runs. The claims about many devices are among the tests where a
+            Parallel itself is given.
         profile: how much to do; ``--bnverify-profile`` takes its place.
     """
     check = Check(subject, profile)
@@ -49,7 +51,7 @@ def suite(
     group = pytest.mark.xdist_group(f"bnverify-{next(_GROUPS)}")
     laws = [
         pytest.param(name, marks=[pytest.mark.bnverify(law=name, subject=check), group], id=name)
-        for name in LAWS
+        for name in (*LAWS, *LIFE, *(PARALLEL if isinstance(subject, Parallel) else ()))
     ]
 
     @pytest.mark.parametrize("law", laws)
@@ -83,7 +85,7 @@ class Check:
     """One subject and its one report, made when the first law asks for it."""
 
     def __init__(
-        self, subject: Subject | Callable[[], Subject], profile: str | Profile = "ci"
+        self, subject: Target | Callable[[], Target], profile: str | Profile = "ci"
     ) -> None:
         self._given = subject
         self._profile = profile
@@ -91,9 +93,18 @@ class Check:
         self._failed = ""  # why there is none; the first test that asked shows the traceback
 
     @cached_property
-    def subject(self) -> Subject:
+    def subject(self) -> Target:
         """The subject itself."""
-        return self._given if isinstance(self._given, Subject) else self._given()
+        given = self._given
+        if isinstance(given, Subject | Lived | Parallel):
+            return given
+        made = given()
+        if isinstance(made, Parallel):
+            # Its further tests would have had to be collected before it was made.
+            raise TypeError(
+                "bnverify.suite needs the Parallel itself, not a function that makes it"
+            )
+        return made
 
     @property
     def name(self) -> str:
@@ -108,8 +119,9 @@ class Check:
         """
         __tracebackhide__ = True
         from bnverify.engine.counterexample import Violation
+        from bnverify.testing.memory import Memory
 
-        memory = Memory(request)
+        memory = Memory(request.node.nodeid)
         message = self._replay(law, memory)
         if message is None:
             evidence = self._checked(request)[law]
@@ -120,14 +132,16 @@ class Check:
                 pytest.skip(reason)
             if evidence.status == "violated":
                 message = described(evidence)
-                memory.keep(message, evidence.counterexample)
+                if evidence.family != "parallel":  # a replay would need four devices
+                    memory.keep(message, evidence.counterexample)
         if message is not None:
             raise Violation(message)
 
     def _replay(self, law: str, memory: Memory) -> str | None:
         """Return what was remembered of the last run, if its case still violates ``law``."""
         from bnverify import compile_cache
-        from bnverify.engine.counterexample import Violation, replay
+        from bnverify.checking.replay import again
+        from bnverify.engine.counterexample import Violation
 
         remembered = memory.recall()
         if remembered is None:
@@ -135,7 +149,7 @@ class Check:
         message, script = remembered
         compile_cache.enable()
         try:
-            replay(self.subject, case_of(script), law)
+            again(self.subject, law, script)
         except Violation:
             return f"{message}\n\n(the case of the last run, tried first; it fails as before)"
         except Exception:  # noqa: BLE001 - a case for a subject that has since changed its shape
@@ -160,11 +174,11 @@ class Check:
         return self._report
 
     def _verify(self, request: pytest.FixtureRequest) -> Report:
-        from bnverify.engine import verify as engine
+        from bnverify.checking.verify import verify
 
         settings = Settings.of(request.config)
         path = os.path.relpath(request.node.path)
-        return engine.verify(
+        return verify(
             self.subject,
             settings.profile or self._profile,
             seed=settings.seed,
@@ -180,93 +194,10 @@ class Check:
 
 def described(evidence: Evidence) -> str:
     """Return the message of a failed test."""
-    parts = [f"{evidence.law}: {LAWS[evidence.law].claim}", evidence.reason]
+    parts = [f"{evidence.law}: {CLAIMS[evidence.law].claim}", evidence.reason]
     if evidence.diagnosis:
         parts.append(f"Usually: {evidence.diagnosis}")
     text = "\n".join(parts)
     if evidence.counterexample:
         text += f"\nTo see it, paste into Python:\n\n{evidence.counterexample.rstrip()}"
     return text
-
-
-def case_of(script: str) -> Case:
-    """Return the case in a counterexample script."""
-    from bnverify.case import Case
-
-    for statement in ast.parse(script).body:
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call):
-            arguments = {
-                keyword.arg: ast.literal_eval(keyword.value)
-                for keyword in statement.value.keywords
-                if keyword.arg
-            }
-            if {"seed", "x", "y", "lr"} <= set(arguments):
-                return Case.of(**arguments)
-    raise ValueError("no case in the script")
-
-
-class Memory:
-    """What pytest's cache holds of the failure of one test."""
-
-    def __init__(self, request: pytest.FixtureRequest) -> None:
-        # None with -p no:cacheprovider; then nothing is remembered.
-        self._cache: Any = getattr(request.config, "cache", None)
-        name = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]
-        self._key = f"bnverify/{name}"
-
-    def recall(self) -> tuple[str, str] | None:
-        """Return the message and the script of the last failure."""
-        found = self._cache.get(self._key, None) if self._cache else None
-        return (found["message"], found["script"]) if found else None
-
-    def keep(self, message: str, script: str | None) -> None:
-        """Remember a failure."""
-        if self._cache and script:
-            self._cache.set(self._key, {"message": message, "script": script})
-
-    def forget(self) -> None:
-        """Forget it again."""
-        if self._cache:
-            self._cache.set(self._key, None)
-
-
-class Share:
-    """A report that the workers of one pytest-xdist run share, so that one of them makes it."""
-
-    def __init__(self, file: Path | None) -> None:
-        self._file = file
-
-    def load(self) -> Report | None:
-        """Return the report if a worker has made it."""
-        if self._file is None or not self._file.exists():
-            return None
-        report: Report = pickle.loads(self._file.read_bytes())  # noqa: S301 - this run's own folder
-        return report
-
-    def save(self, report: Report) -> None:
-        """Let the other workers have it."""
-        if self._file is not None:
-            self._file.write_bytes(pickle.dumps(report))
-
-
-@contextmanager
-def shared(request: pytest.FixtureRequest) -> Iterator[Share]:
-    """Hold the lock on the report of this test's suite; outside pytest-xdist there is none.
-
-    The kernel gives the lock of a worker that dies to the next, which finds no report and makes it.
-    """
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    try:
-        import fcntl
-    except ImportError:  # not POSIX: every worker makes its own
-        run = None
-    if run is None:
-        yield Share(None)
-        return
-    nodeid = request.node.nodeid.partition("[")[0]
-    name = hashlib.sha256(f"{run} {nodeid}".encode()).hexdigest()[:16]
-    # Each worker has a folder of its own in the one of the run.
-    folder = request.getfixturevalue("tmp_path_factory").getbasetemp().parent
-    with (folder / f"bnverify-{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield Share(folder / f"bnverify-{name}.report")

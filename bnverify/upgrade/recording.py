@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnverify import target as targets
 from bnverify.compile_cache import machine
+from bnverify.lifetime.checkpoint import subject_of
 from bnverify.unusable import Unusable
 from bnverify.upgrade import recorded, recording_file
 from bnverify.upgrade.recorder import Recorder, flags
@@ -76,7 +77,7 @@ def record(
     name, errors = target, {}
     with targets.importable(targets.directory(target)):
         try:
-            subject = targets.load(target)
+            subject = subject_of(targets.load(target))
         except Unusable as error:
             if old is None:
                 raise
