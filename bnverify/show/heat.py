@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from bnverify.upgrade.judgement import Judgement
 
+_UNIT = "The largest difference in units of rounding noise: up to 1 it is rounding."
 _LEGEND = (
-    "A number is the largest difference in units of rounding noise: up to 1 it is rounding. "
     "= is equal to the last bit, ~ other initial values of the same distribution, ? no digits to "
     "compare, ✗ beyond rounding. A law's number is its error in units of the error allowed; "
     "■ is proved, ✓ held, ✗ violated, ? not reached, ○ exempt."
@@ -29,7 +29,7 @@ def heat_map(judgements: Sequence[Judgement]) -> Iterator[str]:
     if not leaves:
         return
     yield "<h2>Leaves and laws against releases</h2>"
-    yield f'<p class="soft">{escape(_LEGEND)}</p><div class="wide"><table><thead><tr><th></th>'
+    yield f'<p class="soft">{escape(_UNIT)}</p><div class="wide"><table><thead><tr><th></th>'
     yield "".join(f"<th>{escape(j.new)}</th>" for j in judgements) + "</tr></thead><tbody>"
     columns = [_sizes(j) for j in judgements]
     for leaf in leaves:
@@ -38,6 +38,7 @@ def heat_map(judgements: Sequence[Judgement]) -> Iterator[str]:
     broken = [law for law in laws if any(_status(j, law) == "violated" for j in judgements)]
     yield from _law_rows(judgements, broken)
     yield "</tbody></table></div>"
+    yield f'<p class="soft">{escape(_LEGEND)}</p>'
     holding = [law for law in laws if law not in broken]
     if holding:
         more = "the other" if broken else "the"

@@ -6,20 +6,19 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bnverify.show.cards import cards, named
 from bnverify.show.heat import heat_map
 from bnverify.show.matrix import LEGEND, matrix, scope
 from bnverify.show.symbols import UNICODE
+from bnverify.upgrade.difference import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Any
 
-    from bnverify.upgrade.difference import Difference
     from bnverify.upgrade.judgement import Judgement
 
 _OK, _BAD = UNICODE.status["held"], UNICODE.status["violated"]
-_MARKS = {"failing": f"{_BAD} fails", "accepted": f"{_OK} accepted", "reported": f"{_OK} reported"}
-_SHOWN = 8  # differences in the open; the rest folds
 
 
 def page(judgements: Sequence[Judgement]) -> str:
@@ -42,9 +41,12 @@ def _page(judgements: Sequence[Judgement]) -> Iterator[str]:
     for judgement in judgements:
         yield from _verdict(judgement)
     titles = [f" ({escape(j.new)})" if len(judgements) > 1 else "" for j in judgements]
+    yield '<div class="two"><div>'
     for judgement, title in zip(judgements, titles, strict=True):
-        yield from _differences(judgement, title)
+        yield from cards(judgement, title)
+    yield "</div><section>"
     yield from heat_map(judgements)
+    yield "</section></div>"
     for judgement, title in zip(judgements, titles, strict=True):
         yield from _matrices(judgement, title)
         yield from _witness(judgement, title)
@@ -58,8 +60,23 @@ def _verdict(judgement: Judgement) -> Iterator[str]:
     yield f'<header class="{name}"><h1>{escape(judgement.comparison.subject)}</h1>'
     yield f"<p><strong>{sign} {escape(judgement.headline())}</strong></p>"
     yield f'<p class="soft">from {escape(judgement.old)} to {escape(judgement.new)}</p>'
-    moved = ", ".join(f"{name} {a} → {b}" for name, (a, b) in judgement.moved().items())
-    yield f"<p>{escape(moved) or 'the same releases'}</p></header>"
+    moved = judgement.moved().items()
+    chips = (f"<li>{escape(name)} {escape(a)} → <b>{escape(b)}</b></li>" for name, (a, b) in moved)
+    yield f'<ul class="chips">{"".join(chips) or "<li>the same releases</li>"}</ul>'
+    yield from _classes(judgement)
+    yield "</header>"
+
+
+def _classes(judgement: Judgement) -> Iterator[str]:
+    """Yield how many differences of each class there are, and what the policy makes of them."""
+    failing = {d.kind for d in judgement.verdict.failing}
+    yield '<dl class="classes">'
+    for kind in KINDS:
+        count = len(judgement.comparison.of(kind))
+        sign = _BAD if kind in failing else _OK if count else ""
+        name = "bad" if kind in failing else "" if count else "none"
+        yield f'<div class="{name}"><dt>{kind}</dt><dd>{sign} {count}</dd></div>'
+    yield "</dl>"
 
 
 def _witness(judgement: Judgement, title: str) -> Iterator[str]:
@@ -67,7 +84,7 @@ def _witness(judgement: Judgement, title: str) -> Iterator[str]:
     if shown is None or shown.witness is None:
         return
     yield f"<h2>See it for yourself{title}</h2>"
-    yield f"<p>{escape(_named(shown))}</p>"
+    yield f"<p>{escape(named(shown))}</p>"
     yield "<p class=soft>Save this script and run it in either environment: it needs jax, flax, "
     yield "NumPy and your own code, prints both values, and exits with 1 where they disagree.</p>"
     yield f"<details open><summary>the script</summary><pre>{escape(shown.witness)}</pre></details>"
@@ -110,36 +127,6 @@ def _matrix(side: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
     yield "</tbody></table></div>"
     legend = [f"{UNICODE.flow[kind].split()[0]} {LEGEND[kind]}" for kind in shown.kinds()]
     yield f'<p class="soft">{escape("   ".join([*legend, "≠ other than on the other side"]))}</p>'
-
-
-def _differences(judgement: Judgement, title: str) -> Iterator[str]:
-    rows = list(judgement.marked())
-    if not rows:
-        return
-    yield f"<h2>What changed{title}</h2>"
-    # Rounding is in the heat map, a number for each leaf.
-    shown = [row for row in rows if row[1].kind != "rounding" or row[0] == "failing"]
-    for row in shown[:_SHOWN]:
-        yield from _difference(*row)
-    rest = [row for row in rows if row not in shown[:_SHOWN]]
-    if rest:
-        yield f"<details><summary>and {len(rest)} more</summary>"
-        for row in rest:
-            yield from _difference(*row)
-        yield "</details>"
-
-
-def _difference(mark: str, difference: Difference, why: str) -> Iterator[str]:
-    yield f'<div class="difference"><span class="kind">{escape(difference.kind)}</span> '
-    yield f"{_MARKS[mark]}{': ' + escape(why) if why else ''}"
-    yield f"<p>{escape(_named(difference))}</p></div>"
-
-
-def _named(difference: Difference) -> str:
-    leaf = difference.leaf
-    if not leaf or difference.text.startswith(leaf):
-        return difference.text
-    return f"{leaf}: {difference.text}"
 
 
 def _costs(judgement: Judgement, title: str) -> Iterator[str]:

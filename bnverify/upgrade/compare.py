@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bnverify.unusable import Unusable
 from bnverify.upgrade import initials, witness
 from bnverify.upgrade.difference import KINDS, Difference
+from bnverify.upgrade.motion import explanation
 from bnverify.upgrade.values import distances
 
 if TYPE_CHECKING:
@@ -175,13 +176,16 @@ def _values(old: Recorded, new: Recorded, far: Mapping[str, Distance]) -> Iterat
             f"{leaf}{at} was {shown.old:.9g} and is {shown.new:.9g}, allowed {shown.allowed:.2g} "
             f"(step {shown.step + 1} of a batch of {rows} x {features}); at worst {far_apart}"
         )
+        moves = leaf in old.before(shown.shape, shown.step)
+        words = explanation(old, new, leaf) if moves else ""
         yield Difference(
             kind="meaning",
             subject=subject,
             leaf=leaf,
             size=place.size if math.isfinite(place.size) else None,
-            text=text,
+            text=f"{text}; {words}" if words else text,
             witness=witness.of_value(old, new, shown),
+            explanation=words,
         )
 
 

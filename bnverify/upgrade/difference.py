@@ -30,6 +30,7 @@ class Difference:
         size: how far apart the values are, in units of rounding noise; None where it is no number.
         text: what differs, in one line.
         witness: a standalone script that shows it, where there is one.
+        explanation: the end of the text, where it says what explains every value; see `motion`.
     """
 
     kind: Kind
@@ -38,6 +39,7 @@ class Difference:
     leaf: str | None = None
     size: float | None = None
     witness: str | None = None
+    explanation: str = ""
 
     def to_json(self) -> dict[str, str | float | None]:
         """Return the public JSON form."""
@@ -47,5 +49,6 @@ class Difference:
             "leaf": self.leaf,
             "size": self.size,
             "text": self.text,
+            "explanation": self.explanation,
             "witness": self.witness,
         }

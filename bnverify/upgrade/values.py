@@ -100,7 +100,7 @@ def distances(old: Recorded, new: Recorded) -> dict[str, Distance]:
         for step in range(min(old.manifest["steps"], new.manifest["steps"])):
             home = f"shape{shape}/step{step}"
             sides = [(r.under(f"{home}/value"), r.under(f"{home}/noise")) for r in (old, new)]
-            for leaf, row in _rows(*sides).items():
+            for leaf, row in rows(*sides).items():
                 leaves.setdefault(leaf, []).append((shape, step, *row))
     return {leaf: _distance(leaf, rows, old) for leaf, rows in leaves.items()}
 
@@ -108,7 +108,7 @@ def distances(old: Recorded, new: Recorded) -> dict[str, Distance]:
 Side = tuple["Mapping[str, Any]", "Mapping[str, Any]"]
 
 
-def _rows(old: Side, new: Side) -> dict[str, tuple[Floats, Floats, Floats]]:
+def rows(old: Side, new: Side) -> dict[str, tuple[Floats, Floats, Floats]]:
     """Return leaf -> (old values, new values, how far apart rounding may take them)."""
     rows = {}
     for leaf, before in old[0].items():

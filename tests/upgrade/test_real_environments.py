@@ -1,12 +1,15 @@
-"""Real releases from the package index, at both ends of what can be recorded."""
+"""Real releases from the package index: both ends of what can be recorded, and the gate between."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import altered_step
 import numpy as np
 import pytest
 
+from bnverify.cli import main
 from bnverify.upgrade import recording_file
 from bnverify.upgrade.environments import build_all, parse, run
 
@@ -41,3 +44,54 @@ def test_the_ends_of_the_matrix_can_record(tmp_path):
     again = build_all(sides, cache_dir=tmp_path / "cache")
     assert [environment.python for environment in again] == [e.python for e in made]
     assert max(environment.seconds for environment in again) < 10
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One cache for the tests of this file: the environments are the same."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def judged(cache, monkeypatch, capsys):
+    """A function from the gate's target to the exit status and the JSON, from jax 0.4.38 to 0.10.2."""
+    monkeypatch.setenv("BNVERIFY_CACHE", str(cache))
+
+    def judge(*target):
+        sides = ["--from", str(PINS / "jax-0.4.38.txt"), "--to", str(PINS / "jax-0.10.2.txt")]
+        status = main(["gate", *target, *sides, "--format", "json"])
+        return status, json.loads(capsys.readouterr().out)
+
+    return judge
+
+
+def test_between_real_releases_the_reference_keeps_its_meaning(judged):
+    """Other random numbers, told as such; values within rounding; the upgrade may pass."""
+    status, told = judged()
+    assert status == 0
+    assert {d["class"] for d in told["differences"]} == {"initialisation", "rounding"}
+    assert told["verdict"] == "the step did not change; initialisation did"
+    assert told["to"]["versions"]["jax"] == "0.10.2"
+
+
+@pytest.mark.parametrize(
+    ("altered", "leaves"),
+    [
+        ({"momentum": 0.99}, {"batch_stats/mean", "batch_stats/var"}),
+        ({"ddof": 1}, {"batch_stats/var", "loss"}),
+        ({"scale": 1.1}, {"init/params/kernel"}),
+    ],
+    ids=["momentum", "divisor", "initialiser"],
+)
+def test_a_step_that_changes_with_the_release_is_found(judged, tmp_path, altered, leaves):
+    """Momentum, divisor of the variance, initial weights: each named by its leaf, exit status 1."""
+    altered_step.alter(tmp_path, **altered)
+    side = tmp_path / "side.py"
+    switch = "\nimport jax\nif jax.__version_info__ < (0, 10): ALTERED = {}\n"
+    side.write_text(side.read_text(encoding="utf-8") + switch, encoding="utf-8")
+    status, told = judged(altered_step.write(tmp_path))
+    assert status == 1
+    found = [d for d in told["differences"] if d["mark"] == "failing"]
+    assert {d["class"] for d in found} == {"meaning"}
+    assert leaves <= {d["leaf"] for d in found}
+    assert all(d["witness"] for d in found if d["leaf"] in leaves)
