@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -36,6 +37,12 @@ def default_profile() -> str:
 
 
 settings.load_profile(default_profile())
+
+
+def pytest_report_header() -> str:
+    """Return the releases under test: a log that names none says little."""
+    names = ("jax", "jaxlib", "flax", "optax", "numpy", "hypothesis")
+    return "releases: " + ", ".join(f"{name} {metadata.version(name)}" for name in names)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -82,6 +82,14 @@ def test_the_matrix_names_every_factor() -> None:
         assert re.search(rf"[{{,x]{factor.removeprefix('jax')}\b", matrix), factor
 
 
+def test_one_environment_of_the_matrix_leaves_nothing_out() -> None:
+    """What is marked `once` runs once in it: all environments but one deselect the mark."""
+    whole, rest = tox_config()["testenv"]["commands"].strip().splitlines()
+    (factor,) = re.findall(r"^(jax\d+): pytest -n 2 \{posargs\}$", whole)
+    assert rest == f'!{factor}: pytest -n 2 -m "not once" {{posargs}}'
+    assert factor in pins_by_factor()
+
+
 @pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_test_states_its_claim(path: Path) -> None:
     """Each test function's docstring says in one sentence what holds if it passes."""

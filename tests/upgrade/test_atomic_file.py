@@ -13,6 +13,8 @@ import pytest
 
 from bnverify.upgrade import atomic_file
 
+pytestmark = pytest.mark.once
+
 WRITER = """
 import sys
 from pathlib import Path

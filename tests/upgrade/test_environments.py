@@ -20,6 +20,8 @@ from wheels import project, wheel
 from bnverify.upgrade import environments, interpreters, uv
 from bnverify.upgrade.environments import EnvironmentUnavailableError, build_all, parse, run
 
+pytestmark = pytest.mark.once
+
 try:
     uv._program()
 except EnvironmentUnavailableError as missing:

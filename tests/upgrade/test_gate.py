@@ -22,6 +22,8 @@ from bnverify.upgrade import environments, recorded, sources
 from bnverify.upgrade import gate as gates
 from bnverify.upgrade.policy import Policy
 
+pytestmark = pytest.mark.once
+
 OLD, NEW = "old", "new"
 
 

@@ -18,6 +18,8 @@ from bnverify.upgrade.judgement import judge
 from bnverify.upgrade.policy import Policy
 from bnverify.upgrade.values import Distance, Place
 
+pytestmark = pytest.mark.once
+
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "params/<img src=x onerror=alert(1)>/\"'&" + "very_long_name" * 12
 MATRIX = {

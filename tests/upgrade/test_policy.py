@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from bnverify.upgrade.difference import KINDS, Difference
 from bnverify.upgrade.policy import Acceptance, Policy, Verdict, apply
 
+pytestmark = pytest.mark.once
+
 TODAY = dt.date(2026, 6, 15)
 TOMORROW = TODAY + dt.timedelta(days=1)
 
@@ -137,5 +139,6 @@ def test_a_difference_has_a_public_json_form():
         "leaf": "params/Dense_0/kernel",
         "size": None,
         "text": "it differs",
+        "explanation": "",
         "witness": None,
     }
