@@ -15,7 +15,7 @@ from bnverify.laws import Law
 from bnverify.laws.residuals import wide
 from bnverify.lazy import jax, jnp
 from bnverify.subject import Subject
-from bnverify.transition import Outcome, Transition, double_batch
+from bnverify.transition import Outcome, Transition
 
 HIDDEN = {
     "optimizer": "the subject does not show its optimizer",
@@ -150,9 +150,6 @@ class Judge:
             facts = {**t.facts, "direction": known.direction, "directional_derivative": known.slope}
             noise = _unless_faint(t.case, known.noise)
             t = t._replace(exact=known.exact, noise=noise, facts=facts)
-        if "doubled_noise" in needs:
-            doubled = self._noise(t.before, double_batch(t.case))
-            t = t._replace(facts={**t.facts, "doubled_noise": doubled.noise})
         key = (names, tuple(self._facts.items()), self._subject.oracle, self._optimise)
         if key not in _PROGRAMS:
             _PROGRAMS[key] = Compiled(jax.vmap(self._program(laws)), optimise=self._optimise)

@@ -24,7 +24,6 @@ NEEDS = frozenset(
         "layer_inputs",
         "after_eval",
         "noise",
-        "doubled_noise",
         "directional_derivative",
     ]
 )
@@ -120,8 +119,8 @@ class Volume:
 
 
 def _affordable(law: Law, shape: tuple[int, int]) -> bool:
-    """Return whether a law is worth its programs: what doubling shows, it shows on few rows."""
-    return "doubled_noise" not in law.needs or shape[0] <= FEW_ROWS
+    """Return whether a law is worth its programs: what doubling a batch shows, it shows on few rows."""
+    return "step:doubled_batch" not in law.needs or shape[0] <= FEW_ROWS
 
 
 def _overlay(cases: Case, bred: list[Case]) -> Case:

@@ -45,7 +45,6 @@ def transitions() -> Transition:
         "eager": outcome,
         "stacked": outcome,
         "solution": Solution(t.eval_loss, t.eval_loss),
-        "doubled_noise": noise,
         "direction": t.before.params,
         "directional_derivative": (zeros, zeros + 1.0, zeros == 0),
     }
