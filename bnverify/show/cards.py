@@ -60,7 +60,8 @@ def _card(
     if failing and len(differences) == 1:
         yield from _values(judgement, first)
     if first.explanation:
-        yield f"<p><strong>{escape(first.explanation)}</strong></p>"
+        said = first.explanation[0].upper() + first.explanation[1:]
+        yield f"<p><strong>{escape(said)}</strong></p>"
     yield f"<p>{escape(first.text.removesuffix(f'; {first.explanation}'))}</p>"
     if why:
         yield f'<p class="soft">{escape(why)}</p>'
