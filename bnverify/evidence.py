@@ -114,3 +114,11 @@ class Report:
             "notes": list(self.notes),
         }
         return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        """Return the report that ``to_json`` wrote; what it adds for other readers is left out."""
+        names = ("subject", "profile", "seed", "cases", "seconds", "versions", "influence")
+        results = tuple(Evidence.from_json(each) for each in data["results"])
+        known = {name: data[name] for name in names}
+        return cls(**known, results=results, notes=tuple(data["notes"]))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bnverify.unusable import Unusable
 
@@ -39,6 +40,17 @@ class Shard:
     def take(self, items: Sequence[T]) -> list[T]:
         """Return every N-th of ``items``, from the K-th on: neighbours are alike in cost."""
         return list(items[self.index - 1 :: self.count])
+
+    def stamp(self, text: str, whole: Sequence[str], **same: Any) -> str:
+        """Return a part's findings, JSON text, with what ``bnverify merge`` needs besides.
+
+        Args:
+            text: the findings, a JSON object.
+            whole: the names of everything that all parts together are about, in its order.
+            same: what must be the same in all parts.
+        """
+        data = {**json.loads(text), **same, "shard": str(self), "of": list(whole)}
+        return json.dumps(data, indent=2) + "\n"
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnverify.profile import PROFILES
 from bnverify.shard import Shard
+from bnverify.show import files
 from bnverify.unusable import Unusable, did_you_mean
 
 if TYPE_CHECKING:
@@ -70,6 +69,7 @@ def _catalogue(args: argparse.Namespace) -> int:
     families = {mutant.family for mutant in MUTANTS.values()}
     names = _names(args.select, {*MUTANTS, *families})
     chosen = [m for m in MUTANTS.values() if not names or {m.name, m.family} & set(names)]
+    whole = chosen
     if args.shard:
         chosen = Shard.parse(args.shard).take(chosen)
     if not chosen:
@@ -79,11 +79,14 @@ def _catalogue(args: argparse.Namespace) -> int:
     )
     if args.json != "-":
         screen.show(found)
-    _write(args.json, found.to_json())
+    text = found.to_json()
+    if args.shard:
+        text = _stamp(args, text, [mutant.name for mutant in whole])
+    files.write(args.json, text)
     if args.picture:
         from bnverify.show import audit_picture
 
-        _write(args.picture, audit_picture.draw(found))
+        files.write(args.picture, audit_picture.draw(found), "--picture")
     return 1 if found.unexplained else 0
 
 
@@ -99,6 +102,7 @@ def _users_tests(args: argparse.Namespace) -> int:
             raise Unusable(f"a target is module:name or path/file.py:name, got {target!r}")
     names = _names(args.select, TRANSPLANTS)
     chosen = [fault for name, fault in TRANSPLANTS.items() if not names or name in names]
+    whole = chosen
     if args.shard:
         chosen = Shard.parse(args.shard).take(chosen)
     if args.picture:
@@ -108,8 +112,19 @@ def _users_tests(args: argparse.Namespace) -> int:
     )
     if args.json != "-":
         screen.show_tests(found)
-    _write(args.json, found.to_json())
+    text = found.to_json()
+    if args.shard:
+        text = _stamp(args, text, [fault.name for fault in whole])
+    files.write(args.json, text)
     return 1 if found.of("missed") else 0
+
+
+def _stamp(args: argparse.Namespace, text: str, whole: Sequence[str]) -> str:
+    from bnverify.engine.verify import versions
+
+    return Shard.parse(args.shard).stamp(
+        text, whole, versions=versions(), profile=args.profile, seed=args.seed
+    )
 
 
 def _names(given: Sequence[str], known: Any) -> list[str]:
@@ -118,15 +133,3 @@ def _names(given: Sequence[str], known: Any) -> list[str]:
         if name not in known:
             raise Unusable(f"no fault is named {name!r}{did_you_mean(name, known)}")
     return names
-
-
-def _write(file: str | None, text: str) -> None:
-    if file == "-":
-        sys.stdout.write(text)
-    elif file is not None:
-        from bnverify.upgrade import atomic_file
-
-        try:
-            atomic_file.write(Path(file), text.encode())
-        except OSError as error:
-            raise Unusable(f"{file} cannot be written: {error.strerror}") from None

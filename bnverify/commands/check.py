@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnverify import deadline, target
 from bnverify.profile import PROFILES
 from bnverify.shard import Shard
+from bnverify.show import files
 from bnverify.unusable import Unusable
 
 if TYPE_CHECKING:
@@ -68,20 +67,21 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the target, show what was seen and return the exit status."""
-    _check_writable(args.json)
+    files.check_writable(args.json)
     # What a target prints must not end up in the JSON.
     to_stderr = contextlib.redirect_stdout(sys.stderr)
     with to_stderr if args.json == "-" else contextlib.nullcontext():
-        report = _verify(args)
+        report, whole = _verify(args)
         from bnverify.show import terminal
 
         terminal.show(report)
-    if args.json:
-        _write_json(args.json, report, args.shard)
+    text = report.to_json()
+    files.write(args.json, Shard.parse(args.shard).stamp(text, whole) if args.shard else text)
     return 0 if report.ok else 1
 
 
-def _verify(args: argparse.Namespace) -> Report:
+def _verify(args: argparse.Namespace) -> tuple[Report, list[str]]:
+    """Return the report, and the names of all that the shards of it together are about."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
     with target.importable(target.directory(args.target)):
         what = target.load(args.target, time_limit=args.time_limit)
@@ -96,17 +96,16 @@ def _verify(args: argparse.Namespace) -> Report:
             laws = choose(select, ignore, parallel=isinstance(what, Parallel))
         except ValueError as error:
             raise Unusable(str(error)) from None
-        if args.shard:
-            laws = Shard.parse(args.shard).take(laws)
-        if not laws:
+        own = Shard.parse(args.shard).take(laws) if args.shard else laws
+        if not own:
             raise Unusable("no law is left to check")
         with terminal.progress(what.name) as listener:
             try:
-                return verify(
+                report = verify(
                     guarded(what, args.time_limit),
                     args.profile,
                     seed=args.seed,
-                    select=laws,
+                    select=own,
                     proofs_only=args.proofs,
                     target=args.target,
                     listener=listener,
@@ -117,6 +116,7 @@ def _verify(args: argparse.Namespace) -> Report:
                 if target.user_line(error):  # it comes out of the target's code, not out of ours
                     raise target.refused(error, args.target) from None
                 raise
+    return report, laws
 
 
 def _names(given: Sequence[str]) -> list[str]:
@@ -135,30 +135,3 @@ def _seconds(text: str) -> float:
     if not seconds > 0 or math.isnan(seconds):
         raise argparse.ArgumentTypeError(f"must be more than 0 seconds, got {text}")
     return seconds
-
-
-def _check_writable(file: str | None) -> None:
-    """Refuse a file that cannot be written before an hour of checking, not after."""
-    if file in {None, "-"}:
-        return
-    assert file is not None
-    path = Path(file)
-    if path.is_dir():
-        raise Unusable(f"--json {file} is a directory")
-    if not os.access(path.parent, os.W_OK):
-        raise Unusable(f"--json {file} cannot be written: no such directory, or not yours")
-
-
-def _write_json(file: str, report: Report, shard: str | None) -> None:
-    from bnverify.upgrade import atomic_file
-
-    text = report.to_json()
-    if shard:
-        text = json.dumps({**json.loads(text), "shard": shard}, indent=2) + "\n"
-    if file == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        atomic_file.write(Path(file), text.encode())
-    except OSError as error:
-        raise Unusable(f"--json {file} cannot be written: {error.strerror}") from None

@@ -1,0 +1,82 @@
+"""``bnverify merge``: of the shards of a check or an audit, what one machine would have said."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnverify.show import files
+from bnverify.unusable import Unusable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bnverify.merge import Merged
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser."""
+    parser = subparsers.add_parser(
+        "merge",
+        help="make one report of the shards of a check or an audit",
+        description="Make of the JSON files of all shards of one `check`, or of one `audit`, what "
+        "one machine would have said; the exit status is that of the one machine, too.",
+    )
+    parser.add_argument("files", metavar="FILE", nargs="+", help="what --shard K/N --json wrote")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the whole to FILE as JSON; - is standard output"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merge the files, show the whole and return the exit status."""
+    from bnverify.merge import merge
+
+    files.check_writable(args.json)
+    merged = merge(_texts(args.files))
+    if args.json != "-":
+        _show(merged)
+    files.write(args.json, merged.to_json())
+    return _status(merged)
+
+
+def _texts(names: Sequence[str]) -> dict[str, str]:
+    texts = {}
+    for name in names:
+        if name in texts:
+            raise Unusable(f"{name} is named twice")
+        try:
+            texts[name] = Path(name).read_text(encoding="utf-8")
+        except OSError as error:
+            raise Unusable(f"{name} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise Unusable(f"{name} is not JSON: not UTF-8") from None
+    return texts
+
+
+def _show(merged: Merged) -> None:
+    from bnverify.evidence import Report
+    from bnverify.mutants.audit import Audit
+
+    if isinstance(merged, Report):
+        from bnverify.show import terminal
+
+        terminal.show(merged)
+        return
+    from bnverify.show import audit
+
+    if isinstance(merged, Audit):
+        audit.show(merged)
+    else:
+        audit.show_tests(merged)
+
+
+def _status(merged: Merged) -> int:
+    from bnverify.evidence import Report
+    from bnverify.mutants.audit import Audit
+
+    if isinstance(merged, Report):
+        return 0 if merged.ok else 1
+    missed = merged.unexplained if isinstance(merged, Audit) else merged.of("missed")
+    return 1 if missed else 0
