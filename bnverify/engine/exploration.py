@@ -25,7 +25,7 @@ CALLS = frozenset({"again", "eager", "stacked", "solution"})
 
 
 class Again(NamedTuple):
-    """A second run of the same input, and that input before and after it."""
+    """A second run of the same input, and that input before and after it and an eager run."""
 
     before: Any
     state: Any
@@ -86,24 +86,22 @@ class Exploration:
         available = needs & NEEDS
         facts = dict(t.facts)
         if "again" in needs:
-            facts["again"] = self._again(t)
+            facts["again"] = self._again(t, eager=eager)
         if "eager" in needs and eager:
-            facts["eager"] = _outcome(self._eager, t.before, case)
+            facts["eager"] = _outcome(self._eager, *_copies((t.before, case)))
         if "stacked" in needs and self._volume is not None:
             facts["stacked"] = self._volume.outcome(t.before, case)
         if "solution" in needs and self._subject.solution is not None:
             facts["solution"] = self._solution(case)
         return t._replace(facts=facts), available | (CALLS & set(facts))
 
-    def _again(self, t: Transition) -> Again:
-        def copies(tree: Any) -> Any:
-            return jax.tree_util.tree_map(lambda leaf: np.array(leaf, copy=True), tree)
-
-        inputs = (t.before, t.case)
-        kept = copies(inputs)
+    def _again(self, t: Transition, *, eager: bool) -> Again:
         before = self._calls.warm(self._calls.init(t.case), t.case)
-        outcome = _outcome(self._calls, t.before, t.case)
-        return Again(before, outcome.state, outcome.info, outcome.eval_loss, kept, copies(inputs))
+        kept, given = _copies((t.before, t.case)), _copies((t.before, t.case))
+        outcome = _outcome(self._calls, *given)
+        if eager:  # only there does a step hold the caller's own arrays, not tracers
+            _outcome(self._eager, *given)
+        return Again(before, outcome.state, outcome.info, outcome.eval_loss, kept, given)
 
     def _solution(self, case: Case) -> Solution:
         solution = self._subject.solution
@@ -114,6 +112,10 @@ class Exploration:
             np.asarray(solution(float(seed), case.x, case.y, lr)),
             np.asarray(solution(seed + fraction, case.x, case.y, lr)),
         )
+
+
+def _copies(tree: Any) -> Any:
+    return jax.tree_util.tree_map(lambda leaf: np.array(leaf, copy=True), tree)
 
 
 def _outcome(calls: Calls, before: Any, case: Case) -> Outcome:
