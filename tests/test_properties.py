@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -93,6 +94,51 @@ def test_a_wrong_step_fails_the_property_of_the_law(steps: Path, target: str, la
         done.stdout.replace(os.path.relpath(ROOT, steps) + os.sep, "")
     )
     assert f"bnverify.replay(subject, case, law='{law}')" in done.stdout
+
+
+ORDER = """
+import os, random
+
+def pytest_collection_modifyitems(items):
+    if os.environ["ORDER"] == "backwards":
+        items.reverse()
+    elif os.environ["ORDER"] != "as written":
+        random.Random(os.environ["ORDER"]).shuffle(items)
+"""
+SOME = (
+    "test_structure or params_follow_the_optimizer or optimizer_state_follows_the_optimizer or "
+    "step_moves_the_params or variance_is_never_negative or same_input_repeats_to_the_bit"
+)
+
+
+@pytest.mark.slow
+def test_workers_and_orders_give_the_same_verdicts(
+    steps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With -n 0, with -n 2, backwards and in any other order the same properties pass and fail."""
+    (steps / "order.py").write_text(ORDER)
+    verdicts = []
+    for workers, order in (
+        ("0", "as written"),
+        ("2", "as written"),
+        ("0", "backwards"),
+        ("0", "7"),
+    ):
+        monkeypatch.setenv("ORDER", order)
+        monkeypatch.setenv("PYTHONPATH", str(steps))
+        done = properties(
+            steps, "--bnverify-target", "steps.py:wrong_sign", "-k", SOME, "-n", workers,
+            "-p", "order", "-rA", "--tb=no",
+        )  # fmt: skip
+        assert done.returncode == 1, done.stdout + done.stderr
+        found = re.findall(r"^(PASSED|FAILED|ERROR) \S*::(\w+)", done.stdout, re.MULTILINE)
+        skipped = re.findall(r"^SKIPPED \[(\d+)\]", done.stdout, re.MULTILINE)
+        verdicts.append((sorted(found), sum(map(int, skipped))))
+    assert [name for verdict, name in verdicts[0][0] if verdict == "FAILED"] == [
+        "test_params_follow_the_optimizer"
+    ]
+    assert len(verdicts[0][0]) >= 10
+    assert verdicts == verdicts[:1] * 4
 
 
 def test_a_step_that_takes_one_width_gets_that(steps: Path) -> None:
