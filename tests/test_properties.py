@@ -111,6 +111,7 @@ SOME = (
 )
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_workers_and_orders_give_the_same_verdicts(
     steps: Path, monkeypatch: pytest.MonkeyPatch
