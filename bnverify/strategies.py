@@ -118,7 +118,8 @@ def shape_pool(
     """Return ``size`` shapes (N, D), or as many as there are, in order of size.
 
     The tiny ones, ``TINY_SHAPES`` or what comes nearest, are always there. The others spread evenly
-    over the logarithms of N and D.
+    over the logarithms of N and D; where there are several, one of them is the largest of the
+    domain, since what goes wrong with size goes wrong at its end.
 
     Args:
         seed: chooses the shapes that are not tiny.
@@ -139,6 +140,9 @@ def shape_pool(
     pool = set(tiny)
     choose = random.Random(seed)  # noqa: S311 - chooses input, guards nothing
     strata = size - len(TINY_SHAPES)
+    if strata > 1:
+        pool.add((domain.max_rows, widths[-1]))
+        strata -= 1
     for i in range(strata):
         for _ in range(10):  # where the domain has few shapes, the pool stays smaller
             at = (i + choose.random()) / strata

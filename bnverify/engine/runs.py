@@ -21,6 +21,9 @@ from bnverify.subject import Subject
 Tell = Callable[[str, int], None]
 Shape = tuple[int, int]
 
+BETWEEN = (3, 4, 5, 9, 17, 33)
+"""Row counts at which a fault of larger batches may show: just beyond each power of two."""
+
 OFTEN = 20  # blocks of a shape: from here on optimising its programs pays
 
 
@@ -74,6 +77,8 @@ class Runs:
         rng = np.random.default_rng(self._seed)
         tiny, further = self._shapes()
         volume = self._stack([*tiny, *further], rng)
+        if volume is not None:
+            self._descend(volume, max(rows for rows, _ in tiny), rng)
         exploration = self._explore([*tiny[-1:], *further[:1]], volume)
         for tally in self.tallies.values():
             if tally.violated and tally.law.kind == "residual":
@@ -117,10 +122,7 @@ class Runs:
         for rows, features in shapes:
             self._tell(f"stacked cases of shape ({rows}, {features})", self.cases)
             try:
-                for cases, residuals in volume.blocks((rows, features), plan.blocks, rng):
-                    self.cases += len(cases.seed)
-                    for name, values in residuals.items():
-                        self.tallies[name].add(cases, values)
+                self._block(volume, (rows, features), plan.blocks, rng)
             except Exception as error:  # noqa: BLE001 - whatever a user's code raises under vmap
                 line = (str(error).strip().splitlines() or [""])[0]
                 self.notes.append(f"not run under vmap: {type(error).__name__}: {line}")
@@ -128,6 +130,24 @@ class Runs:
             if self._enough:
                 break
         return volume
+
+    def _descend(self, volume: Volume, tiny: int, rng: np.random.Generator) -> None:
+        """Look for smaller violating cases of the laws that only large batches were seen to break."""
+        for rows in BETWEEN:
+            broken = [tally for tally in self.tallies.values() if tally.violated]
+            found = [tally.case.shape for tally in broken if tally.case is not None]
+            large = [shape for shape in found if shape[0] > max(rows, tiny)]
+            if not large:
+                return
+            shape = rows, self._subject.features[0] if self._subject.features else 1
+            self._tell(f"looking for a smaller batch: {rows} rows", self.cases)
+            self._block(volume, shape, 1, rng)
+
+    def _block(self, volume: Volume, shape: Shape, count: int, rng: np.random.Generator) -> None:
+        for cases, residuals in volume.blocks(shape, count, rng):
+            self.cases += len(cases.seed)
+            for name, values in residuals.items():
+                self.tallies[name].add(cases, values)
 
     def _explore(self, shapes: list[Shape], volume: Volume | None) -> Exploration:
         """Run explicit cases; the laws that stacked cases were held to need no second look."""

@@ -229,20 +229,30 @@ def batch_stats_are_free_of_targets(t: Transition) -> Any:
 
 @law(
     "statistics",
+    needs=("step:zero_statistics",),
     requires=("batch_stats",),
     mistakes=("ema_applied_twice", "momentum_reversed"),
-    source=f"{IOFFE}, algorithm 1",
+    source=f"{IOFFE}, algorithm 1; https://github.com/google/flax/issues/1491",
 )
 def variance_is_never_negative(t: Transition) -> Any:
-    """A running variance that was not negative before the step is not negative after it."""
+    """A running variance that was not negative before the step is not negative after it.
+
+    Nor is it after a step from statistics of zero, where nothing hides a batch variance
+    E[h^2] - E[h]^2 that rounding made negative.
+    """
+    zero = jax.tree_util.tree_map(jnp.zeros_like, t.before.batch_stats)
     parts = []
-    for layer, leaves in _by_layer(t.after.batch_stats).items():
-        old = _by_layer(t.before.batch_stats).get(layer, {})
-        if "var" in leaves and "var" in old:
-            new = wide(leaves["var"])
-            usable = (wide(old["var"]) >= 0) & jnp.isfinite(new)
-            compared = jnp.where(usable, 0.0, jnp.inf)
-            parts.append(residual(jnp.minimum(new, 0.0), jnp.zeros_like(new), compared))
+    for before, after in (
+        (t.before.batch_stats, t.after.batch_stats),
+        (zero, t.reruns["zero_statistics"].state.batch_stats),
+    ):
+        old = _by_layer(before)
+        for layer, leaves in _by_layer(after).items():
+            if "var" in leaves and "var" in old.get(layer, {}):
+                new = wide(leaves["var"])
+                usable = (wide(old[layer]["var"]) >= 0) & jnp.isfinite(new)
+                compared = jnp.where(usable, 0.0, jnp.inf)
+                parts.append(residual(jnp.minimum(new, 0.0), jnp.zeros_like(new), compared))
     return worst_of(parts)
 
 

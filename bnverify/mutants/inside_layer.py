@@ -147,7 +147,11 @@ class BiasBeforeScale(HandwrittenNorm):
         )
 
 
-@fault(mistake="wrong_gradient", minimal=(2, 1))
+@fault(
+    mistake="wrong_gradient",
+    survives="equivalent to a layer made without a scale: the unused leaf has no gradient and stays",
+    minimal=(2, 1),
+)
 class ScaleIgnored(HandwrittenNorm):
     """The layer has a scale and never uses it."""
 

@@ -103,7 +103,10 @@ class MomentumRoundedToBfloat16(HandwrittenNorm):
         return mean, var
 
 
-@fault(mistake="wrong_gradient")
+@fault(
+    mistake="wrong_gradient",
+    survives="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
+)
 class GradientsThroughBfloat16(CanonicalStep):
     """Gradients are communicated in bfloat16."""
 
@@ -132,7 +135,10 @@ class InputsThroughHalf(CanonicalStep):
         return rounded(x, "float16"), y
 
 
-@fault(mistake="targets_ignored")
+@fault(
+    mistake="targets_ignored",
+    survives="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
+)
 class TargetsThroughBfloat16(TrainingError):
     """Training compares with targets that were rounded to bfloat16; evaluation does not."""
 
@@ -187,7 +193,10 @@ class EvalReadsStatisticsInBfloat16(HandwrittenNorm):
         return rounded(running[0], "bfloat16"), rounded(running[1], "bfloat16")
 
 
-@fault(mistake="rows_treated_unequally")
+@fault(
+    mistake="rows_treated_unequally",
+    survives="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
+)
 class ErrorsAddedUpInBfloat16(TrainingError):
     """The mean of the squared errors is taken in bfloat16, and told in float32."""
 

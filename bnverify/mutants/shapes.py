@@ -125,7 +125,10 @@ class GradientLeafMissing(CanonicalStep):
         return StepInfo(loss, {**grads, last: {"kernel": grads[last]["kernel"]}})
 
 
-@fault(mistake="parameters_change_dtype")
+@fault(
+    mistake="parameters_change_dtype",
+    survives="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
+)
 class LossInBfloat16(CanonicalStep):
     """The loss is reported in bfloat16."""
 
