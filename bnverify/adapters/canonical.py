@@ -104,14 +104,21 @@ class Step:
             jaxpr = jax.make_jaxpr(partial(self._noted, recording))(*example)
         return survey(jaxpr, recording, example[0])
 
-    def exempt(self, sizes: tuple[int, int]) -> dict[str, str]:
-        """Return the laws that the model's other variables and random numbers break."""
+    def exempt(self, sizes: tuple[int, int], *, online: bool) -> dict[str, str]:
+        """Return the laws that the model's other variables and random numbers break.
+
+        Args:
+            sizes: (N, D) of the traces.
+            online: whether the model is declared to normalise by its running values.
+        """
         example = self._example(sizes)
         found: dict[str, str] = {}
         for train in (False, True):
             with explaining("the training step" if train else "evaluation"):
                 jaxpr = jax.make_jaxpr(partial(self._flows, train))(*example)
             found |= reasons.of_pass(jaxpr, example[0], train=train)
+            if train and online:
+                found |= reasons.online(jaxpr, example[0])
         return found
 
     def keeps_rate(self, sizes: tuple[int, int]) -> bool:
@@ -153,13 +160,14 @@ def subject(
     optimizer: Optimizer,
     loss: Loss,
     features: tuple[int, ...] | None,
+    online: bool,
     exempt: Mapping[str, str],
 ) -> Subject:
     """Return the canonical training step of ``model``, with all that its traces show."""
     step = Step(model, optimizer, loss)
     sizes = example_sizes(features)
     seen = step.survey(sizes)
-    several = reasons.several_momenta(seen.declared) if len(seen.declared) > 1 else {}
+    found = step.exempt(sizes, online=online) | reasons.of_survey(seen)
     return Subject(
         name=name,
         init=step.init,
@@ -167,7 +175,7 @@ def subject(
         evaluate=step.evaluate,
         features=features,
         optimizer=optimizer,
-        exempt={**step.exempt(sizes), **several, **exempt},
+        exempt={**found, **exempt},
         momentum=seen.momentum,
         layer_inputs=step.layer_inputs if step.shows_inputs(sizes) else None,
         after_eval=step.after_eval,
@@ -177,8 +185,10 @@ def subject(
             optimizer=other,
             loss=loss,
             features=features,
+            online=online,
             exempt=exempt,
         ),
-        biases_before_norm=seen.biases,
+        # Running values take no shift of the batch away.
+        biases_before_norm=() if online else seen.biases,
         shows=CLAIMS - {"lr"} if step.keeps_rate(sizes) else CLAIMS,
     )

@@ -147,10 +147,12 @@ class Survey:
     Attributes:
         momenta: path of a layer -> the weight of the old value after one step: the declared
             momentum to the power of the layer's calls in one pass of the model. None: it cannot be told.
+        repeated: paths of the layers that write more than once in a pass of the model, or may.
         biases: paths in ``params`` of the biases that go into a normalisation and nowhere else.
     """
 
     momenta: Mapping[str, float | None]
+    repeated: tuple[str, ...]
     biases: tuple[str, ...]
 
     @property
@@ -176,13 +178,23 @@ def survey(jaxpr: Any, recording: Recording, state: State) -> Survey:
     """
     inline, anywhere = labels(jaxpr), labels_anywhere(jaxpr)
     params = {path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(state.params)[0]}
-    return Survey(
-        momenta={
-            path: _momentum(path, leaves, recording, inline, anywhere)
-            for path, leaves in _owners(state.batch_stats).items()
-        },
-        biases=tuple(bias for bias in _biases(jaxpr, recording, inline) if bias in params),
-    )
+    momenta: dict[str, float | None] = {}
+    repeated = []
+    for path, leaves in _owners(state.batch_stats).items():
+        traced = {
+            label: call
+            for label, call in recording.calls.items()
+            if call.path == path and anywhere[label]
+        }
+        writes = _writes(leaves, traced, inline)
+        if writes != 1:
+            repeated.append(path)
+        declared = {call.momentum for call in traced.values()}
+        momentum = declared.pop() if len(declared) == 1 else None
+        told = momentum is not None and writes is not None
+        momenta[path] = float(momentum**writes) if told else None  # type: ignore[operator]
+    biases = (bias for bias in _biases(jaxpr, recording, inline) if bias in params)
+    return Survey(momenta, tuple(repeated), tuple(biases))
 
 
 def _owners(batch_stats: Any) -> dict[str, list[Any]]:
@@ -194,35 +206,25 @@ def _owners(batch_stats: Any) -> dict[str, list[Any]]:
     return owners
 
 
-def _momentum(
-    path: str,
-    leaves: list[Any],
-    recording: Recording,
-    inline: Counter[str],
-    anywhere: Counter[str],
-) -> float | None:
-    traced = {
-        label: call
-        for label, call in recording.calls.items()
-        if call.path == path and anywhere[label]
-    }
-    declared = {call.momentum for call in traced.values()}
-    if len(declared) != 1:
-        return None
-    (momentum,) = declared
-    if momentum is None:
-        return None
+def _writes(leaves: list[Any], traced: Mapping[str, Call], inline: Counter[str]) -> int | None:
+    """Return how often a layer writes in one pass of the model; None where it cannot be told.
+
+    Args:
+        leaves: its statistics.
+        traced: label -> its calls that are in the program.
+        inline: how often each label is marked where it runs once.
+    """
     writing = [label for label, call in traced.items() if call.training]
     if all(inline[label] for label in writing):
         # A layer shared within one pass writes twice by design; one pass too many is a mistake.
         per_turn: Counter[int] = Counter()
         for label in writing:
             per_turn[traced[label].turn] += inline[label]
-        return float(momentum ** max([1, *per_turn.values()]))
+        return max([1, *per_turn.values()])
     # In a loop or a vmapped module every turn has a slice of its own, or writes again.
     features = max(len(call.feature_axes) for call in traced.values())
     sliced = len(writing) == 1 and all(len(leaf.shape) > features for leaf in leaves)
-    return float(momentum) if sliced else None
+    return 1 if sliced else None
 
 
 def _biases(jaxpr: Any, recording: Recording, inline: Counter[str]) -> tuple[str, ...]:

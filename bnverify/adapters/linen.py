@@ -31,6 +31,7 @@ def linen(
     statistics: str = "batch_stats",
     carried: Sequence[str] = (),
     axis_name: str | None = None,
+    online: bool = False,
     features: int | Collection[int] | None = None,
     name: str | None = None,
     exempt: Mapping[str, str] | None = None,
@@ -60,6 +61,8 @@ def linen(
             asked of them. Those of ``nn.SpectralNorm`` are found.
         axis_name: the mapped axis over which the model synchronises: it is run under
             ``jax.vmap`` with one shard.
+        online: whether it normalises by the running values in training too (online
+            normalisation), and so breaks the laws that rest on the batch's own moments.
         features: the D that it accepts, where not any will do.
         name: how reports call it; None: the module's class.
         exempt: law name -> why it does not apply.
@@ -81,6 +84,7 @@ def linen(
         optimizer=optimizer,
         loss=loss,
         features=sizes,
+        online=online,
         exempt=dict(exempt or {}),
     )
 

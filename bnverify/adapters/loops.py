@@ -88,9 +88,7 @@ def loop_subject(
         jaxpr = jax.make_jaxpr(partial(loop.noted, recording))(*given)
     seen = survey(jaxpr, recording, given[0])
     info = jax.eval_shape(partial(_step, loop), *given)[1]
-    found = _exempt(loop, given)
-    if len(seen.declared) > 1:
-        found |= reasons.several_momenta(seen.declared)
+    found = _exempt(loop, given) | reasons.of_survey(seen)
     if info.grads is not None and info.loss is not None:
         if penalty is None:
             penalty = has_penalty(loop.init, loop.step, sizes)

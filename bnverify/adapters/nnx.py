@@ -37,6 +37,7 @@ def nnx(
     train_argument: str | Mode | None = None,
     carried: Sequence[str] = (),
     axis_name: str | None = None,
+    online: bool = False,
     features: int | Collection[int] | None = None,
     name: str | None = None,
     exempt: Mapping[str, str] | None = None,
@@ -60,6 +61,8 @@ def nnx(
             averages, or frozen ones: they go to ``State.extra``.
         axis_name: the mapped axis over which the module synchronises: it is run under
             ``jax.vmap`` with one shard.
+        online: whether it normalises by the running values in training too (online
+            normalisation), and so breaks the laws that rest on the batch's own moments.
         features: the D that it accepts, where not any will do. Needed where ``make_module``
             takes no number of features.
         name: how reports call it; None: the name of ``make_module``.
@@ -83,6 +86,7 @@ def nnx(
         optimizer=optimizer,
         loss=loss,
         features=sizes,
+        online=online,
         exempt=dict(exempt or {}),
     )
 

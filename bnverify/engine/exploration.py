@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -73,9 +73,29 @@ class Exploration:
             laws: which laws; empty: all.
             eager: whether to run it uncompiled too.
         """
+        return self.all_residuals([(case, eager)], laws)[0]
+
+    def all_residuals(
+        self, cases: Iterable[tuple[Case, bool]], laws: Sequence[Law] = ()
+    ) -> list[dict[str, float]]:
+        """Return what ``residuals`` gives for each of some cases, in order.
+
+        Cases of one shape are judged together: the judge fills its stack anyway.
+
+        Args:
+            cases: pairs of a case and whether to run it uncompiled too.
+            laws: which laws; empty: all.
+        """
         chosen = laws or self._laws
-        t, available = self.transition(case, chosen, eager=eager)
-        return self._judge.each([t], judged(chosen, available))[0]
+        alike: dict[Any, list[tuple[int, Transition]]] = {}
+        for index, (case, eager) in enumerate(cases):
+            t, available = self.transition(case, chosen, eager=eager)
+            alike.setdefault((case.shape, frozenset(available)), []).append((index, t))
+        found: dict[int, dict[str, float]] = {}
+        for (_, available), observed in alike.items():
+            residuals = self._judge.each([t for _, t in observed], judged(chosen, available))
+            found |= {i: one for (i, _), one in zip(observed, residuals, strict=True)}
+        return [found[index] for index in sorted(found)]
 
     def transition(
         self, case: Case, laws: Sequence[Law], *, eager: bool = False

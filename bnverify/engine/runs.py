@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ class Runs:
         self._tell = tell
         self._fail_fast = fail_fast
         self._note = note
-        self._domain = Domain()
+        self._domain = _domain(laws)
         self._optimise = plan.blocks > OFTEN
         self._judge = Judge(subject, facts, plan.block, optimise=self._optimise)
         self.tallies = {law.name: Tally(law) for law in laws}
@@ -157,12 +157,15 @@ class Runs:
         if self._enough or not self._plan.examples or not judged(laws, NEEDS | CALLS):
             return exploration
         cases = draw(shapes, self._domain, self._plan.examples, self._seed)
-        for index, case in enumerate(cases):
-            self._tell("explicit cases", self.cases)
-            # The last ones: Hypothesis begins with zeros, on which little shows.
-            eager = index >= len(cases) - self._plan.eager
-            residuals = exploration.residuals(case, eager=eager)
-            self.cases += 1
+
+        def observed() -> Iterator[tuple[Case, bool]]:
+            for index, case in enumerate(cases):
+                self._tell("explicit cases", self.cases)
+                self.cases += 1
+                # The last ones: Hypothesis begins with zeros, on which little shows.
+                yield case, index >= len(cases) - self._plan.eager
+
+        for case, residuals in zip(cases, exploration.all_residuals(observed()), strict=True):
             for name, value in residuals.items():
                 self.tallies[name].add(stack([case]), np.asarray([value]))
         return exploration
@@ -194,6 +197,15 @@ class Runs:
             self.notes.append(
                 f"{law.name}: beyond its bound under vmap ({tally.worst:.3g}), not in a single call"
             )
+
+
+def _domain(laws: Collection[Law]) -> Domain:
+    """Return where cases are drawn from.
+
+    A function that is init, one step and evaluate in one call is compared with a first step.
+    """
+    first = all("solution" in law.needs for law in laws)
+    return Domain(max_warmup=0) if first else Domain()
 
 
 def _verdict(tally: Tally) -> tuple[Status, str]:

@@ -13,6 +13,7 @@ from bnverify.engine import proof
 from bnverify.engine.counterexample import script
 from bnverify.engine.diagnosis import diagnose
 from bnverify.engine.judge import exemption, shown_by, static_facts
+from bnverify.engine.remarks import remarks
 from bnverify.engine.runs import Runs
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import LAWS, Law
@@ -103,7 +104,7 @@ def verify(
         seconds=time.perf_counter() - started,
         versions=versions(),
         influence=_matrix(reading),
-        notes=(*_notes(reading), *(note for part in runs for note in part.notes)),
+        notes=(*_notes(subject, reading), *(note for part in runs for note in part.notes)),
     )
 
 
@@ -204,8 +205,9 @@ def _matrix(reading: proof.Reading) -> dict[str, Any]:
     }
 
 
-def _notes(reading: proof.Reading) -> Iterator[str]:
+def _notes(subject: Subject, reading: proof.Reading) -> Iterator[str]:
     if reading.refusal:
         yield f"not traced: {reading.refusal}"
     if reading.influence is not None and reading.influence.unknown:
         yield "primitives read conservatively: " + ", ".join(reading.influence.unknown)
+    yield from remarks(subject, reading.influence)

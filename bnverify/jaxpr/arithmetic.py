@@ -213,6 +213,9 @@ def faint(dtype: Any) -> float:
 
 def leaves_range(eqn: Any) -> bool:
     """Return whether an equation may take values out of a dtype's range that were well in it."""
+    if eqn.primitive.name == "convert_element_type":
+        old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+        return _is_real(old) and int(jnp.finfo(new).maxexp) < int(jnp.finfo(old).maxexp)
     moderate = any(
         hasattr(atom, "val") and np.ndim(atom.val) == 0 and 1e-3 <= abs(atom.val) <= 1e3
         for atom in eqn.invars

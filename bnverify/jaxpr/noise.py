@@ -21,14 +21,13 @@ Random rounding as a probe of stability is due to La Porte and Vignes (CESTAC) a
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnverify.jaxpr import arithmetic, kinks, loops
+from bnverify.jaxpr import arithmetic, draws, kinks, loops
 from bnverify.jaxpr.interpreter import hides_code
 from bnverify.jaxpr.values import Value, is_float, widen, widen_params
 
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 
 ROWS = 12
 SIZE = 0.8  # the root mean square of e in units of rounding; that of a real error is near 0.4
-
-_SMALL = 512  # elements up to which each has its own draw; beyond, each index of each axis
 
 # Their equations carry the combining program, in the program's own dtype: made anew in float64.
 _SCATTERS = {
@@ -79,23 +76,7 @@ class Rows:
     def _draw(self, shape: tuple[int, ...]) -> Any:
         """Return e in units of SIZE, for each row and element of ``shape``; 0 in row 0."""
         self._points += 1
-        rng = np.random.default_rng(self._points)
-
-        def normal(*axes: int) -> Any:
-            return rng.choice([-1.0, 1.0], axes) * rng.uniform(0.5, 1.5, axes) / 1.0408
-
-        if math.prod(shape) <= _SMALL:
-            draw = normal(1 + self.rows, *shape)
-            draw[0] = 0
-            return draw
-        # Signs that multiply: independent in pairs, and as many numbers as the axes are long.
-        draw = normal(1 + self.rows, *[1] * len(shape))
-        draw[0] = 0
-        for axis, size in enumerate(shape):
-            others = [1] * len(shape)
-            others[axis] = size
-            draw = draw * jnp.asarray(rng.choice([-1.0, 1.0], (1 + self.rows, *others)))
-        return draw
+        return draws.independent(self._points, self.rows, shape)
 
     def constant(self, value: Any, aval: Any, /) -> Value:
         """Return a literal or captured array: exact."""
@@ -121,7 +102,10 @@ class Rows:
         array = jnp.asarray(value.array)
         shape = array.shape[1:] if value.rows else array.shape
         size = units * SIZE * float(jnp.finfo(dtype).eps) / 2
-        rounded = array * (1 + size * self._draw(shape))
+        draw = self._draw(shape)
+        if jnp.finfo(dtype).bits < 32:
+            draw = draws.alike(self._points, draw, array[0] if value.rows else array)
+        rounded = array * (1 + size * draw)
         if jnp.finfo(dtype).nexp < 8:  # float16: values of every day are subnormal
             step = float(jnp.finfo(dtype).smallest_subnormal) * units
             rounded = jnp.where(array == 0, rounded, rounded + step * self._draw(shape))
@@ -133,8 +117,10 @@ class Rows:
         But in row 0, which is exact.
         """
         info, column = jnp.finfo(dtype), (1 + self.rows, *[1] * (value.array.ndim - 1))
+        # float16 is computed in 32 bits, where its subnormal numbers are normal: none is flushed.
+        tiny = 0.0 if info.nexp < 8 else float(info.tiny)
         # A quarter, because partial sums may be larger than the sum.
-        largest, least = np.full(column, float(info.max) / 4), np.full(column, float(info.tiny))
+        largest, least = np.full(column, float(info.max) / 4), np.full(column, tiny)
         largest[0], least[0] = np.inf, 0
         size = jnp.abs(value.array)
         inner = jnp.where(size < least, 0, value.array)

@@ -167,7 +167,9 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
     half a place where m is a decimal of four places. A sum of n terms errs by at most
     (log2 n + 8) u of the sum of magnitudes in XLA's blocked order; the fast variance
     E[h^2] - E[h]^2 therefore errs in units of E[h^2], and so may a captured input, itself
-    rounded once: (log2 n + 16) u E[h^2].
+    rounded once: (log2 n + 16) u E[h^2]. An input of 16 bits is captured as rounded after the
+    product, after the bias and to be kept, where XLA may have kept 32 bits on the way to the
+    reduction: each rounding moves h^2 by 2 u' |h|^2, with u' of those 16 bits, so 6 u' E[h^2].
     """
     zeros = _by_layer(t.reruns["zero_statistics"].state.batch_stats)
     highs = _by_layer(t.reruns["huge_statistics"].state.batch_stats)
@@ -179,6 +181,7 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
         mean, var, count = _moments(given)
         square = var + mean**2
         places = jnp.log2(count) + 16
+        kept = 6 * unit(given.value) if unit(given.value) > unit(jnp.float32(0)) else 0.0
         for name, expected, scale in (
             ("mean", mean, jnp.sqrt(square)),
             ("var", var, square),
@@ -187,7 +190,7 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
             u = unit(zero[name])
             # (1 - m) b and h^2 may be flushed to zero below the smallest normal number.
             flushed = 4 * smallest(zero[name]) / own
-            allowed = places * u * scale + 8 * u / own * jnp.abs(expected) + flushed
+            allowed = (places * u + kept) * scale + 8 * u / own * jnp.abs(expected) + flushed
             usable = jnp.where(_measurable(zero[name]) & (own > 0), allowed, jnp.inf)
             parts.append(residual(wide(zero[name]) / own, expected, usable))
     return worst_of(parts)

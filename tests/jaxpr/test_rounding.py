@@ -331,3 +331,35 @@ def test_adam_at_a_gradient_that_is_noise_makes_no_claim_there_alone():
     assert np.isinf(params["Dense_0"]["bias"]).any(axis=1).mean() > 0.9
     assert np.isfinite(params["Dense_1"]["kernel"]).all(axis=1).mean() > 0.8
     assert worst(actual, exact, noise) <= 1
+
+
+def test_equal_rows_of_16_bits_err_alike():
+    """In bfloat16 equal values make equal errors, which add up in a sum and do not average out."""
+
+    def function(x):
+        rows = jnp.broadcast_to(x, (64,))
+        far, near = (rows * 1.1).astype(jnp.bfloat16), (rows * 1.08).astype(jnp.bfloat16)
+        return jnp.sum((far - near).astype(jnp.float32))
+
+    actual, exact, noise, _ = claim(function, normal(CASES))
+    assert worst(actual, exact, noise) <= 2  # what laws allow; sqrt(64) times as much without
+
+
+def test_the_subnormal_numbers_of_float16_keep_their_errors():
+    """They are computed in 32 bits: what cancels among them leaves the errors of its terms."""
+
+    def function(x):
+        half = x.astype(jnp.float16)
+        return half * 3 - (half + half + half)
+
+    actual, exact, noise, _ = claim(function, normal(CASES, 3, scale=1e-6))
+    assert worst(actual, exact, noise) <= 1
+    assert (noise > 1e-10).all()
+
+
+def test_a_conversion_to_fewer_bits_may_overflow():
+    """What float16 cannot hold is infinite in it, so nothing is claimed of what depends on it."""
+    x = normal(CASES, 3, scale=1e3, offset=1e6)
+    _, _, noise, _ = claim(lambda x: (x.astype(jnp.float16), x.astype(jnp.bfloat16)), x)
+    assert np.isinf(noise[0]).all()
+    assert np.isfinite(noise[1]).all()

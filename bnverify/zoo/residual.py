@@ -1,0 +1,175 @@
+"""Residual networks: He et al. 2015, https://arxiv.org/abs/1512.03385, at toy size.
+
+Images are 2 x 2 x 1. The last scale of each block starts at zero, so that a block starts as the
+identity: Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 5.1.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import optax
+from flax import nnx
+
+import bnverify
+from bnverify.adapters.batches import classes
+
+SIDE = 2
+CLASSES = 3
+MOMENTUM = 0.9
+
+
+def images(x: Any, y: Any) -> tuple[Any, Any]:
+    """Return images (N, SIDE, SIDE, 1) made from x (N, SIDE * SIDE), and labels from y."""
+    return x.reshape(-1, SIDE, SIDE, 1), classes(y, CLASSES)
+
+
+def cross_entropy(logits: Any, labels: Any) -> Any:
+    """Return the mean cross-entropy of logits (N, CLASSES) against labels (N,)."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions and a way around them.
+
+    Attributes:
+        width: channels of the output.
+        stride: of the first convolution, and of the projection that it asks for.
+    """
+
+    width: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Return the block of x (N, H, W, C)."""
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=MOMENTUM)
+        strides = (self.stride, self.stride)
+        h = nn.Conv(self.width, (3, 3), strides, use_bias=False)(x)
+        h = nn.relu(norm()(h))
+        h = nn.Conv(self.width, (3, 3), use_bias=False)(h)
+        h = norm(scale_init=nn.initializers.zeros_init())(h)
+        if x.shape != h.shape:
+            x = nn.Conv(self.width, (1, 1), strides, use_bias=False, name="projection")(x)
+            x = norm(name="projection_norm")(x)
+        return nn.relu(x + h)
+
+
+class BottleneckBlock(nn.Module):
+    """A 3 x 3 convolution between two of 1 x 1 that narrow and widen, and a way around them.
+
+    Attributes:
+        width: channels inside; the output has four times as many.
+        stride: of the convolution in the middle, and of the projection.
+    """
+
+    width: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Return the block of x (N, H, W, C)."""
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=MOMENTUM)
+        strides = (self.stride, self.stride)
+        h = nn.relu(norm()(nn.Conv(self.width, (1, 1), use_bias=False)(x)))
+        h = nn.relu(norm()(nn.Conv(self.width, (3, 3), strides, use_bias=False)(h)))
+        h = nn.Conv(4 * self.width, (1, 1), use_bias=False)(h)
+        h = norm(scale_init=nn.initializers.zeros_init())(h)
+        if x.shape != h.shape:
+            x = nn.Conv(4 * self.width, (1, 1), strides, use_bias=False, name="projection")(x)
+            x = norm(name="projection_norm")(x)
+        return nn.relu(x + h)
+
+
+class ResNet(nn.Module):
+    """A stem, a block that halves the image, a mean over pixels, a classifier.
+
+    Attributes:
+        block: the class of the block.
+        width: of the block.
+    """
+
+    block: Any = BasicBlock
+    width: int = 3
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Return logits (N, CLASSES) of images (N, SIDE, SIDE, 1)."""
+        x = nn.Conv(2, (3, 3), use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=MOMENTUM)(x))
+        x = self.block(self.width, stride=2)(x, train)
+        return nn.Dense(CLASSES)(x.mean((1, 2)))
+
+
+class NnxBasicBlock(nnx.Module):
+    """The basic block in nnx, always with a projection.
+
+    Args:
+        width: channels of the input.
+        out: channels of the output.
+        stride: of the first convolution and of the projection.
+        rngs: of the initial kernels.
+    """
+
+    def __init__(self, width: int, out: int, stride: int, rngs: nnx.Rngs) -> None:
+        conv = partial(nnx.Conv, use_bias=False, rngs=rngs)
+        norm = partial(nnx.BatchNorm, momentum=MOMENTUM, rngs=rngs)
+        self.first = conv(width, out, (3, 3), strides=(stride, stride))
+        self.first_norm = norm(out)
+        self.second = conv(out, out, (3, 3))
+        self.second_norm = norm(out, scale_init=nnx.initializers.zeros_init())
+        self.projection = conv(width, out, (1, 1), strides=(stride, stride))
+        self.projection_norm = norm(out)
+
+    def __call__(self, x: Any) -> Any:
+        """Return the block of x (N, H, W, C)."""
+        h = nnx.relu(self.first_norm(self.first(x)))
+        h = self.second_norm(self.second(h))
+        return nnx.relu(self.projection_norm(self.projection(x)) + h)
+
+
+class NnxResNet(nnx.Module):
+    """A stem, one block that halves the image, a mean over pixels, a classifier.
+
+    Args:
+        rngs: of the initial kernels.
+    """
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.stem = nnx.Conv(1, 2, (3, 3), use_bias=False, rngs=rngs)
+        self.stem_norm = nnx.BatchNorm(2, momentum=MOMENTUM, rngs=rngs)
+        self.block = NnxBasicBlock(2, 3, 2, rngs)
+        self.out = nnx.Linear(3, CLASSES, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        """Return logits (N, CLASSES) of images (N, SIDE, SIDE, 1)."""
+        x = nnx.relu(self.stem_norm(self.stem(x)))
+        return self.out(self.block(x).mean((1, 2)))
+
+
+def resnet() -> bnverify.Subject:
+    """Return a ResNet of a basic block in linen."""
+    return classifier(ResNet(), "zoo:resnet")
+
+
+def resnet_bottleneck() -> bnverify.Subject:
+    """Return a ResNet of a bottleneck block in linen."""
+    return classifier(ResNet(block=BottleneckBlock, width=1), "zoo:resnet_bottleneck")
+
+
+def resnet_nnx() -> bnverify.Subject:
+    """Return a ResNet of one basic block in nnx."""
+    return bnverify.nnx(
+        NnxResNet,
+        batch=images,
+        loss=cross_entropy,
+        features=SIDE * SIDE,
+        name="zoo:resnet_nnx",
+    )
+
+
+def classifier(module: nn.Module, name: str) -> bnverify.Subject:
+    """Return a linen model from images to logits as a Subject."""
+    return bnverify.linen(module, batch=images, loss=cross_entropy, features=SIDE * SIDE, name=name)

@@ -1,0 +1,132 @@
+"""Remarks: choices that break no law, told by the name of the mistake they usually are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import bnverify
+from bnverify import zoo
+from bnverify.engine.proof import read
+from bnverify.engine.remarks import remarks
+from bnverify.mutants import CONTROLS
+from bnverify.subject import Subject
+
+
+class Model(nn.Module):
+    """A layer with BatchNorm of some momentum: x (N, D) -> (N, 1)."""
+
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        x = nn.BatchNorm(use_running_average=not train, momentum=self.momentum)(nn.Dense(4)(x))
+        return nn.Dense(1)(x)
+
+
+class StatisticsAsParams(nn.Module):
+    """A normalisation whose running mean is a param: evaluation reads it, training does not."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+        running = self.param("running_mean", nn.initializers.zeros, (4,))
+        x = x - (jnp.mean(x, 0) if train else running)
+        return nn.Dense(1)(x)
+
+
+def is_kernel(params: Any) -> Any:
+    return jax.tree_util.tree_map(lambda leaf: leaf.ndim > 1, params)
+
+
+def is_not_kernel(params: Any) -> Any:
+    return jax.tree_util.tree_map(lambda leaf: leaf.ndim <= 1, params)
+
+
+def is_norm(params: Any) -> Any:
+    def label(path: Any, _: Any) -> str:
+        return "rest" if "BatchNorm" in jax.tree_util.keystr(path) else "train"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def around(optimizer: Callable[[Any], Any]) -> Subject:
+    return bnverify.linen(Model(), optimizer=optimizer)
+
+
+def frozen(lr: Any) -> Any:
+    return optax.multi_transform({"train": optax.adam(lr), "rest": optax.set_to_zero()}, is_norm)
+
+
+def told(subject: Subject) -> list[str]:
+    """Return the names of the mistakes that are remarked upon."""
+    return [line.split(":")[0] for line in remarks(subject, read(subject).influence)]
+
+
+MEANT = {
+    "sgd": optax.sgd,
+    "adafactor": lambda lr: optax.adafactor(lr, min_dim_size_to_factor=2),
+    "a masked decay": lambda lr: optax.adamw(lr, mask=is_kernel),
+    "steps gathered": lambda lr: optax.MultiSteps(optax.sgd(lr), 4).gradient_transformation(),
+    "two optimizers": lambda lr: optax.multi_transform(
+        {True: optax.adam(lr), False: optax.sgd(lr)}, is_kernel
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", MEANT.values(), ids=MEANT)
+def test_nothing_is_said_of_a_usual_optimizer(optimizer: Callable[[Any], Any]) -> None:
+    """Where all params are trained downhill and the normalisation's decay by nothing, silence."""
+    assert told(around(optimizer)) == []
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "mistake"),
+    [
+        (lambda lr: optax.adamw(lr, weight_decay=1e-2), "decay_of_norm_parameters"),
+        (lambda lr: optax.adamw(lr, mask=is_not_kernel), "decay_of_norm_parameters"),
+        (lambda lr: optax.masked(optax.sgd(lr), is_kernel), "mask_hands_gradients_on"),
+        (frozen, "frozen_statistics_move"),
+    ],
+    ids=["decay of all", "mask flipped", "masked around all", "frozen"],
+)
+def test_an_optimizer_seldom_meant_is_named(optimizer: Callable[[Any], Any], mistake: str) -> None:
+    """An optimizer is its own declaration, so no law objects: a remark does."""
+    assert told(around(optimizer)) == [mistake]
+
+
+def test_a_momentum_in_the_other_sense_is_named() -> None:
+    """0.1 is what 0.9 is called elsewhere; 0 is a choice that nobody makes by mistake."""
+    assert told(bnverify.linen(Model(momentum=0.1))) == ["momentum_reversed"]
+    assert told(bnverify.linen(Model(momentum=0.0))) == []
+
+
+def test_statistics_among_the_params_are_named() -> None:
+    """A param that only evaluation reads is trained by nothing."""
+    (line,) = remarks(subject := bnverify.linen(StatisticsAsParams()), read(subject).influence)
+    assert line.startswith("statistics_trained_as_params")
+    assert "params/running_mean" in line
+
+
+@pytest.mark.parametrize("name", ["canonical", "momentum", "nnx", "train_state", "handwritten"])
+def test_nothing_is_said_of_a_correct_step(name: str) -> None:
+    """Controls keep every law and have nothing to explain."""
+    assert told(CONTROLS[name].make()) == []
+
+
+@pytest.mark.parametrize("name", ["mlp", "shared_nnx", "masked", "averaged_params", "scanned"])
+def test_nothing_is_said_of_the_zoo(name: str) -> None:
+    """Nor have these."""
+    assert told(getattr(zoo, name)()) == []
+
+
+def test_a_report_carries_them() -> None:
+    """They are notes: the report is as good as its laws."""
+    subject = around(lambda lr: optax.adamw(lr, weight_decay=1e-2))
+    report = bnverify.verify(subject, "quick", proofs_only=True)
+    assert report.ok
+    assert any(note.startswith("decay_of_norm_parameters") for note in report.notes)
