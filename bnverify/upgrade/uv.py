@@ -70,7 +70,10 @@ _MENDS = (
     ),
     (
         r"failed to fetch|error sending request|dns error|timed? ?out|connect",
-        "see whether the package index can be reached, and which one uv is set to use",
+        (
+            "see whether the package index can be reached, and which one uv is set to use; with"
+            " UV_OFFLINE=1 it makes do with what it has cached"
+        ),
     ),
     (
         r"matching Python|current Python version|requires? Python|Requires-Python",
