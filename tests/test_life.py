@@ -1,8 +1,11 @@
 """The life of a state: what may happen between two steps, and what it must leave alone."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,8 +20,10 @@ from bnverify import reference
 from bnverify.adapters.linen import linen
 from bnverify.broken import Broken
 from bnverify.case import Case
+from bnverify.checking.replay import again
+from bnverify.cli import main
 from bnverify.lifetime import check
-from bnverify.lifetime.calls import Call, script
+from bnverify.lifetime.calls import Call, parse, script
 from bnverify.lifetime.checkpoint import ORBAX, WAYS
 from bnverify.lifetime.claims import CLAIMS
 from bnverify.lifetime.differences import kinds_differ, values_differ
@@ -107,6 +112,55 @@ def test_a_counterexample_is_short_and_runs(
     script = found.counterexample.replace("bnverify.load('drops:statistics')", "fault.make()")
     with pytest.raises(Broken, match=fault.expected):
         exec(script, {"fault": fault})  # noqa: S102 - this script was made a line above
+
+
+TARGET = """
+import bnverify
+from bnverify.mutants.life_faults import LIFE_FAULTS
+
+lived = LIFE_FAULTS["statistics_not_saved"].make()
+"""
+
+
+def test_check_takes_a_step_with_its_own_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line holds a Lived to the claims, and what it says to paste shows the violation."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "steps.py").write_text(TARGET)
+    claim = "a_checkpoint_keeps_every_value"
+    line = ["check", "steps.py:lived", "--profile", "quick", "--select", claim, "--json", "-"]
+    assert main(line) == 1
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert (result["law"], result["family"], result["status"]) == (claim, "life", "violated")
+    with pytest.raises(Broken, match=claim):
+        exec(result["counterexample"], {})  # noqa: S102 - printed a line above
+
+
+def test_a_life_is_read_from_its_script() -> None:
+    """What a script does is done again: it breaks the faulty, and leaves the mended alone."""
+    fault = LIFE_FAULTS["statistics_not_saved"]
+    (found,) = bnverify.check_life(fault.make(), SCRIPTED, select=[fault.expected])
+    text = found.counterexample or ""
+    assert script(parse(text), None) == text
+    with pytest.raises(Broken, match=fault.expected):
+        again(fault.make(), fault.expected, text)
+    again(correct()["own_checkpoint"], fault.expected, text)
+    with pytest.raises(ValueError, match="no life in the script"):
+        parse("import bnverify")
+
+
+def test_what_does_not_trace_is_told_by_every_claim() -> None:
+    """A step that needs its batch as Python numbers is not asked, and no error either."""
+    plain = reference.sgd()
+
+    def step(state: bnverify.State, x: Any, y: Any, lr: Any) -> Any:
+        return plain.step(state, x, y, float(lr))
+
+    subject = bnverify.Subject("untraceable", plain.init, step, plain.evaluate)
+    report = bnverify.verify(subject, "quick", select=["life"])
+    assert {each.status for each in report.results} == {"untriggered"}
+    assert all("traces at none of 2, 4, 24 rows" in each.reason for each in report.results)
 
 
 def test_a_shortened_life_loses_nothing_it_needs() -> None:

@@ -1,11 +1,16 @@
 """Steps on many devices: they equal the step on one, and where they do not the mistake is named."""
 
+import json
 import os
 
 import pytest
 
 import bnverify
+from bnverify import reference
+from bnverify.checking.claims import CLAIMS as CLAIMS_OF_ALL
+from bnverify.checking.claims import choose
 from bnverify.checking.devices import FLAG, environment, find, run
+from bnverify.cli import main
 from bnverify.evidence import Evidence
 from bnverify.mistakes import MISTAKES
 from bnverify.mutants.parallel_faults import PARALLEL_FAULTS
@@ -76,6 +81,34 @@ def test_one_device_is_enough_for_vmap() -> None:
     with pytest.raises(bnverify.Violation, match="gradients_summed"):
         replay(fault.make(), case, "vmap_with_an_axis_equals_one_device")
     assert replay(axis_name(), case, "vmap_with_an_axis_equals_one_device") <= 1
+
+
+def test_check_takes_a_step_for_many_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    """The claims are part of its report, from a process that has the devices."""
+    target = f"{FAULTS}:gradients_summed"
+    line = ["check", target, "--profile", "quick", "--select", "parallel", "--json", "-"]
+    assert main(line) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert data["subject"] == "mutant[gradients_summed]"
+    assert [result["law"] for result in data["results"]] == list(CLAIMS)
+    broken = {each["law"]: each for each in data["results"] if each["status"] == "violated"}
+    assert set(broken) == {
+        "vmap_with_an_axis_equals_one_device",
+        "pmap_equals_one_device",
+        "shard_map_equals_one_device",
+    }
+    vmapped = broken["vmap_with_an_axis_equals_one_device"]["counterexample"]
+    assert f"bnverify.load({target!r})" in vmapped
+    with pytest.raises(bnverify.Violation, match="gradients_summed"):
+        # As pasted, but that the environment of this process must not change.
+        exec(vmapped.partition("import bnverify\n")[2], {"bnverify": bnverify})  # noqa: S102
+
+
+def test_a_step_for_one_device_is_not_asked() -> None:
+    """Of another step nothing is said of many devices, or that it is exempt where that is asked."""
+    assert "parallel" not in {CLAIMS_OF_ALL[name].family for name in choose((), ())}
+    (only,) = bnverify.verify(reference.sgd(), select=["pmap_equals_one_device"]).results
+    assert only.status == "exempt"
 
 
 def test_this_process_keeps_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:

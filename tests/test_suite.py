@@ -23,6 +23,7 @@ from bnverify.engine import verify as engine
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import LAWS
 from bnverify.lifetime.claims import CLAIMS as LIFE
+from bnverify.parallel.claims import CLAIMS as PARALLEL
 from bnverify.target import load
 from bnverify.testing import memory
 from bnverify.testing.workers import shared
@@ -237,6 +238,25 @@ def test_a_subject_may_be_made_late(
     pytester.makepyfile(test_step=f"{head}{rest}\ntest_mine = {line}\n")
     inner("-k", FIVE).assert_outcomes(passed=2, failed=1, skipped=2)
     assert len(made_up.asked) == 1
+
+
+PARALLEL_STEP = STEP.replace(
+    "test_mine =", "many = bnverify.Parallel('many', mine, nothing)\ntest_mine ="
+)
+
+
+def test_a_parallel_step_has_the_tests_of_many_devices(
+    inner: Inner, pytester: pytest.Pytester
+) -> None:
+    """They are collected beside the others; made late, it is refused: it would be too late for them."""
+    pytester.makepyfile(test_step=PARALLEL_STEP.replace("suite(mine", "suite(many"))
+    result = inner("--collect-only", "-q")
+    for law in PARALLEL:
+        result.stdout.fnmatch_lines([f"test_step.py::test_mine[[]{law}[]]"])
+    pytester.makepyfile(test_step=PARALLEL_STEP.replace("suite(mine", "suite(lambda: many"))
+    result = inner("-k", f"[{HELD}]")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*bnverify.suite needs the Parallel itself*"])
 
 
 def test_shards_cover_every_test_once(inner: Inner) -> None:
