@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 import bnverify
@@ -12,6 +13,7 @@ from bnverify.checking.claims import choose
 from bnverify.checking.devices import FLAG, environment, find, run
 from bnverify.cli import main
 from bnverify.evidence import Evidence
+from bnverify.lifetime.calls import batches
 from bnverify.mistakes import MISTAKES
 from bnverify.mutants.parallel_faults import PARALLEL_FAULTS
 from bnverify.mutants.parallel_step import axis_name
@@ -56,6 +58,17 @@ def test_each_fault_is_caught_and_named(
     found = everything[f"{FAULTS}:{name}"][fault.expected]
     assert found.status == "violated"
     assert (found.diagnosis or "").startswith(f"{fault.mistake}:")
+
+
+def test_counterexamples_read_well(everything: dict[str, dict[str, Evidence]]) -> None:
+    """What was found by wild numbers is shown by few rows of plain ones."""
+    for fault in PARALLEL_FAULTS.values():
+        script = everything[f"{FAULTS}:{fault.name}"][fault.expected].counterexample
+        (case,) = batches(script or "").values()
+        assert case.seed == 0
+        assert max(case.shape) <= 8
+        assert np.all(case.x == np.round(case.x))
+        assert np.all(case.y == np.round(case.y))
 
 
 def test_faults_of_unequal_shards_hold_where_shards_are_equal(

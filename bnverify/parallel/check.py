@@ -1,30 +1,31 @@
-"""Running a data-parallel step under every mapping, beside the single-device step."""
+"""A data-parallel step under every mapping, held to the single-device step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import itertools
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from bnverify.broken import Broken
-from bnverify.case import Case, Domain
-from bnverify.engine.noise import Noise
-from bnverify.engine.tally import complexity
+from bnverify.case import Case
+from bnverify.engine.tally import complexity, stack
+from bnverify.engine.volume import simpler
 from bnverify.evidence import Evidence
 from bnverify.lazy import jax
 from bnverify.parallel.claims import CLAIMS
 from bnverify.parallel.compat import has_pmap
 from bnverify.parallel.counterexample import script
 from bnverify.parallel.differences import differences, disagreeing
-from bnverify.parallel.explain import explain
-from bnverify.parallel.modes import MODES, Mode, split
-from bnverify.parallel.subject import DEVICES, Parallel
+from bnverify.parallel.explain import explain, explain_apart
+from bnverify.parallel.modes import MODES, Mode
+from bnverify.parallel.one_device import at, one_device
+from bnverify.parallel.subject import Parallel
 from bnverify.profile import Profile, named
-from bnverify.stacks import stacked_cases
-from bnverify.subject import Subject
-from bnverify.transition import Calls, Transition, observe
+from bnverify.transition import Transition
 from bnverify.unusable import first_line
 
 PMAP = "pmap_equals_one_device"
@@ -33,8 +34,21 @@ REPLICAS = "replicas_agree_to_the_bit"
 REPLICATED = (PMAP, "shard_map_equals_one_device")
 """Where every device has a state of its own."""
 
-MILD = Domain(max_abs_x=100.0, max_abs_y=100.0, max_lr=0.5)
-"""Wilder inputs leave float32 no digits to compare more often than not."""
+ROUNDS = 12  # of making a case simpler
+
+
+class Seen(NamedTuple):
+    """What one case shows of one claim.
+
+    Attributes:
+        claim: its name.
+        residual: the error in units of the error allowed; below 0: nothing to compare.
+        explain: returns the likeliest mistake, and in what the outcome differs.
+    """
+
+    claim: str
+    residual: float
+    explain: Callable[[], tuple[str, str]]
 
 
 @dataclass
@@ -55,26 +69,16 @@ class Found:
     mistake: str = ""
     reason: str = ""
 
-    def add(self, case: Case, residual: float, explain: Callable[[], tuple[str, str]]) -> None:
-        """Count one case; ``explain`` tells its mistake and in what it differs."""
-        if residual < 0:
+    def add(self, case: Case, seen: Seen) -> None:
+        """Count one case and what it shows."""
+        if seen.residual < 0:
             return
         self.cases += 1
-        self.worst = max(self.worst, residual)
-        if residual > 1 and (self.case is None or complexity(case) < complexity(self.case)):
+        self.worst = max(self.worst, seen.residual)
+        broken = seen.residual > 1
+        if broken and (self.case is None or complexity(case) < complexity(self.case)):
             self.case = case
-            self.mistake, self.reason = explain()
-
-
-_KNOWN: dict[Any, tuple[Subject, Transition]] = {}
-"""Steps that share their single-device step share its runs; the subject is kept for its id."""
-
-
-def observed(single: Subject, cases: Case) -> Transition:
-    """Return stacked transitions of the single-device step with their rounding noise."""
-    t = observe(Calls(single, "stacked"), cases, ())
-    t = t._replace(noise=Noise(single)(t.before, t.case).noise)
-    return Transition(*jax.tree_util.tree_map(np.asarray, tuple(t)))
+            self.mistake, self.reason = seen.explain()
 
 
 @dataclass
@@ -85,7 +89,6 @@ class Check:
         parallel: the step.
         profile: how much to do.
         seed: from which the cases are drawn.
-        given: the one case to run in the place of drawn ones; None: they are drawn.
         target: how counterexample scripts find the step.
         select: names of claims; empty: all.
 
@@ -96,12 +99,15 @@ class Check:
     parallel: Parallel
     profile: str | Profile = "ci"
     seed: int = 0
-    given: Case | None = None
     target: str | None = None
     select: Collection[str] = ()
     cases: int = 0
     found: dict[str, Found] = field(default_factory=lambda: {name: Found() for name in CLAIMS})
     refusals: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._single = one_device(self.parallel.single)
+        self._mapped = {mode.claim: mode.make(self.parallel) for mode in self._possible()}
 
     def run(self) -> list[Evidence]:
         """Run every mode on every shape and return the evidence of each claim."""
@@ -109,12 +115,13 @@ class Check:
         more = plan.shapes > 1
         count = min(max(plan.examples, 8), 64)
         width = self.parallel.single.features[0] if self.parallel.single.features else 2
-        if set(self.asked) - {UNEQUAL}:
-            for rows in (8, 4, 16) if more else (8,):
-                self.equal((rows, width), count)
-        if UNEQUAL in self.asked and self.parallel.counted_step is not None:
-            for rows in (7, 5) if more else (7,):
-                self.unequal((rows, width), count)
+        for claim in self._mapped:
+            small, further = ((7,), (5,)) if claim == UNEQUAL else ((8,), (4, 16))
+            for rows in small + further * more:
+                self.cases += count
+                self._hold(claim, self._single.drawn((rows, width), count, self.seed))
+        for claim in self.asked:
+            self._simplify(claim, count)
         return [self.evidence(name) for name in self.asked]
 
     @property
@@ -122,84 +129,75 @@ class Check:
         """The claims that are selected."""
         return [name for name in CLAIMS if not self.select or name in self.select]
 
-    def _single(self, shape: tuple[int, int], count: int) -> Transition:
-        """Return stacked transitions of the single-device step with their rounding noise."""
-        single = self.parallel.single
-        if self.given is not None:
-            return observed(single, Case(*(np.asarray(leaf)[None] for leaf in self.given)))
-        key = id(single), shape, count, self.seed
-        if key not in _KNOWN:
-            rng = np.random.default_rng((self.seed, *shape))
-            _KNOWN[key] = single, observed(single, stacked_cases(rng, shape, count, MILD))
-        return _KNOWN[key][1]
+    def replay(self, claim: str, case: Case) -> None:
+        """Run the one case that is said to break ``claim``."""
+        known = self._single.runs(stack([case]))
+        for mapped in self._mapped:
+            self._hold(mapped, known)
 
-    def equal(self, shape: tuple[int, int], count: int) -> None:
-        """Run every mode on ``count`` cases of one shape."""
-        known = self._single(shape, count)
-        self.cases += count
+    def _possible(self) -> Iterator[Mode]:
+        """Yield the modes that are asked for and can be run; keep why the others cannot."""
         for mode in MODES.values():
+            replicas = mode.claim in REPLICATED and REPLICAS in self.asked
+            if mode.claim in self.parallel.exempt or not (mode.claim in self.asked or replicas):
+                continue
+            if mode.claim == UNEQUAL and self.parallel.counted_step is None:
+                continue
             if mode.devices > jax.device_count():
                 reason = f"this process has {jax.device_count()} of the {mode.devices} devices"
                 self.refusals[mode.claim] = reason
             elif mode.claim == PMAP and not has_pmap():
                 self.refusals[mode.claim] = "this release of jax has no pmap"
-            elif mode.claim not in self.parallel.exempt and self._wanted(mode.claim):
-                self._mode(mode, known, count)
+            else:
+                yield mode
 
-    def _wanted(self, claim: str) -> bool:
-        return claim in self.asked or (claim in REPLICATED and REPLICAS in self.asked)
-
-    def _mode(self, mode: Mode, known: Transition, count: int) -> None:
-        mapped = mode.make(self.parallel)
-        for index in range(count):
+    def _hold(self, claim: str, known: Transition) -> None:
+        """Hold every one of some stacked cases to a claim."""
+        for index in range(len(known.case.lr)):
             t = at(known, index)
             try:
-                out = mapped(t.before, t.case.x, t.case.y, t.case.lr)
+                seen = self._seen(claim, t)
             except Exception as error:  # noqa: BLE001 - whatever a user's code raises
-                self.refusals[mode.claim] = f"it raises {first_line(error)}"
+                self.refusals[claim] = f"it raises {first_line(error)}"
                 return
-            seen = jax.tree_util.tree_map(np.asarray, out)
-            self._compare(mode.claim, seen, t)
-            if mode.claim in REPLICATED:
-                self._agree(seen, t)
+            for each in seen:
+                self.found[each.claim].add(t.case, each)
 
-    def unequal(self, shape: tuple[int, int], count: int) -> None:
-        """Run the step on ``count`` cases of one shape, padded to shards of equal size."""
-        step = self.parallel.counted_step
-        assert step is not None
-        known = self._single(shape, count)
-        self.cases += count
-        axes = (None, 0, 0, 0, None)
-        mapped = jax.jit(jax.vmap(step, in_axes=axes, axis_name=self.parallel.axis))
-        room = -(-shape[0] // DEVICES) * DEVICES
-        missing = room - shape[0]
-        weights = split((np.arange(room) < shape[0]).astype(np.float32))
-        for index in range(count):
-            t = at(known, index)
-            # Zeros are what padding usually is; a fault that counts them shows in the moments.
-            x = np.concatenate([t.case.x, np.zeros((missing, shape[1]), np.float32)])
-            y = np.concatenate([t.case.y, np.zeros(missing, np.float32)])
-            try:
-                out = mapped(t.before, split(x), split(y), weights, t.case.lr)
-            except Exception as error:  # noqa: BLE001 - whatever a user's code raises
-                self.refusals[UNEQUAL] = f"it raises {first_line(error)}"
+    def _seen(self, claim: str, t: Transition) -> list[Seen]:
+        out = self._mapped[claim](t.before, t.case.x, t.case.y, t.case.lr)
+        out = jax.tree_util.tree_map(np.asarray, out)
+        residuals = differences(out, t)
+        why = partial(explain, out, t, residuals, unequal=claim == UNEQUAL)
+        seen = [Seen(claim, max(residuals.values()), why)]
+        if claim in REPLICATED:
+            residual = float("inf") if disagreeing(out) else 0.0
+            seen.append(Seen(REPLICAS, residual, partial(explain_apart, out)))
+        return seen
+
+    def _simplify(self, claim: str, count: int) -> None:
+        """Put a simpler case in the place of the one that breaks ``claim``."""
+        found = self.found[claim]
+        showing = REPLICATED if claim == REPLICAS else (claim,)
+        by = [name for name in self._mapped if name in showing and name not in self.refusals]
+        for _ in range(ROUNDS):
+            if found.case is None or not self._simpler(found, claim, by, count):
                 return
-            self._compare(UNEQUAL, jax.tree_util.tree_map(np.asarray, out), t)
 
-    def _compare(self, name: str, seen: Any, t: Transition) -> None:
-        residuals = differences(seen, t)
-        worst = max(residuals.values())
-        self.found[name].add(
-            t.case, worst, lambda: explain(seen, t, residuals, unequal=name == UNEQUAL)
-        )
-
-    def _agree(self, seen: Any, t: Transition) -> None:
-        apart = disagreeing(seen)
-        reason = f"{', '.join(apart[:3])} differs between devices"
-        statistics = any(path.startswith("batch_stats") for path in apart)
-        mistake = "statistics_not_synchronised" if statistics else "gradients_not_synchronised"
-        residual = float("inf") if apart else 0.0
-        self.found[REPLICAS].add(t.case, residual, lambda: (mistake, reason))
+    def _simpler(self, found: Found, claim: str, by: list[str], count: int) -> bool:
+        assert found.case is not None
+        candidates = sorted(simpler(found.case), key=complexity)
+        for start in range(0, len(candidates), count):
+            some = candidates[start : start + count]
+            # Filled up: a stack of another size would have to be compiled.
+            known = self._single.runs(stack([some[i % len(some)] for i in range(count)]))
+            for index, mapped in itertools.product(range(len(some)), by):
+                for seen in self._seen(mapped, at(known, index)):
+                    if seen.claim == claim and seen.residual > 1:
+                        mistake, reason = seen.explain()
+                        if mistake == found.mistake:
+                            found.case, found.reason = some[index], reason
+                            return True
+        return False
 
     def evidence(self, name: str) -> Evidence:
         """Return what was seen of one claim."""
@@ -225,11 +223,6 @@ class Check:
         return claim.evidence("untriggered", reason=refusal or "no case had digits to compare")
 
 
-def at(t: Transition, index: int) -> Transition:
-    """Return one of some stacked transitions."""
-    return Transition(*jax.tree_util.tree_map(lambda leaf: leaf[index], tuple(t)))
-
-
 def replay(parallel: Parallel, case: Case, claim: str) -> float:
     """Run one case, as a counterexample's script does, and return the worst residual.
 
@@ -239,11 +232,8 @@ def replay(parallel: Parallel, case: Case, claim: str) -> float:
     """
     if claim not in CLAIMS:
         raise ValueError(f"no claim about data-parallel steps is named {claim!r}")
-    check = Check(parallel, given=case, select=(claim,))
-    if claim == UNEQUAL:
-        check.unequal(case.shape, 1)
-    else:
-        check.equal(case.shape, 1)
+    check = Check(parallel, select=(claim,))
+    check.replay(claim, case)
     evidence = check.evidence(claim)
     if evidence.status == "violated":
         found = check.found[claim]

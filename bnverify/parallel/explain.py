@@ -33,6 +33,14 @@ def explain(
     return ("gradients_summed" if _summed(seen, t) else "wrong_gradient"), reason
 
 
+def explain_apart(seen: Any) -> tuple[str, str]:
+    """Return the likeliest mistake where devices differ, and in which leaves they do."""
+    apart = disagreeing(seen)
+    statistics = any(path.startswith("batch_stats") for path in apart)
+    mistake = "statistics_not_synchronised" if statistics else "gradients_not_synchronised"
+    return mistake, f"{', '.join(apart[:3])} differs between devices"
+
+
 def _explain_statistics(seen: Any, t: Transition) -> str:
     """Tell averaged variances from statistics of one shard: there the means are right."""
     actual = jax.tree_util.tree_flatten_with_path(seen[0].batch_stats)[0]
