@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from bnverify.adapters.nnx_compat import is_key, variable_path
@@ -71,7 +72,8 @@ class Part:
 def _at(tree: Tree, path: tuple[str, ...]) -> Any:
     for name in path:
         tree = tree[name]
-    return tree
+    # A Variable that holds a NumPy array is written in place: the caller's own would change.
+    return jnp.asarray(tree)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""The zoo: every family is a subject that no law objects to, and says what it is exempt from."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import bnverify
+from bnverify import zoo
+from bnverify.profile import Profile
+
+FEW = Profile("few", shapes=0, block=32, examples=3)
+"""Enough to reach every law; `benchmarks/false_alarms.py` runs the real profiles, with many seeds."""
+
+# What each must be exempt from, besides what it simply has not got.
+EXEMPT = {
+    "shared": "batch_stats_change_only_by_ema",
+    "shared_nnx": "batch_stats_change_only_by_ema",
+    "while_loop": "batch_stats_change_only_by_ema",
+    "online_norm": "training_is_free_of_old_statistics",
+    "spectral": "equal_steps_converge_geometrically",
+}
+
+
+@pytest.mark.parametrize("name", zoo.HOME)
+def test_a_name_makes_a_subject_of_that_name(name: str) -> None:
+    """Each can be checked as ``bnverify.zoo:NAME``, and says what it is in a sentence."""
+    make = getattr(zoo, name)
+    subject = make()
+    assert subject.name == f"zoo:{name}"
+    assert (inspect.getdoc(make) or "").startswith("Return ")
+
+
+@pytest.mark.parametrize("name", zoo.HOME)
+def test_laws_that_do_not_apply_are_exempt_and_no_others(name: str) -> None:
+    """Only models that fold in several moments, or normalise by the running ones, lose such laws."""
+    exempt = getattr(zoo, name)().exempt
+    assert (EXEMPT[name] in exempt) if name in EXEMPT else not exempt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", zoo.HOME)
+def test_no_law_objects(name: str) -> None:
+    """A correct step violates nothing."""
+    report = bnverify.verify(getattr(zoo, name)(), FEW)
+    violated = [
+        (e.law, e.reason, e.counterexample) for e in report.results if e.status == "violated"
+    ]
+    assert violated == []
