@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from bnverify.engine.diagnosis import diagnose
+from bnverify.engine.diagnosis import diagnosed
 from bnverify.evidence import Evidence, Report
-from bnverify.laws import LAWS
 from bnverify.mutants.audit import Audit, Finding
 from bnverify.mutants.users_tests import TestsAudit, TestsFinding
 from bnverify.shard import Shard
@@ -109,18 +108,12 @@ def _whole(parts: Sequence[Part], field: str, key: str) -> list[Any]:
 def _report(parts: Sequence[Part]) -> Report:
     reports = [Report.from_json(part) for part in parts]
     results = [Evidence.from_json(each) for each in _whole(parts, "results", "law")]
-    violated = {result.law for result in results if result.status == "violated"}
     influence = next((report.influence for report in reports if report.influence), {})
     notes = dict.fromkeys(note for report in reports for note in report.notes)
     return replace(
         reports[0],
         # The likeliest mistake is the one that explains most of what is broken, in all shards.
-        results=tuple(
-            replace(result, diagnosis=diagnose(LAWS[result.law], violated))
-            if result.status == "violated" and result.law in LAWS
-            else result
-            for result in results
-        ),
+        results=tuple(diagnosed(results)),
         cases=max(report.cases for report in reports),  # they draw the same ones
         seconds=sum(report.seconds for report in reports),
         influence=influence,
@@ -130,7 +123,8 @@ def _report(parts: Sequence[Part]) -> Report:
 
 def _finding(data: Mapping[str, Any]) -> Finding:
     shape = tuple(data["shape"]) if data["shape"] is not None else None
-    return Finding(**{**data, "laws": tuple(data["laws"]), "shape": shape})
+    laws = {name: tuple(data[name]) for name in ("laws", "lost")}
+    return Finding(**{**data, **laws, "shape": shape})
 
 
 def _tests_audit(parts: Sequence[Part]) -> TestsAudit:

@@ -21,6 +21,11 @@ def test_targets_reach_the_params(step):
     step.shows("targets_reach_the_params", step.cases())
 
 
+def test_targets_belong_to_their_rows(step):
+    """Targets given to other rows give another training loss."""
+    step.shows("targets_belong_to_their_rows", step.cases())
+
+
 def test_step_moves_the_params(step):
     """The step changes the params."""
     step.shows("step_moves_the_params", step.cases())

@@ -150,18 +150,6 @@ def test_a_life_is_read_from_its_script() -> None:
         parse("import bnverify")
 
 
-def test_what_is_exempt_is_not_lived() -> None:
-    """A subject that shows nothing but its result has no state to save: its code is not even run."""
-
-    def never(*args: object) -> Any:
-        raise AssertionError("it was run")
-
-    exempt = dict.fromkeys(CLAIMS, "it has no state")
-    subject = bnverify.Subject("stateless", never, never, never, exempt=exempt)
-    evidence = bnverify.check_life(subject, "ci")
-    assert {(each.status, each.reason) for each in evidence} == {("exempt", "it has no state")}
-
-
 def test_what_does_not_trace_is_told_by_every_claim() -> None:
     """A step that needs its batch as Python numbers is not asked, and no error either."""
     plain = reference.sgd()

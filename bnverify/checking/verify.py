@@ -14,6 +14,7 @@ from bnverify.claim import Claim
 from bnverify.engine import verify as engine
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import LAWS
+from bnverify.lifetime.applies import Untraceable
 from bnverify.lifetime.check import Lives
 from bnverify.lifetime.checkpoint import Lived, subject_of
 from bnverify.parallel.check import Check
@@ -121,8 +122,12 @@ def _life(
     what: Target, plan: Profile, seed: int, names: Collection[str], target: str | None
 ) -> Part:
     lived = what.single if isinstance(what, Parallel) else what
-    lives = Lives(lived, plan, seed, names, target)
-    return Part(lives.run(), lives.cases)
+    try:
+        lives = Lives(lived, plan, seed, names, target)
+        results = lives.run()
+    except Untraceable as refusal:
+        return Part([untriggered(name, str(refusal)) for name in names])
+    return Part(results, lives.cases)
 
 
 def _parallel(

@@ -87,7 +87,7 @@ def _catalogue(args: argparse.Namespace) -> int:
         from bnverify.show import audit_picture
 
         files.write(args.picture, audit_picture.draw(found), "--picture")
-    return 1 if found.unexplained else 0
+    return 1 if found.unexplained or found.lost else 0
 
 
 def _users_tests(args: argparse.Namespace) -> int:

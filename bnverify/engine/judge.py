@@ -113,6 +113,9 @@ def judged(laws: Iterable[Law], available: Collection[str]) -> list[Law]:
     return [law for law in laws if law.kind != "structure" and set(law.needs) <= set(available)]
 
 
+FALLIBLE = frozenset({"expected_update"})
+"""What a subject can fail to give; the laws that need it are not judged then."""
+
 _PROGRAMS: dict[Any, Compiled] = {}
 """Laws know nothing of the step: two subjects with trees alike share the compiled laws."""
 
@@ -141,6 +144,7 @@ class Judge:
 
     def residuals(self, t: Transition, laws: Sequence[Law]) -> dict[str, Any]:
         """Return law name -> residuals, (block,), of stacked transitions."""
+        laws = [law for law in laws if not FALLIBLE & set(law.needs) - set(t.facts)]
         names = tuple(law.name for law in laws)
         if not names:
             return {}

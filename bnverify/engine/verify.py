@@ -11,7 +11,7 @@ from typing import Any
 from bnverify import compile_cache
 from bnverify.engine import proof
 from bnverify.engine.counterexample import script
-from bnverify.engine.diagnosis import diagnose
+from bnverify.engine.diagnosis import diagnosed
 from bnverify.engine.judge import exemption, shown_by, static_facts
 from bnverify.engine.remarks import remarks
 from bnverify.engine.runs import Runs
@@ -79,7 +79,6 @@ def verify(
         for evidence in part.evidence():
             settle(evidence)
     tallies = {name: tally for part in runs for name, tally in part.tallies.items()}
-    violated = {name for name, evidence in known.items() if evidence.status == "violated"}
     results = []
     for law in laws:
         evidence = known[law.name]
@@ -91,7 +90,6 @@ def verify(
                 evidence,
                 reason=f"{evidence.reason}; {way}" if way else evidence.reason,
                 counterexample=script(law.name, case, target),
-                diagnosis=diagnose(law, violated),
                 shape=case.shape if case is not None else None,
             )
         results.append(evidence)
@@ -99,7 +97,7 @@ def verify(
         subject=subject.name,
         profile=plan.name,
         seed=seed,
-        results=tuple(results),
+        results=tuple(diagnosed(results)),
         cases=sum(part.cases for part in runs),
         seconds=time.perf_counter() - started,
         versions=versions(),

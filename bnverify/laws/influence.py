@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from bnverify.laws.law import law
-from bnverify.laws.residuals import same, worst_of
+from bnverify.laws.residuals import same, when, within_noise, worst_of
 from bnverify.lazy import jax, jnp
 from bnverify.transition import Transition
 
@@ -73,6 +73,26 @@ def _differs(a: Any, b: Any) -> Any:
 def targets_reach_the_params(t: Transition) -> Any:
     """Other targets give other params, in some case at least."""
     return _seen(_differs(t.reruns["other_targets"].state.params, t.after.params))
+
+
+@law(
+    "influence",
+    kind="witness",
+    needs=("noise", "step:reversed_targets"),
+    requires=("loss",),
+    mistakes=("broadcast_loss", "targets_ignored"),
+    source="NumPy, broadcasting rules: (N, 1) and (N,) make (N, N)",
+)
+def targets_belong_to_their_rows(t: Transition) -> Any:
+    """Targets given to other rows give another training loss, in some case at least.
+
+    Predictions (N, 1) less targets (N,) broadcast to every pair, which does not see whose target
+    a target is. What differs by rounding only does not differ.
+    """
+    other, loss, noise = t.reruns["reversed_targets"].info.loss, t.info.loss, t.noise.info.loss
+    other_rows = jnp.any(t.case.x[1:] != t.case.x[:1])
+    other_targets = jnp.any(t.case.y != t.case.y[::-1])
+    return when(other_rows & other_targets, _seen(within_noise(other, loss, noise) > 1))
 
 
 @law(

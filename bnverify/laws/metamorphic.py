@@ -77,7 +77,7 @@ def shift_before_norm_changes_no_loss(t: Transition) -> Any:
         for given in t.facts["layer_inputs"].values()
     ]
     value = within_noise(t.reruns["shifted_bias"].info.loss, t.info.loss, 4 * t.noise.info.loss)
-    return when(jnp.all(jnp.stack(small)), value)
+    return when(jnp.all(jnp.asarray(small)) & bool(small), value)
 
 
 def _shift(t: Transition) -> Any:

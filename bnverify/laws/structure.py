@@ -94,15 +94,44 @@ def batch_stats_keep_their_tree(t: Transition) -> list[str]:
 @law(
     "structure",
     kind="structure",
-    requires=("batch_stats",),
     mistakes=("statistics_trained_as_params",),
     source=FLAX_GUIDE,
 )
 def params_hold_no_statistics(t: Transition) -> list[str]:
-    """No leaf of params is a running statistic: the two trees share no path."""
+    """No leaf of params is a running statistic.
+
+    The two trees share no path, and no module of params holds a mean and a var beside a scale or
+    a bias, which is what a normalisation holds whose statistics went astray.
+    """
     stats = {path.lower() for path in _leaves(t.before.batch_stats)}
-    shared = [p for p in _leaves(t.before.params) if _ends_with_one_of(p.lower(), stats)]
+    paths = list(_leaves(t.before.params))
+    modules: dict[str, set[str]] = {}
+    for path in paths:
+        modules.setdefault(_module(path), set()).add(_last(path))
+    astray = {
+        module
+        for module, names in modules.items()
+        if {"mean", "var"} <= names and names & {"scale", "bias"}
+    }
+    shared = [
+        path
+        for path in paths
+        if _ends_with_one_of(path.lower(), stats)
+        or (_module(path) in astray and _last(path) in {"mean", "var"})
+    ]
     return [f"params holds {path}, a running statistic" for path in shared]
+
+
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in {"", "value"}]  # nnx: mean/value
+
+
+def _module(path: str) -> str:
+    return "/".join(_parts(path)[:-1])
+
+
+def _last(path: str) -> str:
+    return _parts(path)[-1] if _parts(path) else ""
 
 
 @law(

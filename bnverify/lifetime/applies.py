@@ -71,6 +71,8 @@ def exemption(
     name: str, subject: Subject, programs: Programs, shape: tuple[int, int]
 ) -> str | None:
     """Return why a claim does not apply to ``subject``, or None."""
+    if name in subject.exempt:
+        return subject.exempt[name]
     if name == "evaluation_between_steps_changes_nothing" and programs.after_eval is None:
         return "the subject's evaluation cannot write"
     if name == "statistics_fold_each_batch_once":

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from bnverify import compile_cache
 from bnverify.broken import Broken
 from bnverify.evidence import Evidence
-from bnverify.lifetime.applies import Untraceable, exemption, refused, shape_of
+from bnverify.lifetime.applies import exemption, refused, shape_of
 from bnverify.lifetime.calls import Call
 from bnverify.lifetime.checkpoint import Lived, subject_of
 from bnverify.lifetime.claims import CLAIMS
@@ -38,7 +38,8 @@ def check_life(
         target: how counterexample scripts name the subject.
 
     Raises:
-        ValueError: the profile or a claim is unknown.
+        ValueError: the profile or a claim is unknown, or the step does not trace with a batch of
+            2, 4 or 24 rows.
     """
     for name in select:
         if name not in CLAIMS:
@@ -58,6 +59,9 @@ class Lives:
 
     Attributes:
         cases: how many lives were lived.
+
+    Raises:
+        Untraceable: the step does not trace at any of the shapes tried.
     """
 
     def __init__(
@@ -74,8 +78,7 @@ class Lives:
         self._seed = seed
         self._asked = [name for name in CLAIMS if name in select]
         self._target = target
-        self._exempt = set(self._subject.exempt)
-        self._shape: tuple[int, int] | None = None  # until it is known to trace
+        self._shape = shape_of(self._subject)
         self._programs = Programs(self._subject)
         self._record = Record()
         self._broken: dict[str, Broken] = {}
@@ -85,32 +88,18 @@ class Lives:
     def run(self) -> list[Evidence]:
         """Live all the lives and return what is known about each claim."""
         compile_cache.enable()
-        refusal = ""
-        if not self._exempt.issuperset(self._asked):
-            try:
-                self._shape = shape_of(self._subject)
-            except Untraceable as error:
-                refusal = str(error)
-            else:
-                self._live_all(self._shape)
-        return [self._evidence(name, refusal) for name in self._asked]
-
-    def _live_all(self, shape: tuple[int, int]) -> None:
-        for calls in self._lives(shape):
+        for calls in self._lives():
             self.cases += 1
             # A claim that is broken is not asked again: behind it others may be broken too.
             while (found := self._live(calls, self._record)) is not None:
                 self._broken[found.claim.name] = self._short(calls, found)
+        return [self._evidence(name) for name in self._asked]
 
-    def _evidence(self, name: str, refusal: str) -> Evidence:
-        """Return what is known about one claim; ``refusal``: why nothing could be lived."""
+    def _evidence(self, name: str) -> Evidence:
+        """Return what is known about one claim."""
         claim, cases = CLAIMS[name], self._record.seen[name]
         if name in self._broken:
             return self._broken[name].evidence(cases)
-        if name in self._exempt:
-            return claim.evidence("exempt", reason=self._subject.exempt[name])
-        if self._shape is None:
-            return claim.evidence("untriggered", reason=refusal)
         if (reason := exemption(name, self._subject, self._programs, self._shape)) is not None:
             return claim.evidence("exempt", reason=reason)
         missing = "; ".join(self._refusals.values())
@@ -120,7 +109,7 @@ class Lives:
         residual = self._record.worst if folded else None
         return claim.evidence("held", cases=cases, residual=residual, reason=missing)
 
-    def _lives(self, shape: tuple[int, int]) -> Iterator[Sequence[Call]]:
+    def _lives(self) -> Iterator[Sequence[Call]]:
         quick = []
         for way in ways(self._lived):
             if way == "orbax" and self._plan.examples <= PROFILES["quick"].examples:
@@ -131,15 +120,15 @@ class Lives:
                 continue
             if way != "orbax":  # it takes tenths of a second each time
                 quick.append(way)
-            yield from scripted(way, shape)
-        yield from drawn(self._seed, 2 * self._plan.examples, quick, shape)
+            yield from scripted(way, self._shape)
+        yield from drawn(self._seed, 2 * self._plan.examples, quick, self._shape)
 
     def _live(self, calls: Sequence[Call], record: Record | None) -> Broken | None:
         """Return what breaks in a life, if anything does."""
         life = Life(
             self._lived,
             programs=self._programs,
-            ignore=set(CLAIMS) - set(self._asked) | set(self._broken) | self._exempt,
+            ignore=set(CLAIMS) - set(self._asked) | set(self._broken),
             record=record,
             name=self._target,
         )

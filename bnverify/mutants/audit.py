@@ -24,11 +24,13 @@ class Finding:
         mutant: its name.
         family: its family.
         laws: the laws that it breaks.
-        refusal: how jax or flax refused it, where they did; empty where it ran.
+        refusal: how jax or flax refused it, where they must; empty where it ran.
         seconds: how long the check took.
         shape: (N, D) of the smallest counterexample; None where no case is needed.
         diagnosed: whether the first diagnosis of some broken law names the fault's mistake.
         survives: the stated reason why nothing need catch it.
+        lost: the laws that must notice it and did not.
+        failure: how the check itself broke down over it, which is no verdict; empty: it did not.
     """
 
     mutant: str
@@ -39,6 +41,8 @@ class Finding:
     shape: tuple[int, int] | None
     diagnosed: bool
     survives: str
+    lost: tuple[str, ...] = ()
+    failure: str = ""
 
     @property
     def killed(self) -> bool:
@@ -61,6 +65,11 @@ class Audit:
     def unexplained(self) -> tuple[Finding, ...]:
         """The survivors without a stated reason."""
         return tuple(finding for finding in self.survivors if not finding.survives)
+
+    @property
+    def lost(self) -> dict[str, tuple[str, ...]]:
+        """Fault -> the laws that must notice it and did not."""
+        return {finding.mutant: finding.lost for finding in self.findings if finding.lost}
 
     def alone(self) -> dict[str, list[str]]:
         """Return law -> the faults that it alone notices."""
@@ -109,12 +118,16 @@ def audit(
 def examine(mutant: Mutant, profile: str | Profile, seed: int) -> Finding:
     """Return what the laws say about one fault."""
     started = time.perf_counter()
-    refusal = ""
+    refusal = failure = ""
     report: Report | None = None
     try:
         report = verify(mutant.make(), profile, seed=seed)
     except Exception as error:  # noqa: BLE001 - a fault may raise whatever it likes
-        refusal = first_line(error)
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if mutant.raises in kinds:
+            refusal = first_line(error)
+        else:  # the checker's own trouble kills nothing
+            failure = first_line(error)
     broken = report.violated if report else ()
     return Finding(
         mutant=mutant.name,
@@ -124,7 +137,9 @@ def examine(mutant: Mutant, profile: str | Profile, seed: int) -> Finding:
         seconds=time.perf_counter() - started,
         shape=_smallest([evidence.shape for evidence in broken]),
         diagnosed=any((e.diagnosis or "").startswith(f"{mutant.mistake}:") for e in broken),
-        survives=mutant.survives,
+        survives=mutant.survives or mutant.tolerated,
+        lost=tuple(sorted(set(mutant.expected) - {evidence.law for evidence in broken})),
+        failure=failure,
     )
 
 

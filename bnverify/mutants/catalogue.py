@@ -5,10 +5,13 @@ Loads no jax, nor do the modules that fill it: a step is built only when ``make`
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from typing import TypeVar
 
 from bnverify.mistakes import MISTAKES
@@ -29,8 +32,8 @@ class Mutant:
         sentence: what is wrong, in one sentence.
         make: returns the step, with the fields its author would have declared in good faith.
         blind: written from the problem and from users' reports alone, without sight of any law.
-        expected: the laws that must catch it.
         survives: why nothing catches it: equivalent, or out of the domain. Empty: it must die.
+        tolerated: why laws let it pass although it shows: it is also what somebody may want.
         minimal: the smallest (N, D) at which it can show.
         raises: the exception with which jax or flax refuses it, where one does: such a step
             does not trace, and what is asked of the checker is an explanation.
@@ -43,11 +46,23 @@ class Mutant:
     sentence: str
     make: Callable[[], Subject]
     blind: bool = False
-    expected: tuple[str, ...] = ()
     survives: str = ""
+    tolerated: str = ""
     minimal: tuple[int, int] = (1, 1)
     raises: str = ""
     source: str = ""
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """The laws that must catch it: those that did in every audit so far."""
+        return tuple(_expected().get(self.name, ()))
+
+
+@functools.cache
+def _expected() -> dict[str, list[str]]:
+    text = resources.files("bnverify.mutants").joinpath("expected.json").read_text("utf-8")
+    found: dict[str, list[str]] = json.loads(text)
+    return found
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,7 @@ def mutant(
     mistake: str,
     blind: bool = False,
     survives: str = "",
+    tolerated: str = "",
     minimal: tuple[int, int] = (1, 1),
     raises: str = "",
     source: str = "",
@@ -105,6 +121,7 @@ def mutant(
                 make=lambda: parts().subject(f"mutant[{name}]"),
                 blind=blind,
                 survives=survives,
+                tolerated=tolerated,
                 minimal=minimal,
                 raises=raises,
                 source=source,

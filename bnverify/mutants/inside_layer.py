@@ -149,7 +149,7 @@ class BiasBeforeScale(HandwrittenNorm):
 
 @fault(
     mistake="wrong_gradient",
-    survives="equivalent to a layer made without a scale: the unused leaf has no gradient and stays",
+    tolerated="equivalent to a layer made without a scale: the unused leaf has no gradient and stays",
     minimal=(2, 1),
 )
 class ScaleIgnored(HandwrittenNorm):

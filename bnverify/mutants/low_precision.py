@@ -105,7 +105,7 @@ class MomentumRoundedToBfloat16(HandwrittenNorm):
 
 @fault(
     mistake="wrong_gradient",
-    survives="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
+    tolerated="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
 )
 class GradientsThroughBfloat16(CanonicalStep):
     """Gradients are communicated in bfloat16."""
@@ -137,7 +137,7 @@ class InputsThroughHalf(CanonicalStep):
 
 @fault(
     mistake="targets_ignored",
-    survives="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
+    tolerated="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
 )
 class TargetsThroughBfloat16(TrainingError):
     """Training compares with targets that were rounded to bfloat16; evaluation does not."""
@@ -195,7 +195,7 @@ class EvalReadsStatisticsInBfloat16(HandwrittenNorm):
 
 @fault(
     mistake="rows_treated_unequally",
-    survives="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
+    tolerated="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
 )
 class ErrorsAddedUpInBfloat16(TrainingError):
     """The mean of the squared errors is taken in bfloat16, and told in float32."""

@@ -127,7 +127,7 @@ class GradientLeafMissing(CanonicalStep):
 
 @fault(
     mistake="parameters_change_dtype",
-    survives="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
+    tolerated="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
 )
 class LossInBfloat16(CanonicalStep):
     """The loss is reported in bfloat16."""

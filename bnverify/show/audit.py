@@ -100,9 +100,12 @@ def matrix(audit: Audit, laws: list[str], *, hit: str, miss: str) -> Iterator[st
 
 def _survivors(console: Console, audit: Audit) -> None:
     for finding in audit.survivors:
-        reason = finding.survives or "a gap: no law notices it"
+        failed = f"the check itself failed: {finding.failure}" if finding.failure else ""
+        reason = finding.survives or failed or "a gap: no law notices it"
         console.print(Text(f"survives: {finding.mutant}: {reason}"), soft_wrap=True)
-    if audit.survivors:
+    for fault, laws in audit.lost.items():
+        console.print(Text(f"lost: {fault} is no longer noticed by {', '.join(laws)}"))
+    if audit.survivors or audit.lost:
         console.print()
 
 

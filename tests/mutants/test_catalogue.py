@@ -28,6 +28,7 @@ SETTINGS = ("hidden", "momentum", "layers", "epsilon", "bias", "fast_variance")
 
 TRACED = [name for name, mutant in MUTANTS.items() if not mutant.raises]
 REFUSED = [name for name, mutant in MUTANTS.items() if mutant.raises]
+TOLERATED = [name for name, mutant in MUTANTS.items() if mutant.tolerated]
 SURVIVING = [name for name, mutant in MUTANTS.items() if mutant.survives]
 SHOWING = [name for name in TRACED if name not in SURVIVING]
 
@@ -128,6 +129,13 @@ def test_survivors_agree_with_what_was_meant(name: str) -> None:
     """A survivor's reason claims that no input of the domain shows it."""
     subject = MUTANTS[name].make()
     assert not any(shows(subject, x, y) for x, y in [batch(2, 1), batch(40, 6)])
+
+
+@pytest.mark.parametrize("name", TOLERATED)
+def test_what_is_tolerated_shows(name: str) -> None:
+    """A fault without effect needs no tolerance: it survives because it is none."""
+    assert not MUTANTS[name].survives
+    assert shows(MUTANTS[name].make(), *batch(40, 6))
 
 
 @pytest.mark.parametrize("name", [*TRACED, *CONTROLS])

@@ -1,0 +1,70 @@
+"""Twenty well-known mistakes, each checked as a user would: one command, one verdict, one name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bnverify import cli
+from bnverify.mistakes import MISTAKES
+from bnverify.mutants import MUTANTS
+
+# A catalogue's fault -> the law that is about it.
+CAUGHT = {
+    "optimizer_on_all_variables": "optimizer_state_is_that_of_params",
+    "statistics_trained_as_params": "batch_stats_change_only_by_ema",
+    "train_step_in_eval_mode": "step_moves_the_statistics",
+    "new_statistics_dropped": "step_moves_the_statistics",
+    "statistics_reinitialised": "momentum_is_as_declared",
+    "ema_applied_twice": "momentum_is_as_declared",
+    "momentum_reversed": "momentum_is_as_declared",
+    "eval_in_train_mode": "eval_uses_the_running_statistics",
+    "eval_of_initial_params": "eval_at_the_batchs_own_moments_is_the_training_loss",
+    "eval_of_initial_statistics": "eval_uses_the_running_statistics",
+    "broadcast_loss": "eval_at_the_batchs_own_moments_is_the_training_loss",
+    "decay_reaches_statistics": "momentum_is_as_declared",
+    "statistics_in_bfloat16": "batch_stats_are_float32",
+    "old_state_returned": "params_follow_the_optimizer",
+    "sum_instead_of_mean": "doubling_the_batch_changes_nothing",
+    "sample_variance": "batch_moments_are_the_layers_own",
+    "old_optimizer_state_kept": "optimizer_state_follows_the_optimizer",
+    "update_subtracted": "params_follow_the_optimizer",
+}
+REFUSED = ("mutable_forgotten", "has_aux_forgotten")
+
+
+def check(name: str, folder: Path, *options: str) -> int:
+    file = folder / "user_step.py"
+    file.write_text(f"from bnverify.mutants import MUTANTS\n\nsubject = MUTANTS[{name!r}].make()\n")
+    return cli.main(["check", f"{file}:subject", "--profile", "quick", *options])
+
+
+@pytest.mark.once  # the catalogue's audit runs on every release; this is the command around it
+@pytest.mark.parametrize("name", CAUGHT)
+def test_a_mistake_is_caught_small_and_by_name(name: str, tmp_path: Path) -> None:
+    """Exit status 1, the law about it broken, N and D at most 2, and the mistake in the diagnosis."""
+    seen = tmp_path / "report.json"
+    assert check(name, tmp_path, "--ignore", "life", "--json", str(seen)) == 1
+    violated = {
+        each["law"]: each
+        for each in json.loads(seen.read_text())["results"]
+        if each["status"] == "violated"
+    }
+    assert CAUGHT[name] in violated
+    assert all(max(each["shape"]) <= 2 for each in violated.values() if each["shape"])
+    title = MISTAKES[MUTANTS[name].mistake].title  # first, or among the two that follow it
+    assert any(title in each["diagnosis"] for each in violated.values())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_mistake_that_flax_or_jax_refuses_is_explained(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 2, what was raised, what usually was forgotten, and the mend."""
+    assert check(name, tmp_path) == 2
+    said = capsys.readouterr().err
+    assert MUTANTS[name].raises in said
+    assert "Mend: " in said
+    assert "Traceback" not in said
