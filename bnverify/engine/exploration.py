@@ -23,6 +23,9 @@ from bnverify.transition import Calls, Outcome, Transition, observe
 CALLS = frozenset({"again", "eager", "stacked", "solution"})
 """What laws can ask of single calls besides ``volume.NEEDS``."""
 
+TRACED = frozenset({"noise", "doubled_noise", "directional_derivative", "layer_inputs"})
+"""What takes the step's program, not only its results."""
+
 
 class Again(NamedTuple):
     """A second run of the same input, and that input before and after it and an eager run."""
@@ -51,16 +54,25 @@ class Exploration:
         judge: judges them.
         volume: runs single cases in a stack, to compare; None where the subject does not
             vectorise.
+        traced: whether the subject traces; one that does not is run uncompiled, and the laws
+            that need its program are not judged.
     """
 
     def __init__(
-        self, subject: Subject, laws: Sequence[Law], judge: Judge, volume: Volume | None = None
+        self,
+        subject: Subject,
+        laws: Sequence[Law],
+        judge: Judge,
+        volume: Volume | None = None,
+        *,
+        traced: bool = True,
     ) -> None:
         self._subject = subject
         self._laws = laws
         self._judge = judge
         self._volume = volume
-        self._calls = Calls(subject)
+        self._calls = Calls(subject, "jit" if traced else "eager")
+        self._seen = NEEDS if traced else NEEDS - TRACED
         self._eager = Calls(subject, "eager")
 
     def residuals(
@@ -102,8 +114,8 @@ class Exploration:
     ) -> tuple[Transition, set[str]]:
         """Return the transition of one case and the names of what was observed for it."""
         needs = {need for law in laws for need in law.needs}
-        t = observe(self._calls, case, needs & NEEDS)
-        available = needs & NEEDS
+        t = observe(self._calls, case, needs & self._seen)
+        available = needs & self._seen
         facts = dict(t.facts)
         if "again" in needs:
             facts["again"] = self._again(t, eager=eager)

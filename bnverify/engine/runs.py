@@ -39,6 +39,7 @@ class Runs:
         tell: told what is being done and how many cases were run so far.
         fail_fast: whether to stop at the first shape that shows a violation.
         note: what the evidence should say besides.
+        refusal: why the subject does not trace; empty where it does.
 
     Attributes:
         tallies: law name -> its tally.
@@ -57,6 +58,7 @@ class Runs:
         *,
         fail_fast: bool = False,
         note: str = "",
+        refusal: str = "",
     ) -> None:
         self._subject = subject
         self._facts = dict(facts)
@@ -65,6 +67,7 @@ class Runs:
         self._tell = tell
         self._fail_fast = fail_fast
         self._note = note
+        self._refusal = refusal
         self._domain = _domain(laws)
         self._optimise = plan.blocks > OFTEN
         self._judge = Judge(subject, facts, plan.block, optimise=self._optimise)
@@ -91,6 +94,8 @@ class Runs:
         for tally in self.tallies.values():
             status, reason = _verdict(tally)
             law, worst = tally.law, tally.worst if status != "untriggered" else None
+            if self._refusal and not tally.triggered:
+                reason = f"not to be seen of a step that does not trace: {self._refusal}"
             said = "; ".join(text for text in (reason, self._note) if text)
             found.append(Evidence(law.name, law.family, status, tally.triggered, worst, said))
         return found
@@ -113,7 +118,7 @@ class Runs:
 
     def _stack(self, shapes: list[Shape], rng: np.random.Generator) -> Volume | None:
         laws = judged((tally.law for tally in self.tallies.values()), NEEDS)
-        if not laws:
+        if not laws or self._refusal:
             return None
         plan = self._plan
         volume = Volume(
@@ -153,7 +158,9 @@ class Runs:
         """Run explicit cases; the laws that stacked cases were held to need no second look."""
         all_laws = [tally.law for tally in self.tallies.values()]
         laws = [law for law in all_laws if volume is None or law.name not in volume.laws]
-        exploration = Exploration(self._subject, laws, self._judge, volume)
+        exploration = Exploration(
+            self._subject, laws, self._judge, volume, traced=not self._refusal
+        )
         if self._enough or not self._plan.examples or not judged(laws, NEEDS | CALLS):
             return exploration
         cases = draw(shapes, self._domain, self._plan.examples, self._seed)

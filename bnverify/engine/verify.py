@@ -134,7 +134,19 @@ def _run_all(
         def report(doing: str, cases: int) -> None:
             tell(doing, cases + sum(run.cases for run in runs[:-1]), None)
 
-        runs.append(Runs(of, part, facts, amount, seed, report, fail_fast=fail_fast, note=note))
+        runs.append(
+            Runs(
+                of,
+                part,
+                facts,
+                amount,
+                seed,
+                report,
+                fail_fast=fail_fast,
+                note=note,
+                refusal=reading.refusal,
+            )
+        )
         if part and not idle:
             runs[-1].run()
     return runs

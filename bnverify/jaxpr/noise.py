@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 ROWS = 12
 SIZE = 0.8  # the root mean square of e in units of rounding; that of a real error is near 0.4
 
+# They leave the program, and may not be called for each row.
+_CALLBACKS = frozenset({"debug_callback", "debug_print", "io_callback", "pure_callback"})
+
 # Their equations carry the combining program, in the program's own dtype: made anew in float64.
 _SCATTERS = {
     "scatter": jax.lax.scatter,
@@ -153,6 +156,17 @@ class Rows:
             for value, var in zip(self._apply(eqn, narrow, eqn.params), eqn.outvars, strict=True)
         ]
 
+    def _outside(self, eqn: Any) -> list[Value]:
+        """Return what Python or the world gives: values of which nothing is known."""
+        self.unknown.add(eqn.primitive.name)
+        shapes = [(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
+        return [
+            Value(jnp.full(shape, jnp.nan), rows=False)
+            if is_float(dtype)
+            else Value(jnp.zeros(shape, dtype), rows=False)
+            for shape, dtype in shapes
+        ]
+
     def _give_up(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
         """Return an equation's outputs with no known error."""
         self.unknown.add(eqn.primitive.name)
@@ -161,6 +175,8 @@ class Rows:
     def equation(self, eqn: Any, inputs: Sequence[Value]) -> Sequence[Value]:
         """Evaluate one equation on every row, and round what it makes."""
         name = eqn.primitive.name
+        if name in _CALLBACKS:
+            return self._outside(eqn)
         atoms = (*eqn.invars, *eqn.outvars)
         if any(jnp.issubdtype(atom.aval.dtype, jnp.complexfloating) for atom in atoms) or (
             hides_code(eqn) and name not in _SCATTERS

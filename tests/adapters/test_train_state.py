@@ -213,12 +213,16 @@ def test_an_eval_step_that_returns_a_state_shows_it() -> None:
     assert adapt(create, train_step, eval_step, features=3).after_eval is None
 
 
-def test_a_penalty_is_told_from_a_wrong_gradient() -> None:
-    """Weight decay in the loss excuses the law of the gradient; a wrong gradient does not."""
+@pytest.mark.parametrize("share", [0.01, 5e-5])
+def test_a_penalty_is_told_from_a_wrong_gradient(share: float) -> None:
+    """Weight decay in the loss, strong or weak, excuses the law of the gradient.
+
+    A wrong gradient does not.
+    """
 
     def penalised(state: TrainState, batch: Any) -> Any:
         (loss, updates), grads = gradients(state, batch)
-        decay = jax.grad(lambda p: 0.01 * sum(jnp.sum(w**2) for w in jax.tree_util.tree_leaves(p)))
+        decay = jax.grad(lambda p: share * sum(jnp.sum(w**2) for w in jax.tree_util.tree_leaves(p)))
         grads = jax.tree_util.tree_map(jnp.add, grads, decay(state.params))
         state = state.apply_gradients(grads=grads)
         return state.replace(batch_stats=updates["batch_stats"]), {"loss": loss}
