@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from bnverify import reference
+from bnverify import reference, verify
 from bnverify.adapters.explain import SubjectError
 from bnverify.adapters.solution import AGREEMENT, OUTSIDE, solution
 from bnverify.case import Case
@@ -30,7 +30,11 @@ class Mlp(nn.Module):
 
 
 def one_function(
-    model: nn.Module, *, evaluate_in_train_mode: bool = False, split_key: bool = False
+    model: nn.Module,
+    *,
+    evaluate_in_train_mode: bool = False,
+    split_key: bool = False,
+    uphill: bool = False,
 ) -> Callable[..., Any]:
     """Return a solution in one function, right or with one thing different."""
 
@@ -45,7 +49,7 @@ def one_function(
             return jnp.mean((out.reshape(-1) - y_batch) ** 2), updated
 
         (_, updated), grads = jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
-        tx = optax.sgd(lr)
+        tx = optax.sgd(-lr if uphill else lr)
         updates, _ = tx.update(grads, tx.init(variables["params"]))
         after = {"params": optax.apply_updates(variables["params"], updates), **updated}
         out, _ = model.apply(after, x_batch, train=evaluate_in_train_mode, mutable=["batch_stats"])
@@ -120,3 +124,12 @@ def test_a_function_that_raises_is_explained() -> None:
 
     with pytest.raises(SubjectError, match="mutable"):
         solution(forgetful)
+
+
+@pytest.mark.slow
+def test_the_quick_profile_sees_a_reversed_gradient() -> None:
+    """Every case of such a function is a first step, so that each can be compared."""
+    law = "solution_is_init_step_evaluate"
+    reversed_step = solution(one_function(Mlp(), uphill=True))
+    (found,) = verify(reversed_step, "quick", select=[law]).results
+    assert found.status == "violated"
