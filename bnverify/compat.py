@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -43,3 +44,11 @@ def scan_split(eqn: Any) -> tuple[int, int] | None:
         return None
     adds_up = consts + carry + xs == len(eqn.invars) and carried == carry
     return (consts, carry) if adds_up else None
+
+
+def literal(atom: Any) -> Any:
+    """Return the number that an equation's input is, as a NumPy array; None where it is a variable.
+
+    jax 0.7 keeps it in a LiteralArray, which is no number: neither ``float`` nor ``abs`` takes one.
+    """
+    return np.asarray(atom.val) if hasattr(atom, "val") else None

@@ -12,6 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from bnverify import compat
+
 # Moves values about, or picks among them: no new digits, so no rounding.
 _EXACT = frozenset(
     {
@@ -193,9 +195,10 @@ def _is_real(dtype: Any) -> bool:
 def _leaves_digits(eqn: Any, position: int) -> bool:
     """Return whether an input is a literal 0 to add or a power of two to scale by."""
     name, atom = eqn.primitive.name, eqn.invars[position]
-    if not hasattr(atom, "val") or np.ndim(atom.val) or not _is_real(atom.aval.dtype):
+    number = compat.literal(atom)
+    if number is None or number.ndim or not _is_real(atom.aval.dtype):
         return False
-    value = float(atom.val)
+    value = float(number)
     if name in {"add", "add_any", "sub"}:
         return value == 0
     power = value != 0 and math.isfinite(value) and abs(math.frexp(value)[0]) == 0.5
@@ -216,10 +219,8 @@ def leaves_range(eqn: Any) -> bool:
     if eqn.primitive.name == "convert_element_type":
         old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
         return _is_real(old) and int(jnp.finfo(new).maxexp) < int(jnp.finfo(old).maxexp)
-    moderate = any(
-        hasattr(atom, "val") and np.ndim(atom.val) == 0 and 1e-3 <= abs(atom.val) <= 1e3
-        for atom in eqn.invars
-    )
+    literals = [compat.literal(atom) for atom in eqn.invars]
+    moderate = any(n is not None and n.ndim == 0 and 1e-3 <= abs(n) <= 1e3 for n in literals)
     return eqn.primitive.name in _SCALING and not (moderate and len(eqn.invars) == 2)
 
 
