@@ -86,13 +86,19 @@ def is_plain_sgd(subject: Subject, abstract: Transition) -> bool:
     """Return whether the optimizer has no state and turns a gradient g into -lr * g."""
     if subject.optimizer is None or jax.tree_util.tree_leaves(abstract.before.opt_state):
         return False
-    one = {"w": jnp.ones((2,), jnp.float32)}
+
+    def ones(leaf: Any) -> Any:
+        # In the params' own tree and ranks, since masks go by names and by ranks.
+        sizes = (size if isinstance(size, int) else 2 for size in leaf.shape)
+        return jnp.ones(tuple(sizes), leaf.dtype)
+
+    one = jax.tree_util.tree_map(ones, abstract.before.params)
     try:
         tx = subject.optimizer(jnp.float32(0.25))
         updates, _ = tx.update(one, tx.init(one), one)
-    except Exception:  # noqa: BLE001 - an optimizer that needs the real tree is no plain SGD
+    except Exception:  # noqa: BLE001 - an optimizer may refuse sizes that are not the step's
         return False
-    return bool(jnp.all(updates["w"] == -0.25))
+    return all(bool(jnp.all(leaf == -0.25)) for leaf in jax.tree_util.tree_leaves(updates))
 
 
 def static_facts(subject: Subject, abstract: Transition) -> dict[str, Any]:
