@@ -161,7 +161,8 @@ class Rows:
         self.unknown.add(eqn.primitive.name)
         shapes = [(var.aval.shape, var.aval.dtype) for var in eqn.outvars]
         return [
-            Value(jnp.full(shape, jnp.nan), rows=False)
+            # The row without errors is a number: NaN in all of them would be a NaN known exactly.
+            self.void(Value(jnp.zeros(shape), rows=False), False)
             if is_float(dtype)
             else Value(jnp.zeros(shape, dtype), rows=False)
             for shape, dtype in shapes
