@@ -44,7 +44,7 @@ def alike(seed: int, draw: Any, exact: Any) -> Any:
     """Return ``draw``, in half of its rows a function of the values: equal ones err equally.
 
     A batch of n equal rows errs n-fold in a sum, where independent errors add up to sqrt(n). In
-    32 bits the difference drowns in what a sum is allowed anyway; in 16 it does not.
+    32 bits the difference drowns in what a sum of few terms is allowed anyway; in 16 it does not.
 
     Args:
         seed: another for each equation.

@@ -1,9 +1,12 @@
 """Where rounding does more than move a result a little: kinks and poles.
 
 Near a kink (``max``, a comparison, ``sign``) rounding decides which side is taken. A row whose
-distance from row 0, times FLIP, exceeds row 0's own distance from the kink is in doubt. It takes
-a side by a coin in a comparison, and the noisy side in ``max`` and ``min``: so the consequence,
-together with everything else that a row may hold, becomes part of the rows' spread.
+distance from row 0, times FLIP, exceeds row 0's own distance from the kink is in doubt. In a comparison it takes a side of its own, and in ``max`` and
+``min`` the noisy side: so the consequence, together with everything else that a row may hold,
+becomes part of the rows' spread. Which side differs between rows, since the many elements of an
+array may flip one by one or together (all rows of a batch share the error of their mean): half of
+the rows toss a coin for each element, a quarter goes FLIP times as far as its own noise went, a
+quarter puts all elements on one side.
 
 Near a pole (a denominator, the argument of ``log``) a few rows say little about the worst. Where
 a row is further from row 0 than a POLE-th of its value, it becomes NaN: what depends on it has no
@@ -67,12 +70,19 @@ def in_doubt(distance: Any, dtype: Any) -> Any:
     return FLIP * moved > jnp.abs(exact)
 
 
+def _column(array: Any, of_row: Callable[[Any], Any]) -> Any:
+    """Return ``of_row`` of the rows' numbers, a column that broadcasts against ``array``."""
+    return of_row(np.arange(array.shape[0])).reshape(-1, *[1] * (array.ndim - 1))
+
+
 def coins(array: Any, seed: int) -> Any:
-    """Return random booleans in the shape of ``array``, others for each row."""
+    """Return booleans in the shape of ``array``: random ones, but in each fourth row all alike."""
     draws = np.random.default_rng(seed).integers(2**32, size=1 + array.shape[0], dtype=np.uint32)
     place = jax.lax.iota(jnp.uint32, array[0].size) + draws[0]
     mixed = (place * (draws[1:, None] | 1) ^ (place >> 3)) * np.uint32(0x9E3779B1)
-    return (mixed >> 31).astype(bool).reshape(array.shape)
+    tossed = (mixed >> 31).astype(bool).reshape(array.shape)
+    alike = _column(array, lambda row: row % 4 == 3)
+    return jnp.where(alike, _column(array, lambda row: row % 8 == 3), tossed)
 
 
 def aligned(left: Value, right: Value) -> tuple[Any, Any]:
@@ -87,11 +97,14 @@ def aligned(left: Value, right: Value) -> tuple[Any, Any]:
 
 
 def compare(name: str, left: Value, right: Value, dtype: Any, seed: int) -> Value:
-    """Return a comparison, by a coin in rows where it is in doubt."""
+    """Return a comparison; in rows where it is in doubt, on a side of their own."""
     one, other = aligned(left, right)
     distance = one - other
     decided = COMPARISONS[name](one, other)
-    taken = jnp.where(in_doubt(distance, dtype), coins(distance, seed), decided)
+    further = distance[:1] + FLIP * (distance - distance[:1])
+    goes_on = _column(distance, lambda row: row % 4 == 2)
+    side = jnp.where(goes_on, COMPARISONS[name](further, 0.0), coins(distance, seed))
+    taken = jnp.where(in_doubt(distance, dtype), side, decided)
     lost = jnp.isnan(one) | jnp.isnan(other)
     return Value(jnp.where(lost, jnp.nan, taken.astype(jnp.float64)), rows=True)
 

@@ -5,7 +5,8 @@ which every equation's result is multiplied by 1 + e, with e drawn anew for each
 and element, somewhat larger than a rounding of the program's dtype: one thing that its arithmetic
 could have made of the same numbers. Draws are independent, because compiled arithmetic is no
 function of the values alone: sums are reordered, and a product may be fused into the sum that
-takes it, so that equal terms need not cancel.
+takes it, so that equal terms need not cancel. But mostly it is one, so that the errors of tied
+rows agree and add up: where that counts, half of the rows have equal draws for equal values.
 
 What rounding can do:
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from bnverify.jaxpr.interpreter import Body
 
 ROWS = 12
+MANY = 16  # terms: from here on n errors that agree stand out from sqrt(n) that do not
 SIZE = 0.8  # the root mean square of e in units of rounding; that of a real error is near 0.4
 
 # They leave the program, and may not be called for each row.
@@ -106,7 +108,7 @@ class Rows:
         shape = array.shape[1:] if value.rows else array.shape
         size = units * SIZE * float(jnp.finfo(dtype).eps) / 2
         draw = self._draw(shape)
-        if jnp.finfo(dtype).bits < 32:
+        if jnp.finfo(dtype).bits < 32 or max(shape, default=0) >= MANY:
             draw = draws.alike(self._points, draw, array[0] if value.rows else array)
         rounded = array * (1 + size * draw)
         if jnp.finfo(dtype).nexp < 8:  # float16: values of every day are subnormal
