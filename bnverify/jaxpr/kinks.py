@@ -1,9 +1,10 @@
 """Where rounding does more than move a result a little: kinks and poles.
 
 Near a kink (``max``, a comparison, ``sign``) rounding decides which side is taken. A row whose
-distance from row 0, times FLIP, exceeds row 0's own distance from the kink is in doubt. In a comparison it takes a side of its own, and in ``max`` and
-``min`` the noisy side: so the consequence, together with everything else that a row may hold,
-becomes part of the rows' spread. Which side differs between rows, since the many elements of an
+distance from row 0, times FLIP, exceeds row 0's own distance from the kink is in doubt. In a
+comparison it takes a side of its own, and in ``max`` and ``min`` the noisy side: so the consequence,
+together with everything else that a row may hold, becomes part of the rows' spread. A comparison
+whose noise alone exceeds the distance has no known outcome. Which side differs between rows, since the many elements of an
 array may flip one by one or together (all rows of a batch share the error of their mean): half of
 the rows toss a coin for each element, a quarter goes FLIP times as far as its own noise went, a
 quarter puts all elements on one side.
@@ -59,15 +60,15 @@ _MOVES = frozenset(
 )
 
 
-def in_doubt(distance: Any, dtype: Any) -> Any:
-    """Return for each row whether rounding could take it to the other side of 0.
+def in_doubt(distance: Any, dtype: Any, times: float = FLIP) -> Any:
+    """Return for each row whether ``times`` its rounding could take it to the other side of 0.
 
     It could, too, where the distance is as small as what underflows, but not 0.
     """
     exact = distance[:1]
     moved = jnp.where(distance == exact, 0, jnp.abs(distance - exact))  # inf - inf is no move
     moved = moved + jnp.where(exact == 0, 0, arithmetic.faint(dtype))
-    return FLIP * moved > jnp.abs(exact)
+    return times * moved > jnp.abs(exact)
 
 
 def _column(array: Any, of_row: Callable[[Any], Any]) -> Any:
@@ -105,7 +106,10 @@ def compare(name: str, left: Value, right: Value, dtype: Any, seed: int) -> Valu
     goes_on = _column(distance, lambda row: row % 4 == 2)
     side = jnp.where(goes_on, COMPARISONS[name](further, 0.0), coins(distance, seed))
     taken = jnp.where(in_doubt(distance, dtype), side, decided)
-    lost = jnp.isnan(one) | jnp.isnan(other)
+    # Nearer to the kink than its own noise all that follows hangs on that noise, for a batch of
+    # equal rows in all of them at once: nothing is known.
+    hit = in_doubt(distance, dtype, 1.0)
+    lost = jnp.isnan(one) | jnp.isnan(other) | hit
     return Value(jnp.where(lost, jnp.nan, taken.astype(jnp.float64)), rows=True)
 
 
@@ -150,8 +154,9 @@ def is_soft(value: Value, dtype: Any) -> bool:
 
 
 def harden(value: Value) -> Value:
-    """Return a truth value as a boolean; one that is not known is false."""
-    return Value(value.array > 0.5, rows=True)
+    """Return a truth value as a boolean; where it is not known, other than in the exact row."""
+    exact = value.array[:1] > 0.5
+    return Value(jnp.where(jnp.isnan(value.array), ~exact, value.array > 0.5), rows=True)
 
 
 def decide(eqn: Any, inputs: Sequence[Value], apply: Callable[..., list[Value]]) -> list[Value]:
