@@ -1,7 +1,10 @@
 """README.md and docs/: what they show is what happens."""
 
 import doctest
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +43,27 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert missing == []
+
+
+def plain(line: str) -> str:
+    """Return a line of the terminal without what differs from profile to profile."""
+    line = re.sub(r"\s+[\d.,]+k? cases?(, worst [\d.]+)?$", "", line.rstrip())
+    return re.sub(r"profile \w+|; [\d,]+ cases in [\d.]+ s", "", line)
+
+
+def test_the_readme_shows_what_check_prints() -> None:
+    """The block below the first command holds lines of its output, in their order."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```text\n(reference.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-m", "bnverify", "check", "--profile", "quick"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"},
+        check=False,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    printed = iter([plain(line) for line in done.stdout.splitlines()])
+    lost = [line for line in shown.splitlines() if line != "…" and plain(line) not in printed]
+    assert lost == []
