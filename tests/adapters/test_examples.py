@@ -18,7 +18,7 @@ PLANTED = "  # the mistake"
 # Project -> the laws to run for it, the mistake that is planted, and a law that it breaks.
 PROJECTS = {
     "linen_regression": (
-        ("eval_rows_are_independent",),
+        ("eval_rows_are_independent", "targets_belong_to_their_rows"),
         "broadcast_loss",
         "eval_rows_are_independent",
     ),
@@ -105,7 +105,7 @@ def test_the_readme_shows_what_the_terminal_prints(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "bnverify", "check", "check.py:subject"),
-            *("--profile", "quick", "--select", "eval_rows_are_independent"),
+            *("--profile", "quick", "--select", ",".join(PROJECTS["linen_regression"][0])),
         ],
         cwd=project,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"},
