@@ -32,6 +32,11 @@ CAUGHT = {
     "old_optimizer_state_kept": "optimizer_state_follows_the_optimizer",
     "update_subtracted": "params_follow_the_optimizer",
 }
+LOOKALIKE = ("statistics_reinitialised",)
+UNNAMED = pytest.mark.xfail(
+    strict=True,
+    reason="caught, but four other mistakes break the same laws oftener: only the values would tell",
+)
 REFUSED = ("mutable_forgotten", "has_aux_forgotten")
 
 
@@ -42,7 +47,9 @@ def check(name: str, folder: Path, *options: str) -> int:
 
 
 @pytest.mark.once  # the catalogue's audit runs on every release; this is the command around it
-@pytest.mark.parametrize("name", CAUGHT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=UNNAMED) if name in LOOKALIKE else name for name in CAUGHT]
+)
 def test_a_mistake_is_caught_small_and_by_name(name: str, tmp_path: Path) -> None:
     """Exit status 1, the law about it broken, N and D at most 2, and the mistake in the diagnosis."""
     seen = tmp_path / "report.json"
