@@ -5,6 +5,8 @@ Each entry says which releases need it; delete it with the last of them.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -52,3 +54,19 @@ def literal(atom: Any) -> Any:
     jax 0.7 keeps it in a LiteralArray, which is no number: neither ``float`` nor ``abs`` takes one.
     """
     return np.asarray(atom.val) if hasattr(atom, "val") else None
+
+
+@functools.cache
+def compiler_options(**wanted: Any) -> dict[str, Any]:
+    """Return those of the options ``wanted`` that this release's XLA has.
+
+    ``xla_cpu_use_fusion_emitters`` is known to jax 0.6.2 and 0.10.2, not to 0.4.30 nor 0.12.0.1.
+    """
+    tiny = jax.jit(lambda x: x).lower(0.0)
+    known: dict[str, Any] = {}
+    for name, value in wanted.items():
+        # What an unknown option raises differs between releases, and is no public class in most.
+        with contextlib.suppress(Exception):
+            tiny.compile(compiler_options={name: value})
+            known[name] = value
+    return known

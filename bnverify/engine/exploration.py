@@ -23,7 +23,7 @@ from bnverify.transition import Calls, Outcome, Transition, observe
 CALLS = frozenset({"again", "eager", "stacked", "solution"})
 """What laws can ask of single calls besides ``volume.NEEDS``."""
 
-TRACED = frozenset({"noise", "doubled_noise", "directional_derivative", "layer_inputs"})
+TRACED = frozenset({"noise", "directional_derivative", "layer_inputs"})
 """What takes the step's program, not only its results."""
 
 

@@ -17,7 +17,7 @@ from bnverify.engine.remarks import remarks
 from bnverify.engine.runs import Runs
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import LAWS, Law
-from bnverify.profile import PROFILES, Profile
+from bnverify.profile import Profile, named
 from bnverify.subject import Subject
 from bnverify.transition import Transition
 
@@ -31,7 +31,6 @@ def verify(
     *,
     seed: int = 0,
     select: Collection[str] = (),
-    ignore: Collection[str] = (),
     proofs_only: bool = False,
     fail_fast: bool = False,
     target: str | None = None,
@@ -43,22 +42,19 @@ def verify(
         subject: the training step.
         profile: how much to do: "quick", "ci", "nightly" or a Profile.
         seed: from which all cases are drawn; the same seed gives the same report.
-        select: names of laws or families to check; empty: all.
-        ignore: names of laws or families to leave out.
+        select: names of laws to check; empty: all.
         proofs_only: read the traced step and run nothing.
         fail_fast: stop at the first proofs or shape that show a violation.
         target: how the counterexample scripts name the subject: "module:name" or "file.py:name".
         listener: told of progress.
 
     Raises:
-        ValueError: naming an unknown profile, law or family.
+        ValueError: no profile has that name.
     """
     started = time.perf_counter()
     tell: Listener = listener or (lambda doing, cases, evidence: None)
-    plan = PROFILES.get(profile) if isinstance(profile, str) else profile
-    if plan is None:
-        raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
-    laws = choose(select, ignore)
+    plan = named(profile)
+    laws = [law for law in LAWS.values() if not select or law.name in select]
     known: dict[str, Evidence] = {}
 
     def settle(evidence: Evidence) -> None:
@@ -150,27 +146,6 @@ def _run_all(
         if part and not idle:
             runs[-1].run()
     return runs
-
-
-def choose(select: Collection[str], ignore: Collection[str]) -> list[Law]:
-    """Return the laws selected by name or family and not ignored.
-
-    Raises:
-        ValueError: naming what is neither a law nor a family.
-    """
-    names = {*LAWS, *(law.family for law in LAWS.values())}
-    for name in (*select, *ignore):
-        if name not in names:
-            raise ValueError(f"no law or family is named {name!r}; see `bnverify list`")
-
-    def listed(law: Law, chosen: Collection[str]) -> bool:
-        return law.name in chosen or law.family in chosen
-
-    return [
-        law
-        for law in LAWS.values()
-        if (not select or listed(law, select)) and not listed(law, ignore)
-    ]
 
 
 def versions() -> dict[str, str]:
