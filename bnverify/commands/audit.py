@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bnverify.profile import PROFILES
 from bnverify.shard import Shard
@@ -14,7 +14,11 @@ from bnverify.unusable import Unusable, did_you_mean
 
 if TYPE_CHECKING:
     from bnverify.mutants.audit import Audit
+    from bnverify.mutants.catalogue import Mutant
+    from bnverify.mutants.transplant import Transplant
     from bnverify.mutants.users_tests import TestsAudit
+
+T = TypeVar("T")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -69,20 +73,15 @@ def _catalogue(args: argparse.Namespace) -> int:
     families = {mutant.family for mutant in MUTANTS.values()}
     names = _names(args.select, {*MUTANTS, *families})
     chosen = [m for m in MUTANTS.values() if not names or {m.name, m.family} & set(names)]
-    whole = chosen
-    if args.shard:
-        chosen = Shard.parse(args.shard).take(chosen)
-    if not chosen:
+    mine = _mine(args, chosen)
+    if not mine:
         raise Unusable("no fault is left to audit")
     found: Audit = audit.audit(
-        chosen, args.profile, seed=args.seed, listener=screen.progress(len(chosen))
+        mine, args.profile, seed=args.seed, listener=screen.progress(len(mine))
     )
     if args.json != "-":
         screen.show(found)
-    text = found.to_json()
-    if args.shard:
-        text = _stamp(args, text, [mutant.name for mutant in whole])
-    files.write(args.json, text)
+    _write(args, found, chosen)
     if args.picture:
         from bnverify.show import audit_picture
 
@@ -102,29 +101,39 @@ def _users_tests(args: argparse.Namespace) -> int:
             raise Unusable(f"a target is module:name or path/file.py:name, got {target!r}")
     names = _names(args.select, TRANSPLANTS)
     chosen = [fault for name, fault in TRANSPLANTS.items() if not names or name in names]
-    whole = chosen
-    if args.shard:
-        chosen = Shard.parse(args.shard).take(chosen)
+    mine = _mine(args, chosen)
     if args.picture:
         raise Unusable("--picture draws faults and laws; --tests has no laws")
     found: TestsAudit = audit_tests(
-        args.tests, args.target, chosen, listener=screen.tests_progress(len(chosen))
+        args.tests, args.target, mine, listener=screen.tests_progress(len(mine))
     )
     if args.json != "-":
         screen.show_tests(found)
-    text = found.to_json()
-    if args.shard:
-        text = _stamp(args, text, [fault.name for fault in whole])
-    files.write(args.json, text)
+    _write(args, found, chosen)
     return 1 if found.of("missed") else 0
 
 
-def _stamp(args: argparse.Namespace, text: str, whole: Sequence[str]) -> str:
+def _mine(args: argparse.Namespace, faults: list[T]) -> list[T]:
+    """Return the faults of this shard."""
+    return Shard.parse(args.shard).take(faults) if args.shard else faults
+
+
+def _write(
+    args: argparse.Namespace, found: Audit | TestsAudit, faults: Sequence[Mutant | Transplant]
+) -> None:
+    """Write the findings as JSON; those of a shard with what `bnverify merge` needs."""
     from bnverify.engine.verify import versions
 
-    return Shard.parse(args.shard).stamp(
-        text, whole, versions=versions(), profile=args.profile, seed=args.seed
-    )
+    text = found.to_json()
+    if args.shard:
+        text = Shard.parse(args.shard).stamp(
+            text,
+            [fault.name for fault in faults],
+            versions=versions(),
+            profile=args.profile,
+            seed=args.seed,
+        )
+    files.write(args.json, text)
 
 
 def _names(given: Sequence[str], known: Any) -> list[str]:

@@ -52,13 +52,16 @@ def exemption(law: Law, subject: Subject, shown: Collection[str]) -> str | None:
     return None
 
 
-def shown_by(subject: Subject, abstract: Transition, probe: object = None) -> frozenset[str]:
+def shown_by(
+    subject: Subject, abstract: Transition, probe: object = None, *, ask: bool = True
+) -> frozenset[str]:
     """Return what ``subject`` shows of what laws can require.
 
     Args:
         subject: what is verified.
         abstract: a transition of it whose leaves have shapes and dtypes, no values.
         probe: not None where a stateful optimizer stands in for one without a state.
+        ask: whether to run the optimizer; else one without a state counts as plain SGD.
     """
     leaves = jax.tree_util.tree_leaves
     shown = {
@@ -76,7 +79,8 @@ def shown_by(subject: Subject, abstract: Transition, probe: object = None) -> fr
     }
     if probe is not None:
         shown.add("opt_state")
-    if is_plain_sgd(subject, abstract):
+    stateless = subject.optimizer is not None and not leaves(abstract.before.opt_state)
+    if stateless and (not ask or is_plain_sgd(subject, abstract)):
         shown.add("plain_sgd")
     shown |= set(subject.shows)
     return frozenset(shown)

@@ -28,12 +28,13 @@ FROZEN_MOVES = Mistake(
 SELDOM = 0.5  # a weight of the old value below it forgets a batch within a step or two
 
 
-def remarks(subject: Subject, influence: Influence | None) -> Iterator[str]:
+def remarks(subject: Subject, influence: Influence | None, *, ask: bool = True) -> Iterator[str]:
     """Yield what a report should say of a subject besides the laws, a line for each mistake.
 
     Args:
         subject: what is verified.
         influence: what reaches what in it; None where it does not trace.
+        ask: whether to run the optimizer, for what only its answers tell.
     """
     if subject.momentum is not None and 0 < subject.momentum < SELDOM:
         yield _line(f"the old value weighs {subject.momentum:.4g}", "momentum_reversed")
@@ -42,7 +43,7 @@ def remarks(subject: Subject, influence: Influence | None) -> Iterator[str]:
         if untrained:
             what = f"for evaluation, not for training: {_listed(untrained)}"
             yield _line(what, "statistics_trained_as_params")
-    answers = _answers(subject)
+    answers = _answers(subject) if ask else None
     if answers is None:
         return
     norms = _norms(answers.paths, answers.owners)

@@ -63,7 +63,7 @@ def verify(
 
     tell("tracing", 0, None)
     reading = proof.read(subject)
-    for evidence in _without_running(laws, subject, reading):
+    for evidence in _without_running(laws, subject, reading, ask=not proofs_only):
         settle(evidence)
     running = [law for law in laws if law.name not in known]
     done = fail_fast and any(evidence.status == "violated" for evidence in known.values())
@@ -98,7 +98,10 @@ def verify(
         seconds=time.perf_counter() - started,
         versions=versions(),
         influence=_matrix(reading),
-        notes=(*_notes(subject, reading), *(note for part in runs for note in part.notes)),
+        notes=(
+            *_notes(subject, reading, ask=not proofs_only),
+            *(note for part in runs for note in part.notes),
+        ),
     )
 
 
@@ -161,11 +164,13 @@ def versions() -> dict[str, str]:
 
 
 def _without_running(
-    laws: Collection[Law], subject: Subject, reading: proof.Reading
+    laws: Collection[Law], subject: Subject, reading: proof.Reading, *, ask: bool
 ) -> Iterator[Evidence]:
     """Yield the evidence of every law that needs no run: exempt, structure, proved flows."""
     abstract = reading.abstract
-    shown = shown_by(subject, abstract, reading.probe) if abstract is not None else None
+    shown = None
+    if abstract is not None:
+        shown = shown_by(subject, abstract, reading.probe, ask=ask)
     for law in laws:
         reason = exemption(law, subject, shown) if shown is not None else None
         if reason is not None:
@@ -190,9 +195,9 @@ def _matrix(reading: proof.Reading) -> dict[str, Any]:
     }
 
 
-def _notes(subject: Subject, reading: proof.Reading) -> Iterator[str]:
+def _notes(subject: Subject, reading: proof.Reading, *, ask: bool) -> Iterator[str]:
     if reading.refusal:
         yield f"not traced: {reading.refusal}"
     if reading.influence is not None and reading.influence.unknown:
         yield "primitives read conservatively: " + ", ".join(reading.influence.unknown)
-    yield from remarks(subject, reading.influence)
+    yield from remarks(subject, reading.influence, ask=ask)

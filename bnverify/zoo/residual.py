@@ -31,6 +31,22 @@ def cross_entropy(logits: Any, labels: Any) -> Any:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+def joined(x: Any, h: Any, strides: tuple[int, int], norm: Any) -> Any:
+    """Return the two ways through a block as one: x is projected where its shape is not h's.
+
+    Args:
+        x: the block's input (N, H, W, C).
+        h: what its convolutions make of it.
+        strides: of the projection.
+        norm: makes a normalisation of the block.
+    """
+    h = norm(scale_init=nn.initializers.zeros_init())(h)
+    if x.shape != h.shape:
+        x = nn.Conv(h.shape[-1], (1, 1), strides, use_bias=False, name="projection")(x)
+        x = norm(name="projection_norm")(x)
+    return nn.relu(x + h)
+
+
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions and a way around them.
 
@@ -50,11 +66,7 @@ class BasicBlock(nn.Module):
         h = nn.Conv(self.width, (3, 3), strides, use_bias=False)(x)
         h = nn.relu(norm()(h))
         h = nn.Conv(self.width, (3, 3), use_bias=False)(h)
-        h = norm(scale_init=nn.initializers.zeros_init())(h)
-        if x.shape != h.shape:
-            x = nn.Conv(self.width, (1, 1), strides, use_bias=False, name="projection")(x)
-            x = norm(name="projection_norm")(x)
-        return nn.relu(x + h)
+        return joined(x, h, strides, norm)
 
 
 class BottleneckBlock(nn.Module):
@@ -76,11 +88,7 @@ class BottleneckBlock(nn.Module):
         h = nn.relu(norm()(nn.Conv(self.width, (1, 1), use_bias=False)(x)))
         h = nn.relu(norm()(nn.Conv(self.width, (3, 3), strides, use_bias=False)(h)))
         h = nn.Conv(4 * self.width, (1, 1), use_bias=False)(h)
-        h = norm(scale_init=nn.initializers.zeros_init())(h)
-        if x.shape != h.shape:
-            x = nn.Conv(4 * self.width, (1, 1), strides, use_bias=False, name="projection")(x)
-            x = norm(name="projection_norm")(x)
-        return nn.relu(x + h)
+        return joined(x, h, strides, norm)
 
 
 class ResNet(nn.Module):

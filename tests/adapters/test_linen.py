@@ -9,24 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from steps import CASE, one_step
 
 from bnverify import reference
 from bnverify.adapters.batches import classes
 from bnverify.adapters.explain import SubjectError
 from bnverify.adapters.linen import linen
 from bnverify.case import Case
-from bnverify.subject import State, Subject
-
-CASE = Case.of(
-    3, np.linspace(-2, 2, 15, dtype=np.float32).reshape(5, 3) ** 3, [1.0, -2.0, 0.5, 3.0, 0.0], 0.1
-)
-
-
-def one_step(subject: Subject, case: Case = CASE) -> tuple[State, State, Any]:
-    """Return the state before and after a compiled step, and its info."""
-    before = jax.jit(subject.init)(case.seed, case.x)
-    after, info = jax.jit(subject.step)(before, case.x, case.y, case.lr)
-    return before, after, info
 
 
 def net_called_with(argument: str, *, inverted: bool) -> nn.Module:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx as flax_nnx
+from steps import CASE, NnxModel, one_step
 
 from bnverify.adapters.batches import classes
 from bnverify.adapters.explain import SubjectError
@@ -16,37 +17,14 @@ from bnverify.adapters.linen import linen
 from bnverify.adapters.nnx import nnx
 from bnverify.case import Case
 from bnverify.reference import Model as LinenModel
-from bnverify.subject import State, Subject
-
-CASE = Case.of(
-    3, np.linspace(-2, 2, 15, dtype=np.float32).reshape(5, 3) ** 3, [1.0, -2.0, 0.5, 3.0, 0.0], 0.1
-)
-
-
-def one_step(subject: Subject, case: Case = CASE) -> tuple[State, State, Any]:
-    """Return the state before and after a compiled step, and its info."""
-    before = jax.jit(subject.init)(case.seed, case.x)
-    after, info = jax.jit(subject.step)(before, case.x, case.y, case.lr)
-    return before, after, info
-
-
-class Model(flax_nnx.Module):
-    """Linear -> BatchNorm -> ReLU -> Linear(1), as the reference."""
-
-    def __init__(self, din: int, rngs: Any) -> None:
-        self.first = flax_nnx.Linear(din, 8, rngs=rngs)
-        self.norm = flax_nnx.BatchNorm(8, rngs=rngs)
-        self.last = flax_nnx.Linear(8, 1, rngs=rngs)
-
-    def __call__(self, x: Any) -> Any:
-        return self.last(flax_nnx.relu(self.norm(self.first(x))))
+from bnverify.subject import State
 
 
 class Counter(flax_nnx.Variable):
     """A variable of the user's own."""
 
 
-class Noisy(Model):
+class Noisy(NnxModel):
     """The same with dropout, a counter and an intermediate value."""
 
     def __init__(self, din: int, rngs: Any) -> None:
@@ -84,7 +62,7 @@ IMAGES: dict[str, Any] = {
 
 def test_the_parts_are_plain_trees() -> None:
     """Params and statistics are nested dicts with the module's own names."""
-    before, after, _ = one_step(nnx(Model))
+    before, after, _ = one_step(nnx(NnxModel))
     shapes = jax.tree_util.tree_map(jnp.shape, after)
     assert shapes.params == {
         "first": {"bias": (8,), "kernel": (3, 8)},
@@ -103,7 +81,7 @@ def test_the_step_is_linens_from_the_same_numbers() -> None:
     def renamed(tree: Any) -> Any:
         return {names[name]: leaves for name, leaves in tree.items()}
 
-    theirs, ours = linen(LinenModel()), nnx(Model)
+    theirs, ours = linen(LinenModel()), nnx(NnxModel)
     before, after, info = one_step(theirs)
     start = State(renamed(before.params), renamed(before.batch_stats), before.opt_state)
     got, got_info = jax.jit(ours.step)(start, CASE.x, CASE.y, CASE.lr)
@@ -119,7 +97,7 @@ def test_the_step_is_linens_from_the_same_numbers() -> None:
 
 def test_layers_are_found() -> None:
     """Momentum, the bias before the normalisation and the layer's input need no declaring."""
-    subject = nnx(Model)
+    subject = nnx(NnxModel)
     assert subject.momentum == 0.99
     assert subject.biases_before_norm == ("first/bias",)
     before, after, _ = one_step(subject)
@@ -133,9 +111,9 @@ def test_layers_are_found() -> None:
 def test_the_library_is_left_as_it_was() -> None:
     """Noting calls changes nnx's classes for the time only, also where the call raises."""
     before = [flax_nnx.BatchNorm.__call__, flax_nnx.Linear.__call__]
-    nnx(Model)
+    nnx(NnxModel)
     with pytest.raises(SubjectError, match="contracting"):
-        nnx(lambda rngs: Model(5, rngs=rngs), features=3)
+        nnx(lambda rngs: NnxModel(5, rngs=rngs), features=3)
     assert [flax_nnx.BatchNorm.__call__, flax_nnx.Linear.__call__] == before
 
 
@@ -149,7 +127,7 @@ def test_random_streams_and_variables_go_on_in_extra() -> None:
     assert step(before, CASE.x, CASE.y, 0.0)[1].loss == info.loss
     assert step(after, CASE.x, CASE.y, 0.0)[1].loss != info.loss
     assert "row_order_changes_nothing" in subject.exempt
-    assert nnx(Model).exempt == {}
+    assert nnx(NnxModel).exempt == {}
 
 
 def test_a_train_argument_is_found() -> None:
@@ -164,7 +142,7 @@ def test_a_train_argument_is_found() -> None:
 
 def test_evaluation_leaves_the_statistics() -> None:
     """In eval mode the running statistics are read, not written."""
-    subject = nnx(Model)
+    subject = nnx(NnxModel)
     _, after, _ = one_step(subject)
     assert subject.after_eval is not None
     left = subject.after_eval(after, CASE.x, CASE.y)
@@ -174,9 +152,9 @@ def test_evaluation_leaves_the_statistics() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        Model,
-        lambda features, rngs: Model(din=features, rngs=rngs),
-        lambda size, streams: Model(rngs=streams, din=size),
+        NnxModel,
+        lambda features, rngs: NnxModel(din=features, rngs=rngs),
+        lambda size, streams: NnxModel(rngs=streams, din=size),
     ],
 )
 def test_the_number_of_features_is_passed_whatever_it_is_called(make: Callable[..., Any]) -> None:
@@ -188,18 +166,18 @@ def test_the_number_of_features_is_passed_whatever_it_is_called(make: Callable[.
 def test_a_maker_of_one_size_needs_that_size() -> None:
     """Where D is not asked for, the subject must say which D it accepts."""
     with pytest.raises(ValueError, match="pass features=D"):
-        nnx(lambda rngs: Model(3, rngs))
-    assert nnx(lambda rngs: Model(3, rngs), features=3).features == (3,)
+        nnx(lambda rngs: NnxModel(3, rngs))
+    assert nnx(lambda rngs: NnxModel(3, rngs), features=3).features == (3,)
 
 
 def test_a_maker_with_other_parameters_is_refused() -> None:
     """What to pass for a second size is not guessed."""
     with pytest.raises(ValueError, match=r"din, hidden, rngs.*wrap it in a lambda"):
-        nnx(lambda din, hidden, rngs: Model(din + hidden, rngs))
+        nnx(lambda din, hidden, rngs: NnxModel(din + hidden, rngs))
 
 
 def test_statistics_are_carried_by_pattern() -> None:
     """BatchStat that the user names are no averages to the laws, and still used."""
-    _, after, info = one_step(nnx(Model, carried=["norm/var"]))
+    _, after, info = one_step(nnx(NnxModel, carried=["norm/var"]))
     assert list(after.batch_stats["norm"]) == ["mean"]
-    assert info.loss == one_step(nnx(Model))[2].loss
+    assert info.loss == one_step(nnx(NnxModel))[2].loss

@@ -8,38 +8,18 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx as flax_nnx
+from steps import CASE, NnxModel, one_step
 
 from bnverify.adapters.explain import SubjectError
 from bnverify.adapters.nnx import nnx
 from bnverify.adapters.nnx_loop import nnx_loop
-from bnverify.case import Case
-from bnverify.subject import State, Subject
+from bnverify.subject import State
 
-CASE = Case.of(
-    3, np.linspace(-2, 2, 15, dtype=np.float32).reshape(5, 3) ** 3, [1.0, -2.0, 0.5, 3.0, 0.0], 0.1
-)
 HOLDS_MODEL = hasattr(flax_nnx.Optimizer, "split")  # to flax 0.10
 
 
-def one_step(subject: Subject, case: Case = CASE) -> tuple[State, State, Any]:
-    """Return the state before and after a compiled step, and its info."""
-    before = jax.jit(subject.init)(case.seed, case.x)
-    after, info = jax.jit(subject.step)(before, case.x, case.y, case.lr)
-    return before, after, info
-
-
-class Model(flax_nnx.Module):
-    def __init__(self, din: int, rngs: Any) -> None:
-        self.first = flax_nnx.Linear(din, 8, rngs=rngs)
-        self.norm = flax_nnx.BatchNorm(8, rngs=rngs)
-        self.last = flax_nnx.Linear(8, 1, rngs=rngs)
-
-    def __call__(self, x: Any) -> Any:
-        return self.last(flax_nnx.relu(self.norm(self.first(x))))
-
-
 def make(din: int, rngs: Any, lr: float) -> Any:
-    model = Model(din, rngs)
+    model = NnxModel(din, rngs)
     return model, flax_nnx.Optimizer(model, optax.adam(lr), wrt=flax_nnx.Param)
 
 
@@ -65,7 +45,7 @@ def eval_step(model: Any, batch: Any) -> Any:
 
 def test_a_mutating_loop_is_the_canonical_step() -> None:
     """From the same numbers the user's loop does what the canonical step around its model does."""
-    loop, canonical = nnx_loop(make, train_step, eval_step), nnx(Model, optimizer=optax.adam)
+    loop, canonical = nnx_loop(make, train_step, eval_step), nnx(NnxModel, optimizer=optax.adam)
     before, after, info = one_step(loop)
     start = State(before.params, before.batch_stats, before.opt_state)
     expected, expected_info = jax.jit(canonical.step)(start, CASE.x, CASE.y, CASE.lr)
@@ -101,7 +81,7 @@ def test_an_optimizer_over_statistics_keeps_its_own_tree() -> None:
     """Initialised over BatchStat too, its state is not that of the params, and shows it."""
 
     def over_all(din: int, rngs: Any) -> Any:
-        model = Model(din, rngs)
+        model = NnxModel(din, rngs)
         wrt = (flax_nnx.Param, flax_nnx.BatchStat)
         return model, flax_nnx.Optimizer(model, optax.adam(0.1), wrt=wrt)
 
@@ -171,7 +151,7 @@ def test_a_loop_that_switches_by_itself_is_left_to_it() -> None:
 def test_what_make_must_return_is_said() -> None:
     """A model alone is not a loop."""
     with pytest.raises(ValueError, match="make must return"):
-        nnx_loop(Model, train_step, eval_step)
+        nnx_loop(NnxModel, train_step, eval_step)
     with pytest.raises(ValueError, match="pass features=D"):
         nnx_loop(lambda rngs: make(3, rngs, 0.1), train_step, eval_step)
 

@@ -10,24 +10,14 @@ import numpy as np
 import optax
 import pytest
 from flax.training import dynamic_scale, train_state
+from steps import CASE, one_step
 
 from bnverify import reference
 from bnverify.adapters import train_state as adapter
 from bnverify.adapters.explain import SubjectError
-from bnverify.case import Case
-from bnverify.subject import State, Subject
+from bnverify.subject import Subject
 
-CASE = Case.of(
-    3, np.linspace(-2, 2, 15, dtype=np.float32).reshape(5, 3) ** 3, [1.0, -2.0, 0.5, 3.0, 0.0], 0.1
-)
 adapt = adapter.train_state
-
-
-def one_step(subject: Subject, case: Case = CASE) -> tuple[State, State, Any]:
-    """Return the state before and after a compiled step, and its info."""
-    before = jax.jit(subject.init)(case.seed, case.x)
-    after, info = jax.jit(subject.step)(before, case.x, case.y, case.lr)
-    return before, after, info
 
 
 class TrainState(train_state.TrainState):
@@ -45,7 +35,9 @@ def create(rng: Any, lr: float) -> TrainState:
     )
 
 
-def gradients(state: TrainState, batch: Any) -> Any:
+def loss_of(state: TrainState, batch: Any) -> Any:
+    """Return the training loss with the new statistics, a function of params."""
+
     def loss_fn(params: Any) -> Any:
         out, updates = state.apply_fn(
             {"params": params, "batch_stats": state.batch_stats},
@@ -55,7 +47,11 @@ def gradients(state: TrainState, batch: Any) -> Any:
         )
         return jnp.mean((out.reshape(-1) - batch["label"]) ** 2), updates
 
-    return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    return loss_fn
+
+
+def gradients(state: TrainState, batch: Any) -> Any:
+    return jax.value_and_grad(loss_of(state, batch), has_aux=True)(state.params)
 
 
 def train_step(state: TrainState, batch: Any) -> Any:
@@ -315,16 +311,7 @@ def test_dynamic_loss_scaling_is_carried() -> None:
         )
 
     def step(state: Scaled, batch: Any) -> Any:
-        def loss_fn(params: Any) -> Any:
-            out, updates = state.apply_fn(
-                {"params": params, "batch_stats": state.batch_stats},
-                batch["image"],
-                train=True,
-                mutable=["batch_stats"],
-            )
-            return jnp.mean((out.reshape(-1) - batch["label"]) ** 2), updates
-
-        grad_fn = state.scale.value_and_grad(loss_fn, has_aux=True)
+        grad_fn = state.scale.value_and_grad(loss_of(state, batch), has_aux=True)
         scale, finite, (loss, updates), grads = grad_fn(state.params)
         after = state.apply_gradients(grads=grads)
         keep = partial(jax.tree_util.tree_map, partial(jnp.where, finite))

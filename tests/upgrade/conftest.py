@@ -1,0 +1,39 @@
+"""What the tests marked `environments` need and a machine may lack: uv, an index that answers."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+
+import pytest
+
+
+@functools.cache
+def lacking() -> str | None:
+    """Return why no environment can be made here; asked once a process, in seconds."""
+    uv = shutil.which("uv")
+    if uv is None:
+        return "uv is not installed"
+    if os.environ.get("UV_OFFLINE"):
+        return None  # as asked: what uv keeps must do
+    done = subprocess.run(
+        [uv, "pip", "compile", "--quiet", "--no-cache", "-"],
+        input="iniconfig\n",
+        env={**os.environ, "UV_HTTP_RETRIES": "1", "UV_HTTP_TIMEOUT": "15"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return None
+    return (
+        f"the package index does not answer (UV_OFFLINE=1: use uv's cache): {done.stderr.strip()}"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Before any fixture: those of a module make environments.
+    if item.get_closest_marker("environments") and (why := lacking()):
+        pytest.skip(why)
