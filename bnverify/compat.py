@@ -10,8 +10,9 @@ import functools
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
+
+from bnverify.lazy import jax
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

@@ -141,15 +141,22 @@ class Judge:
         facts: static facts, see :func:`static_facts`.
         block: how many transitions a stack has.
         optimise: see ``bnverify.compiled.Compiled``.
+        seed: of the draws by which rounding is read.
     """
 
     def __init__(
-        self, subject: Subject, facts: Mapping[str, Any], block: int, *, optimise: bool = False
+        self,
+        subject: Subject,
+        facts: Mapping[str, Any],
+        block: int,
+        *,
+        optimise: bool = False,
+        seed: int = 0,
     ) -> None:
         self.block = block
         self._subject = subject
         self._optimise = optimise
-        self._noise = Noise(subject, optimise=optimise)
+        self._noise = Noise(subject, optimise=optimise, seed=seed)
         self._facts = {name: tuple(value) for name, value in facts.items()}
 
     def residuals(self, t: Transition, laws: Sequence[Law]) -> dict[str, Any]:

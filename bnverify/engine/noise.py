@@ -39,10 +39,12 @@ class Noise:
     Args:
         subject: what is verified.
         optimise: see ``bnverify.compiled.Compiled``.
+        seed: of the draws.
     """
 
-    def __init__(self, subject: Subject, *, optimise: bool = False) -> None:
+    def __init__(self, subject: Subject, *, optimise: bool = False, seed: int = 0) -> None:
         self._subject = subject
+        self._seed = seed
         self._optimise = optimise
         self._programs: dict[Any, Compiled] = {}
 
@@ -75,7 +77,7 @@ class Noise:
         abstract = jax.tree_util.tree_map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (before, case)
         )
-        step = rounding(run, *abstract)
+        step = rounding(run, *abstract, seed=self._seed)
         slope = slope and step.program.out.info.loss is not None
         of_loss = trace(loss, abstract[0].params, *abstract) if slope else None
 

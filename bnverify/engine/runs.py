@@ -24,6 +24,9 @@ Shape = tuple[int, int]
 BETWEEN = (3, 4, 5, 9, 17, 33)
 """Row counts at which a fault of larger batches may show: just beyond each power of two."""
 
+CLEAR = 8.0
+"""Residuals from here on are no accident of the draws by which rounding was read."""
+
 OFTEN = 20  # blocks of a shape: from here on optimising its programs pays
 
 
@@ -71,6 +74,7 @@ class Runs:
         self._domain = _domain(laws)
         self._optimise = plan.blocks > OFTEN
         self._judge = Judge(subject, facts, plan.block, optimise=self._optimise)
+        self._second = Judge(subject, facts, plan.block, optimise=self._optimise, seed=1)
         self.tallies = {law.name: Tally(law) for law in laws}
         self.cases = 0
         self.notes: list[str] = []
@@ -180,30 +184,36 @@ class Runs:
     def _simplify(
         self, tally: Tally, volume: Volume | None, exploration: Exploration, tiny: list[Shape]
     ) -> None:
-        """Put the simplest violating case in place: one that a single call confirms."""
-        assert tally.case is not None
-        law = tally.law
-        stacked = volume if volume is not None and law.name in volume.laws else None
+        """Put the simplest violating case in place: one that is confirmed.
 
-        def violates(case: Case) -> bool:
+        It is by a single call: that stacked and single runs differ is for vmap_equals_loop to
+        judge. And by a second reading of the rounding: among thousands of cases, bred from the
+        worst, one finds the first reading's luck.
+        """
+        law, worst = tally.law, tally.worst or 0.0
+        stacked = volume if volume is not None and law.name in volume.laws else None
+        judges = [self._judge]
+        if "noise" in law.needs and worst < CLEAR:
+            judges.append(self._second)
+
+        def violates(case: Case, judge: Judge = self._judge) -> bool:
             # What was judged together is again: that program exists.
             laws = stacked.judged(case.shape) if stacked is not None else [law]
-            return exploration.residuals(case, laws, eager=True).get(law.name, -1.0) > 1
+            found = exploration.residuals(case, laws, eager=True, judge=judge)
+            return found.get(law.name, -1.0) > 1
 
         if stacked is not None:
-            simplest = stacked.simplify(tally)
-            if violates(simplest):
-                tally.replace(simplest)
+            simplest: Case | None = stacked.simplify(tally)
+        else:
+            simplest = find(tiny, self._domain, violates, self._seed)
+        for case in (simplest, tally.case, tally.worst_case):
+            if case is not None and all(violates(case, judge) for judge in judges):
+                tally.replace(case)
                 return
-        elif (found := find(tiny, self._domain, violates, self._seed)) is not None:
-            tally.replace(found)
-            return
-        if not violates(tally.case):
-            # That stacked and single runs differ is for vmap_equals_loop to judge.
-            tally.dismissed = True
-            self.notes.append(
-                f"{law.name}: beyond its bound under vmap ({tally.worst:.3g}), not in a single call"
-            )
+        tally.dismissed = True
+        self.notes.append(
+            f"{law.name}: beyond its bound in a stack of cases ({worst:.3g}); nothing confirms it"
+        )
 
 
 def _domain(laws: Collection[Law]) -> Domain:

@@ -29,13 +29,15 @@ class Tally:
         triggered: how many cases reached its precondition.
         worst: the largest residual; for a witness law the smallest.
         case: the simplest case that violates it; for a witness law the one that shows it.
-        dismissed: whether no single call confirmed what stacked ones seemed to show.
+        worst_case: the case of the largest residual.
+        dismissed: whether nothing confirmed what stacked runs seemed to show.
     """
 
     law: Law
     triggered: int = 0
     worst: float | None = None
     case: Case | None = None
+    worst_case: Case | None = None
     dismissed: bool = False
     _rank: tuple[float, ...] = field(default=(math.inf,))
 
@@ -50,6 +52,7 @@ class Tally:
         best = residuals[reached].min() if witness else residuals[reached].max()
         if self.worst is None or (best < self.worst if witness else best > self.worst):
             self.worst = float(best)
+            self.worst_case = take(cases, int(np.flatnonzero(residuals == best)[0]))
         if witness and self.shown and self.case is not None:
             return
         wanted = reached if witness else residuals > 1

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 ROWS = 12
 MANY = 16  # terms: from here on n errors that agree stand out from sqrt(n) that do not
+_POINTS = 2**32  # more than a program has: the draws of two seeds have nothing in common
 SIZE = 0.8  # the root mean square of e in units of rounding; that of a real error is near 0.4
 
 # They leave the program, and may not be called for each row.
@@ -69,14 +70,16 @@ class Rows:
 
     Attributes:
         rows: how many coarse runs beside the exact one.
+        seed: of the draws.
         unknown: names of primitives that it cannot evaluate coarsely: what depends on them has
             no known error, and NaN in its rows.
     """
 
-    def __init__(self, rows: int = ROWS) -> None:
+    def __init__(self, rows: int = ROWS, seed: int = 0) -> None:
         self.rows = rows
+        self.seed = seed
         self.unknown: set[str] = set()
-        self._points = 0
+        self._points = seed * _POINTS
 
     def _draw(self, shape: tuple[int, ...]) -> Any:
         """Return e in units of SIZE, for each row and element of ``shape``; 0 in row 0."""

@@ -50,9 +50,10 @@ class Rounding:
         unknown: names of primitives whose rounding is not known; filled by ``evaluate``.
     """
 
-    def __init__(self, program: tracing.Program, rows: int = ROWS) -> None:
+    def __init__(self, program: tracing.Program, rows: int = ROWS, seed: int = 0) -> None:
         self.program = program
         self.rows = rows
+        self.seed = seed
         self.unknown: frozenset[str] = frozenset()
 
     def evaluate(self, *args: Any) -> Rounded:
@@ -68,7 +69,7 @@ class Rounding:
         """
         if jnp.asarray(np.zeros(())).dtype != jnp.float64:
             raise RuntimeError("rounding is read in float64: call within compat.enable_x64()")
-        reading = Rows(self.rows)
+        reading = Rows(self.rows, self.seed)
         results = read(self.program.jaxpr, reading, self._inputs(args))
         types = jax.tree_util.tree_leaves(self.program.out)
         outputs = [
@@ -133,7 +134,7 @@ def _length(rows: Any) -> Any:
     return jnp.where(jnp.isfinite(noise), noise, jnp.inf)
 
 
-def rounding(function: Callable[..., Any], *args: Any, rows: int = ROWS) -> Rounding:
+def rounding(function: Callable[..., Any], *args: Any, rows: int = ROWS, seed: int = 0) -> Rounding:
     """Return the rounding of ``function``, traced on arguments of these types.
 
     Args:
@@ -141,5 +142,6 @@ def rounding(function: Callable[..., Any], *args: Any, rows: int = ROWS) -> Roun
             the dtypes it is to be judged in.
         *args: trees of ``Abstract``, ``jax.ShapeDtypeStruct`` or arrays, of concrete shapes.
         rows: how many coarse runs to take.
+        seed: of their draws.
     """
-    return Rounding(tracing.trace(function, *args), rows)
+    return Rounding(tracing.trace(function, *args), rows, seed)
