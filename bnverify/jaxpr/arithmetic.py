@@ -208,10 +208,11 @@ def _leaves_digits(eqn: Any, position: int) -> bool:
 def faint(dtype: Any) -> float:
     """Return the magnitude below which values of ``dtype`` may stem from what underflowed.
 
-    XLA flushes subnormal numbers of 32 bits to zero, and computes those of 16 in 32 bits.
+    XLA flushes subnormal numbers of 32 bits to zero. It computes those of float16 in 32 bits, where
+    they only lose digits, and each rounding of the rows loses as many.
     """
     info = jnp.finfo(dtype)
-    return float(info.smallest_subnormal if info.nexp < 8 else info.tiny) * 2**16
+    return float(info.smallest_subnormal) if info.nexp < 8 else float(info.tiny) * 2**16
 
 
 def leaves_range(eqn: Any) -> bool:

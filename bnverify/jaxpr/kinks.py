@@ -60,20 +60,21 @@ _MOVES = frozenset(
 )
 
 
+def _column(array: Any, of_row: Callable[[Any], Any]) -> Any:
+    """Return ``of_row`` of the rows' numbers, a column that broadcasts against ``array``."""
+    return of_row(np.arange(array.shape[0])).reshape(-1, *[1] * (array.ndim - 1))
+
+
 def in_doubt(distance: Any, dtype: Any, times: float = FLIP) -> Any:
     """Return for each row whether ``times`` its rounding could take it to the other side of 0.
 
-    It could, too, where the distance is as small as what underflows, but not 0.
+    It could, too, where the distance is as small as what underflows, but not 0. Row 0 has no
+    rounding, and is where it is.
     """
     exact = distance[:1]
     moved = jnp.where(distance == exact, 0, jnp.abs(distance - exact))  # inf - inf is no move
     moved = moved + jnp.where(exact == 0, 0, arithmetic.faint(dtype))
-    return times * moved > jnp.abs(exact)
-
-
-def _column(array: Any, of_row: Callable[[Any], Any]) -> Any:
-    """Return ``of_row`` of the rows' numbers, a column that broadcasts against ``array``."""
-    return of_row(np.arange(array.shape[0])).reshape(-1, *[1] * (array.ndim - 1))
+    return (times * moved > jnp.abs(exact)) & _column(distance, lambda row: row > 0)
 
 
 def coins(array: Any, seed: int) -> Any:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 import bnverify
 from bnverify import zoo
@@ -39,12 +42,22 @@ def test_laws_that_do_not_apply_are_exempt_and_no_others(name: str) -> None:
     assert (EXEMPT[name] in exempt) if name in EXEMPT else not exempt
 
 
+def found(name: str) -> set[str]:
+    """Return the laws that a subject breaks by a fault of the installed Flax: docs/findings.md."""
+    if name != "float16_nnx":
+        return set()
+    norm = nnx.BatchNorm(1, dtype=jnp.float16, rngs=nnx.Rngs(0))
+    norm.var = nnx.BatchStat(jnp.array([1e5]))
+    out = norm(jnp.array([[300.0]], jnp.float16), use_running_average=True)
+    return set() if np.any(out) else {"eval_at_the_batchs_own_moments_is_the_training_loss"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.HOME)
 def test_no_law_objects(name: str) -> None:
-    """A correct step violates nothing."""
+    """A correct step violates nothing; what Flax itself does wrong is found, and nothing else."""
     report = bnverify.verify(getattr(zoo, name)(), FEW)
-    violated = [
-        (e.law, e.reason, e.counterexample) for e in report.results if e.status == "violated"
-    ]
-    assert violated == []
+    violated = {
+        e.law: (e.reason, e.counterexample) for e in report.results if e.status == "violated"
+    }
+    assert set(violated) == found(name), violated
