@@ -195,6 +195,30 @@ def test_a_kink_that_rounding_may_pass_counts_on_both_sides():
     assert (noise < 1e-5).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "kinked",
+    [
+        lambda x: jnp.maximum(x, 0),
+        lambda x: jnp.minimum(x, 0),
+        lambda x: jnp.where(x > 0, x, 0),
+        jnp.sign,
+        lambda x: jnp.clip(x, -0.25, 0.25),
+    ],
+    ids=["max", "min", "where", "sign", "clip"],
+)
+def test_at_a_kink_the_exact_run_stays_exact(kinked, dtype):
+    """However near to it a value lies, what rounding may do is for the other rows to say."""
+    x = normal(CASES, 1) * np.float32(10.0) ** RNG.integers(-9, 1, (CASES, 1)).astype(np.float32)
+
+    def function(x):
+        return kinked(x.astype(dtype) * jnp.asarray(1.5, dtype))
+
+    _, exact, _, _ = claim(function, x)
+    with enable_x64():
+        np.testing.assert_array_equal(exact, kinked(jnp.asarray(x, jnp.float64) * 1.5))
+
+
 def test_an_exact_zero_is_no_kink_to_rounding():
     """A unit that is off because its input is 0 stays off, whatever the rounding."""
     _, exact, noise, _ = claim(
