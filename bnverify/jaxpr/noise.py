@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnverify.jaxpr import arithmetic, draws, kinks, loops
+from bnverify.jaxpr.convolution import convolve
 from bnverify.jaxpr.interpreter import hides_code
 from bnverify.jaxpr.values import Value, is_float, widen, widen_params
 
@@ -140,6 +141,10 @@ class Rows:
         def bind(*arrays: Any) -> list[Any]:
             if eqn.primitive.name in _SCATTERS:
                 return [_scatter(eqn.primitive.name, params, arrays)]
+            if eqn.primitive.name == "conv_general_dilated":
+                product = convolve(*arrays, **params)
+                if product is not None:
+                    return [product]
             out = eqn.primitive.bind(*arrays, **params)
             return list(out) if eqn.primitive.multiple_results else [out]
 
