@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from steps import CASE, one_step
+from adapted_steps import CASE, one_step
 
 from bnverify import reference
 from bnverify.adapters.batches import classes

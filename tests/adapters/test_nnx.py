@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from adapted_steps import CASE, NnxModel, one_step
 from flax import nnx as flax_nnx
-from steps import CASE, NnxModel, one_step
 
 from bnverify.adapters.batches import classes
 from bnverify.adapters.explain import SubjectError

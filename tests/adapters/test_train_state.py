@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from adapted_steps import CASE, one_step
 from flax.training import dynamic_scale, train_state
-from steps import CASE, one_step
 
 from bnverify import reference
 from bnverify.adapters import train_state as adapter
