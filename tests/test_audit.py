@@ -135,6 +135,7 @@ def test_the_example_misses_what_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sorted(os.listdir()) == before
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_the_whole_list_of_what_the_example_misses_is_right(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -54,6 +54,7 @@ def checked(project: Path, laws: tuple[str, ...]) -> bnverify.Report:
             sys.modules.pop(name, None)
 
 
+@pytest.mark.once  # the README shows one release's; the adapters are tested on every one
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROJECTS)
 def test_a_project_is_right_until_its_mistake_is_planted(name: str, tmp_path: Path) -> None:
@@ -95,6 +96,7 @@ def without_numbers(line: str) -> str:
     return re.sub(r"-?\d[\d.e+]*", "#", line.strip())
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.docs
 def test_the_readme_shows_what_the_terminal_prints(tmp_path: Path) -> None:

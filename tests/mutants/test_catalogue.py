@@ -117,6 +117,7 @@ def shows(faulty: Subject, x: Any, y: Any) -> bool:
     return False
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", SHOWING)
 def test_every_fault_shows_on_a_simple_batch(name: str) -> None:
     """A fault that no simple input shows would be a second correct step, or a survivor."""
