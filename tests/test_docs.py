@@ -51,6 +51,7 @@ def plain(line: str) -> str:
     return re.sub(r"profile \w+|; [\d,]+ cases in [\d.]+ s", "", line)
 
 
+@pytest.mark.once
 def test_the_readme_shows_what_check_prints() -> None:
     """The block below the first command holds lines of its output, in their order."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -178,6 +178,7 @@ LAWS_OF_EACH_KIND = (
 )
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_the_merged_report_is_that_of_one_machine(
     folder: Path, capsys: pytest.CaptureFixture[str]

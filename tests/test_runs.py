@@ -15,6 +15,9 @@ from bnverify.engine.runs import CLEAR
 LAW = "row_order_changes_nothing"
 
 
+pytestmark = pytest.mark.once
+
+
 @pytest.fixture
 def shrunk(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that makes the noise smaller than it is, for the draws of some seeds."""

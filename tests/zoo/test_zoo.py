@@ -43,7 +43,7 @@ def test_laws_that_do_not_apply_are_exempt_and_no_others(name: str) -> None:
 
 
 # One of each sort that a release can treat in its own way: an adapter, an interpreter's body, a dtype.
-EVERYWHERE = {"mlp_nnx", "synchronised", "float16_nnx", "spectral", "vit", "scanned", "while_loop"}
+EVERYWHERE = {"mlp_nnx", "synchronised", "float16_nnx", "spectral", "scanned", "while_loop"}
 
 
 def found(name: str) -> set[str]:
