@@ -22,7 +22,8 @@ class Evidence:
             "held": in ``cases`` cases; "violated": by ``counterexample``; "untriggered":
             no case reached its precondition; "exempt": it does not apply, ``reason`` says why.
         cases: how many cases reached the law's precondition.
-        residual: the worst error in units of the error allowed; None where none was measured.
+        residual: the worst error in units of the error allowed; None where none was measured, or
+            the worst was not confirmed.
         reason: one line, what the status rests on.
         counterexample: a script that shows the violation when pasted and run.
         diagnosis: the likely mistake and its mend.

@@ -97,7 +97,8 @@ class Runs:
         found = []
         for tally in self.tallies.values():
             status, reason = _verdict(tally)
-            law, worst = tally.law, tally.worst if status != "untriggered" else None
+            law = tally.law
+            worst = None if status == "untriggered" or tally.dismissed else tally.worst
             if self._refusal and not tally.triggered:
                 reason = f"not to be seen of a step that does not trace: {self._refusal}"
             said = "; ".join(text for text in (reason, self._note) if text)
@@ -211,9 +212,6 @@ class Runs:
                 tally.replace(case)
                 return
         tally.dismissed = True
-        self.notes.append(
-            f"{law.name}: beyond its bound in a stack of cases ({worst:.3g}); nothing confirms it"
-        )
 
 
 def _domain(laws: Collection[Law]) -> Domain:
@@ -226,14 +224,15 @@ def _domain(laws: Collection[Law]) -> Domain:
 
 
 def _verdict(tally: Tally) -> tuple[Status, str]:
-    if tally.violated and tally.law.kind == "witness":
+    witness = tally.law.kind == "witness"
+    if tally.violated and witness:
         return "violated", f"{tally.triggered} cases, none of which shows it"
     if tally.violated:
         return "violated", f"off by {tally.worst:.3g} times the error allowed"
     if tally.worst is None:
         return "untriggered", "no case reached its precondition"
-    if tally.law.kind == "witness":
-        if tally.shown:
-            return "held", "shown by a case"
+    if witness and not tally.shown:
         return "untriggered", f"not shown by {tally.triggered} cases; {ENOUGH} would decide"
-    return "held", ""
+    if tally.dismissed:
+        return "held", f"{tally.worst:.3g} times the error allowed in a stack; nothing confirms it"
+    return "held", "shown by a case" if witness else ""
