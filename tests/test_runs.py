@@ -1,7 +1,8 @@
-"""What stacked runs seem to show is confirmed before it is said."""
+"""Stacks are as large as the model allows, and what they seem to show is confirmed."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from bnverify import reference, verify
+from bnverify.engine import budget
+from bnverify.engine.budget import Budget
 from bnverify.engine.noise import Known, Noise
 from bnverify.engine.runs import CLEAR
 
@@ -54,3 +57,39 @@ def test_what_other_draws_confirm_is_violated(shrunk: Any) -> None:
     assert evidence.status == "violated"
     assert 1 < (evidence.residual or 0) < CLEAR
     assert evidence.counterexample
+
+
+def test_small_models_are_stacked_as_asked() -> None:
+    """The reference's steps cost nothing: neither its stacks nor its rows are fewer."""
+    small = Budget(reference.sgd(), 512)
+    assert small.block((2, 4)) == 512
+    assert small.rows(4) is None
+
+
+def test_a_stack_of_more_rows_holds_fewer_cases() -> None:
+    """Memory is kept to, down to one case: a hundred thousand rows need it all."""
+    small = Budget(reference.sgd(), 512)
+    sizes = [small.block((rows, 4)) for rows in (1, 64, 1000, 100_000)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 1
+
+
+def test_a_step_that_nobody_can_count_is_stacked_as_asked() -> None:
+    """One that JAX does not trace has no operations that could be counted."""
+
+    def refuse(*_: Any) -> Any:
+        raise TypeError
+
+    silent = dataclasses.replace(reference.sgd(), step=refuse)
+    assert Budget(silent, 512).block((64, 4)) == 512
+
+
+def test_a_large_model_has_fewer_cases_of_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the report says so; each shape still has ten cases."""
+    monkeypatch.setattr(budget, "LARGE", 1.0)
+    monkeypatch.setattr(budget, "BYTES", 2e5)
+    report = verify(reference.sgd(), "quick", select=["batch_stats_change_only_by_ema"], seed=1)
+    assert [note for note in report.notes if note.startswith("a large model: cases of at most")]
+    assert 40 <= report.cases < 256
+    (evidence,) = report.results
+    assert evidence.status == "held"

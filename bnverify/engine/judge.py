@@ -133,13 +133,13 @@ _PROGRAMS: dict[Any, Compiled] = {}
 class Judge:
     """Residuals of laws on transitions of one subject, with the step's rounding as tolerance.
 
-    Everything is compiled for stacks of ``block`` transitions, whatever is asked, so that one
+    Transitions of one shape are compiled for stacks of one size, whatever is asked, so that one
     program serves stacked and single runs.
 
     Args:
         subject: what is verified.
         facts: static facts, see :func:`static_facts`.
-        block: how many transitions a stack has.
+        block: how many transitions a stack has; or a function from their shape (N, D) to it.
         optimise: see ``bnverify.compiled.Compiled``.
         seed: of the draws by which rounding is read.
     """
@@ -148,12 +148,12 @@ class Judge:
         self,
         subject: Subject,
         facts: Mapping[str, Any],
-        block: int,
+        block: int | Callable[[tuple[int, int]], int],
         *,
         optimise: bool = False,
         seed: int = 0,
     ) -> None:
-        self.block = block
+        self.block = block if callable(block) else lambda shape: block
         self._subject = subject
         self._optimise = optimise
         self._noise = Noise(subject, optimise=optimise, seed=seed)
@@ -181,9 +181,10 @@ class Judge:
     def each(self, transitions: Sequence[Transition], laws: Sequence[Law]) -> list[dict[str, Any]]:
         """Return law name -> residual, a float, for each of some transitions of one shape."""
         found: list[dict[str, Any]] = []
-        for start in range(0, len(transitions), self.block):
-            part = list(transitions[start : start + self.block])
-            filled = part + [part[0]] * (self.block - len(part))
+        block = self.block(transitions[0].case.shape)
+        for start in range(0, len(transitions), block):
+            part = list(transitions[start : start + block])
+            filled = part + [part[0]] * (block - len(part))
             stacked = jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *filled)
             out = self.residuals(stacked, laws)
             found += [{name: float(v[i]) for name, v in out.items()} for i in range(len(part))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from bnverify import strategies
 from bnverify.case import Case, Domain
+from bnverify.engine.budget import Budget
 from bnverify.engine.exploration import CALLS, Exploration, draw, find
 from bnverify.engine.judge import Judge, judged
 from bnverify.engine.tally import ENOUGH, Tally, stack
@@ -26,6 +28,9 @@ BETWEEN = (3, 4, 5, 9, 17, 33)
 
 CLEAR = 8.0
 """Residuals from here on are no accident of the draws by which rounding was read."""
+
+FEWEST = 10
+"""Cases of a shape, however few a stack of a large model holds."""
 
 OFTEN = 20  # blocks of a shape: from here on optimising its programs pays
 
@@ -73,8 +78,9 @@ class Runs:
         self._refusal = refusal
         self._domain = _domain(laws)
         self._optimise = plan.blocks > OFTEN
-        self._judge = Judge(subject, facts, plan.block, optimise=self._optimise)
-        self._second = Judge(subject, facts, plan.block, optimise=self._optimise, seed=1)
+        self._budget = Budget(subject, plan.block)
+        self._judge = Judge(subject, facts, self._budget.block, optimise=self._optimise)
+        self._second = Judge(subject, facts, self._budget.block, optimise=self._optimise, seed=1)
         self.tallies = {law.name: Tally(law) for law in laws}
         self.cases = 0
         self.notes: list[str] = []
@@ -116,10 +122,14 @@ class Runs:
         size = tiny + self._plan.shapes
         pool = strategies.shape_pool(self._seed, domain=self._domain, features=features, size=size)
         width = features[0] if features else 4
-        return list(pool[:tiny][-self._plan.tiny :]), [
-            *pool[tiny:],
-            *((rows, width) for rows in self._plan.large),
+        further = [*pool[tiny:], *((rows, width) for rows in self._plan.large)]
+        affordable = [
+            (min(rows, self._budget.rows(features) or rows), features) for rows, features in further
         ]
+        if affordable != further:
+            most = max(rows for rows, _ in affordable)
+            self.notes.append(f"a large model: cases of at most {most} rows")
+        return list(pool[:tiny][-self._plan.tiny :]), list(dict.fromkeys(affordable))
 
     def _stack(self, shapes: list[Shape], rng: np.random.Generator) -> Volume | None:
         laws = judged((tally.law for tally in self.tallies.values()), NEEDS)
@@ -132,7 +142,8 @@ class Runs:
         for rows, features in shapes:
             self._tell(f"stacked cases of shape ({rows}, {features})", self.cases)
             try:
-                self._block(volume, (rows, features), plan.blocks, rng)
+                blocks = math.ceil(FEWEST / self._judge.block((rows, features)))
+                self._block(volume, (rows, features), max(plan.blocks, blocks), rng)
             except Exception as error:  # noqa: BLE001 - whatever a user's code raises under vmap
                 line = (str(error).strip().splitlines() or [""])[0]
                 self.notes.append(f"not run under vmap: {type(error).__name__}: {line}")

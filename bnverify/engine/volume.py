@@ -38,7 +38,7 @@ class Volume:
     Args:
         subject: what is verified.
         laws: the laws to judge, all of whose needs are in ``NEEDS``.
-        judge: judges them; its block is how many cases a call stacks.
+        judge: judges them, and says how many cases a call stacks.
         domain: where cases are drawn from.
         optimise: whether the programs run often enough to be worth optimising.
     """
@@ -53,7 +53,6 @@ class Volume:
         optimise: bool = False,
     ) -> None:
         self.laws = frozenset(law.name for law in laws)
-        self.block = judge.block
         self.domain = domain
         self._laws = laws
         self._calls = Calls(subject, "stacked", optimise=optimise)
@@ -72,7 +71,7 @@ class Volume:
     def outcome(self, before: State, case: Case) -> Outcome:
         """Return what the step gives for one state and case when it is run in a stack."""
         state, cases = jax.tree_util.tree_map(
-            lambda leaf: np.stack([leaf] * self.block), (before, case)
+            lambda leaf: np.stack([leaf] * self._judge.block(case.shape)), (before, case)
         )
         outcome = self._calls.step(state, cases)
         outcome = outcome._replace(eval_loss=self._calls.evaluate(outcome.state, cases))
@@ -87,11 +86,12 @@ class Volume:
         Half of every block after the first is bred from the worst cases before it.
         """
         worst: dict[str, tuple[float, Case]] = {}
+        block = self._judge.block(shape)
         for _ in range(count):
-            cases = stacked_cases(rng, shape, self.block, self.domain)
+            cases = stacked_cases(rng, shape, block, self.domain)
             if worst:
                 parents = [case for _, case in worst.values()]
-                cases = _overlay(cases, breed(parents, self.block // 2, rng, self.domain))
+                cases = _overlay(cases, breed(parents, block // 2, rng, self.domain))
             residuals = self.residuals(cases)
             for name, values in residuals.items():
                 finite = np.where(np.isfinite(values), values, -1.0)
@@ -104,11 +104,12 @@ class Volume:
         """Return a case of the same shape that violates the same law and reads easier."""
         assert tally.case is not None
         best, name = tally.case, tally.law.name
+        block = self._judge.block(best.shape)
         for _ in range(rounds):
-            candidates = sorted(simpler(best), key=complexity)[: self.block]
+            candidates = sorted(simpler(best), key=complexity)[:block]
             if not candidates:
                 break
-            filled = stack([candidates[i % len(candidates)] for i in range(self.block)])
+            filled = stack([candidates[i % len(candidates)] for i in range(block)])
             found = self.residuals(filled)[name]
             values = np.nan_to_num(found[: len(candidates)], nan=np.inf)
             failing = np.flatnonzero(values > 1)

@@ -1,0 +1,77 @@
+"""How many cases a call stacks, and of how many rows: as many as the model's own size allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bnverify.jaxpr.noise import ROWS
+from bnverify.lazy import jax
+from bnverify.subject import Subject
+
+OPERATIONS = 2e10
+"""Operations of one stacked call: some twenty seconds of a core in float64."""
+
+BYTES = 4e9
+"""Bytes that they read and write; where convolutions are read as products, as many may be held."""
+
+LARGE = 1e6
+"""Operations of one row that make a model a large one; the reference takes a few hundred."""
+
+
+class Budget:
+    """What a subject's stacks may hold.
+
+    Args:
+        subject: what is verified.
+        block: the most cases in a stack.
+    """
+
+    def __init__(self, subject: Subject, block: int) -> None:
+        self._subject = subject
+        self._block = block
+        self._known: dict[int, tuple[float, float]] = {}
+
+    def block(self, shape: tuple[int, int]) -> int:
+        """Return how many cases of a shape (N, D) are stacked: one at least."""
+        rows, features = shape
+        operations, moved = self._row(features)
+        share = rows * max(operations / OPERATIONS, moved / BYTES)
+        return self._block if share * self._block <= 1 else max(1, int(1 / share))
+
+    def rows(self, features: int) -> int | None:
+        """Return the most rows of a case of a large model, None for others.
+
+        One of so many takes four times the operations of a stack, or all its bytes.
+        """
+        operations, moved = self._row(features)
+        if operations < LARGE * (1 + ROWS):
+            return None
+        return max(2, int(1 / max(operations / OPERATIONS / 4, moved / BYTES)))
+
+    def _row(self, features: int) -> tuple[float, float]:
+        """Return the operations and the bytes of one row with its rounding; 0 where unknown."""
+        if features not in self._known:
+            rows = 2
+            operations, moved = _cost(self._subject, (rows, features))
+            self._known[features] = (1 + ROWS) / rows * operations, (1 + ROWS) / rows * moved
+        return self._known[features]
+
+
+def _cost(subject: Subject, shape: tuple[int, int]) -> tuple[float, float]:
+    """Return the operations and the bytes of a step and an evaluation, before optimisation."""
+    number: Any = jax.ShapeDtypeStruct((), "float32")
+    x = jax.ShapeDtypeStruct(shape, "float32")
+    y = jax.ShapeDtypeStruct(shape[:1], "float32")
+
+    def run(state: Any, x: Any, y: Any, lr: Any) -> Any:
+        after, info = subject.step(state, x, y, lr)
+        return after, info, subject.evaluate(after, x, y)
+
+    try:
+        state = jax.eval_shape(subject.init, jax.ShapeDtypeStruct((), "int32"), x)
+        found = jax.jit(run).lower(state, x, y, number).cost_analysis()
+    except Exception:  # noqa: BLE001 - a user's step may not trace, a release may not count
+        return 0.0, 0.0
+    costs = found[0] if isinstance(found, list) else found  # a list to jax 0.4
+    costs = costs or {}
+    return float(costs.get("flops", 0.0)), float(costs.get("bytes accessed", 0.0))
