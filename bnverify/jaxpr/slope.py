@@ -151,7 +151,8 @@ def directional_derivative(
         (values[-i] - values[i]) / (2 * h * POINTS[-i]) for i in range(1, 1 + len(POINTS) // 2)
     )
     slope = (4 * narrow - wide) / 3
-    bent = jnp.maximum(jnp.abs(slope - near) - 2 * error / (NEAR * h), 0)
+    # Twice, since the nearer difference is not exact either.
+    bent = 2 * jnp.maximum(jnp.abs(slope - near) - 2 * error / (NEAR * h), 0)
     allowed = jnp.maximum(jnp.abs(wide - narrow), bent) + 4 * error / h
     return Slope(slope, allowed, jnp.isfinite(slope) & jnp.isfinite(allowed))
 
