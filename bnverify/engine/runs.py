@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,13 +123,15 @@ class Runs:
         pool = strategies.shape_pool(self._seed, domain=self._domain, features=features, size=size)
         width = features[0] if features else 4
         further = [*pool[tiny:], *((rows, width) for rows in self._plan.large)]
-        affordable = [
-            (min(rows, self._budget.rows(features) or rows), features) for rows, features in further
-        ]
-        if affordable != further:
-            most = max(rows for rows, _ in affordable)
+        return self._affordable(pool[:tiny][-self._plan.tiny :]), self._affordable(further)
+
+    def _affordable(self, shapes: Sequence[Shape]) -> list[Shape]:
+        """Return the shapes with as many rows as can be run, and say so where these are fewer."""
+        found = [(min(rows, self._budget.rows(width) or rows), width) for rows, width in shapes]
+        if found != list(shapes):
+            most = max(rows for rows, _ in found)
             self.notes.append(f"a large model: cases of at most {most} rows")
-        return list(pool[:tiny][-self._plan.tiny :]), list(dict.fromkeys(affordable))
+        return list(dict.fromkeys(found))
 
     def _stack(self, shapes: list[Shape], rng: np.random.Generator) -> Volume | None:
         laws = judged((tally.law for tally in self.tallies.values()), NEEDS)
