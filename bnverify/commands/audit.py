@@ -122,10 +122,10 @@ def _write(
     args: argparse.Namespace, found: Audit | TestsAudit, faults: Sequence[Mutant | Transplant]
 ) -> None:
     """Write the findings as JSON; those of a shard with what `bnverify merge` needs."""
-    from bnverify.engine.verify import versions
-
     text = found.to_json()
     if args.shard:
+        from bnverify.engine.verify import versions
+
         text = Shard.parse(args.shard).stamp(
             text,
             [fault.name for fault in faults],

@@ -59,7 +59,7 @@ class Budget:
 
 def _cost(subject: Subject, shape: tuple[int, int]) -> tuple[float, float]:
     """Return the operations and the bytes of a step and an evaluation, before optimisation."""
-    number: Any = jax.ShapeDtypeStruct((), "float32")
+    lr = jax.ShapeDtypeStruct((), "float32")
     x = jax.ShapeDtypeStruct(shape, "float32")
     y = jax.ShapeDtypeStruct(shape[:1], "float32")
 
@@ -69,9 +69,8 @@ def _cost(subject: Subject, shape: tuple[int, int]) -> tuple[float, float]:
 
     try:
         state = jax.eval_shape(subject.init, jax.ShapeDtypeStruct((), "int32"), x)
-        found = jax.jit(run).lower(state, x, y, number).cost_analysis()
+        found = jax.jit(run).lower(state, x, y, lr).cost_analysis()
     except Exception:  # noqa: BLE001 - a user's step may not trace, a release may not count
         return 0.0, 0.0
-    costs = found[0] if isinstance(found, list) else found  # a list to jax 0.4
-    costs = costs or {}
+    costs = found or {}
     return float(costs.get("flops", 0.0)), float(costs.get("bytes accessed", 0.0))

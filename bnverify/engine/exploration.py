@@ -76,12 +76,7 @@ class Exploration:
         self._eager = Calls(subject, "eager")
 
     def residuals(
-        self,
-        case: Case,
-        laws: Sequence[Law] = (),
-        *,
-        eager: bool = False,
-        judge: Judge | None = None,
+        self, case: Case, laws: Sequence[Law] = (), *, eager: bool = False
     ) -> dict[str, float]:
         """Return law name -> residual of one case, for every law that it can be held to.
 
@@ -89,15 +84,11 @@ class Exploration:
             case: the case.
             laws: which laws; empty: all.
             eager: whether to run it uncompiled too.
-            judge: another than that of the other cases.
         """
-        return self.all_residuals([(case, eager)], laws, judge)[0]
+        return self.all_residuals([(case, eager)], laws)[0]
 
     def all_residuals(
-        self,
-        cases: Iterable[tuple[Case, bool]],
-        laws: Sequence[Law] = (),
-        judge: Judge | None = None,
+        self, cases: Iterable[tuple[Case, bool]], laws: Sequence[Law] = ()
     ) -> list[dict[str, float]]:
         """Return what ``residuals`` gives for each of some cases, in order.
 
@@ -106,9 +97,7 @@ class Exploration:
         Args:
             cases: pairs of a case and whether to run it uncompiled too.
             laws: which laws; empty: all.
-            judge: see ``residuals``.
         """
-        judge = judge or self._judge
         chosen = laws or self._laws
         alike: dict[Any, list[tuple[int, Transition]]] = {}
         for index, (case, eager) in enumerate(cases):
@@ -116,7 +105,7 @@ class Exploration:
             alike.setdefault((case.shape, frozenset(available)), []).append((index, t))
         found: dict[int, dict[str, float]] = {}
         for (_, available), observed in alike.items():
-            residuals = judge.each([t for _, t in observed], judged(chosen, available))
+            residuals = self._judge.each([t for _, t in observed], judged(chosen, available))
             found |= {i: one for (i, _), one in zip(observed, residuals, strict=True)}
         return [found[index] for index in sorted(found)]
 

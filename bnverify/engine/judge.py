@@ -79,17 +79,23 @@ def shown_by(
     }
     if probe is not None:
         shown.add("opt_state")
-    stateless = subject.optimizer is not None and not leaves(abstract.before.opt_state)
-    if stateless and (not ask or is_plain_sgd(subject, abstract)):
+    if (is_plain_sgd if ask else _is_stateless)(subject, abstract):
         shown.add("plain_sgd")
     shown |= set(subject.shows)
     return frozenset(shown)
 
 
+def _is_stateless(subject: Subject, abstract: Transition) -> bool:
+    """Return whether the subject shows an optimizer, and that one keeps no state."""
+    state = jax.tree_util.tree_leaves(abstract.before.opt_state)
+    return subject.optimizer is not None and not state
+
+
 def is_plain_sgd(subject: Subject, abstract: Transition) -> bool:
     """Return whether the optimizer has no state and turns a gradient g into -lr * g."""
-    if subject.optimizer is None or jax.tree_util.tree_leaves(abstract.before.opt_state):
+    if not _is_stateless(subject, abstract):
         return False
+    assert subject.optimizer is not None
 
     def ones(leaf: Any) -> Any:
         # In the params' own tree and ranks, since masks go by names and by ranks.

@@ -123,15 +123,18 @@ class Runs:
         pool = strategies.shape_pool(self._seed, domain=self._domain, features=features, size=size)
         width = features[0] if features else 4
         further = [*pool[tiny:], *((rows, width) for rows in self._plan.large)]
-        return self._affordable(pool[:tiny][-self._plan.tiny :]), self._affordable(further)
+        small = pool[:tiny][-self._plan.tiny :]
+        found = self._affordable([*small, *further])
+        tinies, others = found[: len(small)], found[len(small) :]
+        return list(dict.fromkeys(tinies)), list(dict.fromkeys(others))
 
-    def _affordable(self, shapes: Sequence[Shape]) -> list[Shape]:
+    def _affordable(self, shapes: list[Shape]) -> list[Shape]:
         """Return the shapes with as many rows as can be run, and say so where these are fewer."""
         found = [(min(rows, self._budget.rows(width) or rows), width) for rows, width in shapes]
-        if found != list(shapes):
+        if found != shapes:
             most = max(rows for rows, _ in found)
             self.notes.append(f"a large model: cases of at most {most} rows")
-        return list(dict.fromkeys(found))
+        return found
 
     def _stack(self, shapes: list[Shape], rng: np.random.Generator) -> Volume | None:
         laws = judged((tally.law for tally in self.tallies.values()), NEEDS)
@@ -210,18 +213,19 @@ class Runs:
         if "noise" in law.needs and worst < CLEAR:
             judges.append(self._second)
 
-        def violates(case: Case, judge: Judge = self._judge) -> bool:
+        def violates(case: Case, judges: Sequence[Judge]) -> bool:
             # What was judged together is again: that program exists.
             laws = stacked.judged(case.shape) if stacked is not None else [law]
-            found = exploration.residuals(case, laws, eager=True, judge=judge)
-            return found.get(law.name, -1.0) > 1
+            t, available = exploration.transition(case, laws, eager=True)
+            laws = judged(laws, available)
+            return all(judge.each([t], laws)[0].get(law.name, -1.0) > 1 for judge in judges)
 
         if stacked is not None:
             simplest: Case | None = stacked.simplify(tally)
         else:
-            simplest = find(tiny, self._domain, violates, self._seed)
+            simplest = find(tiny, self._domain, lambda c: violates(c, judges[:1]), self._seed)
         for case in (simplest, tally.case, tally.worst_case):
-            if case is not None and all(violates(case, judge) for judge in judges):
+            if case is not None and violates(case, judges):
                 tally.replace(case)
                 return
         tally.dismissed = True

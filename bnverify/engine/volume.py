@@ -70,9 +70,8 @@ class Volume:
 
     def outcome(self, before: State, case: Case) -> Outcome:
         """Return what the step gives for one state and case when it is run in a stack."""
-        state, cases = jax.tree_util.tree_map(
-            lambda leaf: np.stack([leaf] * self._judge.block(case.shape)), (before, case)
-        )
+        block = self._judge.block(case.shape)
+        state, cases = jax.tree_util.tree_map(lambda leaf: np.stack([leaf] * block), (before, case))
         outcome = self._calls.step(state, cases)
         outcome = outcome._replace(eval_loss=self._calls.evaluate(outcome.state, cases))
         first: Outcome = jax.tree_util.tree_map(lambda leaf: leaf[0], outcome)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MANY = 128
 """Slices: beyond it a program of so many takes longer to compile than the convolution to run."""
@@ -66,8 +67,7 @@ def convolve(
     kernel = kernel.reshape(*kernel.shape[:2], -1)
     out = _grouped(patches, kernel, feature_group_count, batch_group_count)
     out = out.reshape(*out.shape[:2], *space)
-    order = dimension_numbers.out_spec
-    return jnp.transpose(out, sorted(range(len(order)), key=lambda axis: order[axis]))
+    return jnp.transpose(out, np.argsort(dimension_numbers.out_spec).tolist())
 
 
 def _slices(
@@ -87,13 +87,9 @@ def _slices(
 
 def _grouped(patches: Any, kernel: Any, features: int, batches: int) -> Any:
     """Return (N, O, P): patches (N, C, K, P) times a kernel (O, I, K), group by group."""
-    rows, channels, taps, places = patches.shape
-    outputs = kernel.shape[0]
-    if batches > 1:
-        patches = patches.reshape(batches, rows // batches, channels, taps, places)
-        kernel = kernel.reshape(batches, outputs // batches, channels, taps)
-        out = jnp.einsum("gnckp,gock->ngop", patches, kernel)
-        return out.reshape(rows // batches, outputs, places)
-    patches = patches.reshape(rows, features, channels // features, taps, places)
-    kernel = kernel.reshape(features, outputs // features, channels // features, taps)
-    return jnp.einsum("ngckp,gock->ngop", patches, kernel).reshape(rows, outputs, places)
+    rows, _, taps, places = patches.shape
+    outputs, inputs, _ = kernel.shape
+    patches = patches.reshape(batches, rows // batches, features, inputs, taps, places)
+    kernel = kernel.reshape(batches, features, outputs // (batches * features), inputs, taps)
+    out = jnp.einsum("bngckp,bgock->nbgop", patches, kernel)
+    return out.reshape(rows // batches, outputs, places)

@@ -68,7 +68,7 @@ def form(name):
 
 
 def as_product(convolution, *args):
-    """Return the jaxpr of ``convolution`` with its one convolution as a product."""
+    """Return what ``convolution``, the one equation that it is, gives as a product."""
     jaxpr = jax.make_jaxpr(convolution)(*args)
     (eqn,) = jaxpr.eqns
     return convolve(*args, **eqn.params)

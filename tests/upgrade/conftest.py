@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import subprocess
 
 import pytest
+
+from bnverify.upgrade import uv
+from bnverify.upgrade.environments import EnvironmentUnavailableError
 
 
 @functools.cache
 def lacking() -> str | None:
     """Return why no environment can be made here; asked once a process, in seconds."""
-    uv = shutil.which("uv")
-    if uv is None:
-        return "uv is not installed"
+    try:
+        program = uv._program()
+    except EnvironmentUnavailableError as missing:
+        return str(missing)
     if os.environ.get("UV_OFFLINE"):
         return None  # as asked: what uv keeps must do
     done = subprocess.run(
-        [uv, "pip", "compile", "--quiet", "--no-cache", "-"],
+        [program, "pip", "compile", "--quiet", "--no-cache", "-"],
         input="iniconfig\n",
         env={**os.environ, "UV_HTTP_RETRIES": "1", "UV_HTTP_TIMEOUT": "15"},
         capture_output=True,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from bnverify.cli import main
-from bnverify.upgrade import interpreters
+from bnverify.upgrade import interpreters, uv
 from bnverify.upgrade.isolation import isolated
 
 PINS = Path(__file__).parents[2] / "pins" / "jax-0.10.2.txt"
@@ -69,11 +68,11 @@ UNBIASED = f"n = x.size // mu.size; {VARIANCE[:-1]} * (n / max(n - 1, 1)))"
 def installed(tmp_path_factory):
     """An environment of pinned releases, made as a user makes one; a directory."""
     place = tmp_path_factory.mktemp("installed") / "venv"
-    uv = shutil.which("uv") or "uv"
+    exe = uv._program()
     python = str(interpreters.running().path)
     env = {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}
-    subprocess.run([uv, "venv", "--quiet", "--python", python, place], check=True, env=env)
-    command = [uv, "pip", "install", "--quiet", "--python", place / "bin" / "python", "-r", PINS]
+    subprocess.run([exe, "venv", "--quiet", "--python", python, place], check=True, env=env)
+    command = [exe, "pip", "install", "--quiet", "--python", place / "bin" / "python", "-r", PINS]
     subprocess.run(command, check=True, env=env)
     return place
 
