@@ -16,7 +16,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from bnverify import Report, Subject, reference, verify, zoo
+from bnverify import Report, Subject, reference, zoo
+from bnverify.checking.verify import Verifier
 from bnverify.mutants import CONTROLS
 from bnverify.profile import PROFILES
 
@@ -77,9 +78,9 @@ def main() -> int:
     options = parser.parse_args()
     status = 0
     for name, make in chosen(options.subjects).items():
-        subject = make()
+        verifier = Verifier(make(), options.profile)
         seeds = range(options.first, options.first + options.seeds)
-        reports = [verify(subject, options.profile, seed=seed) for seed in seeds]
+        reports = [verifier.run(seed) for seed in seeds]
         print(line(name, reports), flush=True)
         for text in alarms(reports):
             status = 1

@@ -30,7 +30,7 @@ from bnverify import reference
 from bnverify.case import Domain
 from bnverify.engine import proof
 from bnverify.engine.judge import Judge, exemption, judged, shown_by, static_facts
-from bnverify.engine.verify import verify
+from bnverify.engine.verify import Checker
 from bnverify.engine.volume import NEEDS, Volume
 from bnverify.laws import LAWS, Law
 from bnverify.profile import Profile
@@ -92,7 +92,7 @@ def many_cases(cases: int, shapes: int, block: int) -> int:
     profile = Profile("many", shapes=further, blocks=blocks, block=block, examples=0)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["BNVERIFY_CACHE"] = cache
-        report = verify(reference.sgd(), profile)
+        report = Checker(reference.sgd(), profile).run()
     print(f"{report.cases:,} cases of {shapes} shapes in {report.seconds:,.0f} s, cold")
     for evidence in report.violated:
         print(f"violated: {evidence.law}: {evidence.reason}\n{evidence.counterexample}")

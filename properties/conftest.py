@@ -168,7 +168,10 @@ class Step:
         return law
 
     def _residual(self, law: Law, case: Case, *, eager: bool = False) -> float:
-        return float(self._exploration(law).residuals(case, [law], eager=eager)[law.name])
+        from bnverify.engine.exploration import COSTLY
+
+        costly = COSTLY if eager else COSTLY - {"eager"}
+        return float(self._exploration(law).residuals(case, [law], costly=costly)[law.name])
 
     def _violated(self, law: str, reason: str, case: Case | None = None) -> None:
         __tracebackhide__ = True

@@ -126,7 +126,7 @@ def test_a_step_that_hangs_while_it_is_checked_is_unusable(
     def verify(*args: object, **options: object) -> None:
         raise deadline.OverTime("step of mine took more than 1 s")
 
-    monkeypatch.setattr("bnverify.engine.verify.verify", verify)
+    monkeypatch.setattr("bnverify.engine.verify.Checker", verify)
     status, _, err = run("check")
     assert (status, err) == (2, "bnverify: step of mine took more than 1 s\n")
 
@@ -156,7 +156,7 @@ def test_status_3_where_bnverify_itself_fails(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """An internal error is one line, and its traceback lies in the file that the line names."""
-    monkeypatch.setattr("bnverify.engine.verify.verify", None)  # to call it fails in our own code
+    monkeypatch.setattr("bnverify.engine.verify.Checker", None)  # to call it fails in our own code
     monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "cache"))
     status, _, err = run("check")
     assert status == 3

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 # Loaded before any test runs: pytester forgets what is first imported inside it.
-from bnverify import Subject
 from bnverify.engine import verify as engine
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import LAWS
@@ -53,14 +52,14 @@ def statuses(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the engine is made to say, by law; held where nothing is said."""
     said: dict[str, Any] = {}
 
-    def verify(subject: Subject, profile: object, **options: Any) -> Report:
+    def run(checker: engine.Checker, *args: object, **options: object) -> Report:
         results = [
-            Evidence(law, LAWS[law].family, said.get(law, "held"), 1, reason="made up")
-            for law in options["select"]
+            Evidence(law.name, law.family, said.get(law.name, "held"), 1, reason="made up")
+            for law in checker.laws
         ]
-        return Report(subject.name, "made up", 0, tuple(results), 1, 0.1, {})
+        return Report(checker.subject.name, "made up", 0, tuple(results), 1, 0.1, {})
 
-    monkeypatch.setattr(engine, "verify", verify)
+    monkeypatch.setattr(engine.Checker, "run", run)
     monkeypatch.delenv("PYTEST_XDIST_TESTRUNUID", raising=False)
     return said
 
@@ -125,7 +124,7 @@ def test_any_other_exception_fails(
     def verify(*args: object, **options: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(engine, "verify", verify)
+    monkeypatch.setattr(engine.Checker, "run", verify)
     inner("-k", f"[{LAW}]", known=toml(ENTRY)).assert_outcomes(failed=1)
 
 

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -62,15 +62,16 @@ class Engine:
         self.replayed: list[tuple[Case, str]] = []
         self.fixed = False
 
-    def verify(self, subject: Subject, profile: str, **options: Any) -> Report:
-        self.asked.append({"subject": subject.name, "profile": profile, **options})
+    def verify(
+        self, subject: Subject, profile: str, select: Sequence[str], **options: object
+    ) -> Report:
+        asked = {"subject": subject.name, "profile": profile, "select": select, **options}
+        self.asked.append(asked)
         known = {evidence.law: evidence for evidence in EVIDENCE}
         if self.fixed:
             known[VIOLATED] = Evidence(VIOLATED, "evaluation", "held", 5)
-        results = [
-            known.get(law, Evidence(law, LAWS[law].family, "held", 1)) for law in options["select"]
-        ]
-        return Report(subject.name, str(profile), 0, tuple(results), 5, 0.1, {})
+        results = [known.get(law, Evidence(law, LAWS[law].family, "held", 1)) for law in select]
+        return Report(subject.name, profile, 0, tuple(results), 5, 0.1, {})
 
     def replay(self, subject: Subject, case: Case, law: str) -> None:
         self.replayed.append((case, law))
@@ -81,8 +82,13 @@ class Engine:
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> Engine:
     made_up = Engine()
+
+    def run(checker: engine.Checker, seed: int, *, target: str, **options: object) -> Report:
+        laws = [law.name for law in checker.laws]
+        return made_up.verify(checker.subject, checker.plan.name, laws, seed=seed, target=target)
+
     assert checking.engine is engine
-    monkeypatch.setattr(engine, "verify", made_up.verify)
+    monkeypatch.setattr(engine.Checker, "run", run)
     monkeypatch.setattr(counterexample, "replay", made_up.replay)
     monkeypatch.delenv("PYTEST_XDIST_TESTRUNUID", raising=False)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
@@ -172,7 +178,7 @@ def test_a_failing_check_is_told_by_every_law_and_made_once(
         tries.append(1)
         raise RuntimeError("the user's own")
 
-    monkeypatch.setattr(engine, "verify", verify)
+    monkeypatch.setattr(engine.Checker, "run", verify)
     result = inner("-k", FIVE)
     result.assert_outcomes(failed=5)
     named = [line for line in result.outlines if line.startswith("the check could not be made: ")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 from bnverify import deadline
@@ -44,6 +45,117 @@ class Part(NamedTuple):
     cases: int = 0
 
 
+class Verifier:
+    """Holds a training step to everything that is claimed of one, as often as is asked.
+
+    What one run traced and compiled, the next one uses.
+
+    Args:
+        what: see :func:`verify`, and so the others.
+        profile: how much to do.
+        select: names of laws, claims or families to check.
+        ignore: names of laws, claims or families to leave out.
+        proofs_only: read the traced step and run nothing.
+        target: how the counterexample scripts name it.
+
+    Raises:
+        ValueError: naming an unknown profile, claim or family.
+    """
+
+    def __init__(
+        self,
+        what: Target,
+        profile: str | Profile = "ci",
+        *,
+        select: Collection[str] = (),
+        ignore: Collection[str] = (),
+        proofs_only: bool = False,
+        target: str | None = None,
+    ) -> None:
+        self._what = what
+        self._plan = named(profile)
+        self._chosen = choose(select, ignore, parallel=isinstance(what, Parallel))
+        self._proofs_only = proofs_only
+        self._target = target
+        self._laws = [name for name in self._chosen if name in LAWS]
+        self._checker = engine.Checker(
+            subject_of(what), self._plan, select=self._laws, proofs_only=proofs_only
+        )
+
+    def run(
+        self,
+        seed: int = 0,
+        *,
+        fail_fast: bool = False,
+        listener: engine.Listener | None = None,
+    ) -> Report:
+        """Return what is known about each claim.
+
+        Args:
+            seed: from which all cases are drawn; the same seed gives the same report.
+            fail_fast: stop at the first proofs or shape that show a violation.
+            listener: told of progress.
+        """
+        started = time.perf_counter()
+        tell: engine.Listener = listener or (lambda doing, cases, evidence: None)
+        report = Report("", self._plan.name, seed, (), 0, 0.0, engine.versions())
+        if self._laws:
+            report = self._checker.run(
+                seed, fail_fast=fail_fast, target=self._target, listener=listener
+            )
+        results, cases = list(report.results), report.cases
+        for family, part in (("life", self._life), ("parallel", self._parallel)):
+            names = [name for name in self._chosen if CLAIMS[name].family == family]
+            if not names:
+                continue
+            stopped = fail_fast and any(result.status == "violated" for result in results)
+            if self._proofs_only or stopped:
+                reason = (
+                    "only the traced step was read"
+                    if self._proofs_only
+                    else "stopped at a violation"
+                )
+                found = Part([untriggered(name, reason) for name in names])
+            else:
+                tell("the life of the state" if family == "life" else "many devices", cases, None)
+                found = part(names, seed)
+            for evidence in found.results:
+                tell("", 0, evidence)
+            results += found.results
+            cases += found.cases
+        return replace(
+            report,
+            subject=self._what.name,
+            results=tuple(results),
+            cases=cases,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _life(self, names: Collection[str], seed: int) -> Part:
+        try:
+            results = self._lives.run(seed)
+        except Untraceable as refusal:
+            return Part([untriggered(name, str(refusal)) for name in names])
+        return Part(results, self._lives.cases)
+
+    @cached_property
+    def _lives(self) -> Lives:
+        lived = self._what.single if isinstance(self._what, Parallel) else self._what
+        names = [name for name in self._chosen if CLAIMS[name].family == "life"]
+        return Lives(lived, self._plan, names, self._target)
+
+    def _parallel(self, names: Collection[str], seed: int) -> Part:
+        what, target = self._what, self._target
+        if not isinstance(what, Parallel):
+            reason = "the step is for one device; bnverify.Parallel makes one for many"
+            return Part([_claim(name).evidence("exempt", reason=reason) for name in names])
+        if target is not None:
+            found = devices.run([target], self._plan, seed, select=names)[target]
+            return Part(found.results, found.cases)
+        check = Check(what, self._plan, seed, select=names)
+        return Part(check.run(), check.cases)
+
+
 def verify(
     what: Target,
     profile: str | Profile = "ci",
@@ -76,71 +188,15 @@ def verify(
     Raises:
         ValueError: naming an unknown profile, claim or family.
     """
-    started = time.perf_counter()
-    plan = named(profile)
-    chosen = choose(select, ignore, parallel=isinstance(what, Parallel))
-    tell: engine.Listener = listener or (lambda doing, cases, evidence: None)
-    laws = [name for name in chosen if name in LAWS]
-    report = Report("", plan.name, seed, (), 0, 0.0, engine.versions())
-    if laws:
-        report = engine.verify(
-            subject_of(what),
-            profile,
-            seed=seed,
-            select=laws,
-            proofs_only=proofs_only,
-            fail_fast=fail_fast,
-            target=target,
-            listener=listener,
-        )
-    results, cases = list(report.results), report.cases
-    for family, part in (("life", _life), ("parallel", _parallel)):
-        names = [name for name in chosen if CLAIMS[name].family == family]
-        if not names:
-            continue
-        stopped = fail_fast and any(result.status == "violated" for result in results)
-        if proofs_only or stopped:
-            reason = "only the traced step was read" if proofs_only else "stopped at a violation"
-            part_found = Part([untriggered(name, reason) for name in names])
-        else:
-            tell("the life of the state" if family == "life" else "many devices", cases, None)
-            part_found = part(what, plan, seed, names, target)
-        for evidence in part_found.results:
-            tell("", 0, evidence)
-        results += part_found.results
-        cases += part_found.cases
-    return replace(
-        report,
-        subject=what.name,
-        results=tuple(results),
-        cases=cases,
-        seconds=time.perf_counter() - started,
+    verifier = Verifier(
+        what,
+        profile,
+        select=select,
+        ignore=ignore,
+        proofs_only=proofs_only,
+        target=target,
     )
-
-
-def _life(
-    what: Target, plan: Profile, seed: int, names: Collection[str], target: str | None
-) -> Part:
-    lived = what.single if isinstance(what, Parallel) else what
-    try:
-        lives = Lives(lived, plan, seed, names, target)
-        results = lives.run()
-    except Untraceable as refusal:
-        return Part([untriggered(name, str(refusal)) for name in names])
-    return Part(results, lives.cases)
-
-
-def _parallel(
-    what: Target, plan: Profile, seed: int, names: Collection[str], target: str | None
-) -> Part:
-    if not isinstance(what, Parallel):
-        reason = "the step is for one device; bnverify.Parallel makes one for many"
-        return Part([_claim(name).evidence("exempt", reason=reason) for name in names])
-    if target is not None:
-        found = devices.run([target], plan, seed, select=names)[target]
-        return Part(found.results, found.cases)
-    check = Check(what, plan, seed, select=names)
-    return Part(check.run(), check.cases)
+    return verifier.run(seed, fail_fast=fail_fast, listener=listener)
 
 
 def untriggered(name: str, reason: str) -> Evidence:

@@ -63,7 +63,7 @@ def replay(subject: Subject, case: Case, law: str) -> float | None:
     # What a stack of cases does differently takes a stack to show.
     volume = Volume(subject, [], judge, domain=Domain()) if "stacked" in claim.needs else None
     exploration = Exploration(subject, [claim], judge, volume)
-    residual = exploration.residuals(case, eager=True).get(law, -1.0)
+    residual = exploration.residuals(case).get(law, -1.0)
     if residual > 1:
         raise Violation(
             f"{law}: {claim.claim} Off by {residual:.3g} times the error allowed. "

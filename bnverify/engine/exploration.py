@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -22,6 +22,9 @@ from bnverify.transition import Calls, Outcome, Transition, observe
 
 CALLS = frozenset({"again", "eager", "stacked", "solution"})
 """What laws can ask of single calls besides ``volume.NEEDS``."""
+
+COSTLY = frozenset({"eager", "solution"})
+"""Those that run uncompiled: one takes as long as a hundred others."""
 
 TRACED = frozenset({"noise", "directional_derivative", "layer_inputs"})
 """What takes the step's program, not only its results."""
@@ -56,6 +59,9 @@ class Exploration:
             vectorise.
         traced: whether the subject traces; one that does not is run uncompiled, and the laws
             that need its program are not judged.
+
+    Attributes:
+        laws: as given.
     """
 
     def __init__(
@@ -68,7 +74,7 @@ class Exploration:
         traced: bool = True,
     ) -> None:
         self._subject = subject
-        self._laws = laws
+        self.laws = laws
         self._judge = judge
         self._volume = volume
         self._calls = Calls(subject, "jit" if traced else "eager")
@@ -76,50 +82,60 @@ class Exploration:
         self._eager = Calls(subject, "eager")
 
     def residuals(
-        self, case: Case, laws: Sequence[Law] = (), *, eager: bool = False
+        self, case: Case, laws: Sequence[Law] = (), *, costly: Collection[str] = COSTLY
     ) -> dict[str, float]:
         """Return law name -> residual of one case, for every law that it can be held to.
 
         Args:
             case: the case.
             laws: which laws; empty: all.
-            eager: whether to run it uncompiled too.
+            costly: which of ``COSTLY`` to run.
         """
-        return self.all_residuals([(case, eager)], laws)[0]
+        return self.all_residuals([(case, costly)], laws)[0]
 
     def all_residuals(
-        self, cases: Iterable[tuple[Case, bool]], laws: Sequence[Law] = ()
+        self, cases: Iterable[tuple[Case, Collection[str]]], laws: Sequence[Law] = ()
     ) -> list[dict[str, float]]:
         """Return what ``residuals`` gives for each of some cases, in order.
 
         Cases of one shape are judged together: the judge fills its stack anyway.
 
         Args:
-            cases: pairs of a case and whether to run it uncompiled too.
+            cases: pairs of a case and which of ``COSTLY`` to run for it.
             laws: which laws; empty: all.
         """
-        chosen = laws or self._laws
-        alike: dict[Any, list[tuple[int, Transition]]] = {}
-        for index, (case, eager) in enumerate(cases):
-            t, available = self.transition(case, chosen, eager=eager)
-            alike.setdefault((case.shape, frozenset(available)), []).append((index, t))
-        found: dict[int, dict[str, float]] = {}
-        for (_, available), observed in alike.items():
-            residuals = self._judge.each([t for _, t in observed], judged(chosen, available))
-            found |= {i: one for (i, _), one in zip(observed, residuals, strict=True)}
-        return [found[index] for index in sorted(found)]
+        chosen = laws or self.laws
+        found: list[dict[str, float]] = []
+        alike: dict[Any, list[tuple[dict[str, float], Transition, set[str]]]] = {}
+        for case, costly in cases:
+            found.append({})
+            t, available = self.transition(case, chosen, costly=costly)
+            alike.setdefault(case.shape, []).append((found[-1], t, available))
+        for observed in alike.values():
+            always = set.intersection(*(available for *_, available in observed))
+            for calls, asked in _by_calls(chosen, always).items():
+                able = [one for one in observed if calls <= one[2]]
+                if not able:
+                    continue
+                unasked = CALLS.difference(*(law.needs for law in asked))
+                stack = [_without(t, unasked) for _, t, _ in able]
+                residuals = self._judge.each(stack, judged(asked, always | calls))
+                for (known, *_), values in zip(able, residuals, strict=True):
+                    known.update(values)
+        return found
 
     def transition(
-        self, case: Case, laws: Sequence[Law], *, eager: bool = False
+        self, case: Case, laws: Sequence[Law], *, costly: Collection[str] = COSTLY
     ) -> tuple[Transition, set[str]]:
         """Return the transition of one case and the names of what was observed for it."""
-        needs = {need for law in laws for need in law.needs}
+        needs = {need for law in laws for need in law.needs} - (COSTLY - set(costly))
+        eager = "eager" in costly
         t = observe(self._calls, case, needs & self._seen)
         available = needs & self._seen
         facts = dict(t.facts)
         if "again" in needs:
             facts["again"] = self._again(t, eager=eager)
-        if "eager" in needs and eager:
+        if "eager" in needs:
             facts["eager"] = _outcome(self._eager, *_copies((t.before, case)))
         if "stacked" in needs and self._volume is not None:
             facts["stacked"] = self._volume.outcome(t.before, case)
@@ -144,6 +160,19 @@ class Exploration:
             np.asarray(solution(float(seed), case.x, case.y, lr)),
             np.asarray(solution(seed + fraction, case.x, case.y, lr)),
         )
+
+
+def _by_calls(laws: Iterable[Law], always: Collection[str]) -> dict[frozenset[str], list[Law]]:
+    """Return the laws by what they need of ``CALLS`` besides ``always``."""
+    found: dict[frozenset[str], list[Law]] = {}
+    for law in laws:
+        found.setdefault(CALLS.intersection(law.needs).difference(always), []).append(law)
+    return found
+
+
+def _without(t: Transition, facts: Collection[str]) -> Transition:
+    kept = {name: fact for name, fact in t.facts.items() if name not in facts}
+    return t._replace(facts=kept)
 
 
 def _copies(tree: Any) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from importlib import metadata
 from typing import Any
 
 from bnverify import compile_cache
+from bnverify.case import Case
 from bnverify.engine import proof
+from bnverify.engine.bench import Bench
 from bnverify.engine.counterexample import script
 from bnverify.engine.diagnosis import diagnosed
 from bnverify.engine.judge import exemption, shown_by, static_facts
@@ -19,136 +22,142 @@ from bnverify.evidence import Evidence, Report
 from bnverify.laws import LAWS, Law
 from bnverify.profile import Profile, named
 from bnverify.subject import Subject
-from bnverify.transition import Transition
 
 Listener = Callable[[str, int, Evidence | None], None]
 """Told as a check goes: what is being done, cases so far, a law's evidence once it is known."""
 
 
-def verify(
-    subject: Subject,
-    profile: str | Profile = "ci",
-    *,
-    seed: int = 0,
-    select: Collection[str] = (),
-    proofs_only: bool = False,
-    fail_fast: bool = False,
-    target: str | None = None,
-    listener: Listener | None = None,
-) -> Report:
-    """Hold ``subject`` to the laws and return what is known about each.
+class Checker:
+    """Holds a subject to the laws, as often as is asked: what one run compiled, the next one uses.
 
     Args:
         subject: the training step.
         profile: how much to do: "quick", "ci", "nightly" or a Profile.
-        seed: from which all cases are drawn; the same seed gives the same report.
         select: names of laws to check; empty: all.
         proofs_only: read the traced step and run nothing.
-        fail_fast: stop at the first proofs or shape that show a violation.
-        target: how the counterexample scripts name the subject: "module:name" or "file.py:name".
-        listener: told of progress.
+
+    Attributes:
+        subject: as given.
+        plan: the profile.
+        laws: the laws that are checked.
 
     Raises:
         ValueError: no profile has that name.
     """
-    started = time.perf_counter()
-    tell: Listener = listener or (lambda doing, cases, evidence: None)
-    plan = named(profile)
-    laws = [law for law in LAWS.values() if not select or law.name in select]
-    known: dict[str, Evidence] = {}
 
-    def settle(evidence: Evidence) -> None:
-        known[evidence.law] = evidence
-        tell("", 0, evidence)
+    def __init__(
+        self,
+        subject: Subject,
+        profile: str | Profile = "ci",
+        *,
+        select: Collection[str] = (),
+        proofs_only: bool = False,
+    ) -> None:
+        self.subject = subject
+        self.plan = named(profile)
+        self.laws = [law for law in LAWS.values() if not select or law.name in select]
+        self._ask = not proofs_only
 
-    tell("tracing", 0, None)
-    reading = proof.read(subject)
-    for evidence in _without_running(laws, subject, reading, ask=not proofs_only):
-        settle(evidence)
-    running = [law for law in laws if law.name not in known]
-    done = fail_fast and any(evidence.status == "violated" for evidence in known.values())
-    idle = proofs_only or done
-    if not idle:
-        compile_cache.enable()
-    runs = _run_all(running, subject, reading, plan, seed, tell, fail_fast=fail_fast, idle=idle)
-    for part in runs:
-        for evidence in part.evidence():
+    def run(
+        self,
+        seed: int = 0,
+        *,
+        fail_fast: bool = False,
+        target: str | None = None,
+        listener: Listener | None = None,
+    ) -> Report:
+        """Return what is known about each law.
+
+        Args:
+            seed: from which all cases are drawn; the same seed gives the same report.
+            fail_fast: stop at the first proofs or shape that show a violation.
+            target: how the counterexample scripts name the subject: "module:name" or
+                "file.py:name".
+            listener: told of progress.
+        """
+        started = time.perf_counter()
+        tell: Listener = listener or (lambda doing, cases, evidence: None)
+        known: dict[str, Evidence] = {}
+
+        def settle(evidence: Evidence) -> None:
+            known[evidence.law] = evidence
+            tell("", 0, evidence)
+
+        tell("tracing", 0, None)
+        for evidence in self._read:
             settle(evidence)
-    tallies = {name: tally for part in runs for name, tally in part.tallies.items()}
-    results = []
-    for law in laws:
-        evidence = known[law.name]
-        if evidence.status == "violated":
-            tally = tallies.get(law.name)
-            case = tally.case if tally else None
-            way = proof.explain(law, reading)
-            evidence = replace(
-                evidence,
-                reason=f"{evidence.reason}; {way}" if way else evidence.reason,
-                counterexample=script(law.name, case, target),
-                shape=case.shape if case is not None else None,
-            )
-        results.append(evidence)
-    return Report(
-        subject=subject.name,
-        profile=plan.name,
-        seed=seed,
-        results=tuple(diagnosed(results)),
-        cases=sum(part.cases for part in runs),
-        seconds=time.perf_counter() - started,
-        versions=versions(),
-        influence=_matrix(reading),
-        notes=(
-            *_notes(subject, reading, ask=not proofs_only),
-            *(note for part in runs for note in part.notes),
-        ),
-    )
+        done = fail_fast and any(evidence.status == "violated" for evidence in self._read)
+        runs: list[Runs] = []
+        for bench in self._benches:
+            before = sum(part.cases for part in runs)
 
+            def report(doing: str, cases: int, before: int = before) -> None:
+                tell(doing, before + cases, None)
 
-def _run_all(
-    laws: Collection[Law],
-    subject: Subject,
-    reading: proof.Reading,
-    plan: Profile,
-    seed: int,
-    tell: Listener,
-    *,
-    fail_fast: bool,
-    idle: bool,
-) -> list[Runs]:
-    """Run ``laws`` on the subject, and those about an empty optimizer state on the probe."""
-    probe = reading.probe
-    probed = [law for law in laws if probe is not None and "opt_state" in law.requires]
-    own = [law for law in laws if law not in probed]
-    parts: list[tuple[Subject, list[Law], Transition | None, Profile, str]]
-    parts = [(subject, own, reading.abstract, plan, "")]
-    if probe is not None and probed:
-        abstract = proof.abstract_transition(probe.traces.runs[0], None)
-        few = replace(plan, tiny=1, shapes=0, blocks=1, examples=1, large=())
-        parts.append((probe.subject, probed, abstract, few, proof.PROBED))
-    runs: list[Runs] = []
-    for of, part, shapes, amount, note in parts:
-        facts = static_facts(of, shapes) if shapes is not None else {}
-
-        def report(doing: str, cases: int) -> None:
-            tell(doing, cases + sum(run.cases for run in runs[:-1]), None)
-
-        runs.append(
-            Runs(
-                of,
-                part,
-                facts,
-                amount,
-                seed,
-                report,
-                fail_fast=fail_fast,
-                note=note,
-                refusal=reading.refusal,
-            )
+            runs.append(Runs(bench, seed, report, fail_fast=fail_fast))
+            if bench.laws and self._ask and not done:
+                compile_cache.enable()
+                runs[-1].run()
+            for evidence in runs[-1].evidence():
+                settle(evidence)
+        tallies = {name: tally for part in runs for name, tally in part.tallies.items()}
+        cases = {name: tally.case for name, tally in tallies.items()}
+        results = [self._shown(known[law.name], law, cases, target) for law in self.laws]
+        return Report(
+            subject=self.subject.name,
+            profile=self.plan.name,
+            seed=seed,
+            results=tuple(diagnosed(results)),
+            cases=sum(part.cases for part in runs),
+            seconds=time.perf_counter() - started,
+            versions=versions(),
+            influence=_matrix(self._reading),
+            notes=(*self._notes, *(note for part in runs for note in part.notes)),
         )
-        if part and not idle:
-            runs[-1].run()
-    return runs
+
+    @cached_property
+    def _reading(self) -> proof.Reading:
+        return proof.read(self.subject)
+
+    @cached_property
+    def _read(self) -> list[Evidence]:
+        """The evidence of every law that needs no run."""
+        return list(_without_running(self.laws, self.subject, self._reading, ask=self._ask))
+
+    @cached_property
+    def _notes(self) -> list[str]:
+        return list(_notes(self.subject, self._reading, ask=self._ask))
+
+    @cached_property
+    def _benches(self) -> list[Bench]:
+        """What runs the other laws: those about an empty optimizer state on the probe."""
+        known = {evidence.law for evidence in self._read}
+        running = [law for law in self.laws if law.name not in known]
+        reading, probe = self._reading, self._reading.probe
+        probed = [law for law in running if probe is not None and "opt_state" in law.requires]
+        own = [law for law in running if law not in probed]
+        facts = static_facts(self.subject, reading.abstract) if reading.abstract else {}
+        benches = [Bench(self.subject, own, facts, self.plan, refusal=reading.refusal)]
+        if probe is not None and probed:
+            abstract = proof.abstract_transition(probe.traces.runs[0], None)
+            facts = static_facts(probe.subject, abstract)
+            few = replace(self.plan, tiny=1, shapes=0, blocks=1, examples=1, large=())
+            benches.append(Bench(probe.subject, probed, facts, few, note=proof.PROBED))
+        return benches
+
+    def _shown(
+        self, evidence: Evidence, law: Law, cases: Mapping[str, Case | None], target: str | None
+    ) -> Evidence:
+        """Return the evidence with what shows a violation: the way of the flow, and the case."""
+        if evidence.status != "violated":
+            return evidence
+        case, way = cases.get(law.name), proof.explain(law, self._reading)
+        return replace(
+            evidence,
+            reason=f"{evidence.reason}; {way}" if way else evidence.reason,
+            counterexample=script(law.name, case, target),
+            shape=case.shape if case is not None else None,
+        )
 
 
 def versions() -> dict[str, str]:

@@ -44,21 +44,20 @@ def check_life(
     for name in select:
         if name not in CLAIMS:
             raise ValueError(f"no claim about the life of a state is named {name!r}")
-    return Lives(lived, named(profile), seed, select or CLAIMS, target).run()
+    return Lives(lived, named(profile), select or CLAIMS, target).run(seed)
 
 
 class Lives:
-    """One check of the life of a state.
+    """Checks of the life of a state, as many as are asked, of programs compiled once.
 
     Args:
         lived: a Subject, or a Lived with its own way to save and restore.
         plan: how much to do.
-        seed: from which lives are drawn.
         select: the names of the claims.
         target: how counterexample scripts name the subject.
 
     Attributes:
-        cases: how many lives were lived.
+        cases: how many lives the last check lived.
 
     Raises:
         Untraceable: the step does not trace at any of the shapes tried.
@@ -68,27 +67,29 @@ class Lives:
         self,
         lived: Subject | Lived,
         plan: Profile,
-        seed: int,
         select: Collection[str],
         target: str | None,
     ) -> None:
         self._lived = lived
         self._subject = subject_of(lived)
         self._plan = plan
-        self._seed = seed
         self._asked = [name for name in CLAIMS if name in select]
         self._target = target
         self._shape = shape_of(self._subject)
         self._programs = Programs(self._subject)
+        self._forget()
+
+    def _forget(self) -> None:
         self._record = Record()
         self._broken: dict[str, Broken] = {}
         self._refusals: dict[str, str] = {}
         self.cases = 0
 
-    def run(self) -> list[Evidence]:
-        """Live all the lives and return what is known about each claim."""
+    def run(self, seed: int) -> list[Evidence]:
+        """Live all the lives, those that are drawn from ``seed``, and return what is known."""
         compile_cache.enable()
-        for calls in self._lives():
+        self._forget()
+        for calls in self._lives(seed):
             self.cases += 1
             # A claim that is broken is not asked again: behind it others may be broken too.
             while (found := self._live(calls, self._record)) is not None:
@@ -109,7 +110,7 @@ class Lives:
         residual = self._record.worst if folded else None
         return claim.evidence("held", cases=cases, residual=residual, reason=missing)
 
-    def _lives(self) -> Iterator[Sequence[Call]]:
+    def _lives(self, seed: int) -> Iterator[Sequence[Call]]:
         quick = []
         for way in ways(self._lived):
             if way == "orbax" and self._plan.examples <= PROFILES["quick"].examples:
@@ -121,7 +122,7 @@ class Lives:
             if way != "orbax":  # it takes tenths of a second each time
                 quick.append(way)
             yield from scripted(way, self._shape)
-        yield from drawn(self._seed, 2 * self._plan.examples, quick, self._shape)
+        yield from drawn(seed, 2 * self._plan.examples, quick, self._shape)
 
     def _live(self, calls: Sequence[Call], record: Record | None) -> Broken | None:
         """Return what breaks in a life, if anything does."""
