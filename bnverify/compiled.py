@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +14,21 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": Fal
 """Options of XLA: each halves the time to compile, and the step runs at two thirds the speed."""
 
 
+MOST = 120
+"""Programs that a process keeps.
+
+Each takes some 10 MB and 20 of the 65,530 memory maps that Linux allows a process: where these run
+out, LLVM ends it. JAX holds on to every program, used or not, until its caches are cleared.
+"""
+
+_RECENT: OrderedDict[tuple[weakref.ref[Compiled], Any], None] = OrderedDict()
+"""(owner, key) of each program since the caches were cleared, the one used last at the end."""
+
+
 class Compiled:
     """A function compiled for each new signature of its arguments.
+
+    What was not used for long is compiled again when it is called again: see ``MOST``.
 
     Args:
         function: traces under ``jax.jit``.
@@ -24,13 +39,33 @@ class Compiled:
         self._jitted = jax.jit(function)
         self._optimise = optimise
         self._programs: dict[Any, Any] = {}
+        self._self = weakref.ref(self)
 
     def __call__(self, *args: Any) -> Any:
         """Return ``function(*args)``."""
         leaves, structure = jax.tree_util.tree_flatten(args)
         key = structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
         if key not in self._programs:
+            _make_room()
             lowered = self._jitted.lower(*args)
             options = None if self._optimise else compat.compiler_options(**QUICK)
             self._programs[key] = lowered.compile(compiler_options=options)
+            _RECENT[self._self, key] = None
+        _RECENT.move_to_end((self._self, key))
         return self._programs[key](*args)
+
+    def forget(self, key: Any) -> None:
+        """Drop one program."""
+        del self._programs[key]
+
+
+def _make_room() -> None:
+    """Where there are too many programs, drop the half that was not used for longest."""
+    if len(_RECENT) < MOST:
+        return
+    while len(_RECENT) > MOST // 2:
+        (reference, key), _ = _RECENT.popitem(last=False)
+        owner = reference()
+        if owner is not None:
+            owner.forget(key)
+    jax.clear_caches()

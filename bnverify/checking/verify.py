@@ -110,11 +110,7 @@ class Verifier:
                 continue
             stopped = fail_fast and any(result.status == "violated" for result in results)
             if self._proofs_only or stopped:
-                reason = (
-                    "only the traced step was read"
-                    if self._proofs_only
-                    else "stopped at a violation"
-                )
+                reason = engine.READ_ONLY if self._proofs_only else engine.STOPPED
                 found = Part([untriggered(name, reason) for name in names])
             else:
                 tell("the life of the state" if family == "life" else "many devices", cases, None)

@@ -26,6 +26,9 @@ from bnverify.subject import Subject
 Listener = Callable[[str, int, Evidence | None], None]
 """Told as a check goes: what is being done, cases so far, a law's evidence once it is known."""
 
+READ_ONLY = "only the traced step was read"
+STOPPED = "stopped at a violation"
+
 
 class Checker:
     """Holds a subject to the laws, as often as is asked: what one run compiled, the next one uses.
@@ -86,16 +89,22 @@ class Checker:
         tell("tracing", 0, None)
         for evidence in self._read:
             settle(evidence)
-        done = fail_fast and any(evidence.status == "violated" for evidence in self._read)
+        idle = "" if self._ask else READ_ONLY
+        if fail_fast and any(evidence.status == "violated" for evidence in self._read):
+            idle = STOPPED
         runs: list[Runs] = []
         for bench in self._benches:
+            if idle:
+                for law in bench.laws:
+                    settle(Evidence(law.name, law.family, "untriggered", reason=idle))
+                continue
             before = sum(part.cases for part in runs)
 
             def report(doing: str, cases: int, before: int = before) -> None:
                 tell(doing, before + cases, None)
 
             runs.append(Runs(bench, seed, report, fail_fast=fail_fast))
-            if bench.laws and self._ask and not done:
+            if bench.laws:
                 compile_cache.enable()
                 runs[-1].run()
             for evidence in runs[-1].evidence():

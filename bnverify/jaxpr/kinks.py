@@ -83,8 +83,17 @@ def coins(array: Any, seed: int) -> Any:
     place = jax.lax.iota(jnp.uint32, array[0].size) + draws[0]
     mixed = (place * (draws[1:, None] | 1) ^ (place >> 3)) * np.uint32(0x9E3779B1)
     tossed = (mixed >> 31).astype(bool).reshape(array.shape)
-    alike = _column(array, lambda row: row % 4 == 3)
-    return jnp.where(alike, _column(array, lambda row: row % 8 == 3), tossed)
+    return jnp.where(_alike(array), _other_side(array), tossed)
+
+
+def _alike(array: Any) -> Any:
+    """Return in which rows all elements take the same side: not left to chance, both are taken."""
+    return _column(array, lambda row: row % 4 == 3)
+
+
+def _other_side(array: Any) -> Any:
+    """Return which side these rows take."""
+    return _column(array, lambda row: row % 8 == 3)
 
 
 def aligned(left: Value, right: Value) -> tuple[Any, Any]:
@@ -131,14 +140,19 @@ def extreme(sign: int, left: Value, right: Value, dtype: Any) -> Value:
 
 
 def signed(value: Value, dtype: Any, seed: int) -> Value:
-    """Return a value whose sign counts, negated by a coin in rows where that is in doubt."""
-    flipped = in_doubt(value.array, dtype) & coins(value.array, seed)
-    return Value(jnp.where(flipped, -value.array, value.array), rows=True)
+    """Return a value whose sign counts; in rows where that is in doubt, of a sign that a coin says."""
+    array, exact = value.array, value.array[:1]
+    turned = jnp.where(coins(array, seed), -1.0, 1.0)
+    # Turned away from row 0, not from what noise made of it: twice turned is not turned at all.
+    side = jnp.where(exact == 0, turned * array, turned * jnp.sign(exact) * jnp.abs(array))
+    return Value(jnp.where(in_doubt(array, dtype), side, array), rows=True)
 
 
 def amplified(value: Value) -> Value:
     """Return a value that a step function is taken of, each row FLIP times as far from row 0."""
-    far = value.array[:1] + FLIP * (value.array - value.array[:1])
+    moved = FLIP * (value.array - value.array[:1])
+    up_or_down = jnp.where(_other_side(moved), 1.0, -1.0) * jnp.abs(moved)
+    far = value.array[:1] + jnp.where(_alike(moved), up_or_down, moved)
     return Value(jnp.where(jnp.isfinite(far), far, value.array), rows=True)
 
 

@@ -219,6 +219,19 @@ def test_at_a_kink_the_exact_run_stays_exact(kinked, dtype):
         np.testing.assert_array_equal(exact, kinked(jnp.asarray(x, jnp.float64) * 1.5))
 
 
+@pytest.mark.parametrize("step", [jnp.sign, jnp.floor], ids=["sign", "floor"])
+def test_which_side_rounding_takes_is_not_left_to_luck(step):
+    """Of many values nearer to a step than their noise, each is allowed the step's height."""
+    x = normal(20_000, 16)
+    x = np.concatenate([x, -x], axis=1)
+
+    def function(x):
+        return step(jnp.sum(1.1 * x) + 1e-9)
+
+    _, _, noise, _ = claim(function, x)
+    assert noise.min() >= 1
+
+
 def test_an_exact_zero_is_no_kink_to_rounding():
     """A unit that is off because its input is 0 stays off, whatever the rounding."""
     _, exact, noise, _ = claim(

@@ -1,0 +1,64 @@
+"""The catalogue of faults against many seeds: each must be killed with every one.
+
+    python benchmarks/kills.py --seeds 20
+    python benchmarks/kills.py --seeds 20 --profile ci --shard 1/2
+
+A line for each fault that some seed lets live, or that lives with all of them; then how many were
+killed with every seed. Exit status 1 where the seeds do not agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from bnverify.engine.verify import Checker
+from bnverify.mutants import MUTANTS, Mutant
+from bnverify.profile import PROFILES
+from bnverify.shard import Shard
+from bnverify.unusable import first_line
+
+
+def survived(mutant: Mutant, profile: str, seeds: range) -> list[int]:
+    """Return the seeds with which no law noticed the fault, nor jax or flax refused it."""
+    checker = Checker(mutant.make(), profile)
+    try:
+        return [seed for seed in seeds if not checker.run(seed, fail_fast=True).violated]
+    except Exception as error:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if mutant.raises not in kinds:
+            print(f"{mutant.name}: the check failed: {first_line(error)}", flush=True)
+            raise
+        return []
+
+
+def main() -> int:
+    """Run and print; return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=20, help="checks of each fault")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--profile", choices=PROFILES, default="ci")
+    parser.add_argument("--shard", type=Shard.parse, help="K/N: the K-th of N parts")
+    options = parser.parse_args()
+    seeds = range(options.first, options.first + options.seeds)
+    faults = list(MUTANTS.values())
+    if options.shard:
+        faults = options.shard.take(faults)
+    started, killed, differing = time.perf_counter(), 0, 0
+    for mutant in faults:
+        alive = survived(mutant, options.profile, seeds)
+        killed += not alive
+        if len(alive) == len(seeds):
+            why = mutant.survives or mutant.tolerated or "no reason is given"
+            print(f"{mutant.name} lives: {why}", flush=True)
+        elif alive:
+            differing += 1
+            print(f"{mutant.name} lives with seeds {', '.join(map(str, alive))}", flush=True)
+    seconds = time.perf_counter() - started
+    print(f"{killed} of {len(faults)} faults killed with every seed, {seconds:.0f} s")
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
