@@ -17,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "BNVERIFY_CACHE"
+WRONG = "0.5."
+"""Releases of jaxlib of which a program is another once it comes from the cache: none is kept.
+
+With 0.5.3 a loop over a large array then never turns (docs/findings.md); with 0.4.38 and 0.6.2 it does.
+"""
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -69,11 +74,14 @@ def enable(directory: str | os.PathLike[str] | None = None) -> Path | None:
         directory: what to use in the place of :func:`cache_root`.
 
     Returns:
-        The directory; None where it cannot be written, and JAX compiles as if not asked.
+        The directory; None where it cannot be written, or jaxlib cannot be trusted with it, and
+        JAX compiles as if not asked.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
+    if importlib.metadata.version("jaxlib").startswith(WRONG):
+        return None
     path = location(directory)
     try:
         # 0o700: who can write a cached program can run code in every process that loads it.

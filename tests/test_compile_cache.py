@@ -1,5 +1,6 @@
 """The cache of compiled programs: found again, keyed by machine, safe between processes."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -21,11 +22,38 @@ for n in range(1, 9):
 """
 
 
+LOOP = """
+import sys
+import jax, jax.numpy as jnp
+from bnverify import compile_cache
+compile_cache.enable(sys.argv[1])
+for _ in range(2):  # compiled, and taken from the cache
+    end = jax.jit(lambda x: jax.lax.while_loop(lambda s: s[0, 0] < 8, lambda s: 2 * s, x))
+    assert float(end(jnp.ones((800, 800)))[0, 0]) == 8
+"""
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(Path(compile_cache.__file__).parents[1])}
+
+
 def start(directory: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"PYTHONPATH": str(Path(compile_cache.__file__).parents[1])}
-    return subprocess.Popen([sys.executable, "-c", COMPILE_SOME, str(directory)], env=environment)
+    return subprocess.Popen([sys.executable, "-c", COMPILE_SOME, str(directory)], env=environment())
 
 
+WRONG = importlib.metadata.version("jaxlib").startswith(compile_cache.WRONG)
+
+
+def test_a_program_from_the_cache_is_the_one_that_was_compiled(tmp_path: Path) -> None:
+    """A loop over a large array turns as often; with some releases it would not."""
+    subprocess.run([sys.executable, "-c", LOOP, str(tmp_path)], env=environment(), check=True)
+    assert compile_cache.location(tmp_path).exists() != WRONG
+
+
+trusted = pytest.mark.skipif(WRONG, reason="this jaxlib is not trusted with a cache")
+
+
+@trusted
 def test_processes_share_one_cache_at_the_same_time(tmp_path: Path) -> None:
     """Three cold processes at once all succeed, and a fourth finds everything compiled."""
     processes = [start(tmp_path) for _ in range(3)]
@@ -37,6 +65,7 @@ def test_processes_share_one_cache_at_the_same_time(tmp_path: Path) -> None:
     assert kept == {entry.name for entry in programs.iterdir() if "atime" not in entry.name}
 
 
+@trusted
 def test_entries_appear_whole_or_not_at_all(tmp_path: Path) -> None:
     """While one thread writes entries, another reads none or all of each."""
     compile_cache.enable()

@@ -24,7 +24,7 @@ from bnverify.checking.replay import again
 from bnverify.cli import main
 from bnverify.lifetime import check
 from bnverify.lifetime.calls import Call, parse, script
-from bnverify.lifetime.checkpoint import ORBAX, WAYS
+from bnverify.lifetime.checkpoint import ORBAX, WAYS, has_orbax
 from bnverify.lifetime.claims import CLAIMS
 from bnverify.lifetime.differences import kinds_differ, values_differ
 from bnverify.lifetime.fold import Fold
@@ -228,8 +228,8 @@ def test_the_same_seed_gives_the_same_evidence() -> None:
 def test_each_way_restores_everything(way: str) -> None:
     """Each way to save gives back values and containers, into a template of another seed."""
     saver = WAYS.get(way, ORBAX)
-    if way == "orbax":
-        pytest.importorskip("orbax.checkpoint")
+    if way == "orbax" and not has_orbax():
+        pytest.skip("orbax is not installed, or too new for this jax")
     x = np.ones((2, 2), np.float32)
     state, template = (reference.adam().init(seed, x) for seed in (0, 1))
     restored = saver.restore(template, saver.save(state))

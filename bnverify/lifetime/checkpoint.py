@@ -6,13 +6,14 @@ that was initialised from another seed, so that a value which is not restored sh
 
 from __future__ import annotations
 
-import importlib.util
+import re
 import shutil
 import tempfile
 import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +122,16 @@ ORBAX = Way(_save_orbax, _restore_orbax)
 
 
 def has_orbax() -> bool:
-    """Return whether orbax is installed."""
+    """Return whether orbax is installed, and works with this jax.
+
+    orbax 0.11.24 asks ``jax.monitoring`` for what jax 0.5.3 has not; orbax 0.11.0 does not.
+    """
     try:
-        return importlib.util.find_spec("orbax.checkpoint") is not None
-    except ModuleNotFoundError:  # its parent package is missing too
+        version = metadata.version("orbax-checkpoint")
+    except metadata.PackageNotFoundError:
         return False
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
+    return numbers <= (0, 11, 0) or hasattr(jax.monitoring, "record_scalar")
 
 
 def _copied(state: State) -> Any:

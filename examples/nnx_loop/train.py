@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 
 CLASSES = 3
 # From flax 0.11 the optimizer no longer holds the model, and is given it at each update.
-HOLDS_MODEL = hasattr(nnx.Optimizer, "split")
+HOLDS_MODEL = "model" not in inspect.signature(nnx.Optimizer.update).parameters
 
 
 class Classifier(nnx.Module):

@@ -1,5 +1,6 @@
 """The nnx loop adapter: users' steps that change their arguments."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from bnverify.adapters.nnx import nnx
 from bnverify.adapters.nnx_loop import nnx_loop
 from bnverify.subject import State
 
-HOLDS_MODEL = hasattr(flax_nnx.Optimizer, "split")  # to flax 0.10
+HOLDS_MODEL = "model" not in inspect.signature(flax_nnx.Optimizer.update).parameters  # to flax 0.10
 
 
 def make(din: int, rngs: Any, lr: float) -> Any:
