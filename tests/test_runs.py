@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from bnverify import reference, verify
+from bnverify import Case, reference, verify
 from bnverify.engine import budget
 from bnverify.engine.budget import Budget
 from bnverify.engine.noise import Known, Noise
 from bnverify.engine.runs import CLEAR
+from bnverify.engine.tally import stack
+from bnverify.jaxpr.noise import ROWS
 
 LAW = "row_order_changes_nothing"
 
@@ -82,6 +85,25 @@ def test_a_step_that_nobody_can_count_is_stacked_as_asked() -> None:
 
     silent = dataclasses.replace(reference.sgd(), step=refuse)
     assert Budget(silent, 512).block((64, 4)) == 512
+
+
+def test_a_case_too_large_for_all_rows_is_read_a_few_at_a_time() -> None:
+    """Its exact outcome, its noise and its slope are those of all rows at once."""
+    assert [Budget(reference.sgd(), 512).held((rows, 4)) for rows in (2, 1_000_000)] == [ROWS, 2]
+    subject = reference.adam()
+    case = stack(
+        [Case.of(seed, [[1.0, 2.0], [3.0, -1.5], [0.5, 0.1]], [1, 2, 3], 0.1) for seed in (1, 2)]
+    )
+    before = jax.tree_util.tree_map(np.asarray, jax.vmap(subject.init)(case.seed, case.x))
+    whole = Noise(subject)(before, case, slope=True)
+    parts = Noise(subject, held=lambda shape: 4)(before, case, slope=True)
+    alike = partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree_util.tree_map(alike, parts._replace(slope=None), whole._replace(slope=None))
+    (one, err, known), (other, error, _) = (
+        map(np.asarray, found.slope) for found in (parts, whole)
+    )
+    assert known.all()
+    assert (np.abs(one - other) <= err + error).all()
 
 
 def test_a_large_model_has_fewer_cases_of_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:

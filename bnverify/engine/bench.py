@@ -55,8 +55,8 @@ class Bench:
         self.domain = _domain(laws)
         self.budget = Budget(subject, plan.block)
         self._optimise = plan.blocks > OFTEN
-        self.judge = Judge(subject, facts, self.budget.block, optimise=self._optimise)
-        self.second = Judge(subject, facts, self.budget.block, optimise=self._optimise, seed=1)
+        self.judge = Judge(subject, facts, self.budget, optimise=self._optimise)
+        self.second = Judge(subject, facts, self.budget, optimise=self._optimise, seed=1)
         self.unstacked = ""
 
     @property

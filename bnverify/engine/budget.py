@@ -38,6 +38,13 @@ class Budget:
         share = rows * max(operations / OPERATIONS, moved / BYTES)
         return self._block if share * self._block <= 1 else max(1, int(1 / share))
 
+    def held(self, shape: tuple[int, int]) -> int:
+        """Return how many coarse rows are held at once: fewer where one case alone is too large."""
+        rows, features = shape
+        share = rows * self._row(features)[1] / BYTES
+        fitting = (held for held in (ROWS, 4) if share * (1 + held) <= 1 + ROWS)
+        return next(fitting, 2)
+
     def rows(self, features: int) -> int | None:
         """Return the most rows of a case of a large model, None for others.
 
@@ -55,6 +62,23 @@ class Budget:
             operations, moved = _cost(self._subject, (rows, features))
             self._known[features] = (1 + ROWS) / rows * operations, (1 + ROWS) / rows * moved
         return self._known[features]
+
+
+class Fixed:
+    """A budget of so many cases in every stack, and all coarse rows at once."""
+
+    def __init__(self, block: int) -> None:
+        self._block = block
+
+    def block(self, shape: tuple[int, int]) -> int:
+        """Return how many cases of a shape are stacked."""
+        del shape
+        return self._block
+
+    def held(self, shape: tuple[int, int]) -> int:
+        """Return how many coarse rows are held at once."""
+        del shape
+        return ROWS
 
 
 def _cost(subject: Subject, shape: tuple[int, int]) -> tuple[float, float]:

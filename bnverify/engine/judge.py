@@ -10,6 +10,7 @@ import numpy as np
 from bnverify import compat
 from bnverify.case import Case
 from bnverify.compiled import Compiled
+from bnverify.engine.budget import Budget, Fixed
 from bnverify.engine.noise import Noise
 from bnverify.laws import Law
 from bnverify.laws.residuals import wide
@@ -145,7 +146,7 @@ class Judge:
     Args:
         subject: what is verified.
         facts: static facts, see :func:`static_facts`.
-        block: how many transitions a stack has; or a function from their shape (N, D) to it.
+        block: how many transitions a stack has, or what says so of each shape (N, D).
         optimise: see ``bnverify.compiled.Compiled``.
         seed: of the draws by which rounding is read.
     """
@@ -154,15 +155,16 @@ class Judge:
         self,
         subject: Subject,
         facts: Mapping[str, Any],
-        block: int | Callable[[tuple[int, int]], int],
+        block: int | Budget,
         *,
         optimise: bool = False,
         seed: int = 0,
     ) -> None:
-        self.block = block if callable(block) else lambda shape: block
+        budget = block if isinstance(block, Budget) else Fixed(block)
+        self.block = budget.block
         self._subject = subject
         self._optimise = optimise
-        self._noise = Noise(subject, optimise=optimise, seed=seed)
+        self._noise = Noise(subject, optimise=optimise, seed=seed, held=budget.held)
         self._facts = {name: tuple(value) for name, value in facts.items()}
 
     def residuals(self, t: Transition, laws: Sequence[Law]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from bnverify import compat
 from bnverify.case import Case
 from bnverify.compiled import Compiled
 from bnverify.jaxpr import trace
+from bnverify.jaxpr.noise import ROWS
 from bnverify.jaxpr.rounding import rounding
 from bnverify.jaxpr.slope import directional_derivative
 from bnverify.lazy import jax, jnp
@@ -40,13 +42,22 @@ class Noise:
         subject: what is verified.
         optimise: see ``bnverify.compiled.Compiled``.
         seed: of the draws.
+        held: from the shape (N, D) of a case to how many coarse rows are held at once.
     """
 
-    def __init__(self, subject: Subject, *, optimise: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        *,
+        optimise: bool = False,
+        seed: int = 0,
+        held: Callable[[tuple[int, int]], int] = lambda shape: ROWS,
+    ) -> None:
         self._subject = subject
         self._seed = seed
         self._optimise = optimise
-        self._programs: dict[Any, Compiled] = {}
+        self._held = held
+        self._programs: dict[Any, Callable[[State, Case], Known]] = {}
 
     def __call__(self, before: State, case: Case, *, slope: bool = False) -> Known:
         """Return the exact outcomes of one step and evaluation, and the noise around them.
@@ -62,10 +73,9 @@ class Noise:
         if key not in self._programs:
             self._programs[key] = self._program(before, case, slope=slope)
         with compat.enable_x64():
-            known: Known = self._programs[key](before, case)
-        return known
+            return self._programs[key](before, case)
 
-    def _program(self, before: State, case: Case, *, slope: bool) -> Compiled:
+    def _program(self, before: State, case: Case, *, slope: bool) -> Callable[[State, Case], Known]:
         def run(before: State, case: Case) -> Outcome:
             after, info = self._subject.step(before, case.x, case.y, case.lr)
             return Outcome(after, info, self._subject.evaluate(after, case.x, case.y))
@@ -81,9 +91,7 @@ class Noise:
         slope = slope and step.program.out.info.loss is not None
         of_loss = trace(loss, abstract[0].params, *abstract) if slope else None
 
-        def evaluate(before: State, case: Case) -> Known:
-            rounded = step.evaluate(before, case)
-            known = Known(rounded.exact, rounded.noise)
+        def sloped(before: State, case: Case, known: Known) -> Known:
             if of_loss is None:
                 return known
             direction = some_direction(before.params)
@@ -92,7 +100,35 @@ class Noise:
             found = directional_derivative(of_loss, args, direction, at, noise)
             return known._replace(direction=direction, slope=tuple(found))
 
-        return Compiled(jax.vmap(evaluate), optimise=self._optimise)
+        held = self._held(case.shape)
+        if held >= ROWS:
+
+            def whole(before: State, case: Case) -> Known:
+                return sloped(before, case, Known(*step.evaluate(before, case)))
+
+            return Compiled(jax.vmap(whole), optimise=self._optimise)
+
+        def some(rows: Any, before: State, case: Case) -> Known:
+            return Known(*step.evaluate(before, case, rows=rows))
+
+        part = Compiled(jax.vmap(some, (None, 0, 0)), optimise=self._optimise)
+        rest = Compiled(jax.vmap(sloped), optimise=self._optimise)
+
+        def in_parts(before: State, case: Case) -> Known:
+            numbers = np.arange(1, 1 + ROWS, dtype=np.int32).reshape(-1, held)
+            parts = [
+                jax.tree_util.tree_map(np.asarray, part(rows, before, case)) for rows in numbers
+            ]
+            noise = jax.tree_util.tree_map(_length, *(known.noise for known in parts))
+            known: Known = rest(before, case, parts[0]._replace(noise=noise))
+            return known
+
+        return in_parts
+
+
+def _length(*parts: Any) -> Any:
+    """Return the noise that all rows tell, from what some and others do."""
+    return np.sqrt(sum(np.square(part) for part in parts))
 
 
 def some_direction(params: Tree) -> Tree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,34 +13,64 @@ _SMALL = 512  # elements up to which each has its own draw; beyond, each index o
 _SCALE = 1.0408  # the root mean square of a size between 0.5 and 1.5
 
 
-def independent(seed: int, rows: int, shape: tuple[int, ...]) -> Any:
-    """Return draws that have nothing to do with each other, (1 + rows, *shape); 0 in row 0.
+class Which(NamedTuple):
+    """The rows that one evaluation holds, of all that there are.
+
+    Attributes:
+        numbers: (1 + held,) int; the first is 0, the exact row. Traced where one program evaluates
+            now these, now others.
+        total: how many rows there are besides the exact one.
+    """
+
+    numbers: Any
+    total: int
+
+    @staticmethod
+    def all(total: int) -> Which:
+        """Return that all rows are held."""
+        return Which(np.arange(1 + total), total)
+
+    def of(self, table: Any) -> Any:
+        """Return the rows held of a table of all, (1 + total, ...)."""
+        if isinstance(self.numbers, np.ndarray):
+            return table[self.numbers]
+        return jnp.asarray(table)[self.numbers]
+
+    def column(self, value: Any, rank: int) -> Any:
+        """Return what is known of each row, (1 + held,), to broadcast against arrays of ``rank``."""
+        return value.reshape(-1, *[1] * (rank - 1))
+
+
+def independent(seed: int, which: Which, shape: tuple[int, ...]) -> Any:
+    """Return draws that have nothing to do with each other, (1 + held, *shape); 0 in row 0.
 
     Args:
         seed: another for each equation.
-        rows: how many rows there are besides the exact one.
+        which: the rows that are held.
         shape: of the value that errs.
     """
     rng = np.random.default_rng(seed)
+    rows = 1 + which.total
 
     def normal(*axes: int) -> Any:
         return rng.choice([-1.0, 1.0], axes) * rng.uniform(0.5, 1.5, axes) / _SCALE
 
     if math.prod(shape) <= _SMALL:
-        draw = normal(1 + rows, *shape)
+        draw = normal(rows, *shape)
         draw[0] = 0
-        return draw
+        return which.of(draw)
     # Signs that multiply: independent in pairs, and as many numbers as the axes are long.
-    draw = normal(1 + rows, *[1] * len(shape))
+    draw = normal(rows, *[1] * len(shape))
     draw[0] = 0
+    draw = which.of(draw)
     for axis, size in enumerate(shape):
         others = [1] * len(shape)
         others[axis] = size
-        draw = draw * jnp.asarray(rng.choice([-1.0, 1.0], (1 + rows, *others)))
+        draw = draw * jnp.asarray(which.of(rng.choice([-1.0, 1.0], (rows, *others))))
     return draw
 
 
-def alike(seed: int, draw: Any, exact: Any) -> Any:
+def alike(seed: int, which: Which, draw: Any, exact: Any) -> Any:
     """Return ``draw``, in half of its rows a function of the values: equal ones err equally.
 
     A batch of n equal rows errs n-fold in a sum, where independent errors add up to sqrt(n). In
@@ -48,15 +78,15 @@ def alike(seed: int, draw: Any, exact: Any) -> Any:
 
     Args:
         seed: another for each equation.
-        draw: (1 + rows, *shape).
+        which: the rows that are held.
+        draw: (1 + held, *shape).
         exact: the values without rounding, of ``shape``.
     """
-    half = (len(draw) - 1) // 2
     rng = np.random.default_rng(seed)
-    odd = rng.integers(2**62, 2**63, (half, *[1] * exact.ndim), np.uint64) * np.uint64(2) + 1
-    bits = jax.lax.bitcast_convert_type(exact.astype(jnp.float64), jnp.uint64)
-    mixed = (bits + odd) * odd
-    mixed = (mixed ^ (mixed >> np.uint64(32))) * odd
-    share = (mixed >> np.uint64(12)).astype(jnp.float64) / 2.0**52
-    size = (0.5 + jnp.abs(2 * share - 1)) / _SCALE
-    return jnp.concatenate([draw[: len(draw) - half], jnp.where(share < 0.5, -size, size)])
+    odd = rng.integers(2**62, 2**63, 1 + which.total, np.int64) * 2 + 1
+    # The top bit of a product with an odd number takes every bit into account, and is its sign.
+    bits = jax.lax.bitcast_convert_type(exact.astype(jnp.float64), jnp.int64)
+    size = which.column(which.of(rng.uniform(0.5, 1.5, 1 + which.total) / _SCALE), draw.ndim)
+    hashed = jnp.where(bits * which.column(which.of(odd), draw.ndim) < 0, -size, size)
+    half = which.column(which.numbers > which.total - which.total // 2, draw.ndim)
+    return jnp.where(half, hashed, draw)

@@ -30,6 +30,8 @@ from bnverify.jaxpr.values import Value, is_float
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from bnverify.jaxpr.draws import Which
+
 FLIP = 8.0
 POLE = 4.0
 
@@ -60,11 +62,6 @@ _MOVES = frozenset(
 )
 
 
-def _column(array: Any, of_row: Callable[[Any], Any]) -> Any:
-    """Return ``of_row`` of the rows' numbers, a column that broadcasts against ``array``."""
-    return of_row(np.arange(array.shape[0])).reshape(-1, *[1] * (array.ndim - 1))
-
-
 def in_doubt(distance: Any, dtype: Any, times: float = FLIP) -> Any:
     """Return for each row whether ``times`` its rounding could take it to the other side of 0.
 
@@ -74,26 +71,27 @@ def in_doubt(distance: Any, dtype: Any, times: float = FLIP) -> Any:
     exact = distance[:1]
     moved = jnp.where(distance == exact, 0, jnp.abs(distance - exact))  # inf - inf is no move
     moved = moved + jnp.where(exact == 0, 0, arithmetic.faint(dtype))
-    return (times * moved > jnp.abs(exact)) & _column(distance, lambda row: row > 0)
+    others = np.arange(distance.shape[0]).reshape(-1, *[1] * (distance.ndim - 1)) > 0
+    return (times * moved > jnp.abs(exact)) & others
 
 
-def coins(array: Any, seed: int) -> Any:
+def coins(array: Any, seed: int, which: Which) -> Any:
     """Return booleans in the shape of ``array``: random ones, but in each fourth row all alike."""
-    draws = np.random.default_rng(seed).integers(2**32, size=1 + array.shape[0], dtype=np.uint32)
+    draws = np.random.default_rng(seed).integers(2**32, size=2 + which.total, dtype=np.uint32)
     place = jax.lax.iota(jnp.uint32, array[0].size) + draws[0]
-    mixed = (place * (draws[1:, None] | 1) ^ (place >> 3)) * np.uint32(0x9E3779B1)
+    mixed = (place * (which.of(draws[1:])[:, None] | 1) ^ (place >> 3)) * np.uint32(0x9E3779B1)
     tossed = (mixed >> 31).astype(bool).reshape(array.shape)
-    return jnp.where(_alike(array), _other_side(array), tossed)
+    return jnp.where(_alike(array, which), _other_side(array, which), tossed)
 
 
-def _alike(array: Any) -> Any:
+def _alike(array: Any, which: Which) -> Any:
     """Return in which rows all elements take the same side: not left to chance, both are taken."""
-    return _column(array, lambda row: row % 4 == 3)
+    return which.column(which.numbers % 4 == 3, array.ndim)
 
 
-def _other_side(array: Any) -> Any:
+def _other_side(array: Any, which: Which) -> Any:
     """Return which side these rows take."""
-    return _column(array, lambda row: row % 8 == 3)
+    return which.column(which.numbers % 8 == 3, array.ndim)
 
 
 def aligned(left: Value, right: Value) -> tuple[Any, Any]:
@@ -107,14 +105,14 @@ def aligned(left: Value, right: Value) -> tuple[Any, Any]:
     )
 
 
-def compare(name: str, left: Value, right: Value, dtype: Any, seed: int) -> Value:
+def compare(name: str, left: Value, right: Value, dtype: Any, seed: int, which: Which) -> Value:
     """Return a comparison; in rows where it is in doubt, on a side of their own."""
     one, other = aligned(left, right)
     distance = one - other
     decided = COMPARISONS[name](one, other)
     further = distance[:1] + FLIP * (distance - distance[:1])
-    goes_on = _column(distance, lambda row: row % 4 == 2)
-    side = jnp.where(goes_on, COMPARISONS[name](further, 0.0), coins(distance, seed))
+    goes_on = which.column(which.numbers % 4 == 2, distance.ndim)
+    side = jnp.where(goes_on, COMPARISONS[name](further, 0.0), coins(distance, seed, which))
     taken = jnp.where(in_doubt(distance, dtype), side, decided)
     # Nearer to the kink than its own noise all that follows hangs on that noise, for a batch of
     # equal rows in all of them at once: nothing is known.
@@ -139,20 +137,20 @@ def extreme(sign: int, left: Value, right: Value, dtype: Any) -> Value:
     return Value(jnp.where(beyond, bound + sign * jnp.abs(distance), plain), rows=True)
 
 
-def signed(value: Value, dtype: Any, seed: int) -> Value:
+def signed(value: Value, dtype: Any, seed: int, which: Which) -> Value:
     """Return a value whose sign counts; in rows where that is in doubt, of a sign that a coin says."""
     array, exact = value.array, value.array[:1]
-    turned = jnp.where(coins(array, seed), -1.0, 1.0)
+    turned = jnp.where(coins(array, seed, which), -1.0, 1.0)
     # Turned away from row 0, not from what noise made of it: twice turned is not turned at all.
     side = jnp.where(exact == 0, turned * array, turned * jnp.sign(exact) * jnp.abs(array))
     return Value(jnp.where(in_doubt(array, dtype), side, array), rows=True)
 
 
-def amplified(value: Value) -> Value:
+def amplified(value: Value, which: Which) -> Value:
     """Return a value that a step function is taken of, each row FLIP times as far from row 0."""
     moved = FLIP * (value.array - value.array[:1])
-    up_or_down = jnp.where(_other_side(moved), 1.0, -1.0) * jnp.abs(moved)
-    far = value.array[:1] + jnp.where(_alike(moved), up_or_down, moved)
+    up_or_down = jnp.where(_other_side(moved, which), 1.0, -1.0) * jnp.abs(moved)
+    far = value.array[:1] + jnp.where(_alike(moved, which), up_or_down, moved)
     return Value(jnp.where(jnp.isfinite(far), far, value.array), rows=True)
 
 

@@ -30,6 +30,7 @@ import numpy as np
 
 from bnverify.jaxpr import arithmetic, draws, kinks, loops
 from bnverify.jaxpr.convolution import convolve
+from bnverify.jaxpr.draws import Which
 from bnverify.jaxpr.interpreter import hides_code
 from bnverify.jaxpr.values import Value, is_float, widen, widen_params
 
@@ -70,14 +71,16 @@ class Rows:
     """The reading that evaluates all rows.
 
     Attributes:
-        rows: how many coarse runs beside the exact one.
+        which: the rows that are held: the exact one, and coarse ones.
+        rows: how many coarse ones.
         seed: of the draws.
         unknown: names of primitives that it cannot evaluate coarsely: what depends on them has
             no known error, and NaN in its rows.
     """
 
-    def __init__(self, rows: int = ROWS, seed: int = 0) -> None:
-        self.rows = rows
+    def __init__(self, rows: int | Which = ROWS, seed: int = 0) -> None:
+        self.which = rows if isinstance(rows, Which) else Which.all(rows)
+        self.rows = len(self.which.numbers) - 1
         self.seed = seed
         self.unknown: set[str] = set()
         self._points = seed * _POINTS
@@ -85,7 +88,7 @@ class Rows:
     def _draw(self, shape: tuple[int, ...]) -> Any:
         """Return e in units of SIZE, for each row and element of ``shape``; 0 in row 0."""
         self._points += 1
-        return draws.independent(self._points, self.rows, shape)
+        return draws.independent(self._points, self.which, shape)
 
     def constant(self, value: Any, aval: Any, /) -> Value:
         """Return a literal or captured array: exact."""
@@ -113,7 +116,7 @@ class Rows:
         size = units * SIZE * float(jnp.finfo(dtype).eps) / 2
         draw = self._draw(shape)
         if jnp.finfo(dtype).bits < 32 or max(shape, default=0) >= MANY:
-            draw = draws.alike(self._points, draw, array[0] if value.rows else array)
+            draw = draws.alike(self._points, self.which, draw, array[0] if value.rows else array)
         rounded = array * (1 + size * draw)
         if jnp.finfo(dtype).nexp < 8:  # float16: values of every day are subnormal
             step = float(jnp.finfo(dtype).smallest_subnormal) * units
@@ -221,7 +224,7 @@ class Rows:
 
     def _compare(self, name: str, left: Value, right: Value, dtype: Any) -> Value:
         self._points += 1
-        return kinks.compare(name, left, right, dtype, self._points)
+        return kinks.compare(name, left, right, dtype, self._points, self.which)
 
     def _pick(self, sign: int, left: Value, right: Value, dtype: Any) -> Value:
         return kinks.extreme(sign, left, right, dtype)
@@ -231,10 +234,10 @@ class Rows:
         name, pole, ready = eqn.primitive.name, arithmetic.pole(eqn), list(inputs)
         to_integer = name == "convert_element_type" and not is_float(eqn.outvars[0].aval.dtype)
         if noisy[0] and (to_integer or name in arithmetic.STEPS):
-            ready[0] = kinks.amplified(inputs[0])
+            ready[0] = kinks.amplified(inputs[0], self.which)
         if noisy[0] and name == "sign":
             self._points += 1
-            ready[0] = kinks.signed(inputs[0], eqn.invars[0].aval.dtype, self._points)
+            ready[0] = kinks.signed(inputs[0], eqn.invars[0].aval.dtype, self._points, self.which)
         if pole is not None and noisy[pole]:
             ready[pole] = kinks.near_pole(inputs[pole])
         return ready

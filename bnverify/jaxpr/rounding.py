@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnverify.jaxpr import arithmetic, kinks, tracing
+from bnverify.jaxpr.draws import Which
 from bnverify.jaxpr.interpreter import read
 from bnverify.jaxpr.noise import ROWS, Rows
 from bnverify.jaxpr.values import Value, is_float, widen
@@ -56,20 +57,25 @@ class Rounding:
         self.seed = seed
         self.unknown: frozenset[str] = frozenset()
 
-    def evaluate(self, *args: Any) -> Rounded:
+    def evaluate(self, *args: Any, rows: Any = None) -> Rounded:
         """Return what the program gives on ``args``, and its rounding noise.
 
         Under ``jax.jit`` and ``jax.vmap``, and only within ``bnverify.compat.enable_x64()``.
 
         Args:
             *args: trees of arrays like those the program was traced on.
+            rows: which coarse rows to take, (held,) int from 1 to ``self.rows``; None: all. The
+                squares of what disjoint rows give add up to the square of what all of them do.
 
         Raises:
             RuntimeError: float64 is not enabled.
         """
         if jnp.asarray(np.zeros(())).dtype != jnp.float64:
             raise RuntimeError("rounding is read in float64: call within compat.enable_x64()")
-        reading = Rows(self.rows, self.seed)
+        which = Which.all(self.rows)
+        if rows is not None:
+            which = Which(jnp.concatenate([jnp.zeros(1, jnp.int32), rows]), self.rows)
+        reading = Rows(which, self.seed)
         results = read(self.program.jaxpr, reading, self._inputs(args))
         types = jax.tree_util.tree_leaves(self.program.out)
         outputs = [

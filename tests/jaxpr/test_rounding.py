@@ -319,6 +319,27 @@ def test_foreign_code_makes_no_claim_and_is_named():
         assert [bool(r) for r in claimed.reliable] == [False, True]
 
 
+def test_rows_may_be_taken_a_few_at_a_time():
+    """What disjoint rows tell adds up to what all of them tell, to the last places."""
+    subject = reference.adam()
+    state, x, y, lr = batches(subject, 20, 3, 10.0 ** RNG.uniform(-3, 3, (CASES, 1, 1)), 0)
+    function = steps(subject)
+    reading = rounding(function, *jax.tree_util.tree_map(lambda leaf: leaf[0], (state, x, y, lr)))
+    with enable_x64():
+        whole = jax.jit(jax.vmap(reading.evaluate))(state, x, y, lr)
+        some = jax.jit(
+            jax.vmap(lambda rows, *args: reading.evaluate(*args, rows=rows), (None, 0, 0, 0, 0))
+        )
+        parts = [some(np.arange(first, first + 4), state, x, y, lr) for first in (1, 5, 9)]
+        for leaf, noises in zip(
+            jax.tree_util.tree_leaves(whole.noise),
+            zip(*(jax.tree_util.tree_leaves(part.noise) for part in parts), strict=True),
+            strict=True,
+        ):
+            together = np.sqrt(sum(np.square(np.asarray(noise)) for noise in noises))
+            np.testing.assert_allclose(together, leaf, rtol=1e-6)
+
+
 def test_evaluation_outside_double_precision_is_refused():
     """Without float64 the exact run would be no more exact than what it judges."""
     with pytest.raises(RuntimeError, match="enable_x64"):
