@@ -209,6 +209,7 @@ def test_restoring_needs_something_saved() -> None:
 @pytest.mark.parametrize(
     "name", ["statistics_not_saved", "every_second_batch_twice", "evaluation_folds_its_batch"]
 )
+@pytest.mark.once
 def test_the_users_machine_finds_faults(name: str) -> None:
     """The state machine for users' tests breaks on what check_life finds."""
     fault = LIFE_FAULTS[name]

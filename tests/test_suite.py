@@ -357,6 +357,7 @@ def outer(folder: Path, *args: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.once
 def test_workers_and_orders_give_the_same_verdicts(pytester: pytest.Pytester) -> None:
     """With -n 0, with -n 2 and backwards, the same laws fail, of a step that is really checked."""
     pytester.makepyfile(

@@ -15,6 +15,7 @@ from bnverify.engine.judge import Judge, judged
 from bnverify.engine.tally import ENOUGH, Tally, stack
 from bnverify.engine.volume import NEEDS
 from bnverify.evidence import Evidence, Status
+from bnverify.jaxpr.noise import ROWS
 
 Tell = Callable[[str, int], None]
 Shape = tuple[int, int]
@@ -30,6 +31,9 @@ SELDOM = 3
 
 FEWEST = 10
 """Cases of a shape, however few a stack of a large model holds."""
+
+HUGE = 3
+"""As many, of a model so large that the rounding of one case is read in parts: each takes long."""
 
 
 class Runs:
@@ -113,11 +117,15 @@ class Runs:
             self.notes.append(f"a large model: cases of at most {most} rows")
         return found
 
+    def _huge(self, shape: Shape) -> bool:
+        return self._bench.budget.held(shape) < ROWS
+
     def _stack(self, shapes: list[Shape], rng: np.random.Generator) -> None:
         for rows, features in shapes:
             self._tell(f"stacked cases of shape ({rows}, {features})", self.cases)
             try:
-                blocks = math.ceil(FEWEST / self._bench.budget.block((rows, features)))
+                fewest = HUGE if self._huge((rows, features)) else FEWEST
+                blocks = math.ceil(fewest / self._bench.budget.block((rows, features)))
                 self._block((rows, features), max(self._plan.blocks, blocks), rng)
             except Exception as error:  # noqa: BLE001 - whatever a user's code raises under vmap
                 line = (str(error).strip().splitlines() or [""])[0]
@@ -149,7 +157,8 @@ class Runs:
         exploration = self._bench.exploration
         if self._enough or not self._plan.examples or not judged(exploration.laws, NEEDS | CALLS):
             return
-        cases = draw(shapes, self._bench.domain, self._plan.examples, self._seed)
+        examples = HUGE if any(map(self._huge, shapes)) else self._plan.examples
+        cases = draw(shapes, self._bench.domain, examples, self._seed)
 
         # The last ones: Hypothesis begins with zeros, on which little shows.
         costly = {len(cases) - 1 - i: {"eager"} for i in range(self._plan.eager)}
