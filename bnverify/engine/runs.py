@@ -114,7 +114,9 @@ class Runs:
         found = [(min(rows, most_rows(width) or rows), width) for rows, width in shapes]
         if found != shapes:
             most = max(rows for rows, _ in found)
-            self.notes.append(f"a large model: cases of at most {most} rows")
+            narrower = "; the same code with narrower layers is checked far faster"
+            more = narrower if any(map(self._huge, found)) else ""
+            self.notes.append(f"a large model: cases of at most {most} rows{more}")
         return found
 
     def _huge(self, shape: Shape) -> bool:
