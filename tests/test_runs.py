@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bnverify import Case, reference, verify
+from bnverify.checking.verify import Verifier
 from bnverify.engine import budget
 from bnverify.engine.budget import Budget
 from bnverify.engine.noise import Known, Noise
@@ -60,6 +61,16 @@ def test_what_other_draws_confirm_is_violated(shrunk: Any) -> None:
     assert evidence.status == "violated"
     assert 1 < (evidence.residual or 0) < CLEAR
     assert evidence.counterexample
+
+
+def test_a_check_after_another_says_what_a_fresh_one_says() -> None:
+    """What is kept between checks is programs: nothing that was drawn or seen."""
+    names = ["row_order_changes_nothing", "float_seeds_act_as_their_integer_part"]
+    verifier = Verifier(reference.sgd(), "quick", select=[*names, "life"])
+    first, _, again = (verifier.run(seed) for seed in (1, 2, 1))
+    fresh = verify(reference.sgd(), "quick", select=[*names, "life"], seed=1)
+    assert first.results == again.results == fresh.results
+    assert first.cases == again.cases == fresh.cases
 
 
 def test_small_models_are_stacked_as_asked() -> None:
