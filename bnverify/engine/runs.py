@@ -162,8 +162,7 @@ class Runs:
         examples = HUGE if any(map(self._huge, shapes)) else self._plan.examples
         cases = draw(shapes, self._bench.domain, examples, self._seed)
 
-        # The last ones: Hypothesis begins with zeros, on which little shows.
-        costly = {len(cases) - 1 - i: {"eager"} for i in range(self._plan.eager)}
+        costly = {index: {"eager"} for index in _uncompiled(cases, shapes[0], self._plan.eager)}
         every = 1 if all("solution" in law.needs for law in exploration.laws) else SELDOM
         for index in range(len(cases) - 1, -1, -every):
             costly.setdefault(index, set()).add("solution")
@@ -207,6 +206,18 @@ class Runs:
                 tally.replace(case)
                 return
         tally.dismissed = True
+
+
+def _uncompiled(cases: Sequence[Case], smallest: Shape, count: int) -> list[int]:
+    """Return which cases are run uncompiled too: the first of the smallest shape.
+
+    JAX compiles an uncompiled step's every operation for every shape, and the smallest shape's
+    are compiled already in the next check. The last ones drawn, because Hypothesis begins with
+    zeros, on which little shows.
+    """
+    last = list(range(len(cases) - 1, -1, -1))
+    first = [index for index in last if cases[index].shape == smallest][:1]
+    return [*first, *(index for index in last if index not in first)][:count]
 
 
 def _verdict(tally: Tally) -> tuple[Status, str]:
