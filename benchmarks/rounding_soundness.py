@@ -14,7 +14,8 @@ prints a line for each configuration:
 - worst: the largest true error over noise; at most 1, or the claim is unsound;
 - beyond: how many numbers are beyond their noise; 0, or the claim is unsound;
 - loose: the median of noise over true error, where there is an error;
-- cost: CPU time to compile and run the claim, over that of as many float32 steps as it has rows.
+- cost: CPU time to trace, compile and run the claim, as a check does, over that of as many float32
+  steps, jitted, as it has rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -31,6 +33,7 @@ import numpy as np
 import optax
 
 from bnverify.compat import enable_x64
+from bnverify.compiled import Compiled
 from bnverify.jaxpr.noise import ROWS
 from bnverify.jaxpr.rounding import Rounded, rounding
 from bnverify.subject import State, StepInfo
@@ -162,10 +165,10 @@ def compare(actual: Any, claimed: Rounded) -> tuple[Any, Any]:
     return np.hstack(errors), np.hstack(noises)
 
 
-def timed(function: Any, *args: Any) -> tuple[Any, float]:
-    """Return what ``function`` gives, jitted, and the CPU time to compile and to run it."""
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """Return what ``function`` gives, and the CPU time that it takes."""
     start = time.process_time()
-    result = jax.block_until_ready(jax.jit(function)(*args))
+    result = jax.block_until_ready(function())
     return result, time.process_time() - start
 
 
@@ -177,10 +180,11 @@ def experiment(
     cases = draw(init, step, np.random.default_rng(seed), count, *shape)
     actual = jax.jit(jax.vmap(step))(cases)
     rows = jax.tree_util.tree_map(lambda leaf: np.concatenate([leaf] * (1 + ROWS)), cases)
-    _, plain = timed(jax.vmap(step), rows)
-    reading = rounding(step, jax.tree_util.tree_map(lambda leaf: leaf[0], cases))
+    _, plain = timed(lambda: jax.jit(jax.vmap(step))(rows))
+    one = jax.tree_util.tree_map(lambda leaf: leaf[0], cases)
+    reading, tracing = timed(lambda: rounding(step, one))
     with enable_x64():
-        claimed, seconds = timed(jax.vmap(reading.evaluate), cases)
+        claimed, running = timed(lambda: Compiled(jax.vmap(reading.evaluate))(cases))
         errors, noises = compare(actual, claimed)
         _, grads = compare(actual[1], Rounded(*(tree[1] for tree in claimed)))
     known = np.isfinite(noises)
@@ -189,7 +193,7 @@ def experiment(
         unknown_grads=float(np.mean(~np.isfinite(grads).all(axis=1))),
         unknown=float(np.mean(~known)),
         ratio=ratio[known],
-        cost=seconds / plain,
+        cost=(tracing + running) / plain,
     )
 
 

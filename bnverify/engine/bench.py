@@ -53,7 +53,7 @@ class Bench:
         self.refusal = refusal
         self.note = note
         self.domain = _domain(laws)
-        self.budget = Budget(subject, plan.block)
+        self.budget = Budget(subject, plan.block, plan.blocks)
         self._optimise = plan.blocks > OFTEN
         self.judge = Judge(subject, facts, self.budget, optimise=self._optimise)
         self.second = Judge(subject, facts, self.budget, optimise=self._optimise, seed=1)

@@ -14,6 +14,13 @@ OPERATIONS = 2e10
 BYTES = 4e9
 """Bytes that they read and write; where convolutions are read as products, as many may be held."""
 
+AT_ONCE = 2
+"""Stacks that run at the same time, whatever the machine: each keeps little more than a core busy."""
+
+PAYS = 3e8
+"""Operations from which on optimising the program that reads the rounding pays: it takes a core
+some 2 s to compile, and as long to run so many if it was not optimised."""
+
 LARGE = 1e6
 """Operations of one row that make a model a large one; the reference takes a few hundred."""
 
@@ -24,11 +31,13 @@ class Budget:
     Args:
         subject: what is verified.
         block: the most cases in a stack.
+        blocks: how many stacks of a shape are run.
     """
 
-    def __init__(self, subject: Subject, block: int) -> None:
+    def __init__(self, subject: Subject, block: int, blocks: int = 1) -> None:
         self._subject = subject
         self._block = block
+        self._blocks = blocks
         self._known: dict[int, tuple[float, float]] = {}
 
     def block(self, shape: tuple[int, int]) -> int:
@@ -37,6 +46,16 @@ class Budget:
         operations, moved = self._row(features)
         share = rows * max(operations / OPERATIONS, moved / BYTES)
         return self._block if share * self._block <= 1 else max(1, int(1 / share))
+
+    def at_once(self, shape: tuple[int, int]) -> int:
+        """Return how many stacks may run at the same time: one where it fills the memory."""
+        return AT_ONCE if self.block(shape) == self._block else 1
+
+    def pays(self, shape: tuple[int, int]) -> bool:
+        """Return whether the stacks of a shape compute so much that optimising them pays."""
+        rows, features = shape
+        cases = self.block(shape) * self._blocks
+        return rows * self._row(features)[0] * cases > PAYS
 
     def held(self, shape: tuple[int, int]) -> int:
         """Return how many coarse rows are held at once: fewer where one case alone is too large."""
@@ -74,6 +93,16 @@ class Fixed:
         """Return how many cases of a shape are stacked."""
         del shape
         return self._block
+
+    def at_once(self, shape: tuple[int, int]) -> int:
+        """Return how many stacks may run at the same time."""
+        del shape
+        return AT_ONCE
+
+    def pays(self, shape: tuple[int, int]) -> bool:
+        """Return whether optimising pays, as far as is known."""
+        del shape
+        return False
 
     def held(self, shape: tuple[int, int]) -> int:
         """Return how many coarse rows are held at once."""

@@ -162,9 +162,15 @@ class Judge:
     ) -> None:
         budget = block if isinstance(block, Budget) else Fixed(block)
         self.block = budget.block
+        self.at_once = budget.at_once
         self._subject = subject
         self._optimise = optimise
-        self._noise = Noise(subject, optimise=optimise, seed=seed, held=budget.held)
+        self._noise = Noise(
+            subject,
+            optimise=lambda shape: optimise or budget.pays(shape),
+            seed=seed,
+            held=budget.held,
+        )
         self._facts = {name: tuple(value) for name, value in facts.items()}
 
     def residuals(self, t: Transition, laws: Sequence[Law]) -> dict[str, Any]:

@@ -40,7 +40,8 @@ class Noise:
 
     Args:
         subject: what is verified.
-        optimise: see ``bnverify.compiled.Compiled``.
+        optimise: from the shape (N, D) of a case to whether its program runs often; see
+            ``bnverify.compiled.Compiled``.
         seed: of the draws.
         held: from the shape (N, D) of a case to how many coarse rows are held at once.
     """
@@ -49,7 +50,7 @@ class Noise:
         self,
         subject: Subject,
         *,
-        optimise: bool = False,
+        optimise: Callable[[tuple[int, int]], bool] = lambda shape: False,
         seed: int = 0,
         held: Callable[[tuple[int, int]], int] = lambda shape: ROWS,
     ) -> None:
@@ -100,19 +101,19 @@ class Noise:
             found = directional_derivative(of_loss, args, direction, at, noise)
             return known._replace(direction=direction, slope=tuple(found))
 
-        held = self._held(case.shape)
+        held, optimise = self._held(case.shape), self._optimise(case.shape)
         if held >= ROWS:
 
             def whole(before: State, case: Case) -> Known:
                 return sloped(before, case, Known(*step.evaluate(before, case)))
 
-            return Compiled(jax.vmap(whole), optimise=self._optimise)
+            return Compiled(jax.vmap(whole), optimise=optimise)
 
         def some(rows: Any, before: State, case: Case) -> Known:
             return Known(*step.evaluate(before, case, rows=rows))
 
-        part = Compiled(jax.vmap(some, (None, 0, 0)), optimise=self._optimise)
-        rest = Compiled(jax.vmap(sloped), optimise=self._optimise)
+        part = Compiled(jax.vmap(some, (None, 0, 0)), optimise=optimise)
+        rest = Compiled(jax.vmap(sloped), optimise=optimise)
 
         def in_parts(before: State, case: Case) -> Known:
             numbers = np.arange(1, 1 + ROWS, dtype=np.int32).reshape(-1, held)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -82,22 +84,41 @@ class Volume:
     ) -> Iterator[tuple[Case, Residuals]]:
         """Yield ``count`` blocks of cases of one shape with their residuals.
 
-        Half of every block after the first is bred from the worst cases before it.
+        Half of every block is bred from the worst cases known as it starts. The first block runs
+        alone and in this thread: it traces the user's code, which others need not bear, and
+        compiles what the next ones share.
         """
         worst: dict[str, tuple[float, Case]] = {}
+
+        def known(cases: Case, residuals: Residuals) -> tuple[Case, Residuals]:
+            _remember(worst, cases, residuals)
+            return cases, residuals
+
+        cases = self._cases(shape, rng, worst)
+        yield known(cases, self.residuals(cases))
+        at_once = self._judge.at_once(shape)
+        with ThreadPoolExecutor(at_once) as pool:
+            running: deque[tuple[Case, Future[Residuals]]] = deque()
+            for _ in range(count - 1):
+                cases = self._cases(shape, rng, worst)
+                running.append((cases, pool.submit(self.residuals, cases)))
+                if len(running) == at_once:
+                    cases, first = running.popleft()
+                    yield known(cases, first.result())
+            for cases, left in running:
+                yield known(cases, left.result())
+
+    def _cases(
+        self,
+        shape: tuple[int, int],
+        rng: np.random.Generator,
+        worst: Mapping[str, tuple[float, Case]],
+    ) -> Case:
+        """Return a block of cases, half of them bred from the ``worst`` where there are some."""
         block = self._judge.block(shape)
-        for _ in range(count):
-            cases = stacked_cases(rng, shape, block, self.domain)
-            if worst:
-                parents = [case for _, case in worst.values()]
-                cases = _overlay(cases, breed(parents, block // 2, rng, self.domain))
-            residuals = self.residuals(cases)
-            for name, values in residuals.items():
-                finite = np.where(np.isfinite(values), values, -1.0)
-                index = int(np.argmax(finite))
-                if finite[index] > worst.get(name, (0.0, None))[0]:
-                    worst[name] = (float(finite[index]), take(cases, index))
-            yield cases, residuals
+        cases = stacked_cases(rng, shape, block, self.domain)
+        parents = [case for _, case in worst.values()]
+        return _overlay(cases, breed(parents, block // 2, rng, self.domain)) if parents else cases
 
     def simplify(self, tally: Tally, rounds: int = 12) -> Case:
         """Return a case of the same shape that violates the same law and reads easier."""
@@ -116,6 +137,15 @@ class Volume:
                 break
             best = candidates[int(failing[0])]
         return best
+
+
+def _remember(worst: dict[str, tuple[float, Case]], cases: Case, residuals: Residuals) -> None:
+    """Put each law's worst case into ``worst`` where it is worse than what is there."""
+    for name, values in residuals.items():
+        finite = np.where(np.isfinite(values), values, -1.0)
+        index = int(np.argmax(finite))
+        if finite[index] > worst.get(name, (0.0, None))[0]:
+            worst[name] = (float(finite[index]), take(cases, index))
 
 
 def _affordable(law: Law, shape: tuple[int, int]) -> bool:

@@ -70,11 +70,12 @@ def independent(seed: int, which: Which, shape: tuple[int, ...]) -> Any:
     return draw
 
 
-def alike(seed: int, which: Which, draw: Any, exact: Any) -> Any:
-    """Return ``draw``, in half of its rows a function of the values: equal ones err equally.
+def alike(seed: int, which: Which, draw: Any, exact: Any) -> tuple[Any, Any, Any]:
+    """Return two draws and which elements take the second: in half of the rows by their values.
 
-    A batch of n equal rows errs n-fold in a sum, where independent errors add up to sqrt(n). In
-    32 bits the difference drowns in what a sum of few terms is allowed anyway; in 16 it does not.
+    There equal values err equally; in the other rows the two are ``draw``. A batch of n equal rows
+    errs n-fold in a sum, where independent errors add up to sqrt(n). In 32 bits the difference
+    drowns in what a sum of few terms is allowed anyway; in 16 it does not.
 
     Args:
         seed: another for each equation.
@@ -83,10 +84,14 @@ def alike(seed: int, which: Which, draw: Any, exact: Any) -> Any:
         exact: the values without rounding, of ``shape``.
     """
     rng = np.random.default_rng(seed)
-    odd = rng.integers(2**62, 2**63, 1 + which.total, np.int64) * 2 + 1
-    # The top bit of a product with an odd number takes every bit into account, and is its sign.
-    bits = jax.lax.bitcast_convert_type(exact.astype(jnp.float64), jnp.int64)
+    odd = rng.integers(-(2**30), 2**30, 1 + which.total, np.int32) * 2 + 1
+    # In 32 bits, as what float64 tells apart in its last places is equal in the program. The top
+    # bit of a product with an odd number takes every bit into account, and is its sign.
+    bits = jax.lax.bitcast_convert_type(exact.astype(jnp.float32), jnp.int32)
+    turned = bits * which.column(which.of(odd), draw.ndim) < 0
     size = which.column(which.of(rng.uniform(0.5, 1.5, 1 + which.total) / _SCALE), draw.ndim)
-    hashed = jnp.where(bits * which.column(which.of(odd), draw.ndim) < 0, -size, size)
     half = which.column(which.numbers > which.total - which.total // 2, draw.ndim)
-    return jnp.where(half, hashed, draw)
+    # Where all is known by now, the two are constants of the program.
+    known = all(isinstance(part, np.ndarray) for part in (draw, size, half))
+    where: Any = np.where if known else jnp.where
+    return where(half, size, draw), where(half, -size, draw), turned

@@ -115,9 +115,12 @@ class Rows:
         shape = array.shape[1:] if value.rows else array.shape
         size = units * SIZE * float(jnp.finfo(dtype).eps) / 2
         draw = self._draw(shape)
+        factor = 1 + size * draw
         if jnp.finfo(dtype).bits < 32 or max(shape, default=0) >= MANY:
-            draw = draws.alike(self._points, self.which, draw, array[0] if value.rows else array)
-        rounded = array * (1 + size * draw)
+            exact = array[0] if value.rows else array
+            one, other, turned = draws.alike(self._points, self.which, draw, exact)
+            factor = jnp.where(turned, 1 + size * other, 1 + size * one)
+        rounded = array * factor
         if jnp.finfo(dtype).nexp < 8:  # float16: values of every day are subnormal
             step = float(jnp.finfo(dtype).smallest_subnormal) * units
             rounded = jnp.where(array == 0, rounded, rounded + step * self._draw(shape))
