@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from importlib import metadata
 
 import pytest
@@ -10,6 +11,11 @@ from hypothesis import HealthCheck, settings
 
 # Every claim is about the CPU backend; a GPU that happens to be there must not change a verdict.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# A shell without job control starts what it puts into the background deaf to Ctrl-C, and so would
+# be every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COMMON = settings(
     # The first call of each shape compiles, for 1 to 3 s, the next takes 1 ms: no deadline is
