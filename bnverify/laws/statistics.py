@@ -86,12 +86,8 @@ def batch_stats_change_only_by_ema(t: Transition) -> Any:
     high = t.reruns["huge_statistics"].state.batch_stats
     other = t.reruns["other_statistics"].state.batch_stats
     other_before = jax.tree_util.tree_map(_other, t.before.batch_stats)
-    return worst_of(
-        [
-            trees(leaf, t.before.batch_stats, t.after.batch_stats, zero, high),
-            trees(leaf, other_before, other, zero, high),
-        ]
-    )
+    old, new = (t.before.batch_stats, other_before), (t.after.batch_stats, other)
+    return trees(leaf, old, new, (zero, zero), (high, high))
 
 
 def _other(value: Any) -> Any:

@@ -67,7 +67,8 @@ def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
         allowed = jnp.ones_like(wide(new)) * (16 * unit(new) * scale + smallest(new))
         return residual(new, expected, allowed)
 
-    return trees(leaf, t.before.opt_state, t.after.opt_state, t.facts["expected_update"].opt_state)
+    expected = t.facts["expected_update"].opt_state
+    return trees(leaf, t.before.opt_state, t.after.opt_state, expected, elementwise=False)
 
 
 @law(
