@@ -188,7 +188,8 @@ def experiment(
         errors, noises = compare(actual, claimed)
         _, grads = compare(actual[1], Rounded(*(tree[1] for tree in claimed)))
     known = np.isfinite(noises)
-    ratio = np.divide(errors, noises, out=np.where(errors > 0, np.inf, 0.0), where=noises > 0)
+    none = np.where(errors > 0, np.inf, 0.0)  # what an error is where none is allowed
+    ratio = np.divide(errors, noises, out=none, where=known & (noises > 0))
     return Verdict(
         unknown_grads=float(np.mean(~np.isfinite(grads).all(axis=1))),
         unknown=float(np.mean(~known)),

@@ -91,8 +91,8 @@ class Tally:
 ENOUGH = 30
 
 
-def take(cases: Case, index: int) -> Case:
-    """Return one of some stacked cases."""
+def take(cases: Case, index: int | npt.NDArray[np.intp]) -> Case:
+    """Return one of some stacked cases, or those of some indices."""
     return Case(*(np.asarray(leaf)[index] for leaf in cases))
 
 

@@ -118,7 +118,11 @@ class Volume:
         block = self._judge.block(shape)
         cases = stacked_cases(rng, shape, block, self.domain)
         parents = [case for _, case in worst.values()]
-        return _overlay(cases, breed(parents, block // 2, rng, self.domain)) if parents else cases
+        if not parents:
+            return cases
+        bred = breed(parents, block // 2, rng, self.domain)
+        kept = take(cases, np.arange(block // 2, block))
+        return Case(*(np.concatenate(leaves) for leaves in zip(bred, kept, strict=True)))
 
     def simplify(self, tally: Tally, rounds: int = 12) -> Case:
         """Return a case of the same shape that violates the same law and reads easier."""
@@ -153,31 +157,22 @@ def _affordable(law: Law, shape: tuple[int, int]) -> bool:
     return "step:doubled_batch" not in law.needs or shape[0] <= FEW_ROWS
 
 
-def _overlay(cases: Case, bred: list[Case]) -> Case:
-    if not bred:
-        return cases
-    top = stack(bred)
-    return Case(*(np.concatenate([b, a[len(b) :]]) for a, b in zip(cases, top, strict=True)))
-
-
-def breed(parents: list[Case], count: int, rng: np.random.Generator, domain: Domain) -> list[Case]:
-    """Return variations of ``parents``: rescaled, shifted, another lr, another seed."""
-    bred = []
-    for index in range(count):
-        parent = parents[index % len(parents)]
-        x = parent.x * np.float32(2.0 ** rng.integers(-3, 4))
-        if rng.random() < 0.5:
-            x = x + np.float32(rng.normal()) * np.float32(np.max(np.abs(x), initial=1e-6))
-        bred.append(
-            Case(
-                parent.seed if rng.random() < 0.5 else np.int32(rng.integers(0, 1000)),
-                np.clip(x, -domain.max_abs_x, domain.max_abs_x).astype(np.float32),
-                parent.y,
-                parent.lr if rng.random() < 0.5 else np.float32(rng.random() * domain.max_lr),
-                parent.warmup,
-            )
-        )
-    return bred
+def breed(parents: list[Case], count: int, rng: np.random.Generator, domain: Domain) -> Case:
+    """Return ``count`` stacked variations of ``parents``: rescaled, shifted, another lr or seed."""
+    of = take(stack(parents), np.arange(count) % len(parents))
+    scales = 2.0 ** rng.integers(-3, 4, (count, 1, 1))
+    x = of.x * scales
+    largest = np.max(np.abs(x), axis=(1, 2), keepdims=True, initial=1e-6)
+    shifts = rng.normal(size=(count, 1, 1)) * (rng.random((count, 1, 1)) < 0.5)
+    x = np.clip(x + shifts * largest, -domain.max_abs_x, domain.max_abs_x)
+    seeds, rates = rng.integers(0, 1000, count), rng.random(count) * domain.max_lr
+    return Case(
+        np.where(rng.random(count) < 0.5, of.seed, seeds).astype(np.int32),
+        x.astype(np.float32),
+        of.y,
+        np.where(rng.random(count) < 0.5, of.lr, rates).astype(np.float32),
+        of.warmup,
+    )
 
 
 def simpler(case: Case) -> list[Case]:
