@@ -18,6 +18,7 @@ from bnverify.engine.noise import Known, Noise
 from bnverify.engine.runs import CLEAR
 from bnverify.engine.tally import stack
 from bnverify.jaxpr.noise import ROWS
+from bnverify.profile import Profile
 
 LAW = "row_order_changes_nothing"
 
@@ -86,6 +87,26 @@ def test_a_stack_of_more_rows_holds_fewer_cases() -> None:
     sizes = [small.block((rows, 4)) for rows in (1, 64, 1000, 100_000)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == 1
+
+
+def test_what_computes_for_seconds_is_optimised() -> None:
+    """The noise of four stacks of the largest shape is, that of the tiny shapes is not."""
+    small = Budget(reference.sgd(), 512, 4)
+    assert [small.pays(shape) for shape in ((2, 2), (64, 16))] == [False, True]
+
+
+def test_stacks_that_fill_the_memory_run_one_at_a_time() -> None:
+    """Others run two at once."""
+    small = Budget(reference.sgd(), 512)
+    assert [small.at_once((rows, 4)) for rows in (2, 100_000)] == [2, 1]
+
+
+def test_blocks_that_run_at_once_are_the_same_every_time() -> None:
+    """Which of two ends first changes neither the cases bred from them nor a residual."""
+    plan = Profile("blocks", tiny=1, shapes=0, blocks=6, block=64, examples=0)
+    first, second = (verify(reference.sgd(), plan, select=[LAW]) for _ in range(2))
+    assert first.results == second.results
+    assert first.cases == second.cases == 6 * 64
 
 
 def test_a_step_that_nobody_can_count_is_stacked_as_asked() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bnverify.laws.law import UNTRIGGERED
-from bnverify.laws.residuals import residual, same, trees, when, within_noise, worst_of
+from bnverify.laws.residuals import residual, same, trees, unit, when, wide, within_noise, worst_of
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,22 @@ def test_trees_that_are_not_alike_cannot_hold() -> None:
     one = {"a": jnp.zeros(2)}
     assert float(trees(lambda a, b: residual(a, b, 1.0), one, {})) == np.inf
     assert float(trees(lambda a, b: residual(a, b, 1.0), one, {"a": jnp.zeros(3)})) == np.inf
+
+
+def test_leaves_judged_at_once_are_judged_as_one_by_one() -> None:
+    """Leaves of several shapes and dtypes: each is held to the unit of its own dtype."""
+    rng = np.random.default_rng(0)
+    types = {"w": ((2, 3), "float32"), "b": ((), "float32"), "h": ((4,), "bfloat16")}
+    tree = {name: jnp.asarray(rng.normal(size=of), dtype) for name, (of, dtype) in types.items()}
+    tree["count"] = jnp.arange(2)
+    for worst, value in tree.items():
+        other = {**tree, worst: value + 1}
+
+        def leaf(a: Any, b: Any) -> Any:
+            return residual(a, b, (unit(a) or 1.0) * jnp.ones_like(wide(a)))
+
+        joined, single = (trees(leaf, other, tree, elementwise=each) for each in (True, False))
+        assert float(joined) == float(single) > 0
 
 
 def test_two_runs_may_each_err_by_the_noise() -> None:
