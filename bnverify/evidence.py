@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 Status: TypeAlias = Literal["proved", "held", "violated", "untriggered", "exempt"]
@@ -67,7 +67,9 @@ class Report:
         cases: how many cases were run.
         seconds: how long the check took, imports not included.
         versions: package name -> version.
-        influence: output tree -> the input trees that may reach it; empty where not traced.
+        influence: what may reach what, empty where not traced: "matrix", output tree -> input
+            trees; "leaves", the same of leaves, named ``params/Dense_0/kernel``; "scope" and
+            "proved", of what sizes and how; "unknown", primitives read conservatively.
         notes: what a reader should know besides: primitives read conservatively, how many
             cases had no digits to compare.
     """
@@ -98,6 +100,11 @@ class Report:
             if result.law == law:
                 return result
         raise KeyError(law)
+
+    def by_trees(self) -> Report:
+        """Return the report without what reaches each leaf: of a large model, most of it."""
+        kept = {name: flows for name, flows in self.influence.items() if name != "leaves"}
+        return replace(self, influence=kept)
 
     def to_json(self) -> str:
         """Return the report as a JSON text; the field names are public."""

@@ -237,6 +237,20 @@ def test_json_has_the_documented_fields(run: Run, tmp_path: Path) -> None:
     for result in data["results"]:
         assert set(law_fields) <= set(result)
     assert [result["law"] for result in data["results"]] == [*LAWS, *LIFE]
+    assert "leaves" not in data["influence"]
+
+
+def test_leaves_are_told_where_they_are_asked_for(run: Run, tmp_path: Path) -> None:
+    """Leaf by leaf, on the screen and in the JSON, and merged shards keep them."""
+    parts = []
+    for shard in ("1/2", "2/2"):
+        parts.append(f"part-{shard[0]}.json")
+        _, out, _ = run("check", "--proofs", "--leaves", "--shard", shard, "--json", parts[-1])
+        assert "batch_stats/BatchNorm_0/mean" in out
+    status, _, _ = run("merge", *parts, "--json", "whole.json")
+    assert status == 0
+    leaves = json.loads((tmp_path / "whole.json").read_text())["influence"]["leaves"]
+    assert leaves["eval_batch_stats/BatchNorm_0/mean"] == ["batch_stats/BatchNorm_0/mean"]
 
 
 def test_a_disk_that_is_full_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

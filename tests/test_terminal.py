@@ -51,6 +51,13 @@ REPORT = Report(
 )
 
 
+LEAVES = {
+    "params/Dense_0/kernel": ["params/Dense_0/kernel", "batch_stats/BatchNorm_0/mean", "x"],
+    "params/Dense_0/bias": ["params/Dense_0/bias"],
+    "batch_stats/BatchNorm_0/mean": ["batch_stats/BatchNorm_0/mean", "x"],
+}
+
+
 class Terminal(io.StringIO):
     """A file that says it is a terminal."""
 
@@ -185,6 +192,20 @@ def test_the_matrix_is_drawn_with_its_scope(monkeypatch: pytest.MonkeyPatch) -> 
     assert "read from the traced step, for all values, every N and D" in text
     assert "✗ leaks" in text
     assert "✗ missing" in text
+
+
+def test_a_leaf_that_leaks_is_told_from_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where leaves are asked for, each has a row, and what must not reach its tree leaks there."""
+    rows = matrix(LEAVES).rows
+    inputs = matrix(LEAVES).inputs
+    assert inputs == ("params", "batch_stats", "x")
+    kinds = {name: dict(zip(inputs, row, strict=True)) for name, row in rows.items()}
+    assert kinds["params/Dense_0/kernel"]["batch_stats"] == "leaks"
+    assert kinds["params/Dense_0/bias"]["batch_stats"] == "kept out"
+    assert kinds["params/Dense_0/bias"]["x"] == "cannot"
+    report = replace(REPORT, influence={**REPORT.influence, "leaves": LEAVES})
+    assert "params/Dense_0/kernel" in shown(monkeypatch, report)
+    assert "params/Dense_0/kernel" not in shown(monkeypatch, report.by_trees())
 
 
 @pytest.mark.parametrize(

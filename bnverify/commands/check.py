@@ -54,6 +54,11 @@ def add_parser(subparsers: Any) -> None:
         "--seed", metavar="N", type=_whole, default=0, help="the seed of all cases; default: 0"
     )
     parser.add_argument("--proofs", action="store_true", help="read the traced step, run nothing")
+    parser.add_argument(
+        "--leaves",
+        action="store_true",
+        help="say of each leaf what may reach it, not only of each tree; in the JSON too",
+    )
     parser.add_argument("--shard", metavar="K/N", help="check only the K-th of N parts of the laws")
     parser.add_argument(
         "--time-limit",
@@ -72,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     to_stderr = contextlib.redirect_stdout(sys.stderr)
     with to_stderr if args.json == "-" else contextlib.nullcontext():
         report, whole = _verify(args)
+        report = report if args.leaves else report.by_trees()
         from bnverify.show import terminal
 
         terminal.show(report)

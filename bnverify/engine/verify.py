@@ -209,6 +209,7 @@ def _matrix(reading: proof.Reading) -> dict[str, Any]:
         "scope": flows.scope,
         "proved": flows.proved,
         "matrix": {output: sorted(sources) for output, sources in flows.matrix.items()},
+        "leaves": {output: sorted(sources) for output, sources in flows.leaves.items()},
         "unknown": list(flows.unknown),
     }
 

@@ -53,24 +53,31 @@ class Matrix:
 
 
 def matrix(flows: Mapping[str, list[str]]) -> Matrix:
-    """Return the matrix of ``report.influence["matrix"]``.
+    """Return the matrix of ``report.influence["matrix"]``, or of its "leaves": a row for each.
 
     Trees that nothing reaches and that reach nothing are left out: they have no leaves.
     """
-    reaching = {source for sources in flows.values() for source in sources}
-    empty = {name for name in INPUTS if name not in reaching and not flows.get(name)}
-    inputs = tuple(name for name in INPUTS if name not in empty)
+    reached = {output: {_tree(source) for source in sources} for output, sources in flows.items()}
+    busy = {_tree(output) for output, sources in reached.items() if sources}
+    busy = busy.union(*reached.values())
+    inputs = tuple(name for name in INPUTS if name in busy)
     forbidden = {pair for law in LAWS.values() for pair in law.forbids}
 
     def kind(output: str, source: str) -> str:
-        if source in flows[output]:
-            return "leaks" if (output, source) in forbidden else "may"
+        kept_out = (_tree(output), source) in forbidden
+        if source in reached[output]:
+            return "leaks" if kept_out else "may"
         if (output, source) in REQUIRED:
             return "missing"
-        return "kept out" if (output, source) in forbidden else "cannot"
+        return "kept out" if kept_out else "cannot"
 
-    shown = [output for output in flows if output.removeprefix("eval_") not in empty]
+    empty = set(INPUTS) - busy
+    shown = [output for output in flows if _tree(output).removeprefix("eval_") not in empty]
     return Matrix(inputs, {out: tuple(kind(out, source) for source in inputs) for out in shown})
+
+
+def _tree(leaf: str) -> str:
+    return leaf.split("/", 1)[0]
 
 
 def scope(influence: Mapping[str, Any]) -> str:

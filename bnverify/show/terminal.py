@@ -122,7 +122,7 @@ class Screen:
             self._print(rests_on, style="dim", indent=15)
 
     def _influence(self, report: Report) -> None:
-        entries = matrix(report.influence["matrix"])
+        entries = matrix(report.influence.get("leaves") or report.influence["matrix"])
         signs = self._symbols.flow
         self._print()
         self._print("what reaches what", style="bold")

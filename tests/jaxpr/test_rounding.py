@@ -77,7 +77,7 @@ def test_noise_covers_the_error_of_the_step(make):
 def test_faults_of_a_ten_thousandth_stand_out_of_the_noise():
     """On ordinary cases 1e-4 of a statistic, a gradient or the eval loss is beyond twice the noise.
 
-    And 1e-5 is on most.
+    And 1e-5 is on most; near 3e-6 is the limit.
     """
     arguments = batches(reference.sgd(), 8, 3, 1.0, 0.5)
     _, exact, noise, _ = claim(steps(reference.sgd()), *arguments)
@@ -89,7 +89,7 @@ def test_faults_of_a_ten_thousandth_stand_out_of_the_noise():
         "last": lambda out: out[1].grads["Dense_1"]["kernel"],
         "eval": lambda out: out[2],
     }
-    for fault, caught in ((1e-4, 0.99), (1e-5, 0.75)):
+    for fault, caught in ((1e-4, 0.99), (1e-5, 0.75), (3e-6, 0.4)):
         for name, leaf in leaves.items():
             size = (np.abs(leaf(exact)) / (2 * leaf(noise))).reshape(CASES, -1).max(axis=1)
             assert (size * fault > 1).mean() >= caught, (name, fault)
