@@ -20,7 +20,6 @@ With XLA's defaults, programs of thousands of small operations in float64 take t
 to compile, and run slower than with these.
 """
 
-
 MOST = 120
 """Programs that a process keeps.
 

@@ -83,31 +83,13 @@ class Budget:
         return self._known[features]
 
 
-class Fixed:
-    """A budget of so many cases in every stack, and all coarse rows at once."""
+class Fixed(Budget):
+    """A budget of so many cases in every stack: of a subject whose cost is not asked for."""
 
-    def __init__(self, block: int) -> None:
-        self._block = block
-
-    def block(self, shape: tuple[int, int]) -> int:
-        """Return how many cases of a shape are stacked."""
-        del shape
-        return self._block
-
-    def at_once(self, shape: tuple[int, int]) -> int:
-        """Return how many stacks may run at the same time."""
-        del shape
-        return AT_ONCE
-
-    def pays(self, shape: tuple[int, int]) -> bool:
-        """Return whether optimising pays, as far as is known."""
-        del shape
-        return False
-
-    def held(self, shape: tuple[int, int]) -> int:
-        """Return how many coarse rows are held at once."""
-        del shape
-        return ROWS
+    def _row(self, features: int) -> tuple[float, float]:
+        """Return no cost."""
+        del features
+        return 0.0, 0.0
 
 
 def _cost(subject: Subject, shape: tuple[int, int]) -> tuple[float, float]:

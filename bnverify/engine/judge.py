@@ -160,7 +160,7 @@ class Judge:
         optimise: bool = False,
         seed: int = 0,
     ) -> None:
-        budget = block if isinstance(block, Budget) else Fixed(block)
+        budget = block if isinstance(block, Budget) else Fixed(subject, block)
         self.block = budget.block
         self.at_once = budget.at_once
         self._subject = subject
