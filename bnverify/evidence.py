@@ -28,6 +28,7 @@ class Evidence:
         counterexample: a script that shows the violation when pasted and run.
         diagnosis: the likely mistake and its mend.
         shape: (N, D) of the counterexample; None where any case shows it.
+        example: the case that shows what some case must, as an expression to be pasted.
     """
 
     law: str
@@ -39,6 +40,7 @@ class Evidence:
     counterexample: str | None = None
     diagnosis: str | None = None
     shape: tuple[int, int] | None = None
+    example: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the public JSON form; a residual that is not finite is the string "inf"."""

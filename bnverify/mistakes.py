@@ -148,6 +148,11 @@ _mistake(
     "https://github.com/patrick-kidger/equinox/pull/675",
 )
 _mistake("targets_ignored", "the targets do not reach the params", "use y in the training loss")
+_mistake(
+    "inputs_ignored",
+    "something else is used than the inputs that are passed in",
+    "pass the batch to the jitted function: what it closes over is baked in when it is traced",
+)
 
 # The statistics.
 _mistake(

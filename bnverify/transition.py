@@ -8,6 +8,7 @@ calls is NumPy, so nothing else is compiled.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -70,11 +71,19 @@ def is_floating(leaf: Any) -> bool:
 
 def with_statistics(state: State, change: Callable[[Any], Any]) -> State:
     """Return ``state`` with ``change`` applied to every floating-point statistic."""
+    return state._replace(batch_stats=_changed(state.batch_stats, change))
 
+
+def with_params(state: State, change: Callable[[Any], Any]) -> State:
+    """Return ``state`` with ``change`` applied to every floating-point param."""
+    return state._replace(params=_changed(state.params, change))
+
+
+def _changed(tree: Tree, change: Callable[[Any], Any]) -> Tree:
     def leaf(value: Any) -> Any:
         return change(value).astype(value.dtype) if is_floating(value) else value
 
-    return state._replace(batch_stats=jax.tree_util.tree_map(leaf, state.batch_stats))
+    return jax.tree_util.tree_map(leaf, tree)
 
 
 def huge(dtype: Any) -> float:
@@ -85,6 +94,22 @@ def huge(dtype: Any) -> float:
 def other_statistic(value: Any) -> Any:
     """Return another value for a statistic: never the same, always positive, as variances are."""
     return 2 * abs(value) + 1
+
+
+def other_param(value: Any) -> Any:
+    """Return another value for a param, moderate where that is: zeros and ones move, too."""
+    return 0.5 - 0.75 * value
+
+
+def other_inputs(case: Case) -> Case:
+    """Return the same case with 1, 2 or 3 added to each input, so that no two rows move alike."""
+    moves = 1 + np.arange(math.prod(case.shape)) % 3
+    return case._replace(x=case.x + moves.reshape(case.shape).astype(np.float32))
+
+
+def other_targets(case: Case) -> Case:
+    """Return the same case with 1 added to each target."""
+    return case._replace(y=case.y + np.float32(1))
 
 
 NUDGES = 3
@@ -115,7 +140,9 @@ RERUNS: dict[str, Callable[[State, Case], Inputs]] = {
         c,
     ),
     "other_statistics": lambda s, c: (with_statistics(s, other_statistic), c),
-    "other_targets": lambda s, c: (s, c._replace(y=c.y + np.float32(1))),
+    "other_params": lambda s, c: (with_params(s, other_param), c),
+    "other_inputs": lambda s, c: (s, other_inputs(c)),
+    "other_targets": lambda s, c: (s, other_targets(c)),
     "reversed_targets": lambda s, c: (s, c._replace(y=c.y[..., ::-1])),
     "zero_lr": lambda s, c: (s, _rest(c)),
     "reversed_rows": lambda s, c: (s, reverse_rows(c)),
@@ -134,11 +161,14 @@ EVALS: dict[str, Callable[[Seen, State, State, Case], Inputs]] = {
         with_statistics(after, other_statistic),
         c,
     ),
+    "other_params": lambda seen, before, after, c: (with_params(after, other_param), c),
+    "other_inputs": lambda seen, before, after, c: (after, other_inputs(c)),
+    "other_targets": lambda seen, before, after, c: (after, other_targets(c)),
     "reversed_rows": lambda seen, before, after, c: (after, reverse_rows(c)),
     "own_statistics": lambda seen, before, after, c: (own_statistics(seen, before), c),
 }
-"""Re-evaluations: from other statistics, of the rows reversed, from the batch's own moments and
-from those moved by a few places."""
+"""Re-evaluations: of another state or batch, of the rows reversed, from the batch's own moments
+and from those moved by a few places."""
 
 
 def _nudge(pattern: int) -> Callable[[Seen, State, State, Case], Inputs]:

@@ -26,6 +26,36 @@ def test_targets_belong_to_their_rows(step):
     step.shows("targets_belong_to_their_rows", step.cases())
 
 
+def test_inputs_reach_the_params(step):
+    """Other inputs give other params."""
+    step.shows("inputs_reach_the_params", step.cases())
+
+
+def test_inputs_reach_the_statistics(step):
+    """Other inputs give other running statistics."""
+    step.shows("inputs_reach_the_statistics", step.cases())
+
+
+def test_old_statistics_reach_the_new(step):
+    """Other running statistics before the step give other ones after it."""
+    step.shows("old_statistics_reach_the_new", step.cases())
+
+
+def test_loss_reads_params_and_inputs(step):
+    """Other params and other inputs give other training losses."""
+    step.shows("loss_reads_params_and_inputs", step.cases())
+
+
+def test_evaluation_reads_params_and_inputs(step):
+    """Other params and other inputs give other eval losses."""
+    step.shows("evaluation_reads_params_and_inputs", step.cases())
+
+
+def test_targets_reach_the_evaluation(step):
+    """Other targets give another eval loss."""
+    step.shows("targets_reach_the_evaluation", step.cases())
+
+
 def test_step_moves_the_params(step):
     """The step changes the params."""
     step.shows("step_moves_the_params", step.cases())

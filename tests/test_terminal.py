@@ -177,6 +177,9 @@ def test_the_matrix_tells_which_entries_matter() -> None:
     assert cell["loss", "batch_stats"] == "kept out"
     assert cell["params", "y"] == "may"
     assert cell["loss", "lr"] == "cannot"
+    held = dict(zip(entries.inputs, matrix(FLOWS, ["targets_reach_the_params"]).rows["params"]))
+    assert held["y"] == "shown"
+    assert held["x"] == "may"
 
 
 def test_the_matrix_leaves_out_trees_without_leaves() -> None:

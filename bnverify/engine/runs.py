@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -87,7 +88,9 @@ class Runs:
             if self._bench.refusal and not tally.triggered:
                 reason = f"not to be seen of a step that does not trace: {self._bench.refusal}"
             said = "; ".join(text for text in (reason, self._bench.note) if text)
-            found.append(Evidence(law.name, law.family, status, tally.triggered, worst, said))
+            example = tally.case.code() if tally.shown and tally.case is not None else None
+            evidence = Evidence(law.name, law.family, status, tally.triggered, worst, said)
+            found.append(replace(evidence, example=example))
         return found
 
     @property
@@ -232,4 +235,6 @@ def _verdict(tally: Tally) -> tuple[Status, str]:
         return "untriggered", f"not shown by {tally.triggered} cases; {ENOUGH} would decide"
     if tally.dismissed:
         return "held", f"{tally.worst:.3g} times the error allowed in a stack; nothing confirms it"
-    return "held", "shown by a case" if witness else ""
+    if witness and tally.case is not None:
+        return "held", "shown by a case of shape ({}, {})".format(*tally.case.shape)
+    return "held", ""

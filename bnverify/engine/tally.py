@@ -73,7 +73,7 @@ class Tally:
     @property
     def shown(self) -> bool:
         """Whether a witness law was seen to hold."""
-        return self.worst == 0
+        return self.law.kind == "witness" and self.worst == 0
 
     @property
     def violated(self) -> bool:

@@ -61,6 +61,7 @@ def eval_writes_nothing(t: Transition) -> Any:
     kind="witness",
     needs=("eval:other_statistics",),
     requires=("batch_stats",),
+    demands=(("eval_loss", "batch_stats"),),
     mistakes=("eval_in_train_mode", "eval_of_stale_state"),
     source=FLAX_GUIDE,
 )

@@ -55,6 +55,10 @@ def _seen(differs: Any) -> Any:
     return jnp.where(differs, 0.0, jnp.inf)
 
 
+def _several_rows(t: Transition) -> Any:
+    return jnp.asarray(t.case.x.shape[0] > 1)
+
+
 def _differs(a: Any, b: Any) -> Any:
     leaves = zip(jax.tree_util.tree_leaves(a), jax.tree_util.tree_leaves(b), strict=True)
     return jnp.any(jnp.stack([jnp.any(x != y) for x, y in leaves]))
@@ -64,6 +68,7 @@ def _differs(a: Any, b: Any) -> Any:
     "influence",
     kind="witness",
     needs=("step:other_targets",),
+    demands=(("params", "y"),),
     mistakes=("update_dropped", "targets_ignored"),
     source="a training step learns from its targets",
 )
@@ -77,6 +82,7 @@ def targets_reach_the_params(t: Transition) -> Any:
     kind="witness",
     needs=("noise", "step:reversed_targets"),
     requires=("loss",),
+    demands=(("loss", "y"),),
     mistakes=("broadcast_loss", "targets_ignored"),
     source="NumPy, broadcasting rules: (N, 1) and (N,) make (N, N)",
 )
@@ -90,6 +96,104 @@ def targets_belong_to_their_rows(t: Transition) -> Any:
     other_rows = jnp.any(t.case.x[1:] != t.case.x[:1])
     other_targets = jnp.any(t.case.y != t.case.y[::-1])
     return when(other_rows & other_targets, _seen(within_noise(other, loss, noise) > 1))
+
+
+@law(
+    "influence",
+    kind="witness",
+    needs=("step:other_inputs",),
+    demands=(("params", "x"),),
+    mistakes=("inputs_ignored", "update_dropped"),
+    source="a training step learns from its batch",
+)
+def inputs_reach_the_params(t: Transition) -> Any:
+    """Other inputs give other params, in some case of two rows and more at least.
+
+    One row is its own mean: normalised it is 0, whatever it was. A step that moves nothing breaks
+    a law of its own.
+    """
+    moved = _differs(t.after.params, t.before.params)
+    other = t.reruns["other_inputs"].state.params
+    return when(_several_rows(t) & moved, _seen(_differs(other, t.after.params)))
+
+
+@law(
+    "influence",
+    kind="witness",
+    needs=("step:other_inputs",),
+    requires=("batch_stats",),
+    demands=(("batch_stats", "x"),),
+    mistakes=("inputs_ignored", "new_statistics_dropped", "train_step_in_eval_mode"),
+    source=FLAX_SOURCE,
+)
+def inputs_reach_the_statistics(t: Transition) -> Any:
+    """Other inputs give other running statistics, in some case at least."""
+    return _seen(_differs(t.reruns["other_inputs"].state.batch_stats, t.after.batch_stats))
+
+
+@law(
+    "influence",
+    kind="witness",
+    needs=("step:other_statistics",),
+    requires=("batch_stats", "momentum"),
+    demands=(("batch_stats", "batch_stats"),),
+    mistakes=("statistics_reinitialised",),
+    source="Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, section 3.1",
+)
+def old_statistics_reach_the_new(t: Transition) -> Any:
+    """Other running statistics before the step give other ones after it, in some case at least.
+
+    A momentum of 0 forgets them by design.
+    """
+    other = t.reruns["other_statistics"].state.batch_stats
+    remembers = any(declared > 0 for declared in t.facts["momenta"])
+    return when(jnp.asarray(remembers), _seen(_differs(other, t.after.batch_stats)))
+
+
+@law(
+    "influence",
+    kind="witness",
+    needs=("step:other_params", "step:other_inputs"),
+    requires=("loss",),
+    demands=(("loss", "params"), ("loss", "x")),
+    mistakes=("inputs_ignored", "gradient_of_another_loss"),
+    source="a training loss judges what the model makes of its inputs",
+)
+def loss_reads_params_and_inputs(t: Transition) -> Any:
+    """Other params and other inputs give other training losses, in some case at least.
+
+    One row may be normalised to 0, whatever it was.
+    """
+    others = (t.reruns["other_params"].info.loss, t.reruns["other_inputs"].info.loss)
+    seen = [_differs(other, t.info.loss) for other in others]
+    return when(_several_rows(t), _seen(seen[0] & seen[1]))
+
+
+@law(
+    "influence",
+    kind="witness",
+    needs=("eval:other_params", "eval:other_inputs"),
+    demands=(("eval_loss", "params"), ("eval_loss", "x")),
+    mistakes=("inputs_ignored", "eval_of_stale_state"),
+    source="an eval loss judges what the model makes of its inputs",
+)
+def evaluation_reads_params_and_inputs(t: Transition) -> Any:
+    """Other params and other inputs give other eval losses, in some case at least."""
+    seen = [_differs(t.evals[name], t.eval_loss) for name in ("other_params", "other_inputs")]
+    return _seen(seen[0] & seen[1])
+
+
+@law(
+    "influence",
+    kind="witness",
+    needs=("eval:other_targets",),
+    demands=(("eval_loss", "y"),),
+    mistakes=("targets_ignored",),
+    source="an eval loss compares with targets",
+)
+def targets_reach_the_evaluation(t: Transition) -> Any:
+    """Other targets give another eval loss, in some case at least."""
+    return _seen(_differs(t.evals["other_targets"], t.eval_loss))
 
 
 @law(

@@ -33,6 +33,7 @@ class Law:
         needs: what ``observe`` must run for it; "noise" for the step's rounding.
         requires: the attributes of a Subject without which it is exempt.
         forbids: (output tree, input tree) pairs: proved where the jaxpr shows no such flow.
+        demands: pairs of a witness law: the case that shows it shows these flows.
         mistakes: names in ``bnverify.mistakes``, the likeliest first.
         source: where the claim comes from.
     """
@@ -44,6 +45,7 @@ class Law:
     needs: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     forbids: tuple[tuple[str, str], ...] = ()
+    demands: tuple[tuple[str, str], ...] = ()
     mistakes: tuple[str, ...] = ()
     source: str = ""
 
@@ -68,6 +70,7 @@ def law(
     needs: Iterable[str] = (),
     requires: Iterable[str] = (),
     forbids: Iterable[tuple[str, str]] = (),
+    demands: Iterable[tuple[str, str]] = (),
     mistakes: Iterable[str] = (),
     source: str = "",
 ) -> Callable[[Callable[[Transition], Any]], Callable[[Transition], Any]]:
@@ -85,6 +88,7 @@ def law(
             tuple(needs),
             tuple(requires),
             tuple(forbids),
+            tuple(demands),
             tuple(mistakes),
             source,
         )

@@ -9,6 +9,7 @@ from bnverify.mutants import (  # noqa: F401 - imported for what they enter into
     controls,
     evaluation,
     gradient,
+    ignoring,
     inside_layer,
     loss,
     low_precision,

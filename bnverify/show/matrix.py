@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bnverify.laws import LAWS
 
 INPUTS = ("params", "batch_stats", "opt_state", "extra", "x", "y", "lr")
-REQUIRED = (
-    ("params", "params"),
-    ("params", "x"),
-    ("params", "y"),
-    ("batch_stats", "batch_stats"),
-    ("batch_stats", "x"),
-    ("loss", "params"),
-    ("loss", "x"),
-    ("loss", "y"),
-    ("eval_loss", "params"),
-    ("eval_loss", "batch_stats"),
-    ("eval_loss", "x"),
-    ("eval_loss", "y"),
-)
-"""(output, input) pairs without which a step trains, averages or evaluates nothing."""
 
 LEGEND = {
+    "shown": "reaches it, as it must: a case shows it",
     "may": "may reach it",
     "cannot": "cannot",
     "kept out": "cannot, as it must",
@@ -52,28 +38,34 @@ class Matrix:
         return [kind for kind in LEGEND if kind in found]
 
 
-def matrix(flows: Mapping[str, list[str]]) -> Matrix:
+def matrix(flows: Mapping[str, list[str]], held: Collection[str] = ()) -> Matrix:
     """Return the matrix of ``report.influence["matrix"]``, or of its "leaves": a row for each.
 
     Trees that nothing reaches and that reach nothing are left out: they have no leaves.
+
+    Args:
+        flows: output -> the inputs that may reach it.
+        held: the names of the laws that hold: of what some demand a case was seen.
     """
     reached = {output: {_tree(source) for source in sources} for output, sources in flows.items()}
     busy = {_tree(output) for output, sources in reached.items() if sources}
     busy = busy.union(*reached.values())
     inputs = tuple(name for name in INPUTS if name in busy)
     forbidden = {pair for law in LAWS.values() for pair in law.forbids}
+    demanded = {pair for law in LAWS.values() for pair in law.demands}
+    shown = {pair for name in held if name in LAWS for pair in LAWS[name].demands}
 
     def kind(output: str, source: str) -> str:
         kept_out = (_tree(output), source) in forbidden
         if source in reached[output]:
-            return "leaks" if kept_out else "may"
-        if (output, source) in REQUIRED:
+            return "leaks" if kept_out else "shown" if (output, source) in shown else "may"
+        if (output, source) in demanded:
             return "missing"
         return "kept out" if kept_out else "cannot"
 
     empty = set(INPUTS) - busy
-    shown = [output for output in flows if _tree(output).removeprefix("eval_") not in empty]
-    return Matrix(inputs, {out: tuple(kind(out, source) for source in inputs) for out in shown})
+    rows = [output for output in flows if _tree(output).removeprefix("eval_") not in empty]
+    return Matrix(inputs, {out: tuple(kind(out, source) for source in inputs) for out in rows})
 
 
 def _tree(leaf: str) -> str:

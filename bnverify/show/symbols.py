@@ -35,12 +35,26 @@ class Symbols:
 
 UNICODE = Symbols(
     status={"proved": "■", "held": "✓", "violated": "✗", "untriggered": "?", "exempt": "○"},
-    flow={"may": "●", "cannot": "·", "kept out": "✓", "leaks": "✗ leaks", "missing": "✗ missing"},
+    flow={
+        "shown": "◉",
+        "may": "●",
+        "cannot": "·",
+        "kept out": "✓",
+        "leaks": "✗ leaks",
+        "missing": "✗ missing",
+    },
     rule="─",
 )
 ASCII = Symbols(
     status={"proved": "#", "held": "+", "violated": "X", "untriggered": "?", "exempt": "-"},
-    flow={"may": "o", "cannot": ".", "kept out": "-", "leaks": "X leaks", "missing": "X missing"},
+    flow={
+        "shown": "@",
+        "may": "o",
+        "cannot": ".",
+        "kept out": "-",
+        "leaks": "X leaks",
+        "missing": "X missing",
+    },
     rule="-",
 )
 

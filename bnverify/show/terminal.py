@@ -122,7 +122,9 @@ class Screen:
             self._print(rests_on, style="dim", indent=15)
 
     def _influence(self, report: Report) -> None:
-        entries = matrix(report.influence.get("leaves") or report.influence["matrix"])
+        held = [evidence.law for evidence in report.results if evidence.status == "held"]
+        flows = report.influence.get("leaves") or report.influence["matrix"]
+        entries = matrix(flows, held)
         signs = self._symbols.flow
         self._print()
         self._print("what reaches what", style="bold")
@@ -187,4 +189,5 @@ def _rests_on(evidence: Evidence) -> str:
 
 
 def _flow_style(kind: str) -> str:
-    return {"leaks": "bold red", "missing": "bold red", "kept out": "green"}.get(kind, "")
+    styles = {"leaks": "bold red", "missing": "bold red", "kept out": "green", "shown": "green"}
+    return styles.get(kind, "")
