@@ -215,12 +215,17 @@ def _uncompiled(cases: Sequence[Case], smallest: Shape, count: int) -> list[int]
     """Return which cases are run uncompiled too: the first of the smallest shape.
 
     JAX compiles an uncompiled step's every operation for every shape, and the smallest shape's
-    are compiled already in the next check. The last ones drawn, because Hypothesis begins with
-    zeros, on which little shows.
+    are compiled already in the next check. Those of the most distinct numbers, because little
+    shows on a batch of zeros, such as Hypothesis likes to draw.
     """
-    last = list(range(len(cases) - 1, -1, -1))
-    first = [index for index in last if cases[index].shape == smallest][:1]
-    return [*first, *(index for index in last if index not in first)][:count]
+
+    def distinct(index: int) -> int:
+        case = cases[index]
+        return len(np.unique(case.x)) + len(np.unique(case.y)) + int(case.lr > 0)
+
+    rich = sorted(range(len(cases)), key=distinct, reverse=True)
+    first = [index for index in rich if cases[index].shape == smallest][:1]
+    return [*first, *(index for index in rich if index not in first)][:count]
 
 
 def _verdict(tally: Tally) -> tuple[Status, str]:
