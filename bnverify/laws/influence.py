@@ -60,8 +60,9 @@ def _several_rows(t: Transition) -> Any:
 
 
 def _differs(a: Any, b: Any) -> Any:
+    """Return whether two trees differ anywhere; NaN is what NaN is."""
     leaves = zip(jax.tree_util.tree_leaves(a), jax.tree_util.tree_leaves(b), strict=True)
-    return jnp.any(jnp.stack([jnp.any(x != y) for x, y in leaves]))
+    return jnp.any(jnp.stack([~jnp.array_equal(x, y, equal_nan=True) for x, y in leaves]))
 
 
 @law(
