@@ -177,7 +177,8 @@ def test_the_matrix_tells_which_entries_matter() -> None:
     assert cell["loss", "batch_stats"] == "kept out"
     assert cell["params", "y"] == "may"
     assert cell["loss", "lr"] == "cannot"
-    held = dict(zip(entries.inputs, matrix(FLOWS, ["targets_reach_the_params"]).rows["params"]))
+    seen = matrix(FLOWS, ["targets_reach_the_params"]).rows["params"]
+    held = dict(zip(entries.inputs, seen, strict=True))
     assert held["y"] == "shown"
     assert held["x"] == "may"
 

@@ -240,6 +240,5 @@ def _verdict(tally: Tally) -> tuple[Status, str]:
         return "untriggered", f"not shown by {tally.triggered} cases; {ENOUGH} would decide"
     if tally.dismissed:
         return "held", f"{tally.worst:.3g} times the error allowed in a stack; nothing confirms it"
-    if witness and tally.case is not None:
-        return "held", "shown by a case of shape ({}, {})".format(*tally.case.shape)
-    return "held", ""
+    witnessed = tally.case is not None and witness
+    return "held", f"shown by a case of shape {tally.case.shape}" if witnessed else ""
