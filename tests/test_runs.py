@@ -10,12 +10,13 @@ import jax
 import numpy as np
 import pytest
 
+import bnverify
 from bnverify import Case, reference, verify
 from bnverify.checking.verify import Verifier
 from bnverify.engine import budget
 from bnverify.engine.budget import Budget
 from bnverify.engine.noise import Known, Noise
-from bnverify.engine.runs import CLEAR
+from bnverify.engine.runs import CLEAR, _uncompiled
 from bnverify.engine.tally import stack
 from bnverify.jaxpr.noise import ROWS
 from bnverify.profile import Profile
@@ -72,6 +73,26 @@ def test_a_check_after_another_says_what_a_fresh_one_says() -> None:
     fresh = verify(reference.sgd(), "quick", select=[*names, "life"], seed=1)
     assert first.results == again.results == fresh.results
     assert first.cases == again.cases == fresh.cases
+
+
+def test_what_must_flow_is_shown_by_a_case_that_can_be_pasted() -> None:
+    """The law holds because of one case, and that case alone shows it again."""
+    law = "inputs_reach_the_statistics"
+    (evidence,) = verify(reference.sgd(), "quick", select=[law]).results
+    assert evidence.status == "held"
+    assert evidence.example is not None
+    case = eval(evidence.example, {"bnverify": bnverify})  # noqa: S307 - what a reader would paste
+    assert f"{case.shape}" in evidence.reason
+    assert bnverify.replay(reference.sgd(), case, law=law) == 0
+
+
+def test_uncompiled_cases_are_no_zeros() -> None:
+    """Where most that was drawn is dull, what is not is run uncompiled; the smallest shape first."""
+    dull = [Case.of(0, np.zeros((2, 2)), [0, 0], 0.0) for _ in range(5)]
+    large, small = (
+        Case.of(0, np.arange(2 * rows).reshape(rows, 2), [0] * rows, 0.1) for rows in (4, 2)
+    )
+    assert _uncompiled([*dull, large, small, *dull], (2, 2), 2) == [6, 5]
 
 
 def test_small_models_are_stacked_as_asked() -> None:

@@ -240,5 +240,5 @@ def _verdict(tally: Tally) -> tuple[Status, str]:
         return "untriggered", f"not shown by {tally.triggered} cases; {ENOUGH} would decide"
     if tally.dismissed:
         return "held", f"{tally.worst:.3g} times the error allowed in a stack; nothing confirms it"
-    witnessed = tally.case is not None and witness
-    return "held", f"shown by a case of shape {tally.case.shape}" if witnessed else ""
+    shown = tally.case if witness else None
+    return "held", f"shown by a case of shape {shown.shape}" if shown is not None else ""
