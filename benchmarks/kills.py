@@ -3,8 +3,8 @@
     python benchmarks/kills.py --seeds 20
     python benchmarks/kills.py --seeds 20 --profile ci --shard 1/2
 
-A line for each fault that some seed lets live, or that lives with all of them; then how many were
-killed with every seed. Exit status 1 where the seeds do not agree.
+A line for each fault: whether it was killed with every seed, and the seconds it took; then how
+many were. Exit status 1 where the seeds do not agree.
 """
 
 from __future__ import annotations
@@ -47,14 +47,16 @@ def main() -> int:
         faults = options.shard.take(faults)
     started, killed, differing = time.perf_counter(), 0, 0
     for mutant in faults:
+        began = time.perf_counter()
         alive = survived(mutant, options.profile, seeds)
         killed += not alive
+        said = "killed"
         if len(alive) == len(seeds):
-            why = mutant.survives or mutant.tolerated or "no reason is given"
-            print(f"{mutant.name} lives: {why}", flush=True)
+            said = f"lives: {mutant.survives or mutant.tolerated or 'no reason is given'}"
         elif alive:
             differing += 1
-            print(f"{mutant.name} lives with seeds {', '.join(map(str, alive))}", flush=True)
+            said = f"lives with seeds {', '.join(map(str, alive))}"
+        print(f"{mutant.name} {said}, {time.perf_counter() - began:.0f} s", flush=True)
     seconds = time.perf_counter() - started
     print(f"{killed} of {len(faults)} faults killed with every seed, {seconds:.0f} s")
     return 1 if differing else 0

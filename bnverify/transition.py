@@ -7,7 +7,6 @@ calls is NumPy, so nothing else is compiled.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from bnverify.case import Case
 from bnverify.compiled import Compiled
 from bnverify.lazy import jax, jnp
 from bnverify.subject import State, StepInfo, Subject, Tree
+from bnverify.unusable import first_line
 
 FEW_ROWS = 8
 """Up to so many rows each row is evaluated alone; a law about rows needs no more."""
@@ -265,10 +265,15 @@ class Calls:
         how: "jit": compiled, as a user would; "eager": operation by operation; "stacked":
             compiled under ``jax.vmap``, every leaf with a leading stack axis.
         optimise: see ``bnverify.compiled.Compiled``; for stacked calls only.
+
+    Attributes:
+        subject: as given.
+        refused: name of a fact that could not be observed -> what was raised.
     """
 
     def __init__(self, subject: Subject, how: str = "jit", *, optimise: bool = False) -> None:
         self.subject = subject
+        self.refused: dict[str, str] = {}
         self._how = how
         self._optimise = optimise
         self._ready: dict[str, Callable[..., Any]] = {}
@@ -393,10 +398,11 @@ def _facts(
     facts: dict[str, Any] = {}
     if "expected_update" in wanted and subject.optimizer is not None:
         given = (case.lr, actual.info.grads, before)
-        # An optimizer that takes no such gradients or state has no update to follow: a law of
-        # structure says why. What it raises is its own affair.
-        with contextlib.suppress(Exception):
+        # An optimizer that takes no such gradients or state has no update to follow.
+        try:
             facts["expected_update"] = calls.call("expected_update", expected_update, *given)
+        except Exception as error:  # noqa: BLE001 - whatever a user's optimizer raises
+            calls.refused["expected_update"] = f"the optimizer raised {first_line(error)}"
     if "layer_inputs" in wanted and subject.layer_inputs is not None:
         inputs = subject.layer_inputs
         facts["layer_inputs"] = calls.call("layer_inputs", inputs, before, case.x, case.y)

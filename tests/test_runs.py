@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import bnverify
@@ -84,6 +85,19 @@ def test_what_must_flow_is_shown_by_a_case_that_can_be_pasted() -> None:
     case = eval(evidence.example, {"bnverify": bnverify})  # noqa: S307 - what a reader would paste
     assert f"{case.shape}" in evidence.reason
     assert bnverify.replay(reference.sgd(), case, law=law) == 0
+
+
+def test_an_optimizer_that_raises_is_quoted() -> None:
+    """What its laws did not reach is not silence: they say what the optimizer raised."""
+
+    def refuse(updates: Any, state: Any, params: Any = None) -> Any:
+        raise TypeError("no such leaf: scale")
+
+    tx = optax.GradientTransformation(lambda params: optax.EmptyState(), refuse)
+    subject = dataclasses.replace(reference.sgd(), optimizer=lambda lr: tx)
+    (evidence,) = verify(subject, "quick", select=["params_follow_the_optimizer"]).results
+    assert evidence.status == "untriggered"
+    assert evidence.reason == "the optimizer raised TypeError: no such leaf: scale"
 
 
 def test_uncompiled_cases_are_no_zeros() -> None:

@@ -69,6 +69,11 @@ class Bench:
         self.unstacked = why
         self.__dict__.pop("exploration", None)
 
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Name of a fact that no run could observe -> what was raised."""
+        return {**self.exploration.refused, **(self.volume.refused if self.stacks else {})}
+
     @cached_property
     def volume(self) -> Volume:
         """Runs stacked cases."""

@@ -62,6 +62,7 @@ class Exploration:
 
     Attributes:
         laws: as given.
+        refused: see ``Calls``.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Exploration:
         self._judge = judge
         self._volume = volume
         self._calls = Calls(subject, "jit" if traced else "eager")
+        self.refused = self._calls.refused
         self._seen = NEEDS if traced else NEEDS - TRACED
         self._eager = Calls(subject, "eager")
 

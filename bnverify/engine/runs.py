@@ -80,13 +80,15 @@ class Runs:
 
     def evidence(self) -> list[Evidence]:
         """Return what the runs say about each law."""
-        found = []
+        found, refused = [], self._bench.refused
         for tally in self.tallies.values():
             status, reason = _verdict(tally)
             law = tally.law
             worst = None if status == "untriggered" or tally.dismissed else tally.worst
             if self._bench.refusal and not tally.triggered:
                 reason = f"not to be seen of a step that does not trace: {self._bench.refusal}"
+            elif status == "untriggered":
+                reason = next((refused[need] for need in law.needs if need in refused), reason)
             said = "; ".join(text for text in (reason, self._bench.note) if text)
             example = tally.case.code() if tally.shown and tally.case is not None else None
             evidence = Evidence(law.name, law.family, status, tally.triggered, worst, said)

@@ -43,6 +43,11 @@ class Volume:
         judge: judges them, and says how many cases a call stacks.
         domain: where cases are drawn from.
         optimise: whether the programs run often enough to be worth optimising.
+
+    Attributes:
+        laws: their names.
+        domain: as given.
+        refused: see ``Calls``.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Volume:
         self.domain = domain
         self._laws = laws
         self._calls = Calls(subject, "stacked", optimise=optimise)
+        self.refused = self._calls.refused
         self._judge = judge
 
     def judged(self, shape: tuple[int, int]) -> list[Law]:
