@@ -305,7 +305,7 @@ class Calls:
         """Return the state after ``case.warmup`` steps on the same batch."""
         for done in range(int(np.max(case.warmup))):
             after = self.step(state, case).state
-            if _signature(after) != _signature(state):
+            if signature(after) != signature(state):
                 return state  # a law of structure says so
             going = np.asarray(case.warmup) > done
             state = jax.tree_util.tree_map(
@@ -314,7 +314,8 @@ class Calls:
         return state
 
 
-def _signature(tree: Tree) -> Any:
+def signature(tree: Tree) -> Any:
+    """Return a tree's structure and the shapes and dtypes of its leaves."""
     leaves, structure = jax.tree_util.tree_flatten(tree)
     return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
@@ -335,7 +336,8 @@ def observe(calls: Calls, case: Case, needs: Collection[str]) -> Transition:
             "layer_inputs", "after_eval". Others are left to the caller.
 
     Returns:
-        The transition, without rounding: ``exact`` and ``noise`` are None.
+        The transition, without rounding: ``exact`` and ``noise`` are None. Where the step changes
+        what its state is made of, nothing is run from what re-runs gave.
     """
     wanted = set(needs).union(*(FIRST.get(need, ()) for need in needs))
     before = calls.warm(calls.init(case), case)
@@ -348,6 +350,8 @@ def observe(calls: Calls, case: Case, needs: Collection[str]) -> Transition:
     if "step:shifted_bias" in wanted:
         shifted = shift_biases(calls.subject, before, shift(case))
         seen["shifted_bias"] = calls.step(shifted, case)
+    if signature(actual.state) != signature(before):
+        wanted -= set(FIRST)  # they go on from what a step gave
     for name, make_later in LATER_RERUNS.items():
         if f"step:{name}" in wanted:
             seen[name] = calls.step(*make_later(seen, before, case))

@@ -16,7 +16,7 @@ from bnverify.laws import Law
 from bnverify.laws.residuals import wide
 from bnverify.lazy import jax, jnp
 from bnverify.subject import Subject
-from bnverify.transition import Outcome, Transition
+from bnverify.transition import Outcome, Transition, signature
 
 HIDDEN = {
     "optimizer": "the subject does not show its optimizer",
@@ -149,6 +149,12 @@ class Judge:
         block: how many transitions a stack has, or what says so of each shape (N, D).
         optimise: see ``bnverify.compiled.Compiled``.
         seed: of the draws by which rounding is read.
+
+    Attributes:
+        block: from the shape (N, D) of a case to how many transitions a stack has.
+        at_once: from that shape to how many stacks may run at the same time.
+        incomparable: names of the laws that could not be judged, because the step changes the
+            structure or the shapes of what they compare.
     """
 
     def __init__(
@@ -163,6 +169,7 @@ class Judge:
         budget = block if isinstance(block, Budget) else Fixed(subject, block)
         self.block = budget.block
         self.at_once = budget.at_once
+        self.incomparable: set[str] = set()
         self._subject = subject
         self._optimise = optimise
         self._noise = Noise(
@@ -185,12 +192,28 @@ class Judge:
             facts = {**t.facts, "direction": known.direction, "directional_derivative": known.slope}
             noise = _unless_faint(t.case, known.noise)
             t = t._replace(exact=known.exact, noise=noise, facts=facts)
+        if signature(t.before) != signature(t.after):
+            laws = self._comparable(t, laws)
+            names = tuple(law.name for law in laws)
         key = (names, tuple(self._facts.items()), self._subject.oracle, self._optimise)
         if key not in _PROGRAMS:
             _PROGRAMS[key] = Compiled(jax.vmap(self._program(laws)), optimise=self._optimise)
         with compat.enable_x64():
             out = _PROGRAMS[key](t)
         return {name: np.asarray(values) for name, values in out.items()}
+
+    def _comparable(self, t: Transition, laws: Sequence[Law]) -> list[Law]:
+        """Return the laws that can be judged of a step that changes what its state is made of."""
+        found = []
+        for law in laws:
+            try:
+                with compat.enable_x64():
+                    jax.eval_shape(jax.vmap(self._program([law])), t)
+            except (KeyError, TypeError, ValueError):  # trees or shapes that do not match
+                self.incomparable.add(law.name)
+            else:
+                found.append(law)
+        return found
 
     def each(self, transitions: Sequence[Transition], laws: Sequence[Law]) -> list[dict[str, Any]]:
         """Return law name -> residual, a float, for each of some transitions of one shape."""

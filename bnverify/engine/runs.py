@@ -87,6 +87,8 @@ class Runs:
             worst = None if status == "untriggered" or tally.dismissed else tally.worst
             if self._bench.refusal and not tally.triggered:
                 reason = f"not to be seen of a step that does not trace: {self._bench.refusal}"
+            elif status == "untriggered" and law.name in self._bench.judge.incomparable:
+                reason = "the step changes what the state is made of, which this law compares"
             elif status == "untriggered":
                 reason = next((refused[need] for need in law.needs if need in refused), reason)
             said = "; ".join(text for text in (reason, self._bench.note) if text)

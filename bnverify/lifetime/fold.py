@@ -63,7 +63,8 @@ class Fold:
     """The history of all floating-point statistics since they were first seen.
 
     Attributes:
-        leaves: one for each statistic; None until the first step.
+        leaves: one for each statistic; None until the first step, none after one that changed
+            which statistics there are.
     """
 
     leaves: tuple[Leaf, ...] | None = None
@@ -76,6 +77,8 @@ class Fold:
             step: the step on its batch, state -> state.
         """
         zeros = _statistics(step(with_statistics(state, np.zeros_like)))
+        if self.leaves == () or _places(zeros) != _places(_statistics(state)):
+            return replace(self, leaves=())
         leaves = self.leaves
         if leaves is None:
             high = step(with_statistics(state, lambda v: np.full(v.shape, huge(v.dtype))))
@@ -129,6 +132,10 @@ def _residual(leaf: Leaf, expected: Wide, value: Any) -> float:
 def _statistics(state: State) -> list[tuple[str, Any]]:
     leaves = jax.tree_util.tree_flatten_with_path(state.batch_stats)[0]
     return [(path_name(path), leaf) for path, leaf in leaves if is_floating(leaf)]
+
+
+def _places(statistics: list[tuple[str, Any]]) -> list[Any]:
+    return [(path, np.shape(leaf)) for path, leaf in statistics]
 
 
 def _begin(
