@@ -360,14 +360,16 @@ def observe(calls: Calls, case: Case, needs: Collection[str]) -> Transition:
         for name, make_eval in EVALS.items()
         if f"eval:{name}" in wanted
     }
-    if "eval:rows" in wanted and case.shape[0] <= FEW_ROWS:
+    eval_loss = calls.evaluate(actual.state, case)
+    single = np.shape(eval_loss) == (*np.shape(case.seed), 1)
+    if "eval:rows" in wanted and case.shape[0] <= FEW_ROWS and single:
         losses["rows"] = _row_losses(calls, actual.state, case)
     return Transition(
         case=case,
         before=before,
         after=actual.state,
         info=actual.info,
-        eval_loss=calls.evaluate(actual.state, case),
+        eval_loss=eval_loss,
         reruns=seen,
         evals=losses,
         facts=_facts(calls, case, before, actual, wanted),

@@ -20,6 +20,7 @@ from bnverify.engine.noise import Known, Noise
 from bnverify.engine.runs import CLEAR, _uncompiled
 from bnverify.engine.tally import stack
 from bnverify.jaxpr.noise import ROWS
+from bnverify.mutants import MUTANTS
 from bnverify.profile import Profile
 
 LAW = "row_order_changes_nothing"
@@ -98,6 +99,19 @@ def test_an_optimizer_that_raises_is_quoted() -> None:
     (evidence,) = verify(subject, "quick", select=["params_follow_the_optimizer"]).results
     assert evidence.status == "untriggered"
     assert evidence.reason == "the optimizer raised TypeError: no such leaf: scale"
+
+
+@pytest.mark.parametrize("name", ["statistics_gain_a_count", "variance_missing"])
+def test_a_step_that_changes_its_state_is_no_internal_error(name: str) -> None:
+    """A law of structure is violated; laws that compare what is no longer alike say so."""
+    compared = ("step_moves_the_statistics", "equal_steps_converge_geometrically")
+    laws = ["batch_stats_keep_their_tree", *compared, "statistics_fold_each_batch_once"]
+    report = verify(MUTANTS[name].make(), "quick", select=laws)
+    assert [each.law for each in report.violated] == ["batch_stats_keep_their_tree"]
+    assert report["statistics_fold_each_batch_once"].status == "untriggered"
+    for law in compared:
+        assert report[law].status == "untriggered"
+        assert report[law].reason.startswith("what it compares differs in structure")
 
 
 def test_uncompiled_cases_are_no_zeros() -> None:

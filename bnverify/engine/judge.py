@@ -153,8 +153,8 @@ class Judge:
     Attributes:
         block: from the shape (N, D) of a case to how many transitions a stack has.
         at_once: from that shape to how many stacks may run at the same time.
-        incomparable: names of the laws that could not be judged, because the step changes the
-            structure or the shapes of what they compare.
+        incomparable: names of the laws that could not be judged, because the state's structure
+            or shapes change, or a loss has another shape than it should.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Judge:
             facts = {**t.facts, "direction": known.direction, "directional_derivative": known.slope}
             noise = _unless_faint(t.case, known.noise)
             t = t._replace(exact=known.exact, noise=noise, facts=facts)
-        if signature(t.before) != signature(t.after):
+        if not _regular(t):
             laws = self._comparable(t, laws)
             names = tuple(law.name for law in laws)
         key = (names, tuple(self._facts.items()), self._subject.oracle, self._optimise)
@@ -203,16 +203,18 @@ class Judge:
         return {name: np.asarray(values) for name, values in out.items()}
 
     def _comparable(self, t: Transition, laws: Sequence[Law]) -> list[Law]:
-        """Return the laws that can be judged of a step that changes what its state is made of."""
+        """Return the laws that can be judged of results that have not the form they should."""
         found = []
         for law in laws:
             try:
                 with compat.enable_x64():
-                    jax.eval_shape(jax.vmap(self._program([law])), t)
-            except (KeyError, TypeError, ValueError):  # trees or shapes that do not match
-                self.incomparable.add(law.name)
-            else:
+                    out = jax.eval_shape(jax.vmap(self._program([law])), t)
+            except (LookupError, TypeError, ValueError):  # trees or shapes that do not match
+                out = {}
+            if out and out[law.name].shape == t.case.seed.shape:
                 found.append(law)
+            else:
+                self.incomparable.add(law.name)
         return found
 
     def each(self, transitions: Sequence[Transition], laws: Sequence[Law]) -> list[dict[str, Any]]:
@@ -238,6 +240,14 @@ class Judge:
             return {law.name: law.check(t) for law in laws}
 
         return residuals
+
+
+def _regular(t: Transition) -> bool:
+    """Return whether a stacked step keeps its state's form, and its losses are what they should."""
+    stack = t.case.seed.shape
+    scalar = t.info.loss is None or t.info.loss.shape == stack
+    kept = signature(t.before) == signature(t.after)
+    return bool(scalar and kept and t.eval_loss.shape == (*stack, 1))
 
 
 FAINT = 2.0**-60

@@ -88,7 +88,9 @@ class Runs:
             if self._bench.refusal and not tally.triggered:
                 reason = f"not to be seen of a step that does not trace: {self._bench.refusal}"
             elif status == "untriggered" and law.name in self._bench.judge.incomparable:
-                reason = "the step changes what the state is made of, which this law compares"
+                reason = (
+                    "what it compares differs in structure or shape: a law of structure says how"
+                )
             elif status == "untriggered":
                 reason = next((refused[need] for need in law.needs if need in refused), reason)
             said = "; ".join(text for text in (reason, self._bench.note) if text)
