@@ -16,7 +16,7 @@ from bnverify.laws import Law
 from bnverify.laws.residuals import wide
 from bnverify.lazy import jax, jnp
 from bnverify.subject import Subject
-from bnverify.transition import Outcome, Transition, signature
+from bnverify.transition import Outcome, Transition, form
 
 HIDDEN = {
     "optimizer": "the subject does not show its optimizer",
@@ -246,7 +246,7 @@ def _regular(t: Transition) -> bool:
     """Return whether a stacked step keeps its state's form, and its losses are what they should."""
     stack = t.case.seed.shape
     scalar = t.info.loss is None or t.info.loss.shape == stack
-    kept = signature(t.before) == signature(t.after)
+    kept = form(t.before) == form(t.after)
     return bool(scalar and kept and t.eval_loss.shape == (*stack, 1))
 
 
