@@ -257,8 +257,8 @@ class WithSolution(CanonicalStep):
         return solve
 
     def truncated(self, seed: Any) -> Any:
-        """Return the integer that a real seed stands for."""
-        return jnp.asarray(seed).astype(jnp.int32)
+        """Return the integer that a real seed stands for; float32 holds none beyond 2^24."""
+        return int(seed)
 
     def evaluated(self, before: State, after: State) -> State:
         """Return the state that is evaluated."""
