@@ -161,7 +161,6 @@ EVALS: dict[str, Callable[[Seen, State, State, Case], Inputs]] = {
         with_statistics(after, other_statistic),
         c,
     ),
-    "other_params": lambda seen, before, after, c: (with_params(after, other_param), c),
     "other_inputs": lambda seen, before, after, c: (after, other_inputs(c)),
     "other_targets": lambda seen, before, after, c: (after, other_targets(c)),
     "reversed_rows": lambda seen, before, after, c: (after, reverse_rows(c)),
