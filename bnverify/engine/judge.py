@@ -183,8 +183,7 @@ class Judge:
     def residuals(self, t: Transition, laws: Sequence[Law]) -> dict[str, Any]:
         """Return law name -> residuals, (block,), of stacked transitions."""
         laws = [law for law in laws if not FALLIBLE & set(law.needs) - set(t.facts)]
-        names = tuple(law.name for law in laws)
-        if not names:
+        if not laws:
             return {}
         needs = {need for law in laws for need in law.needs}
         if "noise" in needs:
@@ -194,7 +193,7 @@ class Judge:
             t = t._replace(exact=known.exact, noise=noise, facts=facts)
         if not _regular(t):
             laws = self._comparable(t, laws)
-            names = tuple(law.name for law in laws)
+        names = tuple(law.name for law in laws)
         key = (names, tuple(self._facts.items()), self._subject.oracle, self._optimise)
         if key not in _PROGRAMS:
             _PROGRAMS[key] = Compiled(jax.vmap(self._program(laws)), optimise=self._optimise)

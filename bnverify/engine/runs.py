@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -95,8 +94,11 @@ class Runs:
                 reason = next((refused[need] for need in law.needs if need in refused), reason)
             said = "; ".join(text for text in (reason, self._bench.note) if text)
             example = tally.case.code() if tally.shown and tally.case is not None else None
-            evidence = Evidence(law.name, law.family, status, tally.triggered, worst, said)
-            found.append(replace(evidence, example=example))
+            found.append(
+                Evidence(
+                    law.name, law.family, status, tally.triggered, worst, said, example=example
+                )
+            )
         return found
 
     @property
