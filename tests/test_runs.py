@@ -22,6 +22,7 @@ from bnverify.engine.tally import stack
 from bnverify.jaxpr.noise import ROWS
 from bnverify.mutants import MUTANTS
 from bnverify.profile import Profile
+from bnverify.transition import other_inputs
 
 LAW = "row_order_changes_nothing"
 
@@ -86,6 +87,14 @@ def test_what_must_flow_is_shown_by_a_case_that_can_be_pasted() -> None:
     case = eval(evidence.example, {"bnverify": bnverify})  # noqa: S307 - what a reader would paste
     assert f"{case.shape}" in evidence.reason
     assert bnverify.replay(reference.sgd(), case, law=law) == 0
+
+
+@pytest.mark.parametrize("features", range(1, 7))
+def test_other_inputs_are_no_shift_of_the_whole_batch(features: int) -> None:
+    """A normalisation would take such a shift away, and nothing would seem to reach the params."""
+    case = Case.of(0, np.zeros((4, features)), np.zeros(4), 0.1)
+    moves = other_inputs(case).x
+    assert (moves[1:] != moves[:-1]).all()
 
 
 def test_an_optimizer_that_raises_is_quoted() -> None:
