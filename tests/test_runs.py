@@ -22,7 +22,7 @@ from bnverify.engine.tally import stack
 from bnverify.jaxpr.noise import ROWS
 from bnverify.mutants import MUTANTS
 from bnverify.profile import Profile
-from bnverify.transition import other_inputs
+from bnverify.reruns import other_inputs
 
 LAW = "row_order_changes_nothing"
 

@@ -24,8 +24,8 @@ from bnverify.adapters.capture import (
     mark,
     marked,
 )
+from bnverify.pytree import path_name
 from bnverify.subject import LayerInput, State
-from bnverify.transition import path_name
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import jax
 
 from bnverify.adapters.flows import DRAWS, changed, reached
 from bnverify.adapters.layers import Survey
+from bnverify.pytree import path_name
 from bnverify.subject import State
-from bnverify.transition import path_name
 
 RANDOM = "random numbers"
 

@@ -17,8 +17,9 @@ from bnverify.engine.judge import Judge, judged
 from bnverify.engine.volume import NEEDS, Volume
 from bnverify.laws import Law
 from bnverify.lazy import jax
+from bnverify.observe import Calls, observe
 from bnverify.subject import Subject
-from bnverify.transition import Calls, Outcome, Transition, observe
+from bnverify.transition import Outcome, Transition
 
 CALLS = frozenset({"again", "eager", "stacked", "solution"})
 """What laws can ask of single calls besides ``volume.NEEDS``."""

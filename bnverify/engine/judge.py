@@ -15,8 +15,9 @@ from bnverify.engine.noise import Noise
 from bnverify.laws import Law
 from bnverify.laws.residuals import wide
 from bnverify.lazy import jax, jnp
+from bnverify.pytree import form
 from bnverify.subject import Subject
-from bnverify.transition import Outcome, Transition, form
+from bnverify.transition import Outcome, Transition
 
 HIDDEN = {
     "optimizer": "the subject does not show its optimizer",

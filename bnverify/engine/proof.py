@@ -12,8 +12,9 @@ from bnverify.evidence import Evidence
 from bnverify.jaxpr import Abstract, Influence, Run, TraceError, Traces, influence, trace_subject
 from bnverify.laws import Law
 from bnverify.lazy import jax
+from bnverify.observe import Calls, observe
 from bnverify.subject import Subject
-from bnverify.transition import Calls, Transition, observe
+from bnverify.transition import Transition
 
 PROBED = "by a momentum probe, since the optimizer's own state is empty"
 

@@ -10,8 +10,8 @@ import numpy as np
 from bnverify.jaxpr import Influence
 from bnverify.lazy import jax, jnp
 from bnverify.mistakes import MISTAKES, Mistake
+from bnverify.pytree import path_name
 from bnverify.subject import Subject
-from bnverify.transition import path_name
 
 MASK_HANDS_ON = Mistake(
     "mask_hands_gradients_on",

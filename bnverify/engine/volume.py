@@ -14,9 +14,11 @@ from bnverify.engine.judge import Judge
 from bnverify.engine.tally import Tally, complexity, stack, take
 from bnverify.laws import Law
 from bnverify.lazy import jax
+from bnverify.observe import FEW_ROWS, Calls, observe
+from bnverify.reruns import EVALS, LATER_RERUNS, RERUNS
 from bnverify.stacks import stacked_cases
 from bnverify.subject import State, Subject
-from bnverify.transition import EVALS, FEW_ROWS, LATER_RERUNS, RERUNS, Calls, Outcome, observe
+from bnverify.transition import Outcome
 
 NEEDS = frozenset(
     [f"step:{name}" for name in (*RERUNS, *LATER_RERUNS, "shifted_bias")]

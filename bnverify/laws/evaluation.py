@@ -15,7 +15,8 @@ from bnverify.laws.residuals import (
     worst_of,
 )
 from bnverify.lazy import jnp
-from bnverify.transition import NUDGES, Transition
+from bnverify.reruns import NUDGES
+from bnverify.transition import Transition
 
 FLAX_GUIDE = (
     "Flax, Applying batch normalization: "

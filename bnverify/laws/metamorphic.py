@@ -7,7 +7,8 @@ from typing import Any
 from bnverify.laws.law import law
 from bnverify.laws.residuals import residual, same, when, wide, within_noise
 from bnverify.lazy import jax, jnp
-from bnverify.transition import Outcome, Transition, shift
+from bnverify.reruns import shift
+from bnverify.transition import Outcome, Transition
 
 PURE = "JAX, pure functions: https://docs.jax.dev/en/latest/notebooks/Common_Gotchas_in_JAX.html"
 

@@ -22,19 +22,13 @@ from bnverify.laws.residuals import (
     worst_of,
 )
 from bnverify.lazy import jax, jnp
+from bnverify.pytree import is_floating, path_name
+from bnverify.reruns import AVERAGE, huge, other_statistic, own_weight
 from bnverify.subject import LayerInput, Tree
-from bnverify.transition import (
-    Transition,
-    huge,
-    is_floating,
-    other_statistic,
-    own_weight,
-    path_name,
-)
+from bnverify.transition import Transition
 
 IOFFE = "Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167"
 FLAX_SOURCE = "Flax, linen/normalization.py, BatchNorm"
-AVERAGE = ("step:zero_statistics", "step:huge_statistics")
 
 
 def _momenta(t: Transition) -> list[Any]:

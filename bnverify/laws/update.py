@@ -20,7 +20,8 @@ from bnverify.laws.residuals import (
     worst_of,
 )
 from bnverify.lazy import jax, jnp
-from bnverify.transition import Transition, path_name
+from bnverify.pytree import path_name
+from bnverify.transition import Transition
 
 OPTAX = "Optax, apply_updates: https://optax.readthedocs.io/en/latest/api/apply_updates.html"
 

@@ -12,8 +12,8 @@ from bnverify.lazy import jax
 from bnverify.lifetime.checkpoint import Lived
 from bnverify.lifetime.life import ways
 from bnverify.lifetime.programs import Programs
+from bnverify.pytree import is_floating
 from bnverify.subject import Subject
-from bnverify.transition import is_floating
 from bnverify.unusable import first_line
 
 SHAPES = ((2, 2), (4, 3), (24, 3))  # 24: a step may split its batch in 2, 3, 4, 6 or 8

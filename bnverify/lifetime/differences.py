@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from bnverify.lazy import jax, jnp
+from bnverify.pytree import path_name
 from bnverify.subject import State, Tree
-from bnverify.transition import path_name
 
 
 def kinds_differ(actual: Tree, expected: Tree, *, weak: bool = False) -> str:

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bnverify.lazy import jax, jnp
+from bnverify.pytree import is_floating, path_name
+from bnverify.reruns import huge, with_statistics
 from bnverify.subject import State
-from bnverify.transition import huge, is_floating, path_name, with_statistics
 
 Step = Callable[[State], State]
 Wide = npt.NDArray[np.float64]

@@ -25,8 +25,8 @@ from bnverify.lifetime.differences import kinds_differ, suspect, values_differ
 from bnverify.lifetime.fold import Fold
 from bnverify.lifetime.programs import Programs
 from bnverify.parallel.subject import Parallel
+from bnverify.pytree import is_floating
 from bnverify.subject import State, StepInfo, Subject
-from bnverify.transition import is_floating
 from bnverify.unusable import first_line
 
 

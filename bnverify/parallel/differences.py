@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from bnverify.lazy import jax
-from bnverify.transition import Transition, path_name
+from bnverify.pytree import path_name
+from bnverify.transition import Transition
 
 
 def differences(seen: Any, t: Transition) -> dict[str, float]:

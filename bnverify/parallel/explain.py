@@ -10,7 +10,8 @@ import numpy as np
 from bnverify.lazy import jax
 from bnverify.parallel.differences import disagreeing, worst
 from bnverify.parallel.subject import DEVICES
-from bnverify.transition import Transition, path_name
+from bnverify.pytree import path_name
+from bnverify.transition import Transition
 
 
 def explain(

@@ -9,9 +9,10 @@ import numpy as np
 from bnverify.case import Case, Domain
 from bnverify.engine.noise import Noise
 from bnverify.lazy import jax
+from bnverify.observe import Calls, observe
 from bnverify.stacks import stacked_cases
 from bnverify.subject import Subject
-from bnverify.transition import Calls, Transition, observe
+from bnverify.transition import Transition
 
 MILD = Domain(max_abs_x=100.0, max_abs_y=100.0, max_lr=0.5)
 """Wilder inputs leave float32 no digits to compare more often than not."""

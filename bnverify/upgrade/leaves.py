@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnverify.lazy import jax
-from bnverify.transition import path_name
+from bnverify.pytree import path_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -12,7 +12,8 @@ from bnverify.engine.exploration import Again, Solution
 from bnverify.engine.judge import derivation, static_facts
 from bnverify.engine.volume import NEEDS
 from bnverify.laws import LAWS
-from bnverify.transition import Calls, Outcome, Transition, observe
+from bnverify.observe import Calls, observe
+from bnverify.transition import Outcome, Transition
 
 STACK = 256
 SHAPE = (3, 2)

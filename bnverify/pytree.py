@@ -1,0 +1,31 @@
+"""What is asked of a pytree and its leaves, wherever they come from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bnverify.lazy import jax, jnp
+from bnverify.subject import Tree
+
+
+def is_floating(leaf: Any) -> bool:
+    """Return whether a leaf holds floating-point numbers: a counter is nobody's average."""
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+def path_name(path: Any) -> str:
+    """Return a pytree path as "outer/inner": dict keys, attributes and indices alike."""
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )
+
+
+def form(tree: Tree) -> Any:
+    """Return a tree's structure and the shapes of its leaves: what it takes to compare it."""
+    leaves, structure = jax.tree_util.tree_flatten(tree)
+    return structure, [leaf.shape for leaf in leaves]
+
+
+def signature(tree: Tree) -> Any:
+    """Return a tree's form and the dtypes of its leaves: what a compiled program is made for."""
+    return form(tree), [leaf.dtype for leaf in jax.tree_util.tree_leaves(tree)]
