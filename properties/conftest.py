@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import Phase, errors, find, settings
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from bnverify.subject import Subject
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
-FEW_OPTIMIZERS = ("sgd", "adam")
-"""For the properties that no optimizer has a part in: one without a state, one with much."""
+LIKE_ANOTHER = ("momentum", "adamw")
+"""On most releases sgd, without a state, and adam, with much, are enough: tox.ini."""
 SHAPES = 5  # each compiles a few programs for each optimizer; three of them are always tiny
 
 
@@ -197,16 +197,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     target = metafunc.config.getoption("bnverify_target", default=None)
     names = getattr(metafunc.module, "STEPS_OF", OPTIMIZERS)
     targets = {f"reference[{name}]": f"bnverify.reference:{name}" for name in names}
+    once = {f"reference[{name}]" for name in LIKE_ANOTHER}
     if target:
         targets = {target: target}
     law = metafunc.function.__name__.removeprefix("test_")
-    steps = [STEPS.setdefault(name, Step(name, source)) for name, source in targets.items()]
+
+    def param(name: str, source: str) -> Any:
+        step = STEPS.setdefault(name, Step(name, source))
+        # How known failures find the test.
+        marks = [pytest.mark.bnverify(law=law, subject=step)]
+        return pytest.param(step, marks=[*marks, pytest.mark.once] if name in once else marks)
+
     metafunc.parametrize(
-        "step",
-        # The mark is how known failures find the test.
-        [pytest.param(step, marks=pytest.mark.bnverify(law=law, subject=step)) for step in steps],
-        ids=str,
-        scope="session",
+        "step", [param(*each) for each in targets.items()], ids=str, scope="session"
     )
 
 

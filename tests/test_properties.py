@@ -81,7 +81,7 @@ def steps(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("target", "law"),
     [
-        ("wrong_sign", "params_follow_the_optimizer"),
+        pytest.param("wrong_sign", "params_follow_the_optimizer", marks=pytest.mark.once),
         ("no_update", "step_moves_the_params"),
         ("wrong_shape", "eval_loss_has_shape_one"),
     ],

@@ -18,7 +18,7 @@ from bnverify.profile import Profile
 from bnverify.subject import State
 
 SGD = reference.sgd()
-FEW = Profile("few", shapes=0, block=16, examples=3)
+FEW = Profile("few", tiny=1, shapes=0, block=16, examples=3)
 NUMBER = jax.ShapeDtypeStruct((), jnp.float32)
 
 
@@ -85,7 +85,7 @@ def test_a_fault_in_such_a_step_is_found() -> None:
 
     subject = replace(SGD, name="dropping", step=dropping)
     report = bnverify.verify(
-        subject, Profile("few", shapes=0, examples=40, eager=0), select=["influence"]
+        subject, Profile("few", tiny=1, shapes=0, examples=40, eager=0), select=["influence"]
     )
     assert {e.law for e in report.results if e.status == "violated"} == {
         "inputs_reach_the_statistics",

@@ -319,6 +319,7 @@ def test_foreign_code_makes_no_claim_and_is_named():
         assert [bool(r) for r in claimed.reliable] == [False, True]
 
 
+@pytest.mark.once  # the draws are NumPy's
 def test_rows_may_be_taken_a_few_at_a_time():
     """What disjoint rows tell adds up to what all of them tell, to the last places."""
     subject = reference.adam()
