@@ -212,7 +212,7 @@ def find(
     domain: Domain,
     condition: Callable[[Case], bool],
     seed: int,
-    examples: int = 200,
+    examples: int,
 ) -> Case | None:
     """Return the simplest case that Hypothesis finds with ``condition``; None where it finds none."""
     settings = hypothesis.settings(

@@ -299,3 +299,12 @@ class SolutionRoundsItsSeed(WithSolution):
     def truncated(self, seed: Any) -> Any:
         """Round."""
         return jnp.round(jnp.asarray(seed)).astype(jnp.int32)
+
+
+@fault(mistake="seed_not_truncated")
+class SolutionHoldsItsSeedInFloat32(WithSolution):
+    """The one-call function makes a JAX array of its seed, float32: no odd one beyond 2^24 is held."""
+
+    def truncated(self, seed: Any) -> Any:
+        """Truncate what float32 holds."""
+        return jnp.asarray(seed, jnp.float32).astype(jnp.int32)
