@@ -24,6 +24,9 @@ With 0.5.3 a loop over a large array then never turns (docs/findings.md); with 0
 """
 CPUINFO = Path("/proc/cpuinfo")
 
+_HOME: list[Path] = []
+"""The directory that ``enable`` chose last; empty where there is none."""
+
 
 def cache_root() -> Path:
     """Return the directory of everything bnverify caches.
@@ -90,6 +93,7 @@ def enable(directory: str | os.PathLike[str] | None = None) -> Path | None:
         return None
     if not os.access(path, os.W_OK):
         return None
+    _HOME[:] = [path]
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -97,6 +101,11 @@ def enable(directory: str | os.PathLike[str] | None = None) -> Path | None:
     compilation_cache.reset_cache()
     _write_entries_whole()
     return path
+
+
+def home() -> Path | None:
+    """Return the directory that ``enable`` chose; None where it did not, or nothing is kept."""
+    return _HOME[0] if _HOME else None
 
 
 def _write_entries_whole() -> None:

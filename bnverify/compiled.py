@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from bnverify import compat
+from bnverify import compat, kept
 from bnverify.lazy import jax
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -39,11 +39,20 @@ class Compiled:
     Args:
         function: traces under ``jax.jit``.
         optimise: whether to spend the time: worth it for what would run for seconds.
+        identity: what tells the function from every other, so that it is kept on disk; None: it
+            is not.
     """
 
-    def __init__(self, function: Callable[..., Any], *, optimise: bool = False) -> None:
-        self._jitted = jax.jit(function)
-        self._optimise = optimise
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        optimise: bool = False,
+        identity: kept.Identity | None = None,
+    ) -> None:
+        self._function = function
+        self._options = OPTIMISED if optimise else QUICK
+        self._identity = identity
         self._programs: dict[Any, Any] = {}
         self._self = weakref.ref(self)
 
@@ -53,12 +62,27 @@ class Compiled:
         key = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         if key not in self._programs:
             _make_room()
-            lowered = self._jitted.lower(*args)
-            options = compat.compiler_options(**(OPTIMISED if self._optimise else QUICK))
-            self._programs[key] = lowered.compile(compiler_options=options)
+            self._programs[key] = self._compile(args)
             _RECENT[self._self, key] = None
         _RECENT.move_to_end((self._self, key))
         return self._programs[key](*args)
+
+    def _compile(self, args: Any) -> Callable[..., Any]:
+        options = compat.compiler_options(**self._options)
+        identity = self._identity
+        known = kept.program(self._function, args, identity) if identity else None
+        if identity is None or known is None:
+            traced: Callable[..., Any] = (
+                jax.jit(self._function).lower(*args).compile(compiler_options=options)
+            )
+            return traced
+        leaves, out = jax.tree_util.tree_leaves(args), identity.out
+        program = jax.jit(known.call).lower(*leaves).compile(compiler_options=options)
+
+        def run(*args: Any) -> Any:
+            return jax.tree_util.tree_unflatten(out, program(*jax.tree_util.tree_leaves(args)))
+
+        return run
 
     def forget(self, key: Any) -> None:
         """Drop one program."""

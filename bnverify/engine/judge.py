@@ -12,6 +12,7 @@ from bnverify.case import Case
 from bnverify.compiled import Compiled
 from bnverify.engine.budget import Budget, Fixed
 from bnverify.engine.noise import Noise
+from bnverify.kept import Identity
 from bnverify.laws import Law
 from bnverify.laws.residuals import wide
 from bnverify.lazy import jax, jnp
@@ -197,7 +198,11 @@ class Judge:
         names = tuple(law.name for law in laws)
         key = (names, tuple(self._facts.items()), self._subject.oracle, self._optimise)
         if key not in _PROGRAMS:
-            _PROGRAMS[key] = Compiled(jax.vmap(self._program(laws)), optimise=self._optimise)
+            _PROGRAMS[key] = Compiled(
+                jax.vmap(self._program(laws)),
+                optimise=self._optimise,
+                identity=self._identity(laws),
+            )
         with compat.enable_x64():
             out = _PROGRAMS[key](t)
         return {name: np.asarray(values) for name, values in out.items()}
@@ -240,6 +245,16 @@ class Judge:
             return {law.name: law.check(t) for law in laws}
 
         return residuals
+
+    def _identity(self, laws: Sequence[Law]) -> Identity | None:
+        """Return what tells these laws of this subject from others; None where others wrote some."""
+        oracle = getattr(self._subject.oracle, "__name__", "")
+        modules = [law.check.__module__ for law in laws] + [oracle] * (oracle != "")
+        if not all(module.startswith("bnverify.") for module in modules):
+            return None
+        names = [law.name for law in laws]
+        out = jax.tree_util.tree_structure(dict.fromkeys(names, 0))
+        return Identity(f"laws {names} {self._facts} {oracle}", out)
 
 
 def _regular(t: Transition) -> bool:

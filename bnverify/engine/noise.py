@@ -11,9 +11,12 @@ from bnverify import compat
 from bnverify.case import Case
 from bnverify.compiled import Compiled
 from bnverify.jaxpr import trace
+from bnverify.jaxpr.digest import digest
 from bnverify.jaxpr.noise import ROWS
 from bnverify.jaxpr.rounding import rounding
-from bnverify.jaxpr.slope import directional_derivative
+from bnverify.jaxpr.slope import Slope, directional_derivative
+from bnverify.jaxpr.tracing import Program
+from bnverify.kept import Identity
 from bnverify.lazy import jax, jnp
 from bnverify.subject import State, Subject, Tree
 from bnverify.transition import Outcome
@@ -107,7 +110,11 @@ class Noise:
             def whole(before: State, case: Case) -> Known:
                 return sloped(before, case, Known(*step.evaluate(before, case)))
 
-            return Compiled(jax.vmap(whole), optimise=optimise)
+            out = Known(step.program.out, step.program.out)
+            if of_loss is not None:
+                out = out._replace(direction=before.params, slope=tuple(Slope._fields))
+            identity = self._identity(step.program, of_loss, out)
+            return Compiled(jax.vmap(whole), optimise=optimise, identity=identity)
 
         def some(rows: Any, before: State, case: Case) -> Known:
             return Known(*step.evaluate(before, case, rows=rows))
@@ -125,6 +132,15 @@ class Noise:
             return known
 
         return in_parts
+
+    def _identity(self, step: Program, of_loss: Program | None, out: Known) -> Identity | None:
+        """Return what tells the rounding of this step from others; None where that is not certain."""
+        of_step = digest(step.jaxpr)
+        of_slope = "no slope" if of_loss is None else digest(of_loss.jaxpr)
+        if of_step is None or of_slope is None:
+            return None
+        name = f"rounding {of_step} {of_slope} {self._seed} {ROWS}"
+        return Identity(name, jax.tree_util.tree_structure(out))
 
 
 def _length(*parts: Any) -> Any:
