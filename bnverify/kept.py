@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ import numpy as np
 
 from bnverify import compile_cache
 from bnverify.lazy import jax
+
+DIGEST = hashlib.sha256().digest_size
 
 
 class Identity(NamedTuple):
@@ -55,7 +58,7 @@ def program(function: Callable[..., Any], args: Any, identity: Identity) -> Any 
     export = importlib.import_module("jax.export")
     # Whatever is wrong with a file, the program can be lowered again.
     with contextlib.suppress(Exception):
-        return export.deserialize(bytearray(path.read_bytes()))
+        return export.deserialize(bytearray(_read(path)))
 
     def flat(*leaves: Any) -> list[Any]:
         out = function(*jax.tree_util.tree_unflatten(structure, leaves))
@@ -72,8 +75,14 @@ def program(function: Callable[..., Any], args: Any, identity: Identity) -> Any 
 
 
 def _name(*parts: Any) -> str:
-    releases = (jax.__version__, np.__version__, _package())
-    return hashlib.sha256("\n".join(map(str, (*releases, *parts))).encode()).hexdigest()
+    """Return the name of a file: of ``parts``, this code, the releases, and how JAX is configured.
+
+    A tree may hold functions as its static parts, whose addresses say nothing.
+    """
+    settings = sorted(getattr(jax.config, "values", {}).items())
+    whole = (jax.__version__, np.__version__, _package(), settings, *parts)
+    told = re.sub(r"\b0x[0-9a-f]+", "", "\n".join(map(str, whole)))
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 @functools.cache
@@ -87,6 +96,20 @@ def _package() -> str:
     return found.hexdigest()
 
 
+def _read(path: Path) -> bytes:
+    """Return what ``_write`` put there, to the bit.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it holds something else.
+    """
+    found = path.read_bytes()
+    digest, data = found[:DIGEST], found[DIGEST:]
+    if hashlib.sha256(data).digest() != digest:
+        raise ValueError(f"{path} is damaged")
+    return data
+
+
 def _write(path: Path, data: bytes) -> None:
     """Put a file there whole or not at all; without it nothing is lost but time."""
     beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
@@ -94,7 +117,7 @@ def _write(path: Path, data: bytes) -> None:
         # 0o700: what is kept here is run.
         path.parent.mkdir(mode=0o700, exist_ok=True)
         try:
-            beside.write_bytes(data)
+            beside.write_bytes(hashlib.sha256(data).digest() + data)
             beside.replace(path)
         finally:
             beside.unlink(missing_ok=True)

@@ -54,6 +54,20 @@ def test_another_process_need_not_trace(home: Path) -> None:
     assert len(files(home)) == 1
 
 
+def test_how_jax_is_configured_counts(home: Path) -> None:
+    """A random generator is lowered as a setting says."""
+    traced: list[Any] = []
+    x = np.arange(3, dtype=np.float32)
+    before = jax.config.jax_threefry_partitionable
+    try:
+        for value in (True, False, True):
+            jax.config.update("jax_threefry_partitionable", value)
+            doubling(traced)(x)
+    finally:
+        jax.config.update("jax_threefry_partitionable", before)
+    assert len(traced) == 2
+
+
 def test_what_differs_is_not_found(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another function, another type, another state of this package's code."""
     traced: list[Any] = []
@@ -69,9 +83,13 @@ def test_what_differs_is_not_found(home: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(files(home)) == 5
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[:100], lambda data: b"", lambda data: b"x" * 99]
-)
+def flipped(data: bytes) -> bytes:
+    """Return ``data`` with a bit changed in its middle, where the program's constants are."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: b"", flipped])
 def test_a_damaged_file_is_written_again(home: Path, damage: Callable[[bytes], bytes]) -> None:
     """Nobody notices but by the time it takes."""
     traced: list[Any] = []
