@@ -22,6 +22,9 @@ import numpy as np
 from bnverify import compile_cache
 from bnverify.lazy import jax
 
+WRITERS = ("jax.export", "flatbuffers")
+"""What writes a program, the first by the second: old environments, for recordings alone, have none."""
+
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -49,8 +52,7 @@ def program(function: Callable[..., Any], args: Any, identity: Identity) -> Any 
         A ``jax.export.Exported``; None where nothing is kept, or this program cannot be.
     """
     home = compile_cache.home()
-    # jax.export serialises with it. Old environments in which a step is only recorded have none.
-    if home is None or importlib.util.find_spec("flatbuffers") is None:
+    if home is None or not all(map(importlib.util.find_spec, WRITERS)):
         return None
     leaves, structure = jax.tree_util.tree_flatten(args)
     types = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
