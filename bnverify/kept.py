@@ -12,14 +12,13 @@ import functools
 import hashlib
 import importlib.util
 import re
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnverify import compile_cache
+from bnverify import atomic_file, compile_cache
 from bnverify.lazy import jax
 
 WRITERS = ("jax.export", "flatbuffers")
@@ -113,13 +112,8 @@ def _read(path: Path) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Put a file there whole or not at all; without it nothing is lost but time."""
-    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    """Keep a program; where that cannot be, nothing is lost but time."""
     with contextlib.suppress(OSError):
         # 0o700: what is kept here is run.
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        try:
-            beside.write_bytes(hashlib.sha256(data).digest() + data)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        atomic_file.write(path, hashlib.sha256(data).digest() + data)

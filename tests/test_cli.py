@@ -259,7 +259,7 @@ def test_a_disk_that_is_full_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) 
     def write(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bnverify.upgrade.atomic_file.write", write)
+    monkeypatch.setattr("bnverify.atomic_file.write", write)
     status, _, err = run("check", "--proofs", "--select", "structure", "--json", "x.json")
     assert (status, err) == (
         2,

@@ -42,7 +42,7 @@ def write(file: str | None, text: str, option: str = "--json") -> None:
     if file == "-":
         sys.stdout.write(text)
     elif file is not None:
-        from bnverify.upgrade import atomic_file
+        from bnverify import atomic_file
 
         try:
             atomic_file.write(Path(file), text.encode())

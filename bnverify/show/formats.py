@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bnverify import atomic_file
 from bnverify.show import github, html, junit, upgrade
 from bnverify.unusable import Unusable, did_you_mean
-from bnverify.upgrade import atomic_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

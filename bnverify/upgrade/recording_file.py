@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from bnverify.upgrade import atomic_file, strict_json
+from bnverify import atomic_file
+from bnverify.upgrade import strict_json
 from bnverify.upgrade.strict_json import RefusedError
 
 if TYPE_CHECKING:

@@ -11,14 +11,14 @@ import time
 
 import pytest
 
-from bnverify.upgrade import atomic_file
+from bnverify import atomic_file
 
 pytestmark = pytest.mark.once
 
 WRITER = """
 import sys
 from pathlib import Path
-from bnverify.upgrade import atomic_file
+from bnverify import atomic_file
 path = Path(sys.argv[1])
 for i in range(10**9):
     atomic_file.write(path, b"%d" % (i % 10) * 300_000)
