@@ -3,6 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+EVERYWHERE = ("sgd", "adam")  # one without a state, and one with much
+
 
 @given(data=st.data())
 def test_params_follow_the_optimizer(step, data):

@@ -82,7 +82,7 @@ def steps(tmp_path: Path) -> Path:
     ("target", "law"),
     [
         pytest.param("wrong_sign", "params_follow_the_optimizer", marks=pytest.mark.once),
-        ("no_update", "step_moves_the_params"),
+        pytest.param("no_update", "step_moves_the_params", marks=pytest.mark.once),
         ("wrong_shape", "eval_loss_has_shape_one"),
     ],
 )
@@ -119,12 +119,7 @@ def test_workers_and_orders_give_the_same_verdicts(
     """With -n 0, with -n 2, backwards and in any other order the same properties pass and fail."""
     (steps / "order.py").write_text(ORDER)
     verdicts = []
-    for workers, order in (
-        ("0", "as written"),
-        ("2", "as written"),
-        ("0", "backwards"),
-        ("0", "7"),
-    ):
+    for workers, order in (("0", "as written"), ("2", "backwards"), ("0", "7")):
         monkeypatch.setenv("ORDER", order)
         monkeypatch.setenv("PYTHONPATH", str(steps))
         done = properties(
@@ -139,9 +134,10 @@ def test_workers_and_orders_give_the_same_verdicts(
         "test_params_follow_the_optimizer"
     ]
     assert len(verdicts[0][0]) >= 10
-    assert verdicts == verdicts[:1] * 4
+    assert verdicts == verdicts[:1] * 3
 
 
+@pytest.mark.once
 def test_a_step_that_takes_one_width_gets_that(steps: Path) -> None:
     """The inputs have the sizes that the target accepts."""
     done = properties(

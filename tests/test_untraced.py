@@ -65,7 +65,9 @@ def test_a_step_that_does_not_trace_is_run(step: Callable[..., Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [asking_python, asking_the_world])
+@pytest.mark.parametrize(
+    "step", [asking_python, pytest.param(asking_the_world, marks=pytest.mark.once)]
+)
 def test_a_step_that_calls_back_is_checked(step: Callable[..., Any]) -> None:
     """Its program is read, what comes from outside conservatively; its rounding is not known."""
     report = checked(step)
@@ -75,6 +77,7 @@ def test_a_step_that_calls_back_is_checked(step: Callable[..., Any]) -> None:
     assert status["batch_stats_change_only_by_ema"] == "held"
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_fault_in_such_a_step_is_found() -> None:
     """Statistics that are dropped are, whether the step traces or not."""

@@ -140,7 +140,9 @@ def test_what_is_tolerated_shows(name: str) -> None:
     assert shows(MUTANTS[name].make(), *batch(40, 6))
 
 
-@pytest.mark.parametrize("name", [*TRACED, *CONTROLS])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.once) for n in TRACED), *CONTROLS]
+)
 def test_every_step_traces_under_jit_and_vmap(name: str) -> None:
     """Volume runs thousands of cases in one compiled call, so each step must trace."""
     subject = (MUTANTS.get(name) or CONTROLS[name]).make()
