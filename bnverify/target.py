@@ -7,8 +7,7 @@ import importlib.util
 import inspect
 import sys
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
@@ -16,6 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 from bnverify import deadline, probe
 from bnverify.adapters import explain
 from bnverify.lifetime.checkpoint import Lived, subject_of
+from bnverify.neighbours import importable
 from bnverify.parallel.subject import Parallel
 from bnverify.subject import Subject
 from bnverify.unusable import Unusable, did_you_mean, first_line
@@ -66,18 +66,6 @@ def directory(target: str) -> Path:
     """Return from where ``target`` imports: its file's directory, for a module the current one."""
     source, _ = _split(target)
     return Path(source).resolve().parent if _is_file(source) else Path.cwd()
-
-
-@contextmanager
-def importable(home: Path) -> Iterator[None]:
-    """Let the modules in ``home`` be imported in this block; afterwards sys.path is as before."""
-    before = sys.path[:]
-    sys.path.insert(0, str(home))
-    importlib.invalidate_caches()  # a file written a moment ago must be found
-    try:
-        yield
-    finally:
-        sys.path[:] = before
 
 
 def _split(target: str) -> tuple[str, str]:

@@ -1,6 +1,5 @@
 """What a target names, and what is said of one that names nothing to verify."""
 
-import contextlib
 import inspect
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 
 from bnverify import deadline, probe
 from bnverify.subject import Subject
-from bnverify.target import TargetError, importable, load
+from bnverify.target import TargetError, load
 
 STEPS = """
 import jax.numpy as jnp
@@ -323,15 +322,6 @@ def test_an_optimizer_put_in_is_guarded_too() -> None:
 
 def _nothing(*args: object) -> None:
     """Stand in for a function of a subject."""
-
-
-def test_importable_restores_the_path_after_an_error(tmp_path: Path) -> None:
-    """Whatever happens in the block, sys.path is as before."""
-    before = sys.path[:]
-    with contextlib.suppress(KeyError), importable(tmp_path):
-        assert sys.path[0] == str(tmp_path)
-        raise KeyError
-    assert sys.path == before
 
 
 def test_importing_the_module_loads_no_jax() -> None:

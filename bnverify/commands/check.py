@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bnverify import deadline, target
+from bnverify.neighbours import importable
 from bnverify.profile import PROFILES
 from bnverify.shard import Shard
 from bnverify.show import files
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> tuple[Report, list[str]]:
     """Return the report, and the names of all that the shards of it together are about."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
-    with target.importable(target.directory(args.target)):
+    with importable(target.directory(args.target)):
         what = target.load(args.target, time_limit=args.time_limit)
 
         from bnverify.checking.claims import choose

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from bnverify import target as targets
 from bnverify.compile_cache import machine
 from bnverify.lifetime.checkpoint import subject_of
+from bnverify.neighbours import importable
 from bnverify.unusable import Unusable
 from bnverify.upgrade import recorded, recording_file
 from bnverify.upgrade.recorder import Recorder, flags
@@ -75,7 +76,7 @@ def record(
     without_export()
     made: Recorder | None = None
     name, errors = target, {}
-    with targets.importable(targets.directory(target)):
+    with importable(targets.directory(target)):
         try:
             subject = subject_of(targets.load(target))
         except Unusable as error:
