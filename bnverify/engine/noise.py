@@ -10,7 +10,6 @@ import numpy as np
 from bnverify import compat
 from bnverify.case import Case
 from bnverify.compiled import Compiled
-from bnverify.jaxpr import trace
 from bnverify.jaxpr.digest import digest
 from bnverify.jaxpr.noise import ROWS
 from bnverify.jaxpr.rounding import rounding
@@ -84,24 +83,21 @@ class Noise:
             after, info = self._subject.step(before, case.x, case.y, case.lr)
             return Outcome(after, info, self._subject.evaluate(after, case.x, case.y))
 
-        def loss(params: Tree, before: State, case: Case) -> Any:
-            return run(before._replace(params=params), case).info.loss
-
         # Traced here, while 64-bit types are off.
         abstract = jax.tree_util.tree_map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (before, case)
         )
         step = rounding(run, *abstract, seed=self._seed)
-        slope = slope and step.program.out.info.loss is not None
-        of_loss = trace(loss, abstract[0].params, *abstract) if slope else None
+        out = step.program.out
+        output = _place(out.info.loss, out) if slope else None
 
         def sloped(before: State, case: Case, known: Known) -> Known:
-            if of_loss is None:
+            if output is None:
                 return known
             direction = some_direction(before.params)
             at, noise = known.exact.info.loss, known.noise.info.loss
-            args = (before.params, before, case)
-            found = directional_derivative(of_loss, args, direction, at, noise)
+            args = (before.params, (*before[1:], case))  # the params are a state's first leaves
+            found = directional_derivative(step.program, args, direction, at, noise, output)
             return known._replace(direction=direction, slope=tuple(found))
 
         held, optimise = self._held(case.shape), self._optimise(case.shape)
@@ -110,10 +106,10 @@ class Noise:
             def whole(before: State, case: Case) -> Known:
                 return sloped(before, case, Known(*step.evaluate(before, case)))
 
-            out = Known(step.program.out, step.program.out)
-            if of_loss is not None:
-                out = out._replace(direction=before.params, slope=tuple(Slope._fields))
-            identity = self._identity(step.program, of_loss, out)
+            known = Known(out, out)
+            if output is not None:
+                known = known._replace(direction=before.params, slope=tuple(Slope._fields))
+            identity = self._identity(step.program, output, known)
             return Compiled(jax.vmap(whole), optimise=optimise, identity=identity)
 
         def some(rows: Any, before: State, case: Case) -> Known:
@@ -133,14 +129,19 @@ class Noise:
 
         return in_parts
 
-    def _identity(self, step: Program, of_loss: Program | None, out: Known) -> Identity | None:
+    def _identity(self, step: Program, output: int | None, out: Known) -> Identity | None:
         """Return what tells the rounding of this step from others; None where that is not certain."""
         of_step = digest(step.jaxpr)
-        of_slope = "no slope" if of_loss is None else digest(of_loss.jaxpr)
-        if of_step is None or of_slope is None:
+        if of_step is None:
             return None
-        name = f"rounding {of_step} {of_slope} {self._seed} {ROWS}"
+        name = f"rounding {of_step} slope of {output} {self._seed} {ROWS}"
         return Identity(name, jax.tree_util.tree_structure(out))
+
+
+def _place(leaf: Any, tree: Any) -> int | None:
+    """Return which of a tree's leaves ``leaf`` is; None: none of them, as of a loss not shown."""
+    leaves = jax.tree_util.tree_leaves(tree)
+    return next((number for number, each in enumerate(leaves) if each is leaf), None)
 
 
 def _length(*parts: Any) -> Any:

@@ -115,17 +115,18 @@ def called_jaxpr(eqn: Any) -> Any | None:
     return bodies[0] if fits else None
 
 
-def live(jaxpr: Any) -> Any:
-    """Return a program without the equations that none of its outputs needs."""
+def live(jaxpr: Any, output: int) -> Any:
+    """Return what of a program makes one of its outputs, which is then its only one."""
     inner, consts = open_jaxpr(jaxpr)
-    needed = set(map(id, inner.outvars))
+    outvars = [inner.outvars[output]]
+    needed = set(map(id, outvars))
     kept = []
     for eqn in reversed(inner.eqns):
         if any(id(var) in needed for var in eqn.outvars):
             needed.update(map(id, eqn.invars))
             kept.append(eqn)
     pruned = SimpleNamespace(
-        eqns=kept[::-1], invars=inner.invars, constvars=inner.constvars, outvars=inner.outvars
+        eqns=kept[::-1], invars=inner.invars, constvars=inner.constvars, outvars=outvars
     )
     return SimpleNamespace(jaxpr=pruned, consts=consts)
 

@@ -111,21 +111,27 @@ def _extreme(name: str, array: Any, axes: tuple[int, ...]) -> Value:
 
 
 def directional_derivative(
-    program: Program, args: Sequence[Any], direction: Any, exact: Any, noise: Any
+    program: Program,
+    args: Sequence[Any],
+    direction: Any,
+    exact: Any,
+    noise: Any,
+    output: int = 0,
 ) -> Slope:
-    """Return the slope of ``program`` along ``direction`` in its first argument.
+    """Return the slope of a result of ``program`` along ``direction`` in its first inputs.
 
     Under ``jax.jit`` and ``jax.vmap``, and only within ``bnverify.compat.enable_x64()``. The
     distance h follows from the noise: the less is known of the result, the further apart the
     points.
 
     Args:
-        program: traced, with a single number as its result: a loss.
-        args: its arguments; the first is a tree of floating-point arrays, parameters.
+        program: traced; one of its results is a single number, a loss.
+        args: its arguments, grouped so that the first is a tree of floating-point arrays, parameters.
         direction: a tree like the first argument, not 0 throughout. Its length does not matter
             to h; the slope is proportional to it.
         exact: the result at ``args``, as ``bnverify.jaxpr.rounding.Rounding`` tells it.
         noise: what float32 rounding allows it, likewise.
+        output: which of the results, all leaves counted.
     """
     where = [widen(leaf, jnp.float64) for leaf in jax.tree_util.tree_leaves(args[0])]
     along = [widen(leaf, jnp.float64) for leaf in jax.tree_util.tree_leaves(direction)]
@@ -145,7 +151,7 @@ def directional_derivative(
         for p, v in zip(where, along, strict=True)
     ]
     reading = _Points(len(POINTS) - 1)
-    (result,) = read(live(program.jaxpr), reading, [*points, *fixed])
+    (result,) = read(live(program.jaxpr, output), reading, [*points, *fixed])
     values = reading.spread(result).reshape(-1)
     wide, narrow, near = (
         (values[-i] - values[i]) / (2 * h * POINTS[-i]) for i in range(1, 1 + len(POINTS) // 2)
