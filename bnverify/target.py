@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
 from bnverify import deadline, probe
-from bnverify.adapters import explain
+from bnverify.adapters import arguments, explain
 from bnverify.lifetime.checkpoint import Lived, subject_of
 from bnverify.neighbours import importable
 from bnverify.parallel.subject import Parallel
@@ -115,7 +115,8 @@ def _running_user_code(source: str, run: Callable[[], T]) -> T:
     try:
         return run()
     except Unusable as error:  # an adapter has explained it already
-        raise TargetError(str(error)) from None
+        said, line = str(error), user_line(error)
+        raise TargetError(said if line in said else said + line) from None
     except SystemExit as error:
         raise TargetError(f"{source} exits with {error.code!r} when imported") from None
     except ModuleNotFoundError as error:
@@ -154,6 +155,7 @@ def _made(value: Any, target: str) -> Target:
         value = _running_user_code(target, lambda: check.subject)
     if isinstance(value, Target):
         return value
+    _refuse_module(value, target)
     if not callable(value):
         raise TargetError(
             f"{target} is of type {type(value).__name__}, neither a bnverify.Subject nor a function"
@@ -169,12 +171,32 @@ def _made(value: Any, target: str) -> Target:
     if not probe.accepts(signature):
         raise TargetError(
             f"{target}{signature} is called neither without arguments, to return a "
-            f"bnverify.Subject, nor with ({', '.join(SOLUTION)})"
+            f"bnverify.Subject, nor with ({', '.join(SOLUTION)}){_adapter(signature)}"
         )
     made = _running_user_code(target, value)
+    _refuse_module(made, f"what {target}() returned")
     if not isinstance(made, Target):
         raise TargetError(f"{target}() returned {probe.described(made)}, not a bnverify.Subject")
     return made
+
+
+def _refuse_module(value: Any, what: str) -> None:
+    """Refuse a Flax module by itself, and say what makes a subject of it."""
+    if arguments.flax_module(value):
+        raise TargetError(
+            f"{what} is a Flax module; what is verified is a training step around it: "
+            f"subject = {arguments.wrapped(value)}"
+        )
+
+
+def _adapter(signature: inspect.Signature) -> str:
+    """Return which adapter takes the step or loop that a function is part of, as far as names tell."""
+    first = next(iter(signature.parameters), "")
+    if first in {"state", "train_state"}:
+        return "; a step on a TrainState: bnverify.train_state(create, train_step, eval_step)"
+    if first == "model":
+        return "; an nnx loop: bnverify.adapters.nnx_loop.nnx_loop(make, train_step, eval_step)"
+    return ""
 
 
 def _check(subject: Subject, target: str) -> None:

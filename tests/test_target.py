@@ -14,6 +14,7 @@ from bnverify.subject import Subject
 from bnverify.target import TargetError, load
 
 STEPS = """
+import flax.linen as nn
 import jax.numpy as jnp
 from bnverify import State, StepInfo, Subject
 import neighbour
@@ -50,6 +51,17 @@ def function_of_none(seed, x_batch, y_batch, lr):
 
 def forgetful_function(seed, x_batch, y_batch, lr):
     forgetful(None, x_batch, y_batch, lr)
+
+module = nn.Dense(1)
+
+def makes_a_module():
+    return module
+
+def train_step(state, batch):
+    return state, {}
+
+def train_model(model, optimizer, batch):
+    return 0.0
 
 def makes_a_number():
     return 3
@@ -193,6 +205,11 @@ REFUSED = {
     "exits.py:x": "exits.py exits with 3 when imported",
     "steps.py:number": "steps.py:number is of type int, neither a bnverify.Subject nor a function",
     "steps.py:two_arguments": "two_arguments(a, b) is called neither without arguments",
+    "steps.py:train_step": "a step on a TrainState: bnverify.train_state(create, train_step,",
+    "steps.py:train_model": "an nnx loop: bnverify.adapters.nnx_loop.nnx_loop(make, train_step,",
+    "steps.py:module": "steps.py:module is a Flax module; what is verified is a training step around",
+    "steps.py:makes_a_module": "returned is a Flax module; what is verified is a training step around",
+    "steps.py:nn.Dense": "around it: subject = bnverify.linen(Dense(...))",
     "steps.py:makes_a_number": "returned a value of type int, not a bnverify.Subject",
     "steps.py:raises": "raises ZeroDivisionError: division by zero",
     "steps.py:step_of_two": "step(state, x) cannot be called as step(state, x, y, lr)",

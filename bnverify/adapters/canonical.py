@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -144,13 +144,6 @@ class Step:
 def example_sizes(features: tuple[int, ...] | None) -> tuple[int, int]:
     """Return the (N, D) of the traces made at the start."""
     return EXAMPLE[0], features[0] if features else EXAMPLE[1]
-
-
-def accepted(features: int | Collection[int] | None) -> tuple[int, ...] | None:
-    """Return the feature sizes that a user named, as a tuple; None: any."""
-    if features is None:
-        return None
-    return (features,) if isinstance(features, int) else tuple(features)
 
 
 def subject(

@@ -11,8 +11,9 @@ from typing import Any
 import flax.linen as nn
 import optax
 
+from bnverify.adapters import arguments
 from bnverify.adapters.batches import mse, rows, under_axis
-from bnverify.adapters.canonical import Loss, Optimizer, accepted, example_sizes, subject
+from bnverify.adapters.canonical import Loss, Optimizer, example_sizes, subject
 from bnverify.adapters.explain import explaining
 from bnverify.adapters.linen_variables import look
 from bnverify.adapters.modes import Mode, call_mode, known_names, named
@@ -72,9 +73,12 @@ def linen(
         statistics: "key" where it draws random numbers, "collections" and "carried".
 
     Raises:
-        ValueError: no mode can be made of ``train_argument``.
+        ValueError: an argument is not what it must be, or no mode can be made of
+            ``train_argument``.
     """
-    sizes = accepted(features)
+    arguments.linen_module(module)
+    arguments.functions(optimizer=optimizer, loss=loss, batch=batch)
+    sizes = arguments.sizes(features)
     bound = _Module(module, _mode(module, train_argument), batch, axis_name, statistics)
     with explaining("the model"):
         model = look(bound, example_sizes(sizes), tuple(rngs), mutable, tuple(carried))

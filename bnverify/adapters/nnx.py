@@ -11,12 +11,12 @@ import jax
 import optax
 from flax import nnx as flax_nnx
 
+from bnverify.adapters import arguments
 from bnverify.adapters.batches import mse, rows, under_axis
 from bnverify.adapters.canonical import (
     Loss,
     Optimizer,
     Pass,
-    accepted,
     subject,
 )
 from bnverify.adapters.layers import Recording
@@ -69,9 +69,12 @@ def nnx(
         exempt: law name -> why it does not apply.
 
     Raises:
-        ValueError: no module can be made, or no mode of ``train_argument``.
+        ValueError: an argument is not what it must be, no module can be made, or no mode of
+            ``train_argument``.
     """
-    sizes = accepted(features)
+    arguments.nnx_maker(make_module)
+    arguments.functions(optimizer=optimizer, loss=loss, batch=batch)
+    sizes = arguments.sizes(features)
     maker = Maker(make_module, "make_module")
     if sizes is None and not maker.takes_features:
         raise ValueError(

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import optax
 
+from bnverify.adapters import arguments
 from bnverify.adapters.batches import rows, under_axis
 from bnverify.adapters.calls import ROLE_OF, plain
-from bnverify.adapters.canonical import INITIAL_RATE, Optimizer, accepted, example_sizes
+from bnverify.adapters.canonical import INITIAL_RATE, Optimizer, example_sizes
 from bnverify.adapters.capture import evaluated
 from bnverify.adapters.explain import explaining
 from bnverify.adapters.layers import Recording
@@ -75,7 +76,8 @@ def nnx_loop(
         ValueError: an object or parameter cannot be told.
         SubjectError: the code raises what a common mistake raises.
     """
-    sizes = accepted(features)
+    arguments.functions(optimizer=optimizer, batch=batch)
+    sizes = arguments.sizes(features)
     maker = Maker(make, "make")
     if sizes is None and not maker.takes_features:
         raise ValueError(

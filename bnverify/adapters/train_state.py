@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bnverify.adapters import arguments
 from bnverify.adapters.batches import under_axis
 from bnverify.adapters.calls import Caller, caller, plain
-from bnverify.adapters.canonical import INITIAL_RATE, Optimizer, accepted, example_sizes
+from bnverify.adapters.canonical import INITIAL_RATE, Optimizer, example_sizes
 from bnverify.adapters.explain import explaining
 from bnverify.adapters.flows import holds_tracers, reached
 from bnverify.adapters.layers import Recording
@@ -90,7 +91,8 @@ def train_state(
         ValueError: a parameter's meaning cannot be told, or a result cannot be read.
         SubjectError: the code raises what a common mistake raises.
     """
-    sizes = example_sizes(accepted(features))
+    arguments.functions(optimizer=optimizer, batch=batch)
+    sizes = example_sizes(arguments.sizes(features))
     loop = _Loop(
         create=caller(
             create,
@@ -115,7 +117,7 @@ def train_state(
         loop,
         sizes,
         name=name or f"train_state:{label}",
-        features=accepted(features),
+        features=arguments.sizes(features),
         penalty=penalty,
         same_loss=same_loss,
         exempt=dict(exempt or {}),

@@ -1,0 +1,123 @@
+"""What adapters and targets are given, told before anything runs: later it fails inside a trace."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import sys
+from collections.abc import Collection
+from typing import Any
+
+from bnverify.unusable import Unusable
+
+FUNCTIONS = {
+    "optimizer": (
+        1,
+        "a function of the learning rate, like optax.sgd or lambda lr: optax.adam(lr)",
+    ),
+    "loss": (2, "a function (outputs, targets) -> scalar"),
+    "batch": (2, "a function (x, y) -> the model's batch"),
+}
+"""Name of an argument -> how many arguments that function takes, and what it is."""
+
+
+def functions(**given: Any) -> None:
+    """Refuse arguments that are not the functions of ``FUNCTIONS``.
+
+    Raises:
+        Unusable: naming the argument and what it must be.
+    """
+    for name, function in given.items():
+        count, meant = FUNCTIONS[name]
+        if not callable(function):
+            raise Unusable(f"{name} must be {meant}, got {_described(function)}")
+        if not _takes(function, count):
+            called = getattr(function, "__name__", type(function).__name__)
+            raise Unusable(f"{name} must be {meant}; {called} takes other arguments")
+
+
+def sizes(features: int | Collection[int] | None) -> tuple[int, ...] | None:
+    """Return the feature sizes that a user named, as a tuple; None: any.
+
+    Raises:
+        Unusable: they are no positive whole numbers.
+    """
+    if features is None:
+        return None
+    try:
+        single = not isinstance(features, Collection)
+        found = tuple(map(operator.index, [features] if single else features))  # type: ignore[arg-type]
+    except TypeError:
+        found = ()
+    if not found or min(found) < 1:
+        raise Unusable(f"features must be the D that the model takes, or several, got {features!r}")
+    return found
+
+
+def linen_module(module: Any) -> None:
+    """Refuse what is no linen module.
+
+    Raises:
+        Unusable: saying what it is, and what to pass.
+    """
+    kind = flax_module(module)
+    if kind == "linen" and isinstance(module, type):
+        raise Unusable(f"linen takes a module, not its class: {wrapped(module)}")
+    if kind == "nnx":
+        raise Unusable(f"{_class(module).__name__} is an nnx module: {wrapped(module)}")
+    if kind is None:
+        raise Unusable(f"linen takes a flax.linen module, got {_described(module)}")
+
+
+def nnx_maker(make_module: Any) -> None:
+    """Refuse what makes no nnx module.
+
+    Raises:
+        Unusable: saying what it is, and what to pass.
+    """
+    kind = flax_module(make_module)
+    if kind == "linen":
+        raise Unusable(f"{_class(make_module).__name__} is a linen module: {wrapped(make_module)}")
+    if kind == "nnx" and not isinstance(make_module, type):
+        raise Unusable(
+            "nnx makes the module anew for every seed, so it takes the class, or a function of "
+            f"rngs: {wrapped(make_module)}"
+        )
+    if not callable(make_module):
+        raise Unusable(f"nnx takes what makes an nnx module, got {_described(make_module)}")
+
+
+def flax_module(value: Any) -> str | None:
+    """Return "linen" or "nnx" for a Flax module or a class of such; None for anything else."""
+    for kind in ("linen", "nnx"):
+        flax = sys.modules.get(f"flax.{kind}")  # not loaded: nothing is a module of it
+        if flax is not None and issubclass(_class(value), flax.Module):
+            return kind
+    return None
+
+
+def wrapped(module: Any) -> str:
+    """Return the code that makes a subject of a Flax module, or of a class of such."""
+    made_by = _class(module)
+    if flax_module(module) == "nnx":
+        return f"bnverify.nnx({made_by.__name__})"
+    fields = "" if _takes(made_by, 0) else "..."
+    return f"bnverify.linen({made_by.__name__}({fields}))"
+
+
+def _class(value: Any) -> type[Any]:
+    return value if isinstance(value, type) else type(value)
+
+
+def _takes(function: Any, count: int) -> bool:
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # some builtins have no signature
+        return True
+    return True
+
+
+def _described(value: Any) -> str:
+    return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"

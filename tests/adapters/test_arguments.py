@@ -1,0 +1,93 @@
+"""Arguments: what an adapter cannot work with is refused by name, with what to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import bnverify
+from bnverify.adapters import arguments
+from bnverify.adapters.nnx_loop import nnx_loop
+from bnverify.unusable import Unusable
+
+
+class Net(nn.Module):
+    """A linen module."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        """Return x (N, D) mapped to (N, 1)."""
+        return nn.Dense(1)(x)
+
+
+class Wide(Net):
+    """One that needs a field."""
+
+    width: int
+
+
+class Linear(nnx.Linear):
+    """An nnx module that takes four features."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        super().__init__(4, 1, rngs=rngs)
+
+
+def nothing(*args: Any) -> Any:
+    """Stand in for a function that is never called."""
+
+
+OPTIMIZER = r"optimizer must be a function of the learning rate, like .*, got a Gradient\w+$"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: bnverify.linen(Net), r"not its class: bnverify.linen\(Net\(\)\)"),  # type: ignore[arg-type]
+        (lambda: bnverify.linen(Wide), r"not its class: bnverify.linen\(Wide\(\.\.\.\)\)"),  # type: ignore[arg-type]
+        (lambda: bnverify.linen(Linear), r"Linear is an nnx module: bnverify.nnx\(Linear\)"),  # type: ignore[arg-type]
+        (lambda: bnverify.linen("Net"), "takes a flax.linen module, got 'Net'"),  # type: ignore[arg-type]
+        (lambda: bnverify.nnx(Net), r"Net is a linen module: bnverify.linen\(Net\(\)\)"),
+        (lambda: bnverify.nnx(Linear(nnx.Rngs(0))), r"takes the class, .*: bnverify.nnx\(Linear\)"),
+        (lambda: bnverify.nnx(3), "takes what makes an nnx module, got 3"),  # type: ignore[arg-type]
+        (lambda: bnverify.linen(Net(), optimizer=optax.sgd(0.1)), OPTIMIZER),  # type: ignore[arg-type]
+        (lambda: bnverify.nnx(Linear, optimizer=optax.adam(0.1)), OPTIMIZER),  # type: ignore[arg-type]
+        (
+            lambda: bnverify.train_state(nothing, nothing, nothing, optimizer=optax.sgd(0.1)),  # type: ignore[arg-type]
+            OPTIMIZER,
+        ),
+        (lambda: nnx_loop(nothing, nothing, nothing, optimizer=optax.sgd(0.1)), OPTIMIZER),  # type: ignore[arg-type]
+        (lambda: bnverify.linen(Net(), loss="mse"), r"loss must be .* -> scalar, got 'mse'"),  # type: ignore[arg-type]
+        (
+            lambda: bnverify.linen(Net(), loss=lambda outputs: outputs),  # type: ignore[misc, arg-type]
+            "loss must be .*; <lambda> takes other arguments",
+        ),
+        (lambda: bnverify.linen(Net(), batch=(1, 2)), "batch must be .*, got a tuple"),  # type: ignore[arg-type]
+        (lambda: bnverify.linen(Net(), features="4"), "features must be the D .*, got '4'"),  # type: ignore[arg-type]
+        (lambda: bnverify.linen(Net(), features=0), "features must be the D .*, got 0"),
+        (lambda: bnverify.linen(Net(), features=()), r"features must be the D .*, got \(\)"),
+    ],
+)
+def test_what_is_refused_says_what_to_pass(make: Callable[[], Any], said: str) -> None:
+    """One line, before anything is traced."""
+    with pytest.raises(Unusable, match=said) as caught:
+        make()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("features", [4, np.int64(4), [4], (4,), {4}, range(4, 5)])
+def test_sizes_come_in_any_collection(features: Any) -> None:
+    """A number, whoever's, or several."""
+    assert arguments.sizes(features) == (4,)
+
+
+def test_functions_of_any_kind_are_taken() -> None:
+    """Optional parameters, classes, builtins without a signature."""
+    arguments.functions(optimizer=optax.adam, loss=max, batch=lambda x, y, scale=1: (x, y))
+    arguments.functions(loss=lambda *args: args[0])
