@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
-from bnverify import deadline, probe
-from bnverify.adapters import arguments, explain
+from bnverify import deadline, flax_module, probe
+from bnverify.adapters import explain
 from bnverify.lifetime.checkpoint import Lived, subject_of
 from bnverify.neighbours import importable
 from bnverify.parallel.subject import Parallel
@@ -68,8 +68,8 @@ def directory(target: str) -> Path:
     return Path(source).resolve().parent if _is_file(source) else Path.cwd()
 
 
-def _split(target: str) -> tuple[str, str]:
-    source, _, name = target.rpartition(":")
+def _split(target: object) -> tuple[str, str]:
+    source, _, name = target.rpartition(":") if isinstance(target, str) else ("", "", "")
     if not source or not all(part.isidentifier() for part in name.split(".")):
         raise TargetError(f"a target is module:name or path/file.py:name, got {target!r}")
     return source, name
@@ -182,11 +182,9 @@ def _made(value: Any, target: str) -> Target:
 
 def _refuse_module(value: Any, what: str) -> None:
     """Refuse a Flax module by itself, and say what makes a subject of it."""
-    if arguments.flax_module(value):
-        raise TargetError(
-            f"{what} is a Flax module; what is verified is a training step around it: "
-            f"subject = {arguments.wrapped(value)}"
-        )
+    advice = flax_module.advice(value)
+    if advice:
+        raise TargetError(f"{what} is no training step{advice}")
 
 
 def _adapter(signature: inspect.Signature) -> str:

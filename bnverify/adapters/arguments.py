@@ -1,13 +1,13 @@
-"""What adapters and targets are given, told before anything runs: later it fails inside a trace."""
+"""What adapters are given, looked at before anything runs: later it fails inside a trace."""
 
 from __future__ import annotations
 
 import inspect
 import operator
-import sys
 from collections.abc import Collection
 from typing import Any
 
+from bnverify import flax_module
 from bnverify.unusable import Unusable
 
 FUNCTIONS = {
@@ -60,11 +60,11 @@ def linen_module(module: Any) -> None:
     Raises:
         Unusable: saying what it is, and what to pass.
     """
-    kind = flax_module(module)
+    kind = flax_module.kind(module)
     if kind == "linen" and isinstance(module, type):
-        raise Unusable(f"linen takes a module, not its class: {wrapped(module)}")
+        raise Unusable(f"linen takes a module, not its class: {flax_module.wrapped(module)}")
     if kind == "nnx":
-        raise Unusable(f"{_class(module).__name__} is an nnx module: {wrapped(module)}")
+        raise Unusable(f"that is an nnx module: {flax_module.wrapped(module)}")
     if kind is None:
         raise Unusable(f"linen takes a flax.linen module, got {_described(module)}")
 
@@ -75,38 +75,16 @@ def nnx_maker(make_module: Any) -> None:
     Raises:
         Unusable: saying what it is, and what to pass.
     """
-    kind = flax_module(make_module)
+    kind = flax_module.kind(make_module)
     if kind == "linen":
-        raise Unusable(f"{_class(make_module).__name__} is a linen module: {wrapped(make_module)}")
+        raise Unusable(f"that is a linen module: {flax_module.wrapped(make_module)}")
     if kind == "nnx" and not isinstance(make_module, type):
         raise Unusable(
             "nnx makes the module anew for every seed, so it takes the class, or a function of "
-            f"rngs: {wrapped(make_module)}"
+            f"rngs: {flax_module.wrapped(make_module)}"
         )
     if not callable(make_module):
         raise Unusable(f"nnx takes what makes an nnx module, got {_described(make_module)}")
-
-
-def flax_module(value: Any) -> str | None:
-    """Return "linen" or "nnx" for a Flax module or a class of such; None for anything else."""
-    for kind in ("linen", "nnx"):
-        flax = sys.modules.get(f"flax.{kind}")  # not loaded: nothing is a module of it
-        if flax is not None and issubclass(_class(value), flax.Module):
-            return kind
-    return None
-
-
-def wrapped(module: Any) -> str:
-    """Return the code that makes a subject of a Flax module, or of a class of such."""
-    made_by = _class(module)
-    if flax_module(module) == "nnx":
-        return f"bnverify.nnx({made_by.__name__})"
-    fields = "" if _takes(made_by, 0) else "..."
-    return f"bnverify.linen({made_by.__name__}({fields}))"
-
-
-def _class(value: Any) -> type[Any]:
-    return value if isinstance(value, type) else type(value)
 
 
 def _takes(function: Any, count: int) -> bool:

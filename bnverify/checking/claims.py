@@ -10,6 +10,7 @@ from bnverify.laws import LAWS, Law
 from bnverify.laws.law import Family
 from bnverify.lifetime import claims as lifetime
 from bnverify.parallel import claims as many_devices
+from bnverify.unusable import Unusable, did_you_mean
 
 AnyClaim: TypeAlias = Law | Claim
 
@@ -28,17 +29,19 @@ def choose(
     """Return the names of the claims that are selected, by name or family, and not ignored.
 
     Args:
-        select: names of claims and families; empty: all that are about the step.
-        ignore: names of claims and families.
+        select: names of claims and families, or one name; empty: all that are about the step.
+        ignore: names of claims and families, or one name.
         parallel: whether the step is one for many devices; otherwise what is claimed of those
             must be selected to be answered.
 
     Raises:
         ValueError: naming what is neither a claim nor a family.
     """
+    select, ignore = ([n] if isinstance(n, str) else n for n in (select, ignore))
     for name in (*select, *ignore):
         if name not in CLAIMS and name not in FAMILIES:
-            raise ValueError(f"no law or family is named {name!r}; see `bnverify list`")
+            close = did_you_mean(name, (*CLAIMS, *FAMILIES)) or "; see `bnverify list`"
+            raise Unusable(f"no law or family is named {name!r}{close}")
     chosen = select or [each for each in FAMILIES if each != "parallel" or parallel]
     return [
         name

@@ -59,6 +59,10 @@ def check_parallel(
     """
     if isinstance(what, Parallel):
         return Check(what, profile, seed).run()
+    if not isinstance(what, str):
+        raise Unusable(
+            f"check_parallel takes a Parallel, or the target of one, got a {type(what).__name__}"
+        )
     return run([what], profile, seed)[what].results
 
 

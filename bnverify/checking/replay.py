@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bnverify.case import Case
-from bnverify.checking.claims import LIFE, PARALLEL
+from bnverify.checking.claims import CLAIMS, LIFE, PARALLEL
 from bnverify.engine import counterexample
 from bnverify.lifetime.calls import batches, parse
 from bnverify.lifetime.checkpoint import subject_of
@@ -11,6 +11,7 @@ from bnverify.lifetime.life import Life
 from bnverify.parallel import check
 from bnverify.parallel.subject import Parallel
 from bnverify.target import Target
+from bnverify.unusable import Unusable, did_you_mean
 
 
 def replay(what: Target, case: Case, law: str) -> float | None:
@@ -26,8 +27,10 @@ def replay(what: Target, case: Case, law: str) -> float | None:
 
     Raises:
         Violation: the case breaks the law.
-        KeyError: no law has that name.
+        ValueError: no law has that name.
     """
+    if law not in CLAIMS:
+        raise Unusable(f"no law is named {law!r}{did_you_mean(law, CLAIMS)}")
     if isinstance(what, Parallel) and law in PARALLEL:
         residual = check.replay(what, case, law)
         return None if residual < 0 else residual

@@ -22,6 +22,7 @@ from bnverify.parallel.check import Check
 from bnverify.parallel.subject import Parallel
 from bnverify.profile import Profile, named
 from bnverify.target import Target
+from bnverify.unusable import Unusable
 
 
 def guarded(what: Target, seconds: float) -> Target:
@@ -96,6 +97,8 @@ class Verifier:
             fail_fast: stop at the first proofs or shape that show a violation.
             listener: told of progress.
         """
+        if not hasattr(seed, "__index__") or seed < 0:
+            raise Unusable(f"seed must be a whole number, at least 0, got {seed!r}")
         started = time.perf_counter()
         tell: engine.Listener = listener or (lambda doing, cases, evidence: None)
         report = Report("", self._plan.name, seed, (), 0, 0.0, engine.versions())

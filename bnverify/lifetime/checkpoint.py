@@ -17,9 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bnverify import flax_module
 from bnverify.lazy import LazyModule, jax, jnp
 from bnverify.parallel.subject import Parallel
 from bnverify.subject import State, Subject
+from bnverify.unusable import Unusable
 
 serialization: Any = LazyModule("flax.serialization")
 ocp: Any = LazyModule("orbax.checkpoint")
@@ -61,10 +63,18 @@ class Lived:
 
 
 def subject_of(lived: Subject | Lived | Parallel) -> Subject:
-    """Return the training step of ``lived``, on one device."""
+    """Return the training step of ``lived``, on one device.
+
+    Raises:
+        Unusable: it is none of the three.
+    """
     if isinstance(lived, Parallel):
         return lived.single
-    return lived.subject if isinstance(lived, Lived) else lived
+    given: Any = lived.subject if isinstance(lived, Lived) else lived
+    if not isinstance(given, Subject):
+        called = type(given).__name__
+        raise Unusable(f"a bnverify.Subject is needed, got a {called}{flax_module.advice(given)}")
+    return given
 
 
 def _save_bytes(state: State) -> Any:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from bnverify import flax_module
 from bnverify.checking.claims import CLAIMS, LIFE, PARALLEL
 from bnverify.laws import LAWS
-from bnverify.lifetime.checkpoint import Lived
+from bnverify.lifetime.checkpoint import Lived, subject_of
 from bnverify.parallel.subject import Parallel
 from bnverify.subject import Subject
 from bnverify.testing.workers import shared
@@ -45,7 +46,12 @@ def suite(
             when a test first runs. The claims about many devices are among the tests where a
             Parallel itself is given.
         profile: how much to do; ``--bnverify-profile`` takes its place.
+
+    Raises:
+        ValueError: it is neither a subject nor a function.
     """
+    if flax_module.kind(subject) or not callable(subject):
+        subject_of(subject)  # type: ignore[arg-type] # refuses what is none
     check = Check(subject, profile)
     # With --dist loadgroup, all laws of one suite go to one worker.
     group = pytest.mark.xdist_group(f"bnverify-{next(_GROUPS)}")
@@ -104,6 +110,7 @@ class Check:
             raise TypeError(
                 "bnverify.suite needs the Parallel itself, not a function that makes it"
             )
+        subject_of(made)  # refuses what is none
         return made
 
     @property
