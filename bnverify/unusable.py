@@ -28,3 +28,8 @@ def first_line(error: BaseException) -> str:
         return type(error).__name__
     said = lines[0] if len(lines[0]) <= LONGEST else lines[0][:LONGEST] + "..."
     return f"{type(error).__name__}: {said}"
+
+
+def cause(error: BaseException) -> str:
+    """Return what an error says: of the system's, without number and path, which are told beside it."""
+    return getattr(error, "strerror", None) or str(error)

@@ -8,6 +8,7 @@ import math
 import tomllib
 from typing import TYPE_CHECKING
 
+from bnverify.unusable import cause
 from bnverify.upgrade.difference import KINDS, Kind
 from bnverify.upgrade.policy import COSTS, FAILING, Acceptance, Policy
 
@@ -59,7 +60,7 @@ def _table(path: Path) -> dict[str, object] | None:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # not TOML, or not UTF-8
-        raise PolicyError(f"cannot read the policy {path}: {error}") from None
+        raise PolicyError(f"cannot read the policy {path}: {cause(error)}") from None
     if path.name != "pyproject.toml":
         return document
     tool = document.get("tool", {})

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Union
 import numpy as np
 
 from bnverify import atomic_file
+from bnverify.unusable import cause
 from bnverify.upgrade import strict_json
 from bnverify.upgrade.strict_json import RefusedError
 
@@ -99,7 +100,7 @@ def read(path: AnyPath) -> tuple[dict[str, Any], dict[str, Array]]:
         json_size, content = _open(_load(Path(path)))
         return _decode(content[:json_size], memoryview(content)[json_size:])
     except (ValueError, OSError) as error:
-        raise RecordingError(f"cannot read the recording {path}: {error}") from None
+        raise RecordingError(f"cannot read the recording {path}: {cause(error)}") from None
 
 
 # Writing

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bnverify.unusable import cause
+
 NEEDED = ("jax", "jaxlib", "flax", "optax")
 """What every environment must hold; what a requirement does not name comes at its newest."""
 
@@ -142,7 +144,7 @@ def _existing(text: str, directory: Path, path: Path) -> Requirement:
     try:
         path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        message = f"cannot read the requirements file {path}: {error}"
+        message = f"cannot read the requirements file {path}: {cause(error)}"
         raise EnvironmentUnavailableError(message) from None
     return Requirement(text, "file", directory, path.absolute())
 
