@@ -115,8 +115,8 @@ def _running_user_code(source: str, run: Callable[[], T]) -> T:
     try:
         return run()
     except Unusable as error:  # an adapter has explained it already
-        said, line = str(error), user_line(error)
-        raise TargetError(said if line in said else said + line) from None
+        line = "" if isinstance(error, explain.SubjectError) else user_line(error)
+        raise TargetError(f"{error}{line}") from None
     except SystemExit as error:
         raise TargetError(f"{source} exits with {error.code!r} when imported") from None
     except ModuleNotFoundError as error:

@@ -17,8 +17,13 @@ FUNCTIONS = {
     ),
     "loss": (2, "a function (outputs, targets) -> scalar"),
     "batch": (2, "a function (x, y) -> the model's batch"),
+    "create": (None, "a function that makes the train state"),
+    "make": (None, "a function that makes the model and its optimizer"),
+    "train_step": (None, "a function, the loop's own training step"),
+    "eval_step": (None, "a function, the loop's own evaluation"),
 }
-"""Name of an argument -> how many arguments that function takes, and what it is."""
+"""Name of an argument -> how many arguments that function takes (None: told by their names), and what
+it is."""
 
 
 def functions(**given: Any) -> None:
@@ -31,7 +36,7 @@ def functions(**given: Any) -> None:
         count, meant = FUNCTIONS[name]
         if not callable(function):
             raise Unusable(f"{name} must be {meant}, got {_described(function)}")
-        if not _takes(function, count):
+        if count is not None and not _takes(function, count):
             called = getattr(function, "__name__", type(function).__name__)
             raise Unusable(f"{name} must be {meant}; {called} takes other arguments")
 
@@ -98,4 +103,5 @@ def _takes(function: Any, count: int) -> bool:
 
 
 def _described(value: Any) -> str:
-    return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+    simple = value is None or isinstance(value, str | int | float)
+    return repr(value) if simple else f"a {type(value).__name__}"

@@ -76,7 +76,9 @@ def nnx_loop(
         ValueError: an object or parameter cannot be told.
         SubjectError: the code raises what a common mistake raises.
     """
-    arguments.functions(optimizer=optimizer, batch=batch)
+    arguments.functions(
+        make=make, train_step=train_step, eval_step=eval_step, optimizer=optimizer, batch=batch
+    )
     sizes = arguments.sizes(features)
     maker = Maker(make, "make")
     if sizes is None and not maker.takes_features:

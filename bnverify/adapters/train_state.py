@@ -91,7 +91,9 @@ def train_state(
         ValueError: a parameter's meaning cannot be told, or a result cannot be read.
         SubjectError: the code raises what a common mistake raises.
     """
-    arguments.functions(optimizer=optimizer, batch=batch)
+    arguments.functions(
+        create=create, train_step=train_step, eval_step=eval_step, optimizer=optimizer, batch=batch
+    )
     sizes = example_sizes(arguments.sizes(features))
     loop = _Loop(
         create=caller(

@@ -63,6 +63,12 @@ OPTIMIZER = r"optimizer must be a function of the learning rate, like .*, got a 
             OPTIMIZER,
         ),
         (lambda: nnx_loop(nothing, nothing, nothing, optimizer=optax.sgd(0.1)), OPTIMIZER),  # type: ignore[arg-type]
+        (
+            lambda: bnverify.train_state({"step": 0}, nothing, nothing),  # type: ignore[arg-type]
+            "create must be a function that makes the train state, got a dict",
+        ),
+        (lambda: bnverify.train_state(nothing, nothing, None), "eval_step must be .*, got None"),  # type: ignore[arg-type]
+        (lambda: nnx_loop(nothing, 3, nothing), "train_step must be .*, got 3"),  # type: ignore[arg-type]
         (lambda: bnverify.linen(Net(), loss="mse"), r"loss must be .* -> scalar, got 'mse'"),  # type: ignore[arg-type]
         (
             lambda: bnverify.linen(Net(), loss=lambda outputs: outputs),  # type: ignore[misc, arg-type]
