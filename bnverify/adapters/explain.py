@@ -40,6 +40,11 @@ REFUSED = {
             "give the subject features=D, the sizes it accepts, or make the batch from x with batch=",
         ),
         Mistake(
+            "input_without_axes",
+            "a layer is given something that is no batch: a number, or the key of a dict unpacked",
+            "say how the batch is made of x (N, D) and y (N,): batch=lambda x, y: (x, y)",
+        ),
+        Mistake(
             "shapes_do_not_broadcast",
             "arrays of shapes that do not fit are combined",
             "bring predictions and targets to one shape before subtracting: out.reshape(-1)",
@@ -94,7 +99,7 @@ REFUSED = {
         Mistake(
             "batch_key",
             "the batch does not have the key that the step reads",
-            'say how the batch is made: batch=lambda x, y: {"image": x, "label": y}',
+            'say how the batch is made: batch=lambda x, y: {"image": x, "label": y}, or (x, y)',
         ),
     )
 }
@@ -169,7 +174,9 @@ SYMPTOMS = (
         ("TypeError",),
         r"\(\) (got an unexpected keyword|missing \d+ required)",
     ),
-    Symptom("batch_key", ("KeyError",), r"^'(images?|labels?|x|y|inputs?|targets?|data)'$"),
+    Symptom("batch_key", ("KeyError",), r"^('(images?|labels?|x|y|inputs?|targets?|data)'|[01])$"),
+    Symptom("batch_key", ("TypeError",), r"tuple indices must be integers or slices, not str"),
+    Symptom("input_without_axes", ("IndexError",), r"^tuple index out of range$"),
 )
 
 

@@ -18,6 +18,7 @@ from bnverify.reference import MODEL
 from bnverify.unusable import Unusable
 
 X = jnp.ones((4, 3))
+BATCH: Any = {"image": X, "label": X}
 VARIABLES = MODEL.init(jax.random.PRNGKey(0), X, train=False)
 PARAMS = VARIABLES["params"]
 
@@ -81,7 +82,12 @@ REFUSED: dict[str, list[Callable[[], Any]]] = {
     ],
     "state_assigned": [assign],
     "no_statistics_field": [no_field],
-    "batch_key": [lambda: {"image": X}["label"]],
+    "batch_key": [
+        lambda: BATCH["label"],
+        lambda: BATCH[0],
+        lambda: tuple(BATCH.values())["image"],
+    ],
+    "input_without_axes": [lambda: MODEL.apply(VARIABLES, next(iter(BATCH)), train=False)],
 }
 CASES = [(name, run) for name, runs in REFUSED.items() for run in runs]
 
