@@ -18,7 +18,7 @@ from bnverify.reference import MODEL
 from bnverify.unusable import Unusable
 
 X = jnp.ones((4, 3))
-BATCH: Any = {"image": X, "label": X}
+BATCH: Any = {"image": X}
 VARIABLES = MODEL.init(jax.random.PRNGKey(0), X, train=False)
 PARAMS = VARIABLES["params"]
 
