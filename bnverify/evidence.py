@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 Status: TypeAlias = Literal["proved", "held", "violated", "untriggered", "exempt"]
 
@@ -95,6 +96,29 @@ class Report:
     def violated(self) -> tuple[Evidence, ...]:
         """The laws that are violated."""
         return tuple(result for result in self.results if result.status == "violated")
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in a few words."""
+        if self.violated:
+            return f"{len(self.violated)} of {len(self.results)} laws violated"
+        unreached = sum(result.status == "untriggered" for result in self.results)
+        return f"none violated, {unreached} not reached" if unreached else "all hold"
+
+    @property
+    def counts(self) -> str:
+        """How many laws have each status, of how many cases, and how long it took."""
+        seen = Counter(result.status for result in self.results)
+        laws = ", ".join(f"{seen[status]} {status}" for status in get_args(Status) if seen[status])
+        return f"{laws}; {self.cases:,} cases in {self.seconds:.1f} s"
+
+    def __str__(self) -> str:
+        """Return the verdict, and of each violated law why and what it usually is."""
+        lines = [f"{self.subject}: {self.verdict}", self.counts]
+        for result in self.violated:
+            lines.append(f"violated: {result.law}: {result.reason}")
+            lines += [f"  usually {result.diagnosis}"] if result.diagnosis else []
+        return "\n".join(lines)
 
     def __getitem__(self, law: str) -> Evidence:
         """Return the evidence for ``law``."""

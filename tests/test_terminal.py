@@ -8,7 +8,7 @@ import pytest
 from bnverify.evidence import Evidence, Report
 from bnverify.show import terminal
 from bnverify.show.matrix import matrix
-from bnverify.show.symbols import ASCII, STATUSES, UNICODE
+from bnverify.show.symbols import ASCII, STYLES, UNICODE
 
 SCRIPT = (
     "import bnverify\n\n"
@@ -100,7 +100,7 @@ def test_each_status_has_a_word_and_a_sign(monkeypatch: pytest.MonkeyPatch) -> N
     """Without colour the five statuses still differ, by a word and by a sign."""
     text = plain(shown(monkeypatch))
     for signs in (UNICODE, ASCII):
-        assert len({signs.status[status] for status in STATUSES}) == len(STATUSES)
+        assert len({signs.status[status] for status in STYLES}) == len(STYLES)
     for evidence in REPORT.results:
         assert f" {UNICODE.status[evidence.status]} {evidence.status} " in text
 
@@ -142,6 +142,16 @@ def test_a_law_that_was_not_reached_is_no_clean_verdict(monkeypatch: pytest.Monk
     report = replace(REPORT, results=REPORT.results[1:])
     assert "my step: none violated, 1 not reached" in shown(monkeypatch, report)
     assert "my step: all hold" in shown(monkeypatch, replace(REPORT, results=REPORT.results[1:4]))
+
+
+def test_a_printed_report_is_its_verdict() -> None:
+    """What a notebook or a script prints is short, and names what is violated."""
+    assert str(REPORT).splitlines() == [
+        "my step: 1 of 5 laws violated",
+        "1 proved, 1 held, 1 violated, 1 untriggered, 1 exempt; 1,234,567 cases in 12.3 s",
+        "violated: variance_is_never_negative: off by 3e+09",
+        "  usually ema_applied_twice: it is applied twice. Mend: once.",
+    ]
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bnverify.evidence import Status
 
-STATUSES: tuple[Status, ...] = ("proved", "held", "violated", "untriggered", "exempt")
-STYLES: dict[str, str] = {
+STYLES: dict[Status, str] = {
     "proved": "bold green",
     "held": "green",
     "violated": "bold red",

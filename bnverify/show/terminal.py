@@ -16,7 +16,7 @@ from rich.text import Text
 
 from bnverify.checking.claims import CLAIMS, FAMILIES
 from bnverify.show.matrix import LEGEND, matrix, scope
-from bnverify.show.symbols import STATUSES, STYLES, Symbols, symbols
+from bnverify.show.symbols import STYLES, Symbols, symbols
 
 if TYPE_CHECKING:
     from bnverify.evidence import Evidence, Report
@@ -156,26 +156,17 @@ class Screen:
             self._console.print(Text(evidence.counterexample.rstrip()), soft_wrap=True)
 
     def _summary(self, report: Report) -> None:
-        seen = Counter(evidence.status for evidence in report.results)
-        counts = ", ".join(f"{seen[status]} {status}" for status in STATUSES if seen[status])
         suspects = Counter(
             evidence.diagnosis.split(":")[0] for evidence in report.violated if evidence.diagnosis
         )
         versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-        verdict, style = ("all hold", "bold green")
-        if seen["violated"]:
-            verdict, style = (
-                f"{seen['violated']} of {len(report.results)} laws violated",
-                "bold red",
-            )
-        elif seen["untriggered"]:
-            verdict = f"none violated, {seen['untriggered']} not reached"
-            style = "bold yellow"
+        unreached = any(evidence.status == "untriggered" for evidence in report.results)
+        style = "bold yellow" if unreached else "bold green"
         self._print()
-        self._print(f"{report.subject}: {verdict}", style=style)
-        self._print(f"{counts}; {report.cases:,} cases in {report.seconds:.1f} s")
+        self._print(f"{report.subject}: {report.verdict}", style=style if report.ok else "bold red")
+        self._print(report.counts)
         for mistake, times in suspects.most_common(1):
-            self._print(f"likeliest mistake, by {times} of {seen['violated']}: {mistake}")
+            self._print(f"likeliest mistake, by {times} of {len(report.violated)}: {mistake}")
         self._print(versions, style="dim")
 
 
