@@ -98,7 +98,10 @@ def test_a_wrong_number_of_inputs_is_refused():
         read(jaxpr, Graph(2), [0, 1])
 
 
-def test_live_drops_what_no_output_needs():
-    """Only equations on the way to an output are left."""
-    jaxpr = trace(lambda x: (jnp.sin(x), jnp.cos(x) + 1)[0], NUMBER).jaxpr
-    assert [eqn.primitive.name for eqn in live(jaxpr).jaxpr.eqns] == ["sin"]
+@pytest.mark.parametrize(("output", "left"), [(0, ["sin"]), (1, ["cos", "add"])])
+def test_live_drops_what_an_output_does_not_need(output, left):
+    """Only equations on the way to that output are left, and it is the only one."""
+    jaxpr = trace(lambda x: (jnp.sin(x), jnp.cos(x) + 1), NUMBER).jaxpr
+    kept = live(jaxpr, output).jaxpr
+    assert [eqn.primitive.name for eqn in kept.eqns] == left
+    assert len(kept.outvars) == 1
