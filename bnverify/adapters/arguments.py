@@ -7,7 +7,7 @@ import operator
 from collections.abc import Collection
 from typing import Any
 
-from bnverify import flax_module
+from bnverify import flax_module, probe
 from bnverify.unusable import Unusable
 
 FUNCTIONS = {
@@ -94,12 +94,10 @@ def nnx_maker(make_module: Any) -> None:
 
 def _takes(function: Any, count: int) -> bool:
     try:
-        inspect.signature(function).bind(*range(count))
-    except TypeError:
-        return False
-    except ValueError:  # some builtins have no signature
+        signature = inspect.signature(function)
+    except ValueError:  # some builtins have none
         return True
-    return True
+    return probe.accepts(signature, *["any"] * count)
 
 
 def _described(value: Any) -> str:

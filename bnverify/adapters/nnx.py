@@ -13,12 +13,7 @@ from flax import nnx as flax_nnx
 
 from bnverify.adapters import arguments
 from bnverify.adapters.batches import mse, rows, under_axis
-from bnverify.adapters.canonical import (
-    Loss,
-    Optimizer,
-    Pass,
-    subject,
-)
+from bnverify.adapters.canonical import Loss, Optimizer, Pass, subject
 from bnverify.adapters.layers import Recording
 from bnverify.adapters.modes import Mode, call_mode
 from bnverify.adapters.nnx_layers import noting

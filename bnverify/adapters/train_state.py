@@ -94,7 +94,8 @@ def train_state(
     arguments.functions(
         create=create, train_step=train_step, eval_step=eval_step, optimizer=optimizer, batch=batch
     )
-    sizes = example_sizes(arguments.sizes(features))
+    accepted = arguments.sizes(features)
+    sizes = example_sizes(accepted)
     loop = _Loop(
         create=caller(
             create,
@@ -119,7 +120,7 @@ def train_state(
         loop,
         sizes,
         name=name or f"train_state:{label}",
-        features=arguments.sizes(features),
+        features=accepted,
         penalty=penalty,
         same_loss=same_loss,
         exempt=dict(exempt or {}),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnverify.show import files
-from bnverify.unusable import Unusable
+from bnverify.unusable import Unusable, cause
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +49,7 @@ def _texts(names: Sequence[str]) -> dict[str, str]:
         try:
             texts[name] = Path(name).read_text(encoding="utf-8")
         except OSError as error:
-            raise Unusable(f"{name} cannot be read: {error.strerror}") from None
+            raise Unusable(f"{name} cannot be read: {cause(error)}") from None
         except UnicodeDecodeError:
             raise Unusable(f"{name} is not JSON: not UTF-8") from None
     return texts

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from bnverify.unusable import Unusable
+from bnverify.unusable import Unusable, cause
 
 
 def check_writable(file: str | None) -> None:
@@ -47,4 +47,4 @@ def write(file: str | None, text: str, option: str = "--json") -> None:
         try:
             atomic_file.write(Path(file), text.encode())
         except OSError as error:
-            raise Unusable(f"{option} {file} cannot be written: {error.strerror}") from None
+            raise Unusable(f"{option} {file} cannot be written: {cause(error)}") from None

@@ -22,7 +22,7 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 
 from bnverify.checking.claims import CLAIMS
-from bnverify.unusable import Unusable, did_you_mean
+from bnverify.unusable import Unusable, cause, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def read(path: Path) -> tuple[KnownFailure, ...]:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise Unusable(f"known failures {path}: {error.strerror}") from None
+        raise Unusable(f"known failures {path}: {cause(error)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Unusable(f"known failures {path}: {error}") from None
     entries = data.pop("failure", [])
