@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from bnverify.lazy import jax, jnp
 from bnverify.subject import Tree
+
+T = TypeVar("T")
+"""A tree of arrays of some kind: a case, a state, an outcome."""
 
 
 def is_floating(leaf: Any) -> bool:
@@ -29,3 +36,25 @@ def form(tree: Tree) -> Any:
 def signature(tree: Tree) -> Any:
     """Return a tree's form and the dtypes of its leaves: what a compiled program is made for."""
     return form(tree), [leaf.dtype for leaf in jax.tree_util.tree_leaves(tree)]
+
+
+def stack(trees: Sequence[T]) -> T:
+    """Return trees of one form as one whose leaves have a leading stack axis."""
+    stacked: T = jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *trees)
+    return stacked
+
+
+def stacks(trees: Sequence[T], size: int) -> Iterator[tuple[T, int]]:
+    """Yield trees of one form, ``size`` in each stack, with how many of a stack count.
+
+    The last stack is filled up: a program is compiled for one size.
+    """
+    for start in range(0, len(trees), size):
+        part = trees[start : start + size]
+        yield stack([*part, *[part[0]] * (size - len(part))]), len(part)
+
+
+def take(tree: T, index: int | npt.NDArray[np.intp]) -> T:
+    """Return one of some stacked trees, or those of some indices."""
+    taken: T = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf)[index], tree)
+    return taken

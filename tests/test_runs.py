@@ -18,10 +18,10 @@ from bnverify.engine import budget
 from bnverify.engine.budget import Budget
 from bnverify.engine.noise import Known, Noise
 from bnverify.engine.runs import CLEAR, _uncompiled
-from bnverify.engine.tally import stack
 from bnverify.jaxpr.noise import ROWS
 from bnverify.mutants import MUTANTS
 from bnverify.profile import Profile
+from bnverify.pytree import stack
 from bnverify.reruns import other_inputs
 
 LAW = "row_order_changes_nothing"
@@ -124,12 +124,14 @@ def test_a_step_that_changes_its_state_is_no_internal_error(name: str) -> None:
 
 
 def test_uncompiled_cases_are_no_zeros() -> None:
-    """Where most that was drawn is dull, what is not is run uncompiled; the smallest shape first."""
+    """What is not dull is run uncompiled; of the smallest shape first, whose operations are few."""
     dull = [Case.of(0, np.zeros((2, 2)), [0, 0], 0.0) for _ in range(5)]
     large, small = (
         Case.of(0, np.arange(2 * rows).reshape(rows, 2), [0] * rows, 0.1) for rows in (4, 2)
     )
-    assert _uncompiled([*dull, large, small, *dull], (2, 2), 2) == [6, 5]
+    cases = [*dull, large, small, *dull]
+    assert _uncompiled(cases, (2, 2), 1) == [6]
+    assert _uncompiled(cases, (2, 2), 4) == [6, 0, 1, 5]
 
 
 def test_small_models_are_stacked_as_asked() -> None:

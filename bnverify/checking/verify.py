@@ -94,7 +94,7 @@ class Verifier:
 
         Args:
             seed: from which all cases are drawn; the same seed gives the same report.
-            fail_fast: stop at the first proofs or shape that show a violation.
+            fail_fast: stop at the first proofs or stack of cases that show a violation.
             listener: told of progress.
         """
         if not hasattr(seed, "__index__") or seed < 0:
@@ -178,7 +178,7 @@ def verify(
         select: names of laws, claims or families to check; empty: all that apply.
         ignore: names of laws, claims or families to leave out.
         proofs_only: read the traced step and run nothing.
-        fail_fast: stop at the first proofs or shape that show a violation.
+        fail_fast: stop at the first proofs or stack of cases that show a violation.
         target: how the counterexample scripts name it: "module:name" or "file.py:name". A
             Parallel with a target is run in a process of its own, with four devices; without
             one, on the devices of this process.

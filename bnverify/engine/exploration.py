@@ -30,6 +30,9 @@ COSTLY = frozenset({"eager", "solution"})
 TRACED = frozenset({"noise", "directional_derivative", "layer_inputs"})
 """What takes the step's program, not only its results."""
 
+Observed = tuple[Transition, frozenset[str]]
+"""A transition and the names of what was observed for it."""
+
 
 class Again(NamedTuple):
     """A second run of the same input, and that input before and after it and an eager run."""
@@ -108,40 +111,50 @@ class Exploration:
             laws: which laws; empty: all.
         """
         chosen = laws or self.laws
-        found: list[dict[str, float]] = []
-        alike: dict[Any, list[tuple[dict[str, float], Transition, set[str]]]] = {}
-        for case, costly in cases:
-            found.append({})
-            t, available = self.transition(case, chosen, costly=costly)
-            alike.setdefault(case.shape, []).append((found[-1], t, available))
-        for observed in alike.values():
-            always = set.intersection(*(available for *_, available in observed))
+        observed = self.transitions(cases, chosen)
+        found: list[dict[str, float]] = [{} for _ in observed]
+        for places in _by_shape(observed):
+            always = frozenset.intersection(*(observed[place][1] for place in places))
             for calls, asked in _by_calls(chosen, always).items():
-                able = [one for one in observed if calls <= one[2]]
+                able = [place for place in places if calls <= observed[place][1]]
                 if not able:
                     continue
                 unasked = CALLS.difference(*(law.needs for law in asked))
-                stack = [_without(t, unasked) for _, t, _ in able]
-                residuals = self._judge.each(stack, judged(asked, always | calls))
-                for (known, *_), values in zip(able, residuals, strict=True):
-                    known.update(values)
+                transitions = [_without(observed[place][0], unasked) for place in able]
+                residuals = self._judge.each(transitions, judged(asked, always | calls))
+                for place, values in zip(able, residuals, strict=True):
+                    found[place].update(values)
         return found
 
-    def transition(
-        self, case: Case, laws: Sequence[Law], *, costly: Collection[str] = COSTLY
-    ) -> tuple[Transition, set[str]]:
-        """Return the transition of one case and the names of what was observed for it."""
-        needs = {need for law in laws for need in law.needs} - (COSTLY - set(costly))
-        eager = "eager" in costly
-        t = observe(self._calls, case, needs & self._seen)
-        available = needs & self._seen
+    def transitions(
+        self, cases: Iterable[tuple[Case, Collection[str]]], laws: Sequence[Law]
+    ) -> list[Observed]:
+        """Return the transition of each case, and the names of what was observed for it.
+
+        Args:
+            cases: pairs of a case and which of ``COSTLY`` to run for it.
+            laws: whose needs to observe.
+        """
+        needs = {need for law in laws for need in law.needs}
+        found = [self._transition(case, needs - (COSTLY - set(costly))) for case, costly in cases]
+        if "stacked" in needs and self._volume is not None:
+            for places in _by_shape(found):
+                given = [(found[place][0].before, found[place][0].case) for place in places]
+                for place, outcome in zip(places, self._volume.outcomes(given), strict=True):
+                    t, available = found[place]
+                    t = t._replace(facts={**t.facts, "stacked": outcome})
+                    found[place] = t, available | {"stacked"}
+        return found
+
+    def _transition(self, case: Case, needs: Collection[str]) -> Observed:
+        """Return what single calls show."""
+        available = self._seen.intersection(needs)
+        t = observe(self._calls, case, available)
         facts = dict(t.facts)
         if "again" in needs:
-            facts["again"] = self._again(t, eager=eager)
+            facts["again"] = self._again(t, eager="eager" in needs)
         if "eager" in needs:
             facts["eager"] = _outcome(self._eager, *_copies((t.before, case)))
-        if "stacked" in needs and self._volume is not None:
-            facts["stacked"] = self._volume.outcome(t.before, case)
         if "solution" in needs and self._subject.solution is not None:
             facts["solution"] = self._solution(case)
         return t._replace(facts=facts), available | (CALLS & set(facts))
@@ -163,6 +176,14 @@ class Exploration:
             np.asarray(solution(float(seed), case.x, case.y, lr)),
             np.asarray(solution(seed + fraction, case.x, case.y, lr)),
         )
+
+
+def _by_shape(observed: Sequence[Observed]) -> Iterable[list[int]]:
+    """Return the places of what was observed for cases of the same shape."""
+    alike: dict[Any, list[int]] = {}
+    for place, (t, _) in enumerate(observed):
+        alike.setdefault(t.case.shape, []).append(place)
+    return alike.values()
 
 
 def _by_calls(laws: Iterable[Law], always: Collection[str]) -> dict[frozenset[str], list[Law]]:

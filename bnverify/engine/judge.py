@@ -16,7 +16,7 @@ from bnverify.kept import Identity
 from bnverify.laws import Law
 from bnverify.laws.residuals import wide
 from bnverify.lazy import jax, jnp
-from bnverify.pytree import form
+from bnverify.pytree import form, stacks
 from bnverify.subject import Subject
 from bnverify.transition import Outcome, Transition
 
@@ -226,12 +226,9 @@ class Judge:
         """Return law name -> residual, a float, for each of some transitions of one shape."""
         found: list[dict[str, Any]] = []
         block = self.block(transitions[0].case.shape)
-        for start in range(0, len(transitions), block):
-            part = list(transitions[start : start + block])
-            filled = part + [part[0]] * (block - len(part))
-            stacked = jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *filled)
+        for stacked, count in stacks(transitions, block):
             out = self.residuals(stacked, laws)
-            found += [{name: float(v[i]) for name, v in out.items()} for i in range(len(part))]
+            found += [{name: float(v[i]) for name, v in out.items()} for i in range(count)]
         return found
 
     def _program(self, laws: Sequence[Law]) -> Callable[[Transition], dict[str, Any]]:

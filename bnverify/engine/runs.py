@@ -12,10 +12,11 @@ from bnverify.case import Case
 from bnverify.engine.bench import Bench
 from bnverify.engine.exploration import CALLS, COSTLY, draw, find
 from bnverify.engine.judge import Judge, judged
-from bnverify.engine.tally import ENOUGH, Tally, stack
+from bnverify.engine.tally import ENOUGH, Tally
 from bnverify.engine.volume import NEEDS
 from bnverify.evidence import Evidence, Status
 from bnverify.jaxpr.noise import ROWS
+from bnverify.pytree import stack
 
 Tell = Callable[[str, int], None]
 Shape = tuple[int, int]
@@ -28,6 +29,10 @@ CLEAR = 8.0
 
 SELDOM = 3
 """One explicit case in so many is run by the subject's one-call function too, which takes longest."""
+
+ALIKE = 3
+"""Uncompiled cases of the smallest shape before those of any: JAX lowers an uncompiled step's every
+operation for every shape, for two seconds of a core and more."""
 
 LONG_SEED = np.int32(2**24 + 1)
 """The seed of one of them: a float32, which JAX makes of a float, does not hold it."""
@@ -50,7 +55,7 @@ class Runs:
         bench: runs and judges the subject.
         seed: from which all cases are drawn.
         tell: told what is being done and how many cases were run so far.
-        fail_fast: whether to stop at the first shape that shows a violation.
+        fail_fast: whether to stop at the first stack of cases that shows a violation.
 
     Attributes:
         tallies: law name -> its tally.
@@ -171,6 +176,8 @@ class Runs:
             self.cases += len(cases.seed)
             for name, values in residuals.items():
                 self.tallies[name].add(cases, values)
+            if self._enough:
+                break
 
     def _explore(self, shapes: list[Shape]) -> None:
         """Run explicit cases."""
@@ -213,7 +220,7 @@ class Runs:
         def violates(case: Case, judges: Sequence[Judge]) -> bool:
             # What was judged together is again: that program exists.
             laws = stacked.judged(case.shape) if stacked is not None else [law]
-            t, available = bench.exploration.transition(case, laws)
+            ((t, available),) = bench.exploration.transitions([(case, COSTLY)], laws)
             laws = judged(laws, available)
             return all(judge.each([t], laws)[0].get(law.name, -1.0) > 1 for judge in judges)
 
@@ -232,11 +239,10 @@ class Runs:
 
 
 def _uncompiled(cases: Sequence[Case], smallest: Shape, count: int) -> list[int]:
-    """Return which cases are run uncompiled too: the first of the smallest shape.
+    """Return which cases are run uncompiled too: ``ALIKE`` of the smallest shape, then any.
 
-    JAX compiles an uncompiled step's every operation for every shape, and the smallest shape's
-    are compiled already in the next check. Those of the most distinct numbers, because little
-    shows on a batch of zeros, such as Hypothesis likes to draw.
+    Those of the most distinct numbers, because little shows on a batch of zeros, such as
+    Hypothesis likes to draw.
     """
 
     def distinct(index: int) -> int:
@@ -244,7 +250,7 @@ def _uncompiled(cases: Sequence[Case], smallest: Shape, count: int) -> list[int]
         return len(np.unique(case.x)) + len(np.unique(case.y)) + int(case.lr > 0)
 
     rich = sorted(range(len(cases)), key=distinct, reverse=True)
-    first = [index for index in rich if cases[index].shape == smallest][:1]
+    first = [index for index in rich if cases[index].shape == smallest][:ALIKE]
     return [*first, *(index for index in rich if index not in first)][:count]
 
 

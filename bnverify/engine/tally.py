@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from bnverify.case import Case
 from bnverify.laws import Law
+from bnverify.pytree import take
 
 
 def complexity(case: Case) -> tuple[float, ...]:
@@ -89,15 +90,3 @@ class Tally:
 
 
 ENOUGH = 30
-
-
-def take(cases: Case, index: int | npt.NDArray[np.intp]) -> Case:
-    """Return one of some stacked cases, or those of some indices."""
-    return Case(*(np.asarray(leaf)[index] for leaf in cases))
-
-
-def stack(cases: list[Case]) -> Case:
-    """Return cases of one shape as one stacked case."""
-    return Case(
-        *(np.stack([np.asarray(value) for value in leaf]) for leaf in zip(*cases, strict=True))
-    )

@@ -73,7 +73,7 @@ class Checker:
 
         Args:
             seed: from which all cases are drawn; the same seed gives the same report.
-            fail_fast: stop at the first proofs or shape that show a violation.
+            fail_fast: stop at the first proofs or stack of cases that show a violation.
             target: how the counterexample scripts name the subject: "module:name" or
                 "file.py:name".
             listener: told of progress.

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from bnverify.case import Case, Domain
 from bnverify.engine.judge import Judge
-from bnverify.engine.tally import Tally, complexity, stack, take
+from bnverify.engine.tally import Tally, complexity
 from bnverify.laws import Law
-from bnverify.lazy import jax
 from bnverify.observe import FEW_ROWS, Calls, observe
+from bnverify.pytree import stack, stacks, take
 from bnverify.reruns import EVALS, LATER_RERUNS, RERUNS
 from bnverify.stacks import stacked_cases
 from bnverify.subject import State, Subject
@@ -78,14 +78,14 @@ class Volume:
         needs = {need for law in laws for need in law.needs}
         return self._judge.residuals(observe(self._calls, cases, needs), laws)
 
-    def outcome(self, before: State, case: Case) -> Outcome:
-        """Return what the step gives for one state and case when it is run in a stack."""
-        block = self._judge.block(case.shape)
-        state, cases = jax.tree_util.tree_map(lambda leaf: np.stack([leaf] * block), (before, case))
-        outcome = self._calls.step(state, cases)
-        outcome = outcome._replace(eval_loss=self._calls.evaluate(outcome.state, cases))
-        first: Outcome = jax.tree_util.tree_map(lambda leaf: leaf[0], outcome)
-        return first
+    def outcomes(self, given: Sequence[tuple[State, Case]]) -> list[Outcome]:
+        """Return what the step gives for states and cases of one shape when they are run in stacks."""
+        found: list[Outcome] = []
+        for (state, cases), count in stacks(given, self._judge.block(given[0][1].shape)):
+            outcome = self._calls.step(state, cases)
+            outcome = outcome._replace(eval_loss=self._calls.evaluate(outcome.state, cases))
+            found += [take(outcome, index) for index in range(count)]
+        return found
 
     def blocks(
         self, shape: tuple[int, int], count: int, rng: np.random.Generator
@@ -141,9 +141,8 @@ class Volume:
             candidates = sorted(simpler(best), key=complexity)[:block]
             if not candidates:
                 break
-            filled = stack([candidates[i % len(candidates)] for i in range(block)])
-            found = self.residuals(filled)[name]
-            values = np.nan_to_num(found[: len(candidates)], nan=np.inf)
+            cases, count = next(stacks(candidates, block))
+            values = np.nan_to_num(self.residuals(cases)[name][:count], nan=np.inf)
             failing = np.flatnonzero(values > 1)
             if not len(failing):
                 break

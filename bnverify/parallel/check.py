@@ -12,7 +12,7 @@ import numpy as np
 
 from bnverify.broken import Broken
 from bnverify.case import Case
-from bnverify.engine.tally import complexity, stack
+from bnverify.engine.tally import complexity
 from bnverify.engine.volume import simpler
 from bnverify.evidence import Evidence
 from bnverify.lazy import jax
@@ -22,9 +22,10 @@ from bnverify.parallel.counterexample import script
 from bnverify.parallel.differences import differences, disagreeing
 from bnverify.parallel.explain import explain, explain_apart
 from bnverify.parallel.modes import MODES, Mode
-from bnverify.parallel.one_device import at, one_device
+from bnverify.parallel.one_device import one_device
 from bnverify.parallel.subject import Parallel
 from bnverify.profile import Profile, named
+from bnverify.pytree import stack, stacks, take
 from bnverify.transition import Transition
 from bnverify.unusable import first_line
 
@@ -154,7 +155,7 @@ class Check:
     def _hold(self, claim: str, known: Transition) -> None:
         """Hold every one of some stacked cases to a claim."""
         for index in range(len(known.case.lr)):
-            t = at(known, index)
+            t = take(known, index)
             try:
                 seen = self._seen(claim, t)
             except Exception as error:  # noqa: BLE001 - whatever a user's code raises
@@ -186,16 +187,14 @@ class Check:
     def _simpler(self, found: Found, claim: str, by: list[str], count: int) -> bool:
         assert found.case is not None
         candidates = sorted(simpler(found.case), key=complexity)
-        for start in range(0, len(candidates), count):
-            some = candidates[start : start + count]
-            # Filled up: a stack of another size would have to be compiled.
-            known = self._single.runs(stack([some[i % len(some)] for i in range(count)]))
-            for index, mapped in itertools.product(range(len(some)), by):
-                for seen in self._seen(mapped, at(known, index)):
+        for cases, many in stacks(candidates, count):
+            known = self._single.runs(cases)
+            for index, mapped in itertools.product(range(many), by):
+                for seen in self._seen(mapped, take(known, index)):
                     if seen.claim == claim and seen.residual > 1:
                         mistake, reason = seen.explain()
                         if mistake == found.mistake:
-                            found.case, found.reason = some[index], reason
+                            found.case, found.reason = take(cases, index), reason
                             return True
         return False
 

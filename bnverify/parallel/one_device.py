@@ -53,8 +53,3 @@ def one_device(single: Subject) -> OneDevice:
     """Return what is known of ``single``: steps for many devices that share it share its runs."""
     # Its id stays its own: the subject is kept.
     return _KNOWN.setdefault(id(single), OneDevice(single))
-
-
-def at(t: Transition, index: int) -> Transition:
-    """Return one of some stacked transitions."""
-    return Transition(*jax.tree_util.tree_map(lambda leaf: leaf[index], tuple(t)))
