@@ -20,7 +20,7 @@ from bnverify.mutants import MUTANTS
 from bnverify.profile import Profile
 
 ONE = jax.tree_util.tree_structure({"out": 0})
-FEW = Profile("few", tiny=1, shapes=0, block=32, examples=3)
+FEW = Profile("few", tiny=1, shapes=0, block=32, examples=1)
 
 
 @pytest.fixture

@@ -26,44 +26,56 @@ AXIS_NAME = "bnverify.mutants.parallel_step:axis_name"
 FAULTS = "bnverify.mutants.parallel_faults"
 
 
-@pytest.fixture(scope="module")
-def everything() -> dict[str, dict[str, Evidence]]:
-    """The evidence on both references and on every fault, from one process with four devices."""
-    targets = [REFERENCE, AXIS_NAME, *(f"{FAULTS}:{name}" for name in PARALLEL_FAULTS)]
+Found = dict[str, dict[str, Evidence]]
+"""Target -> claim -> its evidence."""
+
+
+def on_four_devices(targets: list[str]) -> Found:
+    """Return the evidence on some targets, from one process with four devices."""
     found = run(targets, "quick")
     return {target: {each.law: each for each in found[target].results} for target in targets}
 
 
-def test_the_reference_holds_under_every_mapping(
-    everything: dict[str, dict[str, Evidence]],
-) -> None:
+@pytest.fixture(scope="module")
+def right() -> Found:
+    """The evidence on both references."""
+    return on_four_devices([REFERENCE, AXIS_NAME])
+
+
+@pytest.fixture(scope="module")
+def wrong() -> Found:
+    """The evidence on every fault."""
+    return on_four_devices([f"{FAULTS}:{name}" for name in PARALLEL_FAULTS])
+
+
+def test_the_reference_holds_under_every_mapping(right: Found) -> None:
     """vmap, pmap, shard_map and sharded jit give the single-device step, within its rounding."""
-    found = everything[REFERENCE]
+    found = right[REFERENCE]
     assert {name: each.status for name, each in found.items()} == dict.fromkeys(CLAIMS, "held")
     assert all(each.residual is not None and each.residual < 0.8 for each in found.values())
 
 
-def test_flax_own_axis_name_holds(everything: dict[str, dict[str, Evidence]]) -> None:
+def test_flax_own_axis_name_holds(right: Found) -> None:
     """BatchNorm(axis_name) and pmean hold; what takes no padding is exempt from that claim."""
-    statuses = [each.status for each in everything[AXIS_NAME].values()]
+    statuses = [each.status for each in right[AXIS_NAME].values()]
     assert statuses == ["held"] * 5 + ["exempt"]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", sorted(PARALLEL_FAULTS))
-def test_each_fault_is_caught_and_named(
-    name: str, everything: dict[str, dict[str, Evidence]]
-) -> None:
+def test_each_fault_is_caught_and_named(name: str, wrong: Found) -> None:
     """Each fault breaks the claim it must break, and its mistake is the one that is named."""
     fault = PARALLEL_FAULTS[name]
-    found = everything[f"{FAULTS}:{name}"][fault.expected]
+    found = wrong[f"{FAULTS}:{name}"][fault.expected]
     assert found.status == "violated"
     assert (found.diagnosis or "").startswith(f"{fault.mistake}:")
 
 
-def test_counterexamples_read_well(everything: dict[str, dict[str, Evidence]]) -> None:
+@pytest.mark.once
+def test_counterexamples_read_well(wrong: Found) -> None:
     """What was found by wild numbers is shown by few rows of plain ones."""
     for fault in PARALLEL_FAULTS.values():
-        script = everything[f"{FAULTS}:{fault.name}"][fault.expected].counterexample
+        script = wrong[f"{FAULTS}:{fault.name}"][fault.expected].counterexample
         (case,) = batches(script or "").values()
         assert case.seed == 0
         assert max(case.shape) <= 8
@@ -71,13 +83,12 @@ def test_counterexamples_read_well(everything: dict[str, dict[str, Evidence]]) -
         assert np.all(case.y == np.round(case.y))
 
 
-def test_faults_of_unequal_shards_hold_where_shards_are_equal(
-    everything: dict[str, dict[str, Evidence]],
-) -> None:
+@pytest.mark.once
+def test_faults_of_unequal_shards_hold_where_shards_are_equal(wrong: Found) -> None:
     """What is wrong with padding alone is no violation without it."""
     for fault in PARALLEL_FAULTS.values():
         if fault.expected == "unequal_shards_equal_one_device":
-            found = everything[f"{FAULTS}:{fault.name}"]
+            found = wrong[f"{FAULTS}:{fault.name}"]
             assert [law for law, each in found.items() if each.status == "violated"] == [
                 fault.expected
             ]

@@ -125,13 +125,14 @@ def test_a_step_that_changes_its_state_is_no_internal_error(name: str) -> None:
 
 def test_uncompiled_cases_are_no_zeros() -> None:
     """What is not dull is run uncompiled; of the smallest shape first, whose operations are few."""
-    dull = [Case.of(0, np.zeros((2, 2)), [0, 0], 0.0) for _ in range(5)]
+    dull = [Case.of(0, np.zeros((2, 2)), [0, 0], 0.0) for _ in range(4)]
+    dull.append(Case.of(0, 1e-39 * np.arange(4).reshape(2, 2), [1e-39, 2e-39], 0.0))
     large, small = (
         Case.of(0, np.arange(2 * rows).reshape(rows, 2), [0] * rows, 0.1) for rows in (4, 2)
     )
     cases = [*dull, large, small, *dull]
     assert _uncompiled(cases, (2, 2), 1) == [6]
-    assert _uncompiled(cases, (2, 2), 4) == [6, 0, 1, 5]
+    assert _uncompiled(cases, (2, 2), 4) == [6, 0, 4, 5]
 
 
 def test_small_models_are_stacked_as_asked() -> None:

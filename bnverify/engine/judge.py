@@ -263,6 +263,7 @@ def _regular(t: Transition) -> bool:
 
 
 FAINT = 2.0**-60
+"""Where all of a batch is smaller, its squares and slopes underflow."""
 
 
 def _unless_faint(case: Case, noise: Outcome) -> Outcome:

@@ -11,7 +11,7 @@ from bnverify import strategies
 from bnverify.case import Case
 from bnverify.engine.bench import Bench
 from bnverify.engine.exploration import CALLS, COSTLY, draw, find
-from bnverify.engine.judge import Judge, judged
+from bnverify.engine.judge import FAINT, Judge, judged
 from bnverify.engine.tally import ENOUGH, Tally
 from bnverify.engine.volume import NEEDS
 from bnverify.evidence import Evidence, Status
@@ -241,15 +241,19 @@ class Runs:
 def _uncompiled(cases: Sequence[Case], smallest: Shape, count: int) -> list[int]:
     """Return which cases are run uncompiled too: ``ALIKE`` of the smallest shape, then any.
 
-    Those of the most distinct numbers, because little shows on a batch of zeros, such as
-    Hypothesis likes to draw.
+    Of each batch one, and those of the most distinct numbers first, because little shows on a
+    batch of zeros, or of what arithmetic takes for zeros, such as Hypothesis likes to draw.
     """
 
     def distinct(index: int) -> int:
         case = cases[index]
-        return len(np.unique(case.x)) + len(np.unique(case.y)) + int(case.lr > 0)
+        seen = [np.where(np.abs(values) < FAINT, 0, values) for values in (case.x, case.y)]
+        return sum(len(np.unique(values)) for values in seen) + int(case.lr > 0)
 
-    rich = sorted(range(len(cases)), key=distinct, reverse=True)
+    apart: dict[bytes, int] = {}
+    for index in sorted(range(len(cases)), key=distinct, reverse=True):
+        apart.setdefault(np.asarray(cases[index].x).tobytes(), index)
+    rich = apart.values()
     first = [index for index in rich if cases[index].shape == smallest][:ALIKE]
     return [*first, *(index for index in rich if index not in first)][:count]
 
