@@ -74,6 +74,15 @@ def test_status_1_where_a_law_is_violated(run: Run) -> None:
     assert "bnverify.load('steps.py:wrong')" in out
 
 
+def test_it_can_stop_at_the_first_violation(run: Run) -> None:
+    """A proof is the first there is: then nothing is run, and what was not says so."""
+    status, out, _ = run("check", "steps.py:wrong", "--fail-fast", "--json", "-")
+    report = json.loads(out)
+    reasons = {each["reason"] for each in report["results"] if each["status"] == "untriggered"}
+    assert (status, report["cases"]) == (1, 0)
+    assert reasons == {"stopped at a violation"}
+
+
 def test_a_variant_of_the_reference_can_be_named(run: Run) -> None:
     """What the package itself holds is a target like any other."""
     status, out, _ = run(

@@ -16,8 +16,9 @@ from bnverify import Case, reference, verify
 from bnverify.checking.verify import Verifier
 from bnverify.engine import budget
 from bnverify.engine.budget import Budget
+from bnverify.engine.examples import uncompiled
 from bnverify.engine.noise import Known, Noise
-from bnverify.engine.runs import CLEAR, _uncompiled
+from bnverify.engine.runs import CLEAR
 from bnverify.jaxpr.noise import ROWS
 from bnverify.mutants import MUTANTS
 from bnverify.profile import Profile
@@ -131,8 +132,8 @@ def test_uncompiled_cases_are_no_zeros() -> None:
         Case.of(0, np.arange(2 * rows).reshape(rows, 2), [0] * rows, 0.1) for rows in (4, 2)
     )
     cases = [*dull, large, small, *dull]
-    assert _uncompiled(cases, (2, 2), 1) == [6]
-    assert _uncompiled(cases, (2, 2), 4) == [6, 0, 4, 5]
+    assert uncompiled(cases, (2, 2), 1) == [6]
+    assert uncompiled(cases, (2, 2), 4) == [6, 0, 4, 5]
 
 
 def test_small_models_are_stacked_as_asked() -> None:

@@ -56,6 +56,11 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--proofs", action="store_true", help="read the traced step, run nothing")
     parser.add_argument(
+        "--fail-fast",
+        action="store_true",
+        help="stop at the first proofs or cases that show one wrong",
+    )
+    parser.add_argument(
         "--leaves",
         action="store_true",
         help="say of each leaf what may reach it, not only of each tree; in the JSON too",
@@ -114,6 +119,7 @@ def _verify(args: argparse.Namespace) -> tuple[Report, list[str]]:
                     seed=args.seed,
                     select=own,
                     proofs_only=args.proofs,
+                    fail_fast=args.fail_fast,
                     target=args.target,
                     listener=listener,
                 )

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import hypothesis
-import hypothesis.errors
 import numpy as np
-from hypothesis import strategies as st
 
-from bnverify import strategies
-from bnverify.case import Case, Domain
+from bnverify.case import Case
 from bnverify.engine.judge import Judge, judged
 from bnverify.engine.volume import NEEDS, Volume
 from bnverify.laws import Law
@@ -206,49 +201,3 @@ def _copies(tree: Any) -> Any:
 def _outcome(calls: Calls, before: Any, case: Case) -> Outcome:
     outcome = calls.step(before, case)
     return outcome._replace(eval_loss=calls.evaluate(outcome.state, case))
-
-
-def draw(shapes: Sequence[tuple[int, int]], domain: Domain, examples: int, seed: int) -> list[Case]:
-    """Return the cases that Hypothesis draws for ``seed``, the same ones every time."""
-    drawn: list[Case] = []
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=examples,
-        database=None,
-        deadline=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(strategies.cases(shape=st.sampled_from(shapes), domain=domain))
-    def collect(case: Case) -> None:
-        drawn.append(case)
-
-    collect()
-    return drawn
-
-
-def find(
-    shapes: Sequence[tuple[int, int]],
-    domain: Domain,
-    condition: Callable[[Case], bool],
-    seed: int,
-    examples: int,
-) -> Case | None:
-    """Return the simplest case that Hypothesis finds with ``condition``; None where it finds none."""
-    settings = hypothesis.settings(
-        max_examples=examples,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    try:
-        found: Case = hypothesis.find(
-            strategies.cases(shape=st.sampled_from(shapes), domain=domain),
-            condition,
-            settings=settings,
-            random=random.Random(seed),  # noqa: S311 - it chooses inputs, it guards nothing
-        )
-    except hypothesis.errors.NoSuchExample:
-        return None
-    return found

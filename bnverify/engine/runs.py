@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
 from bnverify import strategies
 from bnverify.case import Case
 from bnverify.engine.bench import Bench
-from bnverify.engine.exploration import CALLS, COSTLY, draw, find
-from bnverify.engine.judge import FAINT, Judge, judged
+from bnverify.engine.examples import draw, find, plainer, rich, uncompiled
+from bnverify.engine.exploration import CALLS, COSTLY
+from bnverify.engine.judge import Judge, judged
 from bnverify.engine.tally import ENOUGH, Tally
 from bnverify.engine.volume import NEEDS
 from bnverify.evidence import Evidence, Status
@@ -30,16 +32,11 @@ CLEAR = 8.0
 SELDOM = 3
 """One explicit case in so many is run by the subject's one-call function too, which takes longest."""
 
-ALIKE = 3
-"""Uncompiled cases of the smallest shape before those of any: JAX lowers an uncompiled step's every
-operation for every shape, for two seconds of a core and more."""
-
 LONG_SEED = np.int32(2**24 + 1)
 """The seed of one of them: a float32, which JAX makes of a float, does not hold it."""
 
 TRIES = 200
-TRIES_UNCOMPILED = 30
-"""Cases drawn for a simpler one that breaks a law; the latter take half a minute."""
+"""Cases drawn for a simpler one that breaks a law."""
 
 FEWEST = 10
 """Cases of a shape, however few a stack of a large model holds."""
@@ -78,7 +75,8 @@ class Runs:
         rng = np.random.default_rng(self._seed)
         tiny, further = self._shapes()
         if self._bench.stacks:
-            self._stack([*tiny, *further], rng)
+            # A single row shows least: it is its own mean.
+            self._stack([*sorted(tiny, key=lambda shape: shape[0] == 1), *further], rng)
         if self._bench.stacks:
             self._descend(max(rows for rows, _ in tiny), rng)
         elif self._bench.unstacked:
@@ -186,13 +184,14 @@ class Runs:
             return
         examples = HUGE if any(map(self._huge, shapes)) else self._plan.examples
         cases = draw(shapes, self._bench.domain, examples, self._seed)
+        costly = {index: {"eager"} for index in uncompiled(cases, shapes[0], self._plan.eager)}
         if self._bench.subject.solution is not None:
-            cases[-1] = cases[-1]._replace(seed=LONG_SEED, warmup=np.int32(0))
-
-        costly = {index: {"eager"} for index in _uncompiled(cases, shapes[0], self._plan.eager)}
-        every = 1 if all("solution" in law.needs for law in exploration.laws) else SELDOM
-        for index in range(len(cases) - 1, -1, -every):
-            costly.setdefault(index, set()).add("solution")
+            # What it gives is compared where one step is all there is.
+            first = sorted(rich(cases), key=lambda index: cases[index].warmup > 0)
+            cases[first[0]] = cases[first[0]]._replace(seed=LONG_SEED, warmup=np.int32(0))
+            alone = all("solution" in law.needs for law in exploration.laws)
+            for index in first if alone else first[: math.ceil(len(first) / SELDOM)]:
+                costly.setdefault(index, set()).add("solution")
 
         def observed() -> Iterator[tuple[Case, Collection[str]]]:
             for index, case in enumerate(cases):
@@ -224,38 +223,20 @@ class Runs:
             laws = judged(laws, available)
             return all(judge.each([t], laws)[0].get(law.name, -1.0) > 1 for judge in judges)
 
+        assert tally.case is not None
+        candidates: Iterable[Case | None]
         if stacked is not None:
-            simplest: Case | None = stacked.simplify(tally)
+            candidates = [stacked.simplify(tally)]
+        elif COSTLY.intersection(law.needs):
+            candidates = plainer(tally.case, tiny)
         else:
-            tries = TRIES_UNCOMPILED if COSTLY.intersection(law.needs) else TRIES
-            simplest = find(
-                tiny, bench.domain, lambda c: violates(c, judges[:1]), self._seed, tries
-            )
-        for case in (simplest, tally.case, tally.worst_case):
+            seen = partial(violates, judges=judges[:1])
+            candidates = [find(tiny, bench.domain, seen, self._seed, TRIES)]
+        for case in (*candidates, tally.case, tally.worst_case):
             if case is not None and violates(case, judges):
                 tally.replace(case)
                 return
         tally.dismissed = True
-
-
-def _uncompiled(cases: Sequence[Case], smallest: Shape, count: int) -> list[int]:
-    """Return which cases are run uncompiled too: ``ALIKE`` of the smallest shape, then any.
-
-    Of each batch one, and those of the most distinct numbers first, because little shows on a
-    batch of zeros, or of what arithmetic takes for zeros, such as Hypothesis likes to draw.
-    """
-
-    def distinct(index: int) -> int:
-        case = cases[index]
-        seen = [np.where(np.abs(values) < FAINT, 0, values) for values in (case.x, case.y)]
-        return sum(len(np.unique(values)) for values in seen) + int(case.lr > 0)
-
-    apart: dict[bytes, int] = {}
-    for index in sorted(range(len(cases)), key=distinct, reverse=True):
-        apart.setdefault(np.asarray(cases[index].x).tobytes(), index)
-    rich = apart.values()
-    first = [index for index in rich if cases[index].shape == smallest][:ALIKE]
-    return [*first, *(index for index in rich if index not in first)][:count]
 
 
 def _verdict(tally: Tally) -> tuple[Status, str]:
