@@ -138,7 +138,7 @@ def test_a_check_says_the_same_by_what_was_kept(
 
     new = check(reference.adam())
     count = len(files(home))
-    assert count > 3
+    assert count >= 3  # the rounding, the stacked laws, those of single calls
     assert check(reference.adam()) == new
     assert len(files(home)) == count
     fault = check(MUTANTS["sample_variance"].make())
