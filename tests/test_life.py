@@ -266,7 +266,7 @@ def test_claims_name_known_mistakes(name: str) -> None:
 def test_unknown_claims_are_refused() -> None:
     """A misspelt claim is refused by name."""
     with pytest.raises(ValueError, match="no claim about the life of a state is named 'valuse'"):
-        bnverify.check_life(reference.sgd(), SCRIPTED, select=["valuse"])
+        bnverify.check_life(reference.sgd(), SCRIPTED, select="valuse")
 
 
 def test_a_life_breaks_as_it_happens() -> None:

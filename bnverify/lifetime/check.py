@@ -34,17 +34,18 @@ def check_life(
         profile: how much to do: two scripted lives for each way to save, and twice as many drawn
             ones as the profile has explicit examples.
         seed: from which the lives are drawn; the same seed gives the same evidence.
-        select: names of claims; empty: all.
+        select: names of claims, or one name; empty: all.
         target: how counterexample scripts name the subject.
 
     Raises:
         ValueError: the profile or a claim is unknown, or the step does not trace with a batch of
             2, 4 or 24 rows.
     """
-    for name in select:
+    names = [select] if isinstance(select, str) else select
+    for name in names:
         if name not in CLAIMS:
             raise ValueError(f"no claim about the life of a state is named {name!r}")
-    return Lives(lived, named(profile), select or CLAIMS, target).run(seed)
+    return Lives(lived, named(profile), names or CLAIMS, target).run(seed)
 
 
 class Lives:
