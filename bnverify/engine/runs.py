@@ -82,10 +82,10 @@ class Runs:
         elif self._bench.unstacked:
             self.notes.append(self._bench.unstacked)
         self._explore([*tiny[-1:], *further[:1]])
-        for tally in self.tallies.values():
-            if tally.violated and tally.law.kind == "residual":
-                self._tell(f"shrinking {tally.law.name}", self.cases)
-                self._simplify(tally, tiny)
+        broken = [t for t in self.tallies.values() if t.violated and t.law.kind == "residual"]
+        for place, tally in enumerate(broken):
+            self._tell(f"shrinking {tally.law.name}", self.cases)
+            self._simplify(tally, broken[place + 1 :], tiny)
 
     def evidence(self) -> list[Evidence]:
         """Return what the runs say about each law."""
@@ -203,7 +203,7 @@ class Runs:
             for name, value in residuals.items():
                 self.tallies[name].add(stack([case]), np.asarray([value]))
 
-    def _simplify(self, tally: Tally, tiny: list[Shape]) -> None:
+    def _simplify(self, tally: Tally, others: list[Tally], tiny: list[Shape]) -> None:
         """Put the simplest violating case in place: one that is confirmed.
 
         It is by a single call: that stacked and single runs differ is for vmap_equals_loop to
@@ -226,7 +226,7 @@ class Runs:
         assert tally.case is not None
         candidates: Iterable[Case | None]
         if stacked is not None:
-            candidates = [stacked.simplify(tally)]
+            candidates = [stacked.simplify(tally, others)]
         elif COSTLY.intersection(law.needs):
             candidates = plainer(tally.case, tiny)
         else:

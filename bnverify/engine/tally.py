@@ -59,13 +59,15 @@ class Tally:
         wanted = reached if witness else residuals > 1
         if witness and (residuals == 0).any():
             wanted = residuals == 0
-        for index in np.flatnonzero(wanted)[:64]:  # enough to find a simple one among them
-            self._keep(take(cases, int(index)))
+        self.keep_simplest(cases, wanted)
 
-    def _keep(self, case: Case) -> None:
-        rank = complexity(case)
-        if rank < self._rank:
-            self.case, self._rank = case, rank
+    def keep_simplest(self, cases: Case, wanted: npt.NDArray[np.bool_]) -> None:
+        """Keep one of stacked cases that is simpler than what is kept; ``wanted``, (B,), says which."""
+        for index in np.flatnonzero(wanted)[:64]:  # enough to find a simple one among them
+            case = take(cases, int(index))
+            rank = complexity(case)
+            if rank < self._rank:
+                self.case, self._rank = case, rank
 
     def replace(self, case: Case) -> None:
         """Take a simpler case that was found to show the same."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -132,8 +132,14 @@ class Volume:
         kept = take(cases, np.arange(block // 2, block))
         return Case(*(np.concatenate(leaves) for leaves in zip(bred, kept, strict=True)))
 
-    def simplify(self, tally: Tally, rounds: int = 12) -> Case:
-        """Return a case of the same shape that violates the same law and reads easier."""
+    def simplify(self, tally: Tally, others: Collection[Tally], rounds: int = 12) -> Case:
+        """Return a case of the same shape that violates the same law and reads easier.
+
+        Args:
+            tally: of the law.
+            others: of laws that are violated too: what is tried shows them as well.
+            rounds: how often it is made simpler at most.
+        """
         assert tally.case is not None
         best, name = tally.case, tally.law.name
         block = self._judge.block(best.shape)
@@ -142,8 +148,13 @@ class Volume:
             if not candidates:
                 break
             cases, count = next(stacks(candidates, block))
-            values = np.nan_to_num(self.residuals(cases)[name][:count], nan=np.inf)
-            failing = np.flatnonzero(values > 1)
+            broken = {
+                law: np.nan_to_num(values, nan=np.inf) > 1
+                for law, values in self.residuals(cases).items()
+            }
+            for other in others:
+                other.keep_simplest(cases, broken.get(other.law.name, np.zeros(0, np.bool_)))
+            failing = np.flatnonzero(broken[name][:count])
             if not len(failing):
                 break
             best = candidates[int(failing[0])]
