@@ -186,8 +186,9 @@ STEPS: dict[str, Step] = {}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the mark for a checkout that is not installed, and so has no plugin."""
+    """Register the marks: that of the plugin for a checkout that is not installed, and has none."""
     config.addinivalue_line("markers", "bnverify(law, subject): a test of one law on one subject")
+    config.addinivalue_line("markers", "everywhere(*optimizers): those asked on every release")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -197,7 +198,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     target = metafunc.config.getoption("bnverify_target", default=None)
     names = getattr(metafunc.module, "STEPS_OF", OPTIMIZERS)
     targets = {f"reference[{name}]": f"bnverify.reference:{name}" for name in names}
-    everywhere = getattr(metafunc.module, "EVERYWHERE", EVERYWHERE)
+    mark = metafunc.definition.get_closest_marker("everywhere")
+    everywhere = mark.args if mark else EVERYWHERE
     once = {f"reference[{name}]" for name in names if name not in everywhere}
     if target:
         targets = {target: target}
