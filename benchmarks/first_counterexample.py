@@ -4,8 +4,8 @@
 
 Each process is `bnverify check --fail-fast` on one fault, from its start to its end: imports, proofs,
 compiling and simplifying included. A line for each fault that a law finds: the seconds, the law, and
-the case; then the median. The cache of compiled programs is the user's own, so
-that a second run is a warm one.
+the case; then the median. The cache of compiled programs is the user's own, so that a second run is a
+warm one.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def main() -> int:
                 case = re.search(r"Case\.of\(.*\)", violation["counterexample"] or "")
                 said = f"{violation['law']} {case[0] if case else 'by proof'}"
             print(f"{seconds:5.1f} s  {mutant.name}: {said}", flush=True)
-    print(f"median of {len(waited)} faults: {statistics.median(waited):.1f} s")
+    median = f": {statistics.median(waited):.1f} s" if waited else ""
+    print(f"median of {len(waited)} faults{median}")
     return 0
 
 

@@ -105,4 +105,5 @@ def rich(cases: Sequence[Case]) -> list[int]:
     ranked = sorted(range(len(cases)), key=distinct, reverse=True)
     for index in ranked:
         apart.setdefault(np.asarray(cases[index].x).tobytes(), index)
-    return sorted(ranked, key=lambda index: index not in apart.values())
+    first = set(apart.values())
+    return sorted(ranked, key=lambda index: index not in first)

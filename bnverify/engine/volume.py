@@ -153,7 +153,8 @@ class Volume:
                 for law, values in self.residuals(cases).items()
             }
             for other in others:
-                other.keep_simplest(cases, broken.get(other.law.name, np.zeros(0, np.bool_)))
+                if other.law.name in broken:
+                    other.keep_simplest(cases, broken[other.law.name])
             failing = np.flatnonzero(broken[name][:count])
             if not len(failing):
                 break

@@ -9,6 +9,7 @@ import numpy as np
 from bnverify import target as targets
 from bnverify.case import Case, Domain
 from bnverify.lazy import jax
+from bnverify.pytree import stack, take
 from bnverify.stacks import stacked_cases
 from bnverify.unusable import first_line
 from bnverify.upgrade import draws, leaves, running
@@ -135,7 +136,7 @@ class Recorder:
             raise _Failed(name, error) from error
 
     def _each(self, name: str, argument_lists: list[tuple[Any, ...]]) -> Any:
-        return running.stack([self._call(name, *args) for args in argument_lists])
+        return stack([self._call(name, *args) for args in argument_lists])
 
     def _keep(self, home: str, values: dict[str, Any]) -> None:
         self.arrays.update({f"{home}/{name}": value for name, value in values.items()})
@@ -146,7 +147,7 @@ class Recorder:
         self._keep(f"{home}/case", {"seed": case.seed, "x": case.x, "y": case.y, "lr": case.lr})
         init = self._each("init", [(seed, x) for seed, x in zip(case.seed, case.x)])  # noqa: B905
         self._keep(f"{home}/init", leaves.named(init))
-        one = running.take(init, 0)
+        one = take(init, 0)
         trees = {"state": leaves.described(one, "")}
         before = init
         for step in range(self.steps):
@@ -162,7 +163,7 @@ class Recorder:
                 if not alike and index == step == 0:
                     self.notes.append("paths of the state changed; leaves were matched in order")
             after = self._record_step(f"{home}/step{step}", before, case, trees)
-            if leaves.described(running.take(after, 0), "") != trees["state"]:
+            if leaves.described(take(after, 0), "") != trees["state"]:
                 self.steps = min(self.steps, step + 1)  # the laws of structure say so
                 break
             before = after
@@ -172,11 +173,11 @@ class Recorder:
     def _record_step(self, home: str, before: Any, case: Case, trees: dict[str, Any]) -> Any:
         """Record one step from the states ``before``, and evaluation after it; return the states."""
         batch = [(case.x[i], case.y[i], case.lr[i]) for i in range(self.cases)]
-        states = [running.take(before, i) for i in range(self.cases)]
+        states = [take(before, i) for i in range(self.cases)]
         after, info = self._each("step", [(s, *b) for s, b in zip(states, batch)])  # noqa: B905
         # Evaluation starts from the recorded states too: its own changes alone show in it.
         given = after if self._old is None else self._recorded_after(home, after)
-        finals = [running.take(given, i) for i in range(self.cases)]
+        finals = [take(given, i) for i in range(self.cases)]
         eval_loss = self._each("evaluate", [(s, x, y) for s, (x, y, _) in zip(finals, batch)])  # noqa: B905
         noisy = self._step_noise(before, case.x, case.y, case.lr)
         after_noise, info_noise = (None, None) if noisy is None else noisy
@@ -189,7 +190,7 @@ class Recorder:
             if values is not None:
                 self._keep(f"{home}/value", leaves.named(values, name))
                 self._keep(f"{home}/noise", named_noise(noise, name))
-                trees.setdefault(name or "after", leaves.described(running.take(values, 0), name))
+                trees.setdefault(name or "after", leaves.described(take(values, 0), name))
         return after
 
     def _recorded_after(self, home: str, after: Any) -> Any:

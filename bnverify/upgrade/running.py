@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnverify.lazy import jax
+from bnverify.pytree import stack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -43,16 +44,6 @@ class Runner:
     def each(self, argument_lists: Iterable[tuple[Any, ...]]) -> Any:
         """Return the results of several calls, stacked."""
         return stack([self(*args) for args in argument_lists])
-
-
-def stack(trees: list[Any]) -> Any:
-    """Return alike trees as one whose leaves have a leading axis."""
-    return jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *trees)
-
-
-def take(tree: Any, index: int) -> Any:
-    """Return the index-th of stacked trees."""
-    return jax.tree_util.tree_map(lambda leaf: leaf[index], tree)
 
 
 def _on_host(tree: Any) -> Any:
