@@ -51,7 +51,9 @@ def stacks(trees: Sequence[T], size: int) -> Iterator[tuple[T, int]]:
     """
     for start in range(0, len(trees), size):
         part = trees[start : start + size]
-        yield stack([*part, *[part[0]] * (size - len(part))]), len(part)
+        places = np.arange(size)
+        places[len(part) :] = 0
+        yield take(stack(part), places), len(part)
 
 
 def take(tree: T, index: int | npt.NDArray[np.intp]) -> T:

@@ -101,7 +101,7 @@ def shapes(
     def shape(draw: st.DrawFn) -> Shape:
         # Here, and not before: only inside the test are its settings in force.
         pool = shape_pool(_run_seed(), domain=domain, features=chosen, size=size)
-        tiny = pool[: len(TINY_SHAPES)]
+        tiny = tiny_shapes(domain=domain, features=chosen)
         # Twice as likely as the others: a failure there spares the shrinker the way.
         return draw(st.sampled_from([*tiny, *pool]))
 
@@ -130,13 +130,10 @@ def shape_pool(
     Raises:
         InvalidArgument: naming the argument, its value and the limit.
     """
-    _check_domain(domain)
     if size < len(TINY_SHAPES):
         raise InvalidArgument(f"size must be at least {len(TINY_SHAPES)}, got {size!r}")
-    if features is not None and (not features or min(features) < 1):
-        raise InvalidArgument(f"features must be one or more sizes of at least 1, got {features!r}")
-    widths = sorted(set(features or range(1, domain.max_features + 1)))
-    tiny = {(min(n, domain.max_rows), widths[min(d, len(widths)) - 1]) for n, d in TINY_SHAPES}
+    tiny = tiny_shapes(domain=domain, features=features)
+    widths = _widths(domain, features)
     pool = set(tiny)
     choose = random.Random(seed)  # noqa: S311 - chooses input, guards nothing
     strata = size - len(TINY_SHAPES)
@@ -151,7 +148,31 @@ def shape_pool(
             if (rows, width) not in pool:
                 pool.add((rows, width))
                 break
-    return tuple(sorted(pool, key=lambda shape: (shape not in tiny, math.prod(shape), shape)))
+    return (*tiny, *sorted(pool.difference(tiny), key=lambda shape: (math.prod(shape), shape)))
+
+
+def tiny_shapes(
+    *, domain: Domain = DEFAULT_DOMAIN, features: Sequence[int] | None = None
+) -> tuple[Shape, ...]:
+    """Return ``TINY_SHAPES`` or what comes nearest, in order of size: some may be the same.
+
+    Args:
+        domain: bounds N and D.
+        features: the D to choose from; None: up to ``domain.max_features``.
+
+    Raises:
+        InvalidArgument: naming the argument, its value and the limit.
+    """
+    _check_domain(domain)
+    widths = _widths(domain, features)
+    found = {(min(n, domain.max_rows), widths[min(d, len(widths)) - 1]) for n, d in TINY_SHAPES}
+    return tuple(sorted(found, key=lambda shape: (math.prod(shape), shape)))
+
+
+def _widths(domain: Domain, features: Sequence[int] | None) -> list[int]:
+    if features is not None and (not features or min(features) < 1):
+        raise InvalidArgument(f"features must be one or more sizes of at least 1, got {features!r}")
+    return sorted(set(features or range(1, domain.max_features + 1)))
 
 
 def batches(

@@ -18,7 +18,7 @@ from bnverify.engine import budget
 from bnverify.engine.budget import Budget
 from bnverify.engine.examples import uncompiled
 from bnverify.engine.noise import Known, Noise
-from bnverify.engine.runs import CLEAR
+from bnverify.engine.simplification import CLEAR
 from bnverify.jaxpr.noise import ROWS
 from bnverify.mutants import MUTANTS
 from bnverify.profile import Profile

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 
 from bnverify import strategies
 from bnverify.case import Case
 from bnverify.engine.bench import Bench
-from bnverify.engine.examples import draw, find, plainer, rich, uncompiled
-from bnverify.engine.exploration import CALLS, COSTLY
-from bnverify.engine.judge import Judge, judged
+from bnverify.engine.examples import draw, rich, uncompiled
+from bnverify.engine.exploration import CALLS
+from bnverify.engine.judge import judged
+from bnverify.engine.simplification import Simplification
 from bnverify.engine.tally import ENOUGH, Tally
 from bnverify.engine.volume import NEEDS
 from bnverify.evidence import Evidence, Status
@@ -26,17 +26,11 @@ Shape = tuple[int, int]
 BETWEEN = (3, 4, 5, 9, 17, 33)
 """Row counts at which a fault of larger batches may show: just beyond each power of two."""
 
-CLEAR = 8.0
-"""Residuals from here on are no accident of the draws by which rounding was read."""
-
 SELDOM = 3
 """One explicit case in so many is run by the subject's one-call function too, which takes longest."""
 
 LONG_SEED = np.int32(2**24 + 1)
 """The seed of one of them: a float32, which JAX makes of a float, does not hold it."""
-
-TRIES = 200
-"""Cases drawn for a simpler one that breaks a law."""
 
 FEWEST = 10
 """Cases of a shape, however few a stack of a large model holds."""
@@ -73,19 +67,21 @@ class Runs:
     def run(self) -> None:
         """Run everything the plan asks for."""
         rng = np.random.default_rng(self._seed)
-        tiny, further = self._shapes()
-        if self._bench.stacks:
-            # A single row shows least: it is its own mean.
-            self._stack([*sorted(tiny, key=lambda shape: shape[0] == 1), *further], rng)
-        if self._bench.stacks:
-            self._descend(max(rows for rows, _ in tiny), rng)
-        elif self._bench.unstacked:
+        plan, domain, features = self._plan, self._bench.domain, self._bench.subject.features
+        tiny = strategies.tiny_shapes(domain=domain, features=features)[-plan.tiny :]
+        # A single row shows least: it is its own mean.
+        self._stack(sorted(tiny, key=lambda shape: shape[0] == 1), rng)
+        further = [] if self._enough else self._further()
+        self._stack(further, rng)
+        self._descend(rng)
+        if self._bench.unstacked:
             self.notes.append(self._bench.unstacked)
         self._explore([*tiny[-1:], *further[:1]])
         broken = [t for t in self.tallies.values() if t.violated and t.law.kind == "residual"]
+        simplification = Simplification(self._bench, tiny, self._seed)
         for place, tally in enumerate(broken):
             self._tell(f"shrinking {tally.law.name}", self.cases)
-            self._simplify(tally, broken[place + 1 :], tiny)
+            simplification.simplify(tally, broken[place + 1 :])
 
     def evidence(self) -> list[Evidence]:
         """Return what the runs say about each law."""
@@ -116,35 +112,30 @@ class Runs:
         residual = (tally for tally in self.tallies.values() if tally.law.kind == "residual")
         return self._fail_fast and any(tally.violated for tally in residual)
 
-    def _shapes(self) -> tuple[list[Shape], list[Shape]]:
-        """Return the tiny shapes, where counterexamples are small, and the further ones."""
-        features, domain = self._bench.subject.features, self._bench.domain
-        tiny = len(strategies.TINY_SHAPES)
-        size = tiny + self._plan.shapes
+    def _further(self) -> list[Shape]:
+        """Return shapes that are not tiny, with as many rows as can be run; say where these are fewer."""
+        domain, budget = self._bench.domain, self._bench.budget
+        features = self._bench.subject.features
+        size = len(strategies.TINY_SHAPES) + self._plan.shapes
         pool = strategies.shape_pool(self._seed, domain=domain, features=features, size=size)
+        tiny = strategies.tiny_shapes(domain=domain, features=features)
         width = features[0] if features else 4
-        further = [*pool[tiny:], *((rows, width) for rows in self._plan.large)]
-        small = pool[:tiny][-self._plan.tiny :]
-        found = self._affordable([*small, *further])
-        tinies, others = found[: len(small)], found[len(small) :]
-        return list(dict.fromkeys(tinies)), list(dict.fromkeys(others))
-
-    def _affordable(self, shapes: list[Shape]) -> list[Shape]:
-        """Return the shapes with as many rows as can be run, and say so where these are fewer."""
-        most_rows = self._bench.budget.rows
-        found = [(min(rows, most_rows(width) or rows), width) for rows, width in shapes]
-        if found != shapes:
+        drawn = [*pool[len(tiny) :], *((rows, width) for rows in self._plan.large)]
+        found = [(min(rows, budget.rows(width) or rows), width) for rows, width in drawn]
+        if found != drawn:
             most = max(rows for rows, _ in found)
             narrower = "; the same code with narrower layers is checked far faster"
             more = narrower if any(map(self._huge, found)) else ""
             self.notes.append(f"a large model: cases of at most {most} rows{more}")
-        return found
+        return list(dict.fromkeys(found))
 
     def _huge(self, shape: Shape) -> bool:
         return self._bench.budget.held(shape) < ROWS
 
-    def _stack(self, shapes: list[Shape], rng: np.random.Generator) -> None:
+    def _stack(self, shapes: Iterable[Shape], rng: np.random.Generator) -> None:
         for rows, features in shapes:
+            if self._enough or not self._bench.stacks:
+                return
             self._tell(f"stacked cases of shape ({rows}, {features})", self.cases)
             try:
                 fewest = HUGE if self._huge((rows, features)) else FEWEST
@@ -153,16 +144,13 @@ class Runs:
             except Exception as error:  # noqa: BLE001 - whatever a user's code raises under vmap
                 line = (str(error).strip().splitlines() or [""])[0]
                 self._bench.unstack(f"not run under vmap: {type(error).__name__}: {line}")
-                return
-            if self._enough:
-                break
 
-    def _descend(self, tiny: int, rng: np.random.Generator) -> None:
+    def _descend(self, rng: np.random.Generator) -> None:
         """Look for smaller violating cases of the laws that only large batches were seen to break."""
-        for rows in BETWEEN:
+        for rows in BETWEEN if self._bench.stacks else ():
             broken = [tally for tally in self.tallies.values() if tally.violated]
             found = [tally.case.shape for tally in broken if tally.case is not None]
-            large = [shape for shape in found if shape[0] > max(rows, tiny)]
+            large = [shape for shape in found if shape[0] > rows]
             if not large:
                 return
             features = self._bench.subject.features
@@ -202,41 +190,6 @@ class Runs:
         for case, residuals in zip(cases, exploration.all_residuals(observed()), strict=True):
             for name, value in residuals.items():
                 self.tallies[name].add(stack([case]), np.asarray([value]))
-
-    def _simplify(self, tally: Tally, others: list[Tally], tiny: list[Shape]) -> None:
-        """Put the simplest violating case in place: one that is confirmed.
-
-        It is by a single call: that stacked and single runs differ is for vmap_equals_loop to
-        judge. And by a second reading of the rounding: among thousands of cases, bred from the
-        worst, one finds the first reading's luck.
-        """
-        bench, law, worst = self._bench, tally.law, tally.worst or 0.0
-        stacked = bench.volume if bench.stacks and law.name in bench.volume.laws else None
-        judges = [bench.judge]
-        if "noise" in law.needs and worst < CLEAR:
-            judges.append(bench.second)
-
-        def violates(case: Case, judges: Sequence[Judge]) -> bool:
-            # What was judged together is again: that program exists.
-            laws = stacked.judged(case.shape) if stacked is not None else [law]
-            ((t, available),) = bench.exploration.transitions([(case, COSTLY)], laws)
-            laws = judged(laws, available)
-            return all(judge.each([t], laws)[0].get(law.name, -1.0) > 1 for judge in judges)
-
-        assert tally.case is not None
-        candidates: Iterable[Case | None]
-        if stacked is not None:
-            candidates = [stacked.simplify(tally, others)]
-        elif COSTLY.intersection(law.needs):
-            candidates = plainer(tally.case, tiny)
-        else:
-            seen = partial(violates, judges=judges[:1])
-            candidates = [find(tiny, bench.domain, seen, self._seed, TRIES)]
-        for case in (*candidates, tally.case, tally.worst_case):
-            if case is not None and violates(case, judges):
-                tally.replace(case)
-                return
-        tally.dismissed = True
 
 
 def _verdict(tally: Tally) -> tuple[Status, str]:
