@@ -154,7 +154,7 @@ def shape_pool(
 def tiny_shapes(
     *, domain: Domain = DEFAULT_DOMAIN, features: Sequence[int] | None = None
 ) -> tuple[Shape, ...]:
-    """Return ``TINY_SHAPES`` or what comes nearest, in order of size: some may be the same.
+    """Return ``TINY_SHAPES`` or what comes nearest, in order of size: two where D has one size.
 
     Args:
         domain: bounds N and D.

@@ -50,13 +50,12 @@ class Simplification:
             others: of laws that are violated too: what is tried for this one may show them.
         """
         bench, law, worst = self._bench, tally.law, tally.worst or 0.0
-        stacked = bench.stacks and law.name in bench.volume.laws
         judges = [bench.judge]
         if "noise" in law.needs and worst < CLEAR:
             judges.append(bench.second)
         assert tally.case is not None
         candidates: Iterable[Case | None]
-        if stacked:
+        if self._stacked(law):
             candidates = [bench.volume.simplify(tally, others)]
         elif COSTLY.intersection(law.needs):
             candidates = plainer(tally.case, self._shapes)
@@ -69,6 +68,9 @@ class Simplification:
                 return
         tally.dismissed = True
 
+    def _stacked(self, law: Law) -> bool:
+        return self._bench.stacks and law.name in self._bench.volume.laws
+
     def _violates(self, law: Law, judges: Sequence[Judge], case: Case) -> bool:
         return all(self._residuals(law, judge, case).get(law.name, -1.0) > 1 for judge in judges)
 
@@ -79,8 +81,7 @@ class Simplification:
         and that is run once.
         """
         bench = self._bench
-        stacked = bench.stacks and law.name in bench.volume.laws
-        laws = bench.volume.judged(case.shape) if stacked else [law]
+        laws = bench.volume.judged(case.shape) if self._stacked(law) else [law]
         names = tuple(law.name for law in laws)
         key = judge, names, case.shape, tuple(np.asarray(leaf).tobytes() for leaf in case)
         if key not in self._known:
