@@ -130,6 +130,9 @@ _SCALING = frozenset(
 # Step functions of a real number.
 STEPS = frozenset({"argmax", "argmin", "ceil", "floor", "round"})
 
+NEAR = 1e3
+"""The most by which a literal scales a value whose range is then not looked at."""
+
 # The bits of a float are the point: these run in the original dtype.
 BITWISE = frozenset({"bitcast_convert_type", "nextafter", "reduce_precision"})
 
@@ -205,6 +208,11 @@ def _leaves_digits(eqn: Any, position: int) -> bool:
     return power and (name == "mul" or (name == "div" and position == 1))
 
 
+def is_wide(dtype: Any) -> bool:
+    """Return whether values of ``dtype`` are seldom near the ends of its range: not float16's."""
+    return int(jnp.finfo(dtype).nexp) >= 8
+
+
 def faint(dtype: Any) -> float:
     """Return the magnitude below which values of ``dtype`` may stem from what underflowed.
 
@@ -212,7 +220,7 @@ def faint(dtype: Any) -> float:
     they only lose digits, and each rounding of the rows loses as many.
     """
     info = jnp.finfo(dtype)
-    return float(info.smallest_subnormal) if info.nexp < 8 else float(info.tiny) * 2**16
+    return float(info.tiny) * 2**16 if is_wide(dtype) else float(info.smallest_subnormal)
 
 
 def leaves_range(eqn: Any) -> bool:
@@ -221,8 +229,9 @@ def leaves_range(eqn: Any) -> bool:
         old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
         return _is_real(old) and int(jnp.finfo(new).maxexp) < int(jnp.finfo(old).maxexp)
     literals = [compat.literal(atom) for atom in eqn.invars]
-    moderate = any(n is not None and n.ndim == 0 and 1e-3 <= abs(n) <= 1e3 for n in literals)
-    return eqn.primitive.name in _SCALING and not (moderate and len(eqn.invars) == 2)
+    near = any(n is not None and n.ndim == 0 and 1 / NEAR <= abs(n) <= NEAR for n in literals)
+    spared = near and len(eqn.invars) == 2 and is_wide(eqn.outvars[0].aval.dtype)
+    return eqn.primitive.name in _SCALING and not spared
 
 
 def pole(eqn: Any) -> int | None:

@@ -121,7 +121,7 @@ class Rows:
             one, other, turned = draws.alike(self._points, self.which, draw, exact)
             factor = jnp.where(turned, 1 + size * other, 1 + size * one)
         rounded = array * factor
-        if jnp.finfo(dtype).nexp < 8:  # float16: values of every day are subnormal
+        if not arithmetic.is_wide(dtype):  # float16: values of every day are subnormal
             step = float(jnp.finfo(dtype).smallest_subnormal) * units
             rounded = jnp.where(array == 0, rounded, rounded + step * self._draw(shape))
         return Value(rounded, rows=True)
@@ -132,10 +132,11 @@ class Rows:
         But in row 0, which is exact.
         """
         info, column = jnp.finfo(dtype), (1 + self.rows, *[1] * (value.array.ndim - 1))
+        # Partial sums may be larger than the sum, and a literal scale what is then not confined.
+        most = float(info.max) / 4 / (arithmetic.NEAR if arithmetic.is_wide(dtype) else 1)
         # float16 is computed in 32 bits, where its subnormal numbers are normal: none is flushed.
-        tiny = 0.0 if info.nexp < 8 else float(info.tiny)
-        # A quarter, because partial sums may be larger than the sum.
-        largest, least = np.full(column, float(info.max) / 4), np.full(column, tiny)
+        tiny = float(info.tiny) * arithmetic.NEAR if arithmetic.is_wide(dtype) else 0.0
+        largest, least = np.full(column, most), np.full(column, tiny)
         largest[0], least[0] = np.inf, 0
         size = jnp.abs(value.array)
         inner = jnp.where(size < least, 0, value.array)

@@ -280,6 +280,17 @@ def test_what_underflows_is_allowed_to_vanish():
     assert worst(actual, exact, noise) <= 1
 
 
+def test_what_a_literal_moves_out_of_range_is_noticed():
+    """Half of a number just in range may vanish, as BatchNorm's var**-1.5 does; thrice overflows."""
+    x = np.abs(normal(CASES, scale=0.05)) + np.float32(1)
+    small = claim(lambda x, y: (x * x) * 0.5 * y, x * np.float32(1.2e-19), x * np.float32(1e37))
+    assert (small[1] > 0).all()
+    np.testing.assert_array_equal(small[0], 0)
+    assert worst(*small[:3]) <= 1
+    _, _, noise, _ = claim(lambda x: (x * x) * 3.0 - 1.0, x * np.float32(1.2e19))
+    assert np.isinf(noise).all()
+
+
 def test_a_loop_whose_length_rounding_decides_makes_no_claim():
     """Rows that disagree on how often to turn have nothing in common."""
 
