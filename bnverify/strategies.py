@@ -119,7 +119,8 @@ def shape_pool(
 
     The tiny ones, ``TINY_SHAPES`` or what comes nearest, are always there. The others spread evenly
     over the logarithms of N and D; where there are several, one of them is the largest of the
-    domain, since what goes wrong with size goes wrong at its end.
+    domain, since what goes wrong with size goes wrong at its end; the smallest has an odd N, since
+    the largest seldom has, and halves of a batch are unequal there.
 
     Args:
         seed: chooses the shapes that are not tiny.
@@ -144,6 +145,8 @@ def shape_pool(
         for _ in range(10):  # where the domain has few shapes, the pool stays smaller
             at = (i + choose.random()) / strata
             rows = min(domain.max_rows, int(3 * (domain.max_rows / 3 + 1) ** at))
+            if i == 0 and rows > 2:
+                rows = rows - 1 | 1
             width = widths[int((len(widths) + 1) ** choose.random()) - 1]
             if (rows, width) not in pool:
                 pool.add((rows, width))

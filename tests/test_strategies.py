@@ -259,6 +259,7 @@ def test_every_pool_has_the_tiny_shapes_first_and_keeps_the_domain(seed: int) ->
     assert pool[: len(strategies.TINY_SHAPES)] == strategies.TINY_SHAPES
     assert len(set(pool)) == strategies.POOL_SIZE
     assert all(rows <= DOMAIN.max_rows and width <= DOMAIN.max_features for rows, width in pool)
+    assert any(rows > 2 and rows % 2 for rows, _ in pool)
 
 
 def test_pools_differ_from_run_to_run_and_together_cover_the_domain() -> None:

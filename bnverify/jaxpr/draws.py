@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _SMALL = 512  # elements up to which each has its own draw; beyond, each index of each axis
+_MANTISSA = 23  # bits of a float32 after the leading one
 _SCALE = 1.0408  # the root mean square of a size between 0.5 and 1.5
 
 
@@ -70,25 +71,30 @@ def independent(seed: int, which: Which, shape: tuple[int, ...]) -> Any:
     return draw
 
 
-def alike(seed: int, which: Which, draw: Any, exact: Any) -> tuple[Any, Any, Any]:
-    """Return two draws and which elements take the second: in half of the rows by their values.
+def alike(seed: int, which: Which, draw: Any, exact: Any, dtype: Any) -> tuple[Any, Any, Any]:
+    """Return two draws and which elements take the second: in half of the rows by their digits.
 
-    There equal values err equally; in the other rows the two are ``draw``. A batch of n equal rows
-    errs n-fold in a sum, where independent errors add up to sqrt(n). In 32 bits the difference
-    drowns in what a sum of few terms is allowed anyway; in 16 it does not.
+    There values of equal digits err equally, whatever their sign and power of two, as they do when
+    they are rounded; in the other rows the two are ``draw``. A batch of n equal rows errs n-fold
+    in a sum, where independent errors add up to sqrt(n). In 32 bits the difference drowns in what
+    a sum of few terms is allowed anyway; in 16 it does not.
 
     Args:
         seed: another for each equation.
         which: the rows that are held.
         draw: (1 + held, *shape).
         exact: the values without rounding, of ``shape``.
+        dtype: that they are rounded to.
     """
     rng = np.random.default_rng(seed)
     odd = rng.integers(-(2**30), 2**30, 1 + which.total, np.int32) * 2 + 1
-    # In 32 bits, as what float64 tells apart in its last places is equal in the program. The top
+    # As the program holds them: what float64 tells apart in its last places is equal there. The top
     # bit of a product with an odd number takes every bit into account, and is its sign.
-    bits = jax.lax.bitcast_convert_type(exact.astype(jnp.float32), jnp.int32)
-    turned = bits * which.column(which.of(odd), draw.ndim) < 0
+    held = exact.astype(jnp.float32)
+    if jnp.finfo(dtype).nmant < _MANTISSA:
+        held = jax.lax.reduce_precision(held, 8, int(jnp.finfo(dtype).nmant))
+    digits = jax.lax.bitcast_convert_type(held, jnp.int32) & (2**_MANTISSA - 1) | 2**_MANTISSA
+    turned = digits * which.column(which.of(odd), draw.ndim) < 0
     size = which.column(which.of(rng.uniform(0.5, 1.5, 1 + which.total) / _SCALE), draw.ndim)
     half = which.column(which.numbers > which.total - which.total // 2, draw.ndim)
     # Where all is known by now, the two are constants of the program.

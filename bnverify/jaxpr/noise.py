@@ -6,7 +6,7 @@ and element, somewhat larger than a rounding of the program's dtype: one thing t
 could have made of the same numbers. Draws are independent, because compiled arithmetic is no
 function of the values alone: sums are reordered, and a product may be fused into the sum that
 takes it, so that equal terms need not cancel. But mostly it is one, so that the errors of tied
-rows agree and add up: where that counts, half of the rows have equal draws for equal values.
+rows agree and add up: where that counts, half of the rows have equal draws for equal digits.
 
 What rounding can do:
 
@@ -118,7 +118,7 @@ class Rows:
         factor = 1 + size * draw
         if jnp.finfo(dtype).bits < 32 or max(shape, default=0) >= MANY:
             exact = array[0] if value.rows else array
-            one, other, turned = draws.alike(self._points, self.which, draw, exact)
+            one, other, turned = draws.alike(self._points, self.which, draw, exact, dtype)
             factor = jnp.where(turned, 1 + size * other, 1 + size * one)
         rounded = array * factor
         if not arithmetic.is_wide(dtype):  # float16: values of every day are subnormal

@@ -116,7 +116,13 @@ class GradientsThroughBfloat16(CanonicalStep):
         return result, mapped(lambda slope: rounded(slope, "bfloat16"), grads)
 
 
-@fault(mistake="wrong_gradient")
+@fault(
+    mistake="wrong_gradient",
+    tolerated=(
+        "a choice of precision: its rounding, and what float16 cannot hold, are part of the step's "
+        "own arithmetic, and allowed for"
+    ),
+)
 class GradientsThroughHalf(CanonicalStep):
     """Gradients pass through float16 without a loss scale: small ones vanish, large overflow."""
 

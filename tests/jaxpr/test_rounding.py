@@ -23,9 +23,9 @@ def normal(*shape, scale=1.0, offset=0.0):
     return (RNG.normal(size=shape) * scale + offset).astype(np.float32)
 
 
-def claim(function, *stacked):
+def claim(function, *stacked, seed=0):
     """Return what ``function`` gives in its own dtypes, and what is claimed, on stacked inputs."""
-    reading = rounding(function, *jax.tree_util.tree_map(lambda leaf: leaf[0], stacked))
+    reading = rounding(function, *jax.tree_util.tree_map(lambda leaf: leaf[0], stacked), seed=seed)
     actual = jax.jit(jax.vmap(function))(*stacked)
     with enable_x64():
         claimed = jax.jit(jax.vmap(reading.evaluate))(*stacked)
@@ -414,6 +414,21 @@ def test_equal_rows_of_16_bits_err_alike():
 
     actual, exact, noise, _ = claim(function, normal(CASES))
     assert worst(actual, exact, noise) <= 2  # what laws allow; sqrt(64) times as much without
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "values", [(1.129, -1.129, 2.258, -2.258), (1.0121, 1.0126, 1.0131, 1.0135)]
+)
+def test_equal_digits_of_16_bits_err_alike(values, seed):
+    """Numbers that differ by sign or a power of two, or round to one number, err by one factor."""
+    x = np.float32(np.tile(values, (1, 16)))
+
+    def function(x):
+        return jnp.sum(jnp.square(x.astype(jnp.bfloat16).astype(jnp.float32)))
+
+    actual, exact, noise, _ = claim(function, x, seed=seed)
+    assert worst(actual, exact, noise) <= 2  # what laws allow
 
 
 def test_the_subnormal_numbers_of_float16_keep_their_errors():
