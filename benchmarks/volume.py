@@ -33,7 +33,7 @@ import numpy as np
 from bnverify import reference
 from bnverify.case import Domain
 from bnverify.engine import proof
-from bnverify.engine.budget import AT_ONCE
+from bnverify.engine.budget import AT_ONCE, Budget
 from bnverify.engine.judge import Judge, exemption, judged, shown_by, static_facts
 from bnverify.engine.verify import Checker
 from bnverify.engine.volume import NEEDS, Volume
@@ -41,7 +41,7 @@ from bnverify.jaxpr.noise import ROWS
 from bnverify.laws import LAWS, Law
 from bnverify.profile import Profile
 from bnverify.stacks import stacked_cases
-from bnverify.strategies import TINY_SHAPES
+from bnverify.strategies import TINY_SHAPES, shape_pool
 from bnverify.subject import Subject
 
 
@@ -108,12 +108,15 @@ def one_shape(shape: tuple[int, int], block: int, seconds: float) -> None:
 
 def many_cases(cases: int, shapes: int, block: int) -> int:
     """Check ``cases`` over ``shapes`` shapes from nothing compiled; return the exit status."""
-    blocks = math.ceil(cases / (shapes * block))
+    subject = reference.sgd()
+    budget = Budget(subject, block)
+    round_of_all = sum(budget.block(shape) for shape in shape_pool(0, size=shapes))
     further = shapes - len(TINY_SHAPES)
+    blocks = math.ceil(cases / round_of_all)
     profile = Profile("many", shapes=further, blocks=blocks, block=block, examples=0)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["BNVERIFY_CACHE"] = cache
-        report = Checker(reference.sgd(), profile).run()
+        report = Checker(subject, profile).run(0)
     print(f"{report.cases:,} cases of {shapes} shapes in {report.seconds:,.0f} s, cold")
     for evidence in report.violated:
         print(f"violated: {evidence.law}: {evidence.reason}\n{evidence.counterexample}")
