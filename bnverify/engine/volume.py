@@ -26,6 +26,7 @@ NEEDS = frozenset(
     + [
         "expected_update",
         "layer_inputs",
+        "nudged_layer_inputs",
         "after_eval",
         "noise",
         "directional_derivative",
