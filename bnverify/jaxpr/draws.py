@@ -96,7 +96,8 @@ def alike(seed: int, which: Which, draw: Any, exact: Any, dtype: Any) -> tuple[A
     digits = jax.lax.bitcast_convert_type(held, jnp.int32) & (2**_MANTISSA - 1) | 2**_MANTISSA
     turned = digits * which.column(which.of(odd), draw.ndim) < 0
     size = which.column(which.of(rng.uniform(0.5, 1.5, 1 + which.total) / _SCALE), draw.ndim)
-    half = which.column(which.numbers > which.total - which.total // 2, draw.ndim)
+    # Not those that take a side of a kink (jaxpr/kinks.py): what cancels here would not reach it.
+    half = which.column((which.numbers % 4 < 2) & (which.numbers > 0), draw.ndim)
     # Where all is known by now, the two are constants of the program.
     known = all(isinstance(part, np.ndarray) for part in (draw, size, half))
     where: Any = np.where if known else jnp.where

@@ -129,18 +129,22 @@ class Rows:
     def confine(self, value: Value, dtype: Any) -> Value:
         """Return ``value`` in the range of ``dtype``: beyond it infinite, below it 0.
 
-        But in row 0, which is exact.
+        But in row 0, which is exact. Near the lower end every other row loses what the rest keep:
+        what is lost in all of them may cancel again.
         """
-        info, column = jnp.finfo(dtype), (1 + self.rows, *[1] * (value.array.ndim - 1))
+        info, wide = jnp.finfo(dtype), arithmetic.is_wide(dtype)
         # Partial sums may be larger than the sum, and a literal scale what is then not confined.
-        most = float(info.max) / 4 / (arithmetic.NEAR if arithmetic.is_wide(dtype) else 1)
+        most = float(info.max) / 4 / (arithmetic.NEAR if wide else 1)
         # float16 is computed in 32 bits, where its subnormal numbers are normal: none is flushed.
-        tiny = float(info.tiny) * arithmetic.NEAR if arithmetic.is_wide(dtype) else 0.0
-        largest, least = np.full(column, most), np.full(column, tiny)
+        tiny = float(info.tiny) if wide else 0.0
+        odd = np.arange(1 + self.which.total) % 2 == 1
+        largest = np.full(odd.shape, most)
+        least = tiny * np.where(odd, arithmetic.NEAR, 1 / arithmetic.NEAR)
         largest[0], least[0] = np.inf, 0
-        size = jnp.abs(value.array)
-        inner = jnp.where(size < least, 0, value.array)
-        return Value(jnp.where(size > largest, jnp.inf, inner), rows=True)
+        size, rank = jnp.abs(value.array), value.array.ndim
+        low, high = (self.which.column(self.which.of(ends), rank) for ends in (least, largest))
+        inner = jnp.where(size < low, 0, value.array)
+        return Value(jnp.where(size > high, jnp.inf, inner), rows=True)
 
     def _apply(self, eqn: Any, inputs: Sequence[Value], params: dict[str, Any]) -> list[Value]:
         """Return the primitive on every row."""

@@ -291,6 +291,19 @@ def test_what_a_literal_moves_out_of_range_is_noticed():
     assert np.isinf(noise).all()
 
 
+def test_what_may_vanish_errs_where_it_does_not():
+    """Multiples of a number just in range cancel: if it were lost in all rows, no error were left."""
+    x = np.abs(normal(CASES, scale=0.05)) + np.float32(1)
+    y = np.abs(normal(CASES, scale=0.05)) + np.float32(1)
+
+    def function(x, y):
+        near = x * x
+        return near * (y + 1e37) - near * y - near * 1e37
+
+    actual, exact, noise, _ = claim(function, x * np.float32(1.5e-19), y * np.float32(1e37))
+    assert worst(actual, exact, noise) <= 1
+
+
 def test_a_loop_whose_length_rounding_decides_makes_no_claim():
     """Rows that disagree on how often to turn have nothing in common."""
 
