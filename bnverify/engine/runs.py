@@ -19,6 +19,7 @@ from bnverify.engine.volume import NEEDS
 from bnverify.evidence import Evidence, Status
 from bnverify.jaxpr.noise import ROWS
 from bnverify.pytree import stack
+from bnverify.unusable import first_line
 
 Tell = Callable[[str, int], None]
 Shape = tuple[int, int]
@@ -145,8 +146,7 @@ class Runs:
                 blocks = math.ceil(fewest / self._bench.budget.block((rows, features)))
                 self._block((rows, features), max(self._plan.blocks, blocks), rng)
             except Exception as error:  # noqa: BLE001 - whatever a user's code raises under vmap
-                line = (str(error).strip().splitlines() or [""])[0]
-                self._bench.unstack(f"not run under vmap: {type(error).__name__}: {line}")
+                self._bench.unstack(f"not run under vmap: {first_line(error)}")
 
     def _descend(self, rng: np.random.Generator) -> None:
         """Look for smaller violating cases of the laws that only large batches were seen to break."""

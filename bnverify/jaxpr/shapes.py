@@ -22,6 +22,7 @@ import jax.export
 import numpy as np
 
 from bnverify.jaxpr.tracing import Abstract, Program, trace
+from bnverify.unusable import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -88,9 +89,7 @@ def _stage(stage: str, function: Callable[..., Any], *args: Any) -> Program:
     try:
         return trace(function, *args)
     except Exception as error:  # whatever a user's code raises on sizes it cannot take
-        lines = str(error).strip().splitlines() or [""]
-        message = f"{stage} does not trace: {type(error).__name__}: {lines[0]}"
-        raise TraceError(message) from error
+        raise TraceError(f"{stage} does not trace: {first_line(error)}") from error
 
 
 def _batch(n: Any, d: Any) -> tuple[Abstract, Abstract, Abstract]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnverify.lazy import jax
+from bnverify.unusable import first_line
 from bnverify.upgrade.leaves import named
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Noise:
         try:
             return self._read(stacked)
         except Exception as error:  # noqa: BLE001 - a step that runs and cannot be read is no fault
-            self.unread = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            self.unread = first_line(error)
             return None
 
     def _read(self, stacked: Any) -> Any:

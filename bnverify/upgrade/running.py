@@ -10,6 +10,7 @@ import numpy as np
 
 from bnverify.lazy import jax
 from bnverify.pytree import stack
+from bnverify.unusable import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -37,7 +38,7 @@ class Runner:
             except Exception as error:  # noqa: BLE001 - whatever a user's code raises under jit
                 # If it fails without jit too, that error is the one to tell.
                 result = self._function(*args)
-                self.eager = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                self.eager = first_line(error)
                 return _on_host(result)
         return _on_host(self._function(*args))
 
