@@ -58,9 +58,14 @@ def other_inputs(case: Case) -> Case:
 
     What all rows are moved by a normalisation takes away again.
     """
-    rows, features = case.shape
-    moves = 1 + np.add.outer(np.arange(rows), np.arange(features)) % 3
+    moves = 1 + _diagonals(case) % 3
     return case._replace(x=case.x + moves.astype(np.float32))
+
+
+def _diagonals(case: Case) -> Any:
+    """Return the number of the diagonal that each input is on, (N, D): another than its neighbours'."""
+    rows, features = case.shape
+    return np.add.outer(np.arange(rows), np.arange(features))
 
 
 def other_targets(case: Case) -> Case:
@@ -75,8 +80,12 @@ def nudged(value: Any, pattern: int) -> Any:
     """Return ``value`` with its elements moved up and down by eight roundings, in a pattern."""
     index = np.arange(value.shape[-1] if value.ndim else 1)
     signs = 1 - 2 * ((index * (2654435769, 0, 1)[pattern] >> (4 if pattern == 0 else 0)) % 2)
-    moved: Any = value * (1 + 4 * float(jnp.finfo(value.dtype).eps) * signs)
-    return moved.reshape(value.shape)
+    return _by_eight_roundings(value, signs).reshape(value.shape)
+
+
+def _by_eight_roundings(value: Any, signs: Any) -> Any:
+    """Return ``value`` moved by eight roundings of its dtype: outwards for 1, inwards for -1."""
+    return value * (1 + 4 * float(jnp.finfo(value.dtype).eps) * signs)
 
 
 def nudged_inputs(case: Case) -> list[Case]:
@@ -85,10 +94,9 @@ def nudged_inputs(case: Case) -> list[Case]:
     Both tell how far rounding moves what follows smoothly from them; an integer that is cut from
     an input jumps one way only.
     """
-    rows, features = case.shape
-    moved = np.add.outer(np.arange(rows), np.arange(features)) % 2
-    step = 4 * np.finfo(np.float32).eps * moved
-    return [case._replace(x=(case.x * (1 + by)).astype(np.float32)) for by in (step, -step)]
+    half = _diagonals(case) % 2
+    moved = (_by_eight_roundings(case.x, signs) for signs in (half, -half))
+    return [case._replace(x=x.astype(np.float32)) for x in moved]
 
 
 def reverse_rows(case: Case) -> Case:

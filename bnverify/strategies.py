@@ -146,7 +146,7 @@ def shape_pool(
             at = (i + choose.random()) / strata
             rows = min(domain.max_rows, int(3 * (domain.max_rows / 3 + 1) ** at))
             if i == 0 and rows > 2:
-                rows = rows - 1 | 1
+                rows -= 1 - rows % 2
             width = widths[int((len(widths) + 1) ** choose.random()) - 1]
             if (rows, width) not in pool:
                 pool.add((rows, width))

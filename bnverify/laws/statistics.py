@@ -174,17 +174,18 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
             continue
         mean, var, count = _moments(given)
         square = var + mean**2
-        near = [_moments(inputs[path]) for inputs in t.facts["nudged_layer_inputs"]]
+        outer, inner = (_moments(inputs[path]) for inputs in t.facts["nudged_layer_inputs"])
         places = jnp.log2(count) + 16
         kept = 6 * unit(given.value) if unit(given.value) > unit(jnp.float32(0)) else 0.0
-        for at, (name, expected, scale) in enumerate(
-            (("mean", mean, jnp.sqrt(square)), ("var", var, square))
+        for name, expected, out, into, scale in (
+            ("mean", mean, outer[0], inner[0], jnp.sqrt(square)),
+            ("var", var, outer[1], inner[1], square),
         ):
             own = own_weight(wide(zero[name]), wide(high[name]), zero[name].dtype, jnp)
             u = unit(zero[name])
             # (1 - m) b and h^2 may be flushed to zero below the smallest normal number.
             flushed = 4 * smallest(zero[name]) / own
-            moved = jnp.minimum(*(jnp.abs(moments[at] - expected) for moments in near))
+            moved = jnp.minimum(jnp.abs(out - expected), jnp.abs(into - expected))
             rounded = (places * u + kept) * scale + 8 * u / own * jnp.abs(expected)
             allowed = rounded + flushed + 8 * moved
             usable = jnp.where(_measurable(zero[name]) & (own > 0), allowed, jnp.inf)
