@@ -126,24 +126,30 @@ class Rows:
             rounded = jnp.where(array == 0, rounded, rounded + step * self._draw(shape))
         return Value(rounded, rows=True)
 
-    def confine(self, value: Value, dtype: Any) -> Value:
+    def confine(self, value: Value, dtype: Any, room: float = 4) -> Value:
         """Return ``value`` in the range of ``dtype``: beyond it infinite, below it 0.
 
         But in row 0, which is exact. Near the lower end every other row loses what the rest keep:
         what is lost in all of them may cancel again.
+
+        Args:
+            value: what to confine.
+            dtype: of the program.
+            room: how much larger than a sum its partial sums may be.
         """
         info, wide = jnp.finfo(dtype), arithmetic.is_wide(dtype)
-        # Partial sums may be larger than the sum, and a literal scale what is then not confined.
-        most = float(info.max) / 4 / (arithmetic.NEAR if wide else 1)
+        # A literal may scale what is then not confined.
+        most = float(info.max) / room / (arithmetic.NEAR if wide else 1)
         # float16 is computed in 32 bits, where its subnormal numbers are normal: none is flushed.
         tiny = float(info.tiny) if wide else 0.0
         odd = np.arange(1 + self.which.total) % 2 == 1
         largest = np.full(odd.shape, most)
         least = tiny * np.where(odd, arithmetic.NEAR, 1 / arithmetic.NEAR)
         largest[0], least[0] = np.inf, 0
-        size, rank = jnp.abs(value.array), value.array.ndim
+        array = self.spread(value)
+        size, rank = jnp.abs(array), array.ndim
         low, high = (self.which.column(self.which.of(ends), rank) for ends in (least, largest))
-        inner = jnp.where(size < low, 0, value.array)
+        inner = jnp.where(size < low, 0, array)
         return Value(jnp.where(size > high, jnp.inf, inner), rows=True)
 
     def _apply(self, eqn: Any, inputs: Sequence[Value], params: dict[str, Any]) -> list[Value]:
@@ -263,21 +269,22 @@ class Rows:
             outputs = self._apply(eqn, inputs, widen_params(eqn.params))
         except (NotImplementedError, TypeError):  # no float64 form of it, or no batched one
             return self._give_up(eqn, inputs)
-        if arithmetic.is_exact(eqn):
-            return outputs
         rounded = [
             self._finish(eqn, value, var.aval.dtype, units) if is_float(var.aval.dtype) else value
             for value, var in zip(outputs, eqn.outvars, strict=True)
         ]
-        exactly = self._exactly(eqn, inputs)
+        exactly = None if arithmetic.is_exact(eqn) else self._exactly(eqn, inputs)
         if exactly is not None:
             kept = jnp.where(exactly, self.spread(outputs[0]), rounded[0].array)
             return [Value(kept, rows=True)]
         return rounded
 
     def _finish(self, eqn: Any, value: Value, dtype: Any, units: float) -> Value:
-        rounded = self.round(value, dtype, units)
-        return self.confine(rounded, dtype) if arithmetic.leaves_range(eqn) else rounded
+        exact = arithmetic.is_exact(eqn)
+        finished = value if exact else self.round(value, dtype, units)
+        if arithmetic.leaves_range(eqn):
+            return self.confine(finished, dtype, room=1 if exact else 4)
+        return finished
 
     def _exactly(self, eqn: Any, inputs: Sequence[Value]) -> Any | None:
         """Return where the values themselves spare an equation its rounding; None: nowhere."""

@@ -59,9 +59,9 @@ class _Points(Rows):
         del dtype, units
         return value
 
-    def confine(self, value: Value, dtype: Any) -> Value:
+    def confine(self, value: Value, dtype: Any, room: float = 4) -> Value:
         """Leave ``value`` as it is."""
-        del dtype
+        del dtype, room
         return value
 
     def _at_kink(self, eqn: Any, inputs: Sequence[Value]) -> Value | None:

@@ -462,3 +462,16 @@ def test_a_conversion_to_fewer_bits_may_overflow():
     _, _, noise, _ = claim(lambda x: (x.astype(jnp.float16), x.astype(jnp.bfloat16)), x)
     assert np.isinf(noise[0]).all()
     assert np.isfinite(noise[1]).all()
+
+
+def test_what_a_power_of_two_scales_may_overflow():
+    """It keeps its digits, but beyond the range of float16 nothing is claimed of it."""
+    x = normal(CASES, 3, scale=10, offset=500)
+
+    def scaled(x):
+        half = x.astype(jnp.float16)
+        return half * jnp.float16(64), half * jnp.float16(256)
+
+    _, _, noise, _ = claim(scaled, x)
+    assert np.isfinite(noise[0]).all()
+    assert np.isinf(noise[1]).all()
