@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
-import difflib
 import math
 import tomllib
 from typing import TYPE_CHECKING
 
-from bnverify.unusable import cause
+from bnverify.unusable import cause, did_you_mean
 from bnverify.upgrade.difference import KINDS, Kind
 from bnverify.upgrade.policy import COSTS, FAILING, Acceptance, Policy
 
@@ -134,8 +133,7 @@ def _mapping(path: Path, key: str, value: object) -> dict[str, object]:
 def _only(path: Path, prefix: str, table: dict[str, object], allowed: Collection[str]) -> None:
     for key in table:
         if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(key, allowed)
             message = f"{path}: unknown key {prefix}{key}; allowed are {', '.join(allowed)}{hint}"
             raise PolicyError(message)
 

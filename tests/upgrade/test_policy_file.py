@@ -102,7 +102,7 @@ def test_two_policies_are_refused(tmp_path):
         ("a = " + "[" * 10_000, "cannot read the policy"),
         (
             'fails = ["api"]',
-            "unknown key fails; allowed are fail, accept, bounds; did you mean fail",
+            "unknown key fails; allowed are fail, accept, bounds; did you mean 'fail'",
         ),
         ("zzz = 1", "unknown key zzz; allowed are fail, accept, bounds$"),
         ('fail = "api"', "fail = 'api' is not allowed; it must be a list"),
@@ -112,7 +112,7 @@ def test_two_policies_are_refused(tmp_path):
         ("accept = [1]", r"accept\[0\] = '1' is not allowed; it must be a table"),
         (
             ENTRY.replace("reason", "reasons"),
-            r"unknown key accept\[0\]\.reasons.*did you mean reason",
+            r"unknown key accept\[0\]\.reasons.*did you mean 'reason'",
         ),
         (ENTRY.replace('class = "api"', ""), r"accept\[0\]\.class is missing; it must be one of"),
         (ENTRY.replace('reason = "r"', ""), r"accept\[0\]\.reason is missing; it must be text"),
@@ -124,7 +124,7 @@ def test_two_policies_are_refused(tmp_path):
         (ENTRY + "leaf = 3", r"accept\[0\]\.leaf = '3' is not allowed; it must be text"),
         (ENTRY + 'subject = ""', r"accept\[0\]\.subject = '' is not allowed; it must be text"),
         ("bounds = 1", "bounds = '1' is not allowed; it must be a table"),
-        ("[bounds]\nruntime = 1.0", r"unknown key bounds\.runtime.*did you mean run_time"),
+        ("[bounds]\nruntime = 1.0", r"unknown key bounds\.runtime.*did you mean 'run_time'"),
         ("[bounds]\nrun_time = 0", r"bounds\.run_time = '0' is not allowed; it must be new / old"),
         ("[bounds]\nrun_time = true", "it must be new / old"),
         ("[bounds]\nrun_time = inf", "it must be new / old"),
