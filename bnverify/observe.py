@@ -14,7 +14,7 @@ from bnverify.case import Case
 from bnverify.compiled import Compiled
 from bnverify.lazy import jax, jnp
 from bnverify.pytree import form, signature
-from bnverify.reruns import EVALS, FIRST, LATER_RERUNS, RERUNS, nudged_inputs, shift, shift_biases
+from bnverify.reruns import EVALS, FIRST, LATER_RERUNS, RERUNS, shift, shift_biases
 from bnverify.subject import State, Subject, Tree
 from bnverify.transition import Outcome, Transition
 from bnverify.unusable import first_line
@@ -93,8 +93,7 @@ def observe(calls: Calls, case: Case, needs: Collection[str]) -> Transition:
         needs: names that laws declare: "step:NAME" of ``RERUNS`` or ``LATER_RERUNS`` or
             "step:shifted_bias", "eval:NAME" of ``EVALS`` or "eval:rows", or a fact:
             "expected_update" (what the subject's optimizer makes of its gradients),
-            "layer_inputs" and "nudged_layer_inputs" (of ``reruns.nudged_inputs``), "after_eval".
-            Others are left to the caller.
+            "layer_inputs", "after_eval". Others are left to the caller.
 
     Returns:
         The transition, without rounding: ``exact`` and ``noise`` are None. Where the step changes
@@ -176,11 +175,6 @@ def _facts(
     if "layer_inputs" in wanted and subject.layer_inputs is not None:
         inputs = subject.layer_inputs
         facts["layer_inputs"] = calls.call("layer_inputs", inputs, before, case.x, case.y)
-        if "nudged_layer_inputs" in wanted:
-            facts["nudged_layer_inputs"] = [
-                calls.call("layer_inputs", inputs, before, near.x, near.y)
-                for near in nudged_inputs(case)
-            ]
     if "after_eval" in wanted and subject.after_eval is not None:
         after_eval = subject.after_eval
         facts["after_eval"] = calls.call("after_eval", after_eval, actual.state, case.x, case.y)

@@ -58,14 +58,9 @@ def other_inputs(case: Case) -> Case:
 
     What all rows are moved by a normalisation takes away again.
     """
-    moves = 1 + _diagonals(case) % 3
-    return case._replace(x=case.x + moves.astype(np.float32))
-
-
-def _diagonals(case: Case) -> Any:
-    """Return the number of the diagonal that each input is on, (N, D): another than its neighbours'."""
     rows, features = case.shape
-    return np.add.outer(np.arange(rows), np.arange(features))
+    moves = 1 + np.add.outer(np.arange(rows), np.arange(features)) % 3
+    return case._replace(x=case.x + moves.astype(np.float32))
 
 
 def other_targets(case: Case) -> Case:
@@ -80,23 +75,8 @@ def nudged(value: Any, pattern: int) -> Any:
     """Return ``value`` with its elements moved up and down by eight roundings, in a pattern."""
     index = np.arange(value.shape[-1] if value.ndim else 1)
     signs = 1 - 2 * ((index * (2654435769, 0, 1)[pattern] >> (4 if pattern == 0 else 0)) % 2)
-    return _by_eight_roundings(value, signs).reshape(value.shape)
-
-
-def _by_eight_roundings(value: Any, signs: Any) -> Any:
-    """Return ``value`` moved by eight roundings of its dtype: outwards for 1, inwards for -1."""
-    return value * (1 + 4 * float(jnp.finfo(value.dtype).eps) * signs)
-
-
-def nudged_inputs(case: Case) -> list[Case]:
-    """Return the case with half of its inputs moved by eight roundings: outwards, and inwards.
-
-    Both tell how far rounding moves what follows smoothly from them; an integer that is cut from
-    an input jumps one way only.
-    """
-    half = _diagonals(case) % 2
-    moved = (_by_eight_roundings(case.x, signs) for signs in (half, -half))
-    return [case._replace(x=x.astype(np.float32)) for x in moved]
+    moved = value * (1 + 4 * float(jnp.finfo(value.dtype).eps) * signs)
+    return moved.reshape(value.shape)
 
 
 def reverse_rows(case: Case) -> Case:

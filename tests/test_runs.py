@@ -182,15 +182,16 @@ def test_a_step_that_nobody_can_count_is_stacked_as_asked() -> None:
 
 
 def test_a_case_too_large_for_all_rows_is_read_a_few_at_a_time() -> None:
-    """Its exact outcome, its noise and its slope are those of all rows at once."""
+    """Its exact outcome, its noise and its slope are those of all rows at once, its layers' noise too."""
     assert [Budget(reference.sgd(), 512).held((rows, 4)) for rows in (2, 1_000_000)] == [ROWS, 2]
     subject = reference.adam()
     case = stack(
         [Case.of(seed, [[1.0, 2.0], [3.0, -1.5], [0.5, 0.1]], [1, 2, 3], 0.1) for seed in (1, 2)]
     )
     before = jax.tree_util.tree_map(np.asarray, jax.vmap(subject.init)(case.seed, case.x))
-    whole = Noise(subject)(before, case, slope=True)
-    parts = Noise(subject, held=lambda shape: 4)(before, case, slope=True)
+    also = ["slope", "layer_inputs"]
+    whole = Noise(subject)(before, case, also)
+    parts = Noise(subject, held=lambda shape: 4)(before, case, also)
     alike = partial(np.testing.assert_allclose, rtol=1e-6)
     jax.tree_util.tree_map(alike, parts._replace(slope=None), whole._replace(slope=None))
     (one, err, known), (other, error, _) = (

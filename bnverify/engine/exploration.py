@@ -22,7 +22,7 @@ CALLS = frozenset({"again", "eager", "stacked", "solution"})
 COSTLY = frozenset({"eager", "solution"})
 """Those that run uncompiled: one takes as long as a hundred others."""
 
-TRACED = frozenset({"noise", "directional_derivative", "layer_inputs", "nudged_layer_inputs"})
+TRACED = frozenset({"noise", "directional_derivative", "layer_inputs", "layer_input_noise"})
 """What takes the step's program, not only its results."""
 
 Observed = tuple[Transition, frozenset[str]]

@@ -18,7 +18,7 @@ from bnverify.laws.residuals import wide
 from bnverify.lazy import jax, jnp
 from bnverify.pytree import form, stacks
 from bnverify.subject import Subject
-from bnverify.transition import Outcome, Transition
+from bnverify.transition import Transition
 
 HIDDEN = {
     "optimizer": "the subject does not show its optimizer",
@@ -135,6 +135,9 @@ def judged(laws: Iterable[Law], available: Collection[str]) -> list[Law]:
 FALLIBLE = frozenset({"expected_update"})
 """What a subject can fail to give; the laws that need it are not judged then."""
 
+READ = {"noise": None, "directional_derivative": "slope", "layer_input_noise": "layer_inputs"}
+"""What laws need of the rounding -> what to ask ``Noise`` for besides the outcome's."""
+
 _PROGRAMS: dict[Any, Compiled] = {}
 """Laws know nothing of the step: two subjects with trees alike share the compiled laws."""
 
@@ -188,11 +191,16 @@ class Judge:
         if not laws:
             return {}
         needs = {need for law in laws for need in law.needs}
-        if "noise" in needs:
-            known = self._noise(t.before, t.case, slope="directional_derivative" in needs)
-            facts = {**t.facts, "direction": known.direction, "directional_derivative": known.slope}
-            noise = _unless_faint(t.case, known.noise)
-            t = t._replace(exact=known.exact, noise=noise, facts=facts)
+        if not needs.isdisjoint(READ):
+            also = [name for need, name in READ.items() if need in needs and name is not None]
+            known = self._noise(t.before, t.case, also)
+            noise, inputs = _unless_faint(t.case, (known.noise, known.layer_inputs))
+            facts = {
+                "direction": known.direction,
+                "directional_derivative": known.slope,
+                "layer_input_noise": inputs,
+            }
+            t = t._replace(exact=known.exact, noise=noise, facts={**t.facts, **facts})
         if not _regular(t):
             laws = self._comparable(t, laws)
         names = tuple(law.name for law in laws)
@@ -266,7 +274,7 @@ FAINT = 2.0**-60
 """Where all of a batch is smaller, its squares and slopes underflow."""
 
 
-def _unless_faint(case: Case, noise: Outcome) -> Outcome:
+def _unless_faint(case: Case, noise: Any) -> Any:
     """Return ``noise``, infinite for a batch so faint that its squares and slopes underflow.
 
     Rounding is read as if a value were flushed to zero once; where all of x is below 2^-60 whole
@@ -281,8 +289,7 @@ def _unless_faint(case: Case, noise: Outcome) -> Outcome:
         value = np.asarray(value)
         return np.where(faint.reshape(-1, *[1] * (value.ndim - 1)), np.inf, value)
 
-    masked: Outcome = jax.tree_util.tree_map(leaf, noise)
-    return masked
+    return jax.tree_util.tree_map(leaf, noise)
 
 
 def derivation(oracle: Any, t: Transition) -> Any:

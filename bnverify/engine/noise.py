@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +29,15 @@ class Known(NamedTuple):
         noise: like ``exact``: how far rounding may move each value.
         direction: a tree like params; None where the subject shows no loss.
         slope: (value, allowed error, whether it is known) of the loss along ``direction``.
+        layer_inputs: like what the subject's function of this name returns: how far rounding may
+            move each value; None where it was not asked for.
     """
 
     exact: Any
     noise: Any
     direction: Any = None
     slope: Any = None
+    layer_inputs: Any = None
 
 
 class Noise:
@@ -60,36 +63,46 @@ class Noise:
         self._seed = seed
         self._optimise = optimise
         self._held = held
-        self._programs: dict[Any, Callable[[State, Case], Known]] = {}
+        self._programs: dict[Any, tuple[frozenset[str], Callable[[State, Case], Known]]] = {}
 
-    def __call__(self, before: State, case: Case, *, slope: bool = False) -> Known:
+    def __call__(self, before: State, case: Case, also: Collection[str] = ()) -> Known:
         """Return the exact outcomes of one step and evaluation, and the noise around them.
 
         Args:
             before: stacked states.
             case: stacked cases.
-            slope: whether the slope of the loss is asked for too.
+            also: which of "slope", with the direction, and "layer_inputs" is asked for too.
         """
         of = jax.tree_util.tree_structure(before), case.x.shape
-        slope = slope or (*of, True) in self._programs  # rather more than asked than compile again
-        key = (*of, slope)
-        if key not in self._programs:
-            self._programs[key] = self._program(before, case, slope=slope)
+        told, program = self._programs.get(of, (frozenset(), None))
+        if program is None or not told.issuperset(also):
+            told |= frozenset(also)  # rather more than asked than compile again
+            program = self._program(before, case, told)
+            self._programs[of] = told, program
         with compat.enable_x64():
-            return self._programs[key](before, case)
+            return program(before, case)
 
-    def _program(self, before: State, case: Case, *, slope: bool) -> Callable[[State, Case], Known]:
-        def run(before: State, case: Case) -> Outcome:
+    def _program(
+        self, before: State, case: Case, also: Collection[str]
+    ) -> Callable[[State, Case], Known]:
+        inputs = self._subject.layer_inputs if "layer_inputs" in also else None
+
+        def run(before: State, case: Case) -> tuple[Outcome, Any]:
             after, info = self._subject.step(before, case.x, case.y, case.lr)
-            return Outcome(after, info, self._subject.evaluate(after, case.x, case.y))
+            given = inputs(before, case.x, case.y) if inputs is not None else None
+            return Outcome(after, info, self._subject.evaluate(after, case.x, case.y)), given
 
         # Traced here, while 64-bit types are off.
         abstract = jax.tree_util.tree_map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (before, case)
         )
         step = rounding(run, *abstract, seed=self._seed)
-        out = step.program.out
-        output = _place(out.info.loss, out) if slope else None
+        out, given = step.program.out
+        output = _place(out.info.loss, out) if "slope" in also else None
+
+        def rounded(before: State, case: Case, rows: Any = None) -> Known:
+            exact, noise = step.evaluate(before, case, rows=rows)
+            return Known(exact[0], noise[0], layer_inputs=noise[1])
 
         def sloped(before: State, case: Case, known: Known) -> Known:
             if output is None:
@@ -104,27 +117,26 @@ class Noise:
         if held >= ROWS:
 
             def whole(before: State, case: Case) -> Known:
-                return sloped(before, case, Known(*step.evaluate(before, case)))
+                return sloped(before, case, rounded(before, case))
 
-            known = Known(out, out)
+            known = Known(out, out, layer_inputs=given)
             if output is not None:
                 known = known._replace(direction=before.params, slope=tuple(Slope._fields))
             identity = self._identity(step.program, output, known)
             return Compiled(jax.vmap(whole), optimise=optimise, identity=identity)
 
-        def some(rows: Any, before: State, case: Case) -> Known:
-            return Known(*step.evaluate(before, case, rows=rows))
-
-        part = Compiled(jax.vmap(some, (None, 0, 0)), optimise=optimise)
+        part = Compiled(jax.vmap(rounded, (0, 0, None)), optimise=optimise)
         rest = Compiled(jax.vmap(sloped), optimise=optimise)
 
         def in_parts(before: State, case: Case) -> Known:
             numbers = np.arange(1, 1 + ROWS, dtype=np.int32).reshape(-1, held)
             parts = [
-                jax.tree_util.tree_map(np.asarray, part(rows, before, case)) for rows in numbers
+                jax.tree_util.tree_map(np.asarray, part(before, case, rows)) for rows in numbers
             ]
-            noise = jax.tree_util.tree_map(_length, *(known.noise for known in parts))
-            known: Known = rest(before, case, parts[0]._replace(noise=noise))
+            noise, inputs = jax.tree_util.tree_map(
+                _length, *((known.noise, known.layer_inputs) for known in parts)
+            )
+            known: Known = rest(before, case, parts[0]._replace(noise=noise, layer_inputs=inputs))
             return known
 
         return in_parts

@@ -26,7 +26,7 @@ NEEDS = frozenset(
     + [
         "expected_update",
         "layer_inputs",
-        "nudged_layer_inputs",
+        "layer_input_noise",
         "after_eval",
         "noise",
         "directional_derivative",

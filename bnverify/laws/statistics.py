@@ -145,7 +145,7 @@ def momentum_is_as_declared(t: Transition) -> Any:
 
 @law(
     "statistics",
-    needs=(*AVERAGE, "layer_inputs", "nudged_layer_inputs"),
+    needs=(*AVERAGE, "layer_inputs", "layer_input_noise"),
     requires=("batch_stats", "layer_inputs"),
     mistakes=("sample_variance", "statistics_over_the_wrong_axis", "train_step_in_eval_mode"),
     source=f"{IOFFE}, algorithm 1: the biased variance; {FLAX_SOURCE}",
@@ -156,14 +156,11 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
     b = new(0) / (1 - m). The subtraction 1 - m turns the 3 u error of m into 3 u / (1 - m), or
     half a place where m is a decimal of four places. A sum of n terms errs by at most
     (log2 n + 8) u of the sum of magnitudes in XLA's blocked order; the fast variance
-    E[h^2] - E[h]^2 therefore errs in units of E[h^2], and so may a captured input, itself
-    rounded once: (log2 n + 16) u E[h^2]. An input of 16 bits is captured as rounded after the
-    product, after the bias and to be kept, where XLA may have kept 32 bits on the way to the
-    reduction: each rounding moves h^2 by 2 u' |h|^2, with u' of those 16 bits, so 6 u' E[h^2].
+    E[h^2] - E[h]^2 therefore errs in units of E[h^2]: (log2 n + 16) u E[h^2].
 
-    What is captured is a run of its own, whose rounding is not the step's: where a layer before
-    this one cancels, their inputs differ. How far is measured, by a batch moved by 8 u; eight
-    times as much is allowed.
+    What is captured is a run of its own, and may keep more bits on its way or fewer: both differ
+    from the exact input by its rounding, which a layer before this one makes large where it
+    cancels.
     """
     zeros = _by_layer(t.reruns["zero_statistics"].state.batch_stats)
     highs = _by_layer(t.reruns["huge_statistics"].state.batch_stats)
@@ -174,20 +171,18 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
             continue
         mean, var, count = _moments(given)
         square = var + mean**2
-        outer, inner = (_moments(inputs[path]) for inputs in t.facts["nudged_layer_inputs"])
+        apart = _apart(given, 2 * t.facts["layer_input_noise"][path].value)
         places = jnp.log2(count) + 16
-        kept = 6 * unit(given.value) if unit(given.value) > unit(jnp.float32(0)) else 0.0
-        for name, expected, out, into, scale in (
-            ("mean", mean, outer[0], inner[0], jnp.sqrt(square)),
-            ("var", var, outer[1], inner[1], square),
+        for name, expected, moved, scale in (
+            ("mean", mean, apart[0], jnp.sqrt(square)),
+            ("var", var, apart[1], square),
         ):
             own = own_weight(wide(zero[name]), wide(high[name]), zero[name].dtype, jnp)
             u = unit(zero[name])
             # (1 - m) b and h^2 may be flushed to zero below the smallest normal number.
             flushed = 4 * smallest(zero[name]) / own
-            moved = jnp.minimum(jnp.abs(out - expected), jnp.abs(into - expected))
-            rounded = (places * u + kept) * scale + 8 * u / own * jnp.abs(expected)
-            allowed = rounded + flushed + 8 * moved
+            rounded = places * u * scale + 8 * u / own * jnp.abs(expected)
+            allowed = rounded + flushed + moved
             usable = jnp.where(_measurable(zero[name]) & (own > 0), allowed, jnp.inf)
             parts.append(residual(wide(zero[name]) / own, expected, usable))
     return worst_of(parts)
@@ -195,15 +190,29 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
 
 def _moments(given: LayerInput) -> tuple[Any, Any, Any]:
     """Return the mean, the biased variance and the count of a layer's input, in float64."""
-    value = wide(given.value)
-    weights = jnp.ones_like(value)
-    if given.weights is not None:
-        weights = jnp.broadcast_to(wide(given.weights), value.shape)
+    value, weights = wide(given.value), _weights(given)
     count = jnp.sum(weights, axis=0)
     mean = jnp.sum(value * weights, axis=0) / count
     # In two passes: no digits are lost to cancellation.
     var = jnp.sum((value - mean) ** 2 * weights, axis=0) / count
     return mean, var, count
+
+
+def _apart(given: LayerInput, moved: Any) -> tuple[Any, Any]:
+    """Return how far mean and variance move at most where each input does by up to ``moved``."""
+    mean, _, count = _moments(given)
+    weights = _weights(given)
+    moved = jnp.where(weights > 0, moved, 0.0)
+    of_mean = jnp.sum(moved * weights, axis=0) / count
+    deviation = jnp.abs(wide(given.value) - mean)
+    return of_mean, jnp.sum((2 * deviation + moved) * moved * weights, axis=0) / count
+
+
+def _weights(given: LayerInput) -> Any:
+    value = wide(given.value)
+    if given.weights is None:
+        return jnp.ones_like(value)
+    return jnp.broadcast_to(wide(given.weights), value.shape)
 
 
 def _by_layer(batch_stats: Tree) -> dict[str, dict[str, Any]]:

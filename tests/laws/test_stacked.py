@@ -38,8 +38,9 @@ def transitions() -> Transition:
     t = observe(Calls(subject, "stacked"), cases, NEEDS)
     outcome = Outcome(t.after, t.info, t.eval_loss)
     # Any tolerance serves here, as long as it is far above the last place of what is compared.
-    noise = jax.tree_util.tree_map(
-        lambda leaf: 1e-3 * (np.abs(leaf.astype(np.float64)) + 1), outcome
+    noise, of_inputs = jax.tree_util.tree_map(
+        lambda leaf: 1e-3 * (np.abs(leaf.astype(np.float64)) + 1),
+        (outcome, t.facts["layer_inputs"]),
     )
     again = Again(t.before, t.after, t.info, t.eval_loss, t.before, t.before)
     zeros = np.zeros(STACK)
@@ -48,6 +49,7 @@ def transitions() -> Transition:
         "again": again,
         "eager": outcome,
         "stacked": outcome,
+        "layer_input_noise": of_inputs,
         "solution": Solution(t.eval_loss, t.eval_loss),
         "direction": t.before.params,
         "directional_derivative": (zeros, zeros + 1.0, zeros == 0),
