@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from bnverify.laws.law import law
+from bnverify.laws.moments import apart_by, moments
 from bnverify.laws.residuals import (
     all_finite,
     floats,
@@ -24,7 +25,7 @@ from bnverify.laws.residuals import (
 from bnverify.lazy import jax, jnp
 from bnverify.pytree import is_floating, path_name
 from bnverify.reruns import AVERAGE, huge, other_statistic, own_weight
-from bnverify.subject import LayerInput, Tree
+from bnverify.subject import Tree
 from bnverify.transition import Transition
 
 IOFFE = "Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167"
@@ -44,6 +45,15 @@ def _momenta(t: Transition) -> list[Any]:
 def _measurable(zero: Any) -> Any:
     """Return where (1 - m) b is so small beside S that m is read to the last place."""
     return jnp.abs(wide(zero)) <= unit(zero) * huge(zero.dtype)
+
+
+def _by_layer(batch_stats: Tree) -> dict[str, dict[str, Any]]:
+    """Return path of a layer -> name of a statistic, "mean" or "var" -> the leaf."""
+    layers: dict[str, dict[str, Any]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batch_stats)[0]:
+        layer, _, name = path_name(path).rpartition("/")
+        layers.setdefault(layer, {})[name] = leaf
+    return layers
 
 
 @law(
@@ -169,58 +179,20 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
         zero, high = zeros.get(path, {}), highs.get(path, {})
         if not {"mean", "var"} <= set(zero):
             continue
-        mean, var, count = _moments(given)
-        square = var + mean**2
-        apart = _apart(given, 2 * t.facts["layer_input_noise"][path].value)
-        places = jnp.log2(count) + 16
-        for name, expected, moved, scale in (
-            ("mean", mean, apart[0], jnp.sqrt(square)),
-            ("var", var, apart[1], square),
-        ):
-            own = own_weight(wide(zero[name]), wide(high[name]), zero[name].dtype, jnp)
+        own, apart = moments(given), apart_by(given, 2 * t.facts["layer_input_noise"][path].value)
+        square = own.var + own.mean**2
+        places = jnp.log2(own.count) + 16
+        for name, scale in (("mean", jnp.sqrt(square)), ("var", square)):
+            expected, moved = getattr(own, name), getattr(apart, name)
+            weight = own_weight(wide(zero[name]), wide(high[name]), zero[name].dtype, jnp)
             u = unit(zero[name])
             # (1 - m) b and h^2 may be flushed to zero below the smallest normal number.
-            flushed = 4 * smallest(zero[name]) / own
-            rounded = places * u * scale + 8 * u / own * jnp.abs(expected)
+            flushed = 4 * smallest(zero[name]) / weight
+            rounded = places * u * scale + 8 * u / weight * jnp.abs(expected)
             allowed = rounded + flushed + moved
-            usable = jnp.where(_measurable(zero[name]) & (own > 0), allowed, jnp.inf)
-            parts.append(residual(wide(zero[name]) / own, expected, usable))
+            usable = jnp.where(_measurable(zero[name]) & (weight > 0), allowed, jnp.inf)
+            parts.append(residual(wide(zero[name]) / weight, expected, usable))
     return worst_of(parts)
-
-
-def _moments(given: LayerInput) -> tuple[Any, Any, Any]:
-    """Return the mean, the biased variance and the count of a layer's input, in float64."""
-    value, weights = wide(given.value), _weights(given)
-    count = jnp.sum(weights, axis=0)
-    mean = jnp.sum(value * weights, axis=0) / count
-    # In two passes: no digits are lost to cancellation.
-    var = jnp.sum((value - mean) ** 2 * weights, axis=0) / count
-    return mean, var, count
-
-
-def _apart(given: LayerInput, moved: Any) -> tuple[Any, Any]:
-    """Return how far mean and variance move at most where each input does by up to ``moved``."""
-    mean, _, count = _moments(given)
-    weights = _weights(given)
-    moved = jnp.where(weights > 0, moved, 0.0)
-    of_mean = jnp.sum(moved * weights, axis=0) / count
-    deviation = jnp.abs(wide(given.value) - mean)
-    return of_mean, jnp.sum((2 * deviation + moved) * moved * weights, axis=0) / count
-
-
-def _weights(given: LayerInput) -> Any:
-    value = wide(given.value)
-    if given.weights is None:
-        return jnp.ones_like(value)
-    return jnp.broadcast_to(wide(given.weights), value.shape)
-
-
-def _by_layer(batch_stats: Tree) -> dict[str, dict[str, Any]]:
-    layers: dict[str, dict[str, Any]] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(batch_stats)[0]:
-        layer, _, name = path_name(path).rpartition("/")
-        layers.setdefault(layer, {})[name] = leaf
-    return layers
 
 
 @law(
