@@ -40,8 +40,8 @@ from bnverify.engine.volume import NEEDS, Volume
 from bnverify.jaxpr.noise import ROWS
 from bnverify.laws import LAWS, Law
 from bnverify.profile import Profile
+from bnverify.shapes import TINY_SHAPES, shape_pool
 from bnverify.stacks import stacked_cases
-from bnverify.strategies import TINY_SHAPES, shape_pool
 from bnverify.subject import Subject
 
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
 
-from bnverify import strategies
+from bnverify import shapes, strategies
 from bnverify.case import Case, Domain
 from bnverify.stacks import KINDS, stacked_cases
 
@@ -233,7 +233,7 @@ FAULTS: dict[str, Callable[[Case], bool]] = {
 @pytest.mark.once
 def test_failures_shrink_to_at_most_two_rows_and_features(fault: str) -> None:
     """Whatever shape a failure is found in, a tiny one of the pool is what is reported."""
-    assert minimal(strategies.cases(), FAULTS[fault]).shape in strategies.TINY_SHAPES
+    assert minimal(strategies.cases(), FAULTS[fault]).shape in shapes.TINY_SHAPES
 
 
 def test_what_does_not_matter_shrinks_to_zero() -> None:
@@ -255,37 +255,37 @@ def test_shapes_shrink_to_one_by_one() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_every_pool_has_the_tiny_shapes_first_and_keeps_the_domain(seed: int) -> None:
     """A failure can always shrink to them, and no shape is out of bounds."""
-    pool = strategies.shape_pool(seed)
-    assert pool[: len(strategies.TINY_SHAPES)] == strategies.TINY_SHAPES
-    assert len(set(pool)) == strategies.POOL_SIZE
+    pool = shapes.shape_pool(seed)
+    assert pool[: len(shapes.TINY_SHAPES)] == shapes.TINY_SHAPES
+    assert len(set(pool)) == shapes.POOL_SIZE
     assert all(rows <= DOMAIN.max_rows and width <= DOMAIN.max_features for rows, width in pool)
     assert any(rows > 2 and rows % 2 for rows, _ in pool)
 
 
 def test_pools_differ_from_run_to_run_and_together_cover_the_domain() -> None:
     """Few shapes a run, many in the end."""
-    pools = [strategies.shape_pool(seed) for seed in range(200)]
+    pools = [shapes.shape_pool(seed) for seed in range(200)]
     assert len(set(pools)) == 200
-    assert pools[0] == strategies.shape_pool(0)
+    assert pools[0] == shapes.shape_pool(0)
     rows, widths = zip(*(shape for pool in pools for shape in pool), strict=True)
     assert set(widths) == set(range(1, DOMAIN.max_features + 1))
     assert len(set(rows)) > DOMAIN.max_rows * 0.9
     assert max(rows) == DOMAIN.max_rows
-    for shapes in pools:  # each run sees both kinds of rank deficiency
-        assert any(rows > width for rows, width in shapes)
-    assert sum(any(rows < width for rows, width in shapes) for shapes in pools) > 100
+    for pool in pools:  # each run sees both kinds of rank deficiency
+        assert any(rows > width for rows, width in pool)
+    assert sum(any(rows < width for rows, width in pool) for pool in pools) > 100
 
 
 def test_a_pool_keeps_to_the_features_a_subject_accepts() -> None:
     """A model for flattened images has one D only."""
-    pool = strategies.shape_pool(0, features=(784,))
+    pool = shapes.shape_pool(0, features=(784,))
     assert {width for _, width in pool} == {784}
     assert pool[:2] == ((1, 784), (2, 784))
 
 
 def test_a_small_domain_has_a_small_pool() -> None:
     """Where there are not enough shapes the pool is what there is."""
-    pool = strategies.shape_pool(0, domain=Domain(max_rows=1, max_features=2))
+    pool = shapes.shape_pool(0, domain=Domain(max_rows=1, max_features=2))
     assert set(pool) == {(1, 1), (1, 2)}
 
 
@@ -299,7 +299,7 @@ def test_a_run_draws_from_one_pool_only() -> None:
         seen.add(shape)
 
     collect()
-    assert seen == set(strategies.shape_pool(0))
+    assert seen == set(shapes.shape_pool(0))
 
 
 def test_the_workers_of_one_run_share_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +412,7 @@ def test_impossible_stacks_are_refused(shape: Any, count: int, message: str) -> 
 def test_no_strategy_draws_from_the_global_generators() -> None:
     """Drawing leaves random and numpy.random as they were: whoever seeds them can rely on it."""
     before = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002 - it is watched
-    strategies.shape_pool(5)
+    shapes.shape_pool(5)
     stacked_cases(np.random.default_rng(0), (3, 2), 10)
     assert random.getstate() == before[0]
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002 - as above

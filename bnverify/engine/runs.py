@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 
-from bnverify import strategies
 from bnverify.case import Case
 from bnverify.engine.bench import Bench
 from bnverify.engine.examples import draw, rich, uncompiled
@@ -19,10 +18,10 @@ from bnverify.engine.volume import NEEDS
 from bnverify.evidence import Evidence, Status
 from bnverify.jaxpr.noise import ROWS
 from bnverify.pytree import stack
+from bnverify.shapes import TINY_SHAPES, Shape, shape_pool, tiny_shapes
 from bnverify.unusable import first_line
 
 Tell = Callable[[str, int], None]
-Shape = tuple[int, int]
 
 BETWEEN = (3, 4, 5, 9, 17, 33)
 """Row counts at which a fault of larger batches may show: just beyond each power of two."""
@@ -72,7 +71,7 @@ class Runs:
         """Run everything the plan asks for."""
         rng = np.random.default_rng(self._seed)
         plan, domain, features = self._plan, self._bench.domain, self._bench.subject.features
-        tiny = strategies.tiny_shapes(domain=domain, features=features)[-plan.tiny :]
+        tiny = tiny_shapes(domain=domain, features=features)[-plan.tiny :]
         # A single row shows least: it is its own mean.
         self._stack(sorted(tiny, key=lambda shape: shape[0] == 1), rng)
         further = [] if self._enough else self._further()
@@ -120,9 +119,9 @@ class Runs:
         """Return shapes that are not tiny, with as many rows as can be run; say where these are fewer."""
         domain, budget = self._bench.domain, self._bench.budget
         features = self._bench.subject.features
-        size = len(strategies.TINY_SHAPES) + self._plan.shapes
-        pool = strategies.shape_pool(self._seed, domain=domain, features=features, size=size)
-        tiny = strategies.tiny_shapes(domain=domain, features=features)
+        size = len(TINY_SHAPES) + self._plan.shapes
+        pool = shape_pool(self._seed, domain=domain, features=features, size=size)
+        tiny = tiny_shapes(domain=domain, features=features)
         width = features[0] if features else 4
         drawn = [*pool[len(tiny) :], *((rows, width) for rows in self._plan.large)]
         found = [(min(rows, budget.rows(width) or rows), width) for rows, width in drawn]

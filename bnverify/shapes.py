@@ -1,0 +1,116 @@
+"""Which shapes (N, D) a run compiles its programs for.
+
+Compiling a step takes a thousand times as long as running it, so shapes come from a pool: a few for
+a whole run, others in the next run. The smallest are in every pool, so that a failure shrinks to
+them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+from hypothesis.errors import InvalidArgument
+
+from bnverify.case import Domain
+
+Shape = tuple[int, int]
+
+TINY_SHAPES: tuple[Shape, ...] = ((1, 1), (2, 1), (2, 2))
+POOL_SIZE = 8
+
+DEFAULT_DOMAIN = Domain()
+
+
+def shape_pool(
+    seed: int,
+    *,
+    domain: Domain = DEFAULT_DOMAIN,
+    features: Sequence[int] | None = None,
+    size: int = POOL_SIZE,
+) -> tuple[Shape, ...]:
+    """Return ``size`` shapes (N, D), or as many as there are, in order of size.
+
+    The tiny ones, ``TINY_SHAPES`` or what comes nearest, are always there. The others spread evenly
+    over the logarithms of N and D; where there are several, one of them is the largest of the
+    domain, since what goes wrong with size goes wrong at its end; the smallest has an odd N, since
+    the largest seldom has, and halves of a batch are unequal there.
+
+    Args:
+        seed: chooses the shapes that are not tiny.
+        domain: bounds N and D.
+        features: the D to choose from; None: up to ``domain.max_features``.
+        size: how many; at least as many as the tiny ones.
+
+    Raises:
+        InvalidArgument: naming the argument, its value and the limit.
+    """
+    if size < len(TINY_SHAPES):
+        raise InvalidArgument(f"size must be at least {len(TINY_SHAPES)}, got {size!r}")
+    tiny = tiny_shapes(domain=domain, features=features)
+    widths = _widths(domain, features)
+    pool = set(tiny)
+    choose = random.Random(seed)  # noqa: S311 - chooses input, guards nothing
+    strata = size - len(TINY_SHAPES)
+    if strata > 1:
+        pool.add((domain.max_rows, widths[-1]))
+        strata -= 1
+    for i in range(strata):
+        for _ in range(10):  # where the domain has few shapes, the pool stays smaller
+            at = (i + choose.random()) / strata
+            rows = min(domain.max_rows, int(3 * (domain.max_rows / 3 + 1) ** at))
+            if i == 0 and rows > 2:
+                rows -= 1 - rows % 2
+            width = widths[int((len(widths) + 1) ** choose.random()) - 1]
+            if (rows, width) not in pool:
+                pool.add((rows, width))
+                break
+    return (*tiny, *sorted(pool.difference(tiny), key=lambda shape: (math.prod(shape), shape)))
+
+
+def tiny_shapes(
+    *, domain: Domain = DEFAULT_DOMAIN, features: Sequence[int] | None = None
+) -> tuple[Shape, ...]:
+    """Return ``TINY_SHAPES`` or what comes nearest, in order of size: two where D has one size.
+
+    Args:
+        domain: bounds N and D.
+        features: the D to choose from; None: up to ``domain.max_features``.
+
+    Raises:
+        InvalidArgument: naming the argument, its value and the limit.
+    """
+    check_domain(domain)
+    widths = _widths(domain, features)
+    found = {(min(n, domain.max_rows), widths[min(d, len(widths)) - 1]) for n, d in TINY_SHAPES}
+    return tuple(sorted(found, key=lambda shape: (math.prod(shape), shape)))
+
+
+def _widths(domain: Domain, features: Sequence[int] | None) -> list[int]:
+    if features is not None and (not features or min(features) < 1):
+        raise InvalidArgument(f"features must be one or more sizes of at least 1, got {features!r}")
+    return sorted(set(features or range(1, domain.max_features + 1)))
+
+
+def check_domain(domain: Domain) -> None:
+    """Refuse a domain that holds no inputs.
+
+    Raises:
+        InvalidArgument: naming the argument, its value and the limit.
+    """
+    given: object = domain  # a caller need not have a type checker
+    if not isinstance(given, Domain):
+        raise InvalidArgument(f"domain must be a bnverify.Domain, got {given!r}")
+    for name in ("max_rows", "max_features"):
+        if getattr(domain, name) < 1:
+            raise InvalidArgument(
+                f"domain.{name} must be at least 1, got {getattr(domain, name)!r}"
+            )
+    for name in ("max_abs_x", "max_abs_y"):
+        if not 0 < getattr(domain, name) < math.inf:
+            raise InvalidArgument(
+                f"domain.{name} must be finite and above 0, got {getattr(domain, name)!r}"
+            )
+    if domain.max_warmup < 0:
+        raise InvalidArgument(f"domain.max_warmup must be at least 0, got {domain.max_warmup!r}")
