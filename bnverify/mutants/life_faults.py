@@ -1,21 +1,19 @@
 """Faults in the life of a state: in saving, restoring and resuming, or over a history of steps.
 
 Each is a way to save and restore around a correct step, or a step whose fault one transition from
-fresh state does not show. They are no members of the catalogue: no law of one transition sees
-them, ``bnverify.check_life`` must.
+fresh state does not show: ``bnverify.check_life`` must see them.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from bnverify.lazy import LazyModule, jax, jnp
 from bnverify.lifetime.checkpoint import Lived, serialization
+from bnverify.mutants.beyond_one_step import Fault, enter
 from bnverify.mutants.carrying import CallsCountedInPython
-from bnverify.mutants.catalogue import snake_case
 from bnverify.mutants.evaluation import EvalWritesStatistics
 from bnverify.mutants.trees import mapped
 from bnverify.mutants.two_steps import FirstBatchReplacesTheInitialStatistics
@@ -25,26 +23,7 @@ reference: Any = LazyModule("bnverify.reference")
 np: Any = LazyModule("numpy")
 
 
-@dataclass(frozen=True)
-class LifeFault:
-    """One way to lose something between two steps.
-
-    Attributes:
-        name: the fault.
-        mistake: a name in ``bnverify.mistakes``.
-        sentence: what is wrong, in one sentence.
-        make: returns it.
-        expected: the claim that must catch it.
-    """
-
-    name: str
-    mistake: str
-    sentence: str
-    make: Callable[[], Subject | Lived]
-    expected: str
-
-
-LIFE_FAULTS: dict[str, LifeFault] = {}
+LIFE_FAULTS: dict[str, Fault] = {}
 
 VALUES = "a_checkpoint_keeps_every_value"
 TYPES = "a_checkpoint_keeps_types_and_containers"
@@ -89,21 +68,14 @@ class Checkpoint:
 def fault(mistake: str, expected: str) -> Callable[[type[Any]], type[Any]]:
     """Enter the decorated Checkpoint, or step of the catalogue's kind."""
 
-    def enter(parts: type[Any]) -> type[Any]:
-        name = snake_case(parts.__name__)
+    def made(parts: type[Any], name: str) -> Subject | Lived:
+        step = parts()
+        if isinstance(step, Checkpoint):
+            return step.lived()
+        subject: Subject = step.subject(f"mutant[{name}]")
+        return subject
 
-        def make() -> Subject | Lived:
-            made = parts()
-            if isinstance(made, Checkpoint):
-                return made.lived()
-            subject: Subject = made.subject(f"mutant[{name}]")
-            return subject
-
-        sentence = inspect.getdoc(parts) or ""
-        LIFE_FAULTS[name] = LifeFault(name, mistake, sentence, make, expected)
-        return parts
-
-    return enter
+    return enter(LIFE_FAULTS, mistake, expected, made)
 
 
 @fault("checkpoint_drops_statistics", VALUES)

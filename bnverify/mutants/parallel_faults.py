@@ -1,18 +1,15 @@
 """Faults of steps on many devices. Each is a target: ``bnverify.mutants.parallel_faults:NAME``.
 
-They are no members of the catalogue: on one device each is correct, ``bnverify.check_parallel``
-must see them.
+On one device each is correct: ``bnverify.check_parallel`` must see them.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from bnverify.lazy import LazyModule, jax, jnp
-from bnverify.mutants.catalogue import snake_case
+from bnverify.mutants.beyond_one_step import Fault, enter
 from bnverify.mutants.parallel_step import AXIS, AxisName, Norm, ParallelStep, one_device
 from bnverify.parallel.subject import Parallel
 from bnverify.subject import State, StepInfo, Tree
@@ -21,26 +18,7 @@ nn: Any = LazyModule("flax.linen")
 single: Any = LazyModule("bnverify.reference")
 
 
-@dataclass(frozen=True)
-class ParallelFault:
-    """One way to get a step on many devices wrong.
-
-    Attributes:
-        name: the fault.
-        mistake: a name in ``bnverify.mistakes``.
-        sentence: what is wrong, in one sentence.
-        make: returns it.
-        expected: the claim that must catch it.
-    """
-
-    name: str
-    mistake: str
-    sentence: str
-    make: Callable[[], Parallel]
-    expected: str
-
-
-PARALLEL_FAULTS: dict[str, ParallelFault] = {}
+PARALLEL_FAULTS: dict[str, Fault] = {}
 
 EQUAL = "pmap_equals_one_device"
 UNEQUAL = "unequal_shards_equal_one_device"
@@ -50,18 +28,11 @@ JIT = "jit_with_shardings_equals_one_device"
 def fault(mistake: str, expected: str = EQUAL) -> Callable[[type[Any]], type[Any]]:
     """Enter the decorated step."""
 
-    def enter(parts: type[Any]) -> type[Any]:
-        name = snake_case(parts.__name__)
+    def made(parts: type[Any], name: str) -> Parallel:
+        step: Parallel = parts().parallel(f"mutant[{name}]")
+        return step
 
-        def made() -> Parallel:
-            step: Parallel = parts().parallel(f"mutant[{name}]")
-            return step
-
-        sentence = inspect.getdoc(parts) or ""
-        PARALLEL_FAULTS[name] = ParallelFault(name, mistake, sentence, made, expected)
-        return parts
-
-    return enter
+    return enter(PARALLEL_FAULTS, mistake, expected, made)
 
 
 def __getattr__(name: str) -> Any:
