@@ -124,6 +124,19 @@ def test_a_step_that_changes_its_state_is_no_internal_error(name: str) -> None:
         assert report[law].reason.startswith("what it compares differs in structure")
 
 
+def test_a_batch_that_only_an_uncompiled_step_overwrites_is_confirmed() -> None:
+    """Found among the explicit cases, and found again in the simplest one, which can be pasted."""
+    few = Profile("few", shapes=0, block=32)
+    step = MUTANTS["batch_overwritten_in_place"].make()
+    law = "step_leaves_its_inputs_alone"
+    (found,) = verify(step, few, seed=11, select=[law]).results
+    assert (found.status, found.shape) == ("violated", (1, 1))
+    case = Case.of(0, [[1.0]], [0.0], 0.5)
+    assert case.code() in (found.counterexample or "")
+    with pytest.raises(bnverify.Violation, match=law):
+        bnverify.replay(step, case, law=law)
+
+
 def test_uncompiled_cases_are_no_zeros() -> None:
     """What is not dull is run uncompiled; of the smallest shape first, whose operations are few."""
     dull = [Case.of(0, np.zeros((2, 2)), [0, 0], 0.0) for _ in range(4)]

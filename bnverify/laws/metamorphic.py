@@ -88,9 +88,12 @@ def same_input_repeats_to_the_bit(t: Transition) -> Any:
     return same((again.before, again.state, again.info), (t.before, t.after, t.info))
 
 
-@law("metamorphic", needs=("again",), mistakes=("inputs_overwritten",), source=PURE)
+@law("metamorphic", needs=("again", "eager"), mistakes=("inputs_overwritten",), source=PURE)
 def step_leaves_its_inputs_alone(t: Transition) -> Any:
-    """The step neither changes nor deletes the state and batch that it is given."""
+    """The step neither changes nor deletes the state and batch that it is given.
+
+    Nor does it uncompiled, when it holds the caller's own arrays and not tracers.
+    """
     return same(t.facts["again"].inputs_after, t.facts["again"].inputs_before)
 
 
