@@ -124,6 +124,27 @@ def test_a_step_that_changes_its_state_is_no_internal_error(name: str) -> None:
         assert report[law].reason.startswith("what it compares differs in structure")
 
 
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("fault", "law", "shape"),
+    [
+        (
+            "sixty_four_rows_overflow_a_counter",
+            "eval_at_the_batchs_own_moments_is_the_training_loss",
+            (64, 1),
+        ),
+        ("features_beyond_eight_not_trained", "params_follow_the_optimizer", (2, 16)),
+    ],
+)
+def test_what_takes_many_rows_or_features_is_shown_by_few_of_the_others(
+    fault: str, law: str, shape: tuple[int, int]
+) -> None:
+    """Found by a batch of 64 rows and 16 features, and shown by a smaller one."""
+    few = Profile("few", tiny=1, shapes=2, block=64, examples=1)
+    (found,) = verify(MUTANTS[fault].make(), few, select=[law]).results
+    assert (found.status, found.shape) == ("violated", shape)
+
+
 def test_a_batch_that_only_an_uncompiled_step_overwrites_is_confirmed() -> None:
     """Found among the explicit cases, and found again in the simplest one, which can be pasted."""
     few = Profile("few", shapes=0, block=32)

@@ -148,16 +148,29 @@ class Runs:
                 self._bench.unstack(f"not run under vmap: {first_line(error)}")
 
     def _descend(self, rng: np.random.Generator) -> None:
-        """Look for smaller violating cases of the laws that only large batches were seen to break."""
+        """Look for smaller violating cases of the laws that only large batches were seen to break.
+
+        First for fewer rows of few features; then, of what is left, for few features or few rows.
+        """
+        features = self._bench.subject.features
+        width = features[0] if features else 1
         for rows in BETWEEN if self._bench.stacks else ():
-            broken = [tally for tally in self.tallies.values() if tally.violated]
-            found = [tally.case.shape for tally in broken if tally.case is not None]
-            large = [shape for shape in found if shape[0] > rows]
-            if not large:
-                return
-            features = self._bench.subject.features
-            self._tell(f"looking for a smaller batch: {rows} rows", self.cases)
-            self._block((rows, features[0] if features else 1), 1, rng)
+            if not any(shape[0] > rows for shape in self._violating()):
+                break
+            self._smaller((rows, width), rng)
+        large = [shape for shape in self._violating() if shape[0] > 2 and shape[1] > max(2, width)]
+        for rows, columns in sorted(large)[:1] if self._bench.stacks else ():
+            self._smaller((rows, width), rng)
+            self._smaller((2, columns), rng)
+
+    def _violating(self) -> list[Shape]:
+        """Return the shape of the simplest case of each violated law that has one."""
+        broken = (tally.case for tally in self.tallies.values() if tally.violated)
+        return [case.shape for case in broken if case is not None]
+
+    def _smaller(self, shape: Shape, rng: np.random.Generator) -> None:
+        self._tell(f"looking for a smaller batch: of shape {shape}", self.cases)
+        self._block(shape, 1, rng)
 
     def _block(self, shape: Shape, count: int, rng: np.random.Generator) -> None:
         for cases, residuals in self._bench.volume.blocks(shape, count, rng):
