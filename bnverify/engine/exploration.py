@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnverify.case import Case
-from bnverify.engine.judge import Judge, judged
+from bnverify.engine.judge import READ, Judge, judged
 from bnverify.engine.volume import NEEDS, Volume
 from bnverify.laws import Law
 from bnverify.lazy import jax
@@ -22,7 +22,7 @@ CALLS = frozenset({"again", "eager", "stacked", "solution"})
 COSTLY = frozenset({"eager", "solution"})
 """Those that run uncompiled: one takes as long as a hundred others."""
 
-TRACED = frozenset({"noise", "directional_derivative", "layer_inputs", "layer_input_noise"})
+TRACED = frozenset({"layer_inputs", *READ})
 """What takes the step's program, not only its results."""
 
 Observed = tuple[Transition, frozenset[str]]

@@ -152,14 +152,17 @@ class Runs:
 
         First for fewer rows of few features; then, of what is left, for few features or few rows.
         """
+        if not self._bench.stacks:
+            return
         features = self._bench.subject.features
         width = features[0] if features else 1
-        for rows in BETWEEN if self._bench.stacks else ():
+        for rows in BETWEEN:
             if not any(shape[0] > rows for shape in self._violating()):
                 break
             self._smaller((rows, width), rng)
         large = [shape for shape in self._violating() if shape[0] > 2 and shape[1] > max(2, width)]
-        for rows, columns in sorted(large)[:1] if self._bench.stacks else ():
+        if large:
+            rows, columns = min(large)
             self._smaller((rows, width), rng)
             self._smaller((2, columns), rng)
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnverify.case import Case, Domain
-from bnverify.engine.judge import Judge
+from bnverify.engine.judge import READ, Judge
 from bnverify.engine.tally import Tally, complexity
 from bnverify.laws import Law
 from bnverify.observe import FEW_ROWS, Calls, observe
@@ -23,14 +23,7 @@ from bnverify.transition import Outcome
 NEEDS = frozenset(
     [f"step:{name}" for name in (*RERUNS, *LATER_RERUNS, "shifted_bias")]
     + [f"eval:{name}" for name in (*EVALS, "rows")]
-    + [
-        "expected_update",
-        "layer_inputs",
-        "layer_input_noise",
-        "after_eval",
-        "noise",
-        "directional_derivative",
-    ]
+    + ["expected_update", "layer_inputs", "after_eval", *READ]
 )
 """What laws can ask of a stacked run; the rest takes single calls."""
 

@@ -32,14 +32,19 @@ def moments(given: LayerInput) -> Moments:
     return Moments(mean, jnp.sum((value - mean) ** 2 * weights, axis=0) / count, count)
 
 
-def apart_by(given: LayerInput, moved: Any) -> Moments:
-    """Return how far at most the moments move where each input moves by up to ``moved``."""
-    mean, _, count = moments(given)
+def apart_by(given: LayerInput, own: Moments, moved: Any) -> tuple[Any, Any]:
+    """Return how far at most mean and variance move where each input moves by up to ``moved``.
+
+    Args:
+        given: a layer's input.
+        own: its moments.
+        moved: like the input's value.
+    """
     weights = _weights(given)
     moved = jnp.where(weights > 0, moved, 0.0)
-    deviation = jnp.abs(wide(given.value) - mean)
-    of_var = jnp.sum((2 * deviation + moved) * moved * weights, axis=0) / count
-    return Moments(jnp.sum(moved * weights, axis=0) / count, of_var, jnp.zeros_like(count))
+    deviation = jnp.abs(wide(given.value) - own.mean)
+    of_var = jnp.sum((2 * deviation + moved) * moved * weights, axis=0) / own.count
+    return jnp.sum(moved * weights, axis=0) / own.count, of_var
 
 
 def _weights(given: LayerInput) -> Any:

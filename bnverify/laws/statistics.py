@@ -179,11 +179,14 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
         zero, high = zeros.get(path, {}), highs.get(path, {})
         if not {"mean", "var"} <= set(zero):
             continue
-        own, apart = moments(given), apart_by(given, 2 * t.facts["layer_input_noise"][path].value)
+        own = moments(given)
+        of_mean, of_var = apart_by(given, own, 2 * t.facts["layer_input_noise"][path].value)
         square = own.var + own.mean**2
         places = jnp.log2(own.count) + 16
-        for name, scale in (("mean", jnp.sqrt(square)), ("var", square)):
-            expected, moved = getattr(own, name), getattr(apart, name)
+        for name, expected, moved, scale in (
+            ("mean", own.mean, of_mean, jnp.sqrt(square)),
+            ("var", own.var, of_var, square),
+        ):
             weight = own_weight(wide(zero[name]), wide(high[name]), zero[name].dtype, jnp)
             u = unit(zero[name])
             # (1 - m) b and h^2 may be flushed to zero below the smallest normal number.
