@@ -33,7 +33,7 @@ import numpy as np
 from bnverify import reference
 from bnverify.case import Domain
 from bnverify.engine import proof
-from bnverify.engine.budget import AT_ONCE, Budget
+from bnverify.engine.budget import AT_ONCE, Budget, Fixed
 from bnverify.engine.judge import Judge, exemption, judged, shown_by, static_facts
 from bnverify.engine.verify import Checker
 from bnverify.engine.volume import NEEDS, Volume
@@ -77,8 +77,10 @@ def one_shape(shape: tuple[int, int], block: int, seconds: float) -> None:
     subject = reference.sgd()
     reading = proof.read(subject)
     laws = stacked_laws(subject, reading)
-    judge = Judge(subject, static_facts(subject, reading.abstract), block, optimise=True)
-    volume = Volume(subject, laws, judge, domain=Domain(), optimise=True)
+    judge = Judge(
+        subject, static_facts(subject, reading.abstract), Fixed(subject, block, sys.maxsize)
+    )
+    volume = Volume(subject, laws, judge, domain=Domain())
     rng = np.random.default_rng(0)
     cases = stacked_cases(rng, shape, block, Domain())
 

@@ -15,8 +15,6 @@ from bnverify.laws import Law
 from bnverify.profile import Profile
 from bnverify.subject import Subject
 
-OFTEN = 20  # blocks of a shape: from here on optimising its programs pays
-
 
 class Bench:
     """The programs of one subject, compiled at their first call and kept for any number of checks.
@@ -54,9 +52,8 @@ class Bench:
         self.note = note
         self.domain = _domain(laws)
         self.budget = Budget(subject, plan.block, plan.blocks)
-        self._optimise = plan.blocks > OFTEN
-        self.judge = Judge(subject, facts, self.budget, optimise=self._optimise)
-        self.second = Judge(subject, facts, self.budget, optimise=self._optimise, seed=1)
+        self.judge = Judge(subject, facts, self.budget)
+        self.second = Judge(subject, facts, self.budget, seed=1)
         self.unstacked = ""
 
     @property
@@ -78,7 +75,7 @@ class Bench:
     def volume(self) -> Volume:
         """Runs stacked cases."""
         laws = judged(self.laws, NEEDS)
-        return Volume(self.subject, laws, self.judge, domain=self.domain, optimise=self._optimise)
+        return Volume(self.subject, laws, self.judge, domain=self.domain)
 
     @cached_property
     def exploration(self) -> Exploration:

@@ -17,9 +17,12 @@ BYTES = 4e9
 AT_ONCE = 2
 """Stacks that run at the same time, whatever the machine: each keeps little more than a core busy."""
 
-PAYS = 3e8
-"""Operations from which on optimising the program that reads the rounding pays: it takes a core
-some 2 s to compile, and as long to run so many if it was not optimised."""
+PAYS = 1e8
+"""Operations from which on optimising what reads the rounding pays: compiling it takes a core some
+1.5 s longer then, and so does running so many unoptimised, which the next check does again."""
+
+OFTEN = 20
+"""Stacks of a shape from which on optimising all that they run pays."""
 
 LARGE = 1e6
 """Operations of one row that make a model a large one; the reference takes a few hundred."""
@@ -32,12 +35,16 @@ class Budget:
         subject: what is verified.
         block: the most cases in a stack.
         blocks: how many stacks of a shape are run.
+
+    Attributes:
+        often: whether these are so many that optimising whatever they run pays.
     """
 
     def __init__(self, subject: Subject, block: int, blocks: int = 1) -> None:
         self._subject = subject
         self._block = block
         self._blocks = blocks
+        self.often = blocks > OFTEN
         self._known: dict[int, tuple[float, float]] = {}
 
     def block(self, shape: tuple[int, int]) -> int:
@@ -52,10 +59,10 @@ class Budget:
         return AT_ONCE if self.block(shape) == self._block else 1
 
     def pays(self, shape: tuple[int, int]) -> bool:
-        """Return whether the stacks of a shape compute so much that optimising them pays."""
+        """Return whether the stacks of a shape compute so much that optimising their steps pays."""
         rows, features = shape
         cases = self.block(shape) * self._blocks
-        return rows * self._row(features)[0] * cases > PAYS
+        return self.often or rows * self._row(features)[0] * cases > PAYS
 
     def held(self, shape: tuple[int, int]) -> int:
         """Return how many coarse rows are held at once: fewer where one case alone is too large."""

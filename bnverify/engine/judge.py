@@ -152,12 +152,12 @@ class Judge:
         subject: what is verified.
         facts: static facts, see :func:`static_facts`.
         block: how many transitions a stack has, or what says so of each shape (N, D).
-        optimise: see ``bnverify.compiled.Compiled``.
         seed: of the draws by which rounding is read.
 
     Attributes:
         block: from the shape (N, D) of a case to how many transitions a stack has.
         at_once: from that shape to how many stacks may run at the same time.
+        pays: from that shape to whether optimising the step for it pays.
         incomparable: names of the laws that could not be judged, because the state's structure
             or shapes change, or a loss has another shape than it should.
     """
@@ -168,32 +168,35 @@ class Judge:
         facts: Mapping[str, Any],
         block: int | Budget,
         *,
-        optimise: bool = False,
         seed: int = 0,
     ) -> None:
         budget = block if isinstance(block, Budget) else Fixed(subject, block)
         self.block = budget.block
         self.at_once = budget.at_once
+        self.pays = budget.pays
         self.incomparable: set[str] = set()
         self._subject = subject
-        self._optimise = optimise
-        self._noise = Noise(
-            subject,
-            optimise=lambda shape: optimise or budget.pays(shape),
-            seed=seed,
-            held=budget.held,
-        )
+        self._optimise = budget.often
+        self._noise = Noise(subject, optimise=budget.pays, seed=seed, held=budget.held)
         self._facts = {name: tuple(value) for name, value in facts.items()}
 
-    def residuals(self, t: Transition, laws: Sequence[Law]) -> dict[str, Any]:
-        """Return law name -> residuals, (block,), of stacked transitions."""
+    def residuals(
+        self, t: Transition, laws: Sequence[Law], count: int | None = None
+    ) -> dict[str, Any]:
+        """Return law name -> residuals, (block,), of stacked transitions.
+
+        Args:
+            t: the transitions.
+            laws: which laws.
+            count: how many of the stack count; the residuals of the others mean nothing.
+        """
         laws = [law for law in laws if not FALLIBLE & set(law.needs) - set(t.facts)]
         if not laws:
             return {}
         needs = {need for law in laws for need in law.needs}
         if not needs.isdisjoint(READ):
             also = [name for need, name in READ.items() if need in needs and name is not None]
-            known = self._noise(t.before, t.case, also)
+            known = self._noise(t.before, t.case, also, count)
             noise, inputs = _unless_faint(t.case, (known.noise, known.layer_inputs))
             facts = {
                 "direction": known.direction,
@@ -235,7 +238,7 @@ class Judge:
         found: list[dict[str, Any]] = []
         block = self.block(transitions[0].case.shape)
         for stacked, count in stacks(transitions, block):
-            out = self.residuals(stacked, laws)
+            out = self.residuals(stacked, laws, count)
             found += [{name: float(v[i]) for name, v in out.items()} for i in range(count)]
         return found
 

@@ -17,8 +17,12 @@ from bnverify.jaxpr.slope import Slope, directional_derivative
 from bnverify.jaxpr.tracing import Program
 from bnverify.kept import Identity
 from bnverify.lazy import jax, jnp
+from bnverify.pytree import take
 from bnverify.subject import State, Subject, Tree
 from bnverify.transition import Outcome
+
+PORTION = 128
+"""Stacked cases that a call of the program takes: their arrays fit the caches of a core."""
 
 
 class Known(NamedTuple):
@@ -65,22 +69,39 @@ class Noise:
         self._held = held
         self._programs: dict[Any, tuple[frozenset[str], Callable[[State, Case], Known]]] = {}
 
-    def __call__(self, before: State, case: Case, also: Collection[str] = ()) -> Known:
+    def __call__(
+        self, before: State, case: Case, also: Collection[str] = (), count: int | None = None
+    ) -> Known:
         """Return the exact outcomes of one step and evaluation, and the noise around them.
 
         Args:
             before: stacked states.
             case: stacked cases.
             also: which of "slope", with the direction, and "layer_inputs" is asked for too.
+            count: how many of the stack count: of the others, some other's is told. None: all.
         """
+        block = len(case.x)
+        asked = block if count is None else count
+        size = min(block, PORTION)
+        places = np.minimum(np.arange(0, asked, size)[:, None] + np.arange(size), block - 1)
+        given = [take((before, case), portion) for portion in places]
+        program = self._for(*given[0], also)
+        with compat.enable_x64():
+            parts = [jax.tree_util.tree_map(np.asarray, program(*portion)) for portion in given]
+        known: Known = jax.tree_util.tree_map(lambda *leaves: np.concatenate(leaves), *parts)
+        return take(known, np.minimum(np.arange(block), asked - 1))
+
+    def _for(
+        self, before: State, case: Case, also: Collection[str]
+    ) -> Callable[[State, Case], Known]:
+        """Return the program for stacks like this one, compiled at its first call."""
         of = jax.tree_util.tree_structure(before), case.x.shape
         told, program = self._programs.get(of, (frozenset(), None))
         if program is None or not told.issuperset(also):
             told |= frozenset(also)  # rather more than asked than compile again
             program = self._program(before, case, told)
             self._programs[of] = told, program
-        with compat.enable_x64():
-            return program(before, case)
+        return program
 
     def _program(
         self, before: State, case: Case, also: Collection[str]

@@ -38,7 +38,6 @@ class Volume:
         laws: the laws to judge, all of whose needs are in ``NEEDS``.
         judge: judges them, and says how many cases a call stacks.
         domain: where cases are drawn from.
-        optimise: whether the programs run often enough to be worth optimising.
 
     Attributes:
         laws: their names.
@@ -53,12 +52,11 @@ class Volume:
         judge: Judge,
         *,
         domain: Domain,
-        optimise: bool = False,
     ) -> None:
         self.laws = frozenset(law.name for law in laws)
         self.domain = domain
         self._laws = laws
-        self._calls = Calls(subject, "stacked", optimise=optimise)
+        self._calls = Calls(subject, "stacked", optimise=judge.pays)
         self.refused = self._calls.refused
         self._judge = judge
 
@@ -66,11 +64,11 @@ class Volume:
         """Return the laws judged on cases of one shape; always together: one program for all."""
         return [law for law in self._laws if _affordable(law, shape)]
 
-    def residuals(self, cases: Case) -> Residuals:
-        """Return law name -> residuals, (block,), of stacked cases."""
+    def residuals(self, cases: Case, count: int | None = None) -> Residuals:
+        """Return law name -> residuals, (block,), of stacked cases; only ``count`` of them count."""
         laws = self.judged(cases.shape)
         needs = {need for law in laws for need in law.needs}
-        return self._judge.residuals(observe(self._calls, cases, needs), laws)
+        return self._judge.residuals(observe(self._calls, cases, needs), laws, count)
 
     def outcomes(self, given: Sequence[tuple[State, Case]]) -> list[Outcome]:
         """Return what the step gives for states and cases of one shape when they are run in stacks."""
@@ -144,7 +142,7 @@ class Volume:
             cases, count = next(stacks(candidates, block))
             broken = {
                 law: np.nan_to_num(values, nan=np.inf) > 1
-                for law, values in self.residuals(cases).items()
+                for law, values in self.residuals(cases, count).items()
             }
             for other in others:
                 if other.law.name in broken:
