@@ -6,6 +6,7 @@ The subject's functions are compiled once for each shape, and called again for e
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from bnverify.case import Case
 from bnverify.compiled import Compiled
 from bnverify.lazy import jax, jnp
 from bnverify.pytree import form, signature
-from bnverify.reruns import EVALS, FIRST, LATER_RERUNS, RERUNS, shift, shift_biases
+from bnverify.reruns import EVALS, FIRST, LATER_RERUNS, RERUNS, nudged_inputs, shift, shift_biases
 from bnverify.subject import State, Subject, Tree
 from bnverify.transition import Outcome, Transition
 from bnverify.unusable import first_line
@@ -105,7 +106,8 @@ def observe(calls: Calls, case: Case, needs: Collection[str]) -> Transition:
         case: the input; with a leading axis on every leaf where the calls are stacked.
         needs: names that laws declare: "step:NAME" of ``RERUNS`` or ``LATER_RERUNS`` or
             "step:shifted_bias", "eval:NAME" of ``EVALS`` or "eval:rows", or a fact:
-            "expected_update" (what the subject's optimizer makes of its gradients),
+            "expected_update" (what the subject's optimizer makes of its gradients, and in
+            "nudged_updates" of gradients and of a state moved by a few roundings),
             "layer_inputs", "after_eval". Others are left to the caller.
 
     Returns:
@@ -179,10 +181,12 @@ def _facts(
 
     facts: dict[str, Any] = {}
     if "expected_update" in wanted and subject.optimizer is not None:
-        given = (case.lr, actual.info.grads, before)
+        update = partial(calls.call, "expected_update", expected_update, case.lr)
+        grads = actual.info.grads
         # An optimizer that takes no such gradients or state has no update to follow.
         try:
-            facts["expected_update"] = calls.call("expected_update", expected_update, *given)
+            facts["expected_update"] = update(grads, before)
+            facts["nudged_updates"] = [update(*given) for given in nudged_inputs(grads, before)]
         except Exception as error:  # noqa: BLE001 - whatever a user's optimizer raises
             calls.refused["expected_update"] = f"the optimizer raised {first_line(error)}"
     if "layer_inputs" in wanted and subject.layer_inputs is not None:

@@ -79,6 +79,18 @@ def nudged(value: Any, pattern: int) -> Any:
     return moved.reshape(value.shape)
 
 
+def nudged_inputs(grads: Tree, state: State) -> list[tuple[Tree, State]]:
+    """Return what an optimizer is given, its gradients nudged, and its state where it keeps one."""
+    found = [(_changed(grads, _nudged), state)]
+    if any(map(is_floating, jax.tree_util.tree_leaves(state.opt_state))):
+        found.append((grads, state._replace(opt_state=_changed(state.opt_state, _nudged))))
+    return found
+
+
+def _nudged(value: Any) -> Any:
+    return nudged(value, 0)
+
+
 def reverse_rows(case: Case) -> Case:
     """Return the same batch with its rows in reverse order."""
     return case._replace(x=case.x[..., ::-1, :], y=case.y[..., ::-1])
