@@ -31,38 +31,29 @@ class Calls:
         subject: whose functions.
         how: "jit": compiled, as a user would; "eager": operation by operation; "stacked":
             compiled under ``jax.vmap``, every leaf with a leading stack axis.
-        optimise: from the shape (N, D) of a case to whether stacked steps and evaluations of it are
-            worth optimising; see ``bnverify.compiled.Compiled``.
+        optimise: see ``bnverify.compiled.Compiled``; for stacked calls only.
 
     Attributes:
         subject: as given.
         refused: name of a fact that could not be observed -> what was raised.
     """
 
-    def __init__(
-        self,
-        subject: Subject,
-        how: str = "jit",
-        *,
-        optimise: Callable[[tuple[int, int]], bool] = lambda shape: False,
-    ) -> None:
+    def __init__(self, subject: Subject, how: str = "jit", *, optimise: bool = False) -> None:
         self.subject = subject
         self.refused: dict[str, str] = {}
         self._how = how
         self._optimise = optimise
-        self._ready: dict[tuple[str, bool], Callable[..., Any]] = {}
+        self._ready: dict[str, Callable[..., Any]] = {}
 
-    def call(
-        self, name: str, function: Callable[..., Any], *args: Any, optimise: bool = False
-    ) -> Any:
+    def call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)`` as a tree of NumPy arrays; ``name`` tells functions apart."""
-        if (name, optimise) not in self._ready:
+        if name not in self._ready:
             if self._how == "stacked":
-                program: Any = Compiled(jax.vmap(function), optimise=optimise)
+                program: Any = Compiled(jax.vmap(function), optimise=self._optimise)
             else:
                 program = jax.jit(function) if self._how == "jit" else function
-            self._ready[name, optimise] = program
-        return jax.tree_util.tree_map(np.asarray, self._ready[name, optimise](*args))
+            self._ready[name] = program
+        return jax.tree_util.tree_map(np.asarray, self._ready[name](*args))
 
     def init(self, case: Case) -> State:
         """Return the state before the first step."""
@@ -71,15 +62,11 @@ class Calls:
 
     def step(self, state: State, case: Case) -> Outcome:
         """Return the outcome of one step."""
-        given = state, case.x, case.y, case.lr
-        optimise = self._optimise(case.shape)
-        return Outcome(*self.call("step", self.subject.step, *given, optimise=optimise))
+        return Outcome(*self.call("step", self.subject.step, state, case.x, case.y, case.lr))
 
     def evaluate(self, state: State, case: Case) -> Any:
         """Return the eval loss, (1,)."""
-        given = state, case.x, case.y
-        optimise = self._optimise(case.shape)
-        return self.call("evaluate", self.subject.evaluate, *given, optimise=optimise)
+        return self.call("evaluate", self.subject.evaluate, state, case.x, case.y)
 
     def warm(self, state: State, case: Case) -> State:
         """Return the state after ``case.warmup`` steps on the same batch."""

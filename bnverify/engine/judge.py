@@ -157,7 +157,7 @@ class Judge:
     Attributes:
         block: from the shape (N, D) of a case to how many transitions a stack has.
         at_once: from that shape to how many stacks may run at the same time.
-        pays: from that shape to whether optimising the step for it pays.
+        often: whether so many stacks are run that optimising whatever they run pays.
         incomparable: names of the laws that could not be judged, because the state's structure
             or shapes change, or a loss has another shape than it should.
     """
@@ -173,10 +173,9 @@ class Judge:
         budget = block if isinstance(block, Budget) else Fixed(subject, block)
         self.block = budget.block
         self.at_once = budget.at_once
-        self.pays = budget.pays
+        self.often = budget.often
         self.incomparable: set[str] = set()
         self._subject = subject
-        self._optimise = budget.often
         self._noise = Noise(subject, optimise=budget.pays, seed=seed, held=budget.held)
         self._facts = {name: tuple(value) for name, value in facts.items()}
 
@@ -207,11 +206,11 @@ class Judge:
         if not _regular(t):
             laws = self._comparable(t, laws)
         names = tuple(law.name for law in laws)
-        key = (names, tuple(self._facts.items()), self._subject.oracle, self._optimise)
+        key = (names, tuple(self._facts.items()), self._subject.oracle, self.often)
         if key not in _PROGRAMS:
             _PROGRAMS[key] = Compiled(
                 jax.vmap(self._program(laws)),
-                optimise=self._optimise,
+                optimise=self.often,
                 identity=self._identity(laws),
             )
         with compat.enable_x64():

@@ -56,7 +56,7 @@ class Volume:
         self.laws = frozenset(law.name for law in laws)
         self.domain = domain
         self._laws = laws
-        self._calls = Calls(subject, "stacked", optimise=judge.pays)
+        self._calls = Calls(subject, "stacked", optimise=judge.often)
         self.refused = self._calls.refused
         self._judge = judge
 
