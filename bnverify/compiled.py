@@ -10,10 +10,17 @@ from typing import Any
 from bnverify import compat, kept
 from bnverify.lazy import jax
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Options of XLA for what runs a few times: each halves the time to compile."""
+FAITHFUL = {"xla_allow_excess_precision": False}
+"""What is to be rounded to 16 bits is: else one of two programs may do it and the other not."""
 
-OPTIMISED = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    **FAITHFUL,
+}
+"""Options of XLA for what runs a few times: the first two halve the time to compile each."""
+
+OPTIMISED = {**QUICK, "xla_backend_optimization_level": 1}
 """Options for what runs often: twice the time to compile, a fifth of it to run.
 
 With XLA's defaults, programs of thousands of small operations in float64 take twice as long again
