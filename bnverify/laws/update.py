@@ -177,11 +177,14 @@ def gradients_are_gradients_of_the_loss(t: Transition) -> Any:
     source="Ioffe & Szegedy 2015, section 3.2: the bias is subsumed",
 )
 def bias_before_norm_has_no_gradient(t: Transition) -> Any:
-    """A bias added right before a normalisation has no gradient beyond rounding."""
+    """A bias added right before a normalisation has no gradient beyond rounding.
+
+    Where some gradient is not finite without rounding either, nothing is claimed of the others.
+    """
     parts = []
     grads, _ = jax.tree_util.tree_flatten_with_path(t.info.grads)
     noises = jax.tree_util.tree_leaves(t.noise.info.grads)
     for (path, grad), noise in zip(grads, noises, strict=True):
         if path_name(path) in t.facts["biases_before_norm"]:
             parts.append(residual(grad, jnp.zeros_like(wide(grad)), 2 * noise + smallest(grad)))
-    return worst_of(parts)
+    return when(all_finite(t.exact.info.grads), worst_of(parts))
