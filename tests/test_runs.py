@@ -14,7 +14,7 @@ import pytest
 import bnverify
 from bnverify import Case, reference, verify
 from bnverify.checking.verify import Verifier
-from bnverify.engine import budget, noise
+from bnverify.engine import budget
 from bnverify.engine.budget import Budget
 from bnverify.engine.examples import uncompiled
 from bnverify.engine.noise import Known, Noise
@@ -236,7 +236,7 @@ def test_a_case_too_large_for_all_rows_is_read_a_few_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("count", [7, 4, 3, 1])
-def test_a_stack_is_read_in_portions(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stack_is_read_in_portions(count: int) -> None:
     """Each case that counts is told what the whole stack tells of it, however they divide."""
     subject = reference.sgd()
     rng = np.random.default_rng(0)  # plain batches: what cancels has other digits in float64 too
@@ -244,8 +244,7 @@ def test_a_stack_is_read_in_portions(count: int, monkeypatch: pytest.MonkeyPatch
     cases = stack([Case.of(seed, x[seed], y[seed], 0.1) for seed in range(7)])
     before = jax.tree_util.tree_map(np.asarray, jax.vmap(subject.init)(cases.seed, cases.x))
     whole = Noise(subject)(before, cases, ["layer_inputs"])
-    monkeypatch.setattr(noise, "PORTION", 3)
-    known = Noise(subject)(before, cases, ["layer_inputs"], count)
+    known = Noise(subject, portion=3)(before, cases, ["layer_inputs"], count)
     assert {len(leaf) for leaf in jax.tree_util.tree_leaves(known)} == {7}
     alike = partial(np.testing.assert_allclose, rtol=1e-6)
     jax.tree_util.tree_map(lambda a, b: alike(a[:count], b[:count]), known, whole)

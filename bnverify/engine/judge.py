@@ -11,7 +11,7 @@ from bnverify import compat
 from bnverify.case import Case
 from bnverify.compiled import Compiled
 from bnverify.engine.budget import Budget, Fixed
-from bnverify.engine.noise import Noise
+from bnverify.engine.noise import PORTION, Noise
 from bnverify.kept import Identity
 from bnverify.laws import Law
 from bnverify.laws.residuals import wide
@@ -176,7 +176,10 @@ class Judge:
         self.often = budget.often
         self.incomparable: set[str] = set()
         self._subject = subject
-        self._noise = Noise(subject, optimise=budget.pays, seed=seed, held=budget.held)
+        portion = None if budget.often else PORTION  # stacks without end: a call costs 1 ms, too
+        self._noise = Noise(
+            subject, optimise=budget.pays, seed=seed, held=budget.held, portion=portion
+        )
         self._facts = {name: tuple(value) for name, value in facts.items()}
 
     def residuals(

@@ -22,7 +22,7 @@ from bnverify.subject import State, Subject, Tree
 from bnverify.transition import Outcome
 
 PORTION = 128
-"""Stacked cases that a call of the program takes: their arrays fit the caches of a core."""
+"""Stacked cases that a call of the program takes, where one or a few are often all that count."""
 
 
 class Known(NamedTuple):
@@ -53,6 +53,7 @@ class Noise:
             ``bnverify.compiled.Compiled``.
         seed: of the draws.
         held: from the shape (N, D) of a case to how many coarse rows are held at once.
+        portion: how many stacked cases a call of a program takes at most; None: all there are.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class Noise:
         optimise: Callable[[tuple[int, int]], bool] = lambda shape: False,
         seed: int = 0,
         held: Callable[[tuple[int, int]], int] = lambda shape: ROWS,
+        portion: int | None = PORTION,
     ) -> None:
         self._subject = subject
         self._seed = seed
         self._optimise = optimise
         self._held = held
+        self._portion = portion
         self._programs: dict[Any, tuple[frozenset[str], Callable[[State, Case], Known]]] = {}
 
     def __call__(
@@ -81,27 +84,28 @@ class Noise:
             count: how many of the stack count: of the others, some other's is told. None: all.
         """
         block = len(case.x)
+        size = min(block, self._portion or block)
+        if size == block:
+            return self._read(before, case, also)
         asked = block if count is None else count
-        size = min(block, PORTION)
-        places = np.minimum(np.arange(0, asked, size)[:, None] + np.arange(size), block - 1)
-        given = [take((before, case), portion) for portion in places]
-        program = self._for(*given[0], also)
-        with compat.enable_x64():
-            parts = [jax.tree_util.tree_map(np.asarray, program(*portion)) for portion in given]
+        parts = []
+        for start in range(0, asked, size):
+            places = np.minimum(np.arange(start, start + size), block - 1)
+            part = self._read(*take((before, case), places), also)
+            parts.append(jax.tree_util.tree_map(np.asarray, part))
         known: Known = jax.tree_util.tree_map(lambda *leaves: np.concatenate(leaves), *parts)
         return take(known, np.minimum(np.arange(block), asked - 1))
 
-    def _for(
-        self, before: State, case: Case, also: Collection[str]
-    ) -> Callable[[State, Case], Known]:
-        """Return the program for stacks like this one, compiled at its first call."""
+    def _read(self, before: State, case: Case, also: Collection[str]) -> Known:
+        """Return what ``__call__`` does, by a program for stacks of just this size."""
         of = jax.tree_util.tree_structure(before), case.x.shape
         told, program = self._programs.get(of, (frozenset(), None))
         if program is None or not told.issuperset(also):
             told |= frozenset(also)  # rather more than asked than compile again
             program = self._program(before, case, told)
             self._programs[of] = told, program
-        return program
+        with compat.enable_x64():
+            return program(before, case)
 
     def _program(
         self, before: State, case: Case, also: Collection[str]
