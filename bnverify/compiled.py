@@ -10,13 +10,11 @@ from typing import Any
 from bnverify import compat, kept
 from bnverify.lazy import jax
 
-FAITHFUL = {"xla_allow_excess_precision": False}
-"""What is to be rounded to 16 bits is: else one of two programs may do it and the other not."""
-
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
-    **FAITHFUL,
+    # What is to be rounded to 16 bits is: else one of two programs may do it and the other not.
+    "xla_allow_excess_precision": False,
 }
 """Options of XLA for what runs a few times: the first two halve the time to compile each."""
 

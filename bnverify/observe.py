@@ -172,8 +172,9 @@ def _facts(
         grads = actual.info.grads
         # An optimizer that takes no such gradients or state has no update to follow.
         try:
-            facts["expected_update"] = update(grads, before)
-            facts["nudged_updates"] = [update(*given) for given in nudged_inputs(grads, before)]
+            expected = update(grads, before)
+            nudged = [update(*given) for given in nudged_inputs(grads, before)]
+            facts |= {"expected_update": expected, "nudged_updates": nudged}
         except Exception as error:  # noqa: BLE001 - whatever a user's optimizer raises
             calls.refused["expected_update"] = f"the optimizer raised {first_line(error)}"
     if "layer_inputs" in wanted and subject.layer_inputs is not None:

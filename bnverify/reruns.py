@@ -6,6 +6,7 @@ What a re-run changes is NumPy, so that nothing is compiled for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,14 +82,11 @@ def nudged(value: Any, pattern: int) -> Any:
 
 def nudged_inputs(grads: Tree, state: State) -> list[tuple[Tree, State]]:
     """Return what an optimizer is given, its gradients nudged, and its state where it keeps one."""
-    found = [(_changed(grads, _nudged), state)]
+    nudge = partial(nudged, pattern=0)
+    found = [(_changed(grads, nudge), state)]
     if any(map(is_floating, jax.tree_util.tree_leaves(state.opt_state))):
-        found.append((grads, state._replace(opt_state=_changed(state.opt_state, _nudged))))
+        found.append((grads, state._replace(opt_state=_changed(state.opt_state, nudge))))
     return found
-
-
-def _nudged(value: Any) -> Any:
-    return nudged(value, 0)
 
 
 def reverse_rows(case: Case) -> Case:

@@ -59,7 +59,7 @@ class Budget:
         return AT_ONCE if self.block(shape) == self._block else 1
 
     def pays(self, shape: tuple[int, int]) -> bool:
-        """Return whether stacks of a shape compute so much that optimising their rounding pays."""
+        """Return whether stacks of a shape take so long that optimising their rounding pays."""
         rows, features = shape
         cases = self.block(shape) * self._blocks
         return self.often or rows * self._row(features)[0] * cases > PAYS
