@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from bnverify.jaxpr.noise import ROWS
 from bnverify.lazy import jax
+from bnverify.shapes import DEFAULT_DOMAIN
 from bnverify.subject import Subject
 
 OPERATIONS = 2e10
@@ -45,7 +49,6 @@ class Budget:
         self._block = block
         self._blocks = blocks
         self.often = blocks > OFTEN
-        self._known: dict[int, tuple[float, float]] = {}
 
     def block(self, shape: tuple[int, int]) -> int:
         """Return how many cases of a shape (N, D) are stacked: one at least."""
@@ -82,12 +85,22 @@ class Budget:
         return max(2, int(1 / max(operations / OPERATIONS / 4, moved / BYTES)))
 
     def _row(self, features: int) -> tuple[float, float]:
-        """Return the operations and the bytes of one row with its rounding; 0 where unknown."""
-        if features not in self._known:
-            rows = 2
-            operations, moved = _cost(self._subject, (rows, features))
-            self._known[features] = (1 + ROWS) / rows * operations, (1 + ROWS) / rows * moved
-        return self._known[features]
+        """Return the operations and the bytes of one row with its rounding; 0 where unknown.
+
+        Only the narrowest and the widest batch are asked about, since a step is traced for each:
+        what lies between costs at most what lies on a line between them.
+        """
+        widths, costs = self._ends
+        operations, moved = (float(np.interp(features, widths, cost)) for cost in costs)
+        return operations, moved
+
+    @cached_property
+    def _ends(self) -> tuple[list[int], Any]:
+        """The narrowest and the widest batch, and what one row of each costs."""
+        given = self._subject.features or (1, DEFAULT_DOMAIN.max_features)
+        widths, rows = sorted({min(given), max(given)}), 2
+        costs = np.array([_cost(self._subject, (rows, width)) for width in widths])
+        return widths, (1 + ROWS) / rows * costs.T
 
 
 class Fixed(Budget):
