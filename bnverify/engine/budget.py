@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from bnverify.case import Domain
 from bnverify.jaxpr.noise import ROWS
 from bnverify.lazy import jax
-from bnverify.shapes import DEFAULT_DOMAIN
 from bnverify.subject import Subject
 
 OPERATIONS = 2e10
@@ -97,7 +97,7 @@ class Budget:
     @cached_property
     def _ends(self) -> tuple[list[int], Any]:
         """The narrowest and the widest batch, and what one row of each costs."""
-        given = self._subject.features or (1, DEFAULT_DOMAIN.max_features)
+        given = self._subject.features or (1, Domain().max_features)
         widths, rows = sorted({min(given), max(given)}), 2
         costs = np.array([_cost(self._subject, (rows, width)) for width in widths])
         return widths, (1 + ROWS) / rows * costs.T

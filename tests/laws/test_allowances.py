@@ -1,14 +1,18 @@
-"""What rounding and overflow do to an update is no wrong update."""
+"""What rounding, overflow and 16 bits do to a correct step breaks no law."""
 
 from __future__ import annotations
 
 import numpy as np
 import optax
 
+from bnverify import zoo
 from bnverify.case import Case
+from bnverify.engine.judge import Judge
 from bnverify.laws import LAWS
 from bnverify.laws.law import UNTRIGGERED
+from bnverify.observe import Calls, observe
 from bnverify.reruns import nudged_inputs
+from bnverify.stacks import stacked_cases
 from bnverify.subject import State, StepInfo
 from bnverify.transition import Outcome, Transition
 
@@ -66,3 +70,11 @@ def test_biases_of_a_run_that_has_diverged_are_not_judged() -> None:
 
     assert error(1.0) > 1
     assert error(np.inf) == UNTRIGGERED
+
+
+def test_a_stack_rounds_to_16_bits_in_every_program_alike() -> None:
+    """A row is its own mean: what is left of it is rounding, by which two programs may not differ."""
+    law = LAWS["eval_at_the_batchs_own_moments_is_the_training_loss"]
+    cases = stacked_cases(np.random.default_rng(0), (1, 1), 512)
+    t = observe(Calls(zoo.bfloat16(), "stacked"), cases, law.needs)
+    assert Judge(zoo.bfloat16(), {}, 512).residuals(t, [law])[law.name].max() <= 1
