@@ -1,13 +1,13 @@
 """Laws of the running statistics: an exponential moving average of the batch's own moments.
 
-Nothing about the model is known. The step is run again from other old statistics: from 0 it
-writes (1 - m) b, from a huge S it writes m S + (1 - m) b, and so m and b are found from outside.
+Nothing about the model is known: its average is measured from outside (``laws/average.py``).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from bnverify.laws.average import folded, measurable, momenta
 from bnverify.laws.law import law
 from bnverify.laws.moments import apart_by, moments
 from bnverify.laws.residuals import (
@@ -24,27 +24,12 @@ from bnverify.laws.residuals import (
 )
 from bnverify.lazy import jax, jnp
 from bnverify.pytree import is_floating, path_name
-from bnverify.reruns import AVERAGE, huge, other_statistic, own_weight
+from bnverify.reruns import AVERAGE, other_statistic, own_weight
 from bnverify.subject import Tree
 from bnverify.transition import Transition
 
 IOFFE = "Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167"
 FLAX_SOURCE = "Flax, linen/normalization.py, BatchNorm"
-
-
-def _momenta(t: Transition) -> list[Any]:
-    """Return the measured weight of the old value, elementwise, a list over leaves."""
-    zeros = floats(t.reruns["zero_statistics"].state.batch_stats)
-    highs = floats(t.reruns["huge_statistics"].state.batch_stats)
-    return [
-        (wide(high) - wide(zero)) / huge(zero.dtype)
-        for zero, high in zip(zeros, highs, strict=True)
-    ]
-
-
-def _measurable(zero: Any) -> Any:
-    """Return where (1 - m) b is so small beside S that m is read to the last place."""
-    return jnp.abs(wide(zero)) <= unit(zero) * huge(zero.dtype)
 
 
 def _by_layer(batch_stats: Tree) -> dict[str, dict[str, Any]]:
@@ -77,21 +62,12 @@ def batch_stats_change_only_by_ema(t: Transition) -> Any:
     sum of the step and of the two re-runs err by at most 4 u |m s| + 3 u |new(0)| together, and
     b itself by one place where the re-runs are vectorised differently: 8 u (|m s| + |new(0)|).
     """
-
-    def leaf(old: Any, new: Any, zero: Any, high: Any) -> Any:
-        if not is_floating(old):
-            return residual(0.0, 0.0, 0.0)
-        m = (wide(high) - wide(zero)) / huge(zero.dtype)
-        scale = jnp.abs(m * wide(old)) + jnp.abs(wide(zero))
-        allowed = jnp.where(_measurable(zero), 8 * unit(new) * scale + smallest(new), jnp.inf)
-        return residual(new, m * wide(old) + wide(zero), allowed)
-
     zero = t.reruns["zero_statistics"].state.batch_stats
     high = t.reruns["huge_statistics"].state.batch_stats
     other = t.reruns["other_statistics"].state.batch_stats
     other_before = jax.tree_util.tree_map(_other, t.before.batch_stats)
     old, new = (t.before.batch_stats, other_before), (t.after.batch_stats, other)
-    return trees(leaf, old, new, (zero, zero), (high, high))
+    return trees(folded, old, new, (zero, zero), (high, high))
 
 
 def _other(value: Any) -> Any:
@@ -113,12 +89,12 @@ def one_momentum_for_the_whole_model(t: Transition) -> Any:
     momentum of 1 within that would never learn the batch, so 1 - m must be at least 8 u.
     """
     zeros = floats(t.reruns["zero_statistics"].state.batch_stats)
-    momenta = _momenta(t)
-    usable = [_measurable(zero) & jnp.isfinite(m) for m, zero in zip(momenta, zeros, strict=True)]
+    measured = momenta(t)
+    usable = [measurable(zero) & jnp.isfinite(m) for m, zero in zip(measured, zeros, strict=True)]
     places = 8 * max(unit(zero) for zero in zeros)
     most, least = -jnp.inf, jnp.inf
     parts = []
-    for m, seen in zip(momenta, usable, strict=True):
+    for m, seen in zip(measured, usable, strict=True):
         most = jnp.maximum(most, jnp.max(jnp.where(seen, m, -jnp.inf)))
         least = jnp.minimum(least, jnp.min(jnp.where(seen, m, jnp.inf)))
         allowed = jnp.where(seen, places, jnp.inf)
@@ -146,9 +122,9 @@ def momentum_is_as_declared(t: Transition) -> Any:
             residual(
                 m,
                 jnp.full_like(m, declared),
-                jnp.where(_measurable(zero), 8 * unit(zero), jnp.inf),
+                jnp.where(measurable(zero), 8 * unit(zero), jnp.inf),
             )
-            for m, zero, declared in zip(_momenta(t), zeros, t.facts["momenta"], strict=True)
+            for m, zero, declared in zip(momenta(t), zeros, t.facts["momenta"], strict=True)
         ]
     )
 
@@ -193,7 +169,7 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
             flushed = 4 * smallest(zero[name]) / weight
             rounded = places * u * scale + 8 * u / weight * jnp.abs(expected)
             allowed = rounded + flushed + moved
-            usable = jnp.where(_measurable(zero[name]) & (weight > 0), allowed, jnp.inf)
+            usable = jnp.where(measurable(zero[name]) & (weight > 0), allowed, jnp.inf)
             parts.append(residual(wide(zero[name]) / weight, expected, usable))
     return worst_of(parts)
 
@@ -261,7 +237,7 @@ def batch_like_the_statistics_is_a_fixed_point(t: Transition) -> Any:
         weight = own_weight(wide(zero), wide(high), zero.dtype, jnp)
         own = wide(zero) / weight
         allowed = (8 + 4 / weight) * unit(new) * jnp.abs(own) + smallest(new) / weight
-        return residual(new, own, jnp.where(_measurable(zero) & (weight > 0), allowed, jnp.inf))
+        return residual(new, own, jnp.where(measurable(zero) & (weight > 0), allowed, jnp.inf))
 
     return trees(
         leaf,
@@ -284,18 +260,9 @@ def equal_steps_converge_geometrically(t: Transition) -> Any:
     With lr = 0 the params rest, so new2 = m new1 + new(0), within the rounding of
     ``batch_stats_change_only_by_ema``: 8 u (|m new1| + |new(0)|).
     """
-
-    def leaf(first: Any, second: Any, zero: Any, high: Any) -> Any:
-        if not is_floating(second):
-            return residual(0.0, 0.0, 0.0)
-        m = (wide(high) - wide(zero)) / huge(zero.dtype)
-        scale = jnp.abs(m * wide(first)) + jnp.abs(wide(zero))
-        allowed = jnp.where(_measurable(zero), 8 * unit(second) * scale + smallest(second), jnp.inf)
-        return residual(second, m * wide(first) + wide(zero), allowed)
-
     rested = same(t.reruns["zero_lr"].state.params, t.before.params)
     value = trees(
-        leaf,
+        folded,
         t.reruns["zero_lr"].state.batch_stats,
         t.reruns["second_step"].state.batch_stats,
         t.reruns["zero_statistics"].state.batch_stats,
