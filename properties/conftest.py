@@ -102,7 +102,7 @@ class Step:
         __tracebackhide__ = True
         from bnverify.engine.proof import judge_structure
 
-        evidence = judge_structure(self._applicable(law), self.subject, self._reading)
+        evidence = judge_structure(self._applicable(law), self._reading)
         if evidence.status == "violated":
             self._violated(law, evidence.reason)
         self.reached = 1

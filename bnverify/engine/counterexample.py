@@ -53,7 +53,7 @@ def replay(subject: Subject, case: Case, law: str) -> float | None:
     claim = LAWS[law]
     reading = proof.read(subject)
     if claim.kind == "structure":
-        evidence = proof.judge_structure(claim, subject, reading)
+        evidence = proof.judge_structure(claim, reading)
         if evidence.status == "violated":
             raise Violation(f"{law}: {evidence.reason}")
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,16 @@ PROBED = "by a momentum probe, since the optimizer's own state is empty"
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A subject around another optimizer, and its traces."""
+class Traced:
+    """A subject and its traces."""
 
     subject: Subject
     traces: Traces
+
+    @cached_property
+    def transitions(self) -> list[Transition]:
+        """Each traced run, with what the optimizer's init gives for params alone."""
+        return [abstract_transition(run, self.subject) for run in self.traces.runs]
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Reading:
     """A subject as its traces show it.
 
     Attributes:
-        traces: the traces; None where the subject does not trace.
+        traced: the subject with its traces; None where it does not trace.
         influence: what may reach what; None likewise.
         refusal: why it does not trace; empty where it does.
         probe: the same step around SGD with momentum, where the subject's own optimizer keeps
@@ -40,11 +46,16 @@ class Reading:
         ran: where it does not trace, one run of it; None where it does not run either.
     """
 
-    traces: Traces | None
+    traced: Traced | None
     influence: Influence | None
     refusal: str = ""
-    probe: Probe | None = None
+    probe: Traced | None = None
     ran: Transition | None = None
+
+    @property
+    def traces(self) -> Traces | None:
+        """The traces; None where the subject does not trace."""
+        return self.traced.traces if self.traced is not None else None
 
     @property
     def abstract(self) -> Transition | None:
@@ -61,7 +72,7 @@ def read(subject: Subject) -> Reading:
     probe = None
     if not jax.tree_util.tree_leaves(traces.runs[0].before.opt_state):
         probe = _probe(subject)
-    return Reading(traces, influence(traces), probe=probe)
+    return Reading(Traced(subject, traces), influence(traces), probe=probe)
 
 
 def _run(subject: Subject) -> Transition | None:
@@ -76,12 +87,12 @@ def _run(subject: Subject) -> Transition | None:
     return t._replace(facts=_expected_opt_state(subject, t.before.params))
 
 
-def _probe(subject: Subject) -> Probe | None:
+def _probe(subject: Subject) -> Traced | None:
     if subject.with_optimizer is None:
         return None
     probe = subject.with_optimizer(_momentum)
     try:
-        return Probe(probe, trace_subject(probe))
+        return Traced(probe, trace_subject(probe))
     except TraceError:  # the probe only adds evidence
         return None
 
@@ -124,13 +135,12 @@ def _expected_opt_state(subject: Subject, params: Any) -> dict[str, Any]:
     return {"expected_opt_state": shapes}
 
 
-def judge_structure(law: Law, subject: Subject, reading: Reading) -> Evidence:
+def judge_structure(law: Law, reading: Reading) -> Evidence:
     """Return the evidence for a law of structure from the traces."""
-    traces, of = reading.traces, subject
-    note = ""
+    traced, note = reading.traced, ""
     if "opt_state" in law.requires and reading.probe is not None:
-        traces, of, note = reading.probe.traces, reading.probe.subject, f"; {PROBED}"
-    if traces is None:
+        traced, note = reading.probe, f"; {PROBED}"
+    if traced is None:
         if reading.ran is None:
             return Evidence(law.name, law.family, "untriggered", reason=reading.refusal)
         lines = law.check(reading.ran)
@@ -138,8 +148,9 @@ def judge_structure(law: Law, subject: Subject, reading: Reading) -> Evidence:
         if lines:
             return Evidence(law.name, law.family, "violated", 1, reason=f"{lines[0]} [{scope}]")
         return Evidence(law.name, law.family, "held", 1, reason=scope)
-    for run in traces.runs:
-        lines = law.check(abstract_transition(run, of))
+    traces = traced.traces
+    for transition in traced.transitions:
+        lines = law.check(transition)
         if lines:
             more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
             return Evidence(

@@ -194,7 +194,7 @@ def _without_running(
         if reason is not None:
             yield Evidence(law.name, law.family, "exempt", reason=reason)
         elif law.kind == "structure":
-            yield proof.judge_structure(law, subject, reading)
+            yield proof.judge_structure(law, reading)
         else:
             proved = proof.prove_influence(law, reading)
             if proved is not None:

@@ -51,14 +51,15 @@ def _whole(subject: Subject, case: Case) -> Any:
     return info, subject.evaluate(state, case.x, case.y)
 
 
-def refused(lived: Subject | Lived, way: str, programs: Programs) -> str | None:
+def refused(
+    lived: Subject | Lived, way: str, programs: Programs, shape: tuple[int, int]
+) -> str | None:
     """Return why the libraries cannot save any state of this subject in this way, or None.
 
     A user's own way is never refused: where it raises, that is a violation.
     """
     if isinstance(lived, Lived):
         return None
-    shape = shape_of(lived)
     state = programs.init(np.int32(0), np.zeros(shape, np.float32))
     try:
         ways(lived)[way].save(state)

@@ -116,7 +116,7 @@ class Lives:
         for way in ways(self._lived):
             if way == "orbax" and self._plan.examples <= PROFILES["quick"].examples:
                 continue
-            reason = refused(self._lived, way, self._programs)
+            reason = refused(self._lived, way, self._programs, self._shape)
             if reason is not None:
                 self._refusals[way] = reason
                 continue

@@ -64,7 +64,9 @@ def life(
     subject = subject_of(lived)
     made = programs or Programs(subject)
     shape = shape_of(subject)
-    offered = [way for way in ways(lived) if way != "orbax" and refused(lived, way, made) is None]
+    offered = [
+        way for way in ways(lived) if way != "orbax" and refused(lived, way, made, shape) is None
+    ]
     cases = batches(shape)
 
     class Machine(RuleBasedStateMachine):

@@ -37,7 +37,7 @@ def verdicts(subject: Any, shape: tuple[int, int], seed: int) -> tuple[dict[str,
         if shown is not None and exemption(law, subject, shown) is not None:
             found[law.name] = {"status": "exempt", "residual": None}
         elif law.kind == "structure":
-            evidence = proof.judge_structure(law, subject, reading)
+            evidence = proof.judge_structure(law, reading)
             found[law.name] = {"status": evidence.status, "residual": None}
         elif proof.prove_influence(law, reading) is not None:
             found[law.name] = {"status": "proved", "residual": None}
