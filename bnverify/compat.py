@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from bnverify.lazy import jax
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
 
@@ -71,3 +73,14 @@ def compiler_options(**wanted: Any) -> dict[str, Any]:
             tiny.compile(compiler_options={name: value})
             known[name] = value
     return known
+
+
+def jit(function: Callable[..., Any], **wanted: Any) -> Callable[..., Any]:
+    """Return ``jax.jit(function)``, compiled with those of the options ``wanted`` that there are.
+
+    ``jax.jit`` of jax 0.4.30 takes none; that of 0.4.38 does.
+    """
+    takes = "compiler_options" in inspect.signature(jax.jit).parameters
+    options = {"compiler_options": compiler_options(**wanted)} if takes else {}
+    compiled: Callable[..., Any] = jax.jit(function, **options)
+    return compiled

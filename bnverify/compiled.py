@@ -36,6 +36,11 @@ _RECENT: OrderedDict[tuple[weakref.ref[Compiled], Any], None] = OrderedDict()
 """(owner, key) of each program since the caches were cleared, the one used last at the end."""
 
 
+def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``jax.jit(function)`` for what runs a few times, on whatever arguments JAX takes."""
+    return compat.jit(function, **QUICK)
+
+
 class Compiled:
     """A function compiled for each new signature of its arguments.
 

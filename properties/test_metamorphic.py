@@ -33,6 +33,7 @@ def test_same_input_repeats_to_the_bit(step, data):
     step.keeps("same_input_repeats_to_the_bit", data.draw(step.cases()))
 
 
+@few
 @given(data=st.data())
 def test_step_leaves_its_inputs_alone(step, data):
     """The step neither changes nor deletes the arrays it was given."""

@@ -21,6 +21,12 @@ from bnverify.profile import Profile
 
 ONE = jax.tree_util.tree_structure({"out": 0})
 FEW = Profile("few", tiny=1, shapes=0, block=32, examples=3)
+LAWS = (
+    "batch_moments_are_the_layers_own",  # reads the rounding of the step and of the layers' inputs
+    "gradients_are_gradients_of_the_loss",  # and the slope of the loss
+    "row_order_changes_nothing",
+    "vmap_equals_loop",  # judged on single calls
+)
 
 
 @pytest.fixture
@@ -134,11 +140,11 @@ def test_a_check_says_the_same_by_what_was_kept(
 
     def check(subject: bnverify.Subject) -> Any:
         judge._PROGRAMS.clear()
-        return bnverify.verify(subject, FEW, seed=3).results
+        return bnverify.verify(subject, FEW, seed=3, select=LAWS).results
 
     new = check(reference.adam())
     count = len(files(home))
-    assert count > 3
+    assert count == 3  # the rounding, and the laws by what they need
     assert check(reference.adam()) == new
     assert len(files(home)) == count
     fault = check(MUTANTS["sample_variance"].make())

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bnverify.compiled import quick_jit
+
 PLACES = 1e-6  # below it, what differs is the rounding of one small step
 ALIKE = 0.1  # a penalty gives one value for all batches but for rounding; anything else does not
 
@@ -38,7 +40,7 @@ def has_penalty(init: Callable[..., Any], step: Callable[..., Any], sizes: tuple
         _, slope = jax.jvp(loss, (state.params,), (direction,))
         return sum(jax.tree_util.tree_leaves(parts)), slope
 
-    run = jax.jit(measured)
+    run = quick_jit(measured)
     generator = np.random.default_rng(0)
     rests = []
     for shift in (0.0, 1.0, -2.0):

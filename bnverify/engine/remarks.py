@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bnverify.compiled import quick_jit
 from bnverify.jaxpr import Influence
 from bnverify.lazy import jax, jnp
 from bnverify.mistakes import MISTAKES, Mistake
@@ -95,7 +96,7 @@ def _answers(subject: Subject) -> _Answers | None:
 
             return update(0.0), update(1.0)
 
-        still, pushed = (jax.tree_util.tree_leaves(tree) for tree in jax.jit(asked)())
+        still, pushed = (jax.tree_util.tree_leaves(tree) for tree in quick_jit(asked)())
     except Exception:  # noqa: BLE001 - a user's optimizer may need more than params and gradients
         return None
     paths = _paths(state.params)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bnverify.lazy import jax
+from bnverify.compiled import quick_jit
 from bnverify.subject import Subject
 
 
@@ -14,11 +14,11 @@ class Programs:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self.steps = tuple(jax.jit(_afresh(subject.step)) for _ in range(2))
-        self.init = jax.jit(_afresh(subject.init))
-        self.evaluate = jax.jit(_afresh(subject.evaluate))
+        self.steps = tuple(quick_jit(_afresh(subject.step)) for _ in range(2))
+        self.init = quick_jit(_afresh(subject.init))
+        self.evaluate = quick_jit(_afresh(subject.evaluate))
         after = subject.after_eval
-        self.after_eval = jax.jit(_afresh(after)) if after is not None else None
+        self.after_eval = quick_jit(_afresh(after)) if after is not None else None
 
 
 def _afresh(function: Callable[..., Any]) -> Callable[..., Any]:

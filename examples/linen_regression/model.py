@@ -15,7 +15,7 @@ LEARNING_RATE = 1e-2
 class Regressor(nn.Module):
     """Two hidden layers with BatchNorm and dropout: x (N, D) -> predictions (N, 1)."""
 
-    hidden: int = 16
+    hidden: int = 8
 
     @nn.compact
     def __call__(self, x: Any, train: bool) -> Any:

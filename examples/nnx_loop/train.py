@@ -20,9 +20,9 @@ class Classifier(nnx.Module):
 
     def __init__(self, din: int, *, rngs: nnx.Rngs) -> None:
         """Make the layers."""
-        self.first = nnx.Linear(din, 16, rngs=rngs)
-        self.norm = nnx.BatchNorm(16, momentum=0.9, rngs=rngs)
-        self.last = nnx.Linear(16, CLASSES, rngs=rngs)
+        self.first = nnx.Linear(din, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
+        self.last = nnx.Linear(8, CLASSES, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
         """Return the logits."""
