@@ -117,19 +117,30 @@ def shift_biases(subject: Subject, state: State, by: Any) -> State:
     return state._replace(params=jax.tree_util.tree_map_with_path(leaf, state.params))
 
 
-def own_weight(zero: Any, high: Any, dtype: Any, xp: Any) -> Any:
-    """Return 1 - m of new = m * old + (1 - m) * b, from the new values for old = 0 and huge.
-
-    Where a decimal of four places lies within rounding of the measured value it is that
-    decimal: people write 0.99, and 1 - m would otherwise lose two digits to the subtraction.
+def old_weight(zero: Any, high: Any, dtype: Any) -> Any:
+    """Return m of new = m * old + (1 - m) * b, from the new values for old = 0 and huge.
 
     Args:
         zero: what the step writes over 0, any shape, in float64.
         high: what it writes over ``huge(dtype)``, likewise.
         dtype: of the statistic.
+    """
+    return (high - zero) / huge(dtype)
+
+
+def own_weight(zero: Any, high: Any, dtype: Any, xp: Any) -> Any:
+    """Return 1 - m, see :func:`old_weight`.
+
+    Where a decimal of four places lies within rounding of the measured value it is that
+    decimal: people write 0.99, and 1 - m would otherwise lose two digits to the subtraction.
+
+    Args:
+        zero: as there.
+        high: likewise.
+        dtype: likewise.
         xp: numpy or jax.numpy.
     """
-    weight = 1 - (high - zero) / huge(dtype)
+    weight = 1 - old_weight(zero, high, dtype)
     decimal = xp.round(weight * 1e4) / 1e4
     near = abs(weight - decimal) <= 4 * float(jnp.finfo(dtype).eps)
     return xp.where(near, decimal, weight)

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
     from bnverify.case import Case
     from bnverify.engine.exploration import Exploration
-    from bnverify.engine.proof import Reading
-    from bnverify.jaxpr import Traces
+    from bnverify.engine.proof import Reading, Traced
     from bnverify.subject import Subject
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
@@ -127,23 +126,22 @@ class Step:
         """Return what runs the step for ``law``: around a stateful optimizer where it needs one."""
         probe = self._reading.probe
         if probe is None or "opt_state" not in law.requires:
-            return self._runs(self.subject, self._reading.traces)
-        return self._runs(probe.subject, probe.traces)
+            assert self._reading.traced is not None
+            return self._runs(self._reading.traced)
+        return self._runs(probe)
 
-    def _runs(self, subject: Subject, traces: Traces | None) -> Exploration:
+    def _runs(self, traced: Traced) -> Exploration:
+        subject = traced.subject
         if subject.name in self._made:
             return self._made[subject.name]
         from bnverify.case import Domain
         from bnverify.engine.exploration import Exploration
         from bnverify.engine.judge import Judge, judged, static_facts
-        from bnverify.engine.proof import abstract_transition
         from bnverify.engine.volume import NEEDS, Volume
 
-        assert traces is not None
-        abstract = abstract_transition(traces.runs[0], None)
         laws = [law for law in LAWS.values() if law.kind != "structure"]
         # One program for each shape, of one case: a stack is there only to be compared with.
-        judge = Judge(subject, static_facts(subject, abstract), block=1)
+        judge = Judge(subject, static_facts(subject, traced.abstract), block=1)
         volume = Volume(subject, judged(laws, NEEDS), judge, domain=Domain())
         self._made[subject.name] = Exploration(subject, laws, judge, volume)
         return self._made[subject.name]

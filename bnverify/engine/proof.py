@@ -27,10 +27,18 @@ class Traced:
     subject: Subject
     traces: Traces
 
+    @property
+    def abstract(self) -> Transition:
+        """The first traced run, whose leaves have shapes and dtypes, no values."""
+        return _abstract(self.traces.runs[0])
+
     @cached_property
     def transitions(self) -> list[Transition]:
         """Each traced run, with what the optimizer's init gives for params alone."""
-        return [abstract_transition(run, self.subject) for run in self.traces.runs]
+        return [
+            _abstract(run)._replace(facts=_expected_opt_state(self.subject, run.before.params))
+            for run in self.traces.runs
+        ]
 
 
 @dataclass(frozen=True)
@@ -53,14 +61,9 @@ class Reading:
     ran: Transition | None = None
 
     @property
-    def traces(self) -> Traces | None:
-        """The traces; None where the subject does not trace."""
-        return self.traced.traces if self.traced is not None else None
-
-    @property
     def abstract(self) -> Transition | None:
         """A transition whose leaves have shapes and dtypes, and values only where it was run."""
-        return self.ran if self.traces is None else abstract_transition(self.traces.runs[0], None)
+        return self.ran if self.traced is None else self.traced.abstract
 
 
 def read(subject: Subject) -> Reading:
@@ -103,14 +106,7 @@ def _momentum(lr: Any) -> Any:
     return optax.sgd(lr, momentum=0.9)
 
 
-def abstract_transition(run: Run, subject: Subject | None) -> Transition:
-    """Return the traced run as a Transition without values.
-
-    Args:
-        run: a traced run.
-        subject: adds what its optimizer's init gives for params alone, where it is known.
-    """
-    facts = {} if subject is None else _expected_opt_state(subject, run.before.params)
+def _abstract(run: Run) -> Transition:
     return Transition(
         case=None,  # type: ignore[arg-type] # an abstract transition has no values
         before=run.before,
@@ -119,7 +115,7 @@ def abstract_transition(run: Run, subject: Subject | None) -> Transition:
         eval_loss=run.eval_loss,
         reruns={},
         evals={},
-        facts=facts,
+        facts={},
     )
 
 

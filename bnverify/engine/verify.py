@@ -148,8 +148,7 @@ class Checker:
         facts = static_facts(self.subject, reading.abstract) if reading.abstract else {}
         benches = [Bench(self.subject, own, facts, self.plan, refusal=reading.refusal)]
         if probe is not None and probed:
-            abstract = proof.abstract_transition(probe.traces.runs[0], None)
-            facts = static_facts(probe.subject, abstract)
+            facts = static_facts(probe.subject, probe.abstract)
             few = replace(self.plan, tiny=1, shapes=0, blocks=1, examples=1, large=())
             benches.append(Bench(probe.subject, probed, facts, few, note=proof.PROBED))
         return benches

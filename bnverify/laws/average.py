@@ -10,7 +10,7 @@ from typing import Any
 from bnverify.laws.residuals import floats, residual, smallest, unit, wide
 from bnverify.lazy import jnp
 from bnverify.pytree import is_floating
-from bnverify.reruns import huge
+from bnverify.reruns import huge, old_weight
 from bnverify.transition import Transition
 
 
@@ -46,4 +46,4 @@ def folded(old: Any, new: Any, zero: Any, high: Any) -> Any:
 
 
 def _momentum(zero: Any, high: Any) -> Any:
-    return (wide(high) - wide(zero)) / huge(zero.dtype)
+    return old_weight(wide(zero), wide(high), zero.dtype)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from bnverify.lazy import jax, jnp
 from bnverify.pytree import is_floating, path_name
-from bnverify.reruns import huge, with_statistics
+from bnverify.reruns import huge, old_weight, with_statistics
 from bnverify.subject import State
 
 Step = Callable[[State], State]
@@ -146,8 +146,8 @@ def _begin(
     now = _statistics(state)
     for (path, old), (_, zero), (_, high) in zip(now, zeros, highs, strict=True):
         start = np.asarray(old, np.float64)
-        scale = huge(zero.dtype)
-        momentum = (np.asarray(high, np.float64) - np.asarray(zero, np.float64)) / scale
+        wide_zero, wide_high = np.asarray(zero, np.float64), np.asarray(high, np.float64)
+        momentum = old_weight(wide_zero, wide_high, zero.dtype)
         unit = float(jnp.finfo(zero.dtype).eps) / 2
         leaves.append(Leaf(path, momentum, start, np.zeros_like(start), unit, start, start))
     return tuple(leaves)

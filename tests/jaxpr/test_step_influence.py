@@ -84,17 +84,16 @@ def test_evaluation_hands_its_state_on_untouched():
 @pytest.mark.parametrize("make", reference.VARIANTS, ids=lambda make: make.__name__)
 def test_proofs_compile_nothing_and_trace_few_steps(make, compilations):
     """All that is said of the canonical step without a run takes no compiler, and six traces."""
-    traced = []
+    subject, traced = make(), []
 
     def step(*args):
         traced.append(args)
-        return make().step(*args)
+        return subject.step(*args)
 
-    subject = dataclasses.replace(make(), step=step)
     jnp.zeros(3)  # the listener hears a compilation
     assert len(compilations) >= 1
     compilations.clear()
-    report = verify(subject, "quick", proofs_only=True)
+    report = verify(dataclasses.replace(subject, step=step), "quick", proofs_only=True)
     assert 1 <= len(traced) <= 6
     assert compilations == []
     assert sum(evidence.status == "proved" for evidence in report.results) == 13
