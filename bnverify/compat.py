@@ -63,7 +63,8 @@ def literal(atom: Any) -> Any:
 def compiler_options(**wanted: Any) -> dict[str, Any]:
     """Return those of the options ``wanted`` that this release's XLA has.
 
-    ``xla_cpu_use_fusion_emitters`` is known to jax 0.6.2 and 0.10.2, not to 0.4.30 nor 0.12.0.1.
+    ``xla_cpu_use_fusion_emitters`` is known to jax 0.6.2 and 0.10.2, not to 0.4.30 nor 0.12.0.1;
+    0.4.13 takes ``xla_backend_optimization_level`` for a string.
     """
     tiny = jax.jit(lambda x: x).lower(0.0)
     known: dict[str, Any] = {}

@@ -80,13 +80,11 @@ def named_noise(tree: Any, prefix: str) -> dict[str, Any]:
 
 
 def _compile(function: Callable[..., Any], stacked: Any) -> Any:
+    from bnverify import compat
     from bnverify.compiled import QUICK
 
     lowered = jax.jit(jax.vmap(function)).lower(*stacked)
-    try:
-        return lowered.compile(compiler_options=QUICK)
-    except Exception:  # noqa: BLE001 - jaxlib before 0.4.30 takes the option for a string
-        return lowered.compile()
+    return lowered.compile(compiler_options=compat.compiler_options(**QUICK))
 
 
 def _rounding() -> Callable[..., Any]:
