@@ -6,7 +6,7 @@ the noise claimed for each number of loss, gradients, statistics, new parameters
 and eval loss. Inputs span six decades of magnitude, with offsets up to 1e4; half of the states
 are initial ones, half come from three steps of training.
 
-    python benchmarks/rounding_soundness.py [--cases 1000] [--seed 0] [--quick]
+    python benchmarks/rounding_soundness.py [--cases 1000] [--seed 0] [--hidden 4] [--quick]
 
 prints a line for each configuration:
 
@@ -46,20 +46,20 @@ OPTIMIZERS = {
 LAYERS = (1, 2, 4)
 ACTIVATIONS = {"relu": nn.relu, "gelu": nn.gelu, "tanh": nn.tanh}
 SHAPES = ((8, 3), (2, 1), (32, 2))
-HIDDEN = 4
 
 
 class Net(nn.Module):
-    """Dense -> BatchNorm -> activation, ``layers`` times, then Dense(1)."""
+    """Dense(hidden) -> BatchNorm -> activation, ``layers`` times, then Dense(1)."""
 
     layers: int
     activation: Any
+    hidden: int
 
     @nn.compact
     def __call__(self, x: Any, train: bool) -> Any:
         """Return predictions (N, 1)."""
         for _ in range(self.layers):
-            x = nn.Dense(HIDDEN)(x)
+            x = nn.Dense(self.hidden)(x)
             x = nn.BatchNorm(use_running_average=not train)(x)
             x = self.activation(x)
         return nn.Dense(1)(x)
@@ -74,9 +74,9 @@ class Case(NamedTuple):
     lr: Any
 
 
-def make(layers: int, activation: str, optimizer: str) -> tuple[Any, Any]:
+def make(layers: int, activation: str, optimizer: str, hidden: int) -> tuple[Any, Any]:
     """Return (init, step); step also evaluates in the state after it."""
-    model, make_optimizer = Net(layers, ACTIVATIONS[activation]), OPTIMIZERS[optimizer]
+    model, make_optimizer = Net(layers, ACTIVATIONS[activation], hidden), OPTIMIZERS[optimizer]
 
     def predict(params: Any, stats: Any, x: Any, train: bool) -> tuple[Any, Any]:
         variables = {"params": params, "batch_stats": stats}
@@ -181,11 +181,8 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.process_time() - start
 
 
-def experiment(
-    layers: int, activation: str, optimizer: str, count: int, shape: tuple[int, int], seed: int
-) -> Verdict:
+def experiment(init: Any, step: Any, count: int, shape: tuple[int, int], seed: int) -> Verdict:
     """Return what ``count`` random cases of one configuration show."""
-    init, step = make(layers, activation, optimizer)
     cases = draw(init, step, np.random.default_rng(seed), count, *shape)
     actual = jax.jit(jax.vmap(step))(cases)
     rows = jax.tree_util.tree_map(lambda leaf: np.concatenate([leaf] * (1 + ROWS)), cases)
@@ -213,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Is the claimed rounding noise sound and tight?")
     parser.add_argument("--cases", type=int, default=1000, help="for each configuration")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hidden", type=int, default=4, help="features of each layer")
     parser.add_argument("--quick", action="store_true", help="one configuration of each kind")
     options = parser.parse_args()
     print(
@@ -227,7 +225,8 @@ def main() -> None:
     for number, (optimizer, layers, activation) in enumerate(combinations):
         n, d = SHAPES[(number + options.seed) % len(SHAPES)]
         seed = options.seed * 1000 + number
-        got = experiment(layers, activation, optimizer, options.cases, (n, d), seed)
+        made = make(layers, activation, optimizer, options.hidden)
+        got = experiment(*made, options.cases, (n, d), seed)
         found.append(got)
         print(
             f"| {optimizer} | {layers} | {activation} | {n}, {d} | {got.unknown_grads:.1%} "

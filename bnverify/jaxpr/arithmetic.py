@@ -104,6 +104,33 @@ _APPROXIMATE = frozenset(
 )
 _APPROXIMATE_UNITS = 4.0
 
+ADDITIONS = frozenset({"add", "add_any", "sub"})
+
+# Each element of the output is made of one element of each input, or of one moved here. A closed
+# list: what is not on it may add elements up.
+BY_ELEMENT = (
+    _EXACT
+    | _APPROXIMATE - {"cumlogsumexp"}
+    | {
+        "and",
+        "convert_element_type",
+        "div",
+        "eq",
+        "ge",
+        "gt",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "lt",
+        "mul",
+        "ne",
+        "not",
+        "or",
+        "sqrt",
+        "square",
+    }
+)
+
 # Makes large or small numbers of moderate ones.
 _SCALING = frozenset(
     {
@@ -202,7 +229,7 @@ def _leaves_digits(eqn: Any, position: int) -> bool:
     if number is None or number.ndim or not _is_real(atom.aval.dtype):
         return False
     value = float(number)
-    if name in {"add", "add_any", "sub"}:
+    if name in ADDITIONS:
         return value == 0
     power = value != 0 and math.isfinite(value) and abs(math.frexp(value)[0]) == 0.5
     return power and (name == "mul" or (name == "div" and position == 1))

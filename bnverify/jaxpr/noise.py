@@ -22,6 +22,7 @@ Random rounding as a probe of stability is due to La Porte and Vignes (CESTAC) a
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -35,7 +36,7 @@ from bnverify.jaxpr.interpreter import hides_code
 from bnverify.jaxpr.values import Value, is_float, widen, widen_params
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from bnverify.jaxpr.interpreter import Body
 
@@ -74,14 +75,19 @@ class Rows:
         which: the rows that are held: the exact one, and coarse ones.
         rows: how many coarse ones.
         seed: of the draws.
+        added: how many numbers are added to what an equation makes, by its id (jaxpr/sums.py);
+            any number to what is not listed.
         unknown: names of primitives that it cannot evaluate coarsely: what depends on them has
             no known error, and NaN in its rows.
     """
 
-    def __init__(self, rows: int | Which = ROWS, seed: int = 0) -> None:
+    def __init__(
+        self, rows: int | Which = ROWS, seed: int = 0, added: Mapping[int, float] | None = None
+    ) -> None:
         self.which = rows if isinstance(rows, Which) else Which.all(rows)
         self.rows = len(self.which.numbers) - 1
         self.seed = seed
+        self.added = added or {}
         self.unknown: set[str] = set()
         self._points = seed * _POINTS
 
@@ -109,14 +115,21 @@ class Rows:
         first = np.arange(1 + self.rows).reshape(-1, *[1] * (array.ndim - 1)) == 0
         return Value(jnp.where(first | known, array, jnp.nan), rows=True)
 
-    def round(self, value: Value, dtype: Any, units: float = 1.0) -> Value:
-        """Round every row but the first as ``dtype`` does, ``units`` times over."""
+    def round(self, value: Value, dtype: Any, units: float, added: float) -> Value:
+        """Round every row but the first as ``dtype`` does.
+
+        Args:
+            value: what to round.
+            dtype: of the program.
+            units: how many times over.
+            added: how many numbers are added to each of these afterwards.
+        """
         array = jnp.asarray(value.array)
         shape = array.shape[1:] if value.rows else array.shape
         size = units * SIZE * float(jnp.finfo(dtype).eps) / 2
         draw = self._draw(shape)
         factor = 1 + size * draw
-        if jnp.finfo(dtype).bits < 32 or max(shape, default=0) >= MANY:
+        if jnp.finfo(dtype).bits < 32 or min(added, max(shape, default=0)) >= MANY:
             exact = array[0] if value.rows else array
             one, other, turned = draws.alike(self._points, self.which, draw, exact, dtype)
             factor = jnp.where(turned, 1 + size * other, 1 + size * one)
@@ -257,10 +270,11 @@ class Rows:
         return ready
 
     def _arithmetic(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
-        units = arithmetic.growth(eqn)
-        if arithmetic.terms(eqn) > 1:
+        units, terms = arithmetic.growth(eqn), arithmetic.terms(eqn)
+        added = self.added.get(id(eqn), math.inf)
+        if terms > 1:
             inputs = [
-                self.round(value, arithmetic.summed_in(atom.aval.dtype, eqn), units)
+                self.round(value, arithmetic.summed_in(atom.aval.dtype, eqn), units, added * terms)
                 if is_float(atom.aval.dtype)
                 else value
                 for value, atom in zip(inputs, eqn.invars, strict=True)
@@ -270,7 +284,9 @@ class Rows:
         except (NotImplementedError, TypeError):  # no float64 form of it, or no batched one
             return self._give_up(eqn, inputs)
         rounded = [
-            self._finish(eqn, value, var.aval.dtype, units) if is_float(var.aval.dtype) else value
+            self._finish(eqn, value, var.aval.dtype, units, added)
+            if is_float(var.aval.dtype)
+            else value
             for value, var in zip(outputs, eqn.outvars, strict=True)
         ]
         exactly = None if arithmetic.is_exact(eqn) else self._exactly(eqn, inputs)
@@ -279,9 +295,9 @@ class Rows:
             return [Value(kept, rows=True)]
         return rounded
 
-    def _finish(self, eqn: Any, value: Value, dtype: Any, units: float) -> Value:
+    def _finish(self, eqn: Any, value: Value, dtype: Any, units: float, added: float) -> Value:
         exact = arithmetic.is_exact(eqn)
-        finished = value if exact else self.round(value, dtype, units)
+        finished = value if exact else self.round(value, dtype, units, added)
         if arithmetic.leaves_range(eqn):
             return self.confine(finished, dtype, room=1 if exact else 4)
         return finished

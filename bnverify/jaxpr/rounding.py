@@ -18,6 +18,7 @@ from bnverify.jaxpr import arithmetic, kinks, tracing
 from bnverify.jaxpr.draws import Which
 from bnverify.jaxpr.interpreter import read
 from bnverify.jaxpr.noise import ROWS, Rows
+from bnverify.jaxpr.sums import added
 from bnverify.jaxpr.values import Value, is_float, widen
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Rounding:
         which = Which.all(self.rows)
         if rows is not None:
             which = Which(jnp.concatenate([jnp.zeros(1, jnp.int32), rows]), self.rows)
-        reading = Rows(which, self.seed)
+        reading = Rows(which, self.seed, added(self.program.jaxpr))
         results = read(self.program.jaxpr, reading, self._inputs(args))
         types = jax.tree_util.tree_leaves(self.program.out)
         outputs = [

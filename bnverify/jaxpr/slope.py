@@ -54,9 +54,9 @@ class Slope(NamedTuple):
 class _Points(Rows):
     """The reading that evaluates all points without rounding; row 0, p, decides for all."""
 
-    def round(self, value: Value, dtype: Any, units: float = 1.0) -> Value:
+    def round(self, value: Value, dtype: Any, units: float, added: float) -> Value:
         """Leave ``value`` as it is."""
-        del dtype, units
+        del dtype, units, added
         return value
 
     def confine(self, value: Value, dtype: Any, room: float = 4) -> Value:

@@ -429,6 +429,17 @@ def test_equal_rows_of_16_bits_err_alike():
     assert worst(actual, exact, noise) <= 2  # what laws allow; sqrt(64) times as much without
 
 
+def test_many_equal_rows_of_32_bits_err_alike():
+    """In a long sum errors that agree stand out in 32 bits, too, and most where terms cancel."""
+
+    def function(x):
+        root = jnp.sqrt(x)
+        return jnp.sum(root * root - x)
+
+    actual, exact, noise, _ = claim(function, np.repeat(np.abs(normal(CASES, 1)) + 0.1, 1024, 1))
+    assert worst(actual, exact, noise) <= 1  # 9 without
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
     "values", [(1.129, -1.129, 2.258, -2.258), (1.0121, 1.0126, 1.0131, 1.0135)]
