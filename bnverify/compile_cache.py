@@ -6,6 +6,7 @@ keeps no program that took under a second. Here it keeps all, where every proces
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -13,6 +14,7 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ WRONG = "0.5."
 With 0.5.3 a loop over a large array then never turns (docs/findings.md); with 0.4.38 and 0.6.2 it does.
 """
 CPUINFO = Path("/proc/cpuinfo")
+DAY = 86_400
+UNUSED = 30 * DAY
+"""Seconds after which a kept file that nobody read is removed. Each edit of a step leaves its programs."""
 
 _HOME: list[Path] = []
 """The directory that ``enable`` chose last; empty where there is none."""
@@ -100,7 +105,30 @@ def enable(directory: str | os.PathLike[str] | None = None) -> Path | None:
     # JAX decides once whether it has a cache, at the first compilation: let it decide again.
     compilation_cache.reset_cache()
     _write_entries_whole()
+    remove_unused(path.parent)
     return path
+
+
+def remove_unused(programs: Path) -> None:
+    """Remove what was not read or written for ``UNUSED`` seconds, for all releases, once a day.
+
+    A file that another process has open stays readable to it; one that it then does not find, it
+    makes again. Where reading is not recorded (a file system mounted ``noatime``), the age counts.
+
+    Args:
+        programs: the directory of all releases' directories.
+    """
+    looked, now = programs / "looked-through", time.time()
+    with contextlib.suppress(OSError):
+        if looked.exists() and now - looked.stat().st_mtime < DAY:
+            return
+        looked.touch()
+        for folder, _, names in os.walk(programs):
+            for path in (Path(folder, name) for name in names):
+                with contextlib.suppress(OSError):  # another process removes, too
+                    known = path.stat()
+                    if now - max(known.st_atime, known.st_mtime) > UNUSED:
+                        path.unlink()
 
 
 def home() -> Path | None:

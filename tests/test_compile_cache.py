@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,34 @@ def test_entries_appear_whole_or_not_at_all(tmp_path: Path) -> None:
     assert sizes <= {-1, len(value)}
     assert {len(reader.get(key)) for key in keys} == {len(value)}
     assert not list(tmp_path.glob("writing-*"))
+
+
+def test_what_nobody_used_for_a_month_is_removed(tmp_path: Path) -> None:
+    """The programs of every release; what was read or written since stays. It is looked once a day."""
+    lowered = tmp_path / "jaxlib-0.1.2-name" / "lowered"
+    lowered.mkdir(parents=True)
+    now, month = time.time(), compile_cache.UNUSED
+
+    def keep(name: str, read: float, written: float) -> None:
+        (lowered / name).write_bytes(b"program")
+        os.utime(lowered / name, (now - read, now - written))
+
+    def kept() -> list[str]:
+        return sorted(path.name for path in lowered.iterdir())
+
+    keep("unused", month + 60, 2 * month)
+    keep("read", month - 60, 2 * month)
+    keep("written", 2 * month, month - 60)
+    compile_cache.remove_unused(tmp_path)
+    assert kept() == ["read", "written"]
+    keep("unused", 2 * month, 2 * month)
+    compile_cache.remove_unused(tmp_path)
+    assert kept() == ["read", "unused", "written"]
+    yesterday = now - compile_cache.DAY - 60
+    os.utime(tmp_path / "looked-through", (yesterday, yesterday))
+    compile_cache.remove_unused(tmp_path)
+    assert kept() == ["read", "written"]
+    compile_cache.remove_unused(tmp_path / "missing")
 
 
 def test_the_directory_is_the_users_to_choose(
