@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnverify.jaxpr import arithmetic
+from bnverify.jaxpr.primitives import on_rows
 from bnverify.jaxpr.values import Value, is_float
 
 if TYPE_CHECKING:
@@ -172,14 +173,8 @@ def harden(value: Value) -> Value:
     return Value(jnp.where(jnp.isnan(value.array), ~exact, value.array > 0.5), rows=True)
 
 
-def decide(eqn: Any, inputs: Sequence[Value], apply: Callable[..., list[Value]]) -> list[Value]:
-    """Return an equation some of whose inputs are truth values that may be NaN.
-
-    Args:
-        eqn: the equation.
-        inputs: its inputs.
-        apply: evaluates the primitive on all rows of other inputs.
-    """
+def decide(eqn: Any, inputs: Sequence[Value]) -> list[Value]:
+    """Return an equation some of whose inputs are truth values that may be NaN."""
     name, first = eqn.primitive.name, inputs[0]
     out = eqn.outvars[0].aval.dtype
     if name in _MOVES:
@@ -189,7 +184,7 @@ def decide(eqn: Any, inputs: Sequence[Value], apply: Callable[..., list[Value]])
             else value
             for value, atom in zip(inputs, eqn.invars, strict=True)
         ]
-        return apply(eqn, wide, eqn.params)
+        return on_rows(eqn, wide, eqn.params)
     if name == "convert_element_type" and is_float(out):
         return [first]
     if name == "not":
@@ -202,7 +197,7 @@ def decide(eqn: Any, inputs: Sequence[Value], apply: Callable[..., list[Value]])
         harden(value) if is_soft(value, atom.aval.dtype) else value
         for value, atom in zip(inputs, eqn.invars, strict=True)
     ]
-    outputs = apply(eqn, hard, eqn.params)
+    outputs = on_rows(eqn, hard, eqn.params)
     if name == "select_n" and is_float(outputs[0].array.dtype):
         chosen = outputs[0].array
         lost = jnp.isnan(first.array)

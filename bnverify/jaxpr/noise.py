@@ -25,15 +25,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bnverify.jaxpr import arithmetic, draws, kinks, loops
-from bnverify.jaxpr.convolution import convolve
 from bnverify.jaxpr.draws import Which
 from bnverify.jaxpr.interpreter import hides_code
-from bnverify.jaxpr.values import Value, is_float, widen, widen_params
+from bnverify.jaxpr.primitives import SCATTERS, in_float64, in_its_own_dtypes
+from bnverify.jaxpr.values import Value, is_float, widen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,25 +46,6 @@ SIZE = 0.8  # the root mean square of e in units of rounding; that of a real err
 
 # They leave the program, and may not be called for each row.
 _CALLBACKS = frozenset({"debug_callback", "debug_print", "io_callback", "pure_callback"})
-
-# Their equations carry the combining program, in the program's own dtype: made anew in float64.
-_SCATTERS = {
-    "scatter": jax.lax.scatter,
-    "scatter-add": jax.lax.scatter_add,
-    "scatter-max": jax.lax.scatter_max,
-    "scatter-min": jax.lax.scatter_min,
-    "scatter-mul": jax.lax.scatter_mul,
-    "scatter_max": jax.lax.scatter_max,
-    "scatter_min": jax.lax.scatter_min,
-    "scatter_mul": jax.lax.scatter_mul,
-}
-
-
-def _scatter(name: str, params: dict[str, Any], arrays: Sequence[Any]) -> Any:
-    options = ("indices_are_sorted", "unique_indices", "mode")
-    kept = {option: params[option] for option in options}
-    scatter: Any = _SCATTERS[name]
-    return scatter(*arrays, params["dimension_numbers"], **kept)
 
 
 class Rows:
@@ -165,37 +145,6 @@ class Rows:
         inner = jnp.where(size < low, 0, array)
         return Value(jnp.where(size > high, jnp.inf, inner), rows=True)
 
-    def _apply(self, eqn: Any, inputs: Sequence[Value], params: dict[str, Any]) -> list[Value]:
-        """Return the primitive on every row."""
-
-        def bind(*arrays: Any) -> list[Any]:
-            if eqn.primitive.name in _SCATTERS:
-                return [_scatter(eqn.primitive.name, params, arrays)]
-            if eqn.primitive.name == "conv_general_dilated":
-                product = convolve(*arrays, **params)
-                if product is not None:
-                    return [product]
-            out = eqn.primitive.bind(*arrays, **params)
-            return list(out) if eqn.primitive.multiple_results else [out]
-
-        rows = any(value.rows for value in inputs)
-        axes = tuple(0 if value.rows else None for value in inputs)
-        on_rows = jax.vmap(bind, in_axes=axes) if rows else bind
-        return [Value(array, rows) for array in on_rows(*(value.array for value in inputs))]
-
-    def _original(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
-        """Return the primitive on every row in the program's own dtypes."""
-        narrow = [
-            Value(jnp.asarray(value.array).astype(atom.aval.dtype), value.rows)
-            if is_float(atom.aval.dtype)
-            else value
-            for value, atom in zip(inputs, eqn.invars, strict=True)
-        ]
-        return [
-            Value(widen(value.array, var.aval.dtype), value.rows)
-            for value, var in zip(self._apply(eqn, narrow, eqn.params), eqn.outvars, strict=True)
-        ]
-
     def _outside(self, eqn: Any) -> list[Value]:
         """Return what Python or the world gives: values of which nothing is known."""
         self.unknown.add(eqn.primitive.name)
@@ -211,7 +160,7 @@ class Rows:
     def _give_up(self, eqn: Any, inputs: Sequence[Value]) -> list[Value]:
         """Return an equation's outputs with no known error."""
         self.unknown.add(eqn.primitive.name)
-        return [self.void(value, known=False) for value in self._original(eqn, inputs)]
+        return [self.void(value, known=False) for value in in_its_own_dtypes(eqn, inputs)]
 
     def equation(self, eqn: Any, inputs: Sequence[Value]) -> Sequence[Value]:
         """Evaluate one equation on every row, and round what it makes."""
@@ -220,14 +169,14 @@ class Rows:
             return self._outside(eqn)
         atoms = (*eqn.invars, *eqn.outvars)
         if any(jnp.issubdtype(atom.aval.dtype, jnp.complexfloating) for atom in atoms) or (
-            hides_code(eqn) and name not in _SCATTERS
+            hides_code(eqn) and name not in SCATTERS
         ):
             return self._give_up(eqn, inputs)
         if name in arithmetic.BITWISE:
-            return self._original(eqn, inputs)
+            return in_its_own_dtypes(eqn, inputs)
         pairs = list(zip(inputs, eqn.invars, strict=True))
         if any(kinks.is_soft(value, atom.aval.dtype) for value, atom in pairs):
-            return kinks.decide(eqn, inputs, self._apply)
+            return kinks.decide(eqn, inputs)
         noisy = [value.rows and is_float(value.array.dtype) for value in inputs]
         if any(noisy):
             done = self._at_kink(eqn, inputs)
@@ -280,7 +229,7 @@ class Rows:
                 for value, atom in zip(inputs, eqn.invars, strict=True)
             ]
         try:
-            outputs = self._apply(eqn, inputs, widen_params(eqn.params))
+            outputs = in_float64(eqn, inputs)
         except (NotImplementedError, TypeError):  # no float64 form of it, or no batched one
             return self._give_up(eqn, inputs)
         rounded = [

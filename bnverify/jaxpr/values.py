@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 class Value(NamedTuple):
@@ -32,17 +31,3 @@ def widen(value: Any, dtype: Any) -> Any:
         return value
     array = jnp.asarray(value).astype(dtype)
     return array.astype(jnp.float64) if is_float(dtype) else array
-
-
-def widen_params(params: dict[str, Any]) -> dict[str, Any]:
-    """Return an equation's parameters with float64 for every floating-point dtype."""
-
-    def wide(value: Any) -> Any:
-        if not isinstance(value, (np.dtype, type)):
-            return value
-        try:
-            return np.dtype(np.float64) if is_float(value) else value
-        except TypeError:  # a class, but of no dtype
-            return value
-
-    return {key: wide(value) for key, value in params.items()}
