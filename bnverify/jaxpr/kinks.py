@@ -17,6 +17,7 @@ NaN for one that is not known.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +79,16 @@ def in_doubt(distance: Any, dtype: Any, times: float = FLIP) -> Any:
 
 def coins(array: Any, seed: int, which: Which) -> Any:
     """Return booleans in the shape of ``array``: random ones, but in each fourth row all alike."""
+    tossed = (_mixed(array, seed, which) >> 31).astype(bool)
+    return jnp.where(_alike(array, which), _other_side(array, which), tossed)
+
+
+def _mixed(array: Any, seed: int, which: Which) -> Any:
+    """Return random 32-bit integers in the shape of ``array``."""
     draws = np.random.default_rng(seed).integers(2**32, size=2 + which.total, dtype=np.uint32)
     place = jax.lax.iota(jnp.uint32, array[0].size) + draws[0]
     mixed = (place * (which.of(draws[1:])[:, None] | 1) ^ (place >> 3)) * np.uint32(0x9E3779B1)
-    tossed = (mixed >> 31).astype(bool).reshape(array.shape)
-    return jnp.where(_alike(array, which), _other_side(array, which), tossed)
+    return mixed.reshape(array.shape)
 
 
 def _alike(array: Any, which: Which) -> Any:
@@ -122,11 +128,13 @@ def compare(name: str, left: Value, right: Value, dtype: Any, seed: int, which: 
     return Value(jnp.where(lost, jnp.nan, taken.astype(jnp.float64)), rows=True)
 
 
-def extreme(sign: int, left: Value, right: Value, dtype: Any) -> Value:
+def extreme(sign: int, left: Value, right: Value, dtype: Any, seed: int, which: Which) -> Value:
     """Return max (``sign`` 1) or min (-1); in rows where it is in doubt, what noise makes.
 
     Clipped at a bound without noise, all rows on one side would say the same, and their spread
-    would be 0: there they say how far beyond the bound they are.
+    would be 0: there they say how far beyond the bound they are. But not exactly: of two values
+    with the bound in their middle, as normalising two rows makes them, one alone is beyond it, and
+    what follows may hang on their difference.
     """
     one, other = aligned(left, right)
     plain = (jnp.maximum if sign > 0 else jnp.minimum)(one, other)
@@ -135,7 +143,9 @@ def extreme(sign: int, left: Value, right: Value, dtype: Any) -> Value:
     value, bound = (one, other) if left.rows else (other, one)
     distance = value - bound
     beyond = in_doubt(distance, dtype) & jnp.isfinite(distance)
-    return Value(jnp.where(beyond, bound + sign * jnp.abs(distance), plain), rows=True)
+    # From 0 to the root of 3: of root mean square 1.
+    share = math.sqrt(3) * 2.0**-32 * _mixed(distance, seed, which).astype(jnp.float64)
+    return Value(jnp.where(beyond, bound + sign * share * jnp.abs(distance), plain), rows=True)
 
 
 def signed(value: Value, dtype: Any, seed: int, which: Which) -> Value:

@@ -203,7 +203,8 @@ class Rows:
         return kinks.compare(name, left, right, dtype, self._points, self.which)
 
     def _pick(self, sign: int, left: Value, right: Value, dtype: Any) -> Value:
-        return kinks.extreme(sign, left, right, dtype)
+        self._points += 1
+        return kinks.extreme(sign, left, right, dtype, self._points, self.which)
 
     def _steady(self, eqn: Any, inputs: Sequence[Value], noisy: list[bool]) -> list[Value]:
         """Return the inputs, made fit for step functions and poles."""

@@ -372,6 +372,18 @@ def test_evaluation_outside_double_precision_is_refused():
         rounding(lambda x: x, np.float32(1)).evaluate(np.float32(1))
 
 
+def test_of_two_values_around_a_kink_one_is_beyond_it():
+    """Two rows less their mean are a and -a: relu leaves one of them, and their difference counts."""
+
+    def function(x):
+        rows = jnp.square(jnp.sqrt(x)) / x - 1  # rounding, and nothing else
+        return jnp.diff(jax.nn.relu(rows - jnp.mean(rows)))[0]
+
+    actual, exact, noise, _ = claim(function, np.abs(normal(CASES, 2)))
+    assert np.isfinite(noise).all()
+    assert worst(actual, exact, noise) <= 1
+
+
 def test_other_arguments_than_traced_are_refused():
     """A tree of another structure is told from the one that was traced."""
     reading = rounding(lambda x: x["a"], {"a": np.float32(1)})
