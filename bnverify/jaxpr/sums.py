@@ -25,31 +25,33 @@ def added(jaxpr: Any) -> dict[int, float]:
 
     Returns:
         For the ``id`` of each equation, also of those within calls, loops and branches: the largest
-        product of the terms of the sums that its result passes through; 1 where there are none;
+        product of the terms of the sums that its result passes through, and one more for each
+        addition of two; 1 where there are none;
         infinity within a loop and ahead of one, which may add from turn to turn, and ahead of a
         primitive that is not known to leave elements apart.
     """
     found: dict[int, float] = {}
-    _walk(jaxpr, None, found)
+    _walk(jaxpr, [1.0] * len(open_jaxpr(jaxpr)[0].outvars), found)
     return found
 
 
-def _walk(jaxpr: Any, ends: Sequence[float] | None, found: dict[int, float]) -> list[float]:
+def _walk(jaxpr: Any, ends: Sequence[float], found: dict[int, float]) -> list[float]:
     """Return the count at each input, where it is ``ends`` at the outputs; fill ``found``."""
     inner, _ = open_jaxpr(jaxpr)
     most: defaultdict[int, float] = defaultdict(lambda: 1.0)
-    for atom, end in zip(inner.outvars, ends or [1.0] * len(inner.outvars), strict=True):
+    for atom, end in zip(inner.outvars, ends, strict=True):
         most[id(atom)] = max(most[id(atom)], end)
     for eqn in reversed(inner.eqns):
-        after = [1.0, *(most[id(var)] for var in eqn.outvars)]
+        after = [most[id(var)] for var in eqn.outvars]
         # One program may be called from several places.
-        found[id(eqn)] = max(found.get(id(eqn), 1.0), *after)
-        for atom, count in zip(eqn.invars, _before(eqn, after[1:], found), strict=True):
+        found[id(eqn)] = max([found.get(id(eqn), 1.0), *after])
+        for atom, count in zip(eqn.invars, _before(eqn, after, found), strict=True):
             most[id(atom)] = max(most[id(atom)], count)
     return [most[id(var)] for var in inner.invars]
 
 
 def _before(eqn: Any, after: list[float], found: dict[int, float]) -> list[float]:
+    """Return the count at each of an equation's inputs, where it is ``after`` at its outputs."""
     if eqn.primitive.name == "cond":
         branches = [_walk(branch, after, found) for branch in eqn.params["branches"]]
         return [math.inf, *(max(counts) for counts in zip(*branches, strict=True))]
