@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from bnverify import Report, Subject, reference, zoo
-from bnverify.checking.verify import Verifier
+from bnverify.check import Check
 from bnverify.mutants import CONTROLS
 from bnverify.profile import PROFILES
 
@@ -55,7 +55,7 @@ def alarms(reports: list[Report]) -> Iterator[str]:
     for law, runs in violated.items():
         (first,) = [e for e in runs[0].results if e.law == law]
         seeds = ", ".join(str(run.seed) for run in runs)
-        case = next(iter(re.findall(r"Case.of\(.*\)", first.counterexample or "")), "")
+        case = next(iter(re.findall(r"Case.of\(.*\)", first.counterexample.script if first.counterexample else "")), "")
         yield f"{law} with seeds {seeds}: {first.reason} {case}"
 
 
@@ -78,9 +78,9 @@ def main() -> int:
     options = parser.parse_args()
     status = 0
     for name, make in chosen(options.subjects).items():
-        verifier = Verifier(make(), options.profile)
+        check = Check(make(), options.profile)
         seeds = range(options.first, options.first + options.seeds)
-        reports = [verifier.run(seed) for seed in seeds]
+        reports = [check.run(seed) for seed in seeds]
         print(line(name, reports), flush=True)
         for text in alarms(reports):
             status = 1

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from bnverify.case import Case as Case
     from bnverify.case import Domain as Domain
     from bnverify.case import InvalidCase as InvalidCase
-    from bnverify.checking.devices import check_parallel as check_parallel
-    from bnverify.checking.replay import replay as replay
-    from bnverify.checking.verify import verify as verify
-    from bnverify.engine.counterexample import Violation as Violation
+    from bnverify.check import replay as replay
+    from bnverify.check import verify as verify
     from bnverify.evidence import Evidence as Evidence
     from bnverify.evidence import Report as Report
+    from bnverify.evidence import Violation as Violation
     from bnverify.lifetime.check import check_life as check_life
     from bnverify.lifetime.checkpoint import Lived as Lived
     from bnverify.lifetime.life import Life as Life
     from bnverify.lifetime.machine import life as life
+    from bnverify.parallel.check import check_parallel as check_parallel
     from bnverify.parallel.subject import Parallel as Parallel
     from bnverify.profile import Profile as Profile
     from bnverify.reference import train_step as train_step
@@ -52,19 +52,19 @@ _HOME = {
     "StepInfo": "subject",
     "Subject": "subject",
     "TargetError": "target",
-    "Violation": "engine.counterexample",
+    "Violation": "evidence",
     "check_life": "lifetime.check",
-    "check_parallel": "checking.devices",
+    "check_parallel": "parallel.check",
     "life": "lifetime.machine",
     "linen": "adapters.linen",
     "load": "target",
     "nnx": "adapters.nnx",
-    "replay": "checking.replay",
+    "replay": "check",
     "solution": "adapters.solution",
     "suite": "testing.suite",
     "train_state": "adapters.train_state",
     "train_step": "reference",
-    "verify": "checking.verify",
+    "verify": "check",
 }
 
 __all__ = sorted(_HOME)  # noqa: PLE0605 - the table above is the one list of public names

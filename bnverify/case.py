@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
@@ -73,6 +74,19 @@ class Case(NamedTuple):
         """(N, D)."""
         rows, features = np.shape(self.x)[-2:]
         return rows, features
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the case as data for JSON; ``from_json`` reads it, to the bit."""
+        return {name: np.asarray(value).tolist() for name, value in self._asdict().items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Case:
+        """Return the case that ``to_json`` wrote.
+
+        Raises:
+            InvalidCase: it is none.
+        """
+        return cls.of(**data)
 
     def code(self) -> str:
         """Return an expression that makes this case again when pasted into Python."""

@@ -5,9 +5,6 @@ Each entry says which releases need it; delete it with the last of them.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +13,6 @@ import numpy as np
 from bnverify.lazy import jax
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
 
@@ -59,29 +55,21 @@ def literal(atom: Any) -> Any:
     return np.asarray(atom.val) if hasattr(atom, "val") else None
 
 
-@functools.cache
-def compiler_options(**wanted: Any) -> dict[str, Any]:
-    """Return those of the options ``wanted`` that this release's XLA has.
+_UNKNOWN_OPTIONS: set[str] = set()
+"""Options that this release's XLA was found not to have."""
 
-    ``xla_cpu_use_fusion_emitters`` is known to jax 0.6.2 and 0.10.2, not to 0.4.30 nor 0.12.0.1;
-    0.4.13 takes ``xla_backend_optimization_level`` for a string.
+
+def compiled(lowered: Any, options: dict[str, Any]) -> Any:
+    """Return a lowered program, compiled with those of XLA's ``options`` that this release has.
+
+    ``xla_cpu_use_fusion_emitters`` is known to jax 0.6.2 and 0.10.2, not to 0.4.30 nor 0.12.0.1.
     """
-    tiny = jax.jit(lambda x: x).lower(0.0)
-    known: dict[str, Any] = {}
-    for name, value in wanted.items():
-        # What an unknown option raises differs between releases, and is no public class in most.
-        with contextlib.suppress(Exception):
-            tiny.compile(compiler_options={name: value})
-            known[name] = value
-    return known
-
-
-def jit(function: Callable[..., Any], **wanted: Any) -> Callable[..., Any]:
-    """Return ``jax.jit(function)``, compiled with those of the options ``wanted`` that there are.
-
-    ``jax.jit`` of jax 0.4.30 takes none; that of 0.4.38 does.
-    """
-    takes = "compiler_options" in inspect.signature(jax.jit).parameters
-    options = {"compiler_options": compiler_options(**wanted)} if takes else {}
-    compiled: Callable[..., Any] = jax.jit(function, **options)
-    return compiled
+    while True:
+        wanted = {name: value for name, value in options.items() if name not in _UNKNOWN_OPTIONS}
+        try:
+            return lowered.compile(compiler_options=wanted)
+        except Exception as error:  # what is raised differs between releases, and is seldom public
+            refused = {name for name in wanted if name in str(error)}
+            if not refused:
+                raise
+            _UNKNOWN_OPTIONS.update(refused)

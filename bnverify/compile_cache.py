@@ -1,22 +1,19 @@
-"""One cache of compiled programs for all processes of this machine.
+"""JAX's own cache of compiled programs, for all processes of this machine.
 
-Most of the time of a short check goes into compiling the step for each shape, and by default JAX
-keeps no program that took under a second. Here it keeps all, where every process finds them.
+Most of the time of a short check goes into compiling the subject's functions for each shape, and by
+default JAX keeps no program that took under a second. Here it keeps all, where every process finds
+them: https://docs.jax.dev/en/latest/persistent_compilation_cache.html
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import os
 import platform
-import shutil
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 VARIABLE = "BNVERIFY_CACHE"
 WRONG = "0.5."
@@ -28,10 +25,6 @@ CPUINFO = Path("/proc/cpuinfo")
 DAY = 86_400
 UNUSED = 30 * DAY
 """Seconds after which a kept file that nobody read is removed. Each edit of a step leaves its programs."""
-
-_HOME: list[Path] = []
-"""The directory that ``enable`` chose last; empty where there is none."""
-
 
 def cache_root() -> Path:
     """Return the directory of everything bnverify caches.
@@ -98,13 +91,11 @@ def enable(directory: str | os.PathLike[str] | None = None) -> Path | None:
         return None
     if not os.access(path, os.W_OK):
         return None
-    _HOME[:] = [path]
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # JAX decides once whether it has a cache, at the first compilation: let it decide again.
     compilation_cache.reset_cache()
-    _write_entries_whole()
     remove_unused(path.parent)
     return path
 
@@ -129,41 +120,3 @@ def remove_unused(programs: Path) -> None:
                     known = path.stat()
                     if now - max(known.st_atime, known.st_mtime) > UNUSED:
                         path.unlink()
-
-
-def home() -> Path | None:
-    """Return the directory that ``enable`` chose; None where it did not, or nothing is kept."""
-    return _HOME[0] if _HOME else None
-
-
-def _write_entries_whole() -> None:
-    """Make a cached program appear whole or not at all.
-
-    JAX writes it in place, so another process can read the first half; it would warn and compile
-    again. A process killed at that moment leaves the half for ever. Written beside and renamed,
-    neither happens. The class is private to JAX: if a release moves it, the cache works as
-    JAX left it.
-    """
-    try:
-        from jax._src.lru_cache import LRUCache
-    except ImportError:
-        return
-    in_place = LRUCache.put
-    if hasattr(in_place, "__wrapped__"):  # done before
-        return
-
-    @functools.wraps(in_place)
-    def put(self: Any, key: str, value: bytes) -> None:
-        if getattr(self, "eviction_enabled", True):  # a cache of limited size has its own lock
-            in_place(self, key, value)
-            return
-        home = Path(self._path)
-        beside = Path(tempfile.mkdtemp(prefix="writing-", dir=home))
-        try:
-            in_place(LRUCache(str(beside), max_size=-1), key, value)
-            for entry in beside.iterdir():
-                entry.replace(home / entry.name)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-
-    LRUCache.put = put  # type: ignore[method-assign]

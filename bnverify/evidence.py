@@ -7,9 +7,102 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from bnverify.case import Case
+from bnverify.laws import LAWS
 
 Status: TypeAlias = Literal["proved", "held", "violated", "untriggered", "exempt"]
+
+DEVICES = 4
+"""How many simulated devices show a violation of a law about many."""
+
+
+class Call(NamedTuple):
+    """One thing that happens in the life of a state.
+
+    Attributes:
+        name: a method of :class:`bnverify.Life`.
+        argument: what the method takes: a batch, the name of a way, or nothing.
+    """
+
+    name: str
+    argument: Case | str | None = None
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """What shows a violation: a case, or a history of calls. Its script is rendered from it.
+
+    Attributes:
+        law: the broken law.
+        case: the case that breaks it; None for a law of structure, which every case breaks, and for
+            a history.
+        target: what ``bnverify.load`` is given; None: the reader puts the subject in.
+        history: what happens to a state until a law about its life is broken; else empty.
+        devices: whether it takes many devices to show.
+    """
+
+    law: str
+    case: Case | None = None
+    target: str | None = None
+    history: tuple[Call, ...] = ()
+    devices: bool = False
+
+    @property
+    def script(self) -> str:
+        """A script that shows the violation when it is pasted into Python and run."""
+        if self.history:
+            return self._history_script()
+        any_case = "bnverify.Case.of(seed=0, x=[[1.0]], y=[0.0], lr=0.1)"
+        shown = self.case.code() if self.case is not None else any_case
+        before = ""
+        if self.devices:
+            flag = f"--xla_force_host_platform_device_count={DEVICES}"
+            before = f'import os\n\n# before jax is imported\nos.environ["XLA_FLAGS"] = "{flag}"\n'
+        return (
+            f"{before}import bnverify\n\n"
+            f"subject = {self._loaded}\n"
+            f"case = {shown}\n"
+            f"bnverify.replay(subject, case, law={self.law!r})\n"
+        )
+
+    @property
+    def _loaded(self) -> str:
+        if self.target is None:
+            return "...  # the subject that was verified"
+        return f"bnverify.load({self.target!r})"
+
+    def _history_script(self) -> str:
+        names: dict[str, str] = {}
+        lines = []
+        for name, argument in self.history:
+            shown = "" if argument is None else repr(argument)
+            if isinstance(argument, Case):
+                shown = names.setdefault(argument.code(), f"case_{len(names)}")
+            lines.append(f"life.{name}({shown})")
+        given = [f"{name} = {code}" for code, name in names.items()]
+        subject = [f"subject = {self._loaded}", "life = bnverify.Life(subject)"]
+        return "\n".join(["import bnverify", "", *given, *subject, *lines]) + "\n"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as data for JSON; ``from_json`` reads it."""
+        history = [
+            [name, argument.to_json() if isinstance(argument, Case) else argument]
+            for name, argument in self.history
+        ]
+        case = self.case.to_json() if self.case is not None else None
+        return {**asdict(self), "case": case, "history": history}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Counterexample:
+        """Return the counterexample that ``to_json`` wrote."""
+        history = tuple(
+            Call(name, Case.from_json(argument) if isinstance(argument, Mapping) else argument)
+            for name, argument in data["history"]
+        )
+        case = Case.from_json(data["case"]) if data["case"] is not None else None
+        return cls(**{**data, "case": case, "history": history})
 
 
 @dataclass(frozen=True)
@@ -26,8 +119,8 @@ class Evidence:
         residual: the worst error in units of the error allowed; None where none was measured, or
             the worst was not confirmed.
         reason: one line, what the status rests on.
-        counterexample: a script that shows the violation when pasted and run.
-        diagnosis: the likely mistake and its mend.
+        counterexample: what shows the violation.
+        diagnosis: the likely mistake and how to fix it.
         shape: (N, D) of the counterexample; None where any case shows it.
         example: the case that shows what some case must, as an expression to be pasted.
     """
@@ -38,24 +131,64 @@ class Evidence:
     cases: int = 0
     residual: float | None = None
     reason: str = ""
-    counterexample: str | None = None
+    counterexample: Counterexample | None = None
     diagnosis: str | None = None
     shape: tuple[int, int] | None = None
     example: str | None = None
 
+    @classmethod
+    def of(cls, law: str, status: Status, **known: Any) -> Evidence:
+        """Return evidence for a law, by its name; see the attributes."""
+        return cls(law, LAWS[law].family, status, **known)
+
     def to_json(self) -> dict[str, Any]:
-        """Return the public JSON form; a residual that is not finite is the string "inf"."""
-        data = asdict(self)
+        """Return the public JSON form; a residual that is not finite is the string "inf".
+
+        "counterexample" is the script, "replay" the same as data.
+        """
+        data = {name: value for name, value in vars(self).items() if name != "counterexample"}
         if self.residual is not None and not math.isfinite(self.residual):
             data["residual"] = "inf"
+        shown = self.counterexample
+        data["counterexample"] = shown.script if shown else None
+        data["replay"] = shown.to_json() if shown else None
         return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evidence:
         """Return the evidence that ``to_json`` wrote."""
-        residual = math.inf if data["residual"] == "inf" else data["residual"]
-        shape = tuple(data["shape"]) if data["shape"] is not None else None
-        return cls(**{**data, "residual": residual, "shape": shape})
+        known = {name: value for name, value in data.items() if name != "replay"}
+        known["residual"] = math.inf if data["residual"] == "inf" else data["residual"]
+        known["shape"] = tuple(data["shape"]) if data["shape"] is not None else None
+        replay = data["replay"]
+        known["counterexample"] = Counterexample.from_json(replay) if replay else None
+        return cls(**known)
+
+    def __str__(self) -> str:
+        """Return the law, what was seen, the likely mistake and the script that shows it."""
+        parts = [f"{self.law}: {LAWS[self.law].claim}", self.reason]
+        if self.diagnosis:
+            parts.append(f"Usually: {self.diagnosis}")
+        text = "\n".join(parts)
+        if self.counterexample:
+            text += f"\nTo see it, paste into Python:\n\n{self.counterexample.script.rstrip()}"
+        return text
+
+
+class Violation(AssertionError):
+    """A law that does not hold.
+
+    Args:
+        evidence: what is known about it.
+        note: what the message should say besides.
+
+    Attributes:
+        evidence: as given.
+    """
+
+    def __init__(self, evidence: Evidence, note: str = "") -> None:
+        self.evidence = evidence
+        super().__init__(f"{evidence}\n\n{note}" if note else str(evidence))
 
 
 @dataclass(frozen=True)

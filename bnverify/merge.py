@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from bnverify.engine.diagnosis import diagnosed
+from bnverify.diagnose import diagnosed
 from bnverify.evidence import Evidence, Report
 from bnverify.mutants.audit import Audit, Finding
 from bnverify.mutants.users_tests import TestsAudit, TestsFinding

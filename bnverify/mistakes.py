@@ -25,6 +25,12 @@ class Mistake:
 MISTAKES: dict[str, Mistake] = {}
 
 
+def described(mistake: Mistake) -> str:
+    """Return a mistake in one line: its name, what was done, how to fix it and where it was seen."""
+    seen = f" Seen at {mistake.source}" if mistake.source else ""
+    return f"{mistake.name}: {mistake.title}. Mend: {mistake.mend}.{seen}"
+
+
 def _mistake(name: str, title: str, mend: str, source: str = "") -> None:
     MISTAKES[name] = Mistake(name, title, mend, source)
 

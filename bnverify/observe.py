@@ -1,101 +1,270 @@
-"""Run a subject on one case, or on thousands of stacked ones, with the re-runs that laws ask for.
+"""Run a subject on stacked cases, with the re-runs that laws ask for.
 
-The subject's functions are compiled once for each shape, and called again for every re-run.
+A subject's functions are traced once for each signature of their arguments. What is compiled is the
+traced program under ``jax.vmap``, once for each shape, and every re-run, evaluation and later step calls
+it again. The same traces are what proofs and rounding are read from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from bnverify import compat
 from bnverify.case import Case
-from bnverify.compiled import Compiled
+from bnverify.unusable import first_line
+from bnverify.jaxpr.tracing import Abstract, Program, Tracer, as_function
 from bnverify.lazy import jax, jnp
-from bnverify.pytree import form, signature
+from bnverify.pytree import form, signature, take
 from bnverify.reruns import EVALS, FIRST, LATER_RERUNS, RERUNS, nudged_inputs, shift, shift_biases
 from bnverify.subject import State, Subject, Tree
 from bnverify.transition import Outcome, Transition
-from bnverify.unusable import first_line
+
+How: TypeAlias = Literal["vmap", "jit", "eager"]
 
 FEW_ROWS = 8
 """Up to so many rows each row is evaluated alone; a law about rows needs no more."""
 
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+    # What is to be rounded to 16 bits is: else one of two programs may do it and the other not.
+    "xla_allow_excess_precision": False,
+}
+"""XLA's options for what runs a few times: the first two halve the time to compile."""
 
-class Calls:
-    """The functions of a subject, made ready to be called on NumPy trees.
+COMPILERS = 2
+"""Programs compiled at the same time; XLA keeps little more than one core busy with one."""
+
+VOLUME = frozenset(
+    [f"step:{name}" for name in (*RERUNS, *LATER_RERUNS, "shifted_bias")]
+    + [f"eval:{name}" for name in (*EVALS, "rows")]
+    + ["expected_update", "after_eval"]
+)
+"""What laws can ask of any run."""
+
+SINGLE = frozenset({"again", "eager", "stacked", "solution"})
+"""What laws can ask of a run one case at a time: comparisons with other ways of running."""
+
+
+class Again(NamedTuple):
+    """A second run of the same input, and that input before and after an uncompiled run.
+
+    Every leaf is stacked, (K, ...).
+    """
+
+    before: Any
+    state: Any
+    info: Any
+    eval_loss: Any
+    inputs_before: Any
+    inputs_after: Any
+
+
+class Solution(NamedTuple):
+    """The one-call function at a whole seed and at one with a fraction, each (K, ...)."""
+
+    whole: Any
+    fractional: Any
+
+
+class CompiledSubject:
+    """A subject's functions, ready to be called on stacks of cases.
 
     Args:
         subject: whose functions.
-        how: "jit": compiled, as a user would; "eager": operation by operation; "stacked":
-            compiled under ``jax.vmap``, every leaf with a leading stack axis.
-        optimise: see ``bnverify.compiled.Compiled``; for stacked calls only.
+        how: "vmap": compiled under ``jax.vmap``; "jit": compiled, and called for one case after the
+            other, as a user would; "eager": called for one case after the other, uncompiled.
+        tracer: shared with whatever else reads the subject's traces.
+        block: from the shape (N, D) of a case to how many cases a call of a vectorised program
+            takes; longer stacks are called in blocks, shorter ones filled up.
 
     Attributes:
         subject: as given.
+        tracer: as given.
         refused: name of a fact that could not be observed -> what was raised.
     """
 
-    def __init__(self, subject: Subject, how: str = "jit", *, optimise: bool = False) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        how: How = "vmap",
+        *,
+        tracer: Tracer | None = None,
+        block: Callable[[tuple[int, int]], int] | None = None,
+    ) -> None:
         self.subject = subject
+        self.tracer = tracer or Tracer(subject)
         self.refused: dict[str, str] = {}
         self._how = how
-        self._optimise = optimise
-        self._ready: dict[str, Callable[..., Any]] = {}
+        self._block = block
+        self._programs: dict[Any, Future[Callable[..., Any]]] = {}
+        self._compilers = ThreadPoolExecutor(COMPILERS)
 
-    def call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Return ``function(*args)`` as a tree of NumPy arrays; ``name`` tells functions apart."""
-        if name not in self._ready:
-            if self._how == "stacked":
-                program: Any = Compiled(jax.vmap(function), optimise=self._optimise)
-            else:
-                program = jax.jit(function) if self._how == "jit" else function
-            self._ready[name] = program
-        return jax.tree_util.tree_map(np.asarray, self._ready[name](*args))
+    def prepare(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Begin to compile ``init``, ``step`` and ``evaluate`` for shapes (N, D), all at once."""
+        for rows, features in shapes:
+            case, state = self.tracer.batch(rows, features), self.tracer.state(rows, features)
+            size = self._block((rows, features)) if self._block else 1
+            calls = {
+                "init": (case.seed, self.tracer.init_batch(case.x)),
+                "step": (state, case.x, case.y, case.lr),
+                "evaluate": (state, case.x, case.y),
+            }
+            for name, args in calls.items():
+                self._program(name, getattr(self.subject, name), args, size)
+
+    def call(
+        self, name: str, function: Callable[..., Any], shape: tuple[int, int], *args: Any
+    ) -> Any:
+        """Return ``function`` of each of some cases, as a stacked tree of NumPy arrays.
+
+        Args:
+            name: tells functions apart.
+            function: of single cases.
+            shape: (N, D) of the cases.
+            *args: stacked trees.
+        """
+        leaves, structure = jax.tree_util.tree_flatten(args)
+        cases = len(leaves[0])
+        if self._how == "eager":
+            given = (jax.tree_util.tree_map(jnp.asarray, take(args, i)) for i in range(cases))
+            return _stacked([_host(function(*each)) for each in given])
+        single = jax.tree_util.tree_map(lambda leaf: Abstract(leaf.shape[1:], leaf.dtype), args)
+        if self._how == "jit":
+            program = self._program(name, function, single, None)
+            given = ([leaf[i] for leaf in leaves] for i in range(cases))
+            return _stacked([_host(program(*each)) for each in given])
+        size = self._block(shape) if self._block else cases
+        program = self._program(name, function, single, size)
+        parts = []
+        for start in range(0, cases, size):
+            places = np.minimum(np.arange(start, start + size), cases - 1)
+            parts.append(_host(program(*(leaf[places] for leaf in leaves))))
+        if len(parts) == 1 and cases == size:
+            return parts[0]
+        return jax.tree_util.tree_map(lambda *part: np.concatenate(part)[:cases], *parts)
+
+    def single(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Return ``function`` of one case, compiled, as a tree of JAX arrays.
+
+        What was compiled for ``call`` with "jit" serves here, too.
+
+        Args:
+            name: tells functions apart.
+            function: of single cases.
+            *args: trees of arrays or numbers, which reach the function as JAX arrays.
+        """
+        given = jax.tree_util.tree_map(jnp.asarray, args)
+        types = jax.tree_util.tree_map(Abstract.of, given)
+        program = self._program(name, function, types, None)
+        return program(*jax.tree_util.tree_leaves(given))
+
+    def _program(
+        self, name: str, function: Callable[..., Any], single: Any, size: int | None
+    ) -> Callable[..., Any]:
+        """Return the compiled program of a function for arguments like ``single``, on flat leaves.
+
+        Args:
+            name: tells functions apart.
+            function: of single cases.
+            single: its arguments, trees of ``Abstract``.
+            size: how many cases are stacked; None: the program takes a single one.
+        """
+        key = name, *jax.tree_util.tree_flatten(single), size
+        key = name, tuple(key[1]), key[2], size
+        if key not in self._programs:
+            traced = self.tracer.trace(name, function, *single)
+            self._programs[key] = self._compilers.submit(_compiled, _lowered(traced, size))
+        return _Later(self._programs[key])
 
     def init(self, case: Case) -> State:
-        """Return the state before the first step."""
-        state: State = self.call("init", self.subject.init, case.seed, case.x)
+        """Return the states before the first step."""
+        x = self.tracer.init_batch(case.x)
+        state: State = self.call("init", self.subject.init, case.shape, case.seed, x)
         return state
 
     def step(self, state: State, case: Case) -> Outcome:
-        """Return the outcome of one step."""
-        return Outcome(*self.call("step", self.subject.step, state, case.x, case.y, case.lr))
+        """Return the outcomes of one step."""
+        given = state, case.x, case.y, case.lr
+        return Outcome(*self.call("step", self.subject.step, case.shape, *given))
 
     def evaluate(self, state: State, case: Case) -> Any:
-        """Return the eval loss, (1,)."""
-        return self.call("evaluate", self.subject.evaluate, state, case.x, case.y)
+        """Return the eval losses, (K, 1)."""
+        given = state, case.x, case.y
+        return self.call("evaluate", self.subject.evaluate, case.shape, *given)
+
+    def outcome(self, state: State, case: Case) -> Outcome:
+        """Return the outcomes of one step, evaluated."""
+        outcome = self.step(state, case)
+        return outcome._replace(eval_loss=self.evaluate(outcome.state, case))
 
     def warm(self, state: State, case: Case) -> State:
-        """Return the state after ``case.warmup`` steps on the same batch."""
+        """Return the states after ``case.warmup`` steps on the same batch."""
         for done in range(int(np.max(case.warmup))):
             after = self.step(state, case).state
             if signature(after) != signature(state):
                 return state  # a law of structure says so
-            going = np.asarray(case.warmup) > done
+            going = case.warmup > done
             state = jax.tree_util.tree_map(
                 lambda new, old, going=going: np.where(_over(going, new), new, old), after, state
             )
         return state
 
 
+class _Later:
+    """A program that is still being compiled."""
+
+    def __init__(self, program: Future[Callable[..., Any]]) -> None:
+        self._program = program
+
+    def __call__(self, *leaves: Any) -> Any:
+        return self._program.result()(*leaves)
+
+
+def _lowered(traced: Program, size: int | None) -> tuple[Any, Any]:
+    """Return a traced program, lowered for ``size`` stacked cases, and the structure of its result."""
+    function = as_function(traced)
+    flat = [leaf for leaf in jax.tree_util.tree_leaves(traced.args)]
+    lead = () if size is None else (size,)
+    types = [jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype) for leaf in flat]
+    mapped = function.flat if size is None else jax.vmap(function.flat, axis_size=size)
+    return jax.jit(mapped).lower(*types), jax.tree_util.tree_structure(traced.out)
+
+
+def _compiled(lowered: tuple[Any, Any]) -> Callable[..., Any]:
+    stage, structure = lowered
+    program = compat.compiled(stage, QUICK)
+    return lambda *leaves: jax.tree_util.tree_unflatten(structure, program(*leaves))
+
+
+def _host(tree: Tree) -> Any:
+    return jax.tree_util.tree_map(np.asarray, tree)
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    return jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *trees)
+
+
 def _over(mask: Any, leaf: Any) -> Any:
     return mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
 
 
-def observe(calls: Calls, case: Case, needs: Collection[str]) -> Transition:
-    """Run one step of a subject on ``case`` and the re-runs named in ``needs``.
+def observe(calls: CompiledSubject, case: Case, needs: Collection[str]) -> Transition:
+    """Run one step of a subject on stacked cases and the re-runs named in ``needs``.
 
     Args:
         calls: the subject's functions.
-        case: the input; with a leading axis on every leaf where the calls are stacked.
-        needs: names that laws declare: "step:NAME" of ``RERUNS`` or ``LATER_RERUNS`` or
-            "step:shifted_bias", "eval:NAME" of ``EVALS`` or "eval:rows", or a fact:
+        case: the cases, every leaf with a leading axis.
+        needs: names that laws declare, of ``VOLUME``: "step:NAME" of ``RERUNS`` or ``LATER_RERUNS``
+            or "step:shifted_bias", "eval:NAME" of ``EVALS`` or "eval:rows", or a fact:
             "expected_update" (what the subject's optimizer makes of its gradients, and in
-            "nudged_updates" of gradients and of a state moved by a few roundings),
-            "layer_inputs", "after_eval". Others are left to the caller.
+            "nudged_updates" of gradients and of a state moved by a few roundings), "after_eval".
+            Others are left to the caller.
 
     Returns:
         The transition, without rounding: ``exact`` and ``noise`` are None. Where the step changes
@@ -126,8 +295,7 @@ def observe(calls: Calls, case: Case, needs: Collection[str]) -> Transition:
         if f"eval:{name}" in wanted
     }
     eval_loss = calls.evaluate(actual.state, case)
-    single = np.shape(eval_loss) == (*np.shape(case.seed), 1)
-    if "eval:rows" in wanted and case.shape[0] <= FEW_ROWS and single:
+    if "eval:rows" in wanted and case.shape[0] <= FEW_ROWS and eval_loss[0].size == 1:
         losses["rows"] = _row_losses(calls, actual.state, case)
     return Transition(
         case=case,
@@ -141,20 +309,20 @@ def observe(calls: Calls, case: Case, needs: Collection[str]) -> Transition:
     )
 
 
-def _row_losses(calls: Calls, state: State, case: Case) -> Any:
-    """Return the eval loss of each row, (N, 1), from batches of N copies of it."""
+def _row_losses(calls: CompiledSubject, state: State, case: Case) -> Any:
+    """Return the eval loss of each row, (K, N, 1), from batches of N copies of it."""
     rows = []
     for i in range(case.shape[0]):
         x = np.broadcast_to(case.x[..., i : i + 1, :], case.x.shape)
         y = np.broadcast_to(case.y[..., i : i + 1], case.y.shape)
-        rows.append(calls.evaluate(state, case._replace(x=x, y=y)))
+        rows.append(calls.evaluate(state, case._replace(x=x, y=y)).reshape(len(x), 1))
     return np.stack(rows, axis=-2)
 
 
 def _facts(
-    calls: Calls, case: Case, before: State, actual: Outcome, wanted: Collection[str]
+    calls: CompiledSubject, case: Case, before: State, actual: Outcome, wanted: Collection[str]
 ) -> dict[str, Any]:
-    subject = calls.subject
+    subject, shape = calls.subject, case.shape
 
     def expected_update(lr: Any, grads: Tree, before: State) -> State:
         assert subject.optimizer is not None
@@ -168,19 +336,99 @@ def _facts(
 
     facts: dict[str, Any] = {}
     if "expected_update" in wanted and subject.optimizer is not None:
-        update = partial(calls.call, "expected_update", expected_update, case.lr)
-        grads = actual.info.grads
+        update = partial(calls.call, "expected_update", expected_update, shape, case.lr)
+        grads, given = actual.info.grads, State(before.params, None, before.opt_state)
         # An optimizer that takes no such gradients or state has no update to follow.
         try:
-            expected = update(grads, before)
-            nudged = [update(*given) for given in nudged_inputs(grads, before)]
+            expected = update(grads, given)
+            nudged = [update(*changed) for changed in nudged_inputs(grads, given)]
             facts |= {"expected_update": expected, "nudged_updates": nudged}
         except Exception as error:  # noqa: BLE001 - whatever a user's optimizer raises
             calls.refused["expected_update"] = f"the optimizer raised {first_line(error)}"
-    if "layer_inputs" in wanted and subject.layer_inputs is not None:
-        inputs = subject.layer_inputs
-        facts["layer_inputs"] = calls.call("layer_inputs", inputs, before, case.x, case.y)
     if "after_eval" in wanted and subject.after_eval is not None:
-        after_eval = subject.after_eval
-        facts["after_eval"] = calls.call("after_eval", after_eval, actual.state, case.x, case.y)
+        given = actual.state, case.x, case.y
+        facts["after_eval"] = calls.call("after_eval", subject.after_eval, shape, *given)
     return facts
+
+
+def observe_singly(
+    single: CompiledSubject,
+    case: Case,
+    needs: Collection[str],
+    *,
+    batched: CompiledSubject | None = None,
+    eager: CompiledSubject | None = None,
+) -> Transition:
+    """Run one step on each of some stacked cases by itself, and the ways of running named in ``needs``.
+
+    Args:
+        single: the subject's functions, called for one case after the other.
+        case: the cases.
+        needs: as for ``observe``, and of ``SINGLE``: "again", the same run once more, and an
+            uncompiled one that holds its inputs; "eager", an uncompiled run; "stacked", the run by
+            ``batched``; "solution", the subject's one-call function.
+        batched: the functions under ``jax.vmap``; None: "stacked" is not observed.
+        eager: the functions uncompiled; None: "eager" is not observed.
+    """
+    t = observe(single, case, needs)
+    facts = dict(t.facts)
+    if "again" in needs:
+        before = single.warm(single.init(case), case)
+        outcome = single.outcome(t.before, case)
+        kept, after = _inputs_around(single.subject, t.before, case, run=eager is not None)
+        facts["again"] = Again(before, *outcome, kept, after)
+    if "eager" in needs and eager is not None:
+        facts["eager"] = eager.outcome(t.before, case)
+    if "stacked" in needs and batched is not None:
+        facts["stacked"] = batched.outcome(t.before, case)
+    if "solution" in needs and single.subject.solution is not None:
+        facts["solution"] = _solution(single.subject.solution, case)
+    return t._replace(facts=facts)
+
+
+def _inputs_around(subject: Subject, before: State, case: Case, *, run: bool) -> tuple[Any, Any]:
+    """Return the inputs of an uncompiled step as they were before it and as they are after it.
+
+    Only there does a step hold the caller's own arrays and containers, not tracers. What it donated
+    is gone by the caller's leave, and counts as unchanged.
+    """
+    kept, after = [], []
+    for index in range(len(case.seed)):
+        host = take((before, case), index)
+        state, own = jax.tree_util.tree_map(jnp.asarray, host)
+        given = (state, own)
+        if run:
+            subject.step(state, own.x, own.y, own.lr)
+        kept.append(host)
+        if jax.tree_util.tree_structure(given) != jax.tree_util.tree_structure(host):
+            after.append(given)
+            continue
+        after.append(
+            jax.tree_util.tree_map(
+                lambda was, now: was if _is_deleted(now) else np.asarray(now), host, given
+            )
+        )
+    return _stacked(kept), _stacked_or_first(after)
+
+
+def _is_deleted(leaf: Any) -> bool:
+    return bool(hasattr(leaf, "is_deleted") and leaf.is_deleted())
+
+
+def _stacked_or_first(trees: Sequence[Any]) -> Any:
+    """Return trees stacked; where their structures differ, the first that is unlike the others."""
+    structures = [jax.tree_util.tree_structure(tree) for tree in trees]
+    unlike = next((t for t, s in zip(trees, structures, strict=True) if s != structures[0]), None)
+    return _stacked(trees) if unlike is None else unlike
+
+
+def _solution(solution: Callable[..., Any], case: Case) -> Solution:
+    whole, fractional = [], []
+    for index in range(len(case.seed)):
+        one = take(case, index)
+        seed, lr = int(one.seed), float(one.lr)
+        fraction = 0.75 if seed >= 0 else -0.75  # the integer part is towards zero
+        x, y = jnp.asarray(one.x), jnp.asarray(one.y)
+        whole.append(np.asarray(solution(float(seed), x, y, lr)))
+        fractional.append(np.asarray(solution(seed + fraction, x, y, lr)))
+    return Solution(np.stack(whole), np.stack(fractional))

@@ -11,9 +11,10 @@ two passes where Flax takes the difference of two means. The model, with H = ``H
     p = r W2 + b2                          Dense_1       (N,)
     L = mean((p - y)^2)                                  scalar
 
-Every function takes ``xp``, the array namespace. With NumPy all input is widened to float64. With
-another one (``jax.numpy``, inside a compiled law) the computation keeps the dtype it is given: widen
-before. Nothing is written in place.
+Every array may carry leading axes, the same for all: x (..., N, D), y (..., N), W1 (..., D, H), b1
+(..., H), lr (...). Then each index along them is a step of its own. Shapes below leave them out.
+All input is widened to float64. ``xp`` is the array library: NumPy, or one with NumPy's functions
+(``jax.numpy`` with 64-bit types switched on). Nothing is written in place.
 
 Source: Ioffe & Szegedy 2015 (https://arxiv.org/abs/1502.03167), algorithm 1 and the gradients
 that follow it in section 3. Algorithm 2 there divides the variance by N - 1 for inference; Flax
@@ -30,7 +31,7 @@ HIDDEN = 8
 MOMENTUM = 0.99  # weighs the old value: Flax's convention
 EPSILON = 1e-5
 
-Array = Any  # of whichever namespace was asked for
+Array = Any  # of whichever library was asked for
 Tree = dict[str, dict[str, Array]]
 
 
@@ -77,14 +78,14 @@ def batch_moments(h: Array, xp: Any = np) -> tuple[Array, Array]:
 
     Args:
         h: (N, C).
-        xp: the array namespace.
+        xp: the array library.
 
     Returns:
         Two arrays (C,), in units of h and of h squared.
     """
     h = _widen(h, xp)
-    mean = xp.mean(h, axis=0)
-    return mean, xp.mean((h - mean) ** 2, axis=0)
+    mean = xp.mean(h, axis=-2)
+    return mean, xp.mean((h - _per_row(mean)) ** 2, axis=-2)
 
 
 def train_forward(params: Any, x: Array, xp: Any = np) -> Forward:
@@ -93,7 +94,7 @@ def train_forward(params: Any, x: Array, xp: Any = np) -> Forward:
     Args:
         params: the tree of the reference model, kernels (D, H) and (H, 1), the rest (H,), (1,).
         x: (N, D).
-        xp: the array namespace.
+        xp: the array library.
     """
     h = _affine(params["Dense_0"], x, xp)
     mean, var = batch_moments(h, xp)
@@ -107,7 +108,7 @@ def eval_forward(params: Any, batch_stats: Any, x: Array, xp: Any = np) -> Forwa
         params: the tree of the reference model.
         batch_stats: {"BatchNorm_0": {"mean": (H,), "var": (H,)}}.
         x: (N, D).
-        xp: the array namespace.
+        xp: the array library.
     """
     running = batch_stats["BatchNorm_0"]
     mean, var = _widen(running["mean"], xp), _widen(running["var"], xp)
@@ -116,7 +117,7 @@ def eval_forward(params: Any, batch_stats: Any, x: Array, xp: Any = np) -> Forwa
 
 def mean_squared_error(predictions: Array, y: Array, xp: Any = np) -> Array:
     """Return mean((p - y)^2), a scalar, for predictions (N,) and targets (N,)."""
-    return xp.mean((_widen(predictions, xp) - _widen(y, xp)) ** 2)
+    return xp.mean((_widen(predictions, xp) - _widen(y, xp)) ** 2, axis=-1)
 
 
 def gradients(params: Any, x: Array, y: Array, xp: Any = np) -> Tree:
@@ -135,25 +136,26 @@ def gradients(params: Any, x: Array, y: Array, xp: Any = np) -> Tree:
         params: the tree of the reference model.
         x: (N, D).
         y: (N,).
-        xp: the array namespace.
+        xp: the array library.
     """
     fwd = train_forward(params, x, xp)
     x, y = _widen(x, xp), _widen(y, xp)
     gamma = _widen(params["BatchNorm_0"]["scale"], xp)
     w2 = _widen(params["Dense_1"]["kernel"], xp)
 
-    dp = (2 * (fwd.predictions - y) / y.shape[0])[:, None]
-    da = xp.where(fwd.affine > 0, dp @ w2.T, 0.0)
-    dz = gamma * da
-    centred = dz - xp.mean(dz, axis=0) - fwd.normalized * xp.mean(dz * fwd.normalized, axis=0)
-    dh = centred / xp.sqrt(fwd.var + EPSILON)
+    dp = (2 * (fwd.predictions - y) / y.shape[-1])[..., None]
+    da = xp.where(fwd.affine > 0, dp @ _transposed(w2, xp), 0.0)
+    dz = _per_row(gamma) * da
+    mean_dz, mean_dz_z = xp.mean(dz, axis=-2), xp.mean(dz * fwd.normalized, axis=-2)
+    centred = dz - _per_row(mean_dz) - fwd.normalized * _per_row(mean_dz_z)
+    dh = centred / _per_row(xp.sqrt(fwd.var + EPSILON))
     return {
-        "Dense_0": {"kernel": x.T @ dh, "bias": xp.sum(dh, axis=0)},
+        "Dense_0": {"kernel": _transposed(x, xp) @ dh, "bias": xp.sum(dh, axis=-2)},
         "BatchNorm_0": {
-            "scale": xp.sum(da * fwd.normalized, axis=0),
-            "bias": xp.sum(da, axis=0),
+            "scale": xp.sum(da * fwd.normalized, axis=-2),
+            "bias": xp.sum(da, axis=-2),
         },
-        "Dense_1": {"kernel": fwd.hidden.T @ dp, "bias": xp.sum(dp, axis=0)},
+        "Dense_1": {"kernel": _transposed(fwd.hidden, xp) @ dp, "bias": xp.sum(dp, axis=-2)},
     }
 
 
@@ -165,11 +167,14 @@ def moving_average(old: Array, batch: Array, xp: Any = np) -> Array:
 def sgd_update(params: Any, grads: Any, lr: Array, xp: Any = np) -> Tree:
     """Return params - lr * grads, leaf by leaf; ``lr`` is a scalar."""
     rate = _widen(lr, xp)
+
+    def moved(value: Array, grad: Array) -> Array:
+        value, grad = _widen(value, xp), _widen(grad, xp)
+        each = xp.reshape(rate, rate.shape + (1,) * (value.ndim - rate.ndim))
+        return value - each * grad
+
     return {
-        layer: {
-            name: _widen(value, xp) - rate * _widen(grads[layer][name], xp)
-            for name, value in leaves.items()
-        }
+        layer: {name: moved(value, grads[layer][name]) for name, value in leaves.items()}
         for layer, leaves in params.items()
     }
 
@@ -182,10 +187,10 @@ def evaluate(params: Any, batch_stats: Any, x: Array, y: Array, xp: Any = np) ->
         batch_stats: {"BatchNorm_0": {"mean": (H,), "var": (H,)}}.
         x: (N, D).
         y: (N,).
-        xp: the array namespace.
+        xp: the array library.
     """
     predictions = eval_forward(params, batch_stats, x, xp).predictions
-    return xp.reshape(mean_squared_error(predictions, y, xp), (1,))
+    return mean_squared_error(predictions, y, xp)[..., None]
 
 
 def expected(state: Any, x: Array, y: Array, lr: Array, xp: Any = np) -> Expected:
@@ -196,7 +201,7 @@ def expected(state: Any, x: Array, y: Array, lr: Array, xp: Any = np) -> Expecte
         x: (N, D).
         y: (N,).
         lr: scalar.
-        xp: the array namespace.
+        xp: the array library.
     """
     fwd = train_forward(state.params, x, xp)
     grads = gradients(state.params, x, y, xp)
@@ -218,18 +223,27 @@ def expected(state: Any, x: Array, y: Array, lr: Array, xp: Any = np) -> Expecte
 
 
 def _widen(value: Array, xp: Any) -> Array:
-    # Only NumPy can always do float64; jax.numpy warns and stays at float32 unless told otherwise.
-    return xp.asarray(value, dtype=np.float64 if xp is np else None)
+    return xp.asarray(value, dtype=np.float64)
+
+
+def _per_row(features: Array) -> Array:
+    """Return (..., C) as (..., 1, C), which broadcasts against the rows of (..., N, C)."""
+    return features[..., None, :]
+
+
+def _transposed(matrix: Array, xp: Any) -> Array:
+    return xp.swapaxes(matrix, -1, -2)
 
 
 def _affine(layer: Any, x: Array, xp: Any) -> Array:
-    return _widen(x, xp) @ _widen(layer["kernel"], xp) + _widen(layer["bias"], xp)
+    return _widen(x, xp) @ _widen(layer["kernel"], xp) + _per_row(_widen(layer["bias"], xp))
 
 
 def _after_moments(params: Any, h: Array, mean: Array, var: Array, xp: Any) -> Forward:
     norm = params["BatchNorm_0"]
-    normalized = (h - mean) / xp.sqrt(var + EPSILON)
-    affine = _widen(norm["scale"], xp) * normalized + _widen(norm["bias"], xp)
+    normalized = (h - _per_row(mean)) / _per_row(xp.sqrt(var + EPSILON))
+    scale, bias = _widen(norm["scale"], xp), _widen(norm["bias"], xp)
+    affine = _per_row(scale) * normalized + _per_row(bias)
     hidden = xp.maximum(affine, 0.0)
-    predictions = xp.reshape(_affine(params["Dense_1"], hidden, xp), (-1,))
+    predictions = _affine(params["Dense_1"], hidden, xp)[..., 0]
     return Forward(mean, var, normalized, affine, hidden, predictions)

@@ -73,8 +73,11 @@ NUDGES = 3
 
 
 def nudged(value: Any, pattern: int) -> Any:
-    """Return ``value`` with its elements moved up and down by eight roundings, in a pattern."""
-    index = np.arange(value.shape[-1] if value.ndim else 1)
+    """Return ``value``, (K, ...), with its elements moved up and down by eight roundings.
+
+    The pattern of signs is the same in each of the K cases.
+    """
+    index = np.arange(value.shape[-1] if value.ndim > 1 else 1)
     signs = 1 - 2 * ((index * (2654435769, 0, 1)[pattern] >> (4 if pattern == 0 else 0)) % 2)
     moved = value * (1 + 4 * float(jnp.finfo(value.dtype).eps) * signs)
     return moved.reshape(value.shape)

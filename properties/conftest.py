@@ -13,7 +13,7 @@ import pytest
 from hypothesis import Phase, errors, find, settings
 from hypothesis import strategies as st
 
-from bnverify.laws import LAWS, Law
+from bnverify.laws import STEP_LAWS, Law
 from bnverify.target import load
 from bnverify.unusable import Unusable
 
@@ -21,15 +21,20 @@ from bnverify.unusable import Unusable
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    import numpy as np
+    import numpy.typing as npt
+
     from bnverify.case import Case
-    from bnverify.engine.exploration import Exploration
-    from bnverify.engine.proof import Reading, Traced
+    from bnverify.proof import Reading
+    from bnverify.runs import Runner
     from bnverify.subject import Subject
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 EVERYWHERE = ("sgd",)
 """On most releases one is enough, but for what optimizers do: the others are `once`, see tox.ini."""
 SHAPES = 5  # each compiles a few programs for each optimizer; three of them are always tiny
+TOGETHER = 8
+"""The most cases of one example: they are run and judged as a stack, and shrink to one."""
 
 
 class Step:
@@ -46,49 +51,56 @@ class Step:
     def __init__(self, name: str, target: str) -> None:
         self._id = name
         self._target = target
-        self._made: dict[str, Exploration] = {}
+        self._runners: dict[bool, Runner] = {}
         self.reached = 0
 
     def __str__(self) -> str:
         return self._id
 
-    def cases(self, *, warmup: st.SearchStrategy[int] | None = None) -> st.SearchStrategy[Case]:
-        """Return a strategy for inputs of the sizes that the step accepts.
+    def cases(
+        self, *, warmup: st.SearchStrategy[int] | None = None
+    ) -> st.SearchStrategy[list[Case]]:
+        """Return a strategy for a few inputs of one size that the step accepts.
 
         Args:
             warmup: how many steps come before the observed one.
         """
         from bnverify import strategies
 
-        shapes = strategies.shapes(features=self.subject.features, size=SHAPES)
-        return strategies.cases(shape=shapes, warmup=warmup)
+        def together(shape: tuple[int, int]) -> st.SearchStrategy[list[Case]]:
+            each = strategies.cases(shape=st.just(shape), warmup=warmup)
+            return st.lists(each, min_size=1, max_size=TOGETHER)
 
-    def first_steps(self) -> st.SearchStrategy[Case]:
+        shapes = strategies.shapes(features=self.subject.features, size=SHAPES)
+        return shapes.flatmap(together)
+
+    def first_steps(self) -> st.SearchStrategy[list[Case]]:
         """Return a strategy for inputs of the first step from the initial state."""
         return self.cases(warmup=st.just(0))
 
-    def keeps(self, law: str, case: Case, *, eager: bool = False) -> None:
-        """Hold the step to a law on one case, where it reaches the law's precondition.
+    def keeps(self, law: str, cases: list[Case]) -> None:
+        """Hold the step to a law on some cases, where they reach the law's precondition.
 
         Args:
             law: its name.
-            case: the input.
-            eager: whether to run the step uncompiled too, for the law that compares the two.
+            cases: the inputs, of one shape.
         """
         __tracebackhide__ = True
-        residual = self._residual(self._applicable(law), case, eager=eager)
-        self.reached += residual >= 0
-        if residual > 1:
-            self._violated(law, f"off by {residual:.3g} times what is allowed", case)
+        residuals = self._residuals(self._applicable(law), cases)
+        self.reached += int((residuals >= 0).sum())
+        worst = int(residuals.argmax())
+        if residuals[worst] > 1:
+            reason = f"off by {residuals[worst]:.3g} times what is allowed"
+            self._violated(law, reason, cases[worst])
 
-    def shows(self, law: str, cases: st.SearchStrategy[Case]) -> None:
+    def shows(self, law: str, cases: st.SearchStrategy[list[Case]]) -> None:
         """Find a case that shows what the law says some case shows."""
         __tracebackhide__ = True
         known = self._applicable(law)
         try:
             find(
                 cases,
-                lambda case: self._residual(known, case) == 0,
+                lambda some: bool((self._residuals(known, some) == 0).any()),
                 settings=settings(database=None, phases=[Phase.generate]),
                 random=random.Random(0),
             )
@@ -99,7 +111,7 @@ class Step:
     def proves(self, law: str) -> None:
         """Read a law of structure off the traced step: for every N and D, where it traces so."""
         __tracebackhide__ = True
-        from bnverify.engine.proof import judge_structure
+        from bnverify.proof import judge_structure
 
         evidence = judge_structure(self._applicable(law), self._reading)
         if evidence.status == "violated":
@@ -118,65 +130,54 @@ class Step:
 
     @cached_property
     def _reading(self) -> Reading:
-        from bnverify.engine import proof
+        from bnverify import proof
 
         return proof.read(self.subject)
 
-    def _exploration(self, law: Law) -> Exploration:
+    def _runner(self, law: Law) -> Runner:
         """Return what runs the step for ``law``: around a stateful optimizer where it needs one."""
-        probe = self._reading.probe
-        if probe is None or "opt_state" not in law.requires:
-            assert self._reading.traced is not None
-            return self._runs(self._reading.traced)
-        return self._runs(probe)
+        from bnverify.profile import Profile
+        from bnverify.runs import Runner
 
-    def _runs(self, traced: Traced) -> Exploration:
-        subject = traced.subject
-        if subject.name in self._made:
-            return self._made[subject.name]
-        from bnverify.case import Domain
-        from bnverify.engine.exploration import Exploration
-        from bnverify.engine.judge import Judge, judged, static_facts
-        from bnverify.engine.volume import NEEDS, Volume
-
-        laws = [law for law in LAWS.values() if law.kind != "structure"]
-        # One program for each shape, of one case: a stack is there only to be compared with.
-        judge = Judge(subject, static_facts(subject, traced.abstract), block=1)
-        volume = Volume(subject, judged(laws, NEEDS), judge, domain=Domain())
-        self._made[subject.name] = Exploration(subject, laws, judge, volume)
-        return self._made[subject.name]
+        reading = self._reading
+        probed = reading.probe is not None and "opt_state" in law.requires
+        if probed not in self._runners:
+            traced = reading.probe if probed else reading.traced
+            assert traced is not None
+            laws = [law for law in STEP_LAWS.values() if law.kind != "structure"]
+            plan = Profile("properties", block=TOGETHER)
+            self._runners[probed] = Runner(traced.tracer, traced.abstract, laws, plan)
+        return self._runners[probed]
 
     def _applicable(self, name: str) -> Law:
         """Return the law, or skip the test with the reason why it does not apply."""
-        from bnverify.engine.exploration import CALLS
-        from bnverify.engine.judge import exemption, shown_by
-        from bnverify.engine.volume import NEEDS
+        from bnverify.proof import capabilities, exemption
 
-        law, reading = LAWS[name], self._reading
+        law, reading = STEP_LAWS[name], self._reading
         if reading.abstract is None:
             pytest.skip(reading.refusal)
-        reason = exemption(
-            law, self.subject, shown_by(self.subject, reading.abstract, reading.probe)
-        )
-        missing = set(law.needs) - NEEDS - CALLS
-        if reason is None and missing and law.kind != "structure":
-            reason = f"nothing observes {', '.join(sorted(missing))} yet"
+        shown = capabilities(self.subject, reading.abstract, reading.probe)
+        reason = exemption(law, self.subject, shown)
         if reason is not None:
             pytest.skip(reason)
         return law
 
-    def _residual(self, law: Law, case: Case, *, eager: bool = False) -> float:
-        from bnverify.engine.exploration import COSTLY
+    def _residuals(self, law: Law, cases: list[Case]) -> npt.NDArray[np.float64]:
+        from bnverify.observe import SINGLE
+        from bnverify.pytree import stack
 
-        costly = COSTLY if eager else COSTLY - {"eager"}
-        return float(self._exploration(law).residuals(case, [law], costly=costly)[law.name])
+        runner = self._runner(law)
+        if "eager" in law.needs:  # operation by operation: one is enough
+            cases = cases[:1]
+        run = runner.singly if SINGLE.intersection(law.needs) else runner.judged
+        return run(stack(cases), [law])[law.name]
 
     def _violated(self, law: str, reason: str, case: Case | None = None) -> None:
         __tracebackhide__ = True
-        from bnverify.engine.counterexample import Violation, script
+        from bnverify.evidence import Counterexample, Evidence, Violation
 
-        told = f"{law}: {LAWS[law].claim}\n{reason}\n\n{script(law, case, self._target)}"
-        raise Violation(told)
+        shows = Counterexample(law, case, self._target)
+        raise Violation(Evidence.of(law, "violated", reason=reason, counterexample=shows))
 
 
 STEPS: dict[str, Step] = {}

@@ -37,14 +37,14 @@ def test_same_input_repeats_to_the_bit(step, data):
 @given(data=st.data())
 def test_step_leaves_its_inputs_alone(step, data):
     """The step neither changes nor deletes the arrays it was given."""
-    step.keeps("step_leaves_its_inputs_alone", data.draw(step.cases()), eager=True)
+    step.keeps("step_leaves_its_inputs_alone", data.draw(step.cases()))
 
 
 @few
 @given(data=st.data())
 def test_jit_equals_eager(step, data):
     """Compiled and uncompiled."""
-    step.keeps("jit_equals_eager", data.draw(step.cases()), eager=True)
+    step.keeps("jit_equals_eager", data.draw(step.cases()))
 
 
 @given(data=st.data())

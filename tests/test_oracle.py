@@ -172,15 +172,32 @@ def test_input_in_float32_is_widened() -> None:
         assert leaf.dtype == np.float64
 
 
+def stacked(*lead: int) -> tuple[list[Any], Any]:
+    """Return the arguments of several steps, and the same with these leading axes."""
+    steps = [draw(seed, 7, 5) for seed in range(int(np.prod(lead)))]
+
+    def stack(*leaves: Any) -> Any:
+        return np.stack(leaves).reshape(*lead, *np.shape(leaves[0]))
+
+    return steps, jax.tree_util.tree_map(stack, *steps)
+
+
+@pytest.mark.parametrize("lead", [(1,), (3,), (2, 2)], ids=str)
+def test_leading_axes_are_steps_of_their_own(lead: tuple[int, ...]) -> None:
+    """Each of some stacked steps gives what it gives alone, to the last places of float64."""
+    steps, args = stacked(*lead)
+    together = oracle.expected(*args)
+    for place, step in zip(np.ndindex(*lead), steps, strict=True):
+        one = jax.tree_util.tree_map(lambda leaf, place=place: leaf[place], together)
+        assert_close(one, oracle.expected(*step), 1e-14)
+
+
 def test_the_same_derivation_runs_compiled() -> None:
-    """With jax.numpy it runs under jit and vmap, and gives NumPy's numbers in float64."""
-    state, x, y, lr = draw(5, 7, 5)
-    expected = oracle.expected(state, x, y, lr)
+    """With jax.numpy it runs under jit, stacked, and gives NumPy's numbers in float64."""
+    _, args = stacked(3)
     with compat.enable_x64():
-        compiled = jax.jit(jax.vmap(lambda *args: oracle.expected(*args, xp=jnp)))
-        stacked = jax.tree_util.tree_map(lambda leaf: jnp.stack([leaf, leaf]), (state, x, y, lr))
-        again = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf[1]), compiled(*stacked))
-    assert_close(again, expected)
+        compiled = jax.jit(lambda *args: oracle.expected(*args, xp=jnp))(*args)
+    assert_close(compiled, oracle.expected(*args))
 
 
 def test_the_oracle_shares_nothing_with_what_it_judges() -> None:

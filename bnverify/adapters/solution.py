@@ -16,7 +16,6 @@ from bnverify.adapters.explain import explaining
 from bnverify.adapters.linen import linen
 from bnverify.adapters.watching import starts_like, watched
 from bnverify.laws import LAWS
-from bnverify.lifetime.claims import CLAIMS as LIFE
 from bnverify.subject import State, StepInfo, Subject
 
 Solution = Callable[..., Any]
@@ -100,7 +99,7 @@ def _canonical(function: Solution, batch: Callable[..., Any]) -> Subject | None:
 
 
 def _all_but(names: tuple[str, ...], reason: str) -> dict[str, str]:
-    return {law: reason for law in (*LAWS, *LIFE) if law not in names}
+    return {law: reason for law in LAWS if law not in names}
 
 
 def _init(seed: Any, x: Any) -> State:

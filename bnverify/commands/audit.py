@@ -124,7 +124,7 @@ def _write(
     """Write the findings as JSON; those of a shard with what `bnverify merge` needs."""
     text = found.to_json()
     if args.shard:
-        from bnverify.engine.verify import versions
+        from bnverify.check import versions
 
         text = Shard.parse(args.shard).stamp(
             text,

@@ -98,8 +98,7 @@ def _verify(args: argparse.Namespace) -> tuple[Report, list[str]]:
     with importable(target.directory(args.target)):
         what = target.load(args.target, time_limit=args.time_limit)
 
-        from bnverify.checking.claims import choose
-        from bnverify.checking.verify import guarded, verify
+        from bnverify.check import choose, guarded, verify
         from bnverify.parallel.subject import Parallel
         from bnverify.show import terminal
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import shutil
 import textwrap
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from bnverify.unusable import Unusable, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bnverify.checking.claims import AnyClaim
+    from bnverify.laws import Law
 
 HOW = {
     "structure": "proved from the traced step where it traces for every size, else read at a few",
@@ -37,31 +36,18 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one law."""
-    from bnverify.checking.claims import CLAIMS
+    from bnverify.laws import LAWS
 
-    if args.law not in CLAIMS:
-        hint = did_you_mean(args.law, CLAIMS) or "; see `bnverify list`"
+    if args.law not in LAWS:
+        hint = did_you_mean(args.law, LAWS) or "; see `bnverify list`"
         raise Unusable(f"no law is named {args.law!r}{hint}")
     width = min(shutil.get_terminal_size().columns, 100)
-    print("\n".join(_lines(CLAIMS[args.law], width)))
+    print("\n".join(_lines(LAWS[args.law], width)))
     return 0
 
 
-def _derivation(law: AnyClaim) -> Iterator[str]:
-    from bnverify.laws import Law
-
-    if isinstance(law, Law):
-        paragraphs = inspect.cleandoc("\n" + law.derivation).split("\n\n")
-        yield from (paragraph for paragraph in paragraphs if paragraph)
-
-
-def _checked(law: AnyClaim) -> Iterator[str]:
+def _checked(law: Law) -> Iterator[str]:
     """Yield how a law is checked, and what must be there for it."""
-    from bnverify.laws import Law
-
-    if not isinstance(law, Law):
-        yield f"Checked: {HOW[law.family]}"
-        return
     how = HOW[law.kind]
     if law.forbids:
         how = f"proved where the traced step has no such flow, else {how}"
@@ -73,7 +59,7 @@ def _checked(law: AnyClaim) -> Iterator[str]:
         yield f"Needs, of the subject: {', '.join(law.requires)}"
 
 
-def _lines(law: AnyClaim, width: int) -> Iterator[str]:
+def _lines(law: Law, width: int) -> Iterator[str]:
     from bnverify.mistakes import MISTAKES
 
     def wrapped(text: str, indent: str = "", hang: str = "") -> str:
@@ -89,7 +75,7 @@ def _lines(law: AnyClaim, width: int) -> Iterator[str]:
     yield f"{law.name} ({law.family})"
     yield ""
     yield wrapped(law.claim)
-    for paragraph in _derivation(law):
+    for paragraph in filter(None, law.derivation.split("\n\n")):
         yield ""
         yield wrapped(paragraph)
     yield ""

@@ -20,16 +20,16 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the laws."""
-    from bnverify.checking.claims import CLAIMS, FAMILIES
+    from bnverify.laws import FAMILIES, LAWS
 
     if not sys.stdout.isatty():  # for grep and cut
-        for law in CLAIMS.values():
+        for law in LAWS.values():
             print(law.family, law.name, law.claim, sep="\t")
         return 0
     width = shutil.get_terminal_size().columns
     for family in FAMILIES:
         print(family)
-        for law in (law for law in CLAIMS.values() if law.family == family):
+        for law in (law for law in LAWS.values() if law.family == family):
             print(f"  {law.name}")
             print(textwrap.fill(law.claim, width, initial_indent="    ", subsequent_indent="    "))
         print()

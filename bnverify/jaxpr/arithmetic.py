@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnverify import compat
+from bnverify.jaxpr.interpreter import inner_jaxprs
 
 # Moves values about, or picks among them: no new digits, so no rounding.
 _EXACT = frozenset(
@@ -272,3 +273,16 @@ def pole(eqn: Any) -> int | None:
         return 0
     exponent = getattr(eqn.invars[1], "val", 1) if name == "pow" else 1
     return 0 if np.ndim(exponent) == 0 and exponent < 0 else None
+
+
+def operations(jaxpr: Any) -> float:
+    """Return how many operations a program takes, roughly: a term of a sum is one."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    total = 0.0
+    for eqn in inner.eqns:
+        bodies = inner_jaxprs(eqn)
+        turns = eqn.params.get("length", 1)  # of a scan
+        total += turns * sum(map(operations, bodies))
+        if not bodies:
+            total += terms(eqn) * sum(math.prod(var.aval.shape) for var in eqn.outvars)
+    return total

@@ -154,10 +154,26 @@ def read(jaxpr: Any, reading: Reading[V], inputs: Sequence[V]) -> list[V]:
             return reading.constant(atom.val, atom.aval)
         return env[atom]
 
-    for eqn in inner.eqns:
+    last = _last_uses(inner)
+    for number, eqn in enumerate(inner.eqns):
         outputs = _read_equation(eqn, reading, [look_up(atom) for atom in eqn.invars])
         env.update(zip(eqn.outvars, outputs, strict=True))
+        for var in last.get(number, ()):  # values of large models would fill the memory
+            env.pop(var, None)
     return [look_up(atom) for atom in inner.outvars]
+
+
+def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
+    """Return number of an equation -> the variables that nothing after it reads."""
+    seen = {id(atom) for atom in jaxpr.outvars}
+    found: dict[int, list[Any]] = {}
+    for number in range(len(jaxpr.eqns) - 1, -1, -1):
+        eqn = jaxpr.eqns[number]
+        for var in (*eqn.outvars, *eqn.invars):
+            if id(var) not in seen and not hasattr(var, "val"):
+                seen.add(id(var))
+                found.setdefault(number, []).append(var)
+    return found
 
 
 def _read_equation(eqn: Any, reading: Reading[V], inputs: Sequence[V]) -> Sequence[V]:

@@ -21,18 +21,15 @@ import math
 import operator
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from bnverify.jaxpr import arithmetic
-from bnverify.jaxpr.primitives import on_rows
-from bnverify.jaxpr.values import Value, is_float
+from bnverify.jaxpr import arithmetic, draws, numeric
+from bnverify.jaxpr.values import Array, has_rows, is_float, per_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from bnverify.jaxpr.draws import Which
+    from bnverify.jaxpr.draws import Sides
 
 FLIP = 8.0
 POLE = 4.0
@@ -52,6 +49,7 @@ _MOVES = frozenset(
         "broadcast_in_dim",
         "concatenate",
         "copy",
+        "copy_p",
         "dynamic_slice",
         "expand_dims",
         "gather",
@@ -64,71 +62,43 @@ _MOVES = frozenset(
 )
 
 
-def in_doubt(distance: Any, dtype: Any, times: float = FLIP) -> Any:
+def in_doubt(distance: Array, dtype: Any, times: float = FLIP) -> Array:
     """Return for each row whether ``times`` its rounding could take it to the other side of 0.
 
     It could, too, where the distance is as small as what underflows, but not 0. Row 0 has no
     rounding, and is where it is.
     """
     exact = distance[:1]
-    moved = jnp.where(distance == exact, 0, jnp.abs(distance - exact))  # inf - inf is no move
-    moved = moved + jnp.where(exact == 0, 0, arithmetic.faint(dtype))
-    others = np.arange(distance.shape[0]).reshape(-1, *[1] * (distance.ndim - 1)) > 0
-    return (times * moved > jnp.abs(exact)) & others
+    moved = np.where(distance == exact, 0, np.abs(distance - exact))  # inf - inf is no move
+    moved = moved + np.where(exact == 0, 0, arithmetic.faint(dtype))
+    others = per_row(np.arange(len(distance)) > 0, distance)
+    return np.asarray((times * moved > np.abs(exact)) & others)
 
 
-def coins(array: Any, seed: int, which: Which) -> Any:
-    """Return booleans in the shape of ``array``: random ones, but in each fourth row all alike."""
-    tossed = (_mixed(array, seed, which) >> 31).astype(bool)
-    return jnp.where(_alike(array, which), _other_side(array, which), tossed)
+def aligned(*values: Array) -> list[Array]:
+    """Return values whose axes broadcast: where lax allows one to be a scalar, it gets axes of size 1."""
+    rank = max(value.ndim for value in values)
+    return [value.reshape(value.shape + (1,) * (rank - value.ndim)) for value in values]
 
 
-def _mixed(array: Any, seed: int, which: Which) -> Any:
-    """Return random 32-bit integers in the shape of ``array``."""
-    draws = np.random.default_rng(seed).integers(2**32, size=2 + which.total, dtype=np.uint32)
-    place = jax.lax.iota(jnp.uint32, array[0].size) + draws[0]
-    mixed = (place * (which.of(draws[1:])[:, None] | 1) ^ (place >> 3)) * np.uint32(0x9E3779B1)
-    return mixed.reshape(array.shape)
-
-
-def _alike(array: Any, which: Which) -> Any:
-    """Return in which rows all elements take the same side: not left to chance, both are taken."""
-    return which.column(which.numbers % 4 == 3, array.ndim)
-
-
-def _other_side(array: Any, which: Which) -> Any:
-    """Return which side these rows take."""
-    return which.column(which.numbers % 8 == 3, array.ndim)
-
-
-def aligned(left: Value, right: Value) -> tuple[Any, Any]:
-    """Return two arrays that broadcast, rows against rows, though one may be a scalar's."""
-    rank = max(value.array.ndim - value.rows for value in (left, right))
-    return tuple(
-        value.array.reshape(-1, *[1] * rank)
-        if value.rows and value.array.ndim == 1
-        else value.array
-        for value in (left, right)
-    )
-
-
-def compare(name: str, left: Value, right: Value, dtype: Any, seed: int, which: Which) -> Value:
+def compare(name: str, left: Array, right: Array, dtype: Any, sides: Sides) -> Array:
     """Return a comparison; in rows where it is in doubt, on a side of their own."""
-    one, other = aligned(left, right)
-    distance = one - other
-    decided = COMPARISONS[name](one, other)
-    further = distance[:1] + FLIP * (distance - distance[:1])
-    goes_on = which.column(which.numbers % 4 == 2, distance.ndim)
-    side = jnp.where(goes_on, COMPARISONS[name](further, 0.0), coins(distance, seed, which))
-    taken = jnp.where(in_doubt(distance, dtype), side, decided)
+    distance = left - right
+    decided = COMPARISONS[name](left, right)
+    doubt = in_doubt(distance, dtype)
     # Nearer to the kink than its own noise all that follows hangs on that noise, for a batch of
     # equal rows in all of them at once: nothing is known.
-    hit = in_doubt(distance, dtype, 1.0)
-    lost = jnp.isnan(one) | jnp.isnan(other) | hit
-    return Value(jnp.where(lost, jnp.nan, taken.astype(jnp.float64)), rows=True)
+    lost = np.isnan(left) | np.isnan(right) | in_doubt(distance, dtype, 1.0)
+    if doubt.any():
+        further = distance[:1] + FLIP * (distance - distance[:1])
+        goes_on = per_row(np.arange(sides.count) % 4 == 2, distance)
+        coins = sides.coins(distance.shape[2:])
+        side = np.where(goes_on, COMPARISONS[name](further, 0.0), coins)
+        decided = np.where(doubt, side, decided)
+    return np.where(lost, np.nan, decided.astype(np.float64))
 
 
-def extreme(sign: int, left: Value, right: Value, dtype: Any, seed: int, which: Which) -> Value:
+def extreme(sign: int, left: Array, right: Array, dtype: Any, sides: Sides) -> Array:
     """Return max (``sign`` 1) or min (-1); in rows where it is in doubt, what noise makes.
 
     Clipped at a bound without noise, all rows on one side would say the same, and their spread
@@ -136,81 +106,78 @@ def extreme(sign: int, left: Value, right: Value, dtype: Any, seed: int, which: 
     with the bound in their middle, as normalising two rows makes them, one alone is beyond it, and
     what follows may hang on their difference.
     """
-    one, other = aligned(left, right)
-    plain = (jnp.maximum if sign > 0 else jnp.minimum)(one, other)
-    if left.rows and right.rows:
-        return Value(plain, rows=True)
-    value, bound = (one, other) if left.rows else (other, one)
+    plain: Array = (np.maximum if sign > 0 else np.minimum)(left, right)
+    if has_rows(left) == has_rows(right):
+        return plain
+    value, bound = (left, right) if has_rows(left) else (right, left)
     distance = value - bound
-    beyond = in_doubt(distance, dtype) & jnp.isfinite(distance)
+    beyond = in_doubt(distance, dtype) & np.isfinite(distance)
+    if not beyond.any():
+        return plain
     # From 0 to the root of 3: of root mean square 1.
-    share = math.sqrt(3) * 2.0**-32 * _mixed(distance, seed, which).astype(jnp.float64)
-    return Value(jnp.where(beyond, bound + sign * share * jnp.abs(distance), plain), rows=True)
+    share = math.sqrt(3) * 2.0**-32 * sides.mixed(distance.shape[2:])
+    return np.where(beyond, bound + sign * share * np.abs(distance), plain)
 
 
-def signed(value: Value, dtype: Any, seed: int, which: Which) -> Value:
+def signed(value: Array, dtype: Any, sides: Sides) -> Array:
     """Return a value whose sign counts; in rows where that is in doubt, of a sign that a coin says."""
-    array, exact = value.array, value.array[:1]
-    turned = jnp.where(coins(array, seed, which), -1.0, 1.0)
+    exact = value[:1]
+    turned = np.where(sides.coins(value.shape[2:]), -1.0, 1.0)
     # Turned away from row 0, not from what noise made of it: twice turned is not turned at all.
-    side = jnp.where(exact == 0, turned * array, turned * jnp.sign(exact) * jnp.abs(array))
-    return Value(jnp.where(in_doubt(array, dtype), side, array), rows=True)
+    side = np.where(exact == 0, turned * value, turned * np.sign(exact) * np.abs(value))
+    return np.where(in_doubt(value, dtype), side, value)
 
 
-def amplified(value: Value, which: Which) -> Value:
+def amplified(value: Array) -> Array:
     """Return a value that a step function is taken of, each row FLIP times as far from row 0."""
-    moved = FLIP * (value.array - value.array[:1])
-    up_or_down = jnp.where(_other_side(moved, which), 1.0, -1.0) * jnp.abs(moved)
-    far = value.array[:1] + jnp.where(_alike(moved, which), up_or_down, moved)
-    return Value(jnp.where(jnp.isfinite(far), far, value.array), rows=True)
+    moved = FLIP * (value - value[:1])
+    alike, up = (per_row(which(len(value)), value) for which in (draws.alike, draws.up))
+    far = value[:1] + np.where(alike, np.where(up, 1.0, -1.0) * np.abs(moved), moved)
+    return np.where(np.isfinite(far), far, value)
 
 
-def near_pole(value: Value) -> Value:
+def near_pole(value: Array) -> Array:
     """Return a value that must keep its digits, with NaN in the rows where it lost them."""
-    array, exact = value.array, value.array[:1]
-    lost = POLE * jnp.abs(array - exact) > jnp.abs(exact)
-    return Value(jnp.where(lost, jnp.nan, array), rows=True)
+    exact = value[:1]
+    lost = POLE * np.abs(value - exact) > np.abs(exact)
+    return np.where(lost, np.nan, value)
 
 
-def is_soft(value: Value, dtype: Any) -> bool:
+def is_soft(value: Array, dtype: Any) -> bool:
     """Return whether a value of the program's ``dtype`` is a truth value that may be NaN."""
-    return value.rows and dtype == np.bool_ and is_float(value.array.dtype)
+    return bool(dtype == np.bool_ and is_float(value.dtype))
 
 
-def harden(value: Value) -> Value:
+def harden(value: Array) -> Array:
     """Return a truth value as a boolean; where it is not known, other than in the exact row."""
-    exact = value.array[:1] > 0.5
-    return Value(jnp.where(jnp.isnan(value.array), ~exact, value.array > 0.5), rows=True)
+    exact = value[:1] > 0.5
+    return np.where(np.isnan(value), ~exact, value > 0.5)
 
 
-def decide(eqn: Any, inputs: Sequence[Value]) -> list[Value]:
+def decide(eqn: Any, inputs: Sequence[Array]) -> list[Array]:
     """Return an equation some of whose inputs are truth values that may be NaN."""
     name, first = eqn.primitive.name, inputs[0]
     out = eqn.outvars[0].aval.dtype
     if name in _MOVES:
         wide = [
-            Value(value.array.astype(jnp.float64), value.rows)
-            if atom.aval.dtype == np.bool_
-            else value
+            value.astype(np.float64) if atom.aval.dtype == np.bool_ else value
             for value, atom in zip(inputs, eqn.invars, strict=True)
         ]
-        return on_rows(eqn, wide, eqn.params)
+        return numeric.apply(eqn, wide)
     if name == "convert_element_type" and is_float(out):
         return [first]
     if name == "not":
-        return [Value(1 - first.array, rows=True)]
+        return [1 - first]
     if name in {"and", "or"}:
-        left, right = (value.array.astype(jnp.float64) for value in inputs)
+        left, right = aligned(*(value.astype(np.float64) for value in inputs))
         both = left * right
-        return [Value(both if name == "and" else left + right - both, rows=True)]
+        return [both if name == "and" else left + right - both]
     hard = [
         harden(value) if is_soft(value, atom.aval.dtype) else value
         for value, atom in zip(inputs, eqn.invars, strict=True)
     ]
-    outputs = on_rows(eqn, hard, eqn.params)
-    if name == "select_n" and is_float(outputs[0].array.dtype):
-        chosen = outputs[0].array
-        lost = jnp.isnan(first.array)
-        lost = lost.reshape(*lost.shape, *([1] * (chosen.ndim - lost.ndim)))
-        return [Value(jnp.where(lost, jnp.nan, chosen), rows=True)]
+    outputs = numeric.apply(eqn, hard)
+    if name == "select_n" and is_float(outputs[0].dtype):
+        lost = np.isnan(first).reshape(first.shape + (1,) * (outputs[0].ndim - first.ndim))
+        return [np.where(lost, np.nan, outputs[0])]
     return outputs

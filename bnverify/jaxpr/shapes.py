@@ -21,7 +21,9 @@ import jax
 import jax.export
 import numpy as np
 
-from bnverify.jaxpr.tracing import Abstract, Program, trace
+from bnverify.jaxpr.graph import Graph
+from bnverify.jaxpr.interpreter import read
+from bnverify.jaxpr.tracing import Abstract, Program, Tracer
 from bnverify.unusable import first_line
 
 if TYPE_CHECKING:
@@ -85,24 +87,19 @@ class Traces:
     narrowed: str = ""
 
 
-def _stage(stage: str, function: Callable[..., Any], *args: Any) -> Program:
+def _stage(tracer: Tracer, stage: str, *args: Any) -> Program:
     try:
-        return trace(function, *args)
+        return tracer.trace(stage, getattr(tracer.subject, stage), *args)
     except Exception as error:  # whatever a user's code raises on sizes it cannot take
         raise TraceError(f"{stage} does not trace: {first_line(error)}") from error
 
 
-def _batch(n: Any, d: Any) -> tuple[Abstract, Abstract, Abstract]:
-    single = np.dtype(np.float32)
-    return Abstract((n, d), single), Abstract((n,), single), Abstract((), single)
-
-
-def trace_at(subject: Any, n: Any, d: Any, before: Any = None) -> Run:
-    """Return ``subject`` traced at one pair of sizes.
+def trace_at(tracer: Tracer, n: Any, d: Any, before: Any = None) -> Run:
+    """Return a subject traced at one pair of sizes.
 
     Args:
-        subject: see ``bnverify.subject.Subject``; only init, step, evaluate and, where there is
-            one, after_eval are used.
+        tracer: of the subject; only init, step, evaluate and, where there is one, after_eval are
+            used.
         n: the batch size, an int or symbolic.
         d: the feature size, likewise.
         before: the state to step from; None traces ``init`` for it.
@@ -110,17 +107,16 @@ def trace_at(subject: Any, n: Any, d: Any, before: Any = None) -> Run:
     Raises:
         TraceError: one of the functions does not trace at these sizes.
     """
-    x, y, lr = _batch(n, d)
+    seed, x, y, lr, _ = tracer.batch(n, d)
     programs = {}
     if before is None:
-        seed = Abstract((), np.dtype(np.int32))
-        programs["init"] = _stage("init", subject.init, seed, x)
+        programs["init"] = _stage(tracer, "init", seed, x)
         before = programs["init"].out
-    programs["step"] = _stage("step", subject.step, before, x, y, lr)
+    programs["step"] = _stage(tracer, "step", before, x, y, lr)
     after, info = programs["step"].out
-    programs["evaluate"] = _stage("evaluate", subject.evaluate, before, x, y)
-    if getattr(subject, "after_eval", None) is not None:
-        programs["after_eval"] = _stage("after_eval", subject.after_eval, before, x, y)
+    programs["evaluate"] = _stage(tracer, "evaluate", before, x, y)
+    if getattr(tracer.subject, "after_eval", None) is not None:
+        programs["after_eval"] = _stage(tracer, "after_eval", before, x, y)
     after_eval = programs["after_eval"].out if "after_eval" in programs else None
     return Run(n, d, before, after, info, programs["evaluate"].out, after_eval, programs)
 
@@ -163,70 +159,93 @@ def _listed(dims: Sequence[int]) -> str:
     return f"D = {dims[0]}" if len(dims) == 1 else f"D in {tuple(dims)}"
 
 
-def _attempts(subject: Any) -> Iterator[tuple[str, Callable[[], tuple[Run, ...]]]]:
+def _attempts(tracer: Tracer) -> Iterator[tuple[str, Callable[[], tuple[Run, ...]]]]:
     """Yield (scope, how to trace it), the widest first."""
-    features = tuple(subject.features or ())
+    features = tuple(tracer.subject.features or ())
     n, d = jax.export.symbolic_shape("n, d")
     multiple, _ = jax.export.symbolic_shape("24*n, d")
     if not features:
-        yield "every N and D", lambda: (trace_at(subject, n, d),)
+        yield "every N and D", lambda: (trace_at(tracer, n, d),)
         yield (
             f"every N and D, from states shaped as init makes them at {_listed(SIZES)}",
-            lambda: (_trace_lifted(subject, n, d),),
+            lambda: (_trace_lifted(tracer, n, d),),
         )
-        yield "every N divisible by 24, every D", lambda: (trace_at(subject, multiple, d),)
+        yield "every N divisible by 24, every D", lambda: (trace_at(tracer, multiple, d),)
     dims = features or SIZES
     for size, every in ((n, "every N"), (multiple, "every N divisible by 24")):
         scope = f"{every}, {_listed(dims)}"
-        yield scope, partial(_trace_each, subject, size, dims)
+        yield scope, partial(_trace_each, tracer, size, dims)
 
 
-def _corners(subject: Any) -> Iterator[Run]:
+def _corners(tracer: Tracer) -> Iterator[Run]:
     """Yield runs at sizes where Python code takes turns that a symbolic size does not show.
 
     To JAX ``n == 1`` and ``n == d`` are plainly false for symbolic sizes, so a branch on them
     goes unseen. What is read must hold there too; a size that no trace takes is left out.
     """
     for n, d in CORNERS:
-        size = min(subject.features) if subject.features else d
+        features = tracer.subject.features
+        size = min(features) if features else d
         try:
-            yield trace_at(subject, n, size)
+            yield trace_at(tracer, n, size)
         except TraceError:  # running will tell
             continue
 
 
-def _trace_each(subject: Any, n: Any, dims: Sequence[int]) -> tuple[Run, ...]:
-    return tuple(trace_at(subject, n, d) for d in dims)
+def _trace_each(tracer: Tracer, n: Any, dims: Sequence[int]) -> tuple[Run, ...]:
+    return tuple(trace_at(tracer, n, d) for d in dims)
 
 
-def _trace_lifted(subject: Any, n: Any, d: Any) -> Run:
-    seed = Abstract((), np.dtype(np.int32))
-    states = [
-        _stage("init", subject.init, seed, Abstract((n, dim), np.dtype(np.float32))).out
-        for dim in SIZES
-    ]
-    return trace_at(subject, n, d, lift_state(states, SIZES, d))
+def _trace_lifted(tracer: Tracer, n: Any, d: Any) -> Run:
+    batches = [tracer.batch(n, dim) for dim in SIZES]
+    states = [_stage(tracer, "init", batch.seed, batch.x).out for batch in batches]
+    return trace_at(tracer, n, d, lift_state(states, SIZES, d))
 
 
-def trace_subject(subject: Any, concrete: tuple[int, int] = CONCRETE) -> Traces:
+def trace_subject(
+    subject: Any,
+    concrete: tuple[int, int] = CONCRETE,
+    *,
+    tracer: Tracer | None = None,
+    corners: bool = True,
+) -> Traces:
     """Return ``subject`` traced for as many sizes as it allows, without compiling anything.
 
     Args:
         subject: see ``bnverify.subject.Subject``.
         concrete: (N, D) to fall back to where no size may be symbolic; D gives way to the
             subject's own ``features``.
+        tracer: of the subject, to share its traces; told whether ``init`` needs the batch.
+        corners: whether to trace the smallest sizes on their own, too.
 
     Raises:
         TraceError: it does not trace even there.
     """
+    tracer = tracer or Tracer(subject)
     narrowed = ""
-    for scope, attempt in _attempts(subject):
+    for scope, attempt in _attempts(tracer):
         try:
             runs = attempt()
         except TraceError as refusal:
             narrowed = narrowed or f"at wider sizes {refusal}"
         else:
-            return Traces((*runs, *_corners(subject)), scope, proved=True, narrowed=narrowed)
+            tracer.init_is_free = all(_init_is_free(run) for run in runs)
+            smallest = _corners(tracer) if corners else ()
+            return Traces((*runs, *smallest), scope, proved=True, narrowed=narrowed)
     n, d = concrete[0], (subject.features or concrete[1:])[0]
-    run = trace_at(subject, n, d)
+    run = trace_at(tracer, n, d)
     return Traces((run,), f"N = {n}, D = {d} only", proved=False, narrowed=narrowed)
+
+
+def _init_is_free(run: Run) -> bool:
+    """Return whether the state that ``init`` makes depends on neither the batch nor its size."""
+    program = run.programs.get("init")
+    if program is None:
+        return False
+    graph = Graph(len(program.jaxpr.jaxpr.invars))
+    ends = read(program.jaxpr, graph, graph.sources)
+    labels = graph.labels()
+    batch = 1 << len(graph.sources) - 1  # the last of its inputs
+    named = str(run.n)
+    sizes = {str(size) for leaf in jax.tree_util.tree_leaves(program.out) for size in leaf.shape}
+    return not any(labels[node] & batch for node in ends) and not any(named in s for s in sizes)

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.extend.core
+import numpy as np
+
+from bnverify.case import Case
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,6 +67,90 @@ def trace(function: Callable[..., Any], *args: Any) -> Program:
     leaves = [Abstract.of(var.aval) for var in jaxpr.jaxpr.outvars]
     treedef = jax.tree_util.tree_structure(out)
     return Program(jaxpr, abstract, jax.tree_util.tree_unflatten(treedef, leaves))
+
+
+class TreeFunction:
+    """A traced program as a function of the trees that it was traced on; it runs no user code."""
+
+    def __init__(self, program: Program) -> None:
+        self._run = jax.extend.core.jaxpr_as_fun(program.jaxpr)
+        self._structure = jax.tree_util.tree_structure(program.out)
+
+    def __call__(self, *args: Any) -> Any:
+        """Return the program's result."""
+        out = self._run(*jax.tree_util.tree_leaves(args))
+        return jax.tree_util.tree_unflatten(self._structure, out)
+
+    def flat(self, *leaves: Any) -> list[Any]:
+        """Return the leaves of the program's result, for the leaves of its arguments."""
+        return list(self._run(*leaves))
+
+
+class Tracer:
+    """A subject's functions, each traced once for each signature of its arguments.
+
+    What is proved, compiled and read for rounding are the same traces.
+
+    Args:
+        subject: see ``bnverify.subject.Subject``.
+
+    Attributes:
+        subject: as given.
+        init_is_free: whether ``init`` is proved to depend on neither the batch nor its size: then it
+            is traced at one size for each D.
+    """
+
+    def __init__(self, subject: Any) -> None:
+        self.subject = subject
+        self.init_is_free = False
+        self._programs: dict[Any, Program] = {}
+        self._rows_of_init: dict[int, int] = {}
+
+    def trace(self, name: str, function: Callable[..., Any], *args: Any) -> Program:
+        """Return ``function`` traced on arguments of these types; see :func:`trace`.
+
+        Args:
+            name: tells functions apart.
+            function: anything that traces under ``jax.jit``.
+            *args: trees of ``Abstract`` or arrays, of single cases.
+        """
+        abstract = jax.tree_util.tree_map(Abstract.of, args)
+        leaves, structure = jax.tree_util.tree_flatten(abstract)
+        key = name, structure, tuple(leaves)
+        if key not in self._programs:
+            self._programs[key] = trace(function, *abstract)
+        return self._programs[key]
+
+    @staticmethod
+    def batch(rows: Any, features: Any) -> Case:
+        """Return the types of a case of one shape; sizes may be symbolic."""
+        single, whole = np.dtype(np.float32), np.dtype(np.int32)
+        x, y = Abstract((rows, features), single), Abstract((rows,), single)
+        return Case(Abstract((), whole), x, y, Abstract((), single), Abstract((), whole))
+
+    def state(self, rows: int, features: int) -> Any:
+        """Return the types of the state that ``init`` makes at one shape, none of them weak."""
+        case = self.batch(rows, features)
+        made = self.trace("init", self.subject.init, case.seed, self.init_batch(case.x)).out
+        return jax.tree_util.tree_map(lambda leaf: Abstract(leaf.shape, leaf.dtype), made)
+
+    def init_batch(self, x: Any) -> Any:
+        """Return the batch that ``init`` is called with for one like ``x``, (..., N, D).
+
+        It is ``x`` itself unless ``init_is_free``: then one of always the same N for each D.
+        """
+        *stack, rows, features = x.shape
+        if not self.init_is_free:
+            return x
+        rows = self._rows_of_init.setdefault(features, rows)
+        if isinstance(x, Abstract):
+            return Abstract((rows, features), x.dtype)
+        return np.zeros((*stack, rows, features), x.dtype)
+
+
+def as_function(program: Program) -> TreeFunction:
+    """Return a traced program as a function again."""
+    return TreeFunction(program)
 
 
 def _key(entry: Any) -> str:

@@ -1,23 +1,15 @@
-"""What a program's values are while its rounding is read."""
+"""What a program's values are while it is evaluated in NumPy: arrays (rows, cases, *shape)."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 
-
-class Value(NamedTuple):
-    """An array of a program, floats as float64.
-
-    Attributes:
-        array: with a leading axis where ``rows``: the exact run, then the coarse ones.
-        rows: whether rounding has touched it.
-    """
-
-    array: Any
-    rows: bool
+Array: TypeAlias = npt.NDArray[Any]
 
 
 def is_float(dtype: Any) -> bool:
@@ -25,9 +17,24 @@ def is_float(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
-def widen(value: Any, dtype: Any) -> Any:
-    """Return ``value`` as a program holds it in ``dtype``, but floats in float64."""
-    if jnp.issubdtype(dtype, jax.dtypes.extended):  # PRNG keys
-        return value
-    array = jnp.asarray(value).astype(dtype)
-    return array.astype(jnp.float64) if is_float(dtype) else array
+def has_rows(value: Array) -> bool:
+    """Return whether rounding has touched a value: its rows then differ."""
+    return value.shape[0] > 1
+
+
+def per_row(numbers: Array, value: Array) -> Array:
+    """Return what is known of each row, (rows,), to broadcast against ``value``."""
+    return numbers.reshape(-1, *[1] * (value.ndim - 1))
+
+
+def widen(value: Any, dtype: Any) -> Array:
+    """Return ``value`` as a program holds it in ``dtype``, but floats in float64.
+
+    A PRNG key is held as its key data, unsigned integers with an axis more.
+    """
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        if isinstance(value, np.ndarray):
+            return value
+        return np.asarray(jax.random.key_data(value))
+    array = np.asarray(value).astype(dtype)
+    return array.astype(np.float64) if is_float(dtype) else array

@@ -1,9 +1,14 @@
-"""The laws: one module a family, each law a registered function of a Transition."""
+"""The laws, one module per family: registered claims, most of them functions of a Transition."""
 
-from bnverify.laws import evaluation, influence, metamorphic, statistics, structure, update
-from bnverify.laws.law import LAWS, UNTRIGGERED, Law
+# Imported so that their laws register, in the order of reports.
+# isort: off
+from bnverify.laws import structure, influence, statistics, update, evaluation, metamorphic
+from bnverify.laws import life, parallel
 
-__all__ = ["LAWS", "UNTRIGGERED", "Law"]
+# isort: on
+from bnverify.laws.arithmetic import UNTRIGGERED
+from bnverify.laws.law import FAMILIES, LAWS, STEP_LAWS, Law
 
-# Imported so that their laws register; nothing else is wanted from them here.
-del evaluation, influence, metamorphic, statistics, structure, update
+__all__ = ["FAMILIES", "LAWS", "STEP_LAWS", "UNTRIGGERED", "Law"]
+
+del evaluation, influence, life, metamorphic, parallel, statistics, structure, update

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from bnverify.laws.law import UNTRIGGERED, law
-from bnverify.laws.residuals import (
+from bnverify.laws.arithmetic import (
+    all_finite,
+    all_over,
+    any_over,
+    differs,
+    holds_if,
+    numbers,
     residual,
     same,
     smallest,
@@ -13,9 +18,12 @@ from bnverify.laws.residuals import (
     wide,
     within_noise,
     worst_of,
+    xp,
 )
+from bnverify.laws.law import law
 from bnverify.lazy import jnp
 from bnverify.reruns import NUDGES
+from bnverify.subject import State
 from bnverify.transition import Transition
 
 FLAX_GUIDE = (
@@ -30,30 +38,31 @@ NUDGED = tuple(f"nudged_statistics_{pattern}" for pattern in range(NUDGES))
     "evaluation",
     needs=("noise",),
     mistakes=("division_by_zero_variance", "statistics_overflow"),
-    source="the seed's Problem; limits: bnverify.case.Domain",
+    source="bnverify.reference; limits: bnverify.case.Domain",
 )
 def eval_loss_is_finite(t: Transition) -> Any:
-    """After one step from the initial state the eval loss is finite.
+    """After one step from the initial state, the eval loss is finite.
 
-    A step in float64 tells an overflow that the numbers ask for (lr = 1 where rounding has
-    cancelled the batch variance) from a division by nothing: where the exact loss is a number
-    beyond the range of its dtype, or rounding leaves no digit of it, nothing is claimed.
+    The same step in float64 tells an overflow that the numbers call for (lr = 1 where rounding has
+    cancelled the batch variance) from a division by zero: where the exact loss exceeds the range
+    of its dtype, or rounding leaves no digit of it, nothing is claimed.
     """
     exact, largest = wide(t.exact.eval_loss), float(jnp.finfo(t.eval_loss.dtype).max)
-    claimed = ~jnp.isfinite(exact) | (jnp.abs(exact) + t.noise.eval_loss <= largest)
-    finite = jnp.all(jnp.isfinite(t.eval_loss) | ~claimed)
-    return when((t.case.warmup == 0) & jnp.any(claimed), jnp.where(finite, 0.0, jnp.inf))
+    claimed = ~xp.isfinite(exact) | (xp.abs(exact) + t.noise.eval_loss <= largest)
+    finite = all_over(xp.isfinite(t.eval_loss) | ~claimed)
+    return when((t.case.warmup == 0) & any_over(claimed), holds_if(finite))
 
 
 @law(
     "evaluation",
     needs=("after_eval",),
     requires=("after_eval",),
+    hands_on=tuple((f"eval_{tree}", tree) for tree in State._fields),
     mistakes=("eval_in_train_mode",),
     source=FLAX_GUIDE,
 )
 def eval_writes_nothing(t: Transition) -> Any:
-    """Evaluation leaves params, statistics and optimizer state as they are, to the bit."""
+    """Evaluation leaves params, statistics and optimizer state bit-identical."""
     return same(t.facts["after_eval"], t.after)
 
 
@@ -67,9 +76,9 @@ def eval_writes_nothing(t: Transition) -> Any:
     source=FLAX_GUIDE,
 )
 def eval_uses_the_running_statistics(t: Transition) -> Any:
-    """Changing the running statistics changes the eval loss, in some case at least."""
-    changed = jnp.any(t.evals["other_statistics"] != t.eval_loss)
-    return when(jnp.all(jnp.isfinite(t.eval_loss)), jnp.where(changed, 0.0, jnp.inf))
+    """Changing the running statistics changes the eval loss in at least one case."""
+    changed = differs(t.evals["other_statistics"], t.eval_loss)
+    return when(all_finite(t.eval_loss), holds_if(changed))
 
 
 @law(
@@ -80,17 +89,17 @@ def eval_uses_the_running_statistics(t: Transition) -> Any:
     source=FLAX_GUIDE,
 )
 def eval_rows_are_independent(t: Transition) -> Any:
-    """A row's prediction does not depend on its batch: the eval loss is the mean over rows.
+    """A row's prediction does not depend on the other rows: the eval loss is the mean over rows.
 
-    Each row's loss carries the rounding of one evaluation; the mean of N of them, taken in
-    float64, no more than the whole batch's noise in units of the mean: both sides err by it.
+    Each row's loss carries the rounding of one evaluation. The mean of N of them, taken in float64,
+    carries no more than the whole batch's noise in units of the mean. So both sides err by it.
     """
     if "rows" not in t.evals:
-        return jnp.asarray(UNTRIGGERED)  # a batch of more rows than are evaluated one by one
+        return worst_of([])  # a batch with more rows than are evaluated one by one
     rows = wide(t.evals["rows"])
-    n = rows.shape[0]
-    noise = t.noise.eval_loss + 4 * n**0.5 * 2.0**-24 * jnp.mean(rows)
-    return residual(t.eval_loss, jnp.mean(rows, axis=0), 2 * noise + smallest(t.eval_loss))
+    mean = xp.mean(rows, axis=1)
+    noise = t.noise.eval_loss + 4 * rows.shape[1] ** 0.5 * 2.0**-24 * mean
+    return residual(t.eval_loss, mean, 2 * noise + smallest(t.eval_loss))
 
 
 @law(
@@ -101,15 +110,15 @@ def eval_rows_are_independent(t: Transition) -> Any:
     source="Ioffe & Szegedy 2015, algorithms 1 and 2",
 )
 def eval_at_the_batchs_own_moments_is_the_training_loss(t: Transition) -> Any:
-    """Where the statistics are the batch's own moments, eval and training loss are equal.
+    """With the batch's own moments as the running statistics, eval and training loss are equal.
 
-    The moments are read from outside and rounded, by 2 u and less. What that does to the loss is
-    measured: the same evaluation from moments moved by 8 u, up and down, in three patterns, since
-    in one of them the effects on several features may cancel. Sixteen times the largest effect and
+    The moments are measured from outside and rounded, by at most 2 u. What that does to the loss is
+    measured: the same evaluation with moments moved by 8 u, up and down, in three patterns, since in
+    any one of them the effects on several features may cancel. Sixteen times the largest effect and
     the step's own noise are allowed.
     """
-    own = t.evals["own_statistics"][0]
-    moved = [jnp.abs(wide(own) - wide(t.evals[name][0])) for name in NUDGED]
+    own = numbers(t.evals["own_statistics"])
+    moved = [xp.abs(wide(own) - wide(numbers(t.evals[name]))) for name in NUDGED]
     noise = t.noise.info.loss + 8 * worst_of(moved)
     return within_noise(own, t.info.loss, noise)
 

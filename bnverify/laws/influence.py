@@ -1,20 +1,23 @@
 """Laws of influence: what may and what must not reach what.
 
-Where the step's jaxpr shows no path from an input to an output the law is proved for all
-values. Where it shows one, or cannot be read, the law is judged by running: the residual
-compares runs that differ in that input alone.
+Where the step's jaxpr shows no path from an input to an output, the law is proved for all values.
+Where it shows one, or cannot be read, the law is judged by running: the residual compares runs
+that differ in that input alone.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from bnverify.laws.arithmetic import any_over, differs, holds_if, same, when, within_noise
 from bnverify.laws.law import law
-from bnverify.laws.residuals import same, when, within_noise
-from bnverify.lazy import jax, jnp
 from bnverify.transition import Transition
 
 FLAX_SOURCE = "Flax, linen/normalization.py: train mode normalises by the batch's own moments"
+
+
+def _several_rows(t: Transition) -> bool:
+    return t.case.shape[0] > 1
 
 
 @law(
@@ -30,7 +33,7 @@ FLAX_SOURCE = "Flax, linen/normalization.py: train mode normalises by the batch'
     source=FLAX_SOURCE,
 )
 def training_is_free_of_old_statistics(t: Transition) -> Any:
-    """Params, optimizer state and training loss after a step do not depend on old statistics."""
+    """Params, optimizer state and training loss after a step do not depend on the old statistics."""
     other = t.reruns["other_statistics"]
     return same(
         (other.state.params, other.state.opt_state, other.info),
@@ -47,22 +50,8 @@ def training_is_free_of_old_statistics(t: Transition) -> Any:
     source=FLAX_SOURCE,
 )
 def eval_statistics_are_the_ones_passed_in(t: Transition) -> Any:
-    """Evaluation hands back the statistics it was given, whatever the batch."""
+    """Evaluation returns the statistics it was given, whatever the batch."""
     return same(t.facts["after_eval"].batch_stats, t.after.batch_stats)
-
-
-def _seen(differs: Any) -> Any:
-    return jnp.where(differs, 0.0, jnp.inf)
-
-
-def _several_rows(t: Transition) -> Any:
-    return jnp.asarray(t.case.x.shape[0] > 1)
-
-
-def _differs(a: Any, b: Any) -> Any:
-    """Return whether two trees differ anywhere; NaN is what NaN is."""
-    leaves = zip(jax.tree_util.tree_leaves(a), jax.tree_util.tree_leaves(b), strict=True)
-    return jnp.any(jnp.stack([~jnp.array_equal(x, y, equal_nan=True) for x, y in leaves]))
 
 
 @law(
@@ -74,8 +63,8 @@ def _differs(a: Any, b: Any) -> Any:
     source="a training step learns from its targets",
 )
 def targets_reach_the_params(t: Transition) -> Any:
-    """Other targets give other params, in some case at least."""
-    return _seen(_differs(t.reruns["other_targets"].state.params, t.after.params))
+    """Changing the targets changes the new params in at least one case."""
+    return holds_if(differs(t.reruns["other_targets"].state.params, t.after.params))
 
 
 @law(
@@ -88,15 +77,15 @@ def targets_reach_the_params(t: Transition) -> Any:
     source="NumPy, broadcasting rules: (N, 1) and (N,) make (N, N)",
 )
 def targets_belong_to_their_rows(t: Transition) -> Any:
-    """Targets given to other rows give another training loss, in some case at least.
+    """Assigning the targets to other rows changes the training loss in at least one case.
 
-    Predictions (N, 1) less targets (N,) broadcast to every pair, which does not see whose target
-    a target is. What differs by rounding only does not differ.
+    Predictions (N, 1) minus targets (N,) broadcast to all pairs, and the loss no longer depends on
+    which target belongs to which row. A difference within rounding is no difference.
     """
     other, loss, noise = t.reruns["reversed_targets"].info.loss, t.info.loss, t.noise.info.loss
-    other_rows = jnp.any(t.case.x[1:] != t.case.x[:1])
-    other_targets = jnp.any(t.case.y != t.case.y[::-1])
-    return when(other_rows & other_targets, _seen(within_noise(other, loss, noise) > 1))
+    other_rows = any_over(t.case.x[:, 1:] != t.case.x[:, :1])
+    other_targets = any_over(t.case.y != t.case.y[:, ::-1])
+    return when(other_rows & other_targets, holds_if(within_noise(other, loss, noise) > 1))
 
 
 @law(
@@ -108,14 +97,14 @@ def targets_belong_to_their_rows(t: Transition) -> Any:
     source="a training step learns from its batch",
 )
 def inputs_reach_the_params(t: Transition) -> Any:
-    """Other inputs give other params, in some case of two rows and more at least.
+    """Changing the inputs changes the new params in at least one case with two rows or more.
 
-    One row is its own mean: normalised it is 0, whatever it was. A step that moves nothing breaks
-    a law of its own.
+    A single row is its own mean: normalised, it is 0 whatever it was. A step that moves no params
+    violates a law of its own.
     """
-    moved = _differs(t.after.params, t.before.params)
+    moved = differs(t.after.params, t.before.params)
     other = t.reruns["other_inputs"].state.params
-    return when(_several_rows(t) & moved, _seen(_differs(other, t.after.params)))
+    return when(_several_rows(t) & moved, holds_if(differs(other, t.after.params)))
 
 
 @law(
@@ -128,8 +117,9 @@ def inputs_reach_the_params(t: Transition) -> Any:
     source=FLAX_SOURCE,
 )
 def inputs_reach_the_statistics(t: Transition) -> Any:
-    """Other inputs give other running statistics, in some case at least."""
-    return _seen(_differs(t.reruns["other_inputs"].state.batch_stats, t.after.batch_stats))
+    """Changing the inputs changes the new running statistics in at least one case."""
+    other = t.reruns["other_inputs"].state.batch_stats
+    return holds_if(differs(other, t.after.batch_stats))
 
 
 @law(
@@ -142,13 +132,13 @@ def inputs_reach_the_statistics(t: Transition) -> Any:
     source="Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, section 3.1",
 )
 def old_statistics_reach_the_new(t: Transition) -> Any:
-    """Other running statistics before the step give other ones after it, in some case at least.
+    """Changing the running statistics before the step changes those after it in at least one case.
 
     A momentum of 0 forgets them by design.
     """
     other = t.reruns["other_statistics"].state.batch_stats
     remembers = any(declared > 0 for declared in t.facts["momenta"])
-    return when(jnp.asarray(remembers), _seen(_differs(other, t.after.batch_stats)))
+    return when(remembers, holds_if(differs(other, t.after.batch_stats)))
 
 
 @law(
@@ -158,16 +148,16 @@ def old_statistics_reach_the_new(t: Transition) -> Any:
     requires=("loss",),
     demands=(("loss", "params"), ("loss", "x")),
     mistakes=("inputs_ignored", "gradient_of_another_loss"),
-    source="a training loss judges what the model makes of its inputs",
+    source="a training loss measures what the model makes of its inputs",
 )
 def loss_reads_params_and_inputs(t: Transition) -> Any:
-    """Other params and other inputs give other training losses, in some case at least.
+    """Changing the params, or the inputs, changes the training loss in at least one case.
 
-    One row may be normalised to 0, whatever it was.
+    A single row may be normalised to 0, whatever it was.
     """
-    others = (t.reruns["other_params"].info.loss, t.reruns["other_inputs"].info.loss)
-    seen = [_differs(other, t.info.loss) for other in others]
-    return when(_several_rows(t), _seen(seen[0] & seen[1]))
+    by_params = differs(t.reruns["other_params"].info.loss, t.info.loss)
+    by_inputs = differs(t.reruns["other_inputs"].info.loss, t.info.loss)
+    return when(_several_rows(t), holds_if(by_params & by_inputs))
 
 
 @law(
@@ -176,14 +166,14 @@ def loss_reads_params_and_inputs(t: Transition) -> Any:
     needs=("eval:other_inputs",),
     demands=(("eval_loss", "x"),),
     mistakes=("inputs_ignored",),
-    source="an eval loss judges what the model makes of its inputs",
+    source="an eval loss measures what the model makes of its inputs",
 )
 def inputs_reach_the_evaluation(t: Transition) -> Any:
-    """Other inputs give another eval loss, in some case at least.
+    """Changing the inputs changes the eval loss in at least one case.
 
-    Of the params nothing is asked: what is evaluated may be an average of them.
+    Nothing is asked about the params: evaluation may use an average of them.
     """
-    return _seen(_differs(t.evals["other_inputs"], t.eval_loss))
+    return holds_if(differs(t.evals["other_inputs"], t.eval_loss))
 
 
 @law(
@@ -192,11 +182,11 @@ def inputs_reach_the_evaluation(t: Transition) -> Any:
     needs=("eval:other_targets",),
     demands=(("eval_loss", "y"),),
     mistakes=("targets_ignored",),
-    source="an eval loss compares with targets",
+    source="an eval loss compares predictions with targets",
 )
 def targets_reach_the_evaluation(t: Transition) -> Any:
-    """Other targets give another eval loss, in some case at least."""
-    return _seen(_differs(t.evals["other_targets"], t.eval_loss))
+    """Changing the targets changes the eval loss in at least one case."""
+    return holds_if(differs(t.evals["other_targets"], t.eval_loss))
 
 
 @law(
@@ -208,8 +198,8 @@ def targets_reach_the_evaluation(t: Transition) -> Any:
     source="a training step moves its params",
 )
 def step_moves_the_params(t: Transition) -> Any:
-    """The step changes the params, in some case at least."""
-    return _seen(_differs(t.after.params, t.before.params))
+    """The step changes the params in at least one case."""
+    return holds_if(differs(t.after.params, t.before.params))
 
 
 @law(
@@ -220,5 +210,5 @@ def step_moves_the_params(t: Transition) -> Any:
     source=FLAX_SOURCE,
 )
 def step_moves_the_statistics(t: Transition) -> Any:
-    """The step changes the running statistics, in some case at least."""
-    return _seen(_differs(t.after.batch_stats, t.before.batch_stats))
+    """The step changes the running statistics in at least one case."""
+    return holds_if(differs(t.after.batch_stats, t.before.batch_stats))

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from functools import wraps
+from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
+
+from bnverify.laws.arithmetic import wide, xp
 from bnverify.transition import Transition
 
 Family: TypeAlias = Literal[
-    "structure", "influence", "statistics", "update", "evaluation", "metamorphic"
+    "structure",
+    "influence",
+    "statistics",
+    "update",
+    "evaluation",
+    "metamorphic",
+    "life",
+    "parallel",
 ]
-Kind: TypeAlias = Literal["structure", "residual", "witness"]
+Kind: TypeAlias = Literal["structure", "residual", "witness", "life", "parallel"]
+Check: TypeAlias = Callable[[Transition], Any]
 
-UNTRIGGERED = -1.0
-"""The residual of a case that does not reach a law's precondition. Errors are never negative."""
+FAMILIES: tuple[Family, ...] = get_args(Family)
+"""In the order of reports."""
+
+
+def _more_than_one_transition(t: Transition) -> Any:
+    del t
+    raise TypeError("this law is judged by running histories or devices, not on a transition")
 
 
 @dataclass(frozen=True)
@@ -22,76 +40,125 @@ class Law:
     """A claim about every training step.
 
     Attributes:
-        name: the claim.
+        name: how reports and options call it.
         family: the family it belongs to.
-        kind: "structure": ``check`` reads trees of shapes and returns the differences, so it
-            can be proved from an abstract trace; "residual": ``check`` returns the error over
-            the error allowed, a scalar, ``UNTRIGGERED`` below its precondition; "witness":
-            likewise, but the law asks only that some case shows the residual 0 ("changing the
-            statistics changes the evaluation"), so it is judged over all cases together.
+        kind: what ``check`` gives, and how the law is judged:
+            "structure": ``check`` reads trees of shapes, of one case, and returns the differences,
+            so the law can be proved from an abstract trace;
+            "residual": ``check`` takes a stacked transition of K cases and returns the error over
+            the error allowed, (K,), ``UNTRIGGERED`` below the law's precondition;
+            "witness": likewise, but the law asks only that some case shows the residual 0
+            ("changing the statistics changes the evaluation"), so all cases are judged together;
+            "life", "parallel": no ``check``: judged by running histories of a state, or a step
+            on many devices.
+        claim: the law in one sentence.
+        derivation: formula and bound, where the claim needs any.
         check: the law itself, a function of a Transition.
         needs: what ``observe`` must run for it; "noise" for the step's rounding.
-        requires: the attributes of a Subject without which it is exempt.
+        requires: what a Subject must show; without it the law is exempt.
         forbids: (output tree, input tree) pairs: proved where the jaxpr shows no such flow.
+        hands_on: (output tree, input tree) pairs: proved where the jaxpr hands back the very values.
         demands: pairs of a witness law: the case that shows it shows these flows.
-        mistakes: names in ``bnverify.mistakes``, the likeliest first.
+        mistakes: names in ``bnverify.mistakes``, the most likely first.
         source: where the claim comes from.
     """
 
     name: str
     family: Family
     kind: Kind
-    check: Callable[[Transition], Any]
+    claim: str
+    derivation: str = ""
+    check: Check = _more_than_one_transition
     needs: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     forbids: tuple[tuple[str, str], ...] = ()
+    hands_on: tuple[tuple[str, str], ...] = ()
     demands: tuple[tuple[str, str], ...] = ()
     mistakes: tuple[str, ...] = ()
     source: str = ""
 
-    @property
-    def claim(self) -> str:
-        """The law in one sentence."""
-        return (self.check.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
-
-    @property
-    def derivation(self) -> str:
-        """What the docstring says after the claim: formula and bound."""
-        return "\n\n".join((self.check.__doc__ or "").strip().split("\n\n")[1:])
-
 
 LAWS: dict[str, Law] = {}
+"""All laws by name, in the order of reports."""
+
+STEP_LAWS: dict[str, Law] = {}
+"""Those that are functions of a Transition: all but the families "life" and "parallel"."""
+
+
+def _register(law: Law) -> None:
+    if law.name in LAWS:
+        raise ValueError(f"two laws are named {law.name}")
+    LAWS[law.name] = law
+    if law.kind not in {"life", "parallel"}:
+        STEP_LAWS[law.name] = law
 
 
 def law(
     family: Family,
     *,
-    kind: Kind = "residual",
+    kind: Literal["structure", "residual", "witness"] = "residual",
     needs: Iterable[str] = (),
     requires: Iterable[str] = (),
     forbids: Iterable[tuple[str, str]] = (),
+    hands_on: Iterable[tuple[str, str]] = (),
     demands: Iterable[tuple[str, str]] = (),
     mistakes: Iterable[str] = (),
     source: str = "",
-) -> Callable[[Callable[[Transition], Any]], Callable[[Transition], Any]]:
-    """Register a function of a Transition as the law of its name; see :class:`Law`."""
+) -> Callable[[Check], Check]:
+    """Register a function of a Transition as the law of its name; see :class:`Law`.
 
-    def register(check: Callable[[Transition], Any]) -> Callable[[Transition], Any]:
-        name = check.__name__
-        if name in LAWS:
-            raise ValueError(f"two laws are named {name}")
-        LAWS[name] = Law(
-            name,
-            family,
-            kind,
-            check,
-            tuple(needs),
-            tuple(requires),
-            tuple(forbids),
-            tuple(demands),
-            tuple(mistakes),
-            source,
+    The first paragraph of its docstring is the claim, the rest the derivation.
+
+    Raises:
+        ValueError: another law has that name.
+    """
+
+    def register(check: Check) -> Check:
+        claim, _, derivation = (inspect.getdoc(check) or "").partition("\n\n")
+        _register(
+            Law(
+                check.__name__,
+                family,
+                kind,
+                claim.replace("\n", " "),
+                derivation,
+                check if kind == "structure" else _for_each_case(check),
+                tuple(needs),
+                tuple(requires),
+                tuple(forbids),
+                tuple(hands_on),
+                tuple(demands),
+                tuple(mistakes),
+                source,
+            )
         )
         return check
 
     return register
+
+
+def _for_each_case(check: Check) -> Check:
+    """Return ``check`` with a residual, float64, for each case, also where one serves them all."""
+
+    @wraps(check)
+    def residuals(t: Transition) -> Any:
+        with np.errstate(all="ignore"):  # what is not finite is settled by the masks
+            return xp.broadcast_to(wide(check(t)), t.case.seed.shape)
+
+    return residuals
+
+
+def beyond_one_step(
+    family: Literal["life", "parallel"],
+    name: str,
+    claim: str,
+    *,
+    mistakes: Iterable[str],
+    source: str,
+) -> None:
+    """Register a law that no single transition can show; see :class:`Law`.
+
+    Raises:
+        ValueError: another law has that name.
+    """
+    _register(Law(name, family, family, claim, mistakes=tuple(mistakes), source=source))

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from bnverify.laws.arithmetic import (
+    all_over,
+    never,
+    per_case,
+    residual,
+    same,
+    when,
+    wide,
+    within_noise,
+    xp,
+)
 from bnverify.laws.law import law
-from bnverify.laws.residuals import residual, same, when, wide, within_noise
-from bnverify.lazy import jax, jnp
+from bnverify.lazy import jax
 from bnverify.reruns import shift
 from bnverify.transition import Outcome, Transition
 
@@ -17,7 +27,7 @@ def _agrees(t: Transition, other: Outcome) -> Any:
     """Return the residual of another float32 run of the same step against the observed one."""
 
     def compared(outcome: Outcome) -> Any:
-        # Optimizer states are for a law of their own.
+        # Optimizer states have a law of their own.
         parts = outcome.state.batch_stats, outcome.state.params, outcome.info
         return parts if other.eval_loss is None else (*parts, outcome.eval_loss)
 
@@ -32,7 +42,7 @@ def _agrees(t: Transition, other: Outcome) -> Any:
     source="every reduction over the batch is symmetric",
 )
 def row_order_changes_nothing(t: Transition) -> Any:
-    """Reversing the rows changes loss, gradients, params, statistics and eval loss by rounding only."""
+    """Reversing the rows changes loss, gradients, params, statistics and eval loss only by rounding."""
     other = t.reruns["reversed_rows"]._replace(eval_loss=t.evals["reversed_rows"])
     return _agrees(t, other)
 
@@ -41,18 +51,18 @@ def row_order_changes_nothing(t: Transition) -> Any:
     "metamorphic",
     needs=("noise", "step:doubled_batch"),
     mistakes=("sum_instead_of_mean", "sample_variance", "rows_treated_unequally"),
-    source="mean loss and biased variance do not see how often a batch is repeated",
+    source="mean loss and biased variance do not depend on how often a batch is repeated",
 )
 def doubling_the_batch_changes_nothing(t: Transition) -> Any:
-    """Every row twice gives the same loss, gradients, params and statistics, within rounding.
+    """Repeating every row gives the same loss, gradients, params and statistics, within rounding.
 
     The second run has the same values and sums of twice as many terms. How far a sum of n terms
     rounds grows at most in proportion to n (``bnverify.jaxpr.arithmetic.growth``), so that run errs
-    by at most twice the first one's noise, together three halves of it for each. A single row is
-    not compared: the sum of one term does not round at all.
+    by at most twice the first one's noise: together, three halves of it for each. A single row is
+    not compared: a sum of one term does not round at all.
     """
-    noise = jax.tree_util.tree_map(lambda n: 1.5 * n, t.noise)
-    several = t.case.x.shape[-2] > 1
+    noise = jax.tree_util.tree_map(lambda n: 1.5 * wide(n), t.noise)
+    several = t.case.shape[0] > 1
     return when(several, _agrees(t._replace(noise=noise), t.reruns["doubled_batch"]))
 
 
@@ -64,26 +74,23 @@ def doubling_the_batch_changes_nothing(t: Transition) -> Any:
     source="Ioffe & Szegedy 2015, section 3.2: BN(Wu + b) = BN(Wu)",
 )
 def shift_before_norm_changes_no_loss(t: Transition) -> Any:
-    """A constant added before a normalisation leaves the training loss within rounding.
+    """A constant added before a normalisation leaves the training loss unchanged, within rounding.
 
-    The variance E[h^2] - E[h]^2 errs in units of E[h^2]. A shift of at most the root of that
+    The variance E[h^2] - E[h]^2 errs in units of E[h^2]. A shift of at most the square root of that
     makes it at most four times as large, and with it the noise; other cases are not compared.
     """
-    small = [
-        jnp.all(_shift(t) ** 2 <= jnp.mean(wide(given.value) ** 2, axis=0))
-        for given in t.facts["layer_inputs"].values()
-    ]
+    squared_shift = wide(shift(t.case)) ** 2
+    small: Any = bool(t.facts["layer_inputs"])
+    for given in t.facts["layer_inputs"].values():
+        square = xp.mean(wide(given.value) ** 2, axis=1)
+        small = small & all_over(per_case(squared_shift, square) <= square)
     value = within_noise(t.reruns["shifted_bias"].info.loss, t.info.loss, 4 * t.noise.info.loss)
-    return when(jnp.all(jnp.asarray(small)) & bool(small), value)
-
-
-def _shift(t: Transition) -> Any:
-    return wide(shift(t.case))
+    return when(small, value)
 
 
 @law("metamorphic", needs=("again",), mistakes=("hidden_state",), source=PURE)
 def same_input_repeats_to_the_bit(t: Transition) -> Any:
-    """The same seed and batch give the same state, loss and gradients, to the bit."""
+    """The same seed and batch give the same state, loss and gradients, bit for bit."""
     again = t.facts["again"]
     return same((again.before, again.state, again.info), (t.before, t.after, t.info))
 
@@ -92,14 +99,14 @@ def same_input_repeats_to_the_bit(t: Transition) -> Any:
 def step_leaves_its_inputs_alone(t: Transition) -> Any:
     """The step neither changes nor deletes the state and batch that it is given.
 
-    Nor does it uncompiled, when it holds the caller's own arrays and not tracers.
+    Nor does it when run without jit, where it holds the caller's own arrays and not tracers.
     """
     return same(t.facts["again"].inputs_after, t.facts["again"].inputs_before)
 
 
 @law("metamorphic", needs=("noise", "eager"), mistakes=("hidden_state",), source=PURE)
 def jit_equals_eager(t: Transition) -> Any:
-    """Compiled and uncompiled, the step agrees within rounding."""
+    """With and without jit, the step agrees within rounding."""
     return _agrees(t, t.facts["eager"])
 
 
@@ -114,10 +121,10 @@ def vmap_equals_loop(t: Transition) -> Any:
     needs=("solution",),
     requires=("solution",),
     mistakes=("seed_not_truncated",),
-    source="the seed's Problem: seed is a float, cast to int",
+    source="bnverify.reference.train_step: seed is a float, truncated to an integer",
 )
 def float_seeds_act_as_their_integer_part(t: Transition) -> Any:
-    """A float seed acts as its integer part, to the bit."""
+    """A float seed gives the same bits as its integer part."""
     return same(t.facts["solution"].fractional, t.facts["solution"].whole)
 
 
@@ -126,11 +133,12 @@ def float_seeds_act_as_their_integer_part(t: Transition) -> Any:
     needs=("noise", "solution"),
     requires=("solution",),
     mistakes=("eval_of_stale_state", "eval_in_train_mode"),
-    source="the seed's Problem",
+    source="bnverify.reference.train_step",
 )
 def solution_is_init_step_evaluate(t: Transition) -> Any:
-    """The one-call function returns the eval loss of init, one step and evaluate, (1,)."""
-    whole = wide(t.facts["solution"].whole)
-    if whole.shape != (1,):
-        return jnp.asarray(jnp.inf)
-    return when(t.case.warmup == 0, residual(whole, t.eval_loss, 2 * t.noise.eval_loss))
+    """The one-call function returns the eval loss of init, one step and evaluate, shape (1,)."""
+    whole = t.facts["solution"].whole
+    if whole.shape[1:] != (1,):
+        return never()
+    allowed = 2 * wide(t.noise.eval_loss)
+    return when(t.case.warmup == 0, residual(wide(whole), t.eval_loss, allowed))

@@ -1,18 +1,26 @@
 """Laws of the running statistics: an exponential moving average of the batch's own moments.
 
-Nothing about the model is known: its average is measured from outside (``laws/average.py``).
+Nothing about the model is known: its average is measured from outside, see ``momentum`` in
+``bnverify/laws/arithmetic.py``.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from bnverify.laws.average import folded, measurable, momenta
-from bnverify.laws.law import law
-from bnverify.laws.moments import apart_by, moments
-from bnverify.laws.residuals import (
+import numpy as np
+
+from bnverify.laws.arithmetic import (
     all_finite,
+    apart_by,
     floats,
+    folded,
+    holds_if,
+    max_over,
+    measurable,
+    min_over,
+    moments,
+    momentum,
     residual,
     same,
     smallest,
@@ -21,8 +29,10 @@ from bnverify.laws.residuals import (
     when,
     wide,
     worst_of,
+    xp,
 )
-from bnverify.lazy import jax, jnp
+from bnverify.laws.law import law
+from bnverify.lazy import jax
 from bnverify.pytree import is_floating, path_name
 from bnverify.reruns import AVERAGE, other_statistic, own_weight
 from bnverify.subject import Tree
@@ -41,11 +51,17 @@ def _by_layer(batch_stats: Tree) -> dict[str, dict[str, Any]]:
     return layers
 
 
+def _measured(t: Transition) -> list[tuple[Any, Any]]:
+    """Return the measured momentum, elementwise, and new(0) of each floating-point statistic."""
+    zeros = floats(t.reruns["zero_statistics"].state.batch_stats)
+    highs = floats(t.reruns["huge_statistics"].state.batch_stats)
+    return [(momentum(zero, high), zero) for zero, high in zip(zeros, highs, strict=True)]
+
+
 @law(
     "statistics",
     needs=(*AVERAGE, "step:other_statistics"),
     requires=("batch_stats",),
-    forbids=(),
     mistakes=(
         "statistics_reinitialised",
         "new_statistics_dropped",
@@ -55,12 +71,13 @@ def _by_layer(batch_stats: Tree) -> dict[str, dict[str, Any]]:
     source=f"{IOFFE}, section 3.1; {FLAX_SOURCE}",
 )
 def batch_stats_change_only_by_ema(t: Transition) -> Any:
-    """Each statistic moves as m * old + (1 - m) * b, with m and b free of the old value.
+    """Each statistic moves as m * old + (1 - m) * b, with m and b independent of the old value.
 
     m = (new(S) - new(0)) / S and (1 - m) b = new(0). Then for two more old values s, the
     observed one and another, new(s) must be m s + new(0). With u = 2^-24 the products and the
     sum of the step and of the two re-runs err by at most 4 u |m s| + 3 u |new(0)| together, and
-    b itself by one place where the re-runs are vectorised differently: 8 u (|m s| + |new(0)|).
+    b itself by one unit in the last place where the re-runs are vectorised differently:
+    8 u (|m s| + |new(0)|).
     """
     zero = t.reruns["zero_statistics"].state.batch_stats
     high = t.reruns["huge_statistics"].state.batch_stats
@@ -82,23 +99,22 @@ def _other(value: Any) -> Any:
     source=FLAX_SOURCE,
 )
 def one_momentum_for_the_whole_model(t: Transition) -> Any:
-    """The weight of the old statistics is one number in [0, 1) for the whole model.
+    """The weight of the old statistics is a single number in [0, 1) for the whole model.
 
-    m is read with an error of at most 3 u (a product and a sum in the step, the subtraction of
-    (1 - m) b); two elements may differ by 6 u and u for the decimal's own rounding: 8 u. A
+    m is measured with an error of at most 3 u (a product and a sum in the step, the subtraction of
+    (1 - m) b); two elements may differ by 6 u, and by u each for the decimal's own rounding: 8 u. A
     momentum of 1 within that would never learn the batch, so 1 - m must be at least 8 u.
     """
-    zeros = floats(t.reruns["zero_statistics"].state.batch_stats)
-    measured = momenta(t)
-    usable = [measurable(zero) & jnp.isfinite(m) for m, zero in zip(measured, zeros, strict=True)]
-    places = 8 * max(unit(zero) for zero in zeros)
-    most, least = -jnp.inf, jnp.inf
+    measured = _measured(t)
+    places = 8 * max((unit(zero) for _, zero in measured), default=0.0)
+    most, least = xp.full(1, -np.inf), xp.full(1, np.inf)
     parts = []
-    for m, seen in zip(measured, usable, strict=True):
-        most = jnp.maximum(most, jnp.max(jnp.where(seen, m, -jnp.inf)))
-        least = jnp.minimum(least, jnp.min(jnp.where(seen, m, jnp.inf)))
-        allowed = jnp.where(seen, places, jnp.inf)
-        parts.append(residual(m, jnp.clip(m, 0.0, 1 - 2 * places), allowed))
+    for m, zero in measured:
+        usable = measurable(zero) & xp.isfinite(m)
+        most = xp.maximum(most, max_over(xp.where(usable, m, -np.inf), initial=-np.inf))
+        least = xp.minimum(least, min_over(xp.where(usable, m, np.inf), initial=np.inf))
+        allowed = xp.where(usable, places, np.inf)
+        parts.append(residual(m, xp.clip(m, 0.0, 1 - 2 * places), allowed))
     parts.append(residual(most, least, places))
     return worst_of(parts)
 
@@ -111,20 +127,16 @@ def one_momentum_for_the_whole_model(t: Transition) -> Any:
     source=f"{FLAX_SOURCE}: momentum weights the old value, PyTorch's the new",
 )
 def momentum_is_as_declared(t: Transition) -> Any:
-    """The weight of the old statistics is the momentum that the model declares: applied once.
+    """The weight of the old statistics is the momentum that the model declares, applied once.
 
     The measured m errs by 3 u and the declared number by u when rounded to float32: 4 u of a
     value below 1, doubled for a layer that forms 1 - m first.
     """
-    zeros = floats(t.reruns["zero_statistics"].state.batch_stats)
+    declared = t.facts["momenta"]
     return worst_of(
         [
-            residual(
-                m,
-                jnp.full_like(m, declared),
-                jnp.where(measurable(zero), 8 * unit(zero), jnp.inf),
-            )
-            for m, zero, declared in zip(momenta(t), zeros, t.facts["momenta"], strict=True)
+            residual(m, float(number), xp.where(measurable(zero), 8 * unit(zero), np.inf))
+            for (m, zero), number in zip(_measured(t), declared, strict=True)
         ]
     )
 
@@ -140,13 +152,14 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
     """What enters the average is the mean and the biased variance (divisor N) of the layer's input.
 
     b = new(0) / (1 - m). The subtraction 1 - m turns the 3 u error of m into 3 u / (1 - m), or
-    half a place where m is a decimal of four places. A sum of n terms errs by at most
-    (log2 n + 8) u of the sum of magnitudes in XLA's blocked order; the fast variance
+    half a unit in the last place where m is a decimal of four places. A sum of n terms errs by at
+    most (log2 n + 8) u of the sum of magnitudes in XLA's blocked order; the fast variance
     E[h^2] - E[h]^2 therefore errs in units of E[h^2]: (log2 n + 16) u E[h^2].
 
-    What is captured is a run of its own, and may keep more bits on its way or fewer: both differ
-    from the exact input by its rounding, which a layer before this one makes large where it
-    cancels.
+    The layer's input is computed in float64 from the traced step. The step itself computes it in
+    its own precision, so what it averages differs by the rounding of everything before the layer,
+    which is large where an earlier layer cancels. Only one of the two rounds, so the input's noise
+    is allowed once: as the most that moving every element by it moves mean and variance.
     """
     zeros = _by_layer(t.reruns["zero_statistics"].state.batch_stats)
     highs = _by_layer(t.reruns["huge_statistics"].state.batch_stats)
@@ -156,20 +169,20 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
         if not {"mean", "var"} <= set(zero):
             continue
         own = moments(given)
-        of_mean, of_var = apart_by(given, own, 2 * t.facts["layer_input_noise"][path].value)
+        of_mean, of_var = apart_by(given, own, wide(t.facts["layer_input_noise"][path].value))
         square = own.var + own.mean**2
-        places = jnp.log2(own.count) + 16
+        places = xp.log2(own.count) + 16
         for name, expected, moved, scale in (
-            ("mean", own.mean, of_mean, jnp.sqrt(square)),
+            ("mean", own.mean, of_mean, xp.sqrt(square)),
             ("var", own.var, of_var, square),
         ):
-            weight = own_weight(wide(zero[name]), wide(high[name]), zero[name].dtype, jnp)
+            weight = own_weight(wide(zero[name]), wide(high[name]), zero[name].dtype, xp)
             u = unit(zero[name])
             # (1 - m) b and h^2 may be flushed to zero below the smallest normal number.
             flushed = 4 * smallest(zero[name]) / weight
-            rounded = places * u * scale + 8 * u / weight * jnp.abs(expected)
+            rounded = places * u * scale + 8 * u / weight * xp.abs(expected)
             allowed = rounded + flushed + moved
-            usable = jnp.where(measurable(zero[name]) & (weight > 0), allowed, jnp.inf)
+            usable = xp.where(measurable(zero[name]) & (weight > 0), allowed, np.inf)
             parts.append(residual(wide(zero[name]) / weight, expected, usable))
     return worst_of(parts)
 
@@ -183,7 +196,7 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
     source=FLAX_SOURCE,
 )
 def batch_stats_are_free_of_targets(t: Transition) -> Any:
-    """The new statistics do not depend on y: to the bit, other targets give the same ones."""
+    """The new statistics do not depend on y: other targets give bit-identical ones."""
     return same(t.reruns["other_targets"].state.batch_stats, t.after.batch_stats)
 
 
@@ -195,12 +208,12 @@ def batch_stats_are_free_of_targets(t: Transition) -> Any:
     source=f"{IOFFE}, algorithm 1; https://github.com/google/flax/issues/1491",
 )
 def variance_is_never_negative(t: Transition) -> Any:
-    """A running variance that was not negative before the step is not negative after it.
+    """A running variance that is not negative before the step is not negative after it.
 
-    Nor is it after a step from statistics of zero, where nothing hides a batch variance
+    The same holds for a step from statistics of zero, where nothing hides a batch variance
     E[h^2] - E[h]^2 that rounding made negative.
     """
-    zero = jax.tree_util.tree_map(jnp.zeros_like, t.before.batch_stats)
+    zero = jax.tree_util.tree_map(xp.zeros_like, t.before.batch_stats)
     parts = []
     for before, after in (
         (t.before.batch_stats, t.after.batch_stats),
@@ -210,9 +223,9 @@ def variance_is_never_negative(t: Transition) -> Any:
         for layer, leaves in _by_layer(after).items():
             if "var" in leaves and "var" in old.get(layer, {}):
                 new = wide(leaves["var"])
-                usable = (wide(old[layer]["var"]) >= 0) & jnp.isfinite(new)
-                compared = jnp.where(usable, 0.0, jnp.inf)
-                parts.append(residual(jnp.minimum(new, 0.0), jnp.zeros_like(new), compared))
+                usable = (wide(old[layer]["var"]) >= 0) & xp.isfinite(new)
+                compared = xp.where(usable, 0.0, np.inf)
+                parts.append(residual(xp.minimum(new, 0.0), 0.0, compared))
     return worst_of(parts)
 
 
@@ -224,20 +237,20 @@ def variance_is_never_negative(t: Transition) -> Any:
     source=FLAX_SOURCE,
 )
 def batch_like_the_statistics_is_a_fixed_point(t: Transition) -> Any:
-    """Statistics equal to the batch's own moments stay where they are.
+    """Statistics that equal the batch's own moments stay where they are.
 
-    b is rounded to float32 after a division by 1 - m, whose own error is at most half a place
-    for a decimal m and 3 u / (1 - m) else; the step then adds three roundings. What is asked is
-    |new - b| <= (8 + 4 / (1 - m)) u |b|, far below (1 - m) |b| for any m up to 0.999.
+    b is rounded to float32 after a division by 1 - m, whose own error is at most half a unit in
+    the last place for a decimal m and 3 u / (1 - m) otherwise; the step then adds three roundings.
+    The bound is |new - b| <= (8 + 4 / (1 - m)) u |b|, far below (1 - m) |b| for any m up to 0.999.
     """
 
     def leaf(zero: Any, high: Any, new: Any) -> Any:
         if not is_floating(new):
-            return residual(0.0, 0.0, 0.0)
-        weight = own_weight(wide(zero), wide(high), zero.dtype, jnp)
+            return worst_of([])
+        weight = own_weight(wide(zero), wide(high), zero.dtype, xp)
         own = wide(zero) / weight
-        allowed = (8 + 4 / weight) * unit(new) * jnp.abs(own) + smallest(new) / weight
-        return residual(new, own, jnp.where(measurable(zero) & (weight > 0), allowed, jnp.inf))
+        allowed = (8 + 4 / weight) * unit(new) * xp.abs(own) + smallest(new) / weight
+        return residual(new, own, xp.where(measurable(zero) & (weight > 0), allowed, np.inf))
 
     return trees(
         leaf,
@@ -257,7 +270,7 @@ def batch_like_the_statistics_is_a_fixed_point(t: Transition) -> Any:
 def equal_steps_converge_geometrically(t: Transition) -> Any:
     """A second step on the same batch with the same params folds it in once more, by the same m.
 
-    With lr = 0 the params rest, so new2 = m new1 + new(0), within the rounding of
+    With lr = 0 the params stay, so new2 = m new1 + new(0), within the rounding of
     ``batch_stats_change_only_by_ema``: 8 u (|m new1| + |new(0)|).
     """
     rested = same(t.reruns["zero_lr"].state.params, t.before.params)
@@ -268,7 +281,7 @@ def equal_steps_converge_geometrically(t: Transition) -> Any:
         t.reruns["zero_statistics"].state.batch_stats,
         t.reruns["huge_statistics"].state.batch_stats,
     )
-    return when(rested == 0, value)  # params that move at lr = 0 break a law of their own
+    return when(rested == 0, value)  # params that move at lr = 0 violate a law of their own
 
 
 @law(
@@ -279,12 +292,12 @@ def equal_steps_converge_geometrically(t: Transition) -> Any:
 )
 def initial_statistics_are_zero_and_one(t: Transition) -> Any:
     """Before the first step every running mean is 0 and every running variance is 1, exactly."""
-    parts = []
-    for leaves in _by_layer(t.before.batch_stats).values():
-        for name, start in (("mean", 0.0), ("var", 1.0)):
-            if name in leaves:
-                value = wide(leaves[name])
-                parts.append(residual(value, jnp.full_like(value, start), jnp.zeros_like(value)))
+    parts = [
+        residual(wide(leaves[name]), start, 0.0)
+        for leaves in _by_layer(t.before.batch_stats).values()
+        for name, start in (("mean", 0.0), ("var", 1.0))
+        if name in leaves
+    ]
     return when(t.case.warmup == 0, worst_of(parts))
 
 
@@ -292,9 +305,9 @@ def initial_statistics_are_zero_and_one(t: Transition) -> Any:
     "statistics",
     requires=("batch_stats",),
     mistakes=("statistics_overflow",),
-    source="float32 carries a squared input up to 1e19",
+    source="float32 holds the square of an input of up to 1e19",
 )
 def statistics_stay_finite(t: Transition) -> Any:
-    """Finite statistics and params and a batch within the domain give finite statistics."""
+    """From finite statistics, a batch within the domain gives finite statistics."""
     usable = all_finite(t.before.batch_stats) & (t.case.warmup == 0)
-    return when(usable, jnp.where(all_finite(t.after.batch_stats), 0.0, jnp.inf))
+    return when(usable, holds_if(all_finite(t.after.batch_stats)))

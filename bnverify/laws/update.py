@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from bnverify.laws.law import law
-from bnverify.laws.residuals import (
+from bnverify.laws.arithmetic import (
     UNDERFLOW,
+    alike,
     all_finite,
+    never,
+    per_case,
     residual,
     same,
     smallest,
+    sum_over,
     trees,
     unit,
     when,
@@ -18,9 +21,11 @@ from bnverify.laws.residuals import (
     widest,
     within_noise,
     worst_of,
+    xp,
 )
-from bnverify.lazy import jax, jnp
-from bnverify.pytree import path_name
+from bnverify.laws.law import law
+from bnverify.lazy import jax
+from bnverify.pytree import is_floating, path_name
 from bnverify.transition import Transition
 
 OPTAX = "Optax, apply_updates: https://optax.readthedocs.io/en/latest/api/apply_updates.html"
@@ -34,7 +39,7 @@ OPTAX = "Optax, apply_updates: https://optax.readthedocs.io/en/latest/api/apply_
     source=OPTAX,
 )
 def params_follow_the_optimizer(t: Transition) -> Any:
-    """The new params are optax.apply_updates of what the optimizer makes of the gradient.
+    """The new params are optax.apply_updates of the optimizer's updates for the gradient.
 
     The same update from the same gradient, compiled in another program: its few operations may
     round differently, at most 16 u (|old| + |new|), which bounds the update itself too. Where the
@@ -43,9 +48,9 @@ def params_follow_the_optimizer(t: Transition) -> Any:
     """
 
     def leaf(old: Any, new: Any, expected: Any, *moved: Any) -> Any:
-        scale = jnp.abs(wide(old)) + jnp.abs(wide(expected))
+        scale = xp.abs(wide(old)) + xp.abs(wide(expected))
         # They were moved by eight roundings.
-        cancelled = 2 * sum(jnp.abs(wide(value) - wide(expected)) for value in moved)
+        cancelled = 2 * sum(xp.abs(wide(value) - wide(expected)) for value in moved)
         return residual(new, expected, 16 * unit(new) * scale + cancelled + smallest(new))
 
     moved = [update.params for update in t.facts["nudged_updates"]]
@@ -63,19 +68,18 @@ def params_follow_the_optimizer(t: Transition) -> Any:
 def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
     """The new optimizer state is the one that the optimizer's update returns.
 
-    As for the params, with the largest magnitude of the leaf for scale, since a decayed sum
-    may cancel: 16 u max(|old|, |new|).
+    As for the params, in units of the largest magnitude of the leaf, since a decayed sum may
+    cancel: 16 u max(|old|, |new|).
     """
 
     def leaf(old: Any, new: Any, expected: Any) -> Any:
-        if not jnp.issubdtype(jnp.asarray(new).dtype, jnp.floating):
+        if not is_floating(new):
             return same(new, expected)
-        scale = jnp.maximum(widest(old), widest(expected))
-        allowed = jnp.ones_like(wide(new)) * (16 * unit(new) * scale + smallest(new))
-        return residual(new, expected, allowed)
+        scale = xp.maximum(widest(old), widest(expected))
+        return residual(new, expected, 16 * unit(new) * scale + smallest(new))
 
     expected = t.facts["expected_update"].opt_state
-    return trees(leaf, t.before.opt_state, t.after.opt_state, expected, elementwise=False)
+    return trees(leaf, t.before.opt_state, t.after.opt_state, expected)
 
 
 @law(
@@ -86,11 +90,11 @@ def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
     source="the step's definition: params + lr * direction",
 )
 def zero_learning_rate_moves_nothing(t: Transition) -> Any:
-    """With lr = 0 the params stay as they are, to the bit, but that a subnormal one may become 0."""
+    """With lr = 0, params stay bit-identical (subnormals may flush to 0)."""
     # 0 * inf is NaN in any step.
     usable = all_finite((t.before, t.reruns["zero_lr"].info, t.info))
     moved = trees(
-        lambda new, old: residual(new, old, jnp.full(jnp.shape(old), smallest(old))),
+        lambda new, old: residual(new, old, smallest(old)),
         t.reruns["zero_lr"].state.params,
         t.before.params,
     )
@@ -105,16 +109,16 @@ def zero_learning_rate_moves_nothing(t: Transition) -> Any:
     source="Robbins & Monro 1951; optax.sgd",
 )
 def sgd_moves_params_by_minus_lr_times_gradient(t: Transition) -> Any:
-    """Under plain SGD the new params are old - lr * gradient, to the last place or two.
+    """Under plain SGD the new params are old - lr * gradient, up to two units in the last place.
 
     One rounding of the product and one of the sum: u (|lr g| + |new|), doubled for a product
     whose own rounding the sum carries.
     """
 
     def leaf(old: Any, new: Any, grad: Any) -> Any:
-        change = wide(t.case.lr) * wide(grad)
+        change = per_case(wide(t.case.lr), grad) * wide(grad)
         expected = wide(old) - change
-        scale = jnp.abs(change) + jnp.abs(expected)
+        scale = xp.abs(change) + xp.abs(expected)
         return residual(new, expected, 2 * unit(new) * scale + smallest(new))
 
     return trees(leaf, t.before.params, t.after.params, t.info.grads)
@@ -157,16 +161,16 @@ def gradients_are_gradients_of_the_loss(t: Transition) -> Any:
     Allowed: what truncation and float64 leave in the slope, and the rounding of each gradient.
     """
     slope, allowed, usable = t.facts["directional_derivative"]
-    leaves, structure = jax.tree_util.tree_flatten(t.facts["direction"])
-    grads, found = jax.tree_util.tree_flatten(t.info.grads)
-    if found != structure:
-        return jnp.asarray(jnp.inf)  # a gradient of something else than params
-    noises = jax.tree_util.tree_leaves(t.noise.info.grads)
-    along = sum(jnp.sum(wide(g) * wide(v)) for g, v in zip(grads, leaves, strict=True))
-    noise = sum(jnp.sum(wide(n) * jnp.abs(wide(v))) for n, v in zip(noises, leaves, strict=True))
-    floor = UNDERFLOW * smallest(t.info.loss)
-    known = usable & (allowed <= 0.1 * jnp.abs(slope))  # else it measures nothing
-    return when(known, residual(along, slope, allowed + noise + floor))
+    rows = alike(t.info.grads, t.facts["direction"], t.noise.info.grads)
+    if rows is None:
+        return never()  # a gradient of something other than the params
+    along: Any = 0.0
+    noise: Any = UNDERFLOW * smallest(t.info.loss)
+    for grad, direction, error in rows:
+        along = along + sum_over(wide(grad) * wide(direction))
+        noise = noise + sum_over(wide(error) * xp.abs(wide(direction)))
+    known = usable & (allowed <= 0.1 * xp.abs(slope))  # else it measures nothing
+    return when(known, residual(wide(along), slope, allowed + noise))
 
 
 @law(
@@ -179,12 +183,12 @@ def gradients_are_gradients_of_the_loss(t: Transition) -> Any:
 def bias_before_norm_has_no_gradient(t: Transition) -> Any:
     """A bias added right before a normalisation has no gradient beyond rounding.
 
-    Where some gradient is not finite without rounding either, nothing is claimed of the others.
+    Where some gradient is not finite even without rounding, nothing is claimed about the others.
     """
     parts = []
     grads, _ = jax.tree_util.tree_flatten_with_path(t.info.grads)
     noises = jax.tree_util.tree_leaves(t.noise.info.grads)
     for (path, grad), noise in zip(grads, noises, strict=True):
         if path_name(path) in t.facts["biases_before_norm"]:
-            parts.append(residual(grad, jnp.zeros_like(wide(grad)), 2 * noise + smallest(grad)))
+            parts.append(residual(grad, 0.0, 2 * wide(noise) + smallest(grad)))
     return when(all_finite(t.exact.info.grads), worst_of(parts))

@@ -1,22 +1,31 @@
-"""The evidence on the life of a state: lives lived, and what breaks in one made small."""
+"""The evidence on the life of a state: histories lived, and what breaks a law in one made small."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from bnverify import compile_cache
-from bnverify.broken import Broken
-from bnverify.evidence import Evidence
-from bnverify.lifetime.applies import exemption, refused, shape_of
-from bnverify.lifetime.calls import Call
-from bnverify.lifetime.checkpoint import Lived, subject_of
-from bnverify.lifetime.claims import CLAIMS
-from bnverify.lifetime.life import Life, Record, ways
-from bnverify.lifetime.lives import drawn, scripted
-from bnverify.lifetime.programs import Programs
-from bnverify.lifetime.shorten import shorten
+from bnverify.evidence import Call, Evidence, Violation
+from bnverify.laws import LAWS
+from bnverify.laws.arithmetic import floats
+from bnverify.lifetime.checkpoint import Lived, subject_of, ways
+from bnverify.lifetime.histories import drawn, scripted
+from bnverify.lifetime.life import EVALUATED, FOLDED, Life, Record, exemption
+from bnverify.observe import CompiledSubject
 from bnverify.profile import PROFILES, Profile, named
+from bnverify.shapes import Shape
+from bnverify.shrink import shorten
 from bnverify.subject import Subject
+from bnverify.unusable import did_you_mean, first_line
+
+NAMES = tuple(name for name, law in LAWS.items() if law.kind == "life")
+"""The laws of the life of a state, in the order of reports."""
+
+SHAPES = ((2, 2), (4, 3), (24, 3))
+"""Tried in turn; 24 rows, since a step may split its batch in 2, 3, 4, 6 or 8."""
 
 
 def check_life(
@@ -27,120 +36,193 @@ def check_life(
     select: Collection[str] = (),
     target: str | None = None,
 ) -> list[Evidence]:
-    """Hold the life of a state to its claims and return what is known about each.
+    """Hold the life of a state to its laws and return what is known about each.
 
     Args:
         lived: a Subject, or a Lived with its own way to save and restore.
         profile: how much to do: two scripted lives for each way to save, and twice as many drawn
             ones as the profile has explicit examples.
         seed: from which the lives are drawn; the same seed gives the same evidence.
-        select: names of claims, or one name; empty: all.
-        target: how counterexample scripts name the subject.
+        select: names of laws, or one name; empty: all.
+        target: how counterexamples find the subject.
 
     Raises:
-        ValueError: the profile or a claim is unknown, or the step does not trace with a batch of
-            2, 4 or 24 rows.
+        ValueError: naming an unknown profile or law.
     """
     names = [select] if isinstance(select, str) else select
     for name in names:
-        if name not in CLAIMS:
-            raise ValueError(f"no claim about the life of a state is named {name!r}")
-    return Lives(lived, named(profile), names or CLAIMS, target).run(seed)
+        if name not in NAMES:
+            close = did_you_mean(name, NAMES)
+            raise ValueError(f"no law about the life of a state is named {name!r}{close}")
+    asked = [name for name in NAMES if name in names or not names]
+    return Lives(lived, named(profile), asked, target).run(seed)
+
+
+class Untraceable(ValueError):
+    """A subject that does not trace at any of the shapes tried; the message says why in one line."""
+
+
+def shape_for(calls: CompiledSubject) -> Shape:
+    """Return the first of ``SHAPES`` that the subject can be traced at.
+
+    Raises:
+        Untraceable: it takes none of them.
+    """
+    subject, trace = calls.subject, calls.tracer.trace
+    failure: Exception | None = None
+    for rows, features in SHAPES:
+        shape = rows, subject.features[0] if subject.features else features
+        try:
+            batch, state = calls.tracer.batch(*shape), calls.tracer.state(*shape)
+            after = trace("step", subject.step, state, batch.x, batch.y, batch.lr).out[0]
+            trace("evaluate", subject.evaluate, after, batch.x, batch.y)
+        except Exception as error:  # noqa: BLE001 - whatever a user's code raises when traced
+            failure = error
+        else:
+            return shape
+    sizes = ", ".join(str(rows) for rows, _ in SHAPES)
+    assert failure is not None
+    raise Untraceable(
+        f"{subject.name} traces at none of {sizes} rows: {first_line(failure)}"
+    ) from failure
+
+
+def offered(
+    lived: Subject | Lived, calls: CompiledSubject, shape: Shape, *, orbax: bool
+) -> tuple[list[str], dict[str, str]]:
+    """Return the ways in which the subject's states can be saved, and why which others cannot.
+
+    A user's own way is always offered: where it raises, that is a violation.
+
+    Args:
+        lived: a Subject, or a Lived with its own way to save and restore.
+        calls: the subject's functions.
+        shape: (N, D) of the batches.
+        orbax: whether orbax is tried, too: it takes tenths of a second each time.
+    """
+    known = {name: way for name, way in ways(lived).items() if orbax or name != "orbax"}
+    if isinstance(lived, Lived):
+        return list(known), {}
+    batch = calls.tracer.init_batch(np.zeros(shape, np.float32))
+    state = calls.single("init", calls.subject.init, np.int32(0), batch)
+    refused = {}
+    for name, way in known.items():
+        try:
+            way.save(state)
+        except Exception as error:  # noqa: BLE001 - whatever a library raises on a user's types
+            refused[name] = f"{name} cannot save it: {first_line(error)}"
+    return [name for name in known if name not in refused], refused
 
 
 class Lives:
-    """Checks of the life of a state, as many as are asked, of programs compiled once.
+    """Checks of the life of a state, as many as are asked, with what was compiled once.
 
     Args:
         lived: a Subject, or a Lived with its own way to save and restore.
         plan: how much to do.
-        select: the names of the claims.
-        target: how counterexample scripts name the subject.
+        names: the names of the laws.
+        target: how counterexamples find the subject.
+        calls: the subject's functions, to share what they traced and compiled; None: new ones.
 
     Attributes:
         cases: how many lives the last check lived.
-
-    Raises:
-        Untraceable: the step does not trace at any of the shapes tried.
     """
 
     def __init__(
         self,
         lived: Subject | Lived,
         plan: Profile,
-        select: Collection[str],
-        target: str | None,
+        names: Collection[str],
+        target: str | None = None,
+        calls: CompiledSubject | None = None,
     ) -> None:
         self._lived = lived
         self._subject = subject_of(lived)
         self._plan = plan
-        self._asked = [name for name in CLAIMS if name in select]
+        self._names = names
         self._target = target
-        self._shape = shape_of(self._subject)
-        self._programs = Programs(self._subject)
+        self._calls = calls or CompiledSubject(self._subject, "jit")
         self._forget()
 
     def _forget(self) -> None:
-        self._record = Record()
-        self._broken: dict[str, Broken] = {}
-        self._refusals: dict[str, str] = {}
         self.cases = 0
+        self._record = Record()
+        self._broken: dict[str, Evidence] = {}
+        self._refused: dict[str, str] = {}
 
     def run(self, seed: int) -> list[Evidence]:
-        """Live all the lives, those that are drawn from ``seed``, and return what is known."""
+        """Live all the lives and return what is known about each law, in the order of the names.
+
+        A subject that cannot be traced leaves every law that applies "untriggered".
+
+        Args:
+            seed: from which the lives are drawn that are not scripted.
+        """
         compile_cache.enable()
         self._forget()
-        for calls in self._lives(seed):
-            self.cases += 1
-            # A claim that is broken is not asked again: behind it others may be broken too.
-            while (found := self._live(calls, self._record)) is not None:
-                self._broken[found.claim.name] = self._short(calls, found)
-        return [self._evidence(name) for name in self._asked]
+        exempt = {name: exemption(name, self._subject) for name in self._names}
+        missing = ""
+        if not all(exempt.values()):
+            try:
+                shape = shape_for(self._calls)
+            except Untraceable as error:
+                missing = str(error)
+            else:
+                self._live_all(seed, shape)
+                exempt = {name: exempt[name] or self._missing(name, shape) for name in exempt}
+        return [self._evidence(name, exempt[name], missing) for name in self._names]
 
-    def _evidence(self, name: str) -> Evidence:
-        """Return what is known about one claim."""
-        claim, cases = CLAIMS[name], self._record.seen[name]
+    def _missing(self, name: str, shape: Shape) -> str | None:
+        """Return what the subject lacks that a law is about; None: nothing."""
+        if name == EVALUATED and self._subject.after_eval is None:
+            return "the subject's evaluation cannot write"
+        if name == FOLDED and not floats(self._calls.tracer.state(*shape).batch_stats):
+            return "the subject keeps no running statistics"
+        return None
+
+    def _evidence(self, name: str, exempt: str | None, missing: str) -> Evidence:
         if name in self._broken:
-            return self._broken[name].evidence(cases)
-        if (reason := exemption(name, self._subject, self._programs, self._shape)) is not None:
-            return claim.evidence("exempt", reason=reason)
-        missing = "; ".join(self._refusals.values())
+            return replace(self._broken[name], cases=self._record.seen[name])
+        if exempt is not None:
+            return Evidence.of(name, "exempt", reason=exempt)
+        cases, reason = self._record.seen[name], missing or "; ".join(self._refused.values())
         if not cases:
-            return claim.evidence("untriggered", reason=missing or "no life reached it")
-        folded = name == "statistics_fold_each_batch_once"
-        residual = self._record.worst if folded else None
-        return claim.evidence("held", cases=cases, residual=residual, reason=missing)
+            return Evidence.of(name, "untriggered", reason=reason or "no life reached it")
+        worst = self._record.worst if name == FOLDED else None
+        return Evidence.of(name, "held", cases=cases, residual=worst, reason=reason)
 
-    def _lives(self, seed: int) -> Iterator[Sequence[Call]]:
-        quick = []
-        for way in ways(self._lived):
-            if way == "orbax" and self._plan.examples <= PROFILES["quick"].examples:
-                continue
-            reason = refused(self._lived, way, self._programs, self._shape)
-            if reason is not None:
-                self._refusals[way] = reason
-                continue
-            if way != "orbax":  # it takes tenths of a second each time
-                quick.append(way)
-            yield from scripted(way, self._shape)
-        yield from drawn(seed, 2 * self._plan.examples, quick, self._shape)
+    def _live_all(self, seed: int, shape: Shape) -> None:
+        for calls in self._histories(seed, shape):
+            self.cases += 1
+            # A law that is broken is not asked again: behind it others may be broken, too.
+            while (found := self._live(calls, self._record)) is not None:
+                self._broken[found.law] = self._short(calls, found)
 
-    def _live(self, calls: Sequence[Call], record: Record | None) -> Broken | None:
+    def _histories(self, seed: int, shape: Shape) -> Iterator[Sequence[Call]]:
+        orbax = self._plan.examples > PROFILES["quick"].examples
+        saved, self._refused = offered(self._lived, self._calls, shape, orbax=orbax)
+        for way in saved:
+            yield from scripted(way, shape)
+        quick = [way for way in saved if way != "orbax"]
+        yield from drawn(seed, 2 * self._plan.examples, quick, shape)
+
+    def _live(self, calls: Sequence[Call], record: Record | None) -> Evidence | None:
         """Return what breaks in a life, if anything does."""
+        left = {name for name in self._names if name not in self._broken}
         life = Life(
             self._lived,
-            programs=self._programs,
-            ignore=set(CLAIMS) - set(self._asked) | set(self._broken),
+            calls=self._calls,
+            ignore=[name for name in NAMES if name not in left],
             record=record,
-            name=self._target,
+            target=self._target,
         )
         try:
             life.live(calls)
-        except Broken as found:
-            return found
+        except Violation as found:
+            return found.evidence
         return None
 
-    def _short(self, calls: Sequence[Call], found: Broken) -> Broken:
+    def _short(self, calls: Sequence[Call], found: Evidence) -> Evidence:
         """Return the same violation in a life as short as can be."""
         shortest = found
 
@@ -150,7 +232,7 @@ class Lives:
                 seen = self._live(fewer, None)
             except ValueError:  # nothing was saved that could be restored
                 return False
-            if seen is None or (seen.claim, seen.mistake) != (found.claim, found.mistake):
+            if seen is None or (seen.law, seen.diagnosis) != (found.law, found.diagnosis):
                 return False
             shortest = seen
             return True

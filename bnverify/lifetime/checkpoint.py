@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -142,6 +142,13 @@ def has_orbax() -> bool:
         return False
     numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
     return numbers <= (0, 11, 0) or hasattr(jax.monitoring, "record_scalar")
+
+
+def ways(lived: Subject | Lived | Parallel) -> Mapping[str, Way]:
+    """Return the ways in which ``lived`` is saved: its own, or the libraries'."""
+    if isinstance(lived, Lived):
+        return {"own": Way(lived.save, lived.restore)}
+    return {**WAYS, "orbax": ORBAX} if has_orbax() else WAYS
 
 
 def _copied(state: State) -> Any:

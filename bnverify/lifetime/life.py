@@ -1,33 +1,54 @@
 """The life of a state: train, evaluate, save, restore, copy and resume, in any order.
 
 Two histories run side by side. One is saved, restored, copied and resumed; its twin only ever
-trains. At each moment they must be equal to the bit. A third, in float64, says what the running
+trains. At each moment they must be equal bit for bit. A third, in float64, says what the running
 statistics must be if every batch was folded in exactly once (``bnverify.lifetime.fold``).
 
-A life breaks as it happens: the call that shows a broken claim is the one that raises.
+A law is broken as it happens: the call that shows it is the one that raises.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from bnverify.broken import Broken
+import numpy as np
+
 from bnverify.case import Case
-from bnverify.lazy import jax
-from bnverify.lifetime.calls import Call, script
-from bnverify.lifetime.checkpoint import COPIES, ORBAX, WAYS, Lived, Way, has_orbax, subject_of
-from bnverify.lifetime.claims import CLAIMS
-from bnverify.lifetime.differences import kinds_differ, suspect, values_differ
+from bnverify.evidence import Call, Counterexample, Evidence, Violation
+from bnverify.laws import LAWS
+from bnverify.laws.arithmetic import floats
+from bnverify.lazy import jax, jnp
+from bnverify.lifetime.checkpoint import COPIES, Lived, Way, subject_of, ways
 from bnverify.lifetime.fold import Fold
-from bnverify.lifetime.programs import Programs
+from bnverify.mistakes import MISTAKES, described
+from bnverify.observe import CompiledSubject
 from bnverify.parallel.subject import Parallel
-from bnverify.pytree import is_floating
-from bnverify.subject import State, StepInfo, Subject
-from bnverify.unusable import first_line
+from bnverify.pytree import path_name
+from bnverify.subject import State, StepInfo, Subject, Tree
+from bnverify.unusable import did_you_mean, first_line
+
+VALUES = "a_checkpoint_keeps_every_value"
+TYPES = "a_checkpoint_keeps_types_and_containers"
+COPIED = "a_copy_keeps_everything"
+RESTORED = "a_restored_run_continues_to_the_bit"
+RESUMED = "a_resumed_process_continues_to_the_bit"
+EVALUATED = "evaluation_between_steps_changes_nothing"
+FOLDED = "statistics_fold_each_batch_once"
+
+ONE_STEP = "batch_stats_change_only_by_ema"
+"""What ``FOLDED`` is for one step: where that does not apply, this does not either."""
+
+CALLS = ("begin", "train", "evaluate", "save", "restore", "copy", "resume")
+
+
+def exemption(law: str, subject: Subject) -> str | None:
+    """Return why a subject says that a law about its life does not apply to it, or None."""
+    names = (law, ONE_STEP) if law == FOLDED else (law,)
+    return next((subject.exempt[name] for name in names if name in subject.exempt), None)
 
 
 @dataclass
@@ -35,7 +56,7 @@ class Record:
     """What many lives have shown.
 
     Attributes:
-        seen: how often each claim was tested.
+        seen: how often each law was tested.
         worst: the largest error of the statistics, in units of the error allowed.
     """
 
@@ -44,7 +65,7 @@ class Record:
 
 
 class Saved(NamedTuple):
-    """A checkpoint, and where the twin and the history were when it was made."""
+    """A checkpoint, and where the twin and the fold were when it was made."""
 
     way: Way
     data: Any
@@ -54,97 +75,101 @@ class Saved(NamedTuple):
 
 
 class Life:
-    """One state's life, held to the claims as it goes.
+    """One state's life, held to the laws as it goes.
 
     Args:
-        lived: a Subject, a Lived with its own way to save and restore, or the single-device step
-            of a Parallel.
-        programs: compiled before; None: now.
-        ignore: names of claims that are not asked.
-        record: counts how often each claim was tested; None: nobody wants to know.
-        name: how the script finds ``lived``; None: the reader puts it in.
+        lived: a Subject, a Lived with its own way to save and restore, or a Parallel, of which the
+            single-device step is taken.
+        calls: the subject's functions, to share what they compiled; None: new ones.
+        ignore: names of laws that are not asked.
+        record: counts how often each law was tested; None: it is not counted.
+        target: what counterexamples give ``bnverify.load``; None: the reader puts the subject in.
     """
 
     def __init__(
         self,
         lived: Subject | Lived | Parallel,
         *,
-        programs: Programs | None = None,
+        calls: CompiledSubject | None = None,
         ignore: Collection[str] = (),
         record: Record | None = None,
-        name: str | None = None,
+        target: str | None = None,
     ) -> None:
         self.ways = ways(lived)
-        self._begin = lived.begin if isinstance(lived, Lived) else None
-        self._programs = programs or Programs(subject_of(lived))
-        self._ignore = ignore
-        self._record = record or Record()
-        self._name = name
-        self._log: list[Call] = []
-        self._active = 0
-        self._mistake = ""
         self.ended = False
         self.saved: Saved | None = None
+        self._subject = subject_of(lived)
+        self._begin = lived.begin if isinstance(lived, Lived) else None
+        self._calls = calls or CompiledSubject(self._subject, "jit")
+        self._ignore = ignore
+        self._record = record or Record()
+        self._target = target
+        self._history: list[Call] = []
+        self._resumed = False
+        self._mistake = ""
 
     def live(self, calls: Iterable[Call]) -> None:
         """Let all of ``calls`` happen, in their order.
 
         Raises:
-            Broken: one of them breaks a claim.
+            Violation: one of them breaks a law.
+            ValueError: one of them cannot happen.
         """
         for name, argument in calls:
+            if name not in CALLS:
+                raise ValueError(f"{name!r} is none of {', '.join(CALLS)}")
             getattr(self, name)(*(() if argument is None else (argument,)))
 
     def begin(self, case: Case) -> None:
-        """Initialise the state from a case's seed and shape, the template from another seed."""
-        self._log.append(Call("begin", case))
+        """Initialise the state from a case's seed and shape, the template from another seed.
+
+        Raises:
+            ValueError: it has begun before.
+        """
+        if self._history:
+            raise ValueError("a life begins once; make another Life for another beginning")
+        self._history.append(Call("begin", case))
         if self._begin is not None:
             self._begin()
-        self.state: State = self._programs.init(case.seed, case.x)
-        self._template: State = self._programs.init(case.seed ^ 1, case.x)
-        self._twin = self.state
-        self._fold = Fold()
+        self.state = self._init(case.seed, case.x)
+        self._template = self._init(case.seed ^ 1, case.x)
+        self._twin, self._fold = self.state, Fold()
 
     def train(self, case: Case) -> None:
         """Take one step on the batch of ``case``, in both histories."""
-        if self.ended:
+        if not self._goes_on("train", case):
             return
-        self._log.append(Call("train", case))
-        batch = case.x, case.y, case.lr
-        main = self._programs.steps[0]
-        if self._averages:
-            self._fold = self._fold.after(self._twin, lambda state: main(state, *batch)[0])
-        self._twin, info = main(self._twin, *batch)
+        before = self._twin
+        self._twin, info = self._step(before, case)
+        if self._folds:
+            self._fold = self._fold.after(before, case, lambda *given: self._step(*given)[0])
         with self._breaking(self._continuing, "the step fails on the restored state"):
-            self.state, seen = self._programs.steps[self._active](self.state, *batch)
+            self.state, seen = self._step(self.state, case, resumed=self._resumed)
             self._same(self._continuing, (self.state, seen), (self._twin, info))
-        self._folded()
+        if self._folds:
+            self._hold_fold()
 
     def evaluate(self, case: Case) -> None:
         """Evaluate on the batch of ``case``, in one history only."""
-        if self.ended:
+        if not self._goes_on("evaluate", case):
             return
-        self._log.append(Call("evaluate", case))
         with self._breaking(self._continuing, "evaluation fails on the restored state"):
-            loss = self._programs.evaluate(self.state, case.x, case.y)
-            known = self._programs.evaluate(self._twin, case.x, case.y)
-            self._same(self._continuing, StepInfo(loss, None), StepInfo(known, None))
-        name = "evaluation_between_steps_changes_nothing"
-        if self._programs.after_eval is None or self._mistyped or not self._asks(name):
+            losses = (self._evaluate(state, case) for state in (self.state, self._twin))
+            self._same(self._continuing, *(StepInfo(loss, None) for loss in losses))
+        after = self._subject.after_eval
+        if after is None or self._mistyped or not self._asks(EVALUATED):
             return
         before = self.state
-        self.state = self._programs.after_eval(self.state, case.x, case.y)
-        differing = values_differ(self.state, before)
-        if differing:
-            self._break(name, f"evaluation changed {_listed(differing)}")
+        self.state = self._calls.single("after_eval", after, before, case.x, case.y)
+        if differing := values_differ(self.state, before):
+            self._break(EVALUATED, f"evaluation changed {_listed(differing)}")
 
     def save(self, way: str) -> None:
         """Save the state in one of ``self.ways``."""
-        if self.ended:
+        chosen = _known(way, self.ways)
+        if not self._goes_on("save", way):
             return
-        self._log.append(Call("save", way))
-        chosen = self.ways[way]
-        with self._breaking("a_checkpoint_keeps_every_value", "saving fails"):
+        with self._breaking(VALUES, "saving fails"):
             data = chosen.save(self.state)
             self.saved = Saved(chosen, data, self.state, self._twin, self._fold)
 
@@ -154,139 +179,274 @@ class Life:
         Raises:
             ValueError: nothing was saved.
         """
-        if self.ended:
+        if self.saved is None and not self.ended:
+            raise ValueError("restore() comes after save(): nothing was saved yet")
+        if not self._goes_on("restore") or self.saved is None:
             return
-        if self.saved is None:
-            raise ValueError("nothing was saved that could be restored")
-        self._log.append(Call("restore"))
-        saved = self.saved
-        with self._breaking("a_checkpoint_keeps_every_value", "restoring fails"):
-            restored = saved.way.restore(self._template, saved.data)
-            self._twin, self._fold, self.state = saved.twin, saved.fold, restored
-            difference = kinds_differ(restored, saved.state)
-            differing = values_differ(restored, saved.state)
+        way, data, known, self._twin, self._fold = self.saved
+        with self._breaking(VALUES, "restoring fails"):
+            self.state = restored = way.restore(self._template, data)
+            difference = kinds_differ(restored, known)
+            differing = values_differ(restored, known)
             self._mistake = "hidden_state"  # if this run differs later, though it does not now
             if difference:
                 self._mistake = "restored_in_other_types"
             elif differing:
-                self._mistake = suspect(restored, saved.state, self._template)
-            name = "a_checkpoint_keeps_types_and_containers"
-            if self._asks(name) and difference:
-                self._break(name, difference, self._mistake)
-            name = "a_checkpoint_keeps_every_value"
-            if not difference and self._asks(name) and differing:
-                self._break(name, f"{_listed(differing)} came back changed", self._mistake)
+                self._mistake = suspect(restored, known, self._template)
+            if self._asks(TYPES) and difference:
+                self._break(TYPES, difference, self._mistake)
+            if not difference and self._asks(VALUES) and differing:
+                self._break(VALUES, f"{_listed(differing)} came back changed", self._mistake)
 
     def copy(self, way: str) -> None:
         """Go on with a copy of the state, made in one of ``COPIES``."""
-        if self.ended:
+        chosen = _known(way, COPIES)
+        if not self._goes_on("copy", way):
             return
-        self._log.append(Call("copy", way))
-        name = "a_copy_keeps_everything"
-        copied = COPIES[way](self.state)
-        if not self._mistyped and self._asks(name):
-            difference = kinds_differ(copied, self.state, weak=True)
-            differing = values_differ(copied, self.state)
+        before, self.state = self.state, chosen(self.state)
+        if not self._mistyped and self._asks(COPIED):
+            difference = kinds_differ(self.state, before, weak=True)
+            differing = values_differ(self.state, before)
             if difference or differing:
-                self._break(name, difference or f"{_listed(differing)} changed")
-        self.state = copied
+                self._break(COPIED, difference or f"{_listed(differing)} changed")
 
     def resume(self) -> None:
         """Go on as another process would: with the step traced again."""
-        self._log.append(Call("resume"))
-        self._active = 1
+        if self._goes_on("resume"):
+            self._resumed = True
+
+    def _init(self, seed: Any, x: Any) -> State:
+        batch = self._calls.tracer.init_batch(x)
+        state: State = self._calls.single("init", self._subject.init, seed, batch)
+        return state
+
+    def _step(self, state: State, case: Case, *, resumed: bool = False) -> tuple[State, StepInfo]:
+        step, name = self._subject.step, "step"
+        if (
+            resumed
+        ):  # JAX keeps the trace of a function that it knows, but it does not know this one
+            name, step = "resumed step", lambda *args: self._subject.step(*args)
+        outcome: tuple[State, StepInfo]
+        outcome = self._calls.single(name, step, state, case.x, case.y, case.lr)
+        return outcome
+
+    def _evaluate(self, state: State, case: Case) -> Any:
+        return self._calls.single("evaluate", self._subject.evaluate, state, case.x, case.y)
+
+    def _goes_on(self, name: str, argument: Case | str | None = None) -> bool:
+        """Take a call down, unless the life ended.
+
+        Raises:
+            ValueError: it has not begun.
+        """
+        if not self._history:
+            raise ValueError(f"a life begins with begin(case), not with {name}")
+        if not self.ended:
+            self._history.append(Call(name, argument))
+        return not self.ended
 
     @property
     def _continuing(self) -> str | None:
-        """The claim that a difference from the twin breaks now."""
+        """The law that a difference from the twin breaks now."""
         if self._mistake:
-            return "a_restored_run_continues_to_the_bit"
-        return "a_resumed_process_continues_to_the_bit" if self._active else None
+            return RESTORED
+        return RESUMED if self._resumed else None
 
     @property
     def _mistyped(self) -> bool:
-        """Whether the state has other types than it should, which breaks other claims as well."""
+        """Whether the state has other types than it should, which breaks other laws as well."""
         return self._mistake == "restored_in_other_types"
 
     @property
-    def _averages(self) -> bool:
-        name = "statistics_fold_each_batch_once"
-        exempt = self._programs.subject.exempt
+    def _folds(self) -> bool:
+        """Whether the law about the statistics applies and is asked."""
         return (
-            name not in self._ignore
-            and name not in exempt
-            and "batch_stats_change_only_by_ema" not in exempt
-            and any(map(is_floating, jax.tree_util.tree_leaves(self._twin.batch_stats)))
+            FOLDED not in self._ignore
+            and exemption(FOLDED, self._subject) is None
+            and bool(floats(self._twin.batch_stats))
         )
 
-    def _folded(self) -> None:
-        name = "statistics_fold_each_batch_once"
-        if not self._averages:
+    def _hold_fold(self) -> None:
+        error = self._fold.error(self._twin)
+        if error.residual < 0:
             return
-        residual, where = self._fold.worst(self._twin)
-        if residual < 0:
-            return
-        self._asks(name)
-        self._record.worst = max(self._record.worst, residual)
-        if residual > 1:
-            reason = f"batch_stats/{where} is off by {residual:.3g} times the error allowed"
-            self._break(name, reason, self._fold.suspect(self._twin), residual)
+        self._asks(FOLDED)
+        self._record.worst = max(self._record.worst, error.residual)
+        if error.residual > 1:
+            suspected = self._fold.suspect(self._twin)
+            self._break(FOLDED, error.reason, suspected, error.residual)
 
-    def _same(self, name: str | None, actual: Any, expected: Any) -> None:
-        if name is None or not self._asks(name):
+    def _same(self, law: str | None, actual: Any, expected: Any) -> None:
+        if law is None or not self._asks(law):
             return
-        difference = kinds_differ(actual, expected) or ""
+        difference = kinds_differ(actual, expected)
         differing = values_differ(actual, expected)
         if difference or differing:
-            reason = difference or f"{_listed(differing)} differs from the run never saved"
-            self._break(name, reason, self._mistake)
+            reason = difference or f"{_listed(differing)} differs from the uninterrupted run"
+            self._break(law, reason, self._mistake)
 
-    def _asks(self, name: str) -> bool:
-        """Return whether a claim is asked, and count it."""
-        if name in self._ignore or name in self._programs.subject.exempt:
+    def _asks(self, law: str) -> bool:
+        """Return whether a law is asked, and count it."""
+        if law in self._ignore or exemption(law, self._subject) is not None:
             return False
-        self._record.seen[name] += 1
+        self._record.seen[law] += 1
         return True
 
     @contextmanager
-    def _breaking(self, name: str | None, what: str) -> Iterator[None]:
-        """Take whatever a user's code raises for a violation of the claim.
+    def _breaking(self, law: str | None, what: str) -> Iterator[None]:
+        """Take whatever a user's code raises for a violation of the law.
 
-        Where that claim is not asked, the life cannot go on: it ended.
+        Where that law is not asked, the life cannot go on: it ended.
         """
         try:
             yield
-        except Broken:
+        except Violation:
             raise
         except Exception as error:
-            if name is None:
+            if law is None:
                 raise
-            if name not in self._ignore:
-                self._break(name, f"{what}: {first_line(error)}", self._mistake)
+            if law not in self._ignore:
+                self._break(law, f"{what}: {first_line(error)}", self._mistake)
             self.ended = True
 
     def _break(
-        self, name: str, reason: str, mistake: str = "", residual: float = float("inf")
+        self, law: str, reason: str, mistake: str = "", residual: float = float("inf")
     ) -> None:
-        first = self._log[0].argument
+        first = self._history[0].argument
         assert isinstance(first, Case)
-        raise Broken(
-            CLAIMS[name],
-            reason,
-            mistake=mistake,
-            script=script(self._log, self._name),
-            shape=first.shape,
-            residual=residual,
+        known = MISTAKES[mistake or LAWS[law].mistakes[0]]
+        shown = Counterexample(law, target=self._target, history=tuple(self._history))
+        raise Violation(
+            Evidence.of(
+                law,
+                "violated",
+                cases=1,
+                residual=residual,
+                reason=reason,
+                counterexample=shown,
+                diagnosis=described(known),
+                shape=first.shape,
+            )
         )
 
 
-def ways(lived: Subject | Lived | Parallel) -> Mapping[str, Way]:
-    """Return the ways in which ``lived`` is saved: its own, or the libraries'."""
-    if isinstance(lived, Lived):
-        return {"own": Way(lived.save, lived.restore)}
-    return {**WAYS, "orbax": ORBAX} if has_orbax() else WAYS
+def _known(name: str, table: Any) -> Any:
+    if name not in table:
+        close = did_you_mean(name, table)
+        raise ValueError(f"{name!r} is none of the ways {', '.join(table)}{close}")
+    return table[name]
 
 
 def _listed(paths: list[str]) -> str:
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(paths[:3]) + more
+
+
+# In what two states differ, and which mistake in saving or restoring explains it.
+
+
+def kinds_differ(actual: Tree, expected: Tree, *, weak: bool = False) -> str:
+    """Return the first container, shape or type in which two trees differ; "" where none does.
+
+    Args:
+        actual: what came back.
+        expected: what was put in.
+        weak: whether weak types must agree as well.
+    """
+    if type(actual) is not type(expected):
+        return f"a {type(expected).__name__} came back as a {type(actual).__name__}"
+    parts = [("all", actual, expected)]
+    if isinstance(expected, State):
+        parts = list(zip(State._fields, actual, expected, strict=True))
+    for name, part, other in parts:
+        was, now = (jax.tree_util.tree_structure(tree) for tree in (other, part))
+        if was != now:
+            return f"{name} was {_short(was)}, came back as {_short(now)}"
+    found = jax.tree_util.tree_leaves(actual)
+    known = jax.tree_util.tree_flatten_with_path(expected)[0]
+    for leaf, (path, other) in zip(found, known, strict=True):
+        was, now = _kind(other, weak=weak), _kind(leaf, weak=weak)
+        if was != now:
+            return f"{path_name(path)} was {was}, came back as {now}"
+    return ""
+
+
+def _short(structure: Any) -> str:
+    text = str(structure)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _kind(leaf: Any, *, weak: bool) -> str:
+    """Return dtype and shape of a leaf in words; a Python number is none of an array's kinds."""
+    if not hasattr(leaf, "dtype"):
+        return f"a Python {type(leaf).__name__}"
+    shape = ", ".join(map(str, leaf.shape))
+    is_weak = weak and bool(getattr(leaf, "weak_type", False))
+    return f"{'weak ' if is_weak else ''}{leaf.dtype}[{shape}]"
+
+
+def _bits(leaf: Any) -> bytes:
+    """Return the bits of one leaf: two NaN are equal, 0 and -0 are not."""
+    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf).tobytes()
+
+
+def values_differ(actual: Tree, expected: Tree) -> list[str]:
+    """Return the paths of the leaves of ``expected`` that ``actual`` does not equal bit for bit.
+
+    Trees of other structures differ everywhere.
+    """
+    known, structure = jax.tree_util.tree_flatten_with_path(expected)
+    found, other = jax.tree_util.tree_flatten(actual)
+    paths = [path_name(path) for path, _ in known]
+    if structure != other:
+        return paths or ["."]
+    return [
+        path
+        for path, leaf, (_, value) in zip(paths, found, known, strict=True)
+        if _bits(leaf) != _bits(value)
+    ]
+
+
+DROPPED = {
+    "batch_stats": "checkpoint_drops_statistics",
+    "opt_state": "checkpoint_drops_optimizer_state",
+    "extra": "checkpoint_drops_key",
+}
+
+
+def suspect(restored: State, saved: State, template: State) -> str:
+    """Return the most likely mistake where a restored state has other values than the saved one."""
+    differing = set(values_differ(restored, saved))
+    still = set(values_differ(restored, template))  # what did come out of the checkpoint
+    if not still:
+        return "checkpoint_not_used"
+    if _close(restored, saved):
+        return "checkpoint_loses_digits"
+    leaves = jax.tree_util.tree_flatten_with_path(saved)[0]
+    changed = [leaf for path, leaf in leaves if path_name(path) in differing]
+    parts = {path.partition("/")[0] for path in differing}
+    part = parts.pop() if len(parts) == 1 else ""
+    if part == "opt_state" and all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in changed):
+        return "counter_reset_on_restore"
+    if part and not differing & still:
+        return DROPPED.get(part, "checkpoint_is_stale")
+    ours, theirs = (sorted(map(_bits, jax.tree_util.tree_leaves(s))) for s in (restored, saved))
+    return "restored_in_another_order" if ours == theirs else "checkpoint_is_stale"
+
+
+def _close(actual: State, expected: State) -> bool:
+    """Return whether all values agree to the two digits that the narrowest float type keeps."""
+    pairs = zip(jax.tree_util.tree_leaves(actual), jax.tree_util.tree_leaves(expected), strict=True)
+    return all(
+        _same_to_two_digits(leaf, value)
+        if jnp.issubdtype(value.dtype, jnp.floating)
+        else _bits(leaf) == _bits(value)
+        for leaf, value in pairs
+    )
+
+
+def _same_to_two_digits(leaf: Any, value: Any) -> bool:
+    actual, expected = np.asarray(leaf, np.float64), np.asarray(value, np.float64)
+    return bool(np.all(np.abs(actual - expected) <= 2.0**-7 * np.abs(expected) + 1e-6))

@@ -16,11 +16,11 @@ from hypothesis.extra import numpy as hnp
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from bnverify.case import Case
-from bnverify.lifetime.applies import refused, shape_of
+from bnverify.lifetime.check import offered, shape_for
 from bnverify.lifetime.checkpoint import COPIES, Lived, subject_of
-from bnverify.lifetime.life import Life, Record, ways
-from bnverify.lifetime.lives import QUARTERS, RATES, SEEDS
-from bnverify.lifetime.programs import Programs
+from bnverify.lifetime.histories import QUARTERS, RATES, SEEDS
+from bnverify.lifetime.life import Life
+from bnverify.observe import CompiledSubject
 from bnverify.subject import Subject
 
 
@@ -41,12 +41,7 @@ def batches(shape: tuple[int, int]) -> st.SearchStrategy[Case]:
 
 
 def life(
-    lived: Subject | Lived,
-    *,
-    name: str | None = None,
-    programs: Programs | None = None,
-    ignore: Collection[str] = (),
-    record: Record | None = None,
+    lived: Subject | Lived, *, name: str | None = None, ignore: Collection[str] = ()
 ) -> type[RuleBasedStateMachine]:
     """Return a state machine that lives the life of a state in every order.
 
@@ -54,25 +49,21 @@ def life(
         lived: a Subject, saved by ``flax.serialization``, or a Lived with its own way to save
             and restore.
         name: how counterexamples find ``lived``: "module:name"; None: the reader puts it in.
-        programs: see :class:`bnverify.lifetime.programs.Programs`.
-        ignore: names of claims that are not asked.
-        record: counts how often each claim was tested.
+        ignore: names of laws that are not asked.
 
     Raises:
         ValueError: the step takes no batch of 2, 4 or 24 rows.
     """
     subject = subject_of(lived)
-    made = programs or Programs(subject)
-    shape = shape_of(subject)
-    offered = [
-        way for way in ways(lived) if way != "orbax" and refused(lived, way, made, shape) is None
-    ]
+    calls = CompiledSubject(subject, "jit")
+    shape = shape_for(calls)
+    saved, _ = offered(lived, calls, shape, orbax=False)
     cases = batches(shape)
 
     class Machine(RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
-            self.life = Life(lived, programs=made, ignore=ignore, record=record, name=name)
+            self.life = Life(lived, calls=calls, ignore=ignore, target=name)
 
         @initialize(case=cases)
         def begin(self, case: Case) -> None:
@@ -86,8 +77,8 @@ def life(
         def evaluate(self, case: Case) -> None:
             self.life.evaluate(case)
 
-        @precondition(lambda self: bool(offered))
-        @rule(way=st.sampled_from(offered or [""]))
+        @precondition(lambda self: bool(saved))
+        @rule(way=st.sampled_from(saved or [""]))
         def save(self, way: str) -> None:
             self.life.save(way)
 

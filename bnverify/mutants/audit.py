@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bnverify.engine.verify import Checker
+from bnverify.check import Check
 from bnverify.evidence import Report
 from bnverify.mutants import Mutant
 from bnverify.profile import Profile
@@ -121,7 +121,7 @@ def examine(mutant: Mutant, profile: str | Profile, seed: int) -> Finding:
     refusal = failure = ""
     report: Report | None = None
     try:
-        report = Checker(mutant.make(), profile).run(seed)
+        report = Check(mutant.make(), profile, ignore=("life", "parallel")).run(seed)
     except Exception as error:  # noqa: BLE001 - a fault may raise whatever it likes
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if mutant.raises in kinds:

@@ -3,7 +3,7 @@
     bnverify audit --profile quick --json audit.json
     python -m bnverify.mutants.learned audit.json [OTHER.json ...]
 
-rewrites ``bnverify/engine/signatures.json``, from which ``bnverify.engine.diagnosis`` learns, and
+rewrites ``bnverify/signatures.json``, from which ``bnverify.diagnose`` learns, and
 ``bnverify/mutants/expected.json``, to which later audits are held.
 """
 
@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from bnverify.laws import LAWS
+from bnverify.laws import STEP_LAWS
 from bnverify.mutants import MUTANTS
 
 Finding = Mapping[str, Any]
@@ -32,7 +32,7 @@ def signatures(findings: Iterable[Finding]) -> dict[str, Any]:
     faults: Counter[str] = Counter()
     broken: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for finding in findings:
-        laws = [law for law in finding["laws"] if law in LAWS]
+        laws = [law for law in finding["laws"] if law in STEP_LAWS]
         if laws:
             mistake = MUTANTS[finding["mutant"]].mistake
             faults[mistake] += 1
@@ -48,16 +48,16 @@ def expected(audits: Sequence[Iterable[Finding]]) -> dict[str, list[str]]:
     laws: dict[str, set[str]] = {}
     for findings in audits:
         for finding in findings:
-            name, noticed = finding["mutant"], {law for law in finding["laws"] if law in LAWS}
+            name, noticed = finding["mutant"], {law for law in finding["laws"] if law in STEP_LAWS}
             laws[name] = laws.get(name, noticed) & noticed
-    return {name: [law for law in LAWS if law in laws[name]] for name in MUTANTS if laws.get(name)}
+    return {name: [law for law in STEP_LAWS if law in laws[name]] for name in MUTANTS if laws.get(name)}
 
 
 def main(files: Sequence[str]) -> None:
     """Rewrite the data from the audits in ``files``."""
     audits = [json.loads(Path(file).read_text(encoding="utf-8"))["findings"] for file in files]
     learned = {
-        ("bnverify.engine", "signatures.json"): signatures(each for one in audits for each in one),
+        ("bnverify", "signatures.json"): signatures(each for one in audits for each in one),
         ("bnverify.mutants", "expected.json"): expected(audits),
     }
     for (package, name), data in learned.items():

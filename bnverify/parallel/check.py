@@ -1,240 +1,517 @@
-"""A data-parallel step under every mapping, held to the single-device step."""
+"""A data-parallel step in every mode, held to the single-device step.
+
+XLA reads the number of devices once, when jax starts. A step that has a target is therefore checked in
+a process of its own, which has four simulated devices; the calling process keeps its own.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from bnverify.broken import Broken
-from bnverify.case import Case
-from bnverify.engine.tally import complexity
-from bnverify.engine.volume import simpler
-from bnverify.evidence import Evidence
+from bnverify import compile_cache, shrink
+from bnverify.case import Case, Domain
+from bnverify.evidence import DEVICES, Counterexample, Evidence, Violation
+from bnverify.jaxpr.tracing import Tracer
+from bnverify.judge import FAINT, RoundingBounds
+from bnverify.laws import LAWS
+from bnverify.laws.arithmetic import UNTRIGGERED, holds_if, when, wide, within_noise
 from bnverify.lazy import jax
-from bnverify.parallel.claims import CLAIMS
-from bnverify.parallel.compat import has_pmap
-from bnverify.parallel.counterexample import script
-from bnverify.parallel.differences import differences, disagreeing
-from bnverify.parallel.explain import explain, explain_apart
-from bnverify.parallel.modes import MODES, Mode
-from bnverify.parallel.one_device import one_device
+from bnverify.mistakes import MISTAKES, described
+from bnverify.observe import CompiledSubject, observe
+from bnverify.parallel.modes import MODES, PMAP, UNEQUAL, has_pmap
 from bnverify.parallel.subject import Parallel
 from bnverify.profile import Profile, named
-from bnverify.pytree import stack, stacks, take
+from bnverify.pytree import path_name, stack, take
+from bnverify.shapes import Shape
+from bnverify.stacks import stacked_cases
+from bnverify.subject import Tree
+from bnverify.target import load
 from bnverify.transition import Transition
-from bnverify.unusable import first_line
+from bnverify.unusable import Unusable, first_line
 
-PMAP = "pmap_equals_one_device"
-UNEQUAL = "unequal_shards_equal_one_device"
+NAMES = tuple(name for name, law in LAWS.items() if law.kind == "parallel")
+"""The laws of many devices, in the order of reports."""
+
 REPLICAS = "replicas_agree_to_the_bit"
-REPLICATED = (PMAP, "shard_map_equals_one_device")
-"""Where every device has a state of its own."""
 
-ROUNDS = 12  # of making a case simpler
+MILD = Domain(max_abs_x=100.0, max_abs_y=100.0, max_lr=0.5)
+"""Wilder inputs leave float32 no digits to compare more often than not."""
+
+ROWS = (8, 7, 4, 16, 5)
+"""Of the batches, the first two for a quick check; 7 and 5 do not fill the devices' shards."""
+
+BLOCK = 64
+"""Cases that are run as one stack on one device."""
+
+FLAG = "--xla_force_host_platform_device_count"
+TIME_LIMIT = 1800.0
+"""Seconds for the process with simulated devices."""
+
+Residuals: TypeAlias = npt.NDArray[np.float64]
+Explain: TypeAlias = Callable[[int], tuple[str, str]]
+"""From the place of a case in a stack to the most likely mistake and in what the outcome differs."""
 
 
-class Seen(NamedTuple):
-    """What one case shows of one claim.
+def check_parallel(
+    what: str | Parallel, profile: str | Profile = "ci", seed: int = 0
+) -> list[Evidence]:
+    """Hold a data-parallel step to the laws of many devices and return what is known.
 
-    Attributes:
-        claim: its name.
-        residual: the error in units of the error allowed; below 0: nothing to compare.
-        explain: returns the likeliest mistake, and in what the outcome differs.
+    Args:
+        what: ``package.module:name`` or ``path/file.py:name`` of a Parallel or of a function that
+            makes one: it is checked in a process with four simulated devices. A Parallel itself
+            is checked in this process; what it has too few devices for reads "untriggered".
+        profile: how much to do.
+        seed: from which the cases are drawn.
+
+    Raises:
+        ValueError: the profile is unknown, or nothing can be made of ``what``.
     """
+    if isinstance(what, Parallel):
+        return run(what, None, named(profile), seed, NAMES)[0]
+    if not isinstance(what, str):
+        raise Unusable(
+            f"check_parallel takes a Parallel, or the target of one, got a {type(what).__name__}"
+        )
+    return on_devices([what], named(profile), seed, NAMES)[what][0]
 
-    claim: str
-    residual: float
-    explain: Callable[[], tuple[str, str]]
+
+def run(
+    parallel: Parallel, target: str | None, plan: Profile, seed: int, names: Collection[str]
+) -> tuple[list[Evidence], int]:
+    """Return the evidence for the laws ``names``, in their order, and how many cases were run.
+
+    Args:
+        parallel: the step.
+        target: what ``bnverify.load`` is given; the step is then checked in a process with four
+            simulated devices. None: in this process, with the devices it has.
+        plan: how much to do.
+        seed: from which the cases are drawn.
+        names: names of laws of many devices.
+
+    Raises:
+        Unusable: the process ended without an answer.
+    """
+    if target is not None:
+        return on_devices([target], plan, seed, names)[target]
+    check = Check(parallel, names)
+    return check.run(plan, seed), check.cases
+
+
+def replay(parallel: Parallel, case: Case, law: str) -> float:
+    """Run one case, as a counterexample's script does, and return the law's residual.
+
+    Raises:
+        Violation: the case breaks the law.
+        Unusable: this process lacks what the law needs, as devices.
+    """
+    check = Check(parallel, [law])
+    check.hold(stack([case]))
+    evidence = check.evidence(law)
+    if evidence.status == "violated":
+        raise Violation(evidence)
+    if law in check.missing:
+        raise Unusable(f"{law} cannot be judged here: {check.missing[law]}")
+    return UNTRIGGERED if evidence.residual is None else evidence.residual
 
 
 @dataclass
-class Found:
-    """What was seen of one claim.
+class Tally:
+    """What the cases run so far say about one law.
 
     Attributes:
         cases: how many cases had digits to compare.
         worst: the largest error in units of the error allowed.
         case: the simplest case beyond it.
-        mistake: what explains that case.
-        reason: in what it differs, one line.
+        mistake: what explains that case, a name in ``bnverify.mistakes``; empty where the step raises.
+        reason: in what the outcome differs, one line.
     """
 
     cases: int = 0
-    worst: float = -1.0
+    worst: float = UNTRIGGERED
     case: Case | None = None
     mistake: str = ""
     reason: str = ""
 
-    def add(self, case: Case, seen: Seen) -> None:
-        """Count one case and what it shows."""
-        if seen.residual < 0:
-            return
-        self.cases += 1
-        self.worst = max(self.worst, seen.residual)
-        broken = seen.residual > 1
-        if broken and (self.case is None or complexity(case) < complexity(self.case)):
-            self.case = case
-            self.mistake, self.reason = seen.explain()
+    def add(self, cases: Case, residuals: Residuals, explain: Explain) -> None:
+        """Count stacked cases and their residuals, (K,), and keep the simplest that is beyond 1."""
+        self.cases += int(np.sum(residuals >= 0))
+        self.worst = max(self.worst, float(np.max(residuals)))
+        for index in np.flatnonzero(residuals > 1):
+            case = take(cases, index)
+            if self.case is None or shrink.complexity(case) < shrink.complexity(self.case):
+                self.case = case
+                self.mistake, self.reason = explain(int(index))
 
 
-@dataclass
 class Check:
-    """One check of a data-parallel step.
+    """Holds one data-parallel step to the laws of many devices.
 
     Args:
         parallel: the step.
-        profile: how much to do.
-        seed: from which the cases are drawn.
-        target: how counterexample scripts find the step.
-        select: names of claims; empty: all.
+        names: names of the laws.
+        target: how counterexamples find the step.
 
     Attributes:
-        cases: how many cases were run, under every mapping.
+        cases: how many cases were run, counted once for each mode.
+        missing: law -> why it cannot be judged in this process.
     """
 
-    parallel: Parallel
-    profile: str | Profile = "ci"
-    seed: int = 0
-    target: str | None = None
-    select: Collection[str] = ()
-    cases: int = 0
-    found: dict[str, Found] = field(default_factory=lambda: {name: Found() for name in CLAIMS})
-    refusals: dict[str, str] = field(default_factory=dict)
+    def __init__(
+        self, parallel: Parallel, names: Collection[str], target: str | None = None
+    ) -> None:
+        self.cases = 0
+        self.missing: dict[str, str] = {}
+        self._parallel = parallel
+        self._names = names
+        self._target = target
+        self._tallies = {name: Tally() for name in NAMES}
+        tracer = Tracer(parallel.single)
+        self._calls = CompiledSubject(
+            parallel.single, "vmap", tracer=tracer, block=lambda shape: BLOCK
+        )
+        self._bounds = RoundingBounds(tracer)
+        self._mapped = {name: MODES[name].make(parallel) for name in self._possible()}
 
-    def __post_init__(self) -> None:
-        self._single = one_device(self.parallel.single)
-        self._mapped = {mode.claim: mode.make(self.parallel) for mode in self._possible()}
-
-    def run(self) -> list[Evidence]:
-        """Run every mode on every shape and return the evidence of each claim."""
-        plan = named(self.profile)
-        more = plan.shapes > 1
-        count = min(max(plan.examples, 8), 64)
-        width = self.parallel.single.features[0] if self.parallel.single.features else 2
-        for claim in self._mapped:
-            small, further = ((7,), (5,)) if claim == UNEQUAL else ((8,), (4, 16))
-            for rows in small + further * more:
-                self.cases += count
-                self._hold(claim, self._single.drawn((rows, width), count, self.seed))
-        for claim in self.asked:
-            self._simplify(claim, count)
-        return [self.evidence(name) for name in self.asked]
-
-    @property
-    def asked(self) -> list[str]:
-        """The claims that are selected."""
-        return [name for name in CLAIMS if not self.select or name in self.select]
-
-    def replay(self, claim: str, case: Case) -> None:
-        """Run the one case that is said to break ``claim``."""
-        known = self._single.runs(stack([case]))
-        for mapped in self._mapped:
-            self._hold(mapped, known)
-
-    def _possible(self) -> Iterator[Mode]:
-        """Yield the modes that are asked for and can be run; keep why the others cannot."""
-        for mode in MODES.values():
-            replicas = mode.claim in REPLICATED and REPLICAS in self.asked
-            if mode.claim in self.parallel.exempt or not (mode.claim in self.asked or replicas):
+    def _possible(self) -> Iterator[str]:
+        """Yield the modes that are needed and can be run; keep why the others cannot."""
+        for name, mode in MODES.items():
+            for_replicas = mode.replicated and REPLICAS in self._names
+            if name in self._parallel.exempt or not (name in self._names or for_replicas):
                 continue
-            if mode.claim == UNEQUAL and self.parallel.counted_step is None:
+            if name == UNEQUAL and self._parallel.counted_step is None:
                 continue
             if mode.devices > jax.device_count():
                 reason = f"this process has {jax.device_count()} of the {mode.devices} devices"
-                self.refusals[mode.claim] = reason
-            elif mode.claim == PMAP and not has_pmap():
-                self.refusals[mode.claim] = "this release of jax has no pmap"
+                self.missing[name] = reason
+            elif name == PMAP and not has_pmap():
+                self.missing[name] = "this release of jax has no pmap"
             else:
-                yield mode
+                yield name
 
-    def _hold(self, claim: str, known: Transition) -> None:
-        """Hold every one of some stacked cases to a claim."""
-        for index in range(len(known.case.lr)):
-            t = take(known, index)
+    def run(self, plan: Profile, seed: int) -> list[Evidence]:
+        """Run every mode on every shape and return the evidence for each law, in their order.
+
+        Args:
+            plan: how much to do.
+            seed: from which the cases are drawn.
+        """
+        compile_cache.enable()
+        count = min(max(plan.examples, 8), BLOCK)
+        features = self._parallel.single.features
+        for rows in ROWS if plan.shapes > 1 else ROWS[:2]:
+            shape = rows, features[0] if features else 2
+            if self._modes(rows):
+                rng = np.random.default_rng((seed, *shape))
+                self.cases += count * len(self._modes(rows))
+                self.hold(stacked_cases(rng, shape, count, MILD))
+        for name in self._names:
+            self._simplify(name)
+        return [self.evidence(name) for name in self._names]
+
+    def hold(self, cases: Case) -> None:
+        """Run stacked cases of one shape in every mode that takes their number of rows."""
+        t = self._on_one_device(cases)
+        for mode in self._modes(cases.shape[0]):
+            if (seen := self._seen(mode, t)) is not None:
+                for law, residuals in seen.judged().items():
+                    explain = partial(_explained, law, seen)
+                    self._tallies[law].add(cases, residuals, explain)
+
+    def _modes(self, rows: int) -> list[str]:
+        """Return the modes that take a batch of so many rows."""
+        return [name for name in self._mapped if (name == UNEQUAL) == bool(rows % DEVICES)]
+
+    def _on_one_device(self, cases: Case) -> Transition:
+        """Return the transitions of stacked cases on one device, with their rounding."""
+        t = observe(self._calls, cases, ())
+        return t._replace(noise=self._bounds(t.before, cases).noise)
+
+    def _seen(self, mode: str, t: Transition) -> Seen | None:
+        """Return what a mode gives of stacked cases; None, and a violation, where it raises."""
+        outcomes = []
+        for index in range(len(t.case.seed)):
+            before, case = take((t.before, t.case), index)
             try:
-                seen = self._seen(claim, t)
+                outcome = self._mapped[mode](before, case.x, case.y, case.lr)
+                outcomes.append(jax.tree_util.tree_map(np.asarray, outcome))
             except Exception as error:  # noqa: BLE001 - whatever a user's code raises
-                self.refusals[claim] = f"it raises {first_line(error)}"
-                return
-            for each in seen:
-                self.found[each.claim].add(t.case, each)
+                reason = f"it raises {first_line(error)}"
+                self._tallies[mode] = Tally(worst=np.inf, case=case, reason=reason)
+                return None
+        return Seen(mode, *stack(outcomes), t)
 
-    def _seen(self, claim: str, t: Transition) -> list[Seen]:
-        out = self._mapped[claim](t.before, t.case.x, t.case.y, t.case.lr)
-        out = jax.tree_util.tree_map(np.asarray, out)
-        residuals = differences(out, t)
-        why = partial(explain, out, t, residuals, unequal=claim == UNEQUAL)
-        seen = [Seen(claim, max(residuals.values()), why)]
-        if claim in REPLICATED:
-            residual = float("inf") if disagreeing(out) else 0.0
-            seen.append(Seen(REPLICAS, residual, partial(explain_apart, out)))
-        return seen
-
-    def _simplify(self, claim: str, count: int) -> None:
-        """Put a simpler case in the place of the one that breaks ``claim``."""
-        found = self.found[claim]
-        showing = REPLICATED if claim == REPLICAS else (claim,)
-        by = [name for name in self._mapped if name in showing and name not in self.refusals]
-        for _ in range(ROUNDS):
-            if found.case is None or not self._simpler(found, claim, by, count):
+    def _simplify(self, law: str) -> None:
+        """Put a simpler case in the place of the one that breaks ``law``."""
+        tally = self._tallies[law]
+        for _ in range(shrink.ROUNDS):
+            if tally.case is None or not tally.mistake or not self._simpler(law, tally):
                 return
 
-    def _simpler(self, found: Found, claim: str, by: list[str], count: int) -> bool:
-        assert found.case is not None
-        candidates = sorted(simpler(found.case), key=complexity)
-        for cases, many in stacks(candidates, count):
-            known = self._single.runs(cases)
-            for index, mapped in itertools.product(range(many), by):
-                for seen in self._seen(mapped, take(known, index)):
-                    if seen.claim == claim and seen.residual > 1:
-                        mistake, reason = seen.explain()
-                        if mistake == found.mistake:
-                            found.case, found.reason = take(cases, index), reason
-                            return True
+    def _simpler(self, law: str, tally: Tally) -> bool:
+        assert tally.case is not None
+        candidates = shrink.simpler(tally.case)
+        for start in range(0, len(candidates), BLOCK):
+            t = self._on_one_device(stack(candidates[start : start + BLOCK]))
+            for mode in self._modes(tally.case.shape[0]):
+                if law != mode and not (law == REPLICAS and MODES[mode].replicated):
+                    continue
+                if (seen := self._seen(mode, t)) is None:
+                    continue
+                for index in np.flatnonzero(seen.judged()[law] > 1):
+                    mistake, reason = _explained(law, seen, int(index))
+                    if mistake == tally.mistake:
+                        tally.case, tally.reason = candidates[start + index], reason
+                        return True
         return False
 
     def evidence(self, name: str) -> Evidence:
-        """Return what was seen of one claim."""
-        claim, found = CLAIMS[name], self.found[name]
-        if name in self.parallel.exempt:
-            return claim.evidence("exempt", reason=self.parallel.exempt[name])
-        if found.case is not None:
-            return Broken(
-                claim,
-                found.reason,
-                mistake=found.mistake,
-                script=script(self.parallel, name, found.case, self.target),
-                shape=found.case.shape,
-                residual=found.worst,
-            ).evidence(found.cases)
-        refusal = self.refusals.get(name, "")
-        if refusal.startswith("it raises"):
-            return Broken(claim, refusal).evidence(0)
-        if found.cases:
-            return claim.evidence("held", cases=found.cases, residual=found.worst)
-        if name == UNEQUAL and self.parallel.counted_step is None:
-            return claim.evidence("exempt", reason="the step takes no padding: no counted_step")
-        return claim.evidence("untriggered", reason=refusal or "no case had digits to compare")
+        """Return what is known about one law."""
+        tally = self._tallies[name]
+        if name in self._parallel.exempt:
+            return Evidence.of(name, "exempt", reason=self._parallel.exempt[name])
+        if tally.case is not None:
+            return Evidence.of(
+                name,
+                "violated",
+                cases=tally.cases,
+                residual=tally.worst,
+                reason=tally.reason,
+                counterexample=Counterexample(name, tally.case, self._target, devices=True),
+                diagnosis=described(MISTAKES[tally.mistake]) if tally.mistake else None,
+                shape=tally.case.shape,
+            )
+        if tally.cases:
+            return Evidence.of(name, "held", cases=tally.cases, residual=tally.worst)
+        if name == UNEQUAL and self._parallel.counted_step is None:
+            reason = "the step takes no padding: no counted_step"
+            return Evidence.of(name, "exempt", reason=reason)
+        modes = [mode for mode in MODES if mode == name or name == REPLICAS]
+        reasons = [self.missing.get(mode) or self._tallies[mode].reason for mode in modes]
+        reason = next(filter(None, reasons), "no case had digits to compare")
+        return Evidence.of(name, "untriggered", reason=reason)
 
 
-def replay(parallel: Parallel, case: Case, claim: str) -> float:
-    """Run one case, as a counterexample's script does, and return the worst residual.
+# What a mode gave, how far that is from one device, and which mistake makes it so.
+
+
+class Seen(NamedTuple):
+    """What a mode gave of K stacked cases, beside the step on one device.
+
+    Attributes:
+        mode: the law that the mode is held to.
+        state: the states, every leaf (K, devices, ...).
+        info: losses and gradients, likewise.
+        t: the transitions on one device, every leaf (K, ...), with their rounding.
+    """
+
+    mode: str
+    state: Any
+    info: Any
+    t: Transition
+
+    def judged(self) -> dict[str, Residuals]:
+        """Return law -> residuals, (K,)."""
+        x = np.abs(self.t.case.x).max(axis=(1, 2))
+        faint = (x > 0) & (x < FAINT)  # whole chains of values are flushed to zero
+        worst = np.max([*self.parts().values()], axis=0)
+        found = {self.mode: when(~faint, worst)}
+        if MODES[self.mode].replicated:
+            found[REPLICAS] = holds_if(~np.any([*self.disagreeing().values()], axis=0))
+        return found
+
+    def parts(self) -> dict[str, Residuals]:
+        """Return part of the outcome -> its worst error over the devices, (K,).
+
+        Loss and gradients are compared by their mean over the devices: a step may report those of
+        its shard or of the whole batch.
+        """
+        noise = self.t.noise
+        found = {
+            name: self._apart(getattr(self.state, name), getattr(self.t.after, name), allowed)
+            for name, allowed in noise.state._asdict().items()
+            if name != "extra"
+        }
+        for name, allowed in noise.info._asdict().items():
+            reported, expected = getattr(self.info, name), getattr(self.t.info, name)
+            if reported is not None and expected is not None:
+                mean = jax.tree_util.tree_map(_mean_of_devices, reported)
+                found[name] = self._apart(mean, expected, allowed)
+        return found
+
+    def _apart(self, actual: Tree, expected: Tree, noise: Tree) -> Residuals:
+        """Return the worst error on any device, (K,): each of the two runs may err by the noise."""
+
+        def on_each(leaf: Any) -> Any:
+            return np.repeat(leaf[:, None], devices, axis=1)
+
+        devices = next((leaf.shape[1] for leaf in jax.tree_util.tree_leaves(actual)), 1)
+        expected, noise = jax.tree_util.tree_map(on_each, (expected, noise))
+        with np.errstate(all="ignore"):  # what is not finite is not compared
+            found = within_noise(actual, expected, noise)
+        residuals: Residuals = np.broadcast_to(found, self.t.case.seed.shape)
+        return residuals
+
+    def off(self, part: str, index: int) -> list[str]:
+        """Return the paths in a part of the state that are off in one case."""
+        trees = (getattr(each, part) for each in (self.state, self.t.after, self.t.noise.state))
+        rows = [jax.tree_util.tree_flatten_with_path(tree)[0] for tree in trees]
+        return [
+            path_name(path)
+            for (path, *leaves) in ((row[0][0], *(leaf for _, leaf in row)) for row in zip(*rows))
+            if self._apart(*leaves)[index] > 1
+        ]
+
+    def disagreeing(self) -> dict[str, npt.NDArray[np.bool_]]:
+        """Return path of a leaf of the state -> whether devices disagree about it, (K,)."""
+        leaves = jax.tree_util.tree_flatten_with_path(self.state)[0]
+        return {path_name(path): _disagree(leaf) for path, leaf in leaves}
+
+
+def _mean_of_devices(leaf: Any) -> Any:
+    return np.mean(leaf, axis=1, keepdims=True, dtype=np.float64).astype(leaf.dtype)
+
+
+def _disagree(leaf: Any) -> npt.NDArray[np.bool_]:
+    """Return whether the bits of a leaf, (K, devices, ...), differ between devices, (K,)."""
+    cases, devices = leaf.shape[:2]
+    bits = np.ascontiguousarray(leaf.reshape(cases, devices, -1)).view(np.uint8)
+    differ: npt.NDArray[np.bool_] = np.any(bits != bits[:, :1], axis=(1, 2))
+    return differ
+
+
+def _explained(law: str, seen: Seen, index: int) -> tuple[str, str]:
+    """Return the most likely mistake behind one case, and in what its outcome differs."""
+    apart = [path for path, differ in seen.disagreeing().items() if differ[index]]
+    statistics = any(path.startswith("batch_stats") for path in apart)
+    if law == REPLICAS:
+        mistake = "statistics_not_synchronised" if statistics else "gradients_not_synchronised"
+        return mistake, f"{', '.join(apart[:3])} differs between devices"
+    off = {name: part[index] for name, part in seen.parts().items() if part[index] > 1}
+    reason = "; ".join(
+        f"{name} off by {by:.3g} times the error allowed" for name, by in off.items()
+    )
+    if law == UNEQUAL:
+        return ("unequal_shards" if "batch_stats" in off else "mean_of_means"), reason
+    if statistics:
+        return "statistics_not_synchronised", reason
+    if "batch_stats" in off:  # in averaged variances the spread of the means is missing
+        only = {path.rpartition("/")[2] for path in seen.off("batch_stats", index)}
+        return ("variances_averaged" if only == {"var"} else "statistics_not_synchronised"), reason
+    if any(path.startswith("params") for path in apart):
+        return "gradients_not_synchronised", reason
+    if list(off) == ["loss"]:
+        return "mean_of_means", reason
+    return ("gradients_summed" if _is_summed(seen, index) else "wrong_gradient"), reason
+
+
+def _is_summed(seen: Seen, index: int) -> bool:
+    """Return whether params moved as many times as far as there are devices, within a tenth."""
+
+    def moved(after: Any) -> float:
+        was = jax.tree_util.tree_leaves(seen.t.before.params)
+        pairs = zip(jax.tree_util.tree_leaves(after), was, strict=True)
+        return float(sum(np.sum((wide(now) - then)[index] ** 2) for now, then in pairs)) ** 0.5
+
+    first = jax.tree_util.tree_map(lambda leaf: leaf[:, 0], seen.state.params)
+    right = moved(seen.t.after.params)
+    return bool(right > 0 and abs(moved(first) / right - DEVICES) < 0.1 * DEVICES)
+
+
+# A process of its own.
+
+
+def on_devices(
+    targets: Sequence[str], plan: Profile, seed: int, names: Collection[str]
+) -> dict[str, tuple[list[Evidence], int]]:
+    """Check steps in one process with simulated devices: target -> evidence, and how many cases.
+
+    Args:
+        targets: ``package.module:name`` or ``path/file.py:name``, each a Parallel or a function
+            that makes one.
+        plan: how much to do.
+        seed: from which the cases are drawn.
+        names: names of laws of many devices.
 
     Raises:
-        Broken: the case breaks the claim.
-        ValueError: no claim has that name.
+        Unusable: nothing can be made of a target, or the process ended without an answer.
     """
-    if claim not in CLAIMS:
-        raise ValueError(f"no claim about data-parallel steps is named {claim!r}")
-    check = Check(parallel, select=(claim,))
-    check.replay(claim, case)
-    evidence = check.evidence(claim)
-    if evidence.status == "violated":
-        found = check.found[claim]
-        raise Broken(CLAIMS[claim], evidence.reason, mistake=found.mistake, residual=found.worst)
-    return check.found[claim].worst
+    asked = {"targets": list(targets), "plan": asdict(plan), "seed": seed, "names": list(names)}
+    code = f"import sys; from {__name__} import answer; answer(*sys.argv[1:])"
+    with tempfile.TemporaryDirectory(prefix="bnverify-") as folder:
+        file = Path(folder) / "evidence.json"
+        try:
+            done = subprocess.run(  # noqa: S603 - this interpreter, this module
+                [sys.executable, "-c", code, json.dumps(asked), str(file)],
+                env=environment(),
+                capture_output=True,
+                text=True,
+                timeout=TIME_LIMIT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise Unusable(
+                f"the process with {DEVICES} devices did not end within {TIME_LIMIT:g} s"
+            ) from error
+        if not file.exists():
+            said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+            raise Unusable(f"the process with {DEVICES} devices ended without an answer: {said}")
+        found = json.loads(file.read_text(encoding="utf-8"))
+    if "refused" in found:
+        raise Unusable(found["refused"])
+    return {
+        target: ([Evidence.from_json(each) for each in part["results"]], part["cases"])
+        for target, part in found.items()
+    }
+
+
+def environment() -> dict[str, str]:
+    """Return this process's environment with the simulated devices in it, on the CPU."""
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(FLAG)]
+    here = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (os.getcwd(), here, os.environ.get("PYTHONPATH", ""))))
+    return {
+        **os.environ,
+        "XLA_FLAGS": " ".join([*flags, f"{FLAG}={DEVICES}"]),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": path,
+    }
+
+
+def find(target: str) -> Parallel:
+    """Return the data-parallel step that ``target`` names.
+
+    Raises:
+        Unusable: it names none.
+    """
+    made = load(target)
+    if not isinstance(made, Parallel):
+        raise Unusable(f"{target} is no bnverify.Parallel, nor a function that makes one")
+    return made
+
+
+def answer(asked: str, file: str) -> None:
+    """Check each target in this process and write what was found; ``on_devices`` reads it."""
+    given = json.loads(asked)
+    plan = Profile(**{**given["plan"], "large": tuple(given["plan"]["large"])})
+    found: dict[str, Any] = {}
+    try:
+        for target in given["targets"]:
+            check = Check(find(target), given["names"], target)
+            results = [each.to_json() for each in check.run(plan, given["seed"])]
+            found[target] = {"results": results, "cases": check.cases}
+    except Unusable as error:
+        found = {"refused": str(error)}
+    Path(file).write_text(json.dumps(found), encoding="utf-8")

@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bnverify.evidence import DEVICES
 from bnverify.lazy import jax
-from bnverify.parallel.compat import shard_map
-from bnverify.parallel.subject import DEVICES, Parallel
+from bnverify.parallel.subject import Parallel
 
 Mapped = Callable[..., Any]
+"""``(state, x, y, lr) -> (State, StepInfo)``, every leaf with a leading axis over the devices."""
 
 
 class Mode(NamedTuple):
     """A way to map a step over devices.
 
     Attributes:
-        claim: the claim that it is held to.
-        make: Parallel -> ``(state, x, y, lr) -> (State, StepInfo)``, every leaf with a leading
-            axis over the devices.
+        make: from a step to its mapped form.
         devices: how many devices it needs.
+        replicated: whether every device has a state of its own.
     """
 
-    claim: str
     make: Callable[[Parallel], Mapped]
-    devices: int
+    devices: int = DEVICES
+    replicated: bool = False
 
 
 def by_vmap(parallel: Parallel) -> Mapped:
     """Return the step under ``jax.vmap`` with an axis name, compiled."""
     mapped = jax.jit(jax.vmap(parallel.step, in_axes=(None, 0, 0, None), axis_name=parallel.axis))
     return lambda state, x, y, lr: mapped(state, split(x), split(y), lr)
+
+
+def has_pmap() -> bool:
+    """Return whether this release still has ``jax.pmap``."""
+    return getattr(jax, "pmap", None) is not None
 
 
 def by_pmap(parallel: Parallel) -> Mapped:
@@ -59,6 +65,34 @@ def by_shard_map(parallel: Parallel) -> Mapped:
     return mapped
 
 
+def shard_map(function: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Any:
+    """Return ``function`` mapped over the shards of a mesh, without checked replication.
+
+    ``jax.shard_map`` with ``check_vma`` from jax 0.6.2, where ``jax.experimental.shard_map`` with
+    ``check_rep`` was before. Unchecked, a gradient inside is the shard's own and the user's pmean
+    takes the mean, as under ``pmap``; checked, newer releases sum it already.
+    """
+    new: Any = getattr(jax, "shard_map", None)
+    if new is not None:
+        return new(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    old: Any = import_module("jax.experimental.shard_map").shard_map
+    return old(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_rep=False)
+
+
+def by_shardings(parallel: Parallel) -> Mapped:
+    """Return the whole step under ``jax.jit`` with its batch sharded and the rest on all devices."""
+    spec = jax.sharding.PartitionSpec
+    mesh = _mesh(parallel.axis)
+    shared = jax.sharding.NamedSharding(mesh, spec())
+    sharded = jax.sharding.NamedSharding(mesh, spec(parallel.axis))
+    jitted = jax.jit(
+        parallel.sharded_step or parallel.single.step,
+        in_shardings=(shared, sharded, sharded, shared),
+        out_shardings=shared,
+    )
+    return lambda *args: jax.tree_util.tree_map(lambda leaf: np.asarray(leaf)[None], jitted(*args))
+
+
 def by_counts(parallel: Parallel) -> Mapped:
     """Return the step with padding under ``jax.vmap``, its batch padded to shards of equal size.
 
@@ -78,25 +112,6 @@ def by_counts(parallel: Parallel) -> Mapped:
     return run
 
 
-def by_shardings(parallel: Parallel) -> Mapped:
-    """Return the whole step under ``jax.jit`` with its batch sharded and the rest on all devices."""
-    spec = jax.sharding.PartitionSpec
-    mesh = _mesh(parallel.axis)
-    shared = jax.sharding.NamedSharding(mesh, spec())
-    sharded = jax.sharding.NamedSharding(mesh, spec(parallel.axis))
-    step = parallel.sharded_step or parallel.single.step
-    jitted = jax.jit(
-        step,
-        in_shardings=(shared, sharded, sharded, shared),
-        out_shardings=shared,
-    )
-
-    def run(*args: Any) -> Any:
-        return jax.tree_util.tree_map(lambda leaf: np.asarray(leaf)[None], jitted(*args))
-
-    return run
-
-
 def _mesh(axis: str) -> Any:
     return jax.sharding.Mesh(np.array(jax.devices()[:DEVICES]), (axis,))
 
@@ -106,10 +121,14 @@ def split(rows: Any) -> Any:
     return rows.reshape(DEVICES, -1, *rows.shape[1:])
 
 
+PMAP = "pmap_equals_one_device"
+UNEQUAL = "unequal_shards_equal_one_device"
+
 MODES = {
-    "vmap": Mode("vmap_with_an_axis_equals_one_device", by_vmap, 1),
-    "pmap": Mode("pmap_equals_one_device", by_pmap, DEVICES),
-    "shard_map": Mode("shard_map_equals_one_device", by_shard_map, DEVICES),
-    "jit": Mode("jit_with_shardings_equals_one_device", by_shardings, DEVICES),
-    "counts": Mode("unequal_shards_equal_one_device", by_counts, 1),
+    "vmap_with_an_axis_equals_one_device": Mode(by_vmap, devices=1),
+    PMAP: Mode(by_pmap, replicated=True),
+    "shard_map_equals_one_device": Mode(by_shard_map, replicated=True),
+    "jit_with_shardings_equals_one_device": Mode(by_shardings),
+    UNEQUAL: Mode(by_counts, devices=1),
 }
+"""Law -> the mode that it holds to the step on one device."""

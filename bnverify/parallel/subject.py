@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 
 from bnverify.subject import State, StepInfo, Subject
 
-DEVICES = 4
-"""How many a step is mapped over."""
-
 
 @dataclass(frozen=True)
 class Parallel:
@@ -25,7 +22,7 @@ class Parallel:
             (n,) are 1 for rows that count and 0 for the others. None: it takes no padding.
         sharded_step: the whole step as it is given to ``jax.jit`` with a sharded batch; None:
             the single-device step itself, which JAX splits.
-        exempt: claim -> why it does not apply.
+        exempt: law name -> why the law does not apply.
     """
 
     name: str

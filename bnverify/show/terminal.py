@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
@@ -14,11 +14,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from bnverify.checking.claims import CLAIMS, FAMILIES
+from bnverify.laws import FAMILIES, LAWS
 from bnverify.show.matrix import LEGEND, matrix, scope
 from bnverify.show.symbols import STYLES, Symbols, symbols
 
 if TYPE_CHECKING:
+    from bnverify.check import Event, Listener
     from bnverify.evidence import Evidence, Report
 
 
@@ -33,7 +34,7 @@ def show(report: Report, file: TextIO | None = None) -> None:
 
 
 @contextmanager
-def progress(name: str) -> Iterator[Callable[[str, int, Evidence | None], None] | None]:
+def progress(name: str) -> Iterator[Listener | None]:
     """Show on standard error what a check is doing; nothing where that is no terminal.
 
     Args:
@@ -42,6 +43,8 @@ def progress(name: str) -> Iterator[Callable[[str, int, Evidence | None], None] 
     Yields:
         What to give to ``verify`` as its listener.
     """
+    from bnverify.check import LawJudged, PhaseStarted  # loads jax, which --help does without
+
     console = Console(stderr=True)
     if not console.is_terminal or console.is_dumb_terminal:
         yield None
@@ -50,12 +53,12 @@ def progress(name: str) -> Iterator[Callable[[str, int, Evidence | None], None] 
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(escape(name))
 
-        def listener(doing: str, cases: int, evidence: Evidence | None) -> None:
-            if doing:
-                seen = f", {count(cases)} cases" if cases else ""
-                bar.update(task, description=escape(f"{name}: {doing}{seen}"))
-            elif evidence is not None and evidence.status == "violated":
-                bar.console.print(f"violated: {evidence.law}", style=STYLES["violated"])
+        def listener(event: Event) -> None:
+            if isinstance(event, PhaseStarted):
+                seen = f", {count(event.cases)} cases" if event.cases else ""
+                bar.update(task, description=escape(f"{name}: {event.phase}{seen}"))
+            elif isinstance(event, LawJudged) and event.evidence.status == "violated":
+                bar.console.print(f"violated: {event.evidence.law}", style=STYLES["violated"])
 
         yield listener
 
@@ -144,8 +147,8 @@ class Screen:
         self._print()
         title = f"{self._symbols.rule * 2} {sign} {evidence.law} "
         self._print(title.ljust(self._console.width, self._symbols.rule), style="bold red")
-        if evidence.law in CLAIMS:
-            self._print(CLAIMS[evidence.law].claim)
+        if evidence.law in LAWS:
+            self._print(LAWS[evidence.law].claim)
         self._print(evidence.reason)
         if evidence.diagnosis:
             self._print(f"Usually: {evidence.diagnosis}")
@@ -153,7 +156,7 @@ class Screen:
             self._print("To see it, paste into Python:")
             self._print()
             # Neither wrapped nor indented: it must still run when pasted.
-            self._console.print(Text(evidence.counterexample.rstrip()), soft_wrap=True)
+            self._console.print(Text(evidence.counterexample.script.rstrip()), soft_wrap=True)
 
     def _summary(self, report: Report) -> None:
         suspects = Counter(

@@ -21,7 +21,7 @@ from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from bnverify.checking.claims import CLAIMS
+from bnverify.laws import LAWS
 from bnverify.unusable import Unusable, cause, did_you_mean
 
 
@@ -93,9 +93,9 @@ def _entry(entry: Any, where: str) -> KnownFailure:
     texts = [*(entry[name] for name in names[:-1]), *versions]
     if not all(isinstance(text, str) for text in texts):
         raise Unusable(f"{where} must hold strings alone")
-    if entry["law"] not in CLAIMS:
+    if entry["law"] not in LAWS:
         raise Unusable(
-            f"{where}: no law is named {entry['law']!r}{did_you_mean(entry['law'], CLAIMS)}"
+            f"{where}: no law is named {entry['law']!r}{did_you_mean(entry['law'], LAWS)}"
         )
     for text in versions:
         try:

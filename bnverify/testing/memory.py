@@ -10,6 +10,8 @@ import json
 
 from hypothesis import settings
 
+from bnverify.evidence import Evidence
+
 
 class Memory:
     """What the example database holds of the failure of one test.
@@ -23,21 +25,20 @@ class Memory:
         self._database = settings().database
         self._key = b"bnverify/" + hashlib.sha256(nodeid.encode()).hexdigest()[:32].encode()
 
-    def recall(self) -> tuple[str, str] | None:
-        """Return the message and the script of the last failure; of several, any."""
+    def recall(self) -> Evidence | None:
+        """Return the evidence of the last failure; of several, any."""
         for value in sorted(self._database.fetch(self._key)) if self._database else ():
             try:
-                found = json.loads(value)
-                return str(found["message"]), str(found["script"])
+                return Evidence.from_json(json.loads(value))
             except (ValueError, TypeError, KeyError):  # nothing of ours, or of another release
                 continue
         return None
 
-    def keep(self, message: str, script: str | None) -> None:
-        """Remember a failure in the place of an older one."""
-        if self._database and script:
+    def keep(self, evidence: Evidence) -> None:
+        """Remember the evidence of a failure in the place of an older one."""
+        if self._database and evidence.counterexample:
             self.forget()
-            text = json.dumps({"message": message, "script": script}, sort_keys=True)
+            text = json.dumps(evidence.to_json(), sort_keys=True)
             self._database.save(self._key, text.encode())
 
     def forget(self) -> None:

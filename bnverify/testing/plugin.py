@@ -107,7 +107,7 @@ def _shard(text: str) -> Any:
 
 
 def _mark_known(items: list[pytest.Item], entries: tuple[KnownFailure, ...]) -> None:
-    from bnverify.engine.counterexample import Violation
+    from bnverify.evidence import Violation
     from bnverify.testing.suite import KNOWN
 
     known = {(entry.law, entry.subject): entry for entry in entries if entry.applies}
@@ -169,7 +169,7 @@ def pytest_runtest_makereport(
     report = yield
     mark = item.get_closest_marker("bnverify")
     if mark is not None and call.excinfo is not None and report.failed:
-        from bnverify.engine.counterexample import Violation
+        from bnverify.evidence import Violation
 
         if isinstance(call.excinfo.value, Violation):
             report.longrepr = call.excinfo.getrepr(style="value")

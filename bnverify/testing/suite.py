@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bnverify import flax_module
-from bnverify.checking.claims import CLAIMS, LIFE, PARALLEL
 from bnverify.laws import LAWS
 from bnverify.lifetime.checkpoint import Lived, subject_of
 from bnverify.parallel.subject import Parallel
@@ -57,7 +56,8 @@ def suite(
     group = pytest.mark.xdist_group(f"bnverify-{next(_GROUPS)}")
     laws = [
         pytest.param(name, marks=[pytest.mark.bnverify(law=name, subject=check), group], id=name)
-        for name in (*LAWS, *LIFE, *(PARALLEL if isinstance(subject, Parallel) else ()))
+        for name, law in LAWS.items()
+        if law.family != "parallel" or isinstance(subject, Parallel)
     ]
 
     @pytest.mark.parametrize("law", laws)
@@ -125,40 +125,39 @@ class Check:
             Violation: the law is violated.
         """
         __tracebackhide__ = True
-        from bnverify.engine.counterexample import Violation
+        from bnverify.evidence import Violation
         from bnverify.testing.memory import Memory
 
         memory = Memory(request.node.nodeid)
-        message = self._replay(law, memory)
-        if message is None:
-            evidence = self._checked(request)[law]
-            if evidence.status in {"untriggered", "exempt"}:
-                reason = f"{evidence.status}: {evidence.reason}"
-                if request.node.get_closest_marker("xfail") is not None:
-                    pytest.fail(f"known to fail, but {reason}", pytrace=False)
-                pytest.skip(reason)
-            if evidence.status == "violated":
-                message = described(evidence)
-                if evidence.family != "parallel":  # a replay would need four devices
-                    memory.keep(message, evidence.counterexample)
-        if message is not None:
-            raise Violation(message)
+        evidence = self._replay(memory)
+        if evidence is not None:
+            note = "(the case of the last run, tried first; it fails as before)"
+            raise Violation(evidence, note)
+        evidence = self._checked(request)[law]
+        if evidence.status in {"untriggered", "exempt"}:
+            reason = f"{evidence.status}: {evidence.reason}"
+            if request.node.get_closest_marker("xfail") is not None:
+                pytest.fail(f"known to fail, but {reason}", pytrace=False)
+            pytest.skip(reason)
+        if evidence.status == "violated":
+            if evidence.family != "parallel":  # a replay would need four devices
+                memory.keep(evidence)
+            raise Violation(evidence)
 
-    def _replay(self, law: str, memory: Memory) -> str | None:
-        """Return what was remembered of the last run, if its case still violates ``law``."""
+    def _replay(self, memory: Memory) -> Evidence | None:
+        """Return what was remembered of the last run, if its case still violates the law."""
         from bnverify import compile_cache
-        from bnverify.checking.replay import again
-        from bnverify.engine.counterexample import Violation
+        from bnverify.check import show_again
+        from bnverify.evidence import Violation
 
         remembered = memory.recall()
-        if remembered is None:
+        if remembered is None or remembered.counterexample is None:
             return None
-        message, script = remembered
         compile_cache.enable()
         try:
-            again(self.subject, law, script)
+            show_again(self.subject, remembered.counterexample)
         except Violation:
-            return f"{message}\n\n(the case of the last run, tried first; it fails as before)"
+            return remembered
         except Exception:  # noqa: BLE001 - a case for a subject that has since changed its shape
             memory.forget()
         else:
@@ -181,7 +180,7 @@ class Check:
         return self._report
 
     def _verify(self, request: pytest.FixtureRequest) -> Report:
-        from bnverify.checking.verify import verify
+        from bnverify.check import verify
 
         settings = Settings.of(request.config)
         path = os.path.relpath(request.node.path)
@@ -197,14 +196,3 @@ class Check:
         """Return the laws that this run asks about: what -k leaves out costs nothing."""
         marks = (item.get_closest_marker("bnverify") for item in items)
         return [mark.kwargs["law"] for mark in marks if mark and mark.kwargs["subject"] is self]
-
-
-def described(evidence: Evidence) -> str:
-    """Return the message of a failed test."""
-    parts = [f"{evidence.law}: {CLAIMS[evidence.law].claim}", evidence.reason]
-    if evidence.diagnosis:
-        parts.append(f"Usually: {evidence.diagnosis}")
-    text = "\n".join(parts)
-    if evidence.counterexample:
-        text += f"\nTo see it, paste into Python:\n\n{evidence.counterexample.rstrip()}"
-    return text

@@ -6,9 +6,13 @@ A recording holds them where they can be had: jax 0.4.30 and later, Python 3.11 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from bnverify import proof
+    from bnverify.laws import Law
 
 BLOCK = 128
 
@@ -24,17 +28,18 @@ def verdicts(subject: Any, shape: tuple[int, int], seed: int) -> tuple[dict[str,
     Raises:
         Exception: whatever keeps the laws from running here; the recording goes without.
     """
-    from bnverify.engine import proof
-    from bnverify.engine.judge import exemption, shown_by
-    from bnverify.laws import LAWS
+    from bnverify import proof
+    from bnverify.laws import STEP_LAWS
 
     reading = proof.read(subject)
     found: dict[str, Any] = {}
     abstract = reading.abstract
-    shown = shown_by(subject, abstract, reading.probe) if abstract is not None else None
+    shown = None
+    if abstract is not None:
+        shown = proof.capabilities(subject, abstract, reading.probe)
     running = []
-    for law in LAWS.values():
-        if shown is not None and exemption(law, subject, shown) is not None:
+    for law in STEP_LAWS.values():
+        if shown is not None and proof.exemption(law, subject, shown) is not None:
             found[law.name] = {"status": "exempt", "residual": None}
         elif law.kind == "structure":
             evidence = proof.judge_structure(law, reading)
@@ -43,8 +48,8 @@ def verdicts(subject: Any, shape: tuple[int, int], seed: int) -> tuple[dict[str,
             found[law.name] = {"status": "proved", "residual": None}
         elif law.kind == "residual":
             running.append(law)
-    if abstract is not None:
-        found.update(_stacked(subject, abstract, running, shape, seed))
+    if reading.traced is not None:
+        found.update(_stacked(reading, running, shape, seed))
     flows = reading.influence
     influence = (
         {}
@@ -60,22 +65,20 @@ def verdicts(subject: Any, shape: tuple[int, int], seed: int) -> tuple[dict[str,
 
 
 def _stacked(
-    subject: Any, abstract: Any, laws: list[Any], shape: tuple[int, int], seed: int
+    reading: proof.Reading, laws: list[Law], shape: tuple[int, int], seed: int
 ) -> dict[str, Any]:
-    from bnverify.case import Domain
-    from bnverify.engine.judge import Judge, judged, static_facts
-    from bnverify.engine.volume import NEEDS, Volume
+    from bnverify.profile import Profile
+    from bnverify.runs import Runner
+    from bnverify.stacks import stacked_cases
 
-    chosen = judged(laws, NEEDS)
-    if not chosen:
-        return {}
-    judge = Judge(subject, static_facts(subject, abstract), BLOCK)
-    volume = Volume(subject, chosen, judge, domain=Domain())
+    assert reading.traced is not None
+    plan = Profile("recording", block=BLOCK)
+    runner = Runner(reading.traced.tracer, reading.abstract, laws, plan)
+    cases = stacked_cases(np.random.default_rng(seed), shape, BLOCK)
     found = {}
-    for _, residuals in volume.blocks(shape, 1, np.random.default_rng(seed)):
-        for name, values in residuals.items():
-            worst = float(np.max(np.nan_to_num(values, nan=np.inf)))
-            status = "violated" if worst > 1 else "held" if worst >= 0 else "untriggered"
-            residual = None if status == "untriggered" else worst if math.isfinite(worst) else None
-            found[name] = {"status": status, "residual": residual}
+    for name, values in runner.residuals(cases).items():
+        worst = float(np.max(np.nan_to_num(values, nan=np.inf)))
+        status = "violated" if worst > 1 else "held" if worst >= 0 else "untriggered"
+        residual = None if status == "untriggered" else worst if math.isfinite(worst) else None
+        found[name] = {"status": status, "residual": residual}
     return found

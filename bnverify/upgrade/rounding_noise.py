@@ -6,13 +6,11 @@ to compare; NaN, where it is not known, because the program holds something that
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnverify.jaxpr.rounding import rounding
 from bnverify.lazy import jax
 from bnverify.unusable import first_line
 from bnverify.upgrade.leaves import named
@@ -52,16 +50,9 @@ class Noise:
             abstract = jax.tree_util.tree_map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked
             )
-            reading = _rounding()(self._function, *abstract)  # in 32 bits, as the step runs
-            self._ready[key] = reading, None
-        reading, program = self._ready[key]
-        from bnverify import compat
-
-        with compat.enable_x64():
-            if program is None:
-                program = _compile(lambda *args: reading.evaluate(*args).noise, stacked)
-                self._ready[key] = reading, program
-            noise = program(*stacked)
+            self._ready[key] = rounding(self._function, *abstract)
+        reading = self._ready[key]
+        noise = reading.evaluate(*stacked).noise
         unknown = bool(reading.unknown)
 
         def plain(value: Any) -> Any:
@@ -77,28 +68,3 @@ class Noise:
 def named_noise(tree: Any, prefix: str) -> dict[str, Any]:
     """Return path -> noise; nothing for a tree that was not read."""
     return {} if tree is None else named(tree, prefix)
-
-
-def _compile(function: Callable[..., Any], stacked: Any) -> Any:
-    from bnverify import compat
-    from bnverify.compiled import QUICK
-
-    lowered = jax.jit(jax.vmap(function)).lower(*stacked)
-    return lowered.compile(compiler_options=compat.compiler_options(**QUICK))
-
-
-def _rounding() -> Callable[..., Any]:
-    without_export()
-    rounding: Callable[..., Any] = import_module("bnverify.jaxpr.rounding").rounding
-    return rounding
-
-
-def without_export() -> None:
-    """Let ``bnverify.jaxpr`` be imported where jax has no ``jax.export`` yet: before 0.4.30.
-
-    It imports that for symbolic sizes, which neither rounding nor the adapters need.
-    """
-    try:
-        import_module("jax.export")
-    except ImportError:
-        sys.modules["jax.export"] = ModuleType("jax.export")

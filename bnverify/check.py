@@ -1,0 +1,438 @@
+"""Hold a training step to the laws: proofs first, then cases, then its state's life, then many devices.
+
+:func:`verify` makes one report. :class:`Check` makes as many as are asked, of one subject: what one
+run traced and compiled, the next one uses. Whoever listens is told of progress by events.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import metadata
+from typing import Any, TypeAlias
+
+from bnverify import compile_cache, deadline, proof
+from bnverify.case import Case
+from bnverify.diagnose import diagnosed
+from bnverify.evidence import Counterexample, Evidence, Report, Violation
+from bnverify.laws import FAMILIES, LAWS, STEP_LAWS, Law
+from bnverify.lifetime.check import Lives
+from bnverify.lifetime.checkpoint import Lived, subject_of
+from bnverify.lifetime.life import Life
+from bnverify.parallel import check as devices
+from bnverify.parallel.subject import Parallel
+from bnverify.profile import Profile, named
+from bnverify.pytree import stack
+from bnverify.remarks import remarks
+from bnverify.runs import Run, Runner
+from bnverify.subject import Subject
+from bnverify.target import Target
+from bnverify.unusable import Unusable, did_you_mean
+
+READ_ONLY = "only the traced step was read"
+STOPPED = "stopped at a violation"
+
+
+@dataclass(frozen=True)
+class Started:
+    """A check begins.
+
+    Attributes:
+        subject: its name.
+        laws: the names of the laws that are checked.
+    """
+
+    subject: str
+    laws: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PhaseStarted:
+    """Something else is being done from now on.
+
+    Attributes:
+        phase: what.
+        cases: how many cases were run so far.
+    """
+
+    phase: str
+    cases: int
+
+
+@dataclass(frozen=True)
+class LawJudged:
+    """The evidence for a law is known.
+
+    Attributes:
+        evidence: without the diagnosis, which takes all laws.
+    """
+
+    evidence: Evidence
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A check is over.
+
+    Attributes:
+        report: what is known.
+    """
+
+    report: Report
+
+
+Event: TypeAlias = Started | PhaseStarted | LawJudged | Finished
+Listener: TypeAlias = Callable[[Event], None]
+
+
+def choose(
+    select: Collection[str], ignore: Collection[str], *, parallel: bool = False
+) -> list[str]:
+    """Return the names of the laws that are selected, by name or family, and not ignored.
+
+    Args:
+        select: names of laws and families, or one name; empty: all that are about the step.
+        ignore: names of laws and families, or one name.
+        parallel: whether the step is one for many devices; otherwise the laws about those must be
+            selected to be answered.
+
+    Raises:
+        Unusable: naming what is neither a law nor a family.
+    """
+    select, ignore = ([n] if isinstance(n, str) else n for n in (select, ignore))
+    for name in (*select, *ignore):
+        if name not in LAWS and name not in FAMILIES:
+            close = did_you_mean(name, (*LAWS, *FAMILIES)) or "; see `bnverify list`"
+            raise Unusable(f"no law or family is named {name!r}{close}")
+    chosen = set(select) or {each for each in FAMILIES if each != "parallel" or parallel}
+    return [
+        name
+        for name, law in LAWS.items()
+        if {name, law.family} & chosen and not {name, law.family} & set(ignore)
+    ]
+
+
+def guarded(what: Target, seconds: float) -> Target:
+    """Return ``what`` with a limit on each call of its step's functions; see ``deadline.guard``."""
+    if isinstance(what, Parallel):
+        return replace(what, single=deadline.guard(what.single, seconds))
+    if isinstance(what, Lived):
+        return replace(what, subject=deadline.guard(what.subject, seconds))
+    return deadline.guard(what, seconds)
+
+
+class Check:
+    """Holds a training step to the laws, as often as is asked.
+
+    Args:
+        what: see :func:`verify`, and so the others.
+        profile: how much to do.
+        select: names of laws or families to check.
+        ignore: names of laws or families to leave out.
+        proofs_only: read the traced step and run nothing.
+        target: how counterexamples name it.
+
+    Raises:
+        ValueError: naming an unknown profile, law or family.
+    """
+
+    def __init__(
+        self,
+        what: Target,
+        profile: str | Profile = "ci",
+        *,
+        select: Collection[str] = (),
+        ignore: Collection[str] = (),
+        proofs_only: bool = False,
+        target: str | None = None,
+    ) -> None:
+        self._what = what
+        self._subject = subject_of(what)
+        self._plan = named(profile)
+        self._chosen = choose(select, ignore, parallel=isinstance(what, Parallel))
+        self._laws = [LAWS[name] for name in self._chosen if name in STEP_LAWS]
+        self._proofs_only = proofs_only
+        self._target = target
+
+    def run(
+        self,
+        seed: int = 0,
+        *,
+        fail_fast: bool = False,
+        listener: Listener | None = None,
+    ) -> Report:
+        """Return what is known about each law.
+
+        Args:
+            seed: from which all cases are drawn; the same seed gives the same report.
+            fail_fast: stop at the first proofs or stack of cases that show a violation.
+            listener: told of progress.
+
+        Raises:
+            Unusable: the seed is no whole number of at least 0.
+        """
+        if not hasattr(seed, "__index__") or seed < 0:
+            raise Unusable(f"seed must be a whole number, at least 0, got {seed!r}")
+        started = time.perf_counter()
+        tell: Listener = listener or (lambda event: None)
+        tell(Started(self._what.name, tuple(self._chosen)))
+        known: dict[str, Evidence] = {}
+        cases, notes = 0, []
+
+        def settle(evidence: Evidence) -> None:
+            known[evidence.law] = evidence
+            tell(LawJudged(evidence))
+
+        def phase(name: str, done: int = 0) -> None:
+            tell(PhaseStarted(name, cases + done))
+
+        def idle() -> str:
+            if self._proofs_only:
+                return READ_ONLY
+            broken = any(evidence.status == "violated" for evidence in known.values())
+            return STOPPED if fail_fast and broken else ""
+
+        if self._laws:
+            phase("tracing")
+            for evidence in self._proved:
+                settle(evidence)
+            notes += self._notes
+        for runner in self._runners if self._laws else ():
+            if reason := idle():
+                for law in runner.laws:
+                    settle(Evidence.of(law.name, "untriggered", reason=reason))
+                continue
+            compile_cache.enable()
+            run: Run = runner.run(seed, phase, fail_fast=fail_fast)
+            cases += run.cases
+            notes += run.notes
+            for evidence in run.evidence(self._target):
+                settle(self._explained(evidence))
+        for family, part in (("life", self._lived), ("parallel", self._mapped)):
+            names = [name for name in self._chosen if LAWS[name].family == family]
+            if not names:
+                continue
+            if reason := idle():
+                found, more = [Evidence.of(n, "untriggered", reason=reason) for n in names], 0
+            else:
+                phase("the life of the state" if family == "life" else "many devices")
+                found, more = part(names, seed)
+            cases += more
+            for evidence in found:
+                settle(evidence)
+        report = Report(
+            subject=self._what.name,
+            profile=self._plan.name,
+            seed=seed,
+            results=tuple(diagnosed([known[name] for name in self._chosen])),
+            cases=cases,
+            seconds=time.perf_counter() - started,
+            versions=versions(),
+            influence=_matrix(self._reading) if self._laws else {},
+            notes=tuple(notes),
+        )
+        tell(Finished(report))
+        return report
+
+    @cached_property
+    def _reading(self) -> proof.Reading:
+        return proof.read(self._subject)
+
+    @cached_property
+    def _proved(self) -> list[Evidence]:
+        """The evidence of every law that needs no run."""
+        known = _without_running(self._laws, self._subject, self._reading, self._target)
+        return [self._explained(evidence) for evidence in known]
+
+    @cached_property
+    def _notes(self) -> list[str]:
+        return list(_notes(self._subject, self._reading))
+
+    @cached_property
+    def _runners(self) -> list[Runner]:
+        """What runs the other laws: those about an empty optimizer state on the probe."""
+        known = {evidence.law for evidence in self._proved}
+        running = [law for law in self._laws if law.name not in known]
+        reading, probe = self._reading, self._reading.probe
+        probed = [law for law in running if probe is not None and "opt_state" in law.requires]
+        own = [law for law in running if law not in probed]
+        runners = [
+            Runner(
+                reading.tracer(self._subject),
+                reading.abstract,
+                own,
+                self._plan,
+                refusal=reading.refusal,
+            )
+        ]
+        if probe is not None and probed:
+            few = replace(self._plan, tiny=1, shapes=0, blocks=1, examples=1, large=())
+            runners.append(Runner(probe.tracer, probe.abstract, probed, few, note=proof.PROBED))
+        return runners
+
+    def _explained(self, evidence: Evidence) -> Evidence:
+        """Return the evidence of a violation with the way of the forbidden flow, where there is one."""
+        if evidence.status != "violated":
+            return evidence
+        way = proof.explain(LAWS[evidence.law], self._reading)
+        return replace(evidence, reason=f"{evidence.reason}; {way}") if way else evidence
+
+    def _lived(self, names: Collection[str], seed: int) -> tuple[list[Evidence], int]:
+        del names  # the same in every run
+        return self._lives.run(seed), self._lives.cases
+
+    @cached_property
+    def _lives(self) -> Lives:
+        lived = self._what.single if isinstance(self._what, Parallel) else self._what
+        names = [name for name in self._chosen if LAWS[name].family == "life"]
+        calls = self._runners[0].single if self._laws and not self._reading.refusal else None
+        return Lives(lived, self._plan, names, self._target, calls)
+
+    def _mapped(self, names: Collection[str], seed: int) -> tuple[list[Evidence], int]:
+        if not isinstance(self._what, Parallel):
+            reason = "the step is not one for many devices: bnverify.Parallel says how it is one"
+            return [Evidence.of(name, "exempt", reason=reason) for name in names], 0
+        return devices.run(self._what, self._target, self._plan, seed, names)
+
+
+def verify(
+    what: Target,
+    profile: str | Profile = "ci",
+    *,
+    seed: int = 0,
+    select: Collection[str] = (),
+    ignore: Collection[str] = (),
+    proofs_only: bool = False,
+    fail_fast: bool = False,
+    target: str | None = None,
+    listener: Listener | None = None,
+) -> Report:
+    """Hold a training step to the laws and return what is known about each.
+
+    Args:
+        what: a Subject; a Lived, with its own way to save and restore; or a Parallel, whose
+            single-device step is held to the laws, too.
+        profile: how much to do: "quick", "ci", "nightly" or a Profile.
+        seed: from which all cases are drawn; the same seed gives the same report.
+        select: names of laws or families to check; empty: all that are about this kind of step.
+        ignore: names of laws or families to leave out.
+        proofs_only: read the traced step and run nothing.
+        fail_fast: stop at the first proofs or stack of cases that show a violation.
+        target: how counterexamples name the subject; None: the reader puts it in.
+        listener: told of progress, by events.
+
+    Raises:
+        ValueError: naming an unknown profile, law or family, or a seed that is none.
+    """
+    check = Check(
+        what, profile, select=select, ignore=ignore, proofs_only=proofs_only, target=target
+    )
+    return check.run(seed, fail_fast=fail_fast, listener=listener)
+
+
+def replay(what: Target, case: Case, law: str) -> float | None:
+    """Run one case, as a counterexample script does, and hold it to one law.
+
+    Args:
+        what: what is verified.
+        case: the case.
+        law: the name of a law of one step, or of one about many devices.
+
+    Returns:
+        The residual; None where the case does not reach the law's precondition.
+
+    Raises:
+        Violation: the case breaks the law.
+        Unusable: no law has that name.
+    """
+    if law not in LAWS:
+        raise Unusable(f"no law is named {law!r}{did_you_mean(law, LAWS)}")
+    if isinstance(what, Parallel) and LAWS[law].family == "parallel":
+        residual = devices.replay(what, case, law)
+        return None if residual < 0 else residual
+    if law not in STEP_LAWS:
+        raise Unusable(f"{law} is not about one step: no single case shows it")
+    subject, claim = subject_of(what), LAWS[law]
+    reading = proof.read(subject)
+    if claim.kind == "structure":
+        evidence = proof.judge_structure(claim, reading)
+        if evidence.status == "violated":
+            raise Violation(evidence)
+        return None
+    tracer = reading.tracer(subject)
+    runner = Runner(tracer, reading.abstract, [claim], named("quick"), refusal=reading.refusal)
+    residual = float(runner.singly(stack([case]), [claim]).get(law, [-1.0])[0])
+    if residual > 1:
+        way = proof.explain(claim, reading)
+        reason = f"off by {residual:.3g} times the error allowed" + (f"; {way}" if way else "")
+        raise Violation(Evidence.of(law, "violated", cases=1, residual=residual, reason=reason))
+    return None if residual < 0 else residual
+
+
+def show_again(what: Target, counterexample: Counterexample) -> None:
+    """Do what a counterexample does, to ``what``.
+
+    Raises:
+        Violation: the law is still broken.
+    """
+    if counterexample.history:
+        Life(what).live(counterexample.history)
+    elif counterexample.case is not None:
+        replay(what, counterexample.case, counterexample.law)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a verdict depends on."""
+    names = ("bnverify", "jax", "jaxlib", "flax", "optax", "numpy", "hypothesis")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a source tree
+            found[name] = "unknown"
+    return found
+
+
+def _without_running(
+    laws: Collection[Law], subject: Subject, reading: proof.Reading, target: str | None
+) -> Iterator[Evidence]:
+    """Yield the evidence of every law that needs no run: exempt, structure, proved flows."""
+    abstract = reading.abstract
+    shown = proof.capabilities(subject, abstract, reading.probe) if abstract is not None else None
+    for law in laws:
+        reason = proof.exemption(law, subject, shown) if shown is not None else None
+        if reason is not None:
+            yield Evidence.of(law.name, "exempt", reason=reason)
+        elif law.kind == "structure":
+            evidence = proof.judge_structure(law, reading)
+            if evidence.status == "violated":
+                shows = Counterexample(law.name, target=target)
+                evidence = replace(evidence, counterexample=shows)
+            yield evidence
+        else:
+            proved = proof.prove_influence(law, reading)
+            if proved is not None:
+                yield proved
+
+
+def _matrix(reading: proof.Reading) -> Mapping[str, Any]:
+    if reading.influence is None:
+        return {}
+    flows = reading.influence
+    return {
+        "scope": flows.scope,
+        "proved": flows.proved,
+        "matrix": {output: sorted(sources) for output, sources in flows.matrix.items()},
+        "leaves": {output: sorted(sources) for output, sources in flows.leaves.items()},
+        "unknown": list(flows.unknown),
+    }
+
+
+def _notes(subject: Subject, reading: proof.Reading) -> Iterator[str]:
+    if reading.refusal:
+        yield f"not traced: {reading.refusal}"
+    if reading.influence is not None and reading.influence.unknown:
+        yield "primitives read conservatively: " + ", ".join(reading.influence.unknown)
+    yield from remarks(subject, reading.influence)

@@ -1,1 +1,0 @@
-"""From a Subject to a Report: proofs, stacked cases, explicit cases, and what their verdicts say."""

@@ -1,0 +1,954 @@
+"""Every primitive of a training step as a NumPy function over stacked arrays.
+
+:func:`apply` runs one equation of a jaxpr on arrays with two extra leading axes, (rows, cases),
+each of its full size or of size 1, which broadcast between the inputs. Nothing is compiled.
+
+Floating-point values are held in float64 and computed in float64, whatever the program's dtype;
+integers and truth values keep the program's dtype, with XLA's semantics (wrap-around, division by
+zero, out-of-range indices). A PRNG key is held as its uint32 key data, with one more axis at the
+end.
+
+A function of the table takes the equation and its inputs and returns the one output, or the list
+of all of them. It expands a leading axis of size 1 only where it has to, and may return a view of
+an input, so that nobody may write into what it returns.
+
+Sources: https://openxla.org/xla/operation_semantics and the docstrings of ``jax.lax``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import special
+
+from bnverify.jaxpr import indexing, threefry, windows
+from bnverify.jaxpr.interpreter import open_jaxpr
+from bnverify.jaxpr.products import dot_general
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Inputs = Sequence[Array]
+Form = Callable[[Any, Inputs], Array | list[Array]]
+
+FORMS: dict[str, Form] = {}
+"""The name of a primitive -> its NumPy form."""
+
+LEAD = 2
+"""How many leading axes every array has: rows and cases."""
+
+BITWISE = frozenset({"bitcast_convert_type", "nextafter", "reduce_precision"})
+"""Primitives whose meaning depends on the bits of the program's own dtype."""
+
+
+def apply(eqn: Any, inputs: Inputs) -> list[Array]:
+    """Run one equation that has no body (no call, loop or branch).
+
+    Args:
+        eqn: the equation.
+        inputs: an array for each input, (rows or 1, cases or 1, *aval.shape).
+
+    Returns:
+        An array for each output, (rows or 1, cases or 1, *aval.shape).
+
+    Raises:
+        NotImplementedError: the primitive has no NumPy form, or none for these dtypes or
+            parameters.
+    """
+    form = FORMS.get(eqn.primitive.name)
+    if form is None:
+        raise NotImplementedError(f"primitive {eqn.primitive.name!r} has no NumPy form")
+    for array, atom in zip(inputs, eqn.invars, strict=True):
+        if array.ndim != LEAD + len(atom.aval.shape) and not eqn.primitive.name.startswith(
+            "random_"
+        ):
+            return _move_keys(form, eqn, inputs)
+    outputs = form(eqn, inputs)
+    return outputs if isinstance(outputs, list) else [outputs]
+
+
+def apply_in_own_dtype(eqn: Any, inputs: Inputs) -> list[Array]:
+    """Run one equation of ``BITWISE`` on floats rounded to the program's dtype.
+
+    :func:`apply` does the same for these primitives, which have no float64 form.
+
+    Raises:
+        NotImplementedError: the primitive is none of ``BITWISE``.
+    """
+    if eqn.primitive.name not in BITWISE:
+        raise NotImplementedError(f"primitive {eqn.primitive.name!r} is computed in float64")
+    return apply(eqn, inputs)
+
+
+def through_jax(eqn: Any, inputs: Inputs) -> list[Array]:
+    """Run one equation with JAX, in the program's own dtypes, for lack of a NumPy form.
+
+    No 64-bit type is enabled for it, so its result is rounded as the program's is.
+
+    Raises:
+        NotImplementedError: the primitive has no batching rule.
+        TypeError: the primitive rejects its inputs.
+    """
+
+    def bind(*arrays: Any) -> list[Any]:
+        out = eqn.primitive.bind(*arrays, **eqn.params)
+        return list(out) if eqn.primitive.multiple_results else [out]
+
+    run: Callable[..., list[Any]] = bind
+    missing = []
+    arrays = list(inputs)
+    for axis in (1, 0):
+        stacked = [array.shape[axis] > 1 for array in inputs]
+        if any(stacked):
+            run = jax.vmap(run, in_axes=[0 if each else None for each in stacked])
+        else:
+            missing.append(axis)
+        arrays = [
+            array if each else array.squeeze(axis)
+            for array, each in zip(arrays, stacked, strict=True)
+        ]
+    given = [release(array, atom.aval) for array, atom in zip(arrays, eqn.invars, strict=True)]
+    return [np.expand_dims(hold(output)[0, 0], missing) for output in run(*given)]
+
+
+def hold(value: Any) -> Array:
+    """Return a JAX or NumPy array as this module holds it, (1, 1, *shape).
+
+    Raises:
+        NotImplementedError: its dtype is complex, or an integer of less than 8 bits.
+    """
+    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        return np.asarray(jax.random.key_data(value))[None, None]
+    return np.asarray(value).astype(held_dtype(dtype), copy=False)[None, None]
+
+
+def release(array: Array, aval: Any) -> Any:
+    """Return an array that this module holds as JAX has it, in ``aval.dtype``."""
+    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+        tag = str(aval.dtype).removeprefix("key<").removesuffix(">")
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=_KEY_TYPES[tag])
+    return jnp.asarray(array.astype(aval.dtype))
+
+
+_KEY_TYPES = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
+
+
+@functools.cache
+def held_dtype(dtype: Any) -> np.dtype[Any]:
+    """Return the dtype in which values of a program's ``dtype`` are held.
+
+    Raises:
+        NotImplementedError: the dtype is complex, or an integer of less than 8 bits.
+    """
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        return np.dtype(np.uint32)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return np.dtype(np.float64)
+    if np.dtype(dtype).kind in "biu":
+        return np.dtype(dtype)
+    raise NotImplementedError(f"values of dtype {dtype} have no NumPy form")
+
+
+def form(*names: str) -> Callable[[Form], Form]:
+    """Enter the decorated function under these names of primitives."""
+
+    def enter(function: Form) -> Form:
+        for name in names:
+            if name in FORMS:
+                raise ValueError(f"primitive {name!r} has a NumPy form already")
+            FORMS[name] = function
+        return function
+
+    return enter
+
+
+def _level(inputs: Inputs) -> Inputs:
+    """Give all inputs the same rank: a scalar operand of an array gets axes of size 1."""
+    rank = max([array.ndim for array in inputs])
+    return [
+        array
+        if array.ndim == rank
+        else array.reshape(array.shape[:LEAD] + (1,) * (rank - array.ndim) + array.shape[LEAD:])
+        for array in inputs
+    ]
+
+
+def _lead(inputs: Inputs) -> tuple[int, int]:
+    """Return the leading axes that the inputs broadcast to."""
+    return max([a.shape[0] for a in inputs]), max([a.shape[1] for a in inputs])
+
+
+def _onto(array: Array, lead: tuple[int, ...]) -> Array:
+    """Return ``array`` with the leading axes ``lead``, as a view."""
+    if array.shape[:LEAD] == lead:
+        return array
+    return np.broadcast_to(array, lead + array.shape[LEAD:])
+
+
+def _axes(axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple([LEAD + axis for axis in axes])
+
+
+def _move_keys(form: Form, eqn: Any, inputs: Inputs) -> list[Array]:
+    """Run an equation that moves PRNG keys about: each key is one element, of opaque bytes."""
+    is_key = [
+        array.ndim > LEAD + len(atom.aval.shape)
+        for array, atom in zip(inputs, eqn.invars, strict=True)
+    ]
+    sizes = {array.shape[-1] for array, key in zip(inputs, is_key, strict=True) if key}
+    opaque = np.dtype((np.void, 4 * sizes.pop()))
+    packed = [
+        np.ascontiguousarray(array).view(opaque)[..., 0] if key else array
+        for array, key in zip(inputs, is_key, strict=True)
+    ]
+    outputs = form(eqn, packed)
+    return [
+        np.ascontiguousarray(output)[..., None].view(np.uint32)
+        if output.dtype == opaque
+        else output
+        for output in (outputs if isinstance(outputs, list) else [outputs])
+    ]
+
+
+# ---- One element of each input makes one element of the output.
+
+
+def _divide(x: Array, y: Array) -> Array:
+    """Divide; integers toward zero, and by zero with all bits set."""
+    if x.dtype.kind == "f":
+        return np.divide(x, y)
+    quotient = np.floor_divide(x, y)
+    if x.dtype.kind == "i":
+        quotient = quotient + ((quotient * y != x) & ((x < 0) != (y < 0))).astype(x.dtype)
+    return np.where(y == 0, ~np.zeros_like(y), quotient)
+
+
+def _remainder(x: Array, y: Array) -> Array:
+    """Return what division toward zero leaves; of integers divided by zero all."""
+    remainder = np.fmod(x, y)
+    return remainder if x.dtype.kind == "f" else np.where(y == 0, x, remainder)
+
+
+def _sign(x: Array) -> Array:
+    return np.copysign(np.sign(x), x) if x.dtype.kind == "f" else np.sign(x)
+
+
+def _signed(x: Array) -> Array:
+    return x.view(f"i{x.dtype.itemsize}")
+
+
+def _unsigned(x: Array) -> Array:
+    return x.view(f"u{x.dtype.itemsize}")
+
+
+def _shift(function: Callable[..., Array], x: Array, by: Array) -> Array:
+    """Shift; by as many bits as there are, or more, to zero. Counts are read as unsigned."""
+    x, by = _unsigned(x), _unsigned(by)
+    inside = by < x.dtype.itemsize * 8
+    return np.where(inside, function(x, np.where(inside, by, 0).astype(x.dtype)), x.dtype.type(0))
+
+
+def _shift_left(x: Array, by: Array) -> Array:
+    return _shift(np.left_shift, x, by).view(x.dtype)
+
+
+def _shift_right_logical(x: Array, by: Array) -> Array:
+    return _shift(np.right_shift, x, by).view(x.dtype)
+
+
+def _shift_right_arithmetic(x: Array, by: Array) -> Array:
+    most = np.minimum(_unsigned(by), x.dtype.itemsize * 8 - 1)
+    return np.right_shift(_signed(x), _signed(most)).view(x.dtype)
+
+
+def _population_count(x: Array) -> Array:
+    return np.bitwise_count(_unsigned(x)).astype(x.dtype)
+
+
+def _count_leading_zeros(x: Array) -> Array:
+    bits, rest = x.dtype.itemsize * 8, _unsigned(x)
+    count = np.full(x.shape, bits, x.dtype)
+    while rest.any():
+        count -= (rest != 0).astype(x.dtype)
+        rest = rest >> rest.dtype.type(1)
+    return count
+
+
+def _multiply_high(x: Array, y: Array) -> Array:
+    size = x.dtype.itemsize
+    if size == 8:
+        raise NotImplementedError("mulhi of 64-bit integers has no NumPy form")
+    wide = np.dtype(f"{x.dtype.kind}{2 * size}")
+    return (x.astype(wide) * y.astype(wide) >> (8 * size)).astype(x.dtype)
+
+
+def _digamma(x: Array) -> Array:
+    return np.where((x <= 0) & (x == np.floor(x)), np.nan, special.digamma(x))
+
+
+def _lgamma(x: Array) -> Array:
+    return np.where(np.isinf(x), np.inf, special.gammaln(x))
+
+
+def _power(x: Array, y: Array) -> Array:
+    return np.power(x, y.astype(np.float64, copy=False))
+
+
+BY_ELEMENT: dict[str, Callable[..., Array]] = {
+    "abs": np.abs,
+    "acos": np.arccos,
+    "acosh": np.arccosh,
+    "add": np.add,
+    "add_any": np.add,
+    "and": np.bitwise_and,
+    "asin": np.arcsin,
+    "asinh": np.arcsinh,
+    "atan": np.arctan,
+    "atan2": np.arctan2,
+    "atanh": np.arctanh,
+    "bessel_i0e": special.i0e,
+    "bessel_i1e": special.i1e,
+    "cbrt": np.cbrt,
+    "ceil": np.ceil,
+    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+    "clz": _count_leading_zeros,
+    "cos": np.cos,
+    "cosh": np.cosh,
+    "digamma": _digamma,
+    "div": _divide,
+    "eq": np.equal,
+    "erf": special.erf,
+    "erf_inv": lambda x: np.copysign(special.erfinv(x), x),
+    "erfc": special.erfc,
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "expm1": np.expm1,
+    "floor": np.floor,
+    "ge": np.greater_equal,
+    "gt": np.greater,
+    "igamma": special.gammainc,
+    "igammac": special.gammaincc,
+    "is_finite": np.isfinite,
+    "le": np.less_equal,
+    "lgamma": _lgamma,
+    "log": np.log,
+    "log1p": np.log1p,
+    "logistic": lambda x: 1 / (1 + np.exp(-x)),
+    "lt": np.less,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "mulhi": _multiply_high,
+    "ne": np.not_equal,
+    "neg": np.negative,
+    "not": np.invert,
+    "or": np.bitwise_or,
+    "polygamma": special.polygamma,
+    "population_count": _population_count,
+    "pow": _power,
+    "regularized_incomplete_beta": special.betainc,
+    "rem": _remainder,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "shift_left": _shift_left,
+    "shift_right_arithmetic": _shift_right_arithmetic,
+    "shift_right_logical": _shift_right_logical,
+    "sign": _sign,
+    "sin": np.sin,
+    "sinh": np.sinh,
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "sub": np.subtract,
+    "tan": np.tan,
+    "tanh": np.tanh,
+    "xor": np.bitwise_xor,
+    "zeta": special.zeta,
+}
+
+
+def _by_element(function: Callable[..., Array]) -> Form:
+    def run(eqn: Any, inputs: Inputs) -> Array:
+        return function(*(_level(inputs) if len(inputs) > 1 else inputs))
+
+    return run
+
+
+for _name, _function in BY_ELEMENT.items():
+    form(_name)(_by_element(_function))
+
+
+@form("integer_pow")
+def _integer_pow(eqn: Any, inputs: Inputs) -> Array:
+    base, exponent = inputs[0], eqn.params["y"]
+    power, factor, left = None, base, abs(exponent)
+    while left:
+        if left & 1:
+            power = factor if power is None else power * factor
+        left >>= 1
+        if left:
+            factor = factor * factor
+    if power is None:
+        power = np.ones_like(base)
+    return 1 / power if exponent < 0 else power
+
+
+@form("round")
+def _round(eqn: Any, inputs: Inputs) -> Array:
+    x = inputs[0]
+    if int(eqn.params["rounding_method"]) == int(jax.lax.RoundingMethod.TO_NEAREST_EVEN):
+        return np.rint(x)
+    whole = np.trunc(x)
+    return np.where(np.abs(x - whole) >= 0.5, whole + np.copysign(1, x), whole)
+
+
+@form("convert_element_type")
+def _convert_element_type(eqn: Any, inputs: Inputs) -> Array:
+    return _converted(inputs[0], held_dtype(eqn.params["new_dtype"]))
+
+
+def _converted(x: Array, dtype: np.dtype[Any]) -> Array:
+    """Convert as XLA does: floats to integers toward zero, to the nearest that there is; NaN: 0."""
+    if x.dtype == dtype:
+        return x
+    if dtype.kind == "b":
+        return x != 0
+    if x.dtype.kind != "f":
+        return x.astype(dtype)
+    info = np.iinfo(dtype)
+    inside = (x > info.min) & (x < info.max)
+    beyond = np.where(x >= info.max, info.max, np.where(x <= info.min, info.min, 0)).astype(dtype)
+    return np.where(inside, np.where(inside, x, 0).astype(dtype), beyond)
+
+
+@form("select_n")
+def _select_n(eqn: Any, inputs: Inputs) -> Array:
+    which, *cases = _level(inputs)
+    if which.dtype == np.bool_:
+        return np.where(which, cases[-1], cases[0])
+    out = cases[-1]
+    for index in reversed(range(len(cases) - 1)):
+        out = np.where(which <= index, cases[index], out)
+    return out
+
+
+@form(
+    "copy",
+    "copy_p",
+    "device_put",
+    "layout_constraint",
+    "mesh_cast",
+    "name",
+    "optimization_barrier",
+    "pvary",
+    "random_clone",
+    "random_unwrap",
+    "random_wrap",
+    "reshard",
+    "sharding_constraint",
+    "stop_gradient",
+)
+def _identity(eqn: Any, inputs: Inputs) -> list[Array]:
+    return list(inputs)
+
+
+# ---- In the program's own dtype, bit by bit.
+
+
+def _narrow(array: Array, atom: Any) -> Array:
+    """Return an input in the program's dtype."""
+    return array.astype(atom.aval.dtype, copy=False)
+
+
+def _widen(array: Array, atom: Any) -> Array:
+    """Return an output as it is held."""
+    return array.astype(held_dtype(atom.aval.dtype), copy=False)
+
+
+@form("nextafter")
+def _nextafter(eqn: Any, inputs: Inputs) -> Array:
+    x, y = _level([_narrow(*pair) for pair in zip(inputs, eqn.invars, strict=True)])
+    return _widen(np.nextafter(x, y), eqn.outvars[0])
+
+
+@form("bitcast_convert_type")
+def _bitcast_convert_type(eqn: Any, inputs: Inputs) -> Array:
+    x, new = np.ascontiguousarray(_narrow(inputs[0], eqn.invars[0])), eqn.outvars[0].aval.dtype
+    if new.itemsize < x.dtype.itemsize:  # one more axis: the parts of an element
+        x = x[..., None]
+    bits = x.view(new)
+    if new.itemsize > x.dtype.itemsize:
+        bits = bits[..., 0]
+    return _widen(bits, eqn.outvars[0])
+
+
+@form("reduce_precision")
+def _reduce_precision(eqn: Any, inputs: Inputs) -> Array:
+    """Round the fraction to nearest even; then too large is infinite, too small is zero."""
+    x, info = _narrow(inputs[0], eqn.invars[0]), jnp.finfo(eqn.invars[0].aval.dtype)
+    exponent_bits, mantissa_bits = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
+    unsigned = np.dtype(f"u{x.dtype.itemsize}")
+    bits, one = x.view(unsigned), unsigned.type(1)
+    if mantissa_bits < info.nmant:
+        lost = unsigned.type(info.nmant - mantissa_bits)
+        bias = (one << (lost - one)) - one
+        bits = ((bits + bias + ((bits >> lost) & one)) >> lost) << lost
+    sign = x.view(unsigned) & (one << unsigned.type(info.bits - 1))
+    if exponent_bits < info.nexp:
+        exponent = (bits >> unsigned.type(info.nmant)) & unsigned.type((1 << info.nexp) - 1)
+        middle, reach = (1 << (info.nexp - 1)) - 1, (1 << (exponent_bits - 1)) - 1
+        infinite = unsigned.type(((1 << info.nexp) - 1) << info.nmant)
+        bits = np.where(exponent > middle + reach, sign | infinite, bits)
+        bits = np.where(exponent <= middle - reach, sign, bits)
+    return _widen(np.where(np.isnan(x), x, bits.view(x.dtype)), eqn.outvars[0])
+
+
+# ---- Shapes: nothing is computed, most results are views.
+
+
+@form("broadcast_in_dim")
+def _broadcast_in_dim(eqn: Any, inputs: Inputs) -> Array:
+    x, shape = inputs[0], eqn.outvars[0].aval.shape
+    sizes = [1] * len(shape)
+    for axis, to in enumerate(eqn.params["broadcast_dimensions"]):
+        sizes[to] = x.shape[LEAD + axis]
+    lead = x.shape[:LEAD]
+    return np.broadcast_to(x.reshape(lead + tuple(sizes)), lead + shape)
+
+
+@form("reshape")
+def _reshape(eqn: Any, inputs: Inputs) -> Array:
+    x, dimensions = inputs[0], eqn.params.get("dimensions")
+    if dimensions is not None:
+        x = x.transpose(0, 1, *_axes(dimensions))
+    return x.reshape(x.shape[:LEAD] + eqn.outvars[0].aval.shape)
+
+
+@form("expand_dims", "squeeze")
+def _same_elements(eqn: Any, inputs: Inputs) -> Array:
+    return inputs[0].reshape(inputs[0].shape[:LEAD] + eqn.outvars[0].aval.shape)
+
+
+@form("transpose")
+def _transpose(eqn: Any, inputs: Inputs) -> Array:
+    return inputs[0].transpose(0, 1, *_axes(eqn.params["permutation"]))
+
+
+@form("rev")
+def _rev(eqn: Any, inputs: Inputs) -> Array:
+    return np.flip(inputs[0], _axes(eqn.params["dimensions"]))
+
+
+@form("tile")
+def _tile(eqn: Any, inputs: Inputs) -> Array:
+    return np.tile(inputs[0], (1, 1, *eqn.params["reps"]))
+
+
+@form("pad")
+def _pad(eqn: Any, inputs: Inputs) -> Array:
+    return windows.pad(*inputs, eqn.params["padding_config"])
+
+
+@form("concatenate")
+def _concatenate(eqn: Any, inputs: Inputs) -> Array:
+    lead = _lead(inputs)
+    return np.concatenate([_onto(x, lead) for x in inputs], axis=LEAD + eqn.params["dimension"])
+
+
+@form("stack")
+def _stack(eqn: Any, inputs: Inputs) -> Array:
+    lead = _lead(inputs)
+    return np.stack([_onto(x, lead) for x in inputs], axis=LEAD + eqn.params["axis"])
+
+
+@form("split")
+def _split(eqn: Any, inputs: Inputs) -> list[Array]:
+    ends = np.cumsum(eqn.params["sizes"])[:-1]
+    return list(np.split(inputs[0], ends, axis=LEAD + eqn.params["axis"]))
+
+
+@form("unstack")
+def _unstack(eqn: Any, inputs: Inputs) -> list[Array]:
+    return list(np.moveaxis(inputs[0], LEAD + eqn.params["axis"], 0))
+
+
+@form("iota")
+def _iota(eqn: Any, inputs: Inputs) -> Array:
+    shape, dimension = eqn.outvars[0].aval.shape, eqn.params["dimension"]
+    sizes = [1] * len(shape)
+    sizes[dimension] = shape[dimension]
+    numbers = np.arange(shape[dimension]).astype(held_dtype(eqn.params["dtype"]))
+    return np.broadcast_to(numbers.reshape(1, 1, *sizes), (1, 1, *shape))
+
+
+@form("empty", "empty2")
+def _empty(eqn: Any, inputs: Inputs) -> Array:
+    aval = eqn.outvars[0].aval
+    return np.zeros((1, 1, *aval.shape), held_dtype(aval.dtype))
+
+
+@form("platform_index")
+def _platform_index(eqn: Any, inputs: Inputs) -> Array:
+    """Pick what the CPU runs, or, where nothing is made for it, what any other platform does."""
+    platforms = eqn.params["platforms"]
+    ours = [i for i, names in enumerate(platforms) if names is not None and "cpu" in names]
+    index = (ours or [i for i, names in enumerate(platforms) if names is None])[0]
+    return np.full((1, 1), index, eqn.outvars[0].aval.dtype)
+
+
+# ---- Reductions.
+
+
+def _reduction(ufunc: np.ufunc) -> Form:
+    def run(eqn: Any, inputs: Inputs) -> Array:
+        x = inputs[0]
+        axes = _axes(eqn.params["axes"])
+        return _reduce(ufunc, x, axes)
+
+    return run
+
+
+def _reduce(ufunc: np.ufunc, x: Array, axes: tuple[int, ...]) -> Array:
+    """Reduce in the dtype of ``x``; over no element: to what the reduction starts from."""
+    if x.size == 0:
+        return ufunc.reduce(x, axis=axes, dtype=x.dtype, initial=_identity_of(ufunc, x.dtype))
+    if ufunc is np.add and x.dtype.kind == "f":  # the same sum in a fourth of the time
+        every = range(x.ndim)
+        return np.einsum(x, [*every], [axis for axis in every if axis not in axes])
+    return ufunc.reduce(x, axis=axes, dtype=x.dtype)
+
+
+def _identity_of(ufunc: np.ufunc, dtype: np.dtype[Any]) -> Any:
+    """Return the element that changes no other one, of ``dtype``."""
+    if ufunc in {np.maximum, np.minimum}:
+        low, high = _range(dtype)
+        return low if ufunc is np.maximum else high
+    return dtype.type(ufunc.identity) if dtype.kind != "b" else bool(ufunc.identity)
+
+
+def _range(dtype: np.dtype[Any]) -> tuple[Any, Any]:
+    if dtype.kind == "f":
+        return -np.inf, np.inf
+    if dtype.kind == "b":
+        return False, True
+    return np.iinfo(dtype).min, np.iinfo(dtype).max
+
+
+for _name, _ufunc in {
+    "reduce_and": np.bitwise_and,
+    "reduce_max": np.maximum,
+    "reduce_min": np.minimum,
+    "reduce_or": np.bitwise_or,
+    "reduce_prod": np.multiply,
+    "reduce_sum": np.add,
+    "reduce_xor": np.bitwise_xor,
+}.items():
+    form(_name)(_reduction(_ufunc))
+
+
+def _over_axes(ufunc: np.ufunc) -> Form:
+    """Return a collective over axes of the arrays themselves, as ``jax.vmap`` makes them."""
+
+    def run(eqn: Any, inputs: Inputs) -> list[Array]:
+        axes, groups = eqn.params["axes"], eqn.params["axis_index_groups"]
+        if groups is not None or not all(isinstance(axis, int) for axis in axes):
+            name = eqn.primitive.name
+            raise NotImplementedError(f"{name} over named axes {axes} has no NumPy form")
+        return [_reduce(ufunc, x, _axes(axes)) for x in inputs]
+
+    return run
+
+
+for _name, _ufunc in {"pmax": np.maximum, "pmin": np.minimum, "psum": np.add}.items():
+    form(_name)(_over_axes(_ufunc))
+
+
+@form("argmax", "argmin")
+def _arg_reduction(eqn: Any, inputs: Inputs) -> Array:
+    pick = np.argmax if eqn.primitive.name == "argmax" else np.argmin
+    (axis,) = eqn.params["axes"]
+    return pick(inputs[0], axis=LEAD + axis).astype(eqn.outvars[0].aval.dtype)
+
+
+def _scan(ufunc: np.ufunc) -> Form:
+    def run(eqn: Any, inputs: Inputs) -> Array:
+        x, axis = inputs[0], LEAD + eqn.params["axis"]
+        if eqn.params["reverse"]:
+            return np.flip(ufunc.accumulate(np.flip(x, axis), axis=axis, dtype=x.dtype), axis)
+        return ufunc.accumulate(x, axis=axis, dtype=x.dtype)
+
+    return run
+
+
+for _name, _ufunc in {
+    "cumlogsumexp": np.logaddexp,
+    "cummax": np.maximum,
+    "cummin": np.minimum,
+    "cumprod": np.multiply,
+    "cumsum": np.add,
+}.items():
+    form(_name)(_scan(_ufunc))
+
+
+# ---- Products.
+
+
+@form("dot_general")
+def _dot_general(eqn: Any, inputs: Inputs) -> Array:
+    contracting, batch = eqn.params["dimension_numbers"]
+    dtype = held_dtype(eqn.outvars[0].aval.dtype)
+    a, b = (_converted(x, dtype) for x in inputs)
+    return dot_general(a, b, contracting, batch)
+
+
+@form("conv_general_dilated")
+def _conv_general_dilated(eqn: Any, inputs: Inputs) -> Array:
+    params = eqn.params
+    dtype = held_dtype(eqn.outvars[0].aval.dtype)
+    numbers = params["dimension_numbers"]
+    return windows.convolve(
+        *[_converted(x, dtype) for x in inputs],
+        strides=params["window_strides"],
+        padding=params["padding"],
+        lhs_dilation=params["lhs_dilation"],
+        rhs_dilation=params["rhs_dilation"],
+        specs=(numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec),
+        feature_groups=params["feature_group_count"],
+        batch_groups=params["batch_group_count"],
+    )
+
+
+# ---- Windows.
+
+
+def _window(params: Any, *, dilations: bool = True) -> dict[str, Any]:
+    """Return how the windows of an equation lie."""
+    names = ("base_dilation", "window_dilation") if dilations else ()
+    return {
+        "window": params["window_dimensions"],
+        "strides": params["window_strides"],
+        "padding": params["padding"],
+        **{name: params[name] for name in names},
+    }
+
+
+def _window_reduction(ufunc: np.ufunc) -> Form:
+    def run(eqn: Any, inputs: Inputs) -> Array:
+        x = inputs[0]
+        initial = np.full((1, 1), _identity_of(ufunc, x.dtype), x.dtype)
+        return windows.reduce_window(ufunc, x, initial, **_window(eqn.params))
+
+    return run
+
+
+for _name, _ufunc in {
+    "reduce_window_max": np.maximum,
+    "reduce_window_min": np.minimum,
+    "reduce_window_sum": np.add,
+}.items():
+    form(_name)(_window_reduction(_ufunc))
+
+_COMBINES = {
+    "add": np.add,
+    "and": np.bitwise_and,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}
+
+
+def _combination(eqn: Any) -> np.ufunc:
+    """Return what combines the elements of a general reduction of one operand.
+
+    Raises:
+        NotImplementedError: it is more than one of the usual operations.
+    """
+    jaxpr, _ = open_jaxpr(eqn.params["jaxpr"])
+    if len(jaxpr.invars) == 2 and len(jaxpr.eqns) == 1:
+        (only,) = jaxpr.eqns
+        both = {*only.invars} == {*jaxpr.invars} if not _literal(only) else False
+        name = only.primitive.name
+        if both and only.outvars == jaxpr.outvars and name in _COMBINES:
+            return _COMBINES[name]
+    raise NotImplementedError(f"{eqn.primitive.name} with {jaxpr} has no NumPy form")
+
+
+def _literal(eqn: Any) -> bool:
+    return any(hasattr(atom, "val") for atom in eqn.invars)
+
+
+@form("reduce")
+def _general_reduce(eqn: Any, inputs: Inputs) -> list[Array]:
+    ufunc, (x, initial) = _combination(eqn), inputs
+    reduced = _reduce(ufunc, x, _axes(eqn.params["dimensions"]))
+    return [ufunc(*_level([initial, reduced]))]
+
+
+@form("reduce_window")
+def _reduce_window(eqn: Any, inputs: Inputs) -> list[Array]:
+    ufunc, (x, initial) = _combination(eqn), inputs
+    reduced = windows.reduce_window(ufunc, x, initial, **_window(eqn.params))
+    return [ufunc(*_level([initial, reduced]))]
+
+
+_SELECTS = {"ge": np.greater_equal, "gt": np.greater, "le": np.less_equal, "lt": np.less}
+
+
+@form("select_and_scatter_add")
+def _select_and_scatter_add(eqn: Any, inputs: Inputs) -> Array:
+    selects = _SELECTS[eqn.params["select_prim"].name]
+    window = _window(eqn.params, dilations=False)
+    return windows.select_and_scatter_add(selects, *inputs, **window)
+
+
+@form("select_and_gather_add")
+def _select_and_gather_add(eqn: Any, inputs: Inputs) -> Array:
+    selects = _SELECTS[eqn.params["select_prim"].name]
+    return windows.select_and_gather_add(selects, *inputs, **_window(eqn.params))
+
+
+# ---- Slices.
+
+
+@form("slice")
+def _slice(eqn: Any, inputs: Inputs) -> Array:
+    params = eqn.params
+    starts, limits = params["start_indices"], params["limit_indices"]
+    strides = params["strides"] or (1,) * len(starts)
+    return inputs[0][(..., *map(slice, starts, limits, strides))]
+
+
+@form("dynamic_slice")
+def _dynamic_slice(eqn: Any, inputs: Inputs) -> Array:
+    return indexing.dynamic_slice(inputs[0], inputs[1:], eqn.outvars[0].aval.shape)
+
+
+@form("dynamic_update_slice")
+def _dynamic_update_slice(eqn: Any, inputs: Inputs) -> Array:
+    return indexing.dynamic_update_slice(inputs[0], inputs[1], inputs[2:])
+
+
+def _fill_value(dtype: np.dtype[Any]) -> Any:
+    """Return what a gather gives out of bounds where the program does not say it."""
+    if dtype.kind == "f":
+        return np.nan
+    low, high = _range(dtype)
+    return low if dtype.kind == "i" else high
+
+
+@form("gather")
+def _gather(eqn: Any, inputs: Inputs) -> Array:
+    operand, indices = inputs
+    params = eqn.params
+    # A promise to stay in bounds that is broken is kept by XLA, which moves slices inside.
+    clip = params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP
+    fill = params["fill_value"]
+    if fill is None and not clip:
+        fill = _fill_value(operand.dtype)
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    return indexing.gather(operand, indices, numbers, sizes, clip=clip, fill=fill)
+
+
+def _scatter_with(ufunc: np.ufunc | None) -> Form:
+    def run(eqn: Any, inputs: Inputs) -> Array:
+        params = eqn.params
+        if ufunc is None and params.get("update_jaxpr") is not None:
+            jaxpr, _ = open_jaxpr(params["update_jaxpr"])
+            if jaxpr.outvars[0] is not jaxpr.invars[1]:
+                raise NotImplementedError("scatter with a function of its own has no NumPy form")
+        return indexing.scatter(
+            ufunc,
+            *inputs,
+            params["dimension_numbers"],
+            clip=params["mode"] == jax.lax.GatherScatterMode.CLIP,
+            unique=params["unique_indices"],
+        )
+
+    return run
+
+
+for _name, _scattered in {
+    "scatter": None,
+    "scatter-add": np.add,
+    "scatter-max": np.maximum,
+    "scatter-min": np.minimum,
+    "scatter-mul": np.multiply,
+    "scatter-sub": np.subtract,
+    "scatter_max": np.maximum,
+    "scatter_min": np.minimum,
+    "scatter_mul": np.multiply,
+    "scatter_sub": np.subtract,
+}.items():
+    form(_name)(_scatter_with(_scattered))
+
+
+# ---- Order.
+
+
+@form("sort")
+def _sort(eqn: Any, inputs: Inputs) -> list[Array]:
+    """Sort all operands by the first ``num_keys``; NaN last, zeros alike; always stable."""
+    axis, keys = LEAD + eqn.params["dimension"], inputs[: eqn.params["num_keys"]]
+    if len(inputs) == 1:
+        return [np.sort(inputs[0], axis=axis, kind="stable")]
+    if len(keys) == 1:
+        order = np.argsort(keys[0], axis=axis, kind="stable")
+    else:
+        lead = _lead(keys)
+        order = np.lexsort([_onto(key, lead) for key in reversed(keys)], axis=axis)
+    return [np.take_along_axis(x, order, axis) for x in inputs]
+
+
+@form("top_k")
+def _top_k(eqn: Any, inputs: Inputs) -> list[Array]:
+    """Pick the largest, the first of equal ones first."""
+    x, k, axis = inputs[0], eqn.params["k"], eqn.params.get("axis", -1)
+    axis = axis if axis < 0 else LEAD + axis
+    # Reversed, sorted in ascending order and reversed again: stable the other way round.
+    order = np.flip(np.argsort(np.flip(x, axis), axis=axis, kind="stable"), axis)
+    best = x.shape[axis] - 1 - np.take(order, np.arange(k), axis=axis)
+    return [np.take_along_axis(x, best, axis), best.astype(eqn.outvars[1].aval.dtype)]
+
+
+# ---- Random bits.
+
+
+def _threefry_only(dtype: Any) -> None:
+    if str(dtype) != "key<fry>":
+        raise NotImplementedError(f"random keys of type {dtype} have no NumPy form")
+
+
+@form("random_bits")
+def _random_bits(eqn: Any, inputs: Inputs) -> Array:
+    _threefry_only(eqn.invars[0].aval.dtype)
+    return threefry.random_bits(inputs[0], eqn.params["bit_width"], tuple(eqn.params["shape"]))
+
+
+@form("random_split")
+def _random_split(eqn: Any, inputs: Inputs) -> Array:
+    _threefry_only(eqn.invars[0].aval.dtype)
+    return threefry.split(inputs[0], tuple(eqn.params["shape"]))
+
+
+@form("random_fold_in")
+def _random_fold_in(eqn: Any, inputs: Inputs) -> Array:
+    _threefry_only(eqn.invars[0].aval.dtype)
+    keys, data = inputs
+    key1, key2, data = _level([keys[..., 0], keys[..., 1], data])
+    return threefry.fold_in(key1, key2, data)
+
+
+@form("random_seed")
+def _random_seed(eqn: Any, inputs: Inputs) -> Array:
+    _threefry_only(eqn.outvars[0].aval.dtype)
+    return threefry.seed(inputs[0])
+
+
+@form("threefry2x32")
+def _threefry2x32(eqn: Any, inputs: Inputs) -> list[Array]:
+    return list(threefry.threefry2x32(*_level(inputs)))

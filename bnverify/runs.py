@@ -1,0 +1,492 @@
+"""Running a subject on cases: stacks of each shape first, then a few cases one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bnverify import shrink
+from bnverify.case import Case, Domain
+from bnverify.evidence import Counterexample, Evidence, Status
+from bnverify.jaxpr.arithmetic import operations
+from bnverify.jaxpr.tracing import Tracer
+from bnverify.judge import READ_NEEDS, Judge, judged
+from bnverify.laws import Law
+from bnverify.observe import FEW_ROWS, SINGLE, VOLUME, CompiledSubject, observe, observe_singly
+from bnverify.profile import Profile
+from bnverify.pytree import stack, take
+from bnverify.shapes import TINY_SHAPES, Shape, shape_pool, tiny_shapes
+from bnverify.stacks import stacked_cases
+from bnverify.transition import Transition
+from bnverify.unusable import first_line
+
+Tell = Callable[[str, int], None]
+"""Told what is being done and how many cases were run so far."""
+
+Residuals = Mapping[str, npt.NDArray[np.float64]]
+
+BETWEEN = (3, 4, 5, 9, 17, 33)
+"""Row counts at which a fault of larger batches may show: just beyond each power of two."""
+
+ENOUGH = 30
+"""Cases that reach a witness law and do not show it, from which on they contradict it."""
+
+LONG_SEED = np.int32(2**24 + 1)
+"""The seed of some cases: a float32, which JAX makes of a float, does not hold it."""
+
+LONG = 3
+"""How many cases have it: a network may give the same for two seeds, where no activation lives."""
+
+OPERATIONS = 2e9
+"""Operations of the steps of one stack, some seconds of a core; a larger model has smaller stacks."""
+
+FEWEST = 10
+"""Cases of a shape, however few a stack of a large model holds."""
+
+
+@dataclass
+class Tally:
+    """What the cases run so far say about one law.
+
+    Attributes:
+        law: the law.
+        triggered: how many cases reached its precondition.
+        worst: the largest residual; for a witness law the smallest.
+        case: the simplest case that violates it; for a witness law the one that shows it.
+        worst_case: the case of the largest residual.
+        dismissed: whether nothing confirmed what stacked runs seemed to show.
+    """
+
+    law: Law
+    triggered: int = 0
+    worst: float | None = None
+    case: Case | None = None
+    worst_case: Case | None = None
+    dismissed: bool = False
+    _rank: tuple[float, ...] = field(default=(math.inf,))
+
+    def add(self, cases: Case, residuals: npt.NDArray[np.float64]) -> None:
+        """Count stacked cases and their residuals, (K,)."""
+        residuals = np.nan_to_num(residuals, nan=np.inf, posinf=np.inf)
+        reached = residuals >= 0
+        if not reached.any():
+            return
+        self.triggered += int(reached.sum())
+        witness = self.law.kind == "witness"
+        best = residuals[reached].min() if witness else residuals[reached].max()
+        if self.worst is None or (best < self.worst if witness else best > self.worst):
+            self.worst = float(best)
+            self.worst_case = take(cases, int(np.flatnonzero(residuals == best)[0]))
+        if witness and self.shown and self.case is not None:
+            return
+        wanted = reached if witness else residuals > 1
+        if witness and (residuals == 0).any():
+            wanted = residuals == 0
+        self.keep_simplest(cases, wanted)
+
+    def keep_simplest(self, cases: Case, wanted: npt.NDArray[np.bool_]) -> None:
+        """Keep one of stacked cases that is simpler than what is kept; ``wanted``, (K,), says which."""
+        for index in np.flatnonzero(wanted)[:64]:  # enough to find a simple one among them
+            case = take(cases, int(index))
+            rank = shrink.complexity(case)
+            if rank < self._rank:
+                self.case, self._rank = case, rank
+
+    def replace(self, case: Case) -> None:
+        """Take a simpler case that was found to show the same."""
+        self.case, self._rank = case, shrink.complexity(case)
+
+    @property
+    def shown(self) -> bool:
+        """Whether a witness law was seen to hold."""
+        return self.law.kind == "witness" and self.worst == 0
+
+    @property
+    def violated(self) -> bool:
+        """Whether the cases contradict the law.
+
+        A witness law is contradicted when ``ENOUGH`` cases reached it and none showed it.
+        """
+        if self.worst is None or self.dismissed:
+            return False
+        if self.law.kind == "witness":
+            return not self.shown and self.triggered >= ENOUGH
+        return self.worst > 1
+
+    @property
+    def verdict(self) -> tuple[Status, str]:
+        """The status of the law, and what it rests on."""
+        witness = self.law.kind == "witness"
+        if self.violated and witness:
+            return "violated", f"none of {self.triggered} cases shows it"
+        if self.violated:
+            return "violated", f"off by {self.worst:.3g} times the error allowed"
+        if self.worst is None:
+            return "untriggered", "no case reached its precondition"
+        if witness and not self.shown:
+            reason = f"none of {self.triggered} cases shows it; {ENOUGH} would decide"
+            return "untriggered", reason
+        if self.dismissed:
+            reason = f"{self.worst:.3g} times the error allowed in a stack; nothing confirms it"
+            return "held", reason
+        shown = self.case if witness else None
+        return "held", f"shown by a case of shape {shown.shape}" if shown is not None else ""
+
+
+class Runner:
+    """Runs one subject and judges the laws that need running, for any number of seeds.
+
+    Args:
+        tracer: of the subject.
+        abstract: a transition of it whose leaves have shapes and dtypes; None where none is known.
+        laws: the laws that need running.
+        plan: how much to run.
+        refusal: why the subject does not trace; empty where it does.
+        note: what the evidence should say besides.
+
+    Attributes:
+        domain: where cases are drawn from.
+        unstacked: why stacked cases cannot be run; empty as far as is known.
+        judge: judges the laws.
+        single: the subject's functions, called for one case after the other.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        abstract: Transition | None,
+        laws: Collection[Law],
+        plan: Profile,
+        *,
+        refusal: str = "",
+        note: str = "",
+    ) -> None:
+        subject = tracer.subject
+        self.laws = laws
+        self.subject = subject
+        self.plan = plan
+        self._tracer = tracer
+        self.refusal = refusal
+        self.note = note
+        self._readable = frozenset() if refusal else READ_NEEDS
+        self.unstacked = ""
+        self.judge, self._second = (Judge(tracer, abstract, seed) for seed in (0, 1))
+        how = "eager" if refusal else "vmap"
+        self._batched = CompiledSubject(subject, how, tracer=tracer, block=self.block)
+        how = "eager" if refusal else "jit"
+        self.single = CompiledSubject(subject, how, tracer=tracer)
+        self._eager = CompiledSubject(subject, "eager", tracer=tracer)
+        # A function that is init, one step and evaluate in one call is compared with a first step.
+        first = bool(laws) and all("solution" in law.needs for law in laws)
+        self.domain = Domain(max_warmup=0) if first else Domain()
+
+    # Sizes: how many cases, of which shapes.
+
+    def block(self, shape: Shape) -> int:
+        """Return how many cases of a shape (N, D) are stacked: one at least."""
+        rows, features = shape
+        most = OPERATIONS / max(rows * self._operations(features), 1)
+        return max(1, min(self.plan.block, int(most)))
+
+    def _operations(self, features: int) -> float:
+        """Return how many operations a step takes for one row, as a trace of few rows has it."""
+        if self.refusal:
+            return 0.0
+        rows = 2
+        try:
+            state, batch = self._tracer.state(rows, features), self._tracer.batch(rows, features)
+            given = state, batch.x, batch.y, batch.lr
+            return operations(self._tracer.trace("step", self.subject.step, *given).jaxpr) / rows
+        except Exception:  # noqa: BLE001 - a step may not take so few rows: its run will tell
+            return 0.0
+
+    def tiny(self) -> list[Shape]:
+        given = tiny_shapes(domain=self.domain, features=self.subject.features)
+        return list(given[-self.plan.tiny :])
+
+    def further(self, seed: int) -> tuple[list[Shape], list[str]]:
+        """Return shapes that are not tiny, with as many rows as can be run, and what to say of them."""
+        features = self.subject.features
+        size = len(TINY_SHAPES) + self.plan.shapes
+        pool = shape_pool(seed, domain=self.domain, features=features, size=size)
+        tiny = tiny_shapes(domain=self.domain, features=features)
+        width = features[0] if features else 4
+        drawn = [*pool[len(tiny) :], *((rows, width) for rows in self.plan.large)]
+        found = [(min(rows, self._most_rows(width)), width) for rows, width in drawn]
+        if found == drawn:
+            return list(dict.fromkeys(found)), []
+        most = max(rows for rows, _ in found)
+        narrower = "the same code with narrower layers is checked far faster"
+        note = f"a large model: cases of at most {most} rows; {narrower}"
+        return list(dict.fromkeys(found)), [note]
+
+    def _most_rows(self, features: int) -> int:
+        per_row = self._operations(features)
+        return max(2, int(OPERATIONS / max(per_row, 1)))
+
+    # Running.
+
+    def run(self, seed: int, tell: Tell, *, fail_fast: bool = False) -> Run:
+        """Run everything the plan asks for, and return what it says about each law.
+
+        Args:
+            seed: from which all cases are drawn.
+            tell: told of progress.
+            fail_fast: whether to stop at the first stack of cases that shows a violation.
+        """
+        return Run(self, seed, tell, fail_fast=fail_fast)
+
+    def prepare(self, shapes: Iterable[Shape]) -> None:
+        """Begin to compile for some shapes, all at once; what fails, fails when it is called."""
+        if not self.stacks:
+            return
+        for shape in shapes:
+            try:
+                self._batched.prepare([shape])
+            except Exception:  # noqa: BLE001, PERF203 - whatever a user's code raises when traced
+                return
+
+    @property
+    def available(self) -> frozenset[str]:
+        """What stacked runs can observe."""
+        return VOLUME | self._readable
+
+    def affordable(self, shape: Shape) -> list[Law]:
+        """Return the laws that are judged on stacked cases of a shape.
+
+        What doubling a batch shows, it shows on few rows: it costs a program of its own.
+        """
+        doubled = 1 < shape[0] <= FEW_ROWS and shape[1] != 1
+        return [
+            law
+            for law in judged(self.laws, self.available)
+            if doubled or "step:doubled_batch" not in law.needs
+        ]
+
+    def residuals(self, cases: Case) -> Residuals:
+        """Return law name -> residuals, (K,), of stacked cases: all that are judged on their shape."""
+        return self.judged(cases, self.affordable(cases.shape))
+
+    def judged(self, cases: Case, laws: Collection[Law]) -> Residuals:
+        """Return law name -> residuals, (K,), of stacked cases."""
+        needs = {need for law in laws for need in law.needs}
+        return self.judge.residuals(observe(self._batched, cases, needs), laws)
+
+    def unstack(self, error: Exception) -> None:
+        """Run cases one at a time from now on, since stacks cannot be run."""
+        self.unstacked = f"not run under vmap: {first_line(error)}"
+        self._batched = self.single
+
+    @property
+    def stacks(self) -> bool:
+        """Whether stacked cases are run as one."""
+        return not self.refusal and not self.unstacked
+
+    def singly(self, cases: Case, laws: Iterable[Law], judge: Judge | None = None) -> Residuals:
+        """Return law name -> residuals, (K,), of cases that are run one at a time."""
+        available = self.available | SINGLE
+        laws = judged(laws, available if self.stacks else available - {"stacked"})
+        needs = {need for law in laws for need in law.needs}
+        t = observe_singly(
+            self.single, cases, needs, batched=self._batched, eager=self._eager
+        )
+        return (judge or self.judge).residuals(t, laws)
+
+    def confirmed(self, law: Law, case: Case, worst: float) -> bool:
+        """Return whether a case that is run by itself violates a law.
+
+        Where rounding is the tolerance, with a second reading of it, too: among thousands of
+        cases, bred from the worst, one finds the first reading's luck.
+        """
+        judges = [self.judge]
+        if "noise" in law.needs and worst < shrink.CLEAR:
+            judges.append(self._second)
+        return all(
+            self.singly(stack([case]), [law], judge).get(law.name, np.full(1, -1.0))[0] > 1
+            for judge in judges
+        )
+
+    def refused(self) -> Mapping[str, str]:
+        """Return name of a fact that no run could observe -> what was raised."""
+        return {**self.single.refused, **self._batched.refused}
+
+
+class Run:
+    """One run of a subject for one seed, and what it says about each law.
+
+    Args:
+        runner: runs and judges the subject.
+        seed: from which all cases are drawn.
+        tell: told of progress.
+        fail_fast: whether to stop at the first stack of cases that shows a violation.
+
+    Attributes:
+        tallies: law name -> its tally.
+        cases: how many cases were run.
+        notes: what the report should say besides.
+    """
+
+    def __init__(self, runner: Runner, seed: int, tell: Tell, *, fail_fast: bool) -> None:
+        self._runner = runner
+        self._plan, self._domain = runner.plan, runner.domain
+        self._seed, self._tell, self._fail_fast = seed, tell, fail_fast
+        self.tallies = {law.name: Tally(law) for law in runner.laws}
+        self.cases = 0
+        self.notes: list[str] = []
+        if runner.laws:
+            self._run()
+
+    def _run(self) -> None:
+        rng = np.random.default_rng(self._seed)
+        tiny = self._runner.tiny()
+        further, notes = self._runner.further(self._seed)
+        self.notes += notes
+        # A single row shows least: it is its own mean.
+        shapes = [*sorted(tiny, key=lambda shape: shape[0] == 1), *further]
+        self._runner.prepare(shapes)
+        for shape in shapes:
+            if not self._enough:
+                self._stack(shape, self._plan.blocks, rng)
+        self._descend(rng)
+        if self._runner.unstacked:
+            self.notes.append(self._runner.unstacked)
+        self._explore(tiny[-1])
+        broken = [t for t in self.tallies.values() if t.violated and t.law.kind == "residual"]
+        for place, tally in enumerate(broken):
+            self._tell(f"shrinking {tally.law.name}", self.cases)
+            shrink.simplify(self._runner, tally, broken[place + 1 :], tiny, self._seed)
+
+    @property
+    def _enough(self) -> bool:
+        residual = (tally for tally in self.tallies.values() if tally.law.kind == "residual")
+        return self._fail_fast and any(tally.violated for tally in residual)
+
+    def _stack(self, shape: Shape, blocks: int, rng: np.random.Generator) -> None:
+        """Run stacks of cases of one shape; half of each is bred from the worst of those before."""
+        runner = self._runner
+        self._tell(f"cases of shape {shape}", self.cases)
+        if runner.stacks:
+            size = runner.block(shape)
+            try:
+                blocks = max(blocks, math.ceil(min(FEWEST, self._plan.block) / size))
+                self._blocks(shape, blocks, size, rng)
+            except Exception as error:  # noqa: BLE001 - whatever a user's code raises under vmap
+                runner.unstack(error)
+            else:
+                return
+        self._blocks(shape, 1, self._plan.examples, rng)
+
+    def _blocks(self, shape: Shape, blocks: int, size: int, rng: np.random.Generator) -> None:
+        worst: dict[str, tuple[float, Case]] = {}
+        for _ in range(blocks):
+            cases = stacked_cases(rng, shape, size, self._domain)
+            if worst and size > 1:
+                parents = [case for _, case in worst.values()]
+                bred = shrink.breed(parents, size // 2, rng, self._domain)
+                kept = take(cases, np.arange(size // 2, size))
+                cases = Case(*(np.concatenate(part) for part in zip(bred, kept, strict=True)))
+            residuals = self._runner.residuals(cases)
+            self.cases += size
+            for name, values in residuals.items():
+                self.tallies[name].add(cases, values)
+                finite = np.where(np.isfinite(values), values, -1.0)
+                index = int(np.argmax(finite))
+                if finite[index] > worst.get(name, (0.0, None))[0]:
+                    worst[name] = float(finite[index]), take(cases, index)
+            if self._enough:
+                break
+
+    def _descend(self, rng: np.random.Generator) -> None:
+        """Look for smaller violating cases of the laws that only large batches were seen to break.
+
+        First for fewer rows of few features; then, of what is left, for few features or few rows.
+        """
+        if not self._runner.stacks or self._enough:
+            return
+        features = self._runner.subject.features
+        width = features[0] if features else 1
+        for rows in BETWEEN:
+            if not any(shape[0] > rows for shape in self._violating()):
+                break
+            self._stack((rows, width), 1, rng)
+        large = [shape for shape in self._violating() if shape[0] > 2 and shape[1] > max(2, width)]
+        if large:
+            rows, columns = min(large)
+            self._stack((rows, width), 1, rng)
+            self._stack((2, columns), 1, rng)
+
+    def _violating(self) -> list[Shape]:
+        """Return the shape of the simplest case of each violated law that has one."""
+        broken = (tally.case for tally in self.tallies.values() if tally.violated)
+        return [case.shape for case in broken if case is not None]
+
+    def _explore(self, shape: Shape) -> None:
+        """Run a few cases of one shape one at a time, for the laws that compare ways of running.
+
+        Uncompiled, and by the subject's one-call function, as few as the plan says: they compile
+        operation by operation.
+        """
+        laws = [law for law in self._runner.laws if SINGLE.intersection(law.needs)]
+        if self._enough or not self._plan.examples or not laws:
+            return
+        self._tell("cases one at a time", self.cases)
+        cases = shrink.draw([shape], self._domain, self._plan.examples, self._seed)
+        ranked = shrink.rich(cases)
+        compiled = [law for law in laws if not {"eager", "solution"}.intersection(law.needs)]
+        self._singly([cases[index] for index in ranked], compiled)
+        eager = [law for law in laws if "eager" in law.needs]
+        self._singly([cases[index] for index in ranked[: self._plan.eager]], eager)
+        if self._runner.subject.solution is not None:
+            # What it gives is compared where one step is all there is.
+            first = [cases[index]._replace(warmup=np.int32(0)) for index in ranked[: 1 + LONG]]
+            long = [case._replace(seed=LONG_SEED) for case in first[1:]]
+            self._singly([*first[:1], *long], [law for law in laws if "solution" in law.needs])
+
+    def _singly(self, cases: list[Case], laws: list[Law]) -> None:
+        if not cases or not laws:
+            return
+        self.cases += len(cases)
+        stacked = stack(cases)
+        for name, values in self._runner.singly(stacked, laws).items():
+            self.tallies[name].add(stacked, values)
+
+    def evidence(self, target: str | None) -> list[Evidence]:
+        """Return what the run says about each law.
+
+        Args:
+            target: how counterexamples find the subject; None: the reader puts it in.
+        """
+        runner, found = self._runner, []
+        refused = runner.refused()
+        for tally in self.tallies.values():
+            status, reason = tally.verdict
+            law, case = tally.law, tally.case
+            worst = None if status == "untriggered" or tally.dismissed else tally.worst
+            if runner.refusal and not tally.triggered:
+                reason = f"cannot be seen of a step that does not trace: {runner.refusal}"
+            elif status == "untriggered" and law.name in runner.judge.incomparable:
+                reason = (
+                    "what it compares differs in structure or shape: a law of structure says how"
+                )
+            elif status == "untriggered":
+                reason = next((refused[need] for need in law.needs if need in refused), reason)
+            violated = status == "violated"
+            found.append(
+                Evidence(
+                    law.name,
+                    law.family,
+                    status,
+                    tally.triggered,
+                    worst,
+                    "; ".join(text for text in (reason, runner.note) if text),
+                    counterexample=Counterexample(law.name, case, target) if violated else None,
+                    shape=case.shape if violated and case is not None else None,
+                    example=case.code() if tally.shown and case is not None else None,
+                )
+            )
+        return found
