@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from bnverify.diagnose import diagnosed
 from bnverify.evidence import Evidence, Report
+from bnverify.laws import STEP_LAWS
 from bnverify.mutants.audit import Audit, Finding
 from bnverify.mutants.users_tests import TestsAudit, TestsFinding
 from bnverify.shard import Shard
@@ -112,8 +113,16 @@ def _report(parts: Sequence[Part]) -> Report:
     notes = dict.fromkeys(note for report in reports for note in report.notes)
     return replace(
         reports[0],
-        # The likeliest mistake is the one that explains most of what is broken, in all shards.
-        results=tuple(diagnosed(results)),
+        # The likeliest mistake is the one that explains most of what is broken, in all shards. Laws
+        # beyond one step know theirs by themselves.
+        results=tuple(
+            diagnosed(
+                [
+                    replace(each, diagnosis=None) if each.law in STEP_LAWS else each
+                    for each in results
+                ]
+            )
+        ),
         cases=max(report.cases for report in reports),  # they draw the same ones
         seconds=sum(report.seconds for report in reports),
         influence=influence,

@@ -16,13 +16,13 @@ import numpy as np
 
 from bnverify import compat
 from bnverify.case import Case
-from bnverify.unusable import first_line
 from bnverify.jaxpr.tracing import Abstract, Program, Tracer, as_function
 from bnverify.lazy import jax, jnp
 from bnverify.pytree import form, signature, take
 from bnverify.reruns import EVALS, FIRST, LATER_RERUNS, RERUNS, nudged_inputs, shift, shift_biases
 from bnverify.subject import State, Subject, Tree
 from bnverify.transition import Outcome, Transition
+from bnverify.unusable import first_line
 
 How: TypeAlias = Literal["vmap", "jit", "eager"]
 
@@ -129,7 +129,7 @@ class CompiledSubject:
             shape: (N, D) of the cases.
             *args: stacked trees.
         """
-        leaves, structure = jax.tree_util.tree_flatten(args)
+        leaves = jax.tree_util.tree_leaves(args)
         cases = len(leaves[0])
         if self._how == "eager":
             given = (jax.tree_util.tree_map(jnp.asarray, take(args, i)) for i in range(cases))
@@ -159,7 +159,7 @@ class CompiledSubject:
             function: of single cases.
             *args: trees of arrays or numbers, which reach the function as JAX arrays.
         """
-        given = jax.tree_util.tree_map(jnp.asarray, args)
+        given = jax.tree_util.tree_map(_on_device, args)
         types = jax.tree_util.tree_map(Abstract.of, given)
         program = self._program(name, function, types, None)
         return program(*jax.tree_util.tree_leaves(given))
@@ -229,9 +229,9 @@ class _Later:
 def _lowered(traced: Program, size: int | None) -> tuple[Any, Any]:
     """Return a traced program, lowered for ``size`` stacked cases, and the structure of its result."""
     function = as_function(traced)
-    flat = [leaf for leaf in jax.tree_util.tree_leaves(traced.args)]
+    flat = jax.tree_util.tree_leaves(traced.args)
     lead = () if size is None else (size,)
-    types = [jax.ShapeDtypeStruct((*lead, *leaf.shape), leaf.dtype) for leaf in flat]
+    types = [Abstract((*lead, *leaf.shape), leaf.dtype, leaf.weak_type) for leaf in flat]
     mapped = function.flat if size is None else jax.vmap(function.flat, axis_size=size)
     return jax.jit(mapped).lower(*types), jax.tree_util.tree_structure(traced.out)
 
@@ -240,6 +240,10 @@ def _compiled(lowered: tuple[Any, Any]) -> Callable[..., Any]:
     stage, structure = lowered
     program = compat.compiled(stage, QUICK)
     return lambda *leaves: jax.tree_util.tree_unflatten(structure, program(*leaves))
+
+
+def _on_device(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
 def _host(tree: Tree) -> Any:
@@ -346,8 +350,8 @@ def _facts(
         except Exception as error:  # noqa: BLE001 - whatever a user's optimizer raises
             calls.refused["expected_update"] = f"the optimizer raised {first_line(error)}"
     if "after_eval" in wanted and subject.after_eval is not None:
-        given = actual.state, case.x, case.y
-        facts["after_eval"] = calls.call("after_eval", subject.after_eval, shape, *given)
+        evaluated = actual.state, case.x, case.y
+        facts["after_eval"] = calls.call("after_eval", subject.after_eval, shape, *evaluated)
     return facts
 
 

@@ -62,8 +62,9 @@ def simpler(case: Case) -> list[Case]:
                 other = flat.copy()
                 other[index] = to
                 found.append(case._replace(**{name: other.reshape(value.shape)}))
+    own = complexity(case)
     ranked = [(complexity(candidate), candidate) for candidate in found]
-    below = [pair for pair in ranked if pair[0] < complexity(case)]
+    below = [pair for pair in ranked if pair[0] < own]
     return [candidate for _, candidate in sorted(below, key=lambda pair: pair[0])]
 
 

@@ -37,7 +37,7 @@ def test_training_loss_is_a_scalar(step):
 
 
 def test_eval_loss_has_shape_one(step):
-    """The eval loss has shape (1,)."""
+    """The eval loss is one number, of shape () or (1,)."""
     step.proves("eval_loss_has_shape_one")
 
 

@@ -14,22 +14,21 @@ PACKAGE = ROOT / "bnverify"
 ROW = re.compile(r"^\| ([\w ]+) \| ((?:`\w+` ?)+)\|$", re.MULTILINE)
 
 
-def rooms() -> dict[str, int]:
-    """Return module or folder name -> the line of the table that it stands on."""
+def rows() -> dict[str, int]:
+    """Return the name of a module or folder -> the row of the table that it stands in."""
     page = (ROOT / "docs" / "architecture.md").read_text()
-    rows = ROW.findall(page)
-    return {
-        name: rank for rank, (_, names) in enumerate(rows) for name in re.findall(r"`(\w+)`", names)
-    }
+    found = [re.findall(r"`(\w+)`", names) for _, names in ROW.findall(page)]
+    assert len(found) == 6
+    return {name: rank for rank, names in enumerate(found) for name in names}
 
 
-def room_of(path: Path) -> str:
+def listed(path: Path) -> str:
     """Return the name under which the table lists a file of the package."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Yield the rooms that a file imports from, wherever in it; not those for types alone."""
+    """Yield the modules and folders that a file imports from, wherever in it; not those for types alone."""
     tree = ast.parse(path.read_text())
     for_types = {
         child
@@ -53,16 +52,19 @@ FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 
 def test_the_table_lists_every_module_once() -> None:
-    """No module is without a room, no room is without its module."""
-    assert {room_of(path) for path in FILES} == set(rooms())
+    """No module is without a row, and no row names a module that is gone."""
+    assert {listed(path) for path in FILES} == set(rows())
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_from_its_own_room_or_from_above(path: Path) -> None:
+def test_modules_import_from_their_own_row_or_from_above() -> None:
     """Nothing earlier in the pipeline knows anything later."""
-    ranks = rooms()
-    own = ranks[room_of(path)]
-    later = {name for name in imports(path) if ranks.get(name, -1) > own}
+    ranks = rows()
+    later = {
+        (str(path.relative_to(PACKAGE)), name)
+        for path in FILES
+        for name in imports(path)
+        if ranks.get(name, -1) > ranks[listed(path)]
+    }
     assert later == set()
 
 

@@ -13,8 +13,6 @@ import pytest
 
 from bnverify import atomic_file
 
-pytestmark = pytest.mark.once
-
 WRITER = """
 import sys
 from pathlib import Path

@@ -125,7 +125,6 @@ def test_an_order_survives_the_environment() -> None:
     assert Order.load(order.dump()) == order
 
 
-@pytest.mark.once
 def test_the_example_misses_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """One fault that the example's tests notice, one that they miss, and nothing left on disk."""
     monkeypatch.chdir(EXAMPLE)
@@ -136,8 +135,7 @@ def test_the_example_misses_what_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sorted(os.listdir()) == before
 
 
-@pytest.mark.once
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_whole_list_of_what_the_example_misses_is_right(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,8 +203,7 @@ def test_unusable_arguments_are_refused(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.once
+@pytest.mark.nightly
 def test_one_fault_of_the_catalogue_is_audited(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

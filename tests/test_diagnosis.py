@@ -2,7 +2,7 @@
 
 import pytest
 
-from bnverify.engine.diagnosis import diagnosed, likeliest, signatures
+from bnverify.diagnose import diagnosed, likeliest, signatures
 from bnverify.evidence import Evidence
 from bnverify.laws import LAWS
 from bnverify.mistakes import MISTAKES

@@ -15,12 +15,10 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 FINDINGS = ROOT / "docs" / "findings.md"
 """Faults of others, each in the releases that it names: other ones print what is right."""
 
-pytestmark = pytest.mark.docs
-
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=pytest.mark.once) if page == FINDINGS else page for page in PAGES],
+    [pytest.param(page, marks=pytest.mark.nightly) if page == FINDINGS else page for page in PAGES],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_sessions_on_the_page_run_as_shown(page: Path) -> None:
@@ -58,7 +56,6 @@ def plain(line: str) -> str:
     return re.sub(r"profile \w+|; [\d,]+ cases in [\d.]+ s", "", line)
 
 
-@pytest.mark.once
 def test_the_readme_shows_what_check_prints() -> None:
     """The block below the first command holds lines of its output, in their order."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -2,38 +2,40 @@
 
 import json
 import os
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 import bnverify
 from bnverify import reference
-from bnverify.checking.claims import CLAIMS as CLAIMS_OF_ALL
-from bnverify.checking.claims import choose
-from bnverify.checking.devices import FLAG, environment, find, run
+from bnverify.check import choose
 from bnverify.cli import main
-from bnverify.evidence import Evidence
-from bnverify.lifetime.calls import batches
+from bnverify.evidence import Evidence, Violation
+from bnverify.laws import LAWS
 from bnverify.mistakes import MISTAKES
 from bnverify.mutants.parallel_faults import PARALLEL_FAULTS
 from bnverify.mutants.parallel_step import axis_name
-from bnverify.parallel.check import replay
-from bnverify.parallel.claims import CLAIMS
+from bnverify.parallel.check import FLAG, NAMES, environment, find, on_devices, replay
+from bnverify.profile import named
 from bnverify.unusable import Unusable
 
 REFERENCE = "bnverify.mutants.parallel_step:reference"
 AXIS_NAME = "bnverify.mutants.parallel_step:axis_name"
 FAULTS = "bnverify.mutants.parallel_faults"
+VMAP = "vmap_with_an_axis_equals_one_device"
 
+CASE = bnverify.Case.of(0, [[1.0], [2.0], [3.0], [5.0]], [0.0, 1.0, 0.0, 2.0], 0.5)
 
 Found = dict[str, dict[str, Evidence]]
-"""Target -> claim -> its evidence."""
+"""Target -> law -> its evidence."""
 
 
 def on_four_devices(targets: list[str]) -> Found:
     """Return the evidence on some targets, from one process with four devices."""
-    found = run(targets, "quick")
-    return {target: {each.law: each for each in found[target].results} for target in targets}
+    found = on_devices(targets, named("quick"), 0, NAMES)
+    return {target: {each.law: each for each in found[target][0]} for target in targets}
 
 
 @pytest.fixture(scope="module")
@@ -51,39 +53,43 @@ def wrong() -> Found:
 def test_the_reference_holds_under_every_mapping(right: Found) -> None:
     """vmap, pmap, shard_map and sharded jit give the single-device step, within its rounding."""
     found = right[REFERENCE]
-    assert {name: each.status for name, each in found.items()} == dict.fromkeys(CLAIMS, "held")
+    assert {name: each.status for name, each in found.items()} == dict.fromkeys(NAMES, "held")
     assert all(each.residual is not None and each.residual < 0.8 for each in found.values())
 
 
 def test_flax_own_axis_name_holds(right: Found) -> None:
-    """BatchNorm(axis_name) and pmean hold; what takes no padding is exempt from that claim."""
+    """BatchNorm(axis_name) and pmean hold; what takes no padding is exempt from that law."""
     statuses = [each.status for each in right[AXIS_NAME].values()]
     assert statuses == ["held"] * 5 + ["exempt"]
 
 
-@pytest.mark.once
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", sorted(PARALLEL_FAULTS))
 def test_each_fault_is_caught_and_named(name: str, wrong: Found) -> None:
-    """Each fault breaks the claim it must break, and its mistake is the one that is named."""
+    """Each fault breaks the law it must break, and its mistake is the one that is named."""
     fault = PARALLEL_FAULTS[name]
     found = wrong[f"{FAULTS}:{name}"][fault.expected]
     assert found.status == "violated"
     assert (found.diagnosis or "").startswith(f"{fault.mistake}:")
 
 
-@pytest.mark.once
+@pytest.mark.nightly
 def test_counterexamples_read_well(wrong: Found) -> None:
     """What was found by wild numbers is shown by few rows of plain ones."""
     for fault in PARALLEL_FAULTS.values():
-        script = wrong[f"{FAULTS}:{fault.name}"][fault.expected].counterexample
-        (case,) = batches(script or "").values()
+        shown = wrong[f"{FAULTS}:{fault.name}"][fault.expected].counterexample
+        assert shown is not None
+        assert shown.devices
+        assert f"bnverify.load('{FAULTS}:{fault.name}')" in shown.script
+        case = shown.case
+        assert case is not None
         assert case.seed == 0
         assert max(case.shape) <= 8
         assert np.all(case.x == np.round(case.x))
         assert np.all(case.y == np.round(case.y))
 
 
-@pytest.mark.once
+@pytest.mark.nightly
 def test_faults_of_unequal_shards_hold_where_shards_are_equal(wrong: Found) -> None:
     """What is wrong with padding alone is no violation without it."""
     for fault in PARALLEL_FAULTS.values():
@@ -99,38 +105,71 @@ def test_one_device_is_enough_for_vmap() -> None:
     fault = PARALLEL_FAULTS["gradients_summed"]
     found = {each.law: each for each in bnverify.check_parallel(fault.make(), "quick")}
     assert found["pmap_equals_one_device"].status == "untriggered"
-    broken = found["vmap_with_an_axis_equals_one_device"]
+    broken = found[VMAP]
     assert broken.status == "violated"
-    case = bnverify.Case.of(0, [[1.0], [2.0], [3.0], [5.0]], [0.0, 1.0, 0.0, 2.0], 0.5)
-    with pytest.raises(bnverify.Violation, match="gradients_summed"):
-        replay(fault.make(), case, "vmap_with_an_axis_equals_one_device")
-    assert replay(axis_name(), case, "vmap_with_an_axis_equals_one_device") <= 1
+    with pytest.raises(Violation, match="gradients_summed"):
+        replay(fault.make(), CASE, VMAP)
+    assert replay(axis_name(), CASE, VMAP) <= 1
+
+
+def test_what_cannot_be_run_here_is_said() -> None:
+    """A law that needs more devices than there are is refused by replay, not passed."""
+    with pytest.raises(Unusable, match="this process has 1 of the 4 devices"):
+        replay(axis_name(), CASE, "shard_map_equals_one_device")
+
+
+def test_a_step_that_raises_breaks_the_law() -> None:
+    """What a mapped step raises is the reason, and the batch it raised on the counterexample."""
+
+    def step(*args: Any) -> Any:
+        raise TypeError("no axis here")
+
+    (found,) = (
+        each
+        for each in bnverify.check_parallel(replace(axis_name(), step=step), "quick")
+        if each.law == VMAP
+    )
+    assert (found.status, found.reason) == ("violated", "it raises TypeError: no axis here")
+    assert found.counterexample is not None
+
+
+def test_a_step_that_fails_on_one_device_is_told() -> None:
+    """Where the step on one device takes no such batch, nothing is held against that on many."""
+
+    def init(*args: Any) -> Any:
+        raise TypeError("no such batch")
+
+    single = replace(reference.sgd(), init=init)
+    found = bnverify.check_parallel(replace(axis_name(), single=single), "quick")
+    (vmapped,) = (each for each in found if each.law == VMAP)
+    assert vmapped.status == "untriggered"
+    assert vmapped.reason == "on one device the step raises TypeError: no such batch"
 
 
 def test_check_takes_a_step_for_many_devices(capsys: pytest.CaptureFixture[str]) -> None:
-    """The claims are part of its report, from a process that has the devices."""
+    """The laws of many devices are part of its report, from a process that has them."""
     target = f"{FAULTS}:gradients_summed"
     line = ["check", target, "--profile", "quick", "--select", "parallel", "--json", "-"]
     assert main(line) == 1
     data = json.loads(capsys.readouterr().out)
     assert data["subject"] == "mutant[gradients_summed]"
-    assert [result["law"] for result in data["results"]] == list(CLAIMS)
+    assert [result["law"] for result in data["results"]] == list(NAMES)
     broken = {each["law"]: each for each in data["results"] if each["status"] == "violated"}
     assert set(broken) == {
-        "vmap_with_an_axis_equals_one_device",
+        VMAP,
         "pmap_equals_one_device",
         "shard_map_equals_one_device",
     }
-    vmapped = broken["vmap_with_an_axis_equals_one_device"]["counterexample"]
+    vmapped = broken[VMAP]["counterexample"]
     assert f"bnverify.load({target!r})" in vmapped
-    with pytest.raises(bnverify.Violation, match="gradients_summed"):
+    with pytest.raises(Violation, match="gradients_summed"):
         # As pasted, but that the environment of this process must not change.
         exec(vmapped.partition("import bnverify\n")[2], {"bnverify": bnverify})  # noqa: S102
 
 
 def test_a_step_for_one_device_is_not_asked() -> None:
     """Of another step nothing is said of many devices, or that it is exempt where that is asked."""
-    assert "parallel" not in {CLAIMS_OF_ALL[name].family for name in choose((), ())}
+    assert "parallel" not in {LAWS[name].family for name in choose((), ())}
     (only,) = bnverify.verify(reference.sgd(), select=["pmap_equals_one_device"]).results
     assert only.status == "exempt"
 
@@ -156,8 +195,8 @@ def test_other_targets_are_refused(target: str, refusal: str) -> None:
         find(target)
 
 
-@pytest.mark.parametrize("name", sorted(CLAIMS))
-def test_claims_name_known_mistakes(name: str) -> None:
-    """Every mistake that a claim names has a mend."""
-    assert CLAIMS[name].mistakes
-    assert all(mistake in MISTAKES for mistake in CLAIMS[name].mistakes)
+@pytest.mark.parametrize("name", NAMES)
+def test_laws_name_known_mistakes(name: str) -> None:
+    """Every mistake that a law of many devices names is known."""
+    assert LAWS[name].mistakes
+    assert all(mistake in MISTAKES for mistake in LAWS[name].mistakes)

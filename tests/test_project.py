@@ -32,7 +32,6 @@ def pinned(path: Path) -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
-@pytest.mark.docs
 def test_ci_runs_the_commands_of_the_readme() -> None:
     """What README.md tells a newcomer to type is what .ci/run runs, to the letter."""
     shell = re.findall(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bnverify.laws import LAWS
+from bnverify.laws import STEP_LAWS
 
 ROOT = Path(__file__).parents[1]
 WRONG = """
@@ -28,7 +28,7 @@ def frozen(state, x, y, lr):
 
 wrong_sign = replace(sgd, step=rising)
 no_update = replace(sgd, step=frozen)
-wrong_shape = replace(sgd, evaluate=lambda s, x, y: sgd.evaluate(s, x, y).reshape(()))
+wrong_shape = replace(sgd, evaluate=lambda s, x, y: sgd.evaluate(s, x, y).reshape(1, 1))
 two_wide = replace(sgd, features=(2,))
 """
 
@@ -53,7 +53,9 @@ def bindings() -> dict[str, tuple[str, list[str]]]:
 
 def test_every_law_is_bound() -> None:
     """Each registered law has the property of its name, in the file of its family; none is over."""
-    expected = {f"test_{law.name}": (f"test_{law.family}", [law.name]) for law in LAWS.values()}
+    expected = {
+        f"test_{law.name}": (f"test_{law.family}", [law.name]) for law in STEP_LAWS.values()
+    }
     assert bindings() == expected
 
 
@@ -81,8 +83,8 @@ def steps(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("target", "law"),
     [
-        pytest.param("wrong_sign", "params_follow_the_optimizer", marks=pytest.mark.once),
-        pytest.param("no_update", "step_moves_the_params", marks=pytest.mark.once),
+        pytest.param("wrong_sign", "params_follow_the_optimizer", marks=pytest.mark.nightly),
+        pytest.param("no_update", "step_moves_the_params", marks=pytest.mark.nightly),
         ("wrong_shape", "eval_loss_has_shape_one"),
     ],
 )
@@ -90,7 +92,7 @@ def test_a_wrong_step_fails_the_property_of_the_law(steps: Path, target: str, la
     """Whether the law bounds an error, wants a witness or is proved, the failure names it."""
     done = properties(steps, "--bnverify-target", f"steps.py:{target}", "-k", f"test_{law}")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert f"FAILED properties/test_{LAWS[law].family}.py::test_{law}[steps.py:{target}]" in (
+    assert f"FAILED properties/test_{STEP_LAWS[law].family}.py::test_{law}[steps.py:{target}]" in (
         done.stdout.replace(os.path.relpath(ROOT, steps) + os.sep, "")
     )
     assert f"bnverify.replay(subject, case, law='{law}')" in done.stdout
@@ -111,8 +113,7 @@ SOME = (
 )
 
 
-@pytest.mark.once
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_workers_and_orders_give_the_same_verdicts(
     steps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +138,6 @@ def test_workers_and_orders_give_the_same_verdicts(
     assert verdicts == verdicts[:1] * 3
 
 
-@pytest.mark.once
 def test_a_step_that_takes_one_width_gets_that(steps: Path) -> None:
     """The inputs have the sizes that the target accepts."""
     done = properties(

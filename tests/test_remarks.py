@@ -11,9 +11,9 @@ import pytest
 
 import bnverify
 from bnverify import zoo
-from bnverify.engine.proof import read
-from bnverify.engine.remarks import remarks
 from bnverify.mutants import CONTROLS
+from bnverify.proof import read
+from bnverify.remarks import remarks
 from bnverify.subject import Subject
 
 
@@ -118,7 +118,6 @@ def test_nothing_is_said_of_a_correct_step(name: str) -> None:
     assert told(CONTROLS[name].make()) == []
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", ["mlp", "shared_nnx", "masked", "averaged_params", "scanned"])
 def test_nothing_is_said_of_the_zoo(name: str) -> None:
     """Nor have these."""

@@ -24,8 +24,6 @@ from bnverify import strategies
 from bnverify.case import Case
 from bnverify.testing import memory
 
-pytestmark = pytest.mark.once
-
 Machines = Callable[[str], ExampleDatabase]
 """From the name of a machine to the database it has there."""
 

@@ -230,7 +230,6 @@ FAULTS: dict[str, Callable[[Case], bool]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.once
 def test_failures_shrink_to_at_most_two_rows_and_features(fault: str) -> None:
     """Whatever shape a failure is found in, a tiny one of the pool is what is reported."""
     assert minimal(strategies.cases(), FAULTS[fault]).shape in shapes.TINY_SHAPES

@@ -1,5 +1,6 @@
 """bnverify.suite and the pytest plugin, on reports made up for the purpose."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,16 +15,10 @@ from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
 
 # Loaded before any test runs: pytester forgets what is first imported inside it, and a second jax
 # in one process is refused.
-from bnverify import Subject
+from bnverify import Subject, check
 from bnverify.case import Case
-from bnverify.checking import replay as replays
-from bnverify.checking import verify as checking
-from bnverify.engine import counterexample
-from bnverify.engine import verify as engine
-from bnverify.evidence import Evidence, Report
+from bnverify.evidence import Call, Counterexample, Evidence, Report, Violation
 from bnverify.laws import LAWS
-from bnverify.lifetime.claims import CLAIMS as LIFE
-from bnverify.parallel.claims import CLAIMS as PARALLEL
 from bnverify.target import load
 from bnverify.testing import memory
 from bnverify.testing.workers import shared
@@ -31,15 +26,28 @@ from bnverify.testing.workers import shared
 pytest_plugins = ("pytester",)
 
 ROOT = Path(__file__).parents[1]
-VIOLATED, HELD, PROVED, UNTRIGGERED, EXEMPT, *_ = LAWS
+PARALLEL = [name for name, law in LAWS.items() if law.family == "parallel"]
+TESTS = [name for name in LAWS if name not in PARALLEL]
+"""What a suite of a step for one device holds."""
+
+VIOLATED, HELD, PROVED, UNTRIGGERED, EXEMPT, *_ = TESTS
 CASE = Case.of(seed=3, x=[[1.0, 2.0]], y=[0.5], lr=0.25, warmup=1)
-SCRIPT = counterexample.script(VIOLATED, CASE, "test_step.py:test_mine")
+SHOWN = Counterexample(VIOLATED, CASE, "test_step.py:test_mine")
+DIAGNOSIS = "slip: it is wrong. Do it so."
 EVIDENCE = (
-    Evidence(VIOLATED, "evaluation", "violated", 5, 7.0, "off by 7", SCRIPT, "slip: it. Mend: so."),
-    Evidence(HELD, "evaluation", "held", 5, 0.5),
-    Evidence(PROVED, "evaluation", "proved", reason="every N and D"),
-    Evidence(UNTRIGGERED, "evaluation", "untriggered", reason="no case reached it"),
-    Evidence(EXEMPT, "evaluation", "exempt", reason="it has none"),
+    Evidence.of(
+        VIOLATED,
+        "violated",
+        cases=5,
+        residual=7.0,
+        reason="off by 7",
+        counterexample=SHOWN,
+        diagnosis=DIAGNOSIS,
+    ),
+    Evidence.of(HELD, "held", cases=5, residual=0.5),
+    Evidence.of(PROVED, "proved", reason="every N and D"),
+    Evidence.of(UNTRIGGERED, "untriggered", reason="no case reached it"),
+    Evidence.of(EXEMPT, "exempt", reason="it has none"),
 )
 STEP = """
 import bnverify
@@ -54,42 +62,36 @@ OUTCOMES = ("PASSED", "FAILED", "SKIPPE", "ERROR ")
 FIVE = " or ".join(f"[{evidence.law}]" for evidence in EVIDENCE)
 
 
-class Engine:
-    """Stands in for the engine: says what EVIDENCE says, and what it was asked."""
+class Stand:
+    """Stands in for the check: says what EVIDENCE says, and what it was asked."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
-        self.replayed: list[tuple[Case, str]] = []
+        self.replayed: list[Counterexample] = []
         self.fixed = False
 
     def verify(
-        self, subject: Subject, profile: str, select: Sequence[str], **options: object
+        self, subject: Subject, profile: str, *, select: Sequence[str], **options: object
     ) -> Report:
         asked = {"subject": subject.name, "profile": profile, "select": select, **options}
         self.asked.append(asked)
         known = {evidence.law: evidence for evidence in EVIDENCE}
         if self.fixed:
-            known[VIOLATED] = Evidence(VIOLATED, "evaluation", "held", 5)
-        results = [known.get(law, Evidence(law, LAWS[law].family, "held", 1)) for law in select]
+            known[VIOLATED] = Evidence.of(VIOLATED, "held", cases=5)
+        results = [known.get(law, Evidence.of(law, "held", cases=1)) for law in select]
         return Report(subject.name, profile, 0, tuple(results), 5, 0.1, {})
 
-    def replay(self, subject: Subject, case: Case, law: str) -> None:
-        self.replayed.append((case, law))
+    def show_again(self, subject: Subject, counterexample: Counterexample) -> None:
+        self.replayed.append(counterexample)
         if not self.fixed:
-            raise counterexample.Violation("as before")
+            raise Violation(EVIDENCE[0])
 
 
 @pytest.fixture
-def made_up(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    made_up = Engine()
-
-    def run(checker: engine.Checker, seed: int, *, target: str, **options: object) -> Report:
-        laws = [law.name for law in checker.laws]
-        return made_up.verify(checker.subject, checker.plan.name, laws, seed=seed, target=target)
-
-    assert checking.engine is engine
-    monkeypatch.setattr(engine.Checker, "run", run)
-    monkeypatch.setattr(counterexample, "replay", made_up.replay)
+def made_up(monkeypatch: pytest.MonkeyPatch) -> Stand:
+    made_up = Stand()
+    monkeypatch.setattr(check, "verify", made_up.verify)
+    monkeypatch.setattr(check, "show_again", made_up.show_again)
     monkeypatch.delenv("PYTEST_XDIST_TESTRUNUID", raising=False)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     remembering(monkeypatch, InMemoryExampleDatabase())
@@ -106,7 +108,7 @@ Inner = Callable[..., pytest.RunResult]
 
 
 @pytest.fixture
-def inner(pytester: pytest.Pytester, request: pytest.FixtureRequest, made_up: Engine) -> Inner:
+def inner(pytester: pytest.Pytester, request: pytest.FixtureRequest, made_up: Stand) -> Inner:
     """Run pytest in this process, with the plugin, on a file with one suite."""
     pytester.makepyfile(test_step=STEP)
     plugins = request.config.pluginmanager
@@ -118,7 +120,7 @@ def inner(pytester: pytest.Pytester, request: pytest.FixtureRequest, made_up: En
 def test_a_suite_is_one_test_for_each_law(inner: Inner) -> None:
     """The ids are the names of the laws."""
     result = inner("--collect-only", "-q")
-    for law in (*LAWS, *LIFE):
+    for law in TESTS:
         result.stdout.fnmatch_lines([f"test_step.py::test_mine[[]{law}[]]"])
 
 
@@ -135,7 +137,7 @@ def test_a_violation_says_what_it_is_and_nothing_else(inner: Inner) -> None:
     """Claim, reason, diagnosis and counterexample; no traceback of bnverify's own."""
     result = inner("-k", f"[{VIOLATED}]")
     text = str(result.stdout)
-    for part in (LAWS[VIOLATED].claim, "off by 7", "Usually: slip: it. Mend: so.", SCRIPT.strip()):
+    for part in (LAWS[VIOLATED].claim, "off by 7", DIAGNOSIS, SHOWN.script.strip()):
         assert part in text
     assert "suite.py" not in text
     assert "Traceback" not in text
@@ -150,7 +152,7 @@ def test_junit_gets_the_same_message(inner: Inner, pytester: pytest.Pytester) ->
     assert "bnverify.replay(subject, case" in text
 
 
-def test_the_check_runs_once(inner: Inner, made_up: Engine) -> None:
+def test_the_check_runs_once(inner: Inner, made_up: Stand) -> None:
     """All laws share one check, of the laws selected, by the profile of the suite."""
     inner("-k", FIVE)
     (asked,) = made_up.asked
@@ -161,7 +163,7 @@ def test_the_check_runs_once(inner: Inner, made_up: Engine) -> None:
     assert asked["target"] == "test_step.py:test_mine"
 
 
-def test_options_take_the_place_of_the_suites_own(inner: Inner, made_up: Engine) -> None:
+def test_options_take_the_place_of_the_suites_own(inner: Inner, made_up: Stand) -> None:
     """--bnverify-profile and --bnverify-seed reach the engine."""
     inner("--bnverify-profile", "nightly", "--bnverify-seed", "11", "-k", f"[{HELD}]")
     (asked,) = made_up.asked
@@ -169,7 +171,7 @@ def test_options_take_the_place_of_the_suites_own(inner: Inner, made_up: Engine)
 
 
 def test_a_failing_check_is_told_by_every_law_and_made_once(
-    inner: Inner, made_up: Engine, monkeypatch: pytest.MonkeyPatch
+    inner: Inner, made_up: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the subject itself raises, the first law shows it, the others name it."""
     tries = []
@@ -178,7 +180,7 @@ def test_a_failing_check_is_told_by_every_law_and_made_once(
         tries.append(1)
         raise RuntimeError("the user's own")
 
-    monkeypatch.setattr(engine.Checker, "run", verify)
+    monkeypatch.setattr(check, "verify", verify)
     result = inner("-k", FIVE)
     result.assert_outcomes(failed=5)
     named = [line for line in result.outlines if line.startswith("the check could not be made: ")]
@@ -186,7 +188,7 @@ def test_a_failing_check_is_told_by_every_law_and_made_once(
     assert tries == [1]
 
 
-def test_a_failing_case_is_tried_first_next_time(inner: Inner, made_up: Engine) -> None:
+def test_a_failing_case_is_tried_first_next_time(inner: Inner, made_up: Stand) -> None:
     """The next run replays the case, and as long as it fails needs no check."""
     inner("-k", f"[{VIOLATED}]")
     assert made_up.replayed == []
@@ -194,11 +196,12 @@ def test_a_failing_case_is_tried_first_next_time(inner: Inner, made_up: Engine) 
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*the case of the last run, tried first*"])
     assert len(made_up.asked) == 1
-    ((case, law),) = made_up.replayed
-    assert (law, case.code()) == (VIOLATED, CASE.code())
+    (remembered,) = made_up.replayed
+    assert (remembered.law, remembered.target) == (VIOLATED, SHOWN.target)
+    assert remembered.script == SHOWN.script
 
 
-def test_a_mended_case_is_forgotten(inner: Inner, made_up: Engine) -> None:
+def test_a_mended_case_is_forgotten(inner: Inner, made_up: Stand) -> None:
     """Once the case passes, the whole check decides, and the case is not tried again."""
     inner("-k", f"[{VIOLATED}]")
     made_up.fixed = True
@@ -209,7 +212,7 @@ def test_a_mended_case_is_forgotten(inner: Inner, made_up: Engine) -> None:
 
 
 def test_a_case_that_no_longer_fits_is_forgotten(
-    inner: Inner, made_up: Engine, monkeypatch: pytest.MonkeyPatch
+    inner: Inner, made_up: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A subject that has changed its shape makes the old case useless, not an error."""
     inner("-k", f"[{VIOLATED}]")
@@ -217,13 +220,13 @@ def test_a_case_that_no_longer_fits_is_forgotten(
     def replay(*args: object) -> None:
         raise TypeError("of another shape")
 
-    monkeypatch.setattr(counterexample, "replay", replay)
+    monkeypatch.setattr(check, "show_again", replay)
     inner("-k", f"[{VIOLATED}]").stdout.fnmatch_lines(["*off by 7*"])
     assert len(made_up.asked) == 2
 
 
 def test_without_a_database_nothing_is_remembered(
-    inner: Inner, made_up: Engine, monkeypatch: pytest.MonkeyPatch
+    inner: Inner, made_up: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hypothesis's own profile for CI has none."""
     remembering(monkeypatch, None)
@@ -233,7 +236,7 @@ def test_without_a_database_nothing_is_remembered(
 
 
 def test_a_subject_may_be_made_late(
-    inner: Inner, made_up: Engine, pytester: pytest.Pytester
+    inner: Inner, made_up: Stand, pytester: pytest.Pytester
 ) -> None:
     """A function that makes the subject is called when the first law runs, and once."""
     late = STEP.replace("bnverify.suite(mine", "bnverify.suite(make") + "\nmade = []\n"
@@ -271,7 +274,7 @@ def test_shards_cover_every_test_once(inner: Inner) -> None:
     for shard in ("1/3", "2/3", "3/3"):
         lines = inner("--collect-only", "-q", "--bnverify-shard", shard).outlines
         seen += [line for line in lines if line.startswith("test_step.py::")]
-    assert sorted(seen) == sorted(f"test_step.py::test_mine[{law}]" for law in (*LAWS, *LIFE))
+    assert sorted(seen) == sorted(f"test_step.py::test_mine[{law}]" for law in TESTS)
 
 
 def test_a_shard_that_is_none_is_refused(inner: Inner) -> None:
@@ -282,7 +285,7 @@ def test_a_shard_that_is_none_is_refused(inner: Inner) -> None:
 
 
 def test_workers_share_one_check(
-    pytester: pytest.Pytester, made_up: Engine, monkeypatch: pytest.MonkeyPatch
+    pytester: pytest.Pytester, made_up: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What one worker of a run has made, another finds."""
     monkeypatch.setenv("PYTEST_XDIST_TESTRUNUID", "of this run")
@@ -313,11 +316,33 @@ def test_the_script_names_a_suite(pytester: pytest.Pytester) -> None:
         load("test_step.py:test_mine")
 
 
-def test_the_case_is_read_from_its_script() -> None:
-    """The case in a script is the case, and a script without one is refused."""
-    assert replays.case_in(SCRIPT).code() == CASE.code()
-    with pytest.raises(ValueError, match="no case"):
-        replays.case_in("import bnverify")
+HISTORY = Counterexample(
+    "statistics_fold_each_batch_once",
+    None,
+    "test_step.py:test_mine",
+    (Call("begin", CASE), Call("restore", "pickle"), Call("evaluate", CASE), Call("copy")),
+)
+
+
+@pytest.mark.parametrize("shown", [SHOWN, HISTORY, Counterexample(VIOLATED)])
+@pytest.mark.parametrize("residual", [7.0, float("inf"), None])
+def test_a_counterexample_survives_json_and_memory(
+    monkeypatch: pytest.MonkeyPatch, shown: Counterexample, residual: float | None
+) -> None:
+    """A case, a history or neither: what is remembered is what was shown, as data and as a script."""
+    remembering(monkeypatch, InMemoryExampleDatabase())
+    evidence = Evidence.of(shown.law, "violated", residual=residual, counterexample=shown)
+    assert Counterexample.from_json(json.loads(json.dumps(shown.to_json()))).script == shown.script
+    kept = memory.Memory("test_step.py::test_mine[law]")
+    kept.keep(evidence)
+    recalled = kept.recall()
+    assert recalled is not None
+    assert recalled.counterexample is not None
+    assert json.dumps(recalled.to_json()) == json.dumps(evidence.to_json())
+    assert recalled.counterexample.script == shown.script
+    assert memory.Memory("test_step.py::test_mine[other]").recall() is None
+    kept.forget()
+    assert kept.recall() is None
 
 
 def test_the_plugin_loads_nothing_heavy() -> None:
@@ -357,7 +382,6 @@ def outer(folder: Path, *args: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.mark.once
 def test_workers_and_orders_give_the_same_verdicts(pytester: pytest.Pytester) -> None:
     """With -n 0, with -n 2 and backwards, the same laws fail, of a step that is really checked."""
     pytester.makepyfile(
@@ -366,7 +390,7 @@ def test_workers_and_orders_give_the_same_verdicts(pytester: pytest.Pytester) ->
         "    from dataclasses import replace\n"
         "    from bnverify.reference import sgd\n"
         "    good = sgd()\n"
-        "    evaluate = lambda s, x, y: good.evaluate(s, x, y).reshape(())\n"
+        "    evaluate = lambda s, x, y: good.evaluate(s, x, y).reshape(1, 1)\n"
         "    return replace(good, evaluate=evaluate)\n"
         "test_mine = bnverify.suite(make, 'quick')\n"
     )

@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from bnverify.evidence import Evidence, Report
+from bnverify.case import Case
+from bnverify.check import LawJudged, PhaseStarted
+from bnverify.evidence import Counterexample, Evidence, Report
+from bnverify.laws import LAWS
 from bnverify.show import terminal
 from bnverify.show.matrix import matrix
 from bnverify.show.symbols import ASCII, STYLES, UNICODE
 
-SCRIPT = (
-    "import bnverify\n\n"
-    f"case = bnverify.Case.of(seed=0, x={[[1.0] * 40]}, y=[0.0], lr=0.1)\n"
-    "bnverify.replay(subject, case, law='variance_is_never_negative')\n"
+SHOWN = Counterexample(
+    "variance_is_never_negative", Case.of(seed=0, x=[[1.0] * 40], y=[0.0], lr=0.1), "steps.py:mine"
 )
 FLOWS = {
     "params": ["batch_stats", "lr", "params", "x", "y"],
@@ -35,7 +36,7 @@ REPORT = Report(
             12,
             3e9,
             "off by 3e+09",
-            SCRIPT,
+            SHOWN,
             "ema_applied_twice: it is applied twice. Mend: once.",
         ),
         Evidence("gradients_match_params", "structure", "proved", reason="every N and D"),
@@ -108,18 +109,18 @@ def test_each_status_has_a_word_and_a_sign(monkeypatch: pytest.MonkeyPatch) -> N
 def test_no_line_but_a_script_is_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """80 columns are enough; the script to paste is the one thing that is never wrapped."""
     for line in plain(shown(monkeypatch)).splitlines():
-        assert len(line) <= 80 or line in SCRIPT.splitlines()
+        assert len(line) <= 80 or line in SHOWN.script.splitlines()
 
 
 def test_the_script_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The counterexample stands there to the letter: no indent, no wrapping, no markup."""
-    assert SCRIPT in shown(monkeypatch)
+    assert SHOWN.script in shown(monkeypatch)
 
 
 def test_a_violation_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Claim, reason and diagnosis of the violated law are all there."""
     text = " ".join(plain(shown(monkeypatch)).split())
-    assert "A running variance that was not negative before the step" in text
+    assert LAWS["variance_is_never_negative"].claim in text
     assert "off by 3e+09" in text
     assert "Usually: ema_applied_twice: it is applied twice. Mend: once." in text
 
@@ -245,10 +246,10 @@ def test_progress_shows_what_is_done_and_clears_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.stderr", file)
     with terminal.progress("my [step]") as listener:
         assert listener is not None
-        listener("tracing", 0, None)
-        listener("explicit cases", 1034, None)
+        listener(PhaseStarted("tracing", 0))
+        listener(PhaseStarted("cases one at a time", 1034))
         for evidence in REPORT.results:
-            listener("", 0, evidence)
+            listener(LawJudged(evidence))
     text = file.getvalue()
-    assert "my [step]: explicit cases, 1,034 cases" in text
+    assert "my [step]: cases one at a time, 1,034 cases" in text
     assert "violated: variance_is_never_negative" in text

@@ -46,7 +46,7 @@ def checked(step: Callable[..., Any]) -> bnverify.Report:
     return bnverify.verify(replace(SGD, name=step.__name__, step=step), FEW)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("step", [branching, through_numpy])
 def test_a_step_that_does_not_trace_is_run(step: Callable[..., Any]) -> None:
     """Laws of structure are held to one run, the others to eager ones; the rest says why not."""
@@ -64,9 +64,9 @@ def test_a_step_that_does_not_trace_is_run(step: Callable[..., Any]) -> None:
     assert any(note.startswith("not traced: ") for note in report.notes)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
-    "step", [asking_python, pytest.param(asking_the_world, marks=pytest.mark.once)]
+    "step", [asking_python, pytest.param(asking_the_world, marks=pytest.mark.nightly)]
 )
 def test_a_step_that_calls_back_is_checked(step: Callable[..., Any]) -> None:
     """Its program is read, what comes from outside conservatively; its rounding is not known."""
@@ -77,8 +77,7 @@ def test_a_step_that_calls_back_is_checked(step: Callable[..., Any]) -> None:
     assert status["batch_stats_change_only_by_ema"] == "held"
 
 
-@pytest.mark.once
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_fault_in_such_a_step_is_found() -> None:
     """Statistics that are dropped are, whether the step traces or not."""
 

@@ -155,6 +155,9 @@ _SCALING = frozenset(
     }
 )
 
+PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
+"""Sums of products, in which each factor enters many outputs."""
+
 # Step functions of a real number.
 STEPS = frozenset({"argmax", "argmin", "ceil", "floor", "round"})
 

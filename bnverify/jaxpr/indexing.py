@@ -24,7 +24,7 @@ def dynamic_slice(array: Array, starts: Sequence[Array], sizes: Sequence[int]) -
     """
     firsts = _clamped(starts, array.shape[2:], sizes)
     if all(first.size == 1 for first in firsts):
-        return array[..., *_box(firsts, sizes)]
+        return array[_box(firsts, sizes)]
     return array[_places(firsts, sizes, array.shape[:2])]
 
 
@@ -37,7 +37,7 @@ def dynamic_update_slice(array: Array, update: Array, starts: Sequence[Array]) -
     )
     out = np.array(np.broadcast_to(array, lead + array.shape[2:]))
     if all(first.size == 1 for first in firsts):
-        out[..., *_box(firsts, sizes)] = update
+        out[_box(firsts, sizes)] = update
     else:
         out[_places(firsts, sizes, lead)] = update
     return out
@@ -52,7 +52,8 @@ def _clamped(starts: Sequence[Array], shape: Sequence[int], sizes: Sequence[int]
 
 def _box(firsts: Sequence[Array], sizes: Sequence[int]) -> tuple[slice, ...]:
     numbers = [first.item() for first in firsts]
-    return tuple([slice(at, at + size) for at, size in zip(numbers, sizes, strict=True)])
+    inside = [slice(at, at + size) for at, size in zip(numbers, sizes, strict=True)]
+    return (slice(None), slice(None), *inside)
 
 
 def _places(

@@ -18,16 +18,21 @@ Sources: https://openxla.org/xla/operation_semantics and the docstrings of ``jax
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from bnverify.jaxpr import indexing, threefry, windows
+from bnverify.jaxpr.elementwise import (
+    BY_ELEMENT,
+    convert,
+    integer_power,
+    reduce_precision,
+    round_away,
+)
 from bnverify.jaxpr.interpreter import open_jaxpr
 from bnverify.jaxpr.products import dot_general
 
@@ -149,8 +154,9 @@ def held_dtype(dtype: Any) -> np.dtype[Any]:
         return np.dtype(np.uint32)
     if jnp.issubdtype(dtype, jnp.floating):
         return np.dtype(np.float64)
-    if np.dtype(dtype).kind in "biu":
-        return np.dtype(dtype)
+    numpy_dtype: np.dtype[Any] = np.dtype(dtype)
+    if numpy_dtype.kind in "biu":
+        return numpy_dtype
     raise NotImplementedError(f"values of dtype {dtype} have no NumPy form")
 
 
@@ -218,158 +224,6 @@ def _move_keys(form: Form, eqn: Any, inputs: Inputs) -> list[Array]:
 # ---- One element of each input makes one element of the output.
 
 
-def _divide(x: Array, y: Array) -> Array:
-    """Divide; integers toward zero, and by zero with all bits set."""
-    if x.dtype.kind == "f":
-        return np.divide(x, y)
-    quotient = np.floor_divide(x, y)
-    if x.dtype.kind == "i":
-        quotient = quotient + ((quotient * y != x) & ((x < 0) != (y < 0))).astype(x.dtype)
-    return np.where(y == 0, ~np.zeros_like(y), quotient)
-
-
-def _remainder(x: Array, y: Array) -> Array:
-    """Return what division toward zero leaves; of integers divided by zero all."""
-    remainder = np.fmod(x, y)
-    return remainder if x.dtype.kind == "f" else np.where(y == 0, x, remainder)
-
-
-def _sign(x: Array) -> Array:
-    return np.copysign(np.sign(x), x) if x.dtype.kind == "f" else np.sign(x)
-
-
-def _signed(x: Array) -> Array:
-    return x.view(f"i{x.dtype.itemsize}")
-
-
-def _unsigned(x: Array) -> Array:
-    return x.view(f"u{x.dtype.itemsize}")
-
-
-def _shift(function: Callable[..., Array], x: Array, by: Array) -> Array:
-    """Shift; by as many bits as there are, or more, to zero. Counts are read as unsigned."""
-    x, by = _unsigned(x), _unsigned(by)
-    inside = by < x.dtype.itemsize * 8
-    return np.where(inside, function(x, np.where(inside, by, 0).astype(x.dtype)), x.dtype.type(0))
-
-
-def _shift_left(x: Array, by: Array) -> Array:
-    return _shift(np.left_shift, x, by).view(x.dtype)
-
-
-def _shift_right_logical(x: Array, by: Array) -> Array:
-    return _shift(np.right_shift, x, by).view(x.dtype)
-
-
-def _shift_right_arithmetic(x: Array, by: Array) -> Array:
-    most = np.minimum(_unsigned(by), x.dtype.itemsize * 8 - 1)
-    return np.right_shift(_signed(x), _signed(most)).view(x.dtype)
-
-
-def _population_count(x: Array) -> Array:
-    return np.bitwise_count(_unsigned(x)).astype(x.dtype)
-
-
-def _count_leading_zeros(x: Array) -> Array:
-    bits, rest = x.dtype.itemsize * 8, _unsigned(x)
-    count = np.full(x.shape, bits, x.dtype)
-    while rest.any():
-        count -= (rest != 0).astype(x.dtype)
-        rest = rest >> rest.dtype.type(1)
-    return count
-
-
-def _multiply_high(x: Array, y: Array) -> Array:
-    size = x.dtype.itemsize
-    if size == 8:
-        raise NotImplementedError("mulhi of 64-bit integers has no NumPy form")
-    wide = np.dtype(f"{x.dtype.kind}{2 * size}")
-    return (x.astype(wide) * y.astype(wide) >> (8 * size)).astype(x.dtype)
-
-
-def _digamma(x: Array) -> Array:
-    return np.where((x <= 0) & (x == np.floor(x)), np.nan, special.digamma(x))
-
-
-def _lgamma(x: Array) -> Array:
-    return np.where(np.isinf(x), np.inf, special.gammaln(x))
-
-
-def _power(x: Array, y: Array) -> Array:
-    return np.power(x, y.astype(np.float64, copy=False))
-
-
-BY_ELEMENT: dict[str, Callable[..., Array]] = {
-    "abs": np.abs,
-    "acos": np.arccos,
-    "acosh": np.arccosh,
-    "add": np.add,
-    "add_any": np.add,
-    "and": np.bitwise_and,
-    "asin": np.arcsin,
-    "asinh": np.arcsinh,
-    "atan": np.arctan,
-    "atan2": np.arctan2,
-    "atanh": np.arctanh,
-    "bessel_i0e": special.i0e,
-    "bessel_i1e": special.i1e,
-    "cbrt": np.cbrt,
-    "ceil": np.ceil,
-    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
-    "clz": _count_leading_zeros,
-    "cos": np.cos,
-    "cosh": np.cosh,
-    "digamma": _digamma,
-    "div": _divide,
-    "eq": np.equal,
-    "erf": special.erf,
-    "erf_inv": lambda x: np.copysign(special.erfinv(x), x),
-    "erfc": special.erfc,
-    "exp": np.exp,
-    "exp2": np.exp2,
-    "expm1": np.expm1,
-    "floor": np.floor,
-    "ge": np.greater_equal,
-    "gt": np.greater,
-    "igamma": special.gammainc,
-    "igammac": special.gammaincc,
-    "is_finite": np.isfinite,
-    "le": np.less_equal,
-    "lgamma": _lgamma,
-    "log": np.log,
-    "log1p": np.log1p,
-    "logistic": lambda x: 1 / (1 + np.exp(-x)),
-    "lt": np.less,
-    "max": np.maximum,
-    "min": np.minimum,
-    "mul": np.multiply,
-    "mulhi": _multiply_high,
-    "ne": np.not_equal,
-    "neg": np.negative,
-    "not": np.invert,
-    "or": np.bitwise_or,
-    "polygamma": special.polygamma,
-    "population_count": _population_count,
-    "pow": _power,
-    "regularized_incomplete_beta": special.betainc,
-    "rem": _remainder,
-    "rsqrt": lambda x: 1 / np.sqrt(x),
-    "shift_left": _shift_left,
-    "shift_right_arithmetic": _shift_right_arithmetic,
-    "shift_right_logical": _shift_right_logical,
-    "sign": _sign,
-    "sin": np.sin,
-    "sinh": np.sinh,
-    "sqrt": np.sqrt,
-    "square": np.square,
-    "sub": np.subtract,
-    "tan": np.tan,
-    "tanh": np.tanh,
-    "xor": np.bitwise_xor,
-    "zeta": special.zeta,
-}
-
-
 def _by_element(function: Callable[..., Array]) -> Form:
     def run(eqn: Any, inputs: Inputs) -> Array:
         return function(*(_level(inputs) if len(inputs) > 1 else inputs))
@@ -383,45 +237,18 @@ for _name, _function in BY_ELEMENT.items():
 
 @form("integer_pow")
 def _integer_pow(eqn: Any, inputs: Inputs) -> Array:
-    base, exponent = inputs[0], eqn.params["y"]
-    power, factor, left = None, base, abs(exponent)
-    while left:
-        if left & 1:
-            power = factor if power is None else power * factor
-        left >>= 1
-        if left:
-            factor = factor * factor
-    if power is None:
-        power = np.ones_like(base)
-    return 1 / power if exponent < 0 else power
+    return integer_power(inputs[0], eqn.params["y"])
 
 
 @form("round")
 def _round(eqn: Any, inputs: Inputs) -> Array:
-    x = inputs[0]
-    if int(eqn.params["rounding_method"]) == int(jax.lax.RoundingMethod.TO_NEAREST_EVEN):
-        return np.rint(x)
-    whole = np.trunc(x)
-    return np.where(np.abs(x - whole) >= 0.5, whole + np.copysign(1, x), whole)
+    to_even = int(eqn.params["rounding_method"]) == int(jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    return np.rint(inputs[0]) if to_even else round_away(inputs[0])
 
 
 @form("convert_element_type")
 def _convert_element_type(eqn: Any, inputs: Inputs) -> Array:
-    return _converted(inputs[0], held_dtype(eqn.params["new_dtype"]))
-
-
-def _converted(x: Array, dtype: np.dtype[Any]) -> Array:
-    """Convert as XLA does: floats to integers toward zero, to the nearest that there is; NaN: 0."""
-    if x.dtype == dtype:
-        return x
-    if dtype.kind == "b":
-        return x != 0
-    if x.dtype.kind != "f":
-        return x.astype(dtype)
-    info = np.iinfo(dtype)
-    inside = (x > info.min) & (x < info.max)
-    beyond = np.where(x >= info.max, info.max, np.where(x <= info.min, info.min, 0)).astype(dtype)
-    return np.where(inside, np.where(inside, x, 0).astype(dtype), beyond)
+    return convert(inputs[0], held_dtype(eqn.params["new_dtype"]))
 
 
 @form("select_n")
@@ -487,23 +314,9 @@ def _bitcast_convert_type(eqn: Any, inputs: Inputs) -> Array:
 
 @form("reduce_precision")
 def _reduce_precision(eqn: Any, inputs: Inputs) -> Array:
-    """Round the fraction to nearest even; then too large is infinite, too small is zero."""
-    x, info = _narrow(inputs[0], eqn.invars[0]), jnp.finfo(eqn.invars[0].aval.dtype)
-    exponent_bits, mantissa_bits = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
-    unsigned = np.dtype(f"u{x.dtype.itemsize}")
-    bits, one = x.view(unsigned), unsigned.type(1)
-    if mantissa_bits < info.nmant:
-        lost = unsigned.type(info.nmant - mantissa_bits)
-        bias = (one << (lost - one)) - one
-        bits = ((bits + bias + ((bits >> lost) & one)) >> lost) << lost
-    sign = x.view(unsigned) & (one << unsigned.type(info.bits - 1))
-    if exponent_bits < info.nexp:
-        exponent = (bits >> unsigned.type(info.nmant)) & unsigned.type((1 << info.nexp) - 1)
-        middle, reach = (1 << (info.nexp - 1)) - 1, (1 << (exponent_bits - 1)) - 1
-        infinite = unsigned.type(((1 << info.nexp) - 1) << info.nmant)
-        bits = np.where(exponent > middle + reach, sign | infinite, bits)
-        bits = np.where(exponent <= middle - reach, sign, bits)
-    return _widen(np.where(np.isnan(x), x, bits.view(x.dtype)), eqn.outvars[0])
+    x = _narrow(inputs[0], eqn.invars[0])
+    bits = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
+    return _widen(reduce_precision(x, *bits), eqn.outvars[0])
 
 
 # ---- Shapes: nothing is computed, most results are views.
@@ -549,7 +362,8 @@ def _tile(eqn: Any, inputs: Inputs) -> Array:
 
 @form("pad")
 def _pad(eqn: Any, inputs: Inputs) -> Array:
-    return windows.pad(*inputs, eqn.params["padding_config"])
+    x, value = inputs
+    return windows.pad(x, value, eqn.params["padding_config"])
 
 
 @form("concatenate")
@@ -614,11 +428,16 @@ def _reduction(ufunc: np.ufunc) -> Form:
 def _reduce(ufunc: np.ufunc, x: Array, axes: tuple[int, ...]) -> Array:
     """Reduce in the dtype of ``x``; over no element: to what the reduction starts from."""
     if x.size == 0:
-        return ufunc.reduce(x, axis=axes, dtype=x.dtype, initial=_identity_of(ufunc, x.dtype))
+        empty: Array = ufunc.reduce(
+            x, axis=axes, dtype=x.dtype, initial=_identity_of(ufunc, x.dtype)
+        )
+        return empty
     if ufunc is np.add and x.dtype.kind == "f":  # the same sum in a fourth of the time
         every = range(x.ndim)
-        return np.einsum(x, [*every], [axis for axis in every if axis not in axes])
-    return ufunc.reduce(x, axis=axes, dtype=x.dtype)
+        total: Array = np.einsum(x, [*every], [axis for axis in every if axis not in axes])
+        return total
+    out: Array = ufunc.reduce(x, axis=axes, dtype=x.dtype)
+    return out
 
 
 def _identity_of(ufunc: np.ufunc, dtype: np.dtype[Any]) -> Any:
@@ -670,7 +489,8 @@ for _name, _ufunc in {"pmax": np.maximum, "pmin": np.minimum, "psum": np.add}.it
 def _arg_reduction(eqn: Any, inputs: Inputs) -> Array:
     pick = np.argmax if eqn.primitive.name == "argmax" else np.argmin
     (axis,) = eqn.params["axes"]
-    return pick(inputs[0], axis=LEAD + axis).astype(eqn.outvars[0].aval.dtype)
+    index: Array = pick(inputs[0], axis=LEAD + axis)
+    return index.astype(eqn.outvars[0].aval.dtype)
 
 
 def _scan(ufunc: np.ufunc) -> Form:
@@ -700,7 +520,7 @@ for _name, _ufunc in {
 def _dot_general(eqn: Any, inputs: Inputs) -> Array:
     contracting, batch = eqn.params["dimension_numbers"]
     dtype = held_dtype(eqn.outvars[0].aval.dtype)
-    a, b = (_converted(x, dtype) for x in inputs)
+    a, b = (convert(x, dtype) for x in inputs)
     return dot_general(a, b, contracting, batch)
 
 
@@ -709,8 +529,10 @@ def _conv_general_dilated(eqn: Any, inputs: Inputs) -> Array:
     params = eqn.params
     dtype = held_dtype(eqn.outvars[0].aval.dtype)
     numbers = params["dimension_numbers"]
+    lhs, rhs = (convert(x, dtype) for x in inputs)
     return windows.convolve(
-        *[_converted(x, dtype) for x in inputs],
+        lhs,
+        rhs,
         strides=params["window_strides"],
         padding=params["padding"],
         lhs_dilation=params["lhs_dilation"],
@@ -738,8 +560,8 @@ def _window(params: Any, *, dilations: bool = True) -> dict[str, Any]:
 def _window_reduction(ufunc: np.ufunc) -> Form:
     def run(eqn: Any, inputs: Inputs) -> Array:
         x = inputs[0]
-        initial = np.full((1, 1), _identity_of(ufunc, x.dtype), x.dtype)
-        return windows.reduce_window(ufunc, x, initial, **_window(eqn.params))
+        identity = _identity_of(ufunc, x.dtype)
+        return windows.reduce_window(ufunc, x, identity, **_window(eqn.params))
 
     return run
 
@@ -792,7 +614,9 @@ def _general_reduce(eqn: Any, inputs: Inputs) -> list[Array]:
 @form("reduce_window")
 def _reduce_window(eqn: Any, inputs: Inputs) -> list[Array]:
     ufunc, (x, initial) = _combination(eqn), inputs
-    reduced = windows.reduce_window(ufunc, x, initial, **_window(eqn.params))
+    # Where a window is padded, nothing is combined: it starts from the initial value anyway.
+    identity = _identity_of(ufunc, x.dtype)
+    reduced = windows.reduce_window(ufunc, x, identity, **_window(eqn.params))
     return [ufunc(*_level([initial, reduced]))]
 
 
@@ -801,15 +625,15 @@ _SELECTS = {"ge": np.greater_equal, "gt": np.greater, "le": np.less_equal, "lt":
 
 @form("select_and_scatter_add")
 def _select_and_scatter_add(eqn: Any, inputs: Inputs) -> Array:
-    selects = _SELECTS[eqn.params["select_prim"].name]
+    selects, (source, operand) = _SELECTS[eqn.params["select_prim"].name], inputs
     window = _window(eqn.params, dilations=False)
-    return windows.select_and_scatter_add(selects, *inputs, **window)
+    return windows.select_and_scatter_add(selects, source, operand, **window)
 
 
 @form("select_and_gather_add")
 def _select_and_gather_add(eqn: Any, inputs: Inputs) -> Array:
-    selects = _SELECTS[eqn.params["select_prim"].name]
-    return windows.select_and_gather_add(selects, *inputs, **_window(eqn.params))
+    selects, (tangents, operand) = _SELECTS[eqn.params["select_prim"].name], inputs
+    return windows.select_and_gather_add(selects, tangents, operand, **_window(eqn.params))
 
 
 # ---- Slices.
@@ -820,7 +644,7 @@ def _slice(eqn: Any, inputs: Inputs) -> Array:
     params = eqn.params
     starts, limits = params["start_indices"], params["limit_indices"]
     strides = params["strides"] or (1,) * len(starts)
-    return inputs[0][(..., *map(slice, starts, limits, strides))]
+    return inputs[0][(slice(None), slice(None), *map(slice, starts, limits, strides))]
 
 
 @form("dynamic_slice")
@@ -856,14 +680,16 @@ def _gather(eqn: Any, inputs: Inputs) -> Array:
 
 def _scatter_with(ufunc: np.ufunc | None) -> Form:
     def run(eqn: Any, inputs: Inputs) -> Array:
-        params = eqn.params
+        params, (operand, indices, updates) = eqn.params, inputs
         if ufunc is None and params.get("update_jaxpr") is not None:
             jaxpr, _ = open_jaxpr(params["update_jaxpr"])
             if jaxpr.outvars[0] is not jaxpr.invars[1]:
                 raise NotImplementedError("scatter with a function of its own has no NumPy form")
         return indexing.scatter(
             ufunc,
-            *inputs,
+            operand,
+            indices,
+            updates,
             params["dimension_numbers"],
             clip=params["mode"] == jax.lax.GatherScatterMode.CLIP,
             unique=params["unique_indices"],
@@ -906,11 +732,21 @@ def _sort(eqn: Any, inputs: Inputs) -> list[Array]:
 
 @form("top_k")
 def _top_k(eqn: Any, inputs: Inputs) -> list[Array]:
-    """Pick the largest, the first of equal ones first."""
-    x, k, axis = inputs[0], eqn.params["k"], eqn.params.get("axis", -1)
-    axis = axis if axis < 0 else LEAD + axis
+    """Pick the largest, the first of equal ones first; floats in the total order of IEEE 754.
+
+    It has -0 below 0, and NaN at the end that its sign says.
+    """
+    x, k, axis = (
+        inputs[0],
+        eqn.params["k"],
+        LEAD + eqn.params.get("axis", inputs[0].ndim - LEAD - 1),
+    )
+    key = x
+    if x.dtype.kind == "f":
+        bits = np.ascontiguousarray(x).view(np.int64)
+        key = np.where(bits < 0, bits ^ np.iinfo(np.int64).max, bits)
     # Reversed, sorted in ascending order and reversed again: stable the other way round.
-    order = np.flip(np.argsort(np.flip(x, axis), axis=axis, kind="stable"), axis)
+    order = np.flip(np.argsort(np.flip(key, axis), axis=axis, kind="stable"), axis)
     best = x.shape[axis] - 1 - np.take(order, np.arange(k), axis=axis)
     return [np.take_along_axis(x, best, axis), best.astype(eqn.outvars[1].aval.dtype)]
 

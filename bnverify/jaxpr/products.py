@@ -67,7 +67,8 @@ def _unfold(
 def _matmul(a: Array, b: Array) -> Array:
     if a.shape[-1] == 1:
         return a * b
-    return np.matmul(_for_blas(a), _for_blas(b))
+    out: Array = np.matmul(_for_blas(a), _for_blas(b))
+    return out
 
 
 def _for_blas(a: Array) -> Array:

@@ -58,6 +58,7 @@ BYTES = 2**28
 """The most that the values of one portion of the cases may take up, all equations together."""
 
 _POINTS = 2**32  # more than a program has: the draws of two seeds have nothing in common
+_BODY = 2**16  # more than a branch or a loop's body has
 
 # They leave the program, and may not be called for each row.
 _CALLBACKS = frozenset({"debug_callback", "debug_print", "io_callback", "pure_callback"})
@@ -126,20 +127,25 @@ class Rows:
             added: how many numbers are added to each of these afterwards.
         """
         shape, info = value.shape[2:], jnp.finfo(dtype)
-        size = units * SIZE * float(info.eps) / 2
-        self._point += 1
-        factor = 1 + size * self._draws.independent(self._point, shape)
-        if info.bits < 32 or min(added, max(shape, default=0)) >= MANY:
-            alike, turned = self._draws.alike(self._point, value[:1], dtype)
-            by_digits = np.where(turned, 1 - size * alike, 1 + size * alike)
-            factor = np.where(per_row(self._draws.by_digits, value), by_digits, factor)
-        rounded = value * factor
+        rounded = value * (1 + self._errors(value, dtype, units, added))
         if not arithmetic.is_wide(dtype):  # float16: values of every day are subnormal
             step = float(info.smallest_subnormal) * units
             self._point += 1
             below = step * self._draws.independent(self._point, shape)
             rounded = np.where(value == 0, rounded, rounded + below)
         return rounded
+
+    def _errors(self, value: Array, dtype: Any, units: float, added: float) -> Array:
+        """Return the relative errors that rounding a value makes; 0 in row 0. See ``round``."""
+        shape, info = value.shape[2:], jnp.finfo(dtype)
+        size = units * SIZE * float(info.eps) / 2
+        self._point += 1
+        errors = size * self._draws.independent(self._point, shape)
+        if info.bits < 32 or min(added, max(shape, default=0)) >= MANY:
+            alike, turned = self._draws.alike(self._point, value[:1], dtype)
+            by_digits = size * np.where(turned, -alike, alike)
+            errors = np.where(per_row(self._draws.by_digits, value), by_digits, errors)
+        return errors
 
     def confine(self, value: Array, dtype: Any, room: float = 4) -> Array:
         """Return ``value`` in the range of ``dtype``: beyond it infinite, below it 0.
@@ -247,7 +253,8 @@ class Rows:
     def _arithmetic(self, eqn: Any, inputs: Sequence[Array]) -> list[Array]:
         units, terms = arithmetic.growth(eqn), arithmetic.terms(eqn)
         more = self._added.get(id(eqn), math.inf)
-        if terms > 1:
+        name = eqn.primitive.name
+        if terms > 1 and name not in arithmetic.PRODUCTS:
             inputs = [
                 self.round(value, arithmetic.summed_in(atom.aval.dtype, eqn), units, more * terms)
                 if is_float(atom.aval.dtype)
@@ -263,6 +270,8 @@ class Rows:
                 return self._give_up(eqn, inputs)
             units += 2  # the exact row was rounded, too
         exact = arithmetic.is_exact(eqn)
+        if name in arithmetic.PRODUCTS:
+            outputs = [self._summed(eqn, inputs, outputs[0], units, more)]
         rounded = [
             self._finish(eqn, value, var.aval.dtype, units, more, exact=exact)
             if is_float(var.aval.dtype)
@@ -274,6 +283,23 @@ class Rows:
             spared = kinks.aligned(spared, outputs[0])[0]
             return [np.where(spared, outputs[0], rounded[0])]
         return rounded
+
+    def _summed(
+        self, eqn: Any, inputs: Sequence[Array], output: Array, units: float, more: float
+    ) -> Array:
+        """Return a sum of products with the rounding of its partial sums, each output its own.
+
+        Each of n terms errs by as many units as the whole: together by the root of the sum of their
+        squares. An error of the factors instead would be shared by all outputs that a factor enters,
+        and where these cancel it would, too.
+        """
+        dtype = arithmetic.summed_in(eqn.outvars[0].aval.dtype, eqn)
+        if not is_float(dtype):
+            return output
+        squares = numeric.apply(eqn, [value[:1] * value[:1] for value in inputs])[0]
+        length = np.sqrt(2 * squares)  # both factors of a term may be rounded
+        errors = self._errors(output, dtype, units, more)
+        return output + np.where(np.isfinite(length), length, 0.0) * errors
 
     def _finish(
         self, eqn: Any, value: Array, dtype: Any, units: float, more: float, *, exact: bool
@@ -324,11 +350,13 @@ class Rows:
             known = known & agreed
             if not going.any():
                 break
+            self._point = begun + _BODY
             after = body([*inputs[first : first + second], *carry])
             carry = [
                 new if going.all() else np.where(_trailing(going, new), new, old)
                 for new, old in zip(after, carry, strict=True)
             ]
+        self._point = begun + 2 * _BODY  # what follows draws anew, however often the loop turned
         return [self.void(value, known) if has_rows(value) else value for value in carry]
 
     def cond(
@@ -338,14 +366,17 @@ class Rows:
         del eqn
         index, agreed = _decided(inputs[0])
         index = np.clip(index.astype(np.int64), 0, len(branches) - 1)
-        taken = np.unique(index)
-        outputs = branches[taken[0]](inputs[1:])
-        for number in taken[1:]:
-            others = branches[number](inputs[1:])
+        begun = self._point
+        outputs: list[Array] = []
+        for number in np.unique(index):
+            # A case's draws do not depend on the branches that other cases take.
+            self._point = begun + int(number) * _BODY
+            taken = branches[number](inputs[1:])
             outputs = [
                 np.where(_trailing(index == number, other), other, value)
-                for value, other in zip(outputs, others, strict=True)
+                for value, other in zip(outputs or taken, taken, strict=True)
             ]
+        self._point = begun + len(branches) * _BODY
         if not has_rows(inputs[0]):
             return outputs
         return [self.void(value, agreed) for value in outputs]

@@ -58,7 +58,7 @@ def fold_in(key1: Array, key2: Array, data: Array) -> Array:
 def split(keys: Array, shape: tuple[int, ...]) -> Array:
     """Return new keys, (*keys.shape[:-1], *shape, 2)."""
     size = math.prod(shape)
-    if jax.config.jax_threefry_partitionable:
+    if _is_partitionable():
         new = np.stack(_partitionable(keys, size), axis=-1)
     else:
         new = _halves(keys, 2 * size)
@@ -75,7 +75,7 @@ def random_bits(keys: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
     words = math.ceil(size * bit_width / 32)
     if words >= 2**32 - 1:
         raise NotImplementedError(f"{words} words of random bits: a key gives 2**32 - 2 at most")
-    if jax.config.jax_threefry_partitionable:
+    if _is_partitionable():
         high, low = _partitionable(keys, size)
         bits = (
             high.astype(dtype) << dtype.type(32) | low
@@ -95,6 +95,11 @@ def random_bits(keys: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
     return bits.reshape(*keys.shape[:-1], *shape)
 
 
+def _is_partitionable() -> bool:
+    # Its options are no attributes that a type checker can see.
+    return bool(getattr(jax.config, "jax_threefry_partitionable"))  # noqa: B009
+
+
 def _partitionable(keys: Array, size: int) -> tuple[Array, Array]:
     """Return two words for each of ``size`` counters of 64 bits, (*keys.shape[:-1], size)."""
     counts = np.arange(size, dtype=np.uint64)
@@ -103,8 +108,10 @@ def _partitionable(keys: Array, size: int) -> tuple[Array, Array]:
 
 
 def _halves(keys: Array, words: int) -> Array:
-    """Return ``words`` words, (*keys.shape[:-1], words): the first half of the counters is hashed
-    with the second half of them."""
+    """Return ``words`` words, (*keys.shape[:-1], words).
+
+    The first half of the counters is hashed with the second half.
+    """
     counts = np.arange(words, dtype=np.uint32)
     if words % 2:
         counts = np.append(counts, np.uint32(0))

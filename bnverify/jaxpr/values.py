@@ -30,11 +30,18 @@ def per_row(numbers: Array, value: Array) -> Array:
 def widen(value: Any, dtype: Any) -> Array:
     """Return ``value`` as a program holds it in ``dtype``, but floats in float64.
 
-    A PRNG key is held as its key data, unsigned integers with an axis more.
+    A subnormal number is 0, as XLA reads it on a CPU; but not of float16, which is computed in
+    float32, where it is normal. A PRNG key is held as its key data, unsigned integers with an axis
+    more.
     """
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         if isinstance(value, np.ndarray):
             return value
         return np.asarray(jax.random.key_data(value))
     array = np.asarray(value).astype(dtype)
-    return array.astype(np.float64) if is_float(dtype) else array
+    if not is_float(dtype):
+        return array
+    wide, info = array.astype(np.float64), jnp.finfo(dtype)
+    if info.nexp < 8:
+        return wide
+    return np.where(np.abs(wide) < float(info.tiny), 0.0 * wide, wide)

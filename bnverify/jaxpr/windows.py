@@ -49,7 +49,7 @@ def pad(array: Array, value: Array, config: Sequence[tuple[int, int, int]]) -> A
     lead = np.broadcast_shapes(array.shape[:2], value.shape[:2])
     out = np.empty((*lead, *sizes), array.dtype)
     out[...] = value.reshape(value.shape[:2] + (1,) * len(sizes))
-    out[..., *target] = array[..., *source]
+    out[_inside(target)] = array[_inside(source)]
     return out
 
 
@@ -107,7 +107,8 @@ def convolve(
     taps = sorted((name for name in axes if name[0] in "cw"), key=lambda name: -abs(axes[name][1]))
     taps_first = _run(axes, places) > _run(axes, taps)
     order = ["g", *taps, *places] if taps_first else ["g", *places, *taps]
-    shape, by = [axes[name][0] for name in order], [axes[name][1] for name in order]
+    shape = tuple([axes[name][0] for name in order])
+    jumps = tuple([axes[name][1] for name in order])
     rows = math.prod([axes[name][0] for name in places])
     depth = math.prod([axes[name][0] for name in taps])
     # The kernel, (rows, cases, groups, depth, o), its taps in the patches' order.
@@ -119,7 +120,7 @@ def convolve(
 
     def multiply(batch: Array, kernel: Array) -> Array:
         lead = batch.shape[:2]
-        patches = as_strided(batch, lead + tuple(shape), batch.strides[:2] + tuple(by))
+        patches = as_strided(batch, lead + shape, batch.strides[:2] + jumps)
         if taps_first:
             patches = patches.reshape(*lead, groups, depth, rows).swapaxes(-1, -2)
         else:
@@ -160,13 +161,14 @@ def _parts(lead: tuple[int, ...], each: int) -> list[tuple[slice, slice]]:
     """Divide rows and cases into parts of which the patches, of ``each`` bytes, fit in PATCHES."""
     rows, cases = lead
     fit = max(PATCHES // max(each, 1), 1)
-    some_cases = min(fit, cases)
-    some_rows = max(fit // cases, 1)
-    return [
-        (slice(row, row + some_rows), slice(case, case + some_cases))
-        for row in range(0, rows, some_rows)
-        for case in range(0, cases, some_cases)
-    ]
+    return list(itertools.product(_cut(rows, fit // cases), _cut(cases, fit)))
+
+
+def _cut(length: int, most: int) -> list[slice]:
+    """Return slices of a leading axis; one of size 1 is all there is, however large another's."""
+    if length <= max(most, 1):
+        return [slice(None)]
+    return [slice(at, at + max(most, 1)) for at in range(0, length, max(most, 1))]
 
 
 def _at(array: Array, part: tuple[slice, slice]) -> Array:
@@ -178,6 +180,11 @@ def _at(array: Array, part: tuple[slice, slice]) -> Array:
     return array[rows, cases]
 
 
+def _inside(slices: Sequence[slice]) -> tuple[slice, ...]:
+    """Return an index of all rows and cases, and of ``slices`` of the other axes."""
+    return (slice(None), slice(None), *slices)
+
+
 def count_windows(length: int, size: int, stride: int, dilation: int) -> int:
     """Return how many windows there are along an axis."""
     return max((length - (size - 1) * dilation - 1) // stride + 1, 0) if size else 0
@@ -186,7 +193,7 @@ def count_windows(length: int, size: int, stride: int, dilation: int) -> int:
 def reduce_window(
     combine: np.ufunc,
     array: Array,
-    initial: Array,
+    identity: Any,
     *,
     window: Sequence[int],
     strides: Sequence[int],
@@ -199,41 +206,38 @@ def reduce_window(
     Args:
         combine: of two elements.
         array: (rows or 1, cases or 1, *shape).
-        initial: (rows or 1, cases or 1), what to pad with; it changes nothing in ``combine``.
+        identity: a number that changes nothing in ``combine``, to pad with.
         window: its size along each axis of ``shape``.
         strides: of the window, for each axis.
         padding: (before, after) for each axis.
         base_dilation: of the array, for each axis.
         window_dilation: of the window, for each axis.
     """
-    array = _padded(array, initial, padding, base_dilation)
+    array = _padded(array, identity, padding, base_dilation)
     places = zip(window, strides, window_dilation, strict=True)
     for axis, (size, stride, by) in enumerate(places, start=2):
-        array = _reduce_along(combine, array, initial, axis, size, stride, by)
+        array = _reduce_along(combine, array, axis, size, stride, by)
     return array
 
 
 def _padded(
-    array: Array, value: Array, padding: Sequence[tuple[int, int]], dilation: Sequence[int]
+    array: Array, value: Any, padding: Sequence[tuple[int, int]], dilation: Sequence[int]
 ) -> Array:
     config = [(*ends, by - 1) for ends, by in zip(padding, dilation, strict=True)]
-    return pad(array, value, config) if any(each != (0, 0, 0) for each in config) else array
+    if all(each == (0, 0, 0) for each in config):
+        return array
+    return pad(array, np.full((1, 1), value, array.dtype), config)
 
 
 def _reduce_along(
-    combine: np.ufunc, array: Array, initial: Array, axis: int, size: int, stride: int, by: int
+    combine: np.ufunc, array: Array, axis: int, size: int, stride: int, by: int
 ) -> Array:
     """Reduce windows along one axis; all others stay as they are."""
     count = count_windows(array.shape[axis], size, stride, by)
     if size == 1 and stride == 1:
         return array
-    if count == 0:
-        return _take(array, axis, slice(0))
-    if size == 1 or count >= size:
-        parts = [
-            _take(array, axis, slice(tap * by, tap * by + (count - 1) * stride + 1, stride))
-            for tap in range(size)
-        ]
+    if size == 1 or count == 0 or count >= size:
+        parts = [_take(array, axis, _every(tap * by, count, stride)) for tap in range(size)]
         out = parts[0]
         for i, part in enumerate(parts[1:]):
             out = combine(out, part, out=out if i else None)
@@ -255,7 +259,12 @@ def _taps(
     """Yield for each element of a window, in row-major order, where all windows have theirs."""
     for place in itertools.product(*map(range, window)):
         steps = zip(place, dilation, count, strides, strict=True)
-        yield tuple([slice(at * by, at * by + (n - 1) * s + 1, s) for at, by, n, s in steps])
+        yield tuple([_every(at * by, n, stride) for at, by, n, stride in steps])
+
+
+def _every(start: int, count: int, stride: int) -> slice:
+    """Return a slice of ``count`` elements."""
+    return slice(start, start + (count - 1) * stride + 1 if count else start, stride)
 
 
 def select_and_scatter_add(
@@ -278,26 +287,24 @@ def select_and_scatter_add(
         padding: (before, after) for each axis.
     """
     ones = [1] * len(window)
-    inside = _padded(
-        np.ones((1, 1, *operand.shape[2:]), bool), np.zeros((1, 1), bool), padding, ones
-    )
-    padded = _padded(operand, np.zeros((1, 1), operand.dtype), padding, ones)
+    inside = _padded(np.ones((1, 1, *operand.shape[2:]), bool), False, padding, ones)
+    padded = _padded(operand, 0, padding, ones)
     taps = list(_taps(window, ones, source.shape[2:], strides))
     best = np.zeros((*padded.shape[:2], *source.shape[2:]), padded.dtype)
     chosen = np.full(best.shape, -1)
     for i, tap in enumerate(taps):
-        candidate, real = padded[..., *tap], inside[..., *tap]
+        candidate, real = padded[_inside(tap)], inside[_inside(tap)]
         takes = real & ((chosen < 0) | ~selects(best, candidate))
         best, chosen = np.where(takes, candidate, best), np.where(takes, i, chosen)
     lead = np.broadcast_shapes(source.shape[:2], operand.shape[:2])
     out = np.zeros((*lead, *padded.shape[2:]), source.dtype)
     for i, tap in enumerate(taps):
-        out[..., *tap] += np.where(chosen == i, source, 0)
+        out[_inside(tap)] += np.where(chosen == i, source, 0)
     kept = [
         slice(max(low, 0), max(low, 0) + size)
         for (low, _), size in zip(padding, operand.shape[2:], strict=True)
     ]
-    return out[..., *kept]
+    return out[_inside(kept)]
 
 
 def select_and_gather_add(
@@ -324,8 +331,8 @@ def select_and_gather_add(
         window_dilation: of the window, for each axis.
     """
     worst = -np.inf if selects(np.array(1), np.array(0)) else np.inf
-    keys = _padded(operand, np.full((1, 1), worst), padding, base_dilation)
-    values = _padded(tangents, np.zeros((1, 1)), padding, base_dilation)
+    keys = _padded(operand, worst, padding, base_dilation)
+    values = _padded(tangents, 0, padding, base_dilation)
     count = [
         count_windows(*each)
         for each in zip(keys.shape[2:], window, strides, window_dilation, strict=True)
@@ -334,6 +341,9 @@ def select_and_gather_add(
     best: Array = np.full((*keys.shape[:2], *count), worst)
     out: Array = np.zeros((*lead, *count))
     for tap in _taps(window, window_dilation, count, strides):
-        stays = selects(best, keys[..., *tap])
-        best, out = np.where(stays, best, keys[..., *tap]), np.where(stays, out, values[..., *tap])
+        stays = selects(best, keys[_inside(tap)])
+        best, out = (
+            np.where(stays, best, keys[_inside(tap)]),
+            np.where(stays, out, values[_inside(tap)]),
+        )
     return out

@@ -9,6 +9,7 @@ A law is broken as it happens: the call that shows it is the one that raises.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -221,11 +222,11 @@ class Life:
         return state
 
     def _step(self, state: State, case: Case, *, resumed: bool = False) -> tuple[State, StepInfo]:
-        step, name = self._subject.step, "step"
-        if (
-            resumed
-        ):  # JAX keeps the trace of a function that it knows, but it does not know this one
-            name, step = "resumed step", lambda *args: self._subject.step(*args)
+        def again(*args: Any) -> tuple[State, StepInfo]:
+            with _traced_anew():
+                return self._subject.step(*args)
+
+        name, step = ("resumed step", again) if resumed else ("step", self._subject.step)
         outcome: tuple[State, StepInfo]
         outcome = self._calls.single(name, step, state, case.x, case.y, case.lr)
         return outcome
@@ -328,6 +329,19 @@ class Life:
                 shape=first.shape,
             )
         )
+
+
+@contextmanager
+def _traced_anew() -> Iterator[None]:
+    """Trace again, as another process would, what JAX has traced before.
+
+    JAX keeps the traces of jitted functions by the settings they were made under. This setting decides
+    over nothing but warnings.
+    """
+    other = "allow" if jax.config.jax_numpy_rank_promotion == "warn" else "warn"
+    with jax.numpy_rank_promotion(other), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _known(name: str, table: Any) -> Any:

@@ -26,7 +26,7 @@ from bnverify.evidence import DEVICES, Counterexample, Evidence, Violation
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import FAINT, RoundingBounds
 from bnverify.laws import LAWS
-from bnverify.laws.arithmetic import UNTRIGGERED, holds_if, when, wide, within_noise
+from bnverify.laws.arithmetic import UNTRIGGERED, alike, holds_if, when, wide, within_noise
 from bnverify.lazy import jax
 from bnverify.mistakes import MISTAKES, described
 from bnverify.observe import CompiledSubject, observe
@@ -34,7 +34,6 @@ from bnverify.parallel.modes import MODES, PMAP, UNEQUAL, has_pmap
 from bnverify.parallel.subject import Parallel
 from bnverify.profile import Profile, named
 from bnverify.pytree import path_name, stack, take
-from bnverify.shapes import Shape
 from bnverify.stacks import stacked_cases
 from bnverify.subject import Tree
 from bnverify.target import load
@@ -52,7 +51,10 @@ MILD = Domain(max_abs_x=100.0, max_abs_y=100.0, max_lr=0.5)
 ROWS = (8, 7, 4, 16, 5)
 """Of the batches, the first two for a quick check; 7 and 5 do not fill the devices' shards."""
 
-BLOCK = 64
+MOST = 64
+"""Cases of a shape at most."""
+
+BLOCK = 16
 """Cases that are run as one stack on one device."""
 
 FLAG = "--xla_force_host_platform_device_count"
@@ -122,8 +124,8 @@ def replay(parallel: Parallel, case: Case, law: str) -> float:
     evidence = check.evidence(law)
     if evidence.status == "violated":
         raise Violation(evidence)
-    if law in check.missing:
-        raise Unusable(f"{law} cannot be judged here: {check.missing[law]}")
+    if evidence.status == "untriggered" and check.missing:
+        raise Unusable(f"{law} cannot be judged here: {evidence.reason}")
     return UNTRIGGERED if evidence.residual is None else evidence.residual
 
 
@@ -149,11 +151,13 @@ class Tally:
         """Count stacked cases and their residuals, (K,), and keep the simplest that is beyond 1."""
         self.cases += int(np.sum(residuals >= 0))
         self.worst = max(self.worst, float(np.max(residuals)))
-        for index in np.flatnonzero(residuals > 1):
-            case = take(cases, index)
-            if self.case is None or shrink.complexity(case) < shrink.complexity(self.case):
-                self.case = case
-                self.mistake, self.reason = explain(int(index))
+        beyond = [int(index) for index in np.flatnonzero(residuals > 1)]
+        if not beyond:
+            return
+        rank, index = min((shrink.complexity(take(cases, index)), index) for index in beyond)
+        if self.case is None or rank < shrink.complexity(self.case):
+            self.case = take(cases, index)
+            self.mistake, self.reason = explain(index)
 
 
 class Check:
@@ -178,6 +182,7 @@ class Check:
         self._names = names
         self._target = target
         self._tallies = {name: Tally() for name in NAMES}
+        self._simplest: list[Case] = []
         tracer = Tracer(parallel.single)
         self._calls = CompiledSubject(
             parallel.single, "vmap", tracer=tracer, block=lambda shape: BLOCK
@@ -209,7 +214,7 @@ class Check:
             seed: from which the cases are drawn.
         """
         compile_cache.enable()
-        count = min(max(plan.examples, 8), BLOCK)
+        count = min(max(plan.examples, 8), MOST)
         features = self._parallel.single.features
         for rows in ROWS if plan.shapes > 1 else ROWS[:2]:
             shape = rows, features[0] if features else 2
@@ -223,8 +228,14 @@ class Check:
 
     def hold(self, cases: Case) -> None:
         """Run stacked cases of one shape in every mode that takes their number of rows."""
-        t = self._on_one_device(cases)
-        for mode in self._modes(cases.shape[0]):
+        modes = self._modes(cases.shape[0])
+        try:
+            t = self._on_one_device(cases)
+        except Exception as error:  # noqa: BLE001 - whatever a user's code raises
+            reason = f"on one device the step raises {first_line(error)}"
+            self.missing |= dict.fromkeys(modes, reason)
+            return
+        for mode in modes:
             if (seen := self._seen(mode, t)) is not None:
                 for law, residuals in seen.judged().items():
                     explain = partial(_explained, law, seen)
@@ -251,27 +262,33 @@ class Check:
                 reason = f"it raises {first_line(error)}"
                 self._tallies[mode] = Tally(worst=np.inf, case=case, reason=reason)
                 return None
-        return Seen(mode, *stack(outcomes), t)
+        state, info = stack(outcomes)
+        return Seen(mode, state, info, t)
 
     def _simplify(self, law: str) -> None:
         """Put a simpler case in the place of the one that breaks ``law``."""
         tally = self._tallies[law]
+        if tally.case is None or not tally.mistake:
+            return
+        shape = tally.case.shape
+        if self._replaced(law, [case for case in self._simplest if case.shape == shape]):
+            return  # what is simplest for another law
         for _ in range(shrink.ROUNDS):
-            if tally.case is None or not tally.mistake or not self._simpler(law, tally):
-                return
+            if not self._replaced(law, shrink.simpler(tally.case)):
+                break
+        self._simplest.append(tally.case)
 
-    def _simpler(self, law: str, tally: Tally) -> bool:
-        assert tally.case is not None
-        candidates = shrink.simpler(tally.case)
+    def _replaced(self, law: str, candidates: Sequence[Case]) -> bool:
+        """Put the first of some cases that shows the same in place; return whether one does."""
+        tally = self._tallies[law]
         for start in range(0, len(candidates), BLOCK):
             t = self._on_one_device(stack(candidates[start : start + BLOCK]))
-            for mode in self._modes(tally.case.shape[0]):
-                if law != mode and not (law == REPLICAS and MODES[mode].replicated):
+            for mode in self._modes(t.case.shape[0]):
+                shows = law == mode or (law == REPLICAS and MODES[mode].replicated)
+                if not shows or (seen := self._seen(mode, t)) is None:
                     continue
-                if (seen := self._seen(mode, t)) is None:
-                    continue
-                for index in np.flatnonzero(seen.judged()[law] > 1):
-                    mistake, reason = _explained(law, seen, int(index))
+                for index in map(int, np.flatnonzero(seen.judged()[law] > 1)):
+                    mistake, reason = _explained(law, seen, index)
                     if mistake == tally.mistake:
                         tally.case, tally.reason = candidates[start + index], reason
                         return True
@@ -294,11 +311,14 @@ class Check:
                 shape=tally.case.shape,
             )
         if tally.cases:
-            return Evidence.of(name, "held", cases=tally.cases, residual=tally.worst)
+            reason = self.missing.get(name, "")
+            return Evidence.of(
+                name, "held", cases=tally.cases, residual=tally.worst, reason=reason
+            )
         if name == UNEQUAL and self._parallel.counted_step is None:
             reason = "the step takes no padding: no counted_step"
             return Evidence.of(name, "exempt", reason=reason)
-        modes = [mode for mode in MODES if mode == name or name == REPLICAS]
+        modes = [mode for mode in MODES if name in {mode, REPLICAS}]
         reasons = [self.missing.get(mode) or self._tallies[mode].reason for mode in modes]
         reason = next(filter(None, reasons), "no case had digits to compare")
         return Evidence.of(name, "untriggered", reason=reason)
@@ -364,15 +384,17 @@ class Seen(NamedTuple):
         residuals: Residuals = np.broadcast_to(found, self.t.case.seed.shape)
         return residuals
 
-    def off(self, part: str, index: int) -> list[str]:
-        """Return the paths in a part of the state that are off in one case."""
-        trees = (getattr(each, part) for each in (self.state, self.t.after, self.t.noise.state))
-        rows = [jax.tree_util.tree_flatten_with_path(tree)[0] for tree in trees]
-        return [
-            path_name(path)
-            for (path, *leaves) in ((row[0][0], *(leaf for _, leaf in row)) for row in zip(*rows))
-            if self._apart(*leaves)[index] > 1
-        ]
+    def statistics_off(self, index: int) -> set[str]:
+        """Return the last names of the statistics that are off in one case, as "mean"."""
+        actual = jax.tree_util.tree_flatten_with_path(self.state.batch_stats)[0]
+        trees = self.t.after.batch_stats, self.t.noise.state.batch_stats
+        others = zip(*map(jax.tree_util.tree_leaves, trees), strict=True)
+        return {
+            path_name(path[-1:])
+            # Where there are fewer or more statistics than should be, no mistake fits anyway.
+            for (path, leaf), (expected, noise) in zip(actual, others, strict=False)
+            if self._apart(leaf, expected, noise)[index] > 1
+        }
 
     def disagreeing(self) -> dict[str, npt.NDArray[np.bool_]]:
         """Return path of a leaf of the state -> whether devices disagree about it, (K,)."""
@@ -395,35 +417,36 @@ def _disagree(leaf: Any) -> npt.NDArray[np.bool_]:
 def _explained(law: str, seen: Seen, index: int) -> tuple[str, str]:
     """Return the most likely mistake behind one case, and in what its outcome differs."""
     apart = [path for path, differ in seen.disagreeing().items() if differ[index]]
-    statistics = any(path.startswith("batch_stats") for path in apart)
+    trees = {path.partition("/")[0] for path in apart}
     if law == REPLICAS:
-        mistake = "statistics_not_synchronised" if statistics else "gradients_not_synchronised"
-        return mistake, f"{', '.join(apart[:3])} differs between devices"
+        synchronised = "gradients" if "batch_stats" not in trees else "statistics"
+        return f"{synchronised}_not_synchronised", f"{', '.join(apart[:3])} differs between devices"
     off = {name: part[index] for name, part in seen.parts().items() if part[index] > 1}
-    reason = "; ".join(
-        f"{name} off by {by:.3g} times the error allowed" for name, by in off.items()
-    )
+    said = [f"{name} off by {by:.3g} times the error allowed" for name, by in off.items()]
+    return _mistake(law, seen, index, set(off), trees), "; ".join(said)
+
+
+def _mistake(law: str, seen: Seen, index: int, off: set[str], apart: set[str]) -> str:
+    """Return the most likely mistake, from the trees that are off and those that devices disagree about."""
     if law == UNEQUAL:
-        return ("unequal_shards" if "batch_stats" in off else "mean_of_means"), reason
-    if statistics:
-        return "statistics_not_synchronised", reason
-    if "batch_stats" in off:  # in averaged variances the spread of the means is missing
-        only = {path.rpartition("/")[2] for path in seen.off("batch_stats", index)}
-        return ("variances_averaged" if only == {"var"} else "statistics_not_synchronised"), reason
-    if any(path.startswith("params") for path in apart):
-        return "gradients_not_synchronised", reason
-    if list(off) == ["loss"]:
-        return "mean_of_means", reason
-    return ("gradients_summed" if _is_summed(seen, index) else "wrong_gradient"), reason
+        return "unequal_shards" if "batch_stats" in off else "mean_of_means"
+    if "batch_stats" in off | apart:
+        # What averaged variances lack is the spread of the devices' means; the means are right.
+        averaged = "batch_stats" not in apart and seen.statistics_off(index) == {"var"}
+        return "variances_averaged" if averaged else "statistics_not_synchronised"
+    if apart & {"params", "opt_state"}:
+        return "gradients_not_synchronised"
+    if off == {"loss"}:
+        return "mean_of_means"
+    return "gradients_summed" if _is_summed(seen, index) else "wrong_gradient"
 
 
 def _is_summed(seen: Seen, index: int) -> bool:
     """Return whether params moved as many times as far as there are devices, within a tenth."""
 
     def moved(after: Any) -> float:
-        was = jax.tree_util.tree_leaves(seen.t.before.params)
-        pairs = zip(jax.tree_util.tree_leaves(after), was, strict=True)
-        return float(sum(np.sum((wide(now) - then)[index] ** 2) for now, then in pairs)) ** 0.5
+        rows = alike(after, seen.t.before.params) or []
+        return float(np.sqrt(sum(np.sum((wide(now) - was)[index] ** 2) for now, was in rows)))
 
     first = jax.tree_util.tree_map(lambda leaf: leaf[:, 0], seen.state.params)
     right = moved(seen.t.after.params)

@@ -29,7 +29,6 @@ from bnverify.neighbours import importable
 from bnverify.unusable import Unusable
 from bnverify.upgrade import recorded, recording_file
 from bnverify.upgrade.recorder import Recorder, flags
-from bnverify.upgrade.rounding_noise import without_export
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,7 +72,6 @@ def record(
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
     if old is not None:
         seed = old.manifest["seed"]
-    without_export()
     made: Recorder | None = None
     name, errors = target, {}
     with importable(targets.directory(target)):

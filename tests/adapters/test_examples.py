@@ -49,8 +49,7 @@ def checked(project: Path, laws: tuple[str, ...]) -> bnverify.Report:
     return bnverify.verify(subject, "quick", select=laws)
 
 
-@pytest.mark.once  # the README shows one release's; the adapters are tested on every one
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", PROJECTS)
 def test_a_project_is_right_until_its_mistake_is_planted(name: str, tmp_path: Path) -> None:
     """As it is no law is broken; with the mistake a law is, and the mistake is named."""
@@ -66,7 +65,7 @@ def test_a_project_is_right_until_its_mistake_is_planted(name: str, tmp_path: Pa
     assert (violated[broken].diagnosis or "").startswith(f"{mistake}:")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "script"),
     [("linen_regression", "model.py"), ("nnx_loop", "train.py"), ("train_state", "train.py")],
@@ -91,9 +90,7 @@ def without_numbers(line: str) -> str:
     return re.sub(r"-?\d[\d.e+]*", "#", line.strip())
 
 
-@pytest.mark.once
-@pytest.mark.slow
-@pytest.mark.docs
+@pytest.mark.nightly
 def test_the_readme_shows_what_the_terminal_prints(tmp_path: Path) -> None:
     """Its example with the planted mistake gives the block that is shown, but for the numbers."""
     project = tmp_path / "project"

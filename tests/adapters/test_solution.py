@@ -126,8 +126,7 @@ def test_a_function_that_raises_is_explained() -> None:
         solution(forgetful)
 
 
-@pytest.mark.slow
-@pytest.mark.once
+@pytest.mark.nightly
 def test_the_quick_profile_sees_a_reversed_gradient() -> None:
     """Every case of such a function is a first step, so that each can be compared."""
     law = "solution_is_init_step_evaluate"

@@ -222,7 +222,6 @@ def test_the_same_law_traces_under_jax(transitions: Transition, name: str) -> No
     assert (out.shape, out.dtype) == ((STACK,), jnp.float64)
 
 
-@pytest.mark.once
 def test_compiled_laws_give_the_same_residuals(transitions: Transition) -> None:
     """Compiling changes only float64 rounding, here divided by tolerances of at least 2^-24."""
     names = ["batch_moments_are_the_layers_own", "params_follow_the_optimizer"]

@@ -118,7 +118,6 @@ def shows(faulty: Subject, x: Any, y: Any) -> bool:
     return False
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", SHOWING)
 def test_every_fault_shows_on_a_simple_batch(name: str) -> None:
     """A fault that no simple input shows would be a second correct step, or a survivor."""
@@ -141,7 +140,7 @@ def test_what_is_tolerated_shows(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*(pytest.param(n, marks=pytest.mark.once) for n in TRACED), *CONTROLS]
+    "name", [*(pytest.param(n, marks=pytest.mark.nightly) for n in TRACED), *CONTROLS]
 )
 def test_every_step_traces_under_jit_and_vmap(name: str) -> None:
     """Volume runs thousands of cases in one compiled call, so each step must trace."""

@@ -56,7 +56,6 @@ def shown_well(name: str, violated: list[dict[str, Any]]) -> bool:
     return CAUGHT[name] in {each["law"] for each in violated} and small and named
 
 
-@pytest.mark.once  # the catalogue's controls are traced on every release
 @pytest.mark.parametrize("name", CAUGHT)
 def test_a_mistake_is_caught_small_and_by_name(name: str) -> None:
     """Few cases are enough for the law about it, a small counterexample and the diagnosis."""
@@ -64,8 +63,7 @@ def test_a_mistake_is_caught_small_and_by_name(name: str) -> None:
     assert shown_well(name, [asdict(e) for e in report.results if e.status == "violated"])
 
 
-@pytest.mark.once
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_says_so(tmp_path: Path) -> None:
     """Exit status 1, and the same in its JSON."""
     seen, name = tmp_path / "report.json", "sample_variance"

@@ -15,7 +15,7 @@ from bnverify.upgrade.isolation import isolated
 
 PINS = Path(__file__).parents[2] / "pins" / "jax-0.10.2.txt"
 
-pytestmark = [pytest.mark.environments, pytest.mark.once, pytest.mark.slow]
+pytestmark = pytest.mark.nightly
 
 TARGET = '''
 """Dense, BatchNorm as it comes, ReLU, Dense, written as a user writes it."""

@@ -16,8 +16,6 @@ from bnverify.upgrade import interpreters
 from bnverify.upgrade.bisect import first_changed, releases_between
 from bnverify.upgrade.uv import UvError
 
-pytestmark = pytest.mark.once
-
 
 @given(st.integers(2, 200).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1))))
 def test_the_first_changed_release_is_found_in_logarithmically_many_tries(drawn):

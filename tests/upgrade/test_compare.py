@@ -19,7 +19,6 @@ from bnverify.upgrade import initials, recorded, recorder, recording, values
 from bnverify.upgrade.compare import compare
 
 # What it compares are NumPy arrays from a file; test_recording.py makes such files on every release.
-pytestmark = pytest.mark.once
 
 FLOATS = hnp.arrays(np.float64, 4, elements=st.floats(-1e6, 1e6))
 

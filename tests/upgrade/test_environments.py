@@ -20,7 +20,7 @@ from wheels import project, wheel
 from bnverify.upgrade import environments, interpreters, uv
 from bnverify.upgrade.environments import EnvironmentUnavailableError, build_all, parse, run
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.nightly
 
 try:
     uv._program()
@@ -464,7 +464,6 @@ def test_interrupted_it_cleans_up(index, tmp_path):
     assert list(building.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment_the_next_run_gives_the_same(index, tmp_path):
     """SIGKILL ten times over: no process remains, nothing is half there, the answer is one."""
     wheel(index, "flax", "3.0", code="import time; time.sleep(0.2)")

@@ -22,8 +22,6 @@ from bnverify.upgrade import environments, recorded, sources
 from bnverify.upgrade import gate as gates
 from bnverify.upgrade.policy import Policy
 
-pytestmark = pytest.mark.once
-
 OLD, NEW = "old", "new"
 
 
@@ -73,7 +71,7 @@ def gate(target):
     return gates.gate(target, "installed", "installed", Policy())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_gate_tells_a_changed_step_and_then_answers_from_its_cache(
     target, sides, cache, monkeypatch
 ):
@@ -103,7 +101,7 @@ def test_the_gate_tells_a_changed_step_and_then_answers_from_its_cache(
     assert mended.comparison.differences == first.comparison.differences
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_step_that_kills_its_process_is_an_api_change(target, sides):
     """On the new side it is the upgrade's doing; on the old side the target is unusable."""
     sides(dies=True)
@@ -242,7 +240,7 @@ def descendants(marker: str) -> list[str]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_at_any_moment_it_leaves_nothing_and_can_be_run_again(tmp_path, cache, how):

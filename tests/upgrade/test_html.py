@@ -18,8 +18,6 @@ from bnverify.upgrade.judgement import judge
 from bnverify.upgrade.policy import Policy
 from bnverify.upgrade.values import Distance, Place
 
-pytestmark = pytest.mark.once
-
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "params/<img src=x onerror=alert(1)>/\"'&" + "very_long_name" * 12
 MATRIX = {
@@ -129,7 +127,7 @@ def test_a_page_without_differences_says_so():
     assert page([made, made]).count("<thead>") >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here to look at the page with")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_it_without_sideways_scrolling(text, tmp_path, width):

@@ -9,8 +9,6 @@ import pytest
 
 from bnverify.upgrade import interpreters
 
-pytestmark = pytest.mark.once
-
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):

@@ -8,8 +8,6 @@ import pytest
 from bnverify.upgrade.motion import explanation
 from bnverify.upgrade.recorded import Recorded
 
-pytestmark = pytest.mark.once
-
 EPS = 2.0**-24
 SHAPES = [[2, 1], [5, 3], [32, 8]]
 MEAN, VAR, WEIGHT = "batch_stats/mean", "batch_stats/var", "params/w"

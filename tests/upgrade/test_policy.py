@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from bnverify.upgrade.difference import KINDS, Difference
 from bnverify.upgrade.policy import Acceptance, Policy, Verdict, apply
 
-pytestmark = pytest.mark.once
-
 TODAY = dt.date(2026, 6, 15)
 TOMORROW = TODAY + dt.timedelta(days=1)
 

@@ -9,8 +9,6 @@ import pytest
 from bnverify.upgrade.policy import FAILING, Acceptance, Policy
 from bnverify.upgrade.policy_file import PolicyError, find, load
 
-pytestmark = pytest.mark.once
-
 WHOLE = """
 fail = ["meaning", "rounding"]
 

@@ -15,8 +15,6 @@ import pytest
 from bnverify.upgrade import processes, supervisor
 from bnverify.upgrade.processes import CancelledError, Token
 
-pytestmark = pytest.mark.once
-
 # A command that starts another, as uv starts a build, and waits for it.
 NEST = [
     *(sys.executable, "-c"),

@@ -15,7 +15,7 @@ from bnverify.upgrade.environments import build_all, parse, run
 
 PINS = Path(__file__).parents[2] / "pins"
 
-pytestmark = [pytest.mark.environments, pytest.mark.once, pytest.mark.slow]
+pytestmark = pytest.mark.nightly
 
 RECORD = """
 import sys

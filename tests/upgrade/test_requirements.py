@@ -9,8 +9,6 @@ import pytest
 
 from bnverify.upgrade.requirements import EnvironmentUnavailableError, normal, parse, release
 
-pytestmark = pytest.mark.once
-
 PINS = Path(__file__).parents[2] / "pins"
 
 

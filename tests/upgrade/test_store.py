@@ -15,8 +15,6 @@ import pytest
 from bnverify.upgrade.processes import CancelledError, Token
 from bnverify.upgrade.store import Store
 
-pytestmark = pytest.mark.once
-
 MAKER = """
 import sys, time
 from pathlib import Path

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 
 from bnverify.upgrade import strict_json
 
-pytestmark = pytest.mark.once
-
 leaves = (
     st.none()
     | st.booleans()

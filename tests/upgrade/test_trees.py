@@ -8,8 +8,6 @@ import pytest
 
 from bnverify.upgrade import trees
 
-pytestmark = pytest.mark.once
-
 
 @pytest.fixture
 def project(tmp_path):

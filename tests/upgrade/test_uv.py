@@ -6,8 +6,6 @@ import pytest
 
 from bnverify.upgrade import uv
 
-pytestmark = pytest.mark.once
-
 SAID = {
     "python": """error: No solution found when resolving dependencies
   cause: Because the current Python version (3.11.7) does not satisfy Python>=3.12 and flax==0.12.12

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-pytestmark = pytest.mark.once
-
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "docs" / "workflows").glob("*.yml"))
 TOP = {"name", "on", "permissions", "concurrency", "env", "jobs"}

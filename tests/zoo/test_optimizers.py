@@ -3,8 +3,7 @@
 import pytest
 
 from bnverify import reference, zoo
-from bnverify.engine.judge import is_plain_sgd
-from bnverify.engine.proof import read
+from bnverify.proof import is_plain_sgd, read
 
 
 @pytest.mark.parametrize("name", ["masked_decay", "clipped", "lion"])

@@ -54,7 +54,7 @@ def found(name: str) -> set[str]:
     return set() if np.any(out) else {"eval_at_the_batchs_own_moments_is_the_training_loss"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=() if name in EVERYWHERE else pytest.mark.once) for name in zoo.HOME],
