@@ -25,13 +25,14 @@ COMMON = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 
-# Run by default: other examples every time, and the failing ones remembered.
-settings.register_profile("dev", COMMON, max_examples=50)
+# Run by default: other examples every time, and the failing ones remembered. An example of the
+# properties is a stack of up to eight cases.
+settings.register_profile("dev", COMMON, max_examples=20)
 # For an edit-and-run loop.
-settings.register_profile("quick", COMMON, max_examples=15)
+settings.register_profile("quick", COMMON, max_examples=5)
 # The same verdict for the same commit, and a line to paste that repeats a failure elsewhere.
 settings.register_profile(
-    "ci", COMMON, max_examples=100, derandomize=True, database=None, print_blob=True
+    "ci", COMMON, max_examples=25, derandomize=True, database=None, print_blob=True
 )
 # Long and random, to find what the others cannot.
 settings.register_profile("nightly", COMMON, max_examples=1000, print_blob=True)

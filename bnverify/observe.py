@@ -379,7 +379,7 @@ def observe_singly(
     if "again" in needs:
         before = single.warm(single.init(case), case)
         outcome = single.outcome(t.before, case)
-        kept, after = _inputs_around(single.subject, t.before, case, run=eager is not None)
+        kept, after = _inputs_around(single.subject, t.before, case, run="eager" in needs)
         facts["again"] = Again(before, *outcome, kept, after)
     if "eager" in needs and eager is not None:
         facts["eager"] = eager.outcome(t.before, case)

@@ -1,6 +1,7 @@
 """What the properties are about: a step, and what it means that the step keeps a law.
 
-By default the step is the reference's, around four optimizers; ``--bnverify-target`` names another.
+By default the step is the reference's, around SGD and Adam, in the nightly tier around four
+optimizers; ``--bnverify-target`` names another.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from bnverify.subject import Subject
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
-EVERYWHERE = ("sgd",)
-"""On most releases one is enough, but for what optimizers do: the others are `once`, see tox.ini."""
+DEFAULT = ("sgd", "adam")
+"""One without a state and one with much; the others are asked in the nightly tier."""
 SHAPES = 5  # each compiles a few programs for each optimizer; three of them are always tiny
 TOGETHER = 8
 """The most cases of one example: they are run and judged as a stack, and shrink to one."""
@@ -185,9 +186,8 @@ STEPS: dict[str, Step] = {}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marks: that of the plugin for a checkout that is not installed, and has none."""
+    """Register the mark of the plugin for a checkout that is not installed, and has none."""
     config.addinivalue_line("markers", "bnverify(law, subject): a test of one law on one subject")
-    config.addinivalue_line("markers", "everywhere(*optimizers): those asked on every release")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -197,9 +197,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     target = metafunc.config.getoption("bnverify_target", default=None)
     names = getattr(metafunc.module, "STEPS_OF", OPTIMIZERS)
     targets = {f"reference[{name}]": f"bnverify.reference:{name}" for name in names}
-    mark = metafunc.definition.get_closest_marker("everywhere")
-    everywhere = mark.args if mark else EVERYWHERE
-    once = {f"reference[{name}]" for name in names if name not in everywhere}
+    nightly = {f"reference[{name}]" for name in names if name not in DEFAULT}
     if target:
         targets = {target: target}
     law = metafunc.function.__name__.removeprefix("test_")
@@ -208,7 +206,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         step = STEPS.setdefault(name, Step(name, source))
         # How known failures find the test.
         marks = [pytest.mark.bnverify(law=law, subject=step)]
-        return pytest.param(step, marks=[*marks, pytest.mark.once] if name in once else marks)
+        return pytest.param(step, marks=[*marks, pytest.mark.nightly] if name in nightly else marks)
 
     metafunc.parametrize(
         "step", [param(*each) for each in targets.items()], ids=str, scope="session"

@@ -1,28 +1,21 @@
 """The update: params move as the optimizer says, along the gradient of the loss."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-# What optimizers do is asked of one without a state and of one with much, on every release.
-optimizers = pytest.mark.everywhere("sgd", "adam")
 
-
-@optimizers
 @given(data=st.data())
 def test_params_follow_the_optimizer(step, data):
     """The new params are the old ones plus what the optimizer makes of the gradient."""
     step.keeps("params_follow_the_optimizer", data.draw(step.cases()))
 
 
-@optimizers
 @given(data=st.data())
 def test_optimizer_state_follows_the_optimizer(step, data):
     """The new optimizer state is the one the optimizer returned."""
     step.keeps("optimizer_state_follows_the_optimizer", data.draw(step.cases()))
 
 
-@optimizers
 @given(data=st.data())
 def test_zero_learning_rate_moves_nothing(step, data):
     """With a learning rate of 0 the params stay, to the bit."""

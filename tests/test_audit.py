@@ -125,6 +125,7 @@ def test_an_order_survives_the_environment() -> None:
     assert Order.load(order.dump()) == order
 
 
+@pytest.mark.nightly
 def test_the_example_misses_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """One fault that the example's tests notice, one that they miss, and nothing left on disk."""
     monkeypatch.chdir(EXAMPLE)
@@ -203,7 +204,6 @@ def test_unusable_arguments_are_refused(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.nightly
 def test_one_fault_of_the_catalogue_is_audited(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

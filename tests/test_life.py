@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 import bnverify
@@ -183,6 +183,22 @@ def test_what_does_not_trace_is_told_by_every_law() -> None:
     assert all("traces at none of 2, 4, 24 rows" in each.reason for each in found.values())
 
 
+def test_a_jitted_step_hides_no_state() -> None:
+    """What a step counts in Python shows in a resumed process, though JAX keeps a jitted trace."""
+    plain, traces = reference.sgd(), [0]
+
+    @jax.jit
+    def jitted(state: State, x: Any, y: Any, lr: Any) -> Any:
+        traces[0] += 1
+        return plain.step(state, x, y, lr / traces[0])
+
+    subject = replace(plain, name="jitted", step=jitted)
+    law = "a_resumed_process_continues_to_the_bit"
+    found = lives(subject, SCRIPTED, [law])[law]
+    assert found.status == "violated"
+    assert "state/params/" in found.reason
+
+
 def test_a_shortened_life_loses_nothing_it_needs() -> None:
     """Nothing more can be left out, and what is left still breaks the claim."""
 
@@ -245,14 +261,20 @@ def test_what_cannot_happen_is_refused(calls: list[Call], said: str) -> None:
 @pytest.mark.parametrize(
     "name", ["statistics_not_saved", "every_second_batch_twice", "evaluation_folds_its_batch"]
 )
-@pytest.mark.nightly
 def test_the_users_machine_finds_faults(name: str) -> None:
     """The state machine for users' tests breaks on what check_life finds."""
     fault = LIFE_FAULTS[name]
     machine = bnverify.life(fault.make())
-    few = settings(derandomize=True, database=None, deadline=None, print_blob=False)
+    found_at_once = settings(
+        derandomize=True,
+        database=None,
+        deadline=None,
+        print_blob=False,
+        phases=[Phase.generate],  # shrinking is Hypothesis' own
+        stateful_step_count=12,
+    )
     with pytest.raises(Violation, match=fault.expected):
-        run_state_machine_as_test(machine, settings=few)
+        run_state_machine_as_test(machine, settings=found_at_once)
 
 
 def test_the_same_seed_gives_the_same_evidence() -> None:

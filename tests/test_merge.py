@@ -173,12 +173,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 LAWS_OF_EACH_KIND = (
-    "structure,life,variance_is_never_negative,params_follow_the_optimizer,step_moves_the_params,"
+    "structure,a_copy_keeps_everything,params_follow_the_optimizer,step_moves_the_params,"
     "sgd_moves_params_by_minus_lr_times_gradient,same_input_repeats_to_the_bit"
 )
 
 
-@pytest.mark.nightly
 def test_the_merged_report_is_that_of_one_machine(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -81,20 +82,22 @@ def test_the_matrix_names_every_factor() -> None:
         assert re.search(rf"[{{,x]{factor.removeprefix('jax')}\b", matrix), factor
 
 
-def test_one_environment_of_the_matrix_leaves_nothing_out() -> None:
-    """What is marked `once` runs once in it: all environments but one deselect the mark."""
-    whole, rest = tox_config()["testenv"]["commands"].strip().splitlines()
-    (factor,) = re.findall(r"^(jax\d+): pytest -n 2 \{posargs\}$", whole)
-    assert rest == f'!{factor}: pytest -n 2 -m "not once" {{posargs}}'
-    assert factor in pins_by_factor()
+def test_the_matrix_runs_the_default_tier_and_the_newest_release_all() -> None:
+    """Each release of the matrix runs what a contributor runs; `nightly` has the newest pins."""
+    config = tox_config()
+    assert config["testenv"]["commands"].strip() == "pytest -n 2 {posargs}"
+    nightly = config["testenv:nightly"]
+    assert nightly["commands"].strip() == 'pytest -n 2 -m "" {posargs}'
+    newest = max(pins_by_factor().values(), key=lambda path: Version(pinned(path)["jax"]))
+    assert f"-r pins/{newest.name}" in nightly["deps"]
 
 
-@pytest.mark.parametrize("path", TEST_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_test_states_its_claim(path: Path) -> None:
+def test_every_test_states_its_claim() -> None:
     """Each test function's docstring says in one sentence what holds if it passes."""
     silent = [
-        node.name
-        for node in ast.walk(ast.parse(path.read_text()))
+        f"{path.relative_to(ROOT)}:{node.name}"
+        for path in TEST_FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef)
         and node.name.startswith("test_")
         and not ast.get_docstring(node)

@@ -138,6 +138,7 @@ def test_workers_and_orders_give_the_same_verdicts(
     assert verdicts == verdicts[:1] * 3
 
 
+@pytest.mark.nightly
 def test_a_step_that_takes_one_width_gets_that(steps: Path) -> None:
     """The inputs have the sizes that the target accepts."""
     done = properties(

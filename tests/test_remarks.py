@@ -118,6 +118,7 @@ def test_nothing_is_said_of_a_correct_step(name: str) -> None:
     assert told(CONTROLS[name].make()) == []
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["mlp", "shared_nnx", "masked", "averaged_params", "scanned"])
 def test_nothing_is_said_of_the_zoo(name: str) -> None:
     """Nor have these."""

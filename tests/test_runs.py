@@ -196,7 +196,7 @@ def test_nothing_of_bnverifys_own_is_compiled() -> None:
     """XLA compiles the subject's functions, under the one name that observing gives them all."""
     alone = [name for name, law in STEP_LAWS.items() if SINGLE.intersection(law.needs)]
     with compilations() as names:
-        report = verify(reference.adam(), FEW, ignore=[*alone, "parallel"])
+        report = verify(reference.adam(), FEW, ignore=[*alone, "life"])
     assert report.ok
     assert set(names) == {"flat"}
     # init, step, evaluate, after_eval and the optimizer's update, stacked; the first four alone.
@@ -240,7 +240,7 @@ def test_other_draws_must_confirm_a_close_call(shrunk: Any) -> None:
 
     Where both readings show the same, it stands, with a case of each judge's.
     """
-    plan = Profile("some", shapes=0)
+    plan = Profile("some", tiny=1, shapes=1)
     shrunk(0)
     (evidence,) = verify(reference.sgd(), plan, select=[LAW]).results
     assert evidence.status == "held"

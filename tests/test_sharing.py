@@ -108,7 +108,7 @@ def wait_for(connection: object, refusal: type[Exception]) -> None:
             return
 
 
-@pytest.fixture(params=["directory", "github", "redis"])
+@pytest.fixture(params=["directory", "github", pytest.param("redis", marks=pytest.mark.nightly)])
 def machines(request: pytest.FixtureRequest) -> Machines:
     made: Machines = request.getfixturevalue(request.param)
     return made

@@ -382,32 +382,50 @@ def outer(folder: Path, *args: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_workers_and_orders_give_the_same_verdicts(pytester: pytest.Pytester) -> None:
-    """With -n 0, with -n 2 and backwards, the same laws fail, of a step that is really checked."""
-    pytester.makepyfile(
-        test_step="import bnverify\n"
-        "def make():\n"
-        "    from dataclasses import replace\n"
-        "    from bnverify.reference import sgd\n"
-        "    good = sgd()\n"
-        "    evaluate = lambda s, x, y: good.evaluate(s, x, y).reshape(1, 1)\n"
-        "    return replace(good, evaluate=evaluate)\n"
-        "test_mine = bnverify.suite(make, 'quick')\n"
+WRONG = """
+import bnverify
+
+def make():
+    from dataclasses import replace
+    from bnverify.reference import sgd
+    good = sgd()
+    evaluate = lambda s, x, y: good.evaluate(s, x, y).reshape(1, 1)
+    return replace(good, evaluate=evaluate)
+
+test_mine = bnverify.suite(make, "quick")
+"""
+STRUCTURE = [law.name for law in LAWS.values() if law.family == "structure"]
+ORDER = """
+import os
+def pytest_collection_modifyitems(items):
+    if "BACKWARDS" in os.environ: items.reverse()
+"""
+
+
+def verdicts(folder: Path, workers: str, order: str) -> list[str]:
+    """Return the outcomes of the laws of structure on a step that is really checked."""
+    (folder / "test_step.py").write_text(WRONG)
+    (folder / "conftest.py").write_text(ORDER)
+    laws = " or ".join(f"[{law}]" for law in STRUCTURE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(order, "1")
+        done = outer(folder, "-k", laws, "-n", workers, "-rA", "-p", "no:cacheprovider")
+    lines = done.stdout.splitlines()
+    return sorted(line.split(" - ")[0] for line in lines if line[:6] in OUTCOMES)
+
+
+def test_a_suite_of_a_wrong_step_fails_where_it_is_wrong(tmp_path: Path) -> None:
+    """In a process of its own with a worker: one law fails, the others pass."""
+    wrong = "eval_loss_has_shape_one"
+    passed = [f"PASSED test_step.py::test_mine[{law}]" for law in STRUCTURE if law != wrong]
+    assert verdicts(tmp_path, "1", "FORWARDS") == sorted(
+        [*passed, f"FAILED test_step.py::test_mine[{wrong}]"]
     )
-    (pytester.path / "conftest.py").write_text(
-        "import os\n"
-        "def pytest_collection_modifyitems(items):\n"
-        "    if 'BACKWARDS' in os.environ: items.reverse()\n"
-    )
-    structure = " or ".join(f"[{law.name}]" for law in LAWS.values() if law.family == "structure")
-    verdicts = []
-    for workers, order in (("0", "FORWARDS"), ("2", "FORWARDS"), ("0", "BACKWARDS")):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(order, "1")
-            done = outer(
-                pytester.path, "-k", structure, "-n", workers, "-rA", "-p", "no:cacheprovider"
-            )
-        lines = done.stdout.splitlines()
-        verdicts.append(sorted(line.split(" - ")[0] for line in lines if line[:6] in OUTCOMES))
-    assert "FAILED test_step.py::test_mine[eval_loss_has_shape_one]" in verdicts[0]
-    assert verdicts[0] == verdicts[1] == verdicts[2]
+
+
+@pytest.mark.nightly
+def test_workers_and_orders_give_the_same_verdicts(tmp_path: Path) -> None:
+    """With -n 0, with -n 2 and backwards, the same laws fail."""
+    runs = [("0", "FORWARDS"), ("2", "FORWARDS"), ("0", "BACKWARDS")]
+    first, *others = (verdicts(tmp_path, *run) for run in runs)
+    assert others == [first, first]

@@ -46,8 +46,9 @@ def checked(step: Callable[..., Any]) -> bnverify.Report:
     return bnverify.verify(replace(SGD, name=step.__name__, step=step), FEW)
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("step", [branching, through_numpy])
+@pytest.mark.parametrize(
+    "step", [branching, pytest.param(through_numpy, marks=pytest.mark.nightly)]
+)
 def test_a_step_that_does_not_trace_is_run(step: Callable[..., Any]) -> None:
     """Laws of structure are held to one run, the others to eager ones; the rest says why not."""
     report = checked(step)
@@ -65,9 +66,7 @@ def test_a_step_that_does_not_trace_is_run(step: Callable[..., Any]) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    "step", [asking_python, pytest.param(asking_the_world, marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("step", [asking_python, asking_the_world])
 def test_a_step_that_calls_back_is_checked(step: Callable[..., Any]) -> None:
     """Its program is read, what comes from outside conservatively; its rounding is not known."""
     report = checked(step)

@@ -83,7 +83,8 @@ def _multiply_high(x: Array, y: Array) -> Array:
     if size == 8:
         raise NotImplementedError("mulhi of 64-bit integers has no NumPy form")
     wide = np.dtype(f"{x.dtype.kind}{2 * size}")
-    return (x.astype(wide) * y.astype(wide) >> (8 * size)).astype(x.dtype)
+    high: Array = x.astype(wide) * y.astype(wide) >> (8 * size)
+    return high.astype(x.dtype)
 
 
 def _digamma(x: Array) -> Array:
@@ -181,7 +182,7 @@ def integer_power(base: Array, exponent: int) -> Array:
             factor = factor * factor
     if power is None:
         power = np.ones_like(base)
-    return 1 / power if exponent < 0 else power
+    return np.divide(1, power) if exponent < 0 else power
 
 
 def round_away(x: Array) -> Array:
@@ -195,7 +196,7 @@ def convert(x: Array, dtype: np.dtype[Any]) -> Array:
     if x.dtype == dtype:
         return x
     if dtype.kind == "b":
-        return x != 0
+        return np.not_equal(x, 0)
     if x.dtype.kind != "f":
         return x.astype(dtype)
     info = np.iinfo(dtype)

@@ -39,6 +39,7 @@ CALLS = frozenset(
         "custom_jvp_call",
         "custom_vjp_call",
         "custom_vjp_call_jaxpr",  # jax < 0.5
+        "custom_vmap_call",  # its rule counts under vmap alone
         "composite",
         "shard_map",
         "xla_pmap",

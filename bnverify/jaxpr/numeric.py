@@ -58,7 +58,8 @@ def apply(eqn: Any, inputs: Inputs) -> list[Array]:
         inputs: an array for each input, (rows or 1, cases or 1, *aval.shape).
 
     Returns:
-        An array for each output, (rows or 1, cases or 1, *aval.shape).
+        An array for each output, (rows or 1, cases or 1, *aval.shape): a leading axis is of
+        size 1 where it is in all the inputs that this output depends on.
 
     Raises:
         NotImplementedError: the primitive has no NumPy form, or none for these dtypes or
@@ -456,7 +457,7 @@ def _range(dtype: np.dtype[Any]) -> tuple[Any, Any]:
     return np.iinfo(dtype).min, np.iinfo(dtype).max
 
 
-for _name, _ufunc in {
+_REDUCTIONS: dict[str, np.ufunc] = {
     "reduce_and": np.bitwise_and,
     "reduce_max": np.maximum,
     "reduce_min": np.minimum,
@@ -464,7 +465,8 @@ for _name, _ufunc in {
     "reduce_prod": np.multiply,
     "reduce_sum": np.add,
     "reduce_xor": np.bitwise_xor,
-}.items():
+}
+for _name, _ufunc in _REDUCTIONS.items():
     form(_name)(_reduction(_ufunc))
 
 
@@ -503,13 +505,14 @@ def _scan(ufunc: np.ufunc) -> Form:
     return run
 
 
-for _name, _ufunc in {
+_SCANS: dict[str, np.ufunc] = {
     "cumlogsumexp": np.logaddexp,
     "cummax": np.maximum,
     "cummin": np.minimum,
     "cumprod": np.multiply,
     "cumsum": np.add,
-}.items():
+}
+for _name, _ufunc in _SCANS.items():
     form(_name)(_scan(_ufunc))
 
 

@@ -54,7 +54,7 @@ SIZE = 0.8
 MANY = 16
 """Terms of a sum from which on n errors that agree stand out from sqrt(n) that do not."""
 
-BYTES = 2**28
+BYTES = 2**26
 """The most that the values of one portion of the cases may take up, all equations together."""
 
 _POINTS = 2**32  # more than a program has: the draws of two seeds have nothing in common
@@ -163,9 +163,11 @@ class Rows:
         most = float(info.max) / room / (arithmetic.NEAR if wide else 1)
         # float16 is computed in 32 bits, where its subnormal numbers are normal: none is flushed.
         tiny = float(info.tiny) if wide else 0.0
+        exact = np.abs(value[:1])
+        near_zero = (exact < tiny * arithmetic.NEAR**2) & (exact > 0)
+        if value.max(initial=0) <= most and value.min(initial=0) >= -most and not near_zero.any():
+            return value  # nearly always
         size = np.abs(value)
-        if size.max(initial=0) <= most and not ((size < tiny * arithmetic.NEAR) & (size > 0)).any():
-            return value
         odd = np.arange(self.count) % 2 == 1
         largest = np.full(odd.shape, most)
         least = tiny * np.where(odd, arithmetic.NEAR, 1 / arithmetic.NEAR)

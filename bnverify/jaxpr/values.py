@@ -44,4 +44,4 @@ def widen(value: Any, dtype: Any) -> Array:
     wide, info = array.astype(np.float64), jnp.finfo(dtype)
     if info.nexp < 8:
         return wide
-    return np.where(np.abs(wide) < float(info.tiny), 0.0 * wide, wide)
+    return np.where(np.abs(wide) < float(info.tiny), np.copysign(0.0, wide), wide)

@@ -30,6 +30,7 @@ from bnverify.observe import CompiledSubject
 from bnverify.parallel.subject import Parallel
 from bnverify.pytree import path_name
 from bnverify.subject import State, StepInfo, Subject, Tree
+from bnverify.transition import Outcome
 from bnverify.unusable import did_you_mean, first_line
 
 VALUES = "a_checkpoint_keeps_every_value"
@@ -146,7 +147,7 @@ class Life:
             self._fold = self._fold.after(before, case, lambda *given: self._step(*given)[0])
         with self._breaking(self._continuing, "the step fails on the restored state"):
             self.state, seen = self._step(self.state, case, resumed=self._resumed)
-            self._same(self._continuing, (self.state, seen), (self._twin, info))
+            self._same(self._continuing, Outcome(self.state, seen), Outcome(self._twin, info))
         if self._folds:
             self._hold_fold()
 
@@ -155,8 +156,8 @@ class Life:
         if not self._goes_on("evaluate", case):
             return
         with self._breaking(self._continuing, "evaluation fails on the restored state"):
-            losses = (self._evaluate(state, case) for state in (self.state, self._twin))
-            self._same(self._continuing, *(StepInfo(loss, None) for loss in losses))
+            loss, known = (self._evaluate(state, case) for state in (self.state, self._twin))
+            self._same(self._continuing, {"eval_loss": loss}, {"eval_loss": known})
         after = self._subject.after_eval
         if after is None or self._mistyped or not self._asks(EVALUATED):
             return

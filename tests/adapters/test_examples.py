@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import bnverify
+from bnverify.profile import Profile
 
+FEW = Profile("few", tiny=2, shapes=0, block=64, examples=4)
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 PLANTED = "  # the mistake"
@@ -46,10 +48,9 @@ def planted(source: str) -> str:
 def checked(project: Path, laws: tuple[str, ...]) -> bnverify.Report:
     """Return the report on a copy of a project."""
     subject = bnverify.load(f"{project / 'check.py'}:subject")
-    return bnverify.verify(subject, "quick", select=laws)
+    return bnverify.verify(subject, FEW, select=laws)
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("name", PROJECTS)
 def test_a_project_is_right_until_its_mistake_is_planted(name: str, tmp_path: Path) -> None:
     """As it is no law is broken; with the mistake a law is, and the mistake is named."""
@@ -90,7 +91,6 @@ def without_numbers(line: str) -> str:
     return re.sub(r"-?\d[\d.e+]*", "#", line.strip())
 
 
-@pytest.mark.nightly
 def test_the_readme_shows_what_the_terminal_prints(tmp_path: Path) -> None:
     """Its example with the planted mistake gives the block that is shown, but for the numbers."""
     project = tmp_path / "project"

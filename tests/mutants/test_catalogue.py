@@ -118,6 +118,7 @@ def shows(faulty: Subject, x: Any, y: Any) -> bool:
     return False
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", SHOWING)
 def test_every_fault_shows_on_a_simple_batch(name: str) -> None:
     """A fault that no simple input shows would be a second correct step, or a survivor."""
@@ -125,6 +126,7 @@ def test_every_fault_shows_on_a_simple_batch(name: str) -> None:
     assert any(shows(mutant.make(), x, y) for x, y in (batch(*mutant.minimal), *batches()))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", SURVIVING)
 def test_survivors_agree_with_what_was_meant(name: str) -> None:
     """A survivor's reason claims that no input of the domain shows it."""
@@ -132,6 +134,7 @@ def test_survivors_agree_with_what_was_meant(name: str) -> None:
     assert not any(shows(subject, x, y) for x, y in [batch(2, 1), batch(40, 6)])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", TOLERATED)
 def test_what_is_tolerated_shows(name: str) -> None:
     """A fault without effect needs no tolerance: it survives because it is none."""

@@ -56,6 +56,7 @@ def shown_well(name: str, violated: list[dict[str, Any]]) -> bool:
     return CAUGHT[name] in {each["law"] for each in violated} and small and named
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", CAUGHT)
 def test_a_mistake_is_caught_small_and_by_name(name: str) -> None:
     """Few cases are enough for the law about it, a small counterexample and the diagnosis."""

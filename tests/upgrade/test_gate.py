@@ -71,7 +71,6 @@ def gate(target):
     return gates.gate(target, "installed", "installed", Policy())
 
 
-@pytest.mark.nightly
 def test_the_gate_tells_a_changed_step_and_then_answers_from_its_cache(
     target, sides, cache, monkeypatch
 ):

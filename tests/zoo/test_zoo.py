@@ -40,8 +40,14 @@ def test_a_name_makes_a_subject_of_that_name(name: str) -> None:
     assert (EXEMPT[name] in exempt) if name in EXEMPT else not exempt
 
 
-# One of each sort that a release can treat in its own way: an adapter, an interpreter's body, a dtype.
-EVERYWHERE = {"mlp_nnx", "synchronised", "float16_nnx", "scanned", "while_loop"}
+DEFAULT = {
+    "mlp": "linen",
+    "mlp_nnx": "nnx",
+    "resnet": "convolutional",
+    "vit": "transformer",
+    "float16": "16 bits",
+}
+"""What the default tier checks: one of each kind. The nightly checks all."""
 
 
 def found(name: str) -> set[str]:
@@ -54,10 +60,9 @@ def found(name: str) -> set[str]:
     return set() if np.any(out) else {"eval_at_the_batchs_own_moments_is_the_training_loss"}
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in EVERYWHERE else pytest.mark.once) for name in zoo.HOME],
+    [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.nightly) for name in zoo.HOME],
 )
 def test_no_law_objects(name: str) -> None:
     """A correct step violates nothing; what Flax itself does wrong is found, and nothing else."""
