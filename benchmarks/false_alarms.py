@@ -55,7 +55,14 @@ def alarms(reports: list[Report]) -> Iterator[str]:
     for law, runs in violated.items():
         (first,) = [e for e in runs[0].results if e.law == law]
         seeds = ", ".join(str(run.seed) for run in runs)
-        case = next(iter(re.findall(r"Case.of\(.*\)", first.counterexample.script if first.counterexample else "")), "")
+        case = next(
+            iter(
+                re.findall(
+                    r"Case.of\(.*\)", first.counterexample.script if first.counterexample else ""
+                )
+            ),
+            "",
+        )
         yield f"{law} with seeds {seeds}: {first.reason} {case}"
 
 

@@ -29,15 +29,15 @@ from typing import Any
 
 import jax
 import numpy as np
-
-from bnverify import reference
-from bnverify.case import Domain
 from bnverify.engine import proof
 from bnverify.engine.budget import AT_ONCE, Budget, Fixed
 from bnverify.engine.judge import Judge, exemption, judged, shown_by, static_facts
 from bnverify.engine.verify import Checker
 from bnverify.engine.volume import NEEDS, Volume
 from bnverify.jaxpr.noise import ROWS
+
+from bnverify import reference
+from bnverify.case import Domain
 from bnverify.laws import LAWS, Law
 from bnverify.profile import Profile
 from bnverify.shapes import TINY_SHAPES, shape_pool

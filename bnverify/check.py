@@ -123,6 +123,47 @@ def guarded(what: Target, seconds: float) -> Target:
     return deadline.guard(what, seconds)
 
 
+class _Found:
+    """What one run of a check has found so far, and who is told of it.
+
+    Args:
+        tell: the listener.
+        fail_fast: whether to stop at a violation.
+        proofs_only: whether to run nothing.
+
+    Attributes:
+        fail_fast: as given.
+        known: law name -> its evidence.
+        cases: how many cases were run.
+        notes: what the report should say besides.
+    """
+
+    def __init__(self, tell: Listener, *, fail_fast: bool, proofs_only: bool) -> None:
+        self.fail_fast = fail_fast
+        self.known: dict[str, Evidence] = {}
+        self.cases = 0
+        self.notes: list[str] = []
+        self._tell = tell
+        self._proofs_only = proofs_only
+
+    def settle(self, evidence: Evidence) -> None:
+        """Take the evidence for a law as known."""
+        self.known[evidence.law] = evidence
+        self._tell(LawJudged(evidence))
+
+    def phase(self, name: str, done: int = 0) -> None:
+        """Tell what is done from now on, after ``done`` cases of a part that still runs."""
+        self._tell(PhaseStarted(name, self.cases + done))
+
+    @property
+    def idle(self) -> str:
+        """Why nothing more is run; empty where something is."""
+        if self._proofs_only:
+            return READ_ONLY
+        broken = any(evidence.status == "violated" for evidence in self.known.values())
+        return STOPPED if self.fail_fast and broken else ""
+
+
 class Check:
     """Holds a training step to the laws, as often as is asked.
 
@@ -178,63 +219,58 @@ class Check:
         started = time.perf_counter()
         tell: Listener = listener or (lambda event: None)
         tell(Started(self._what.name, tuple(self._chosen)))
-        known: dict[str, Evidence] = {}
-        cases, notes = 0, []
-
-        def settle(evidence: Evidence) -> None:
-            known[evidence.law] = evidence
-            tell(LawJudged(evidence))
-
-        def phase(name: str, done: int = 0) -> None:
-            tell(PhaseStarted(name, cases + done))
-
-        def idle() -> str:
-            if self._proofs_only:
-                return READ_ONLY
-            broken = any(evidence.status == "violated" for evidence in known.values())
-            return STOPPED if fail_fast and broken else ""
-
+        found = _Found(tell, fail_fast=fail_fast, proofs_only=self._proofs_only)
         if self._laws:
-            phase("tracing")
-            for evidence in self._proved:
-                settle(evidence)
-            notes += self._notes
-        for runner in self._runners if self._laws else ():
-            if reason := idle():
-                for law in runner.laws:
-                    settle(Evidence.of(law.name, "untriggered", reason=reason))
-                continue
-            compile_cache.enable()
-            run: Run = runner.run(seed, phase, fail_fast=fail_fast)
-            cases += run.cases
-            notes += run.notes
-            for evidence in run.evidence(self._target):
-                settle(self._explained(evidence))
-        for family, part in (("life", self._lived), ("parallel", self._mapped)):
+            self._check_step(found, seed)
+        for family in ("life", "parallel"):
             names = [name for name in self._chosen if LAWS[name].family == family]
-            if not names:
-                continue
-            if reason := idle():
-                found, more = [Evidence.of(n, "untriggered", reason=reason) for n in names], 0
-            else:
-                phase("the life of the state" if family == "life" else "many devices")
-                found, more = part(names, seed)
-            cases += more
-            for evidence in found:
-                settle(evidence)
+            if names:
+                self._check_beyond(found, family, names, seed)
         report = Report(
             subject=self._what.name,
             profile=self._plan.name,
             seed=seed,
-            results=tuple(diagnosed([known[name] for name in self._chosen])),
-            cases=cases,
+            results=tuple(diagnosed([found.known[name] for name in self._chosen])),
+            cases=found.cases,
             seconds=time.perf_counter() - started,
             versions=versions(),
             influence=_matrix(self._reading) if self._laws else {},
-            notes=tuple(notes),
+            notes=tuple(found.notes),
         )
         tell(Finished(report))
         return report
+
+    def _check_step(self, found: _Found, seed: int) -> None:
+        """Prove what can be proved of the step, and run it for the rest."""
+        found.phase("tracing")
+        for evidence in self._proved:
+            found.settle(evidence)
+        found.notes += self._notes
+        for runner in self._runners:
+            if reason := found.idle:
+                for law in runner.laws:
+                    found.settle(Evidence.of(law.name, "untriggered", reason=reason))
+                continue
+            compile_cache.enable()
+            run: Run = runner.run(seed, found.phase, fail_fast=found.fail_fast)
+            found.cases += run.cases
+            found.notes += run.notes
+            for evidence in run.evidence(self._target):
+                found.settle(self._explained(evidence))
+
+    def _check_beyond(self, found: _Found, family: str, names: list[str], seed: int) -> None:
+        """Check the laws of the life of a state, or of many devices."""
+        if reason := found.idle:
+            results, cases = [Evidence.of(n, "untriggered", reason=reason) for n in names], 0
+        elif family == "life":
+            found.phase("the life of the state")
+            results, cases = self._lives.run(seed), self._lives.cases
+        else:
+            found.phase("many devices")
+            results, cases = self._mapped(names, seed)
+        found.cases += cases
+        for evidence in results:
+            found.settle(evidence)
 
     @cached_property
     def _reading(self) -> proof.Reading:
@@ -278,10 +314,6 @@ class Check:
             return evidence
         way = proof.explain(LAWS[evidence.law], self._reading)
         return replace(evidence, reason=f"{evidence.reason}; {way}") if way else evidence
-
-    def _lived(self, names: Collection[str], seed: int) -> tuple[list[Evidence], int]:
-        del names  # the same in every run
-        return self._lives.run(seed), self._lives.cases
 
     @cached_property
     def _lives(self) -> Lives:

@@ -26,6 +26,7 @@ DAY = 86_400
 UNUSED = 30 * DAY
 """Seconds after which a kept file that nobody read is removed. Each edit of a step leaves its programs."""
 
+
 def cache_root() -> Path:
     """Return the directory of everything bnverify caches.
 

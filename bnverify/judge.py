@@ -95,10 +95,11 @@ class RoundingBounds:
         structure, types = signature(single)[0][0], tuple(jax.tree_util.tree_leaves(single))
         key = structure, types, with_inputs
         if key not in self._read:
-            self._read[key] = rounding(self._run(*single, with_inputs), *single, seed=self._seed)
+            run = self._run(*single, with_inputs=with_inputs)
+            self._read[key] = rounding(run, *single, seed=self._seed)
         return self._read[key]
 
-    def _run(self, before: State, x: Any, y: Any, lr: Any, with_inputs: bool) -> Any:
+    def _run(self, before: State, x: Any, y: Any, lr: Any, *, with_inputs: bool) -> Any:
         """Return the step, its evaluation and its layers' inputs as one function, of traces alone."""
         subject, trace = self._tracer.subject, self._tracer.trace
         step = trace("step", subject.step, before, x, y, lr)

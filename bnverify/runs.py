@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +16,15 @@ from bnverify.jaxpr.arithmetic import operations
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import READ_NEEDS, Judge, judged
 from bnverify.laws import Law
-from bnverify.observe import FEW_ROWS, SINGLE, VOLUME, CompiledSubject, observe, observe_singly
+from bnverify.observe import (
+    FEW_ROWS,
+    SINGLE,
+    VOLUME,
+    CompiledSubject,
+    How,
+    observe,
+    observe_singly,
+)
 from bnverify.profile import Profile
 from bnverify.pytree import stack, take
 from bnverify.shapes import TINY_SHAPES, Shape, shape_pool, tiny_shapes
@@ -176,10 +183,10 @@ class Runner:
         self._readable = frozenset() if refusal else READ_NEEDS
         self.unstacked = ""
         self.judge, self._second = (Judge(tracer, abstract, seed) for seed in (0, 1))
-        how = "eager" if refusal else "vmap"
-        self._batched = CompiledSubject(subject, how, tracer=tracer, block=self.block)
-        how = "eager" if refusal else "jit"
-        self.single = CompiledSubject(subject, how, tracer=tracer)
+        stacked: How = "eager" if refusal else "vmap"
+        alone: How = "eager" if refusal else "jit"
+        self._batched = CompiledSubject(subject, stacked, tracer=tracer, block=self.block)
+        self.single = CompiledSubject(subject, alone, tracer=tracer)
         self._eager = CompiledSubject(subject, "eager", tracer=tracer)
         # A function that is init, one step and evaluate in one call is compared with a first step.
         first = bool(laws) and all("solution" in law.needs for law in laws)
@@ -206,6 +213,7 @@ class Runner:
             return 0.0
 
     def tiny(self) -> list[Shape]:
+        """Return the tiny shapes that the plan asks for, the largest last."""
         given = tiny_shapes(domain=self.domain, features=self.subject.features)
         return list(given[-self.plan.tiny :])
 
@@ -248,7 +256,7 @@ class Runner:
         for shape in shapes:
             try:
                 self._batched.prepare([shape])
-            except Exception:  # noqa: BLE001, PERF203 - whatever a user's code raises when traced
+            except Exception:  # noqa: BLE001 - whatever a user's code raises when traced
                 return
 
     @property
@@ -292,9 +300,7 @@ class Runner:
         available = self.available | SINGLE
         laws = judged(laws, available if self.stacks else available - {"stacked"})
         needs = {need for law in laws for need in law.needs}
-        t = observe_singly(
-            self.single, cases, needs, batched=self._batched, eager=self._eager
-        )
+        t = observe_singly(self.single, cases, needs, batched=self._batched, eager=self._eager)
         return (judge or self.judge).residuals(t, laws)
 
     def confirmed(self, law: Law, case: Case, worst: float) -> bool:

@@ -238,7 +238,7 @@ def fewest(items: Sequence[T], breaks: Callable[[list[T]], bool]) -> list[T]:
 
 
 def shorten(calls: Sequence[Call], breaks: Callable[[Sequence[Call]], bool]) -> list[Call]:
-    """Return a history as small as single changes to ``calls`` make it: fewer, plainer batches.
+    """Return a history as small as single changes make ``calls``: fewer calls, plainer batches.
 
     Args:
         calls: a history that breaks a law; its first call stays the first.

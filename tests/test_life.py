@@ -271,7 +271,8 @@ def test_the_users_machine_finds_faults(name: str) -> None:
         deadline=None,
         print_blob=False,
         phases=[Phase.generate],  # shrinking is Hypothesis' own
-        stateful_step_count=12,
+        stateful_step_count=30,
+        max_examples=300,
     )
     with pytest.raises(Violation, match=fault.expected):
         run_state_machine_as_test(machine, settings=found_at_once)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,8 @@ _SCALE = 1.0408  # the root mean square of a size between 0.5 and 1.5
 _REMEMBERED = 2**24  # bytes of draws
 
 
-class Sides(NamedTuple):
+@dataclass(frozen=True)
+class Sides:
     """Which side of a kink each row takes that may take either.
 
     Attributes:
@@ -34,7 +36,7 @@ class Sides(NamedTuple):
         draws = np.random.default_rng(self.seed).integers(2**32, size=1 + self.count, dtype="u4")
         place = np.arange(math.prod(shape), dtype=np.uint32) + draws[0]
         mixed = (place * (draws[1:, None] | 1) ^ (place >> 3)) * np.uint32(0x9E3779B1)
-        return mixed.reshape(self.count, 1, *shape)
+        return np.reshape(mixed, (self.count, 1, *shape))
 
     def coins(self, shape: tuple[int, ...]) -> Array:
         """Return random booleans, (rows, 1, *shape), but in each fourth row all alike.
@@ -47,12 +49,12 @@ class Sides(NamedTuple):
 
 def alike(count: int) -> Array:
     """Return in which rows all elements take the same side of a kink."""
-    return np.arange(count) % 4 == 3
+    return np.asarray(np.arange(count) % 4 == 3)
 
 
 def up(count: int) -> Array:
     """Return in which of these rows it is the upper side."""
-    return np.arange(count) % 8 == 3
+    return np.asarray(np.arange(count) % 8 == 3)
 
 
 class Draws:

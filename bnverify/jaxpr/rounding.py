@@ -127,7 +127,7 @@ class Rows:
             added: how many numbers are added to each of these afterwards.
         """
         shape, info = value.shape[2:], jnp.finfo(dtype)
-        rounded = value * (1 + self._errors(value, dtype, units, added))
+        rounded: Array = value * (1 + self._errors(value, dtype, units, added))
         if not arithmetic.is_wide(dtype):  # float16: values of every day are subnormal
             step = float(info.smallest_subnormal) * units
             self._point += 1
@@ -222,9 +222,11 @@ class Rows:
         name = eqn.primitive.name
         dtype = eqn.invars[-1].aval.dtype
         if name in kinks.COMPARISONS:
-            return self._compare(name, *kinks.aligned(*inputs), dtype)
+            left, right = kinks.aligned(*inputs)
+            return self._compare(name, left, right, dtype)
         if name in {"max", "min"}:
-            return self._pick(1 if name == "max" else -1, *kinks.aligned(*inputs), dtype)
+            left, right = kinks.aligned(*inputs)
+            return self._pick(1 if name == "max" else -1, left, right, dtype)
         if name == "clamp":
             low, value, high = kinks.aligned(*inputs)
             return self._pick(-1, self._pick(1, value, low, dtype), high, dtype)
@@ -301,7 +303,8 @@ class Rows:
         squares = numeric.apply(eqn, [value[:1] * value[:1] for value in inputs])[0]
         length = np.sqrt(2 * squares)  # both factors of a term may be rounded
         errors = self._errors(output, dtype, units, more)
-        return output + np.where(np.isfinite(length), length, 0.0) * errors
+        summed: Array = output + np.where(np.isfinite(length), length, 0.0) * errors
+        return summed
 
     def _finish(
         self, eqn: Any, value: Array, dtype: Any, units: float, more: float, *, exact: bool

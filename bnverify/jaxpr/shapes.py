@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.export
-import numpy as np
 
 from bnverify.jaxpr.graph import Graph
 from bnverify.jaxpr.interpreter import read

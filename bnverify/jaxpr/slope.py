@@ -174,4 +174,5 @@ def _moved(place: Array, along: Array, steps: Array) -> Array:
 
 def _length(leaves: list[Array]) -> Array:
     """Return the length of the vector of all leaves of each case, (K,)."""
-    return np.sqrt(sum(np.sum(leaf.reshape(len(leaf), -1) ** 2, axis=1) for leaf in leaves))
+    squares = sum(np.sum(leaf.reshape(len(leaf), -1) ** 2, axis=1) for leaf in leaves)
+    return np.asarray(np.sqrt(squares))

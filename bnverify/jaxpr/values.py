@@ -19,7 +19,7 @@ def is_float(dtype: Any) -> bool:
 
 def has_rows(value: Array) -> bool:
     """Return whether rounding has touched a value: its rows then differ."""
-    return value.shape[0] > 1
+    return bool(value.shape[0] > 1)
 
 
 def per_row(numbers: Array, value: Array) -> Array:

@@ -1,7 +1,7 @@
 """Ways to save a state, restore it and copy it.
 
 ``flax.serialization`` needs a template to restore into: a state of the same structure, here one
-that was initialised from another seed, so that a value which is not restored shows.
+that was initialised from another seed, so that a value that is not restored is noticed.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _save_state_dict(state: State) -> Any:
 
 
 class _Folder:
-    """A place on disk that goes when nothing refers to it any more."""
+    """A directory that is removed when nothing refers to it any more."""
 
     def __init__(self) -> None:
         home = tempfile.mkdtemp(prefix="bnverify-")
@@ -107,7 +107,7 @@ class _Folder:
 def _save_orbax(state: State) -> Any:
     folder = _Folder()
     with warnings.catch_warnings():
-        # Orbax of jax 0.4's time meets that jax's deprecations: nothing of the state's.
+        # Releases of orbax for jax 0.4 use what that jax deprecates; it says nothing of the state.
         warnings.simplefilter("ignore")
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder.path, state)
@@ -134,7 +134,7 @@ ORBAX = Way(_save_orbax, _restore_orbax)
 def has_orbax() -> bool:
     """Return whether orbax is installed, and works with this jax.
 
-    orbax 0.11.24 asks ``jax.monitoring`` for what jax 0.5.3 has not; orbax 0.11.0 does not.
+    orbax 0.11.24 needs ``jax.monitoring.record_scalar``, which jax 0.5.3 lacks; 0.11.0 does not.
     """
     try:
         version = metadata.version("orbax-checkpoint")

@@ -50,7 +50,9 @@ def expected(audits: Sequence[Iterable[Finding]]) -> dict[str, list[str]]:
         for finding in findings:
             name, noticed = finding["mutant"], {law for law in finding["laws"] if law in STEP_LAWS}
             laws[name] = laws.get(name, noticed) & noticed
-    return {name: [law for law in STEP_LAWS if law in laws[name]] for name in MUTANTS if laws.get(name)}
+    return {
+        name: [law for law in STEP_LAWS if law in laws[name]] for name in MUTANTS if laws.get(name)
+    }
 
 
 def main(files: Sequence[str]) -> None:

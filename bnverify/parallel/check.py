@@ -312,9 +312,7 @@ class Check:
             )
         if tally.cases:
             reason = self.missing.get(name, "")
-            return Evidence.of(
-                name, "held", cases=tally.cases, residual=tally.worst, reason=reason
-            )
+            return Evidence.of(name, "held", cases=tally.cases, residual=tally.worst, reason=reason)
         if name == UNEQUAL and self._parallel.counted_step is None:
             reason = "the step takes no padding: no counted_step"
             return Evidence.of(name, "exempt", reason=reason)
