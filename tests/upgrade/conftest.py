@@ -1,4 +1,4 @@
-"""What the tests marked `environments` need and a machine may lack: uv, an index that answers."""
+"""What the tests of real environments need and a machine may lack: uv, an index that answers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 
 from bnverify.upgrade import uv
 from bnverify.upgrade.environments import EnvironmentUnavailableError
+
+REAL = {"test_altered_flax", "test_real_environments"}
 
 
 @functools.cache
@@ -38,5 +40,5 @@ def lacking() -> str | None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # Before any fixture: those of a module make environments.
-    if item.get_closest_marker("environments") and (why := lacking()):
+    if item.path.stem in REAL and (why := lacking()):
         pytest.skip(why)

@@ -16,6 +16,20 @@ from bnverify.profile import Profile
 FEW = Profile("few", tiny=1, shapes=0, block=32, examples=1)
 """Enough to reach every law; `benchmarks/false_alarms.py` runs the real profiles, with many seeds."""
 
+DEFAULT = {
+    "mlp": "linen",
+    "mlp_nnx": "nnx",
+    "resnet": "convolutional",
+    "vit": "transformer",
+    "float16": "16 bits",
+}
+"""What the default tier checks: one of each kind. The nightly checks all."""
+
+NAMES = [
+    pytest.param(name, marks=() if name in DEFAULT else pytest.mark.nightly) for name in zoo.HOME
+]
+
+
 # What each must be exempt from, besides what it simply has not got.
 EXEMPT = {
     "shared": "batch_stats_change_only_by_ema",
@@ -26,7 +40,7 @@ EXEMPT = {
 }
 
 
-@pytest.mark.parametrize("name", zoo.HOME)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_name_makes_a_subject_of_that_name(name: str) -> None:
     """Each can be checked as ``bnverify.zoo:NAME``, and says what it is in a sentence.
 
@@ -40,16 +54,6 @@ def test_a_name_makes_a_subject_of_that_name(name: str) -> None:
     assert (EXEMPT[name] in exempt) if name in EXEMPT else not exempt
 
 
-DEFAULT = {
-    "mlp": "linen",
-    "mlp_nnx": "nnx",
-    "resnet": "convolutional",
-    "vit": "transformer",
-    "float16": "16 bits",
-}
-"""What the default tier checks: one of each kind. The nightly checks all."""
-
-
 def found(name: str) -> set[str]:
     """Return the laws that a subject breaks by a fault of the installed Flax: docs/findings.md."""
     if name != "float16_nnx":
@@ -60,10 +64,7 @@ def found(name: str) -> set[str]:
     return set() if np.any(out) else {"eval_at_the_batchs_own_moments_is_the_training_loss"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.nightly) for name in zoo.HOME],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_no_law_objects(name: str) -> None:
     """A correct step violates nothing; what Flax itself does wrong is found, and nothing else."""
     report = bnverify.verify(getattr(zoo, name)(), FEW)
