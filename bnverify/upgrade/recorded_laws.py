@@ -1,6 +1,7 @@
 """The laws' verdicts on a subject, without Hypothesis: proofs, and stacked cases of one shape.
 
-A recording holds them where they can be had: jax 0.4.30 and later, Python 3.11 and later.
+This is the only place where the gate judges laws.
+
 """
 
 from __future__ import annotations

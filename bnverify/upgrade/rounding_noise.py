@@ -2,20 +2,21 @@
 
 Each value's noise is one of three things: a finite number; infinity, where rounding leaves no digits
 to compare; NaN, where it is not known, because the program holds something that cannot be read.
+
+This is the only place where the gate reads rounding.
 """
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnverify import compat
+from bnverify.compiled import QUICK
+from bnverify.jaxpr.rounding import rounding
 from bnverify.lazy import jax
 from bnverify.unusable import first_line
-from bnverify.upgrade.leaves import named
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,53 +53,23 @@ class Noise:
             abstract = jax.tree_util.tree_map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked
             )
-            reading = _rounding()(self._function, *abstract)  # in 32 bits, as the step runs
-            self._ready[key] = reading, None
+            reading = rounding(self._function, *abstract)  # in 32 bits, as the step runs
+            with compat.enable_x64():
+                lowered = jax.jit(jax.vmap(lambda *a: reading.evaluate(*a).noise)).lower(*stacked)
+                options = compat.compiler_options(**QUICK)
+                self._ready[key] = reading, lowered.compile(compiler_options=options)
         reading, program = self._ready[key]
-        from bnverify import compat
-
         with compat.enable_x64():
-            if program is None:
-                program = _compile(lambda *args: reading.evaluate(*args).noise, stacked)
-                self._ready[key] = reading, program
             noise = program(*stacked)
         unknown = bool(reading.unknown)
-
-        def plain(value: Any) -> Any:
-            # Half a unit of float32 too large rather than too small.
-            bound = np.asarray(value, np.float64) * (1 + 2.0**-23)
-            with np.errstate(over="ignore"):
-                bound = bound.astype(np.float32)
-            return np.where(np.isinf(bound), np.float32("nan"), bound) if unknown else bound
-
-        return jax.tree_util.tree_map(plain, noise)
+        return jax.tree_util.tree_map(lambda bound: _float32(bound, unknown), noise)
 
 
-def named_noise(tree: Any, prefix: str) -> dict[str, Any]:
-    """Return path -> noise; nothing for a tree that was not read."""
-    return {} if tree is None else named(tree, prefix)
+def _float32(bound: Any, unknown: bool) -> Any:
+    """Return a bound as float32, half a unit too large rather than too small.
 
-
-def _compile(function: Callable[..., Any], stacked: Any) -> Any:
-    from bnverify import compat
-    from bnverify.compiled import QUICK
-
-    lowered = jax.jit(jax.vmap(function)).lower(*stacked)
-    return lowered.compile(compiler_options=compat.compiler_options(**QUICK))
-
-
-def _rounding() -> Callable[..., Any]:
-    without_export()
-    rounding: Callable[..., Any] = import_module("bnverify.jaxpr.rounding").rounding
-    return rounding
-
-
-def without_export() -> None:
-    """Let ``bnverify.jaxpr`` be imported where jax has no ``jax.export`` yet: before 0.4.30.
-
-    It imports that for symbolic sizes, which neither rounding nor the adapters need.
+    Where the program holds something unknown, infinity may come from that, and so is not known.
     """
-    try:
-        import_module("jax.export")
-    except ImportError:
-        sys.modules["jax.export"] = ModuleType("jax.export")
+    with np.errstate(over="ignore"):
+        narrow = (np.asarray(bound, np.float64) * (1 + 2.0**-23)).astype(np.float32)
+    return np.where(np.isinf(narrow), np.float32("nan"), narrow) if unknown else narrow
