@@ -296,7 +296,7 @@ class Environment:
         Args:
             arguments: of Python, as `["-m", "bnverify", ...]`.
             work: made by `workspace`.
-            timeout: seconds for the command; making the environment counts.
+            timeout: seconds for the command, once the environment is there.
 
         Raises:
             Unusable: uv cannot make the environment.
@@ -375,14 +375,13 @@ def _resolve(requirement: Requirement, work: Workspace, project: Path | None) ->
     decisive: list[str] = []
     copied = None
     if project:
-        files = sources.files(project)
-        if any(Path(name) in files for name in sources.PROJECT):
-            copied = _copied(project, work)
+        if any((project / name).is_file() for name in sources.PROJECT):
+            copied, digest = _copied(project, work)
             builds.append(copied)
-            decisive.append(sources.digest(copied, files))
         else:
+            digest = sources.digest(project, sources.files(project))
             paths += [place for place in (project / "src", project) if place.is_dir()]
-            decisive += [sources.digest(project, files), *map(str, paths)]
+        decisive += [digest, *map(str, paths)]
     if requirement.python:
         return Environment(
             requirement.text, requirement.python, builds=tuple(builds), paths=tuple(paths)
@@ -394,11 +393,12 @@ def _resolve(requirement: Requirement, work: Workspace, project: Path | None) ->
         pins += _dependencies(copied, pins, python, requirement, work)
     local = {pin: path for pin in pins if (path := _local(pin, requirement.directory))}
     for path in local.values():
-        builds.append(_copied(path, work) if path.is_dir() else path)
-        decisive.append(sources.digest_any(builds[-1]))
+        copy, digest = _copied(path, work)
+        builds.append(copy)
+        decisive.append(digest)
     pins = [pin for pin in pins if pin not in local]
     decisive += [python.name, str(python.path.resolve()), *sorted(pins)]
-    decisive.append(sources.digest_any(_PACKAGE))
+    decisive.append(sources.digest(_PACKAGE, sources.files(_PACKAGE)))
     return Environment(
         requirement=requirement.text,
         python=python.path,
@@ -516,11 +516,18 @@ def _local(pin: str, directory: Path) -> Path | None:
     return None if _EXACT.match(target) or "://" in target else directory / target
 
 
-def _copied(directory: Path, work: Workspace) -> Path:
-    """Return a new copy of a directory's sources: some back ends write where they build."""
-    place = Path(tempfile.mkdtemp(prefix="copy-", dir=work.path)) / directory.name
-    sources.copy(directory, place)
-    return place
+def _copied(path: Path, work: Workspace) -> tuple[Path, str]:
+    """Return a new copy of a file or of a directory's sources, and its hash.
+
+    A copy, because some back ends write where they build, and so that the hash is that of the build.
+    """
+    place = Path(tempfile.mkdtemp(prefix="copy-", dir=work.path)) / path.name
+    if not path.is_dir():
+        shutil.copy(path, place)
+        return place, sources.digest(place.parent, [Path(place.name)])
+    names = sources.files(path)
+    sources.copy(path, names, place)
+    return place, sources.digest(place, names)
 
 
 def _name(pin: str) -> str:

@@ -309,7 +309,7 @@ def _manifest(text: bytes) -> Manifest:
         if version != CONTENT:
             raise _RefusedError(f"its content is of version {version}, not {CONTENT}; record again")
         manifest: Manifest = msgspec.json.decode(text, type=Manifest)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _RefusedError(f"its manifest is not that of a recording: {error}; {_AGAIN}") from None
     return manifest
 

@@ -119,22 +119,9 @@ def digest(directory: Path, names: Iterable[Path]) -> str:
     return total.hexdigest()[:32]
 
 
-def digest_any(path: Path) -> str:
-    """Return a hash of a directory's sources, or of a file.
-
-    Raises:
-        TreeError: the directory holds too much to be sources.
-    """
-    return digest(path, files(path)) if path.is_dir() else digest(path.parent, [Path(path.name)])
-
-
-def copy(directory: Path, place: Path) -> None:
-    """Copy the directory's sources to a new directory, links as links.
-
-    Raises:
-        TreeError: the directory holds too much to be sources.
-    """
-    for name in files(directory):
+def copy(directory: Path, names: Iterable[Path], place: Path) -> None:
+    """Copy files of a directory to a new directory, links as links."""
+    for name in names:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(directory / name, place / name, follow_symlinks=False)
 

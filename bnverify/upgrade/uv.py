@@ -196,6 +196,6 @@ def _with_pyenv() -> dict[str, str]:
     """Return variables with which uv finds pyenv's Pythons: its shims on PATH run only one."""
     root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     others = os.environ.get("PATH", "").split(os.pathsep)
-    places = [*sorted(map(str, root.glob("versions/3.*/bin"))), *others]
+    places = [*sorted(map(str, root.glob("versions/3.[1-9][0-9].*/bin"))), *others]
     path = os.pathsep.join(place for place in places if Path(place) != root / "shims")
     return {**variables(), "PATH": path}

@@ -77,7 +77,7 @@ def test_the_hash_follows_names_and_contents(project):
 def test_a_copy_holds_the_sources(project, tmp_path):
     """Links stay links, and nothing else comes along."""
     names = sources.files(project)
-    sources.copy(project, tmp_path / "copy")
+    sources.copy(project, names, tmp_path / "copy")
     assert sources.files(tmp_path / "copy") == names
     assert (tmp_path / "copy" / "src" / "alias").is_symlink()
 
