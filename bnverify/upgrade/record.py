@@ -284,8 +284,8 @@ class _Recorder:
         # Evaluation starts from the recorded states too: only its own changes show in it.
         given = after if self._old is None else self._recorded_after(index, step, after)
         eval_loss = self._each("evaluate", given, case.x, case.y)
-        noise = self._noise["step"](before, case.x, case.y, case.lr)
-        after_noise, info_noise = noise or (None, None)
+        read = self._noise["step"](before, case.x, case.y, case.lr)
+        after_noise, info_noise = read or (None, None)
         parts = [("", after, after_noise)]
         parts += [
             (name, getattr(info, name), info_noise and getattr(info_noise, name)) for name in _INFO

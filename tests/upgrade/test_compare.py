@@ -185,6 +185,10 @@ def test_what_is_no_replay_is_refused(record, old):
     """Values from different states say nothing about the step."""
     with pytest.raises(Unusable, match="not a replay"):
         compare(old, record(momentum=0.5))
+    claims = record(old)
+    more = {name: claims.manifest[name] * 2 for name in ("shapes", "trees")}
+    with pytest.raises(Unusable, match="not a replay"):
+        compare(old, recording.Recording({**claims.manifest, **more}, claims.arrays))
     with pytest.raises(Unusable, match="other way round"):
         compare(record(old, momentum=0.99), old)
 
