@@ -156,7 +156,7 @@ def load(path: Path) -> Policy:
         raise Unusable(f"{path}: {_explained(str(error), table)}") from None
     for number, failure in enumerate(policy.failure):
         try:
-            assert failure.requirements
+            list(failure.requirements)
         except InvalidRequirement:
             got = f"failure[{number}].versions = {failure.versions!r:.80} is not allowed"
             raise Unusable(f"{path}: {got}: versions are like 'flax<0.13'") from None
@@ -189,8 +189,9 @@ def _explained(error: str, table: Any) -> str:
         name = f"{key}.{field[2]}" if key else field[2]
         if field[1] == "missing required":
             return f"{name} is missing"
-        known = [f.encode_name for table in _TABLES for f in msgspec.structs.fields(table)]
-        return f"unknown key {name}{did_you_mean(field[2], known)}"
+        known = [f.encode_name for f in msgspec.structs.fields(_TABLES[re.split(r"\W", key)[0]])]
+        hint = did_you_mean(field[2], known)
+        return f"unknown key {name}; allowed are {', '.join(known)}{hint}"
     value = table
     for name, index in re.findall(r"(\w+)|\[(\d+)\]", key):
         value = value[name] if name else value[int(index)]
@@ -200,7 +201,12 @@ def _explained(error: str, table: Any) -> str:
     return f"{key or 'tool.bnverify'} = {str(value)!r:.80} is not allowed: {wrong}{kinds}"
 
 
-_TABLES = (Policy, Acceptance, Bounds, KnownFailure)
+_TABLES: dict[str, type[msgspec.Struct]] = {
+    "": Policy,
+    "accept": Acceptance,
+    "bounds": Bounds,
+    "failure": KnownFailure,
+}
 _PLAINER = {
     " | null`": "`",
     "Invalid RFC3339 encoded date": "it is not a date, as 2027-01-31",
