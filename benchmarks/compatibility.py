@@ -3,7 +3,7 @@
     python benchmarks/compatibility.py -o docs/compatibility.md
 
 Environments and recordings are cached, so that an interrupted run goes on where it stopped. A first
-run makes fifteen environments and 29 recordings a model, each of some ten seconds.
+run makes twelve environments and 23 recordings a model, each of some ten seconds.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from packaging.version import Version
+
 from bnverify.unusable import Unusable
-from bnverify.upgrade import environments
 from bnverify.upgrade.compare import Comparison, compare
 from bnverify.upgrade.difference import KINDS
+from bnverify.upgrade.environments import Environment, Workspace, parse, resolve, workspace
 from bnverify.upgrade.gate import Recordings
-from bnverify.upgrade.recorded import Recorded
-from bnverify.upgrade.requirements import release
+from bnverify.upgrade.recording import Recording
 from bnverify.upgrade.sources import locate
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ MODELS = {
 HEAD = """# What each release changed
 
 Made by `python benchmarks/compatibility.py -o docs/compatibility.md`: each release of
-[the pinned fifteen](../pins) compared with the one before, on one machine, for the reference step,
+[the pinned twelve](../pins) compared with the one before, on one machine, for the reference step,
 for a linen model with `BatchNorm` as it comes, and for the same model in nnx. The step is recorded
 with the older releases and replayed with the newer ones, from the same states.
 
@@ -46,7 +47,7 @@ with the older releases and replayed with the newer ones, from the same states.
 
 def pins() -> list[Path]:
     """Return the files of pins, oldest jax first."""
-    return sorted(ROOT.glob("pins/jax-*.txt"), key=lambda p: release(p.stem.removeprefix("jax-")))
+    return sorted(ROOT.glob("pins/jax-*.txt"), key=lambda p: Version(p.stem.removeprefix("jax-")))
 
 
 def described(comparison: Comparison) -> str:
@@ -65,12 +66,12 @@ def described(comparison: Comparison) -> str:
     return "; ".join(parts) or "nothing, to the bit"
 
 
-def column(model: str, files: list[Path]) -> list[str]:
+def column(model: str, files: list[Path], work: Workspace) -> list[str]:
     """Return the cells of one model, one for each adjacent pair."""
-    recordings = Recordings(locate(MODELS[model]), laws=False)
+    recordings = Recordings(locate(MODELS[model]), work, laws=False)
     cells, before = [], None
     for file in files:
-        environment = environments.build(environments.parse(str(file)))
+        environment = resolve(parse(str(file)), work)
         if before is not None:
             cells.append(cell(recordings, before, environment))
             print(f"{model} {file.stem}: {cells[-1]}", flush=True)
@@ -78,7 +79,7 @@ def column(model: str, files: list[Path]) -> list[str]:
     return cells
 
 
-def recorded(recordings: Recordings, environment: environments.Environment) -> Recorded | str:
+def recorded(recordings: Recordings, environment: Environment) -> Recording | str:
     """Return the recording in an environment, or why there is none."""
     try:
         return recordings.record(environment)
@@ -86,17 +87,15 @@ def recorded(recordings: Recordings, environment: environments.Environment) -> R
         return str(error)
 
 
-def cell(
-    recordings: Recordings, before: Recorded | str, environment: environments.Environment
-) -> str:
+def cell(recordings: Recordings, before: Recording | str, environment: Environment) -> str:
     """Return what changed from a recording to an environment."""
     if isinstance(before, str):
-        return "not to be had with the older"
+        return "unavailable with the older"
     try:
         return described(compare(before, recordings.replay(environment, before)))
     except Unusable as error:
         print(error, file=sys.stderr)
-        return "not to be recorded"
+        return "could not be recorded"
 
 
 def main() -> int:
@@ -110,7 +109,8 @@ def main() -> int:
     for file in files:
         lines = dict(x.split("==") for x in file.read_text().split() if "==" in x)
         names.append(f"jax {lines['jax']}, flax {lines['flax']}")
-    columns = [column(model, files) for model in models]
+    with workspace() as work:
+        columns = [column(model, files, work) for model in models]
     text = HEAD + "".join(f" {model} |" for model in models) + "\n|---|---|" + "---|" * len(models)
     for index, (old, new) in enumerate(itertools.pairwise(names)):
         text += f"\n| {old} | {new} |" + "".join(f" {cells[index]} |" for cells in columns)

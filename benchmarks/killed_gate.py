@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bnverify.upgrade import recorded
+from bnverify.upgrade import recording
 
 GRACE = 10.0  # seconds in which what was started must have ended
 
@@ -65,20 +65,11 @@ def alive(home: Path) -> list[str]:
 
 def left(home: Path) -> list[str]:
     """Return what should not lie in the cache, nor among temporary files."""
-    store = home / "cache" / "upgrade"
-    found = [str(path) for path in (store / "building").iterdir()]
-    found += [str(path) for path in (store / "locks").glob("scratch-*")]
-    found += [str(path) for path in (home / "tmp").iterdir()]
-    for file in store.glob("recordings/*/recording.bnv"):
-        recorded.read(file)
-    found += [
-        str(p)
-        for p in store.glob("*/*")
-        if p.is_dir()
-        and not (p / "complete.json").exists()
-        and p.parent.name not in {"building", "locks"}
-    ]
-    return found
+    cache = home / "cache" / "upgrade"
+    found = [*(cache / "work").iterdir(), *(home / "tmp").iterdir()]
+    for file in (cache / "recordings").iterdir():
+        recording.read(file)
+    return list(map(str, found))
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def enable_x64() -> AbstractContextManager[Any]:
-    """Return a context in which float64 exists.
+    """Return a context in which JAX has float64: for tests that compare NumPy with it, and nothing else.
 
     ``jax.enable_x64(True)`` from jax 0.8.3; before it ``jax.experimental.enable_x64()``, which
     0.9.2 removed.

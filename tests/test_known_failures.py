@@ -196,18 +196,18 @@ def test_the_file_is_also_found_from_the_root(
 
 REFUSED = {
     **{
-        f"no {name}": (toml({k: v for k, v in ENTRY.items() if k != name}), f"has no '{name}'")
+        f"no {name}": (toml({k: v for k, v in ENTRY.items() if k != name}), f".{name} is missing")
         for name in ENTRY
     },
-    "empty reason": (toml({**ENTRY, "reason": ""}), "has no 'reason'"),
-    "no versions": (toml({**ENTRY, "versions": []}), "has no 'versions'"),
+    "empty reason": (toml({**ENTRY, "reason": ""}), "failure[0].reason = '' is not allowed"),
+    "no versions": (toml({**ENTRY, "versions": []}), "versions = '[]' is not allowed"),
     "bad versions": (toml({**ENTRY, "versions": "flax<<1"}), "versions are like 'flax<0.13'"),
-    "not a string": (toml({**ENTRY, "reason": 3}), "must hold strings alone"),
+    "not a string": (toml({**ENTRY, "reason": 3}), "reason = '3' is not allowed: Expected text"),
     "unknown law": (toml({**ENTRY, "law": LAW[:-1]}), f"did you mean '{LAW}'?"),
-    "unknown field": (toml({**ENTRY, "isue": "x"}), "unknown field 'isue'; did you mean 'issue'?"),
-    "other table": ('[other]\nx = "y"\n', "only [[failure]] tables"),
-    "one table": ("[failure]\n", "only [[failure]] tables"),
-    "no table": ("failure = [1]\n", "failure 1 is no table"),
+    "unknown field": (toml({**ENTRY, "isue": "x"}), "did you mean 'issue'?"),
+    "other table": ('[other]\nx = "y"\n', "unknown key other"),
+    "one table": ("[failure]\n", "failure = '{}' is not allowed: Expected a list"),
+    "no table": ("failure = [1]\n", "failure[0] = '1' is not allowed: Expected a table"),
     "no TOML": ("x = [\n", "known.toml: "),
 }
 
@@ -233,7 +233,7 @@ def test_pytest_refuses_the_run(inner: Inner) -> None:
     """A bad file ends the run before any test, in one line, with pytest's status for wrong use."""
     result = inner(known="[other]\n")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["ERROR: known failures *known.toml: only*tables may be there"])
+    result.stderr.fnmatch_lines(["ERROR: *known.toml: unknown key other"])
 
 
 def test_an_entry_is_what_the_file_says(tmp_path: Path) -> None:
@@ -241,5 +241,5 @@ def test_an_entry_is_what_the_file_says(tmp_path: Path) -> None:
     path = tmp_path / "known.toml"
     path.write_text(toml(ENTRY, {**ENTRY, "versions": ["flax<1", "jax"]}))
     first, second = known_failures.read(path)
-    assert first == KnownFailure(**{**ENTRY, "versions": (f"jax=={JAX}",)})
+    assert first == KnownFailure(**ENTRY)
     assert second.versions == ("flax<1", "jax")

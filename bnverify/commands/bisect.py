@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="REQ",
         action="append",
         default=[],
-        help="what stays, as flax==0.12.6; several: the option again",
+        help="a requirement to hold, as flax==0.12.6; repeatable",
     )
     parser.add_argument(
         "--class",
@@ -91,7 +91,7 @@ def _tell(found: Found) -> None:
         print(f"  {tried.version:12} {_outcome(tried)}")
     print(f"unchanged up to {found.last}, changed from {found.first.version} on")
     if found.between:
-        print(f"between them, not to be had: {', '.join(found.between)}")
+        print(f"unavailable between them: {', '.join(found.between)}")
     print()
 
 

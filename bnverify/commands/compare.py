@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bnverify.unusable import Unusable
+if TYPE_CHECKING:
+    from bnverify.upgrade.policy import Policy
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "compare",
-        help="tell what changed between a recording and its replay",
+        help="say what changed between a recording and its replay",
         description="Class every difference between a recording and its replay: api, structure, "
         "dtype, initialisation, rounding or meaning. Exit status 1 where the policy forbids one.",
     )
@@ -42,32 +43,25 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, report and return the exit status."""
     from bnverify.show import formats
-    from bnverify.upgrade import recorded
+    from bnverify.upgrade import recording
     from bnverify.upgrade.compare import compare
     from bnverify.upgrade.judgement import judge
-    from bnverify.upgrade.recording_file import RecordingError
 
     started = time.perf_counter()
     outputs = formats.parse(args.format)
     policy = read_policy(args.policy)
-    try:
-        comparison = compare(recorded.read(args.old), recorded.read(args.new))
-    except RecordingError as error:
-        raise Unusable(str(error)) from None
+    comparison = compare(recording.read(args.old), recording.read(args.new))
     judgement = judge(comparison, policy, seconds=time.perf_counter() - started)
     formats.write([judgement], outputs)
     return 0 if judgement.ok else 1
 
 
-def read_policy(file: str | None) -> Any:
+def read_policy(file: str | None) -> Policy:
     """Return the policy in a file, or the current directory's, or the default.
 
     Raises:
         Unusable: it cannot be used.
     """
-    from bnverify.upgrade import policy_file
+    from bnverify.upgrade import policy
 
-    try:
-        return policy_file.load(Path(file)) if file else policy_file.find(Path.cwd())
-    except policy_file.PolicyError as error:
-        raise Unusable(str(error)) from None
+    return policy.load(Path(file)) if file else policy.find(Path.cwd())

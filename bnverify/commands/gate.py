@@ -22,9 +22,9 @@ def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "gate",
-        help="tell what an upgrade of jax, flax or optax does to a training step",
+        help="say what an upgrade of jax, flax or optax does to a training step",
         description="Make two environments, record the step in one, replay it in the other, and "
-        "tell what changed. Exit status 1 where the policy forbids it.",
+        "say what changed. Exit status 1 if the policy forbids it.",
     )
     add_upgrade_arguments(parser)
     add_report_arguments(parser)
@@ -74,7 +74,7 @@ def check_upgrade_arguments(args: argparse.Namespace) -> Path | None:
         return None
     project = Path(args.project).resolve()
     if not project.is_dir():
-        raise Unusable(f"--project {args.project} is no directory")
+        raise Unusable(f"--project {args.project} is not a directory")
     return project
 
 

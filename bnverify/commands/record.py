@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from bnverify import target
+from bnverify.unusable import Unusable
 
 
 def add_parser(subparsers: Any) -> None:
@@ -37,5 +39,13 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the recording and return the exit status."""
     from bnverify.upgrade import recording
+    from bnverify.upgrade.record import record
 
-    return recording.run(args)
+    if args.seed < 0:
+        raise Unusable(f"--seed must be at least 0, got {args.seed}")
+    if not Path(args.output).resolve().parent.is_dir():
+        raise Unusable(f"--output {args.output} cannot be written: no such directory")
+    old = recording.read(args.replay) if args.replay else None
+    made = record(args.target, seed=args.seed, old=old, costs=args.costs, laws=not args.no_laws)
+    recording.write(args.output, made.manifest, made.arrays)
+    return 0

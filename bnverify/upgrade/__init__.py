@@ -1,5 +1,6 @@
 """Between two library versions: what moved, and whether it is rounding or meaning.
 
-Nothing is imported here. `recording_file` must load in an environment of 2023 that has numpy and
-little else; `environments` and `policy` need only the standard library.
+The data's way: `environments` (what `--from` and `--to` name, made by `uv`) -> `record` in each, by
+`gate` or `bisect` -> `recording` (the file) -> `compare` -> `policy` -> `judgement`. Only `record` and
+what it calls import jax; nothing is imported here.
 """

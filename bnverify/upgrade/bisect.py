@@ -12,28 +12,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bnverify import compile_cache
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
 from bnverify.unusable import Unusable
-from bnverify.upgrade import environments, interpreters, recording_file
+from bnverify.upgrade import environments, uv
 from bnverify.upgrade.compare import compare
+from bnverify.upgrade.environments import parse, resolve, workspace
 from bnverify.upgrade.gate import TIME_LIMIT, Recordings
 from bnverify.upgrade.judgement import judge
-from bnverify.upgrade.processes import Token
-from bnverify.upgrade.requirements import normal, release
 from bnverify.upgrade.sources import locate
-from bnverify.upgrade.store import Store
-from bnverify.upgrade.uv import Uv, UvError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from bnverify.upgrade.environments import Environment
+    from bnverify.upgrade.environments import Environment, Workspace
     from bnverify.upgrade.judgement import Judgement
     from bnverify.upgrade.policy import Policy
-    from bnverify.upgrade.recorded import Recorded
 
-_SECONDS = 120.0  # for one question to the index
 _MOST = 400  # releases; a range that holds more is a mistake
 
 
@@ -43,9 +40,9 @@ class Tried:
 
     Attributes:
         version: of the package.
-        judgement: against the old release; None where it could not be had.
-        why: why it could not.
-        changed: whether it changes the verdict; None where it could not be tried.
+        judgement: against the old release; None where it is unavailable.
+        why: why it is.
+        changed: whether it changes the verdict; None where it is unavailable.
     """
 
     version: str
@@ -64,7 +61,7 @@ class Found:
         first: the oldest known to change it.
         releases: all from old to new.
         tried: in the order they were tried.
-        between: releases between ``last`` and ``first`` that could not be tried.
+        between: releases between `last` and `first` that are unavailable.
     """
 
     package: str
@@ -75,119 +72,22 @@ class Found:
     between: tuple[str, ...]
 
 
-def releases_between(package: str, old: str, new: str, cache_dir: Path | None = None) -> list[str]:
-    """Return the releases of a package from ``old`` to ``new``, both included, oldest first.
+def releases_between(package: str, old: str, new: str, work: Workspace) -> list[str]:
+    """Return the releases of a package from `old` to `new`, both included, oldest first.
 
     Raises:
         Unusable: the index cannot be asked, or holds no such range.
     """
-    if release(old) >= release(new):
+    if Version(old) >= Version(new):
         raise Unusable(f"--from {old} is not older than --to {new}")
-    store = Store((cache_dir or compile_cache.cache_root()).absolute() / "upgrade")
+    pythons = list(uv.pythons())
     found = [new]
-    pythons = list(interpreters.found())
-    with store.scratch() as work:
-        tool = Uv(work, work, Token(), _SECONDS)
-        while release(found[-1]) > release(old) and len(found) < _MOST:
-            older = _newest_below(tool, package, old, found[-1], pythons)
-            if older is None:
-                break
-            found.append(older)
+    while Version(found[-1]) > Version(old) and len(found) < _MOST:
+        older = environments.newest(package, f">={old},<{found[-1]}", pythons, work)
+        if older is None:
+            break
+        found.append(older)
     return [*([old] if found[-1] != old else []), *found[::-1]]
-
-
-def _newest_below(
-    tool: Uv, package: str, old: str, limit: str, pythons: list[interpreters.Interpreter]
-) -> str | None:
-    """Return the newest release from ``old`` on and below ``limit``; None where there is none.
-
-    The Pythons that know no such release are dropped: going down, they will know none again.
-    """
-    asked = tool.write("range.in", [f"{package}>={old},<{limit}"])
-    while pythons:
-        try:
-            pins = tool.compile([asked], pythons[0])
-        except UvError as error:
-            said = str(error)
-            if not error.wants_another_python and "unsatisfiable" not in said.replace("\n", " "):
-                raise Unusable(f"cannot list the releases of {package}: {error}") from None
-            pythons.pop(0)
-            continue
-        for pin in pins:
-            name, _, version = pin.partition("==")
-            if normal(name) == package:
-                return version
-        pythons.pop(0)
-    return None
-
-
-class Bisection:
-    """Tries releases against the oldest one.
-
-    Args:
-        package: which package moves.
-        beside: requirements that stay.
-        kind: the class of difference to look for; None: whatever the policy forbids.
-        recordings: makes them.
-        policy: what is accepted.
-        project: see ``environments.build``.
-        cache_dir: likewise.
-        tell: told what is being done.
-    """
-
-    def __init__(
-        self,
-        package: str,
-        beside: Sequence[str],
-        kind: str | None,
-        recordings: Recordings,
-        policy: Policy,
-        *,
-        project: Path | None,
-        cache_dir: Path | None,
-        tell: Callable[[str], None],
-    ) -> None:
-        self._package, self._beside, self._kind = package, beside, kind
-        self._recordings, self._policy = recordings, policy
-        self._project, self._cache_dir, self._tell = project, cache_dir, tell
-        self._old: tuple[str, Recorded] | None = None
-        self.tried: list[Tried] = []
-
-    def start(self, version: str) -> None:
-        """Record with the oldest release, against which the others are compared.
-
-        Raises:
-            Unusable: it cannot be made, or the target does not run there.
-        """
-        self._old = version, self._recordings.record(self._environment(version))
-
-    def changed(self, version: str) -> bool | None:
-        """Return whether a release changes the verdict; None where it cannot be tried."""
-        assert self._old is not None
-        then, old = self._old
-        try:
-            new = self._recordings.replay(self._environment(version), old)
-            names = [f"{self._package} {v}" for v in (then, version)]
-            judgement = judge(compare(old, new), self._policy, old=names[0], new=names[1])
-        except Unusable as error:
-            self.tried.append(Tried(version, why=str(error)))
-            return None
-        if self._kind is None:
-            changed = not judgement.ok
-        else:
-            changed = bool(judgement.comparison.of(self._kind))
-        self.tried.append(Tried(version, judgement, changed=changed))
-        return changed
-
-    def _environment(self, version: str) -> Environment:
-        text = ",".join([f"{self._package}=={version}", *self._beside])
-        self._tell(f"{self._package} {version}")
-        try:
-            return environments.build(
-                environments.parse(text), project=self._project, cache_dir=self._cache_dir
-            )
-        except environments.EnvironmentUnavailableError as error:
-            raise Unusable(str(error)) from None
 
 
 def first_changed(
@@ -195,21 +95,21 @@ def first_changed(
 ) -> tuple[int, int]:
     """Return the indices of the newest release known unchanged and of the oldest known changed.
 
-    The first is unchanged, the last changed. What cannot be tried is passed over for its nearest
-    neighbour, so that between the two may lie releases of which nothing is known.
+    The first is unchanged, the last changed. An unavailable release is passed over for its nearest
+    neighbour, so that releases of which nothing is known may lie between the two.
 
     Args:
         releases: oldest first.
-        changed: tries one.
+        changed: tries one; None where it is unavailable.
     """
     low, high = 0, len(releases) - 1
     unknown: set[int] = set()
     while True:
         middle = (low + high) / 2
-        open_ = [i for i in range(low + 1, high) if i not in unknown]
-        if not open_:
+        candidates = [i for i in range(low + 1, high) if i not in unknown]
+        if not candidates:
             return low, high
-        index = min(open_, key=lambda i: abs(i - middle))
+        index = min(candidates, key=lambda i: abs(i - middle))
         answer = changed(releases[index])
         if answer is None:
             unknown.add(index)
@@ -230,7 +130,6 @@ def bisect(
     kind: str | None = None,
     project: Path | None = None,
     seed: int = 0,
-    cache_dir: Path | None = None,
     time_limit: float = TIME_LIMIT,
     tell: Callable[[str], None] = lambda doing: None,
 ) -> Found | None:
@@ -242,48 +141,58 @@ def bisect(
         old: its version to compare with.
         new: the newest version to try.
         policy: what is accepted.
-        beside: requirements that hold for every release tried, as ``flax==0.12.6``.
+        beside: requirements that hold for every release tried, as `flax==0.12.6`.
         kind: the class of difference to look for; None: whatever the policy forbids.
-        project: see ``sources.locate``.
+        project: see `sources.locate`.
         seed: of the cases.
-        cache_dir: by default what ``compile_cache.cache_root`` says.
         time_limit: seconds that one recording may take.
         tell: told what is being done.
 
     Raises:
         Unusable: the range is empty, or the target does not run with its ends.
     """
-    package = normal(package)
+    package = canonicalize_name(package)
     where = locate(target, project)
-    tell(f"asking for the releases of {package}")
-    releases = releases_between(package, old, new, cache_dir)
-    recordings = Recordings(where, seed=seed, cache_dir=cache_dir, time_limit=time_limit)
-    work = Bisection(
-        package,
-        beside,
-        kind,
-        recordings,
-        policy,
-        project=where.project,
-        cache_dir=cache_dir,
-        tell=tell,
-    )
-    try:
-        work.start(old)
-        answer = work.changed(new)
+    tried: list[Tried] = []
+
+    def environment(version: str, work: Workspace) -> Environment:
+        tell(f"{package} {version}")
+        text = ",".join([f"{package}=={version}", *beside])
+        return resolve(parse(text), work, where.project)
+
+    with workspace() as work:
+        tell(f"asking for the releases of {package}")
+        releases = releases_between(package, old, new, work)
+        recordings = Recordings(where, work, seed=seed, time_limit=time_limit)
+        recorded = recordings.record(environment(old, work))
+
+        def changed(version: str) -> bool | None:
+            try:
+                replayed = recordings.replay(environment(version, work), recorded)
+                judgement = judge(
+                    compare(recorded, replayed),
+                    policy,
+                    old=f"{package} {old}",
+                    new=f"{package} {version}",
+                )
+            except Unusable as error:
+                tried.append(Tried(version, why=str(error)))
+                return None
+            found = judgement.comparison.of(kind) if kind else not judgement.ok
+            tried.append(Tried(version, judgement, changed=bool(found)))
+            return bool(found)
+
+        answer = changed(new)
         if answer is None:
-            raise Unusable(work.tried[-1].why)
+            raise Unusable(tried[-1].why)
         if not answer:
             return None
-        low, high = first_changed(releases, work.changed)
-    except recording_file.RecordingError as error:
-        raise Unusable(str(error)) from None
-    first = next(each for each in work.tried if each.version == releases[high])
+        low, high = first_changed(releases, changed)
     return Found(
         package=package,
         last=releases[low],
-        first=first,
+        first=next(each for each in tried if each.version == releases[high]),
         releases=tuple(releases),
-        tried=tuple(work.tried),
+        tried=tuple(tried),
         between=tuple(releases[low + 1 : high]),
     )

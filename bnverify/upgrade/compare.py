@@ -13,20 +13,33 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from bnverify.unusable import Unusable
-from bnverify.upgrade import initials, witness
+from bnverify.upgrade import witness
 from bnverify.upgrade.difference import KINDS, Difference
-from bnverify.upgrade.motion import explanation
-from bnverify.upgrade.values import distances
+from bnverify.upgrade.values import distances, explanation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from bnverify.upgrade.recorded import Recorded
+    from bnverify.upgrade.recording import Recording
     from bnverify.upgrade.values import Distance
 
 GOOD = ("proved", "held")
 _TREES = ("state", "after", "loss", "grads", "eval_loss")
+
+SIGMAS = 6.0
+"""How many standard errors apart two means over seeds are called different: by chance, 1 in 5e8."""
+
+LAST_PLACES = 16
+"""Units in the last place of the leaf's largest value within which an initial value is the same.
+
+A random bit pattern becomes a number by a dozen elementary functions, each good to a place or two.
+"""
+
+_AVERAGES = ("mean", "mean square", "mean fourth power")
+_SEEDS = 512  # as many as `record.SEEDS`; importing that would import jax
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class Comparison:
         subject: what was recorded.
         old: the first recording's manifest.
         new: the replay's.
-        differences: what changed, in the order of ``KINDS``, the largest first.
+        differences: what changed, in the order of `KINDS`, the largest first.
         distances: leaf -> how far apart its values are.
         costs: new / old of each cost that both sides measured.
         notes: what a reader should know besides.
@@ -56,8 +69,8 @@ class Comparison:
         return tuple(each for each in self.differences if each.kind == kind)
 
 
-def compare(old: Recorded, new: Recorded) -> Comparison:
-    """Return what changed from ``old`` to ``new``, its replay.
+def compare(old: Recording, new: Recording) -> Comparison:
+    """Return what changed from `old` to `new`, its replay.
 
     Raises:
         Unusable: they are not a recording and its replay, so values cannot be compared.
@@ -66,7 +79,7 @@ def compare(old: Recorded, new: Recorded) -> Comparison:
     far = distances(old, new) if new.manifest["shapes"] else {}
     found = [*_api(new), *_trees(old, new)]
     if new.manifest["shapes"]:
-        found += [*initials.differences(old, new), *_values(old, new, far)]
+        found += [*_initial_values(old, new), *_values(old, new, far)]
         found += [*_laws(old, new), *_influence(old, new)]
     found.sort(key=lambda each: (KINDS.index(each.kind), -_rank(each.size)))
     return Comparison(
@@ -80,15 +93,18 @@ def compare(old: Recorded, new: Recorded) -> Comparison:
     )
 
 
-def _check(old: Recorded, new: Recorded) -> None:
-    if new.manifest["replays"] == old.digest or new.digest == old.digest:
+def _check(old: Recording, new: Recording) -> None:
+    shapes = new.manifest["shapes"]
+    if new.digest == old.digest or (
+        new.manifest["replays"] == old.digest and shapes == old.manifest["shapes"][: len(shapes)]
+    ):
         return
     if old.manifest["replays"] == new.digest:
         raise Unusable(
             f"{old.source} is a replay of {new.source}: compare them the other way round"
         )
     raise Unusable(
-        f"{new.source} is no replay of {old.source}; make one in the new environment with "
+        f"{new.source} is not a replay of {old.source}; make one in the new environment with "
         f"bnverify record --replay {old.source} -o {new.source}"
     )
 
@@ -97,7 +113,7 @@ def _rank(size: float | None) -> float:
     return math.inf if size is None else size
 
 
-def _api(new: Recorded) -> Iterator[Difference]:
+def _api(new: Recording) -> Iterator[Difference]:
     for function, message in new.manifest["errors"].items():
         yield Difference(
             kind="api",
@@ -108,7 +124,7 @@ def _api(new: Recorded) -> Iterator[Difference]:
         )
 
 
-def _trees(old: Recorded, new: Recorded) -> Iterator[Difference]:
+def _trees(old: Recording, new: Recording) -> Iterator[Difference]:
     """Yield leaves that came, went or changed type, each once, whatever the shape."""
     subject, seen = new.manifest["subject"], set()
     for index in range(len(new.manifest["trees"])):
@@ -122,9 +138,8 @@ def _trees(old: Recorded, new: Recorded) -> Iterator[Difference]:
                 if text:
                     seen.add(leaf)
                     yield Difference(kind=kind, subject=subject, leaf=leaf, text=f"{text}{name}")
-            containers = [
-                r.manifest["trees"][index].get(tree, {}).get("containers") for r in (old, new)
-            ]
+            found = [r.manifest["trees"][index].get(tree) for r in (old, new)]
+            containers = [each and each["containers"] for each in found]
             if containers[0] != containers[1] and f"{tree}()" not in seen and tree != "after":
                 seen.add(f"{tree}()")
                 text = f"the containers of {tree} changed: {_containers(*containers)}"
@@ -151,7 +166,95 @@ def _leaf_change(before: Any, after: Any) -> tuple[str, Any]:
     return "", "structure"
 
 
-def _values(old: Recorded, new: Recorded, far: Mapping[str, Distance]) -> Iterator[Difference]:
+def _initial_values(old: Recording, new: Recording) -> Iterator[Difference]:
+    """Yield what changed in the states that `init` makes from the same seeds."""
+    subject = new.manifest["subject"]
+    for leaf in _initial_leaves(old, new):
+        apart, units = _initially_apart(old, new, leaf, "init")
+        if not apart:
+            continue
+        name = f"init/{leaf}"
+        if units <= LAST_PLACES:
+            text = f"initial values agree to {units:.0f} units in the last place"
+            yield Difference(kind="rounding", subject=subject, leaf=name, text=text)
+            continue
+        changed = _distribution(old, new, leaf)
+        if changed is not None:
+            size, moment, text = changed
+            yield Difference(
+                kind="meaning",
+                subject=subject,
+                leaf=name,
+                size=size,
+                text=f"initial values are drawn from another distribution: {text}",
+                witness=witness.of_draws(old, new, leaf, moment, _SEEDS, SIGMAS),
+            )
+            continue
+        yield Difference(
+            kind="initialisation", subject=subject, leaf=name, text=_why_initial(old, new, leaf)
+        )
+
+
+def _initial_leaves(old: Recording, new: Recording) -> list[str]:
+    if not new.manifest["shapes"]:
+        return []
+    before, after = old.under("shape0/init"), new.under("shape0/init")
+    return [leaf for leaf in before if leaf in after]
+
+
+def _initially_apart(old: Recording, new: Recording, leaf: str, which: str) -> tuple[bool, float]:
+    """Return whether any initial value differs, and by how many units of the leaf's last place."""
+    units, apart = 0.0, False
+    for shape in range(len(new.manifest["shapes"])):
+        before = old.arrays[f"shape{shape}/init/{leaf}"]
+        after = new.arrays.get(f"shape{shape}/{which}/{leaf}")
+        if after is None or before.shape != after.shape:
+            continue
+        left, right = before.astype(np.float64), after.astype(np.float64)
+        same = (left == right) | (np.isnan(left) & np.isnan(right))
+        if same.all():
+            continue
+        apart = True
+        if before.dtype.kind != "f" or not np.isfinite(left - right).all():
+            return True, np.inf
+        last = np.finfo(before.dtype).eps * max(np.abs(left).max(), np.finfo(before.dtype).tiny)
+        units = max(units, float(np.abs(left - right).max() / last))
+    return apart, units
+
+
+def _distribution(old: Recording, new: Recording, leaf: str) -> tuple[float, int, str] | None:
+    """Return how many standard errors apart the draws are, in which average, and how in words."""
+    before, after = old.arrays.get(f"draws/{leaf}"), new.arrays.get(f"draws/{leaf}")
+    if before is None or after is None or before.shape != (2, 3) or after.shape != (2, 3):
+        return None
+    means, spread = (before[0], after[0]), before[1] + after[1]
+    with np.errstate(all="ignore"):
+        error = np.sqrt(spread / _SEEDS)
+        # Constants (zeros, ones) have no spread: there any change beyond rounding is one.
+        floor = 2.0**-20 * np.maximum(np.abs(before[0]), np.abs(after[0]))
+        apart = np.abs(means[0] - means[1]) / np.maximum(np.maximum(error, floor), 1e-300)
+    worst = int(np.nanargmax(apart))
+    if not apart[worst] > SIGMAS:
+        return None
+    words = f"{_AVERAGES[worst]} {means[0][worst]:.4g} became {means[1][worst]:.4g}"
+    return None if not np.isfinite(apart[worst]) else (float(apart[worst]), worst, words)
+
+
+def _why_initial(old: Recording, new: Recording, leaf: str) -> str:
+    flag = "jax_threefry_partitionable"
+    then, now = old.manifest["flags"].get(flag), new.manifest["flags"].get(flag)
+    text = "other random numbers from the same seed, of the same distribution"
+    recorded = any(
+        f"shape{s}/same_stream/{leaf}" in new.arrays for s in range(len(new.manifest["shapes"]))
+    )
+    if then != now and recorded:
+        apart, units = _initially_apart(old, new, leaf, "same_stream")
+        if not apart or units <= LAST_PLACES:
+            return f"{text}: {flag} was {then}, is {now}, and is all that changed"
+    return text
+
+
+def _values(old: Recording, new: Recording, far: Mapping[str, Distance]) -> Iterator[Difference]:
     subject = new.manifest["subject"]
     for leaf, distance in far.items():
         place = distance.worst
@@ -189,7 +292,7 @@ def _values(old: Recorded, new: Recorded, far: Mapping[str, Distance]) -> Iterat
         )
 
 
-def _laws(old: Recorded, new: Recorded) -> Iterator[Difference]:
+def _laws(old: Recording, new: Recording) -> Iterator[Difference]:
     for law, now in new.manifest["laws"].items():
         then = old.manifest["laws"].get(law)
         if then is None or then["status"] not in GOOD or now["status"] != "violated":
@@ -205,7 +308,7 @@ def _laws(old: Recorded, new: Recorded) -> Iterator[Difference]:
         )
 
 
-def _influence(old: Recorded, new: Recorded) -> Iterator[Difference]:
+def _influence(old: Recording, new: Recording) -> Iterator[Difference]:
     """Yield what reaches what anew, or no longer, where both sides know it for all values."""
     sides = [each.manifest["influence"] for each in (old, new)]
     if not all(side.get("proved") and not side.get("unknown") for side in sides):
@@ -226,12 +329,12 @@ def _influence(old: Recorded, new: Recorded) -> Iterator[Difference]:
                 )
 
 
-def _costs(old: Recorded, new: Recorded) -> dict[str, float]:
+def _costs(old: Recording, new: Recording) -> dict[str, float]:
     before, after = old.manifest["costs"], new.manifest["costs"]
     return {name: after[name] / before[name] for name in after if before.get(name)}
 
 
-def _notes(old: Recorded, new: Recorded, far: Mapping[str, Distance]) -> Iterator[str]:
+def _notes(old: Recording, new: Recording, far: Mapping[str, Distance]) -> Iterator[str]:
     for side, recorded in (("old", old), ("new", new)):
         for note in recorded.manifest["notes"]:
             yield f"{side}: {note}"

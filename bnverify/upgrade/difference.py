@@ -30,7 +30,7 @@ class Difference:
         size: how far apart the values are, in units of rounding noise; None where it is no number.
         text: what differs, in one line.
         witness: a standalone script that shows it, where there is one.
-        explanation: the end of the text, where it says what explains every value; see `motion`.
+        explanation: the end of the text, where it says what explains every value; see `values`.
     """
 
     kind: Kind

@@ -2,53 +2,65 @@
 
     judgement = gate("steps.py:make", "pins/old.txt", "pins/new.txt", policy)
 
-Recordings are kept in the cache under a hash of all that decides them: the environment, bnverify's
-own sources, the target's, the processor. Nothing else is left behind, however the gate ends.
+A recording is kept in the cache under a hash of everything that decides it: the exact releases and
+the Python, bnverify's sources, the target's and its project's, the seed, the processor, and what
+configures jax. One made in an environment that exists already is not kept: that may change in place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import time
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bnverify import compile_cache
+from bnverify.compile_cache import machine
 from bnverify.unusable import Unusable
-from bnverify.upgrade import environments, recorded, recording_file
+from bnverify.upgrade import recording
 from bnverify.upgrade.compare import compare
+from bnverify.upgrade.environments import parse, resolve, workspace
 from bnverify.upgrade.judgement import judge
-from bnverify.upgrade.processes import Token
-from bnverify.upgrade.recorded import Recorded
 from bnverify.upgrade.sources import locate
-from bnverify.upgrade.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-    from bnverify.upgrade.environments import Environment
+    from bnverify.upgrade.environments import Environment, Workspace
     from bnverify.upgrade.judgement import Judgement
     from bnverify.upgrade.policy import Policy
+    from bnverify.upgrade.recording import Recording
     from bnverify.upgrade.sources import Target
 
-_FORMAT = 1  # raise it when recordings in the cache shall be made anew
-_FILE = "recording.bnv"
-_WORDS = 5  # lines of a failed recording's last words
 TIME_LIMIT = 1800.0
+_WORDS = 5  # lines of a failed recording's last words
 _DECISIVE = ("JAX_", "XLA_")  # environment variables that change what a step computes
+_NO_IMPORT = 64  # exit status where jax, flax or optax does not import; none of bnverify's own
+
+_RECORD = f"""
+import sys, traceback
+try:
+    import jax, flax, optax
+except Exception:
+    traceback.print_exc()
+    sys.exit({_NO_IMPORT})
+from bnverify.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 class Recordings:
-    """Makes recordings in environments, or finds them in the cache.
+    """Makes recordings of a target in environments, or finds them in the cache.
 
     Args:
         target: what to record.
+        work: where.
         seed: of the cases.
-        cache_dir: by default what ``compile_cache.cache_root`` says.
         time_limit: seconds that one recording may take.
         laws: whether to judge the laws, which takes a third of the time.
     """
@@ -56,110 +68,105 @@ class Recordings:
     def __init__(
         self,
         target: Target,
+        work: Workspace,
         *,
         seed: int = 0,
-        cache_dir: Path | None = None,
         time_limit: float = TIME_LIMIT,
         laws: bool = True,
     ) -> None:
-        self._target, self._seed, self._limit = target, seed, time_limit
-        self._always = ["--costs"] if laws else ["--costs", "--no-laws"]
-        self._store = Store((cache_dir or compile_cache.cache_root()).absolute() / "upgrade")
-        self._token = Token()
+        self._target, self._work, self._limit = target, work, time_limit
+        self._options = ["--seed", str(seed), "--costs", *([] if laws else ["--no-laws"])]
 
-    def record(self, environment: Environment) -> Recorded:
+    def record(self, environment: Environment) -> Recording:
         """Return a recording of the target in an environment.
 
         Raises:
-            Unusable: the target does not run there.
+            Unusable: the environment cannot be made, or the target does not run there.
         """
-        place = self._make(environment, [], "")
-        return recorded.read(place / _FILE)
+        return self._get(environment, None)
 
-    def replay(self, environment: Environment, old: Recorded) -> Recorded:
+    def replay(self, environment: Environment, old: Recording) -> Recording:
         """Return the replay of a recording in an environment, whatever fails in it.
 
         Raises:
-            Unusable: bnverify itself does not run there.
+            Unusable: the environment cannot be made, or bnverify itself does not run there.
         """
         try:
-            place = self._make(environment, ["--replay", old.source], old.digest)
+            made = self._get(environment, old)
         except _DiedError as error:
-            return _dead(old, environment, str(error))
-        replayed = recorded.read(place / _FILE)
+            return self._dead(environment, old, str(error))
         # Witnesses name the target as the user does.
-        return replace(replayed, manifest={**replayed.manifest, "target": self._target.text})
+        return replace(made, manifest={**made.manifest, "target": self._target.text})
 
-    def _make(self, environment: Environment, options: list[str], of: str) -> Path:
+    def _get(self, environment: Environment, old: Recording | None) -> Recording:
+        """Return what is kept, or make it; either way it is read from a file of this run's own."""
+        key = self._key(environment, old)
+        kept = self._work.kept / f"{key}.bnv"
+        file = self._work.path / f"{key}.bnv"
+        with contextlib.suppress(OSError, recording.RecordingError):
+            if environment.key is not None:
+                shutil.copy(kept, file)
+                os.utime(kept)
+                return recording.read(file)
+        replaying = [] if old is None else ["--replay", old.source]
+        self._run(environment, ["-o", str(file), *replaying])
+        made = recording.read(file)
+        if environment.key is not None:
+            recording.write(kept, made.manifest, made.arrays)
+        return made
+
+    def _key(self, environment: Environment, old: Recording | None) -> str:
         settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_DECISIVE)}
         decisive = [
-            *(_FORMAT, environment.key, self._target.absolute, self._target.digest),
-            *(self._seed, self._always, of, compile_cache.machine(), settings),
+            *(environment.key or environment.requirement, recording.CONTENT, machine(), settings),
+            *(self._target.absolute, self._target.digest, self._options, old and old.digest),
         ]
-        key = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:32]
 
-        def make(place: Path) -> dict[str, Any]:
-            self._run(environment, [*options, *self._always, "-o", str(place / _FILE)], place)
-            return {"target": self._target.text}
-
-        place, _ = self._store.get("recordings", key, make, self._token)
+    def _run(self, environment: Environment, options: list[str]) -> None:
+        command = ["-c", _RECORD, "record", self._target.absolute, *self._options, *options]
+        where = environment.requirement
         try:
-            recorded.read(place / _FILE)
-        except recording_file.RecordingError:  # damaged where it lay: forget it, once
-            (place / "complete.json").unlink(missing_ok=True)
-            place, _ = self._store.get("recordings", key, make, self._token)
-        return place
-
-    def _run(self, environment: Environment, options: list[str], cwd: Path) -> None:
-        command = ["-m", "bnverify.upgrade.recording", self._target.absolute, *options]
-        try:
-            done = environments.run(
-                environment,
-                [*command, "--seed", str(self._seed)],
-                timeout=self._limit,
-                # The CPU is what claims are about; and no project's directory on the path by chance.
-                env={"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")},
-                cwd=cwd,
-                token=self._token,
-            )
+            done = environment.run(command, self._work, self._limit)
         except subprocess.TimeoutExpired:
             raise Unusable(
-                f"recording {self._target.text} with {environment.requirement} takes longer than "
-                f"{self._limit:g} s"
+                f"recording {self._target.text} with {where} takes longer than {self._limit:g} s"
             ) from None
-        if done.returncode == 0:
-            return
-        last = "\n".join(done.stderr.strip().splitlines()[-_WORDS:])
+        lines = [line for line in done.stderr.strip().splitlines() if "<frozen" not in line]
+        words = "\n".join(lines[-_WORDS:])
+        if done.returncode == _NO_IMPORT:
+            raise Unusable(
+                f"with {where}, jax, flax and optax do not import:\n{words}\nLikely fix: pin them,"
+                " numpy and scipy to releases of the same months; some sets resolve and do not work"
+            )
         if done.returncode == 2:  # the command's own refusal
-            words = last.splitlines()[-1].removeprefix("bnverify: ") if last else ""
-            raise Unusable(f"with {environment.requirement}: {words}")
+            raise Unusable(f"with {where}: {words.rpartition('bnverify: ')[2]}")
         if done.returncode > 128:
-            raise _DiedError(f"the process died of signal {done.returncode - 128}: {last}")
-        raise Unusable(f"bnverify cannot record with {environment.requirement}: {last}")
+            raise _DiedError(f"the process died of signal {done.returncode - 128}: {words}")
+        if done.returncode:
+            raise Unusable(f"bnverify cannot record with {where}: {words}")
+
+    def _dead(self, environment: Environment, old: Recording, message: str) -> Recording:
+        """Return a replay in which the target killed its process."""
+        manifest = recording.without_values(old.manifest)
+        packages = list(manifest["versions"])
+        asked = environment.run(["-c", _VERSIONS, *packages], self._work, self._limit)
+        manifest["python"], *found = asked.stdout.split() or ["unknown"]
+        manifest["versions"] = dict(zip(packages, found, strict=False))
+        manifest["errors"], manifest["notes"] = {"target": message}, []
+        manifest["replays"] = old.digest
+        return recording.Recording(manifest, {}, f"a replay with {environment.requirement}")
+
+
+_VERSIONS = """
+import platform, sys
+from importlib.metadata import version
+print(platform.python_version(), *map(version, sys.argv[1:]))
+"""
 
 
 class _DiedError(Unusable):
     """The target took its process with it."""
-
-
-def _dead(old: Recorded, environment: Environment, message: str) -> Recorded:
-    """Return a replay in which the target killed its process."""
-    manifest = {
-        **old.manifest,
-        "replays": old.digest,
-        "errors": {"target": message},
-        "versions": {
-            name: environment.versions.get(name, "unknown") for name in old.manifest["versions"]
-        },
-        "python": environment.python_version,
-        "shapes": [],
-        "trees": [],
-        "notes": [],
-        "laws": {},
-        "influence": {},
-        "costs": {},
-    }
-    return Recorded(manifest, {}, f"a replay with {environment.requirement}")
 
 
 def gate(
@@ -170,7 +177,6 @@ def gate(
     *,
     project: Path | None = None,
     seed: int = 0,
-    cache_dir: Path | None = None,
     time_limit: float = TIME_LIMIT,
     tell: Callable[[str], None] = lambda doing: None,
 ) -> Judgement:
@@ -178,12 +184,11 @@ def gate(
 
     Args:
         target: as on the command line.
-        old: a requirement, see ``requirements.parse``.
+        old: a requirement, see `environments.parse`.
         new: likewise.
         policy: what is accepted.
-        project: see ``sources.locate``.
+        project: see `sources.locate`.
         seed: of the cases.
-        cache_dir: by default what ``compile_cache.cache_root`` says.
         time_limit: seconds that one recording may take.
         tell: told what is being done.
 
@@ -192,24 +197,13 @@ def gate(
     """
     started = time.perf_counter()
     where = locate(target, project)
-    tell("making the environments")
-    try:
-        sides = environments.build_all(
-            [environments.parse(old), environments.parse(new)],
-            project=where.project,
-            cache_dir=cache_dir,
-        )
-    except environments.EnvironmentUnavailableError as error:
-        raise Unusable(str(error)) from None
-    recordings = Recordings(where, seed=seed, cache_dir=cache_dir, time_limit=time_limit)
-    try:
+    with workspace() as work:
+        tell("resolving both requirements")
+        sides = [resolve(parse(text), work, where.project) for text in (old, new)]
+        recordings = Recordings(where, work, seed=seed, time_limit=time_limit)
         tell(f"recording with {old}")
         first = recordings.record(sides[0])
         tell(f"replaying with {new}")
         second = recordings.replay(sides[1], first)
-    except recording_file.RecordingError as error:
-        raise Unusable(str(error)) from None
-    except OSError as error:
-        raise Unusable(f"the cache cannot be used: {error}") from None
     seconds = time.perf_counter() - started
     return judge(compare(first, second), policy, old=old, new=new, seconds=seconds)

@@ -118,7 +118,7 @@ def judge(
 
     Args:
         comparison: what changed.
-        policy: from ``policy_file``.
+        policy: from `policy.find` or `policy.load`.
         old: what the old side was asked to be; by default its releases of jax and flax.
         new: likewise.
         seconds: taken so far.

@@ -1,10 +1,10 @@
-"""Which changes of an upgrade a project accepts, why, and until when.
+"""What a project accepts, why, and until when: one file for upgrades and for known failures.
 
-`policy_file` reads it from `bnverify.toml`, or from under `[tool.bnverify]` in `pyproject.toml`:
+It is `bnverify.toml`, or the table `[tool.bnverify]` of `pyproject.toml`:
 
-    fail = ["api", "structure", "dtype", "meaning"]  # the default: the others are reported only
+    fail = ["api", "structure", "dtype", "meaning"]  # the default; other classes are only reported
 
-    [[accept]]
+    [[accept]]                  # an upgrade may change this
     class = "meaning"
     leaf = "batch_stats/*/var"  # optional; * stands for any text, ? for one character
     subject = "my_model"        # optional, likewise
@@ -13,11 +13,16 @@
 
     [bounds]                    # optional: new / old, beyond which a cost fails
     run_time = 1.5
-    compile_time = 2.0
-    program_size = 1.2
 
-As in cargo-deny, a reason and an expiry are not optional, and what is accepted but no longer occurs
-is reported: a policy states what is true today, or says that it does not.
+    [[failure]]                 # a law is known to fail
+    law = "batch_stats_are_float32"
+    subject = "my step"
+    reason = "what happens, in one sentence"
+    issue = "https://..."
+    versions = "flax<0.13"      # or a list, all of which must hold
+
+A reason and an end are not optional, and what is listed but no longer occurs is reported: a policy
+states what is true today, or says that it does not.
 """
 
 from __future__ import annotations
@@ -25,28 +30,38 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import re
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import tomllib
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+from packaging.requirements import InvalidRequirement, Requirement
+
+from bnverify.unusable import Unusable, cause, did_you_mean
+from bnverify.upgrade.difference import KINDS, Difference, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from bnverify.upgrade.difference import Difference, Kind
-
 FAILING: tuple[Kind, ...] = ("api", "structure", "dtype", "meaning")
-COSTS = ("compile_time", "run_time", "program_size")
+Text = Annotated[str, msgspec.Meta(pattern=r"\S")]  # not empty
+Ratio = Annotated[float, msgspec.Meta(gt=0, le=1e6)]  # and so finite
 
 
-@dataclass(frozen=True, kw_only=True)
-class Acceptance:
+class _Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a file holds and nothing else."""
+
+
+class Acceptance(_Entry, frozen=True, kw_only=True):
     """One `[[accept]]` entry: these differences are known, for this reason, until this day."""
 
-    kind: Kind
-    reason: str
+    kind: Kind = msgspec.field(name="class")
+    reason: Text
     expires: dt.date
-    leaf: str | None = None
-    subject: str | None = None
+    leaf: Text | None = None
+    subject: Text | None = None
 
     def covers(self, difference: Difference) -> bool:
         """Return whether the difference is one of these, whatever the date."""
@@ -61,14 +76,150 @@ class Acceptance:
         return today > self.expires
 
 
-@dataclass(frozen=True, kw_only=True)
-class Policy:
+class KnownFailure(_Entry, frozen=True, kw_only=True):
+    """One `[[failure]]` entry: this law is violated on this subject, on these versions."""
+
+    law: Text
+    subject: Text
+    reason: Text
+    issue: Text
+    versions: Text | Annotated[tuple[Text, ...], msgspec.Meta(min_length=1)]
+
+    @property
+    def requirements(self) -> tuple[Requirement, ...]:
+        """Return what the installed packages meet where it fails."""
+        texts = (self.versions,) if isinstance(self.versions, str) else self.versions
+        return tuple(map(Requirement, texts))
+
+    @property
+    def applies(self) -> bool:
+        """Whether the installed versions are ones on which the failure is known."""
+        return all(map(_installed, self.requirements))
+
+    def __str__(self) -> str:
+        return f"{self.law} on {self.subject} ({', '.join(map(str, self.requirements))})"
+
+
+class Bounds(_Entry, frozen=True, kw_only=True):
+    """The `[bounds]` table: new / old of each cost, beyond which it fails; None: never."""
+
+    compile_time: Ratio | None = None
+    run_time: Ratio | None = None
+    program_size: Ratio | None = None
+
+
+class Policy(_Entry, frozen=True, kw_only=True):
     """What fails, what is accepted, and the bounds on costs; the default where no file is found."""
 
     fail: frozenset[Kind] = frozenset(FAILING)
     accept: tuple[Acceptance, ...] = ()
-    bounds: Mapping[str, float] = field(default_factory=dict)
-    source: Path | None = None
+    bounds: Bounds = Bounds()
+    failure: tuple[KnownFailure, ...] = ()
+
+
+def _installed(requirement: Requirement) -> bool:
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return False
+    return requirement.specifier.contains(version, prereleases=True)
+
+
+# Reading
+
+
+def find(directory: Path) -> Policy:
+    """Return the policy of a project: its bnverify.toml, or its pyproject.toml, or the default.
+
+    Raises:
+        Unusable: as `load`; or both files hold a policy, so that one would be ignored.
+    """
+    own, shared = directory / "bnverify.toml", directory / "pyproject.toml"
+    shared_policy = load(shared) if shared.is_file() and _table(shared) is not None else None
+    if not own.is_file():
+        return shared_policy or Policy()
+    if shared_policy:
+        raise Unusable(f"{own} and [tool.bnverify] in {shared} are two policies; keep one")
+    return load(own)
+
+
+def load(path: Path) -> Policy:
+    """Return the policy in a file; in a pyproject.toml, the one under [tool.bnverify].
+
+    Raises:
+        Unusable: the file is missing or not TOML, or a key or value in it is not allowed.
+    """
+    table = _table(path)
+    try:
+        policy = msgspec.convert({} if table is None else table, Policy)
+    except msgspec.ValidationError as error:
+        raise Unusable(f"{path}: {_explained(str(error), table)}") from None
+    for number, failure in enumerate(policy.failure):
+        try:
+            list(failure.requirements)
+        except InvalidRequirement:
+            got = f"failure[{number}].versions = {failure.versions!r:.80} is not allowed"
+            raise Unusable(f"{path}: {got}: versions are like 'flax<0.13'") from None
+    return policy
+
+
+def _table(path: Path) -> Any:
+    """Return the policy's own table, None where a pyproject.toml has none."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # not TOML, or not UTF-8
+        raise Unusable(f"cannot read the policy {path}: {cause(error)}") from None
+    if path.name != "pyproject.toml":
+        return document
+    tool = document.get("tool")
+    return tool.get("bnverify") if isinstance(tool, dict) else None
+
+
+def _explained(error: str, table: Any) -> str:
+    """Return what is wrong with a table: the key, the value, what is allowed.
+
+    Args:
+        error: msgspec's words, which end in the place: "... - at `$.accept[0].class`".
+        table: what was refused.
+    """
+    wrong, _, place = error.partition(" - at ")
+    key = place.strip("`").removeprefix("$").lstrip(".")
+    field = re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", wrong)
+    if field:
+        name = f"{key}.{field[2]}" if key else field[2]
+        if field[1] == "missing required":
+            return f"{name} is missing"
+        known = [f.encode_name for f in msgspec.structs.fields(_TABLES[re.split(r"\W", key)[0]])]
+        hint = did_you_mean(field[2], known)
+        return f"unknown key {name}; allowed are {', '.join(known)}{hint}"
+    value = table
+    for name, index in re.findall(r"(\w+)|\[(\d+)\]", key):
+        value = value[name] if name else value[int(index)]
+    for words, plainer in _PLAINER.items():
+        wrong = wrong.replace(words, plainer)
+    kinds = f", not one of {', '.join(KINDS)}" if "enum" in wrong else ""
+    return f"{key or 'tool.bnverify'} = {str(value)!r:.80} is not allowed: {wrong}{kinds}"
+
+
+_TABLES: dict[str, type[msgspec.Struct]] = {
+    "": Policy,
+    "accept": Acceptance,
+    "bounds": Bounds,
+    "failure": KnownFailure,
+}
+_PLAINER = {
+    " | null`": "`",
+    "Invalid RFC3339 encoded date": "it is not a date, as 2027-01-31",
+    "`date`": "a date, as 2027-01-31",
+    "Expected `str` matching regex '\\\\S'": "the text is empty",
+    "`object`": "a table",
+    "`float`": "a number",
+    "`array`": "a list",
+    "`str`": "text",
+}
+
+
+# Judging
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +257,10 @@ def apply(
     """Judge the differences of an upgrade.
 
     Args:
-        policy: from `policy_file.find`, or `Policy()`.
+        policy: from `find` or `load`, or `Policy()`.
         differences: what a comparison found.
         today: acceptances that expired before this day accept nothing.
-        costs: new / old for each of COSTS that was measured.
+        costs: new / old for each cost that was measured.
     """
     expired = tuple(entry for entry in policy.accept if entry.expired(today))
     valid = [entry for entry in policy.accept if not entry.expired(today)]
@@ -130,9 +281,10 @@ def apply(
         stale=tuple(entry for entry in valid if entry not in used),
         expired=expired,
         exceeded=tuple(
-            (cost, ratio, policy.bounds[cost])
+            (cost, ratio, bound)
             for cost, ratio in (costs or {}).items()
-            if cost in policy.bounds and not ratio <= policy.bounds[cost]  # NaN is beyond any bound
+            # NaN is beyond any bound.
+            if (bound := getattr(policy.bounds, cost)) is not None and not ratio <= bound
         ),
     )
 

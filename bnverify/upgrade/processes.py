@@ -1,46 +1,26 @@
-"""Running a command so that it never outlives the wish for it."""
+"""Running a command that never outlives bnverify, however bnverify ends.
+
+`run` starts this file as a program, the supervisor, which starts the command in a session of its
+own. The supervisor's standard input is a pipe that `run` holds open. When the pipe closes (the
+command took too long, Ctrl-C, or bnverify was killed by a signal that no program can handle), the
+supervisor ends the command and everything it started. uv does not do this for what it runs.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
-import tempfile
 import threading
-import time
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
-_SUPERVISOR = str(Path(__file__).with_name("supervisor.py"))
-_POLL = 0.05  # seconds between looks at the token, beside seconds of the command's own
-
-
-class CancelledError(Exception):
-    """The work was given up, for another part of it failed or the user interrupted."""
-
-
-class Token:
-    """Lets one thread tell the others to give up: threads cannot be interrupted, but can ask."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-
-    def cancel(self) -> None:
-        """Let every command that runs under this token end, and no other start."""
-        self._event.set()
-
-    def check(self) -> None:
-        """Raise CancelledError where the work was given up."""
-        if self._event.is_set():
-            raise CancelledError
-
-    def sleep(self, seconds: float) -> None:
-        """Sleep, but no longer than until the work is given up."""
-        self._event.wait(seconds)
-        self.check()
+_POLITE = 3.0  # seconds between SIGTERM, on which uv removes its temporary files, and SIGKILL
 
 
 def run(
@@ -49,63 +29,70 @@ def run(
     env: Mapping[str, str],
     cwd: Path | None = None,
     timeout: float | None = None,
-    token: Token | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, and return its status and what it printed.
 
-    However this ends (a time-out, Ctrl-C, SIGKILL to this process) the command and what it started
-    end with it; see `supervisor`.
+    The status is the command's own, 128 + n where signal n ended it, or 127 where there is no such
+    command. The command reads nothing: its standard input is empty.
 
     Args:
         command: the program and its arguments.
         env: its whole environment.
-        cwd: its directory.
+        cwd: the directory to run it in.
         timeout: seconds.
-        token: looked at while waiting.
 
     Raises:
-        subprocess.TimeoutExpired: it ran for longer; what it printed is in the exception.
-        CancelledError: the token was cancelled.
+        subprocess.TimeoutExpired: it ran for longer, and was ended.
     """
-    token = token or Token()
-    token.check()
-    until = time.monotonic() + timeout if timeout is not None else float("inf")
-    # Files, not pipes: nobody has to read them while the command runs.
-    with tempfile.TemporaryFile("w+b") as out, tempfile.TemporaryFile("w+b") as err:
+    read, write = os.pipe()
+    with (
+        os.fdopen(read, "rb") as its_input,
+        os.fdopen(write, "wb") as held_open,
+        subprocess.Popen(  # noqa: S603 -- the caller's own command, as a list
+            [sys.executable, "-I", "-S", __file__, *command],
+            env=dict(env),
+            cwd=cwd,
+            stdin=its_input,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # Ctrl-C in a terminal reaches bnverify alone, which decides
+        ) as supervisor,
+    ):
+        try:
+            out, err = supervisor.communicate(timeout=timeout)
+        finally:
+            held_open.close()
+            supervisor.wait()
+    return subprocess.CompletedProcess(list(command), supervisor.returncode, out, err)
 
-        def text(file: BinaryIO) -> str:
-            file.seek(0)
-            return file.read().decode(errors="replace")
 
-        with _supervised(command, env, cwd, out.fileno(), err.fileno()) as process:
-            while process.poll() is None:
-                if time.monotonic() > until:
-                    assert timeout is not None
-                    raise subprocess.TimeoutExpired(list(command), timeout, text(out), text(err))
-                token.check()
-                try:
-                    process.wait(_POLL)
-                except subprocess.TimeoutExpired:
-                    continue
-        return subprocess.CompletedProcess(list(command), process.returncode, text(out), text(err))
-
-
-@contextmanager
-def _supervised(
-    command: Sequence[str], env: Mapping[str, str], cwd: Path | None, out: int, err: int
-) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(  # noqa: S603 -- the caller's own command, as a list
-        [sys.executable, "-I", "-S", _SUPERVISOR, *command],
-        env=dict(env),
-        cwd=cwd,
-        stdin=subprocess.PIPE,
-        stdout=out,
-        stderr=err,
-        start_new_session=True,
-    )
-    assert process.stdin is not None
+def _supervise(command: list[str]) -> int:
+    """Run the command until it ends or standard input closes; return its status as `run` does."""
     try:
-        yield process
-    finally:
-        process.stdin.close()
-        process.wait()
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)  # noqa: S603 -- as above
+    except OSError as error:
+        sys.stderr.write(f"cannot run {command[0]}: {error}\n")
+        return 127
+
+    def end(how: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, how)
+
+    def end_when_input_closes() -> None:
+        os.read(0, 1)
+        end(signal.SIGTERM)
+        threading.Timer(_POLITE, end, [signal.SIGKILL]).start()
+
+    signal.signal(signal.SIGTERM, lambda *_: end(signal.SIGTERM))
+    threading.Thread(target=end_when_input_closes, daemon=True).start()
+    status = child.wait()
+    end(signal.SIGKILL)  # whatever the command left running in its group
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    code = _supervise(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(code)  # not sys.exit: the thread may still be reading

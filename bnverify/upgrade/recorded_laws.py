@@ -1,6 +1,6 @@
 """The laws' verdicts on a subject, without Hypothesis: proofs, and stacked cases of one shape.
 
-A recording holds them where they can be had: jax 0.4.30 and later, Python 3.11 and later.
+This is the only place where the gate judges laws.
 """
 
 from __future__ import annotations
@@ -67,16 +67,19 @@ def verdicts(subject: Any, shape: tuple[int, int], seed: int) -> tuple[dict[str,
 def _stacked(
     reading: proof.Reading, laws: list[Law], shape: tuple[int, int], seed: int
 ) -> dict[str, Any]:
-    from bnverify.profile import Profile
-    from bnverify.runs import Runner
+    # Not by bnverify.runs, which needs Hypothesis to shrink what it finds.
+    from bnverify.judge import READ_NEEDS, Judge, judged
+    from bnverify.observe import VOLUME, CompiledSubject, observe
     from bnverify.stacks import stacked_cases
 
     assert reading.traced is not None
-    plan = Profile("recording", block=BLOCK)
-    runner = Runner(reading.traced.tracer, reading.abstract, laws, plan)
+    tracer = reading.traced.tracer
+    chosen = judged(laws, VOLUME | READ_NEEDS)
+    calls = CompiledSubject(tracer.subject, tracer=tracer)
     cases = stacked_cases(np.random.default_rng(seed), shape, BLOCK)
+    t = observe(calls, cases, {need for law in chosen for need in law.needs})
     found = {}
-    for name, values in runner.residuals(cases).items():
+    for name, values in Judge(tracer, reading.abstract).residuals(t, chosen).items():
         worst = float(np.max(np.nan_to_num(values, nan=np.inf)))
         status = "violated" if worst > 1 else "held" if worst >= 0 else "untriggered"
         residual = None if status == "untriggered" else worst if math.isfinite(worst) else None

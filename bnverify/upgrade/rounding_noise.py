@@ -2,6 +2,8 @@
 
 Each value's noise is one of three things: a finite number; infinity, where rounding leaves no digits
 to compare; NaN, where it is not known, because the program holds something that cannot be read.
+
+This is the only place where the gate reads rounding.
 """
 
 from __future__ import annotations
@@ -13,14 +15,13 @@ import numpy as np
 from bnverify.jaxpr.rounding import rounding
 from bnverify.lazy import jax
 from bnverify.unusable import first_line
-from bnverify.upgrade.leaves import named
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
 class Noise:
-    """Reads the rounding of one function, a program for each shape of its arguments.
+    """Reads the rounding of one function, traced for each shape of its arguments.
 
     Attributes:
         unread: why nothing is known; empty where something is.
@@ -54,17 +55,14 @@ class Noise:
         reading = self._ready[key]
         noise = reading.evaluate(*stacked).noise
         unknown = bool(reading.unknown)
-
-        def plain(value: Any) -> Any:
-            # Half a unit of float32 too large rather than too small.
-            bound = np.asarray(value, np.float64) * (1 + 2.0**-23)
-            with np.errstate(over="ignore"):
-                bound = bound.astype(np.float32)
-            return np.where(np.isinf(bound), np.float32("nan"), bound) if unknown else bound
-
-        return jax.tree_util.tree_map(plain, noise)
+        return jax.tree_util.tree_map(lambda bound: _float32(bound, unknown), noise)
 
 
-def named_noise(tree: Any, prefix: str) -> dict[str, Any]:
-    """Return path -> noise; nothing for a tree that was not read."""
-    return {} if tree is None else named(tree, prefix)
+def _float32(bound: Any, unknown: bool) -> Any:
+    """Return a bound as float32, half a unit too large rather than too small.
+
+    Where the program holds something unknown, infinity may come from that, and so is not known.
+    """
+    with np.errstate(over="ignore"):
+        narrow = (np.asarray(bound, np.float64) * (1 + 2.0**-23)).astype(np.float32)
+    return np.where(np.isinf(narrow), np.float32("nan"), narrow) if unknown else narrow

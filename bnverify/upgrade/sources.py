@@ -1,21 +1,31 @@
-"""What a target is made of, as the gate must know it: where it lies, its project, its hash."""
+"""What a target is made of: where it lies, its project, which files are sources, and their hash."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnverify.unusable import Unusable
-from bnverify.upgrade import trees
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-_PROJECT_FILES = ("pyproject.toml", "setup.py")
-_OWN = Path(__file__).resolve().parents[2]  # a checkout of bnverify is no project of a user's
-_MOST = 2000  # neighbours of a target's file; more are no package but somebody's home directory
+PROJECT = ("pyproject.toml", "setup.py")
+"""A directory that holds one of these says how to build itself."""
+
+_OWN = Path(__file__).resolve().parents[2]  # a checkout of bnverify is not a user's project
+_NOT_SOURCES = {"__pycache__", "node_modules", "build", "dist"}
+_LIMIT = 500 * 2**20  # bytes; sources are less, data sets and checkpoints are more
+_MOST = 2000  # files beside a target; more are not a package but somebody's home directory
+
+
+class TreeError(Exception):
+    """A directory holds too much to be sources."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,8 @@ class Target:
         text: as the user wrote it.
         absolute: the same from any directory.
         project: the directory to build or import from; None where the target needs none.
-        digest: a hash of the target's file and its neighbours; of a module, its project's hash
-            is part of the environment's.
+        digest: a hash of the target's file and of the Python files beside it; "" for a module, which
+            is part of the project.
     """
 
     text: str
@@ -40,7 +50,7 @@ def locate(target: str, project: Path | None = None) -> Target:
     """Return where a target lies.
 
     Args:
-        target: ``package.module:name`` or ``path/file.py:name``.
+        target: `package.module:name` or `path/file.py:name`.
         project: the user's choice; by default the nearest directory above the file, or above the
             current directory for a module, that says how to build itself.
 
@@ -49,37 +59,99 @@ def locate(target: str, project: Path | None = None) -> Target:
     """
     source, _, name = target.rpartition(":")
     path = Path(source)
-    if source.split(".")[0] == _OWN.joinpath("bnverify").name and not path.is_file():
+    if source.split(".")[0] == "bnverify" and not path.is_file():
         return Target(target, target, project, "")
-    if source.endswith(".py") or path.is_file():
-        if not path.is_file():
-            raise Unusable(f"no file {source}")
-        path = path.resolve()
-        found = project or _above(path.parent)
-        return Target(target, f"{path}:{name}", found, _digest(path))
-    return Target(target, target, project or _above(Path.cwd()) or Path.cwd(), "")
+    if not source.endswith(".py") and not path.is_file():
+        return Target(target, target, project or _above(Path.cwd()) or Path.cwd(), "")
+    if not path.is_file():
+        raise Unusable(f"no file {source}")
+    path = path.resolve()
+    beside = sorted({path, *_modules(path.parent)})
+    names = [each.relative_to(path.parent) for each in beside]
+    hashed = digest(path.parent, names if len(names) <= _MOST else [Path(path.name)])
+    return Target(target, f"{path}:{name}", project or _above(path.parent), f"{path} {hashed}")
 
 
 def _above(directory: Path) -> Path | None:
     for each in (directory, *directory.parents):
-        if any((each / name).is_file() for name in _PROJECT_FILES):
+        if any((each / name).is_file() for name in PROJECT):
             return None if each == _OWN else each
     return None
 
 
-def _digest(path: Path) -> str:
-    """Return a hash of a file and of what it may import from beside it."""
-    home = path.parent
-    names = sorted({path.relative_to(home), *(p.relative_to(home) for p in _neighbours(home))})
-    if len(names) > _MOST:
-        names = [path.relative_to(home)]
-    text = f"{path} {trees.digest(home, names)}"
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _neighbours(directory: Path) -> Iterator[Path]:
+def _modules(directory: Path) -> Iterator[Path]:
+    """Yield what can be imported from a directory: its modules, and its packages' modules."""
     for entry in directory.iterdir():
         if entry.suffix == ".py" and entry.is_file():
             yield entry
         elif (entry / "__init__.py").is_file():
-            yield from _neighbours(entry)
+            yield from _modules(entry)
+
+
+def files(directory: Path) -> list[Path]:
+    """Return the files that are the directory's sources, relative to it, in order.
+
+    Under git, those it tracks and those it does not ignore; elsewhere all but hidden directories,
+    virtual environments, byte code and build products.
+
+    Raises:
+        TreeError: together they are too large.
+    """
+    found = _git_files(directory)
+    names = sorted(set(found if found is not None else _walk(directory)))
+    size = sum((directory / name).lstat().st_size for name in names)
+    if size > _LIMIT:
+        raise TreeError(
+            f"{directory} holds {size >> 20} MiB of files, more than sources do; let .gitignore"
+            " name the data, or give the package's own directory"
+        )
+    return names
+
+
+def digest(directory: Path, names: Iterable[Path]) -> str:
+    """Return a hash of the files' names and contents; a link counts as the name it points to."""
+    total = hashlib.sha256()
+    for name in names:
+        path = directory / name
+        content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+        total.update(f"{name}\0{len(content)}\0{path.is_symlink()}\0".encode())
+        total.update(content)
+    return total.hexdigest()[:32]
+
+
+def copy(directory: Path, names: Iterable[Path], place: Path) -> None:
+    """Copy files of a directory to a new directory, links as links."""
+    for name in names:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(directory / name, place / name, follow_symlinks=False)
+
+
+def _git_files(directory: Path) -> list[Path] | None:
+    """Return what git considers sources; None where the directory is not under git."""
+    # A git hook sets GIT_DIR and others, perhaps for another repository.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    listing = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(  # noqa: S603 -- a fixed command
+            ["git", "-C", os.fspath(directory), *listing],  # noqa: S607 -- whichever git is there
+            capture_output=True,
+            check=True,
+            timeout=60,
+            env=env,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    names = [directory / os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
+    # Deleted files that are still in the index, and submodules, are not files.
+    return [p.relative_to(directory) for p in names if p.is_symlink() or p.is_file()] or None
+
+
+def _walk(directory: Path) -> Iterator[Path]:
+    for entry in sorted(directory.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            hidden = entry.name.startswith(".") or entry.name in _NOT_SOURCES
+            if not hidden and not (entry / "pyvenv.cfg").exists():
+                yield from (entry.relative_to(directory) / name for name in _walk(entry))
+        elif entry.is_symlink() or (entry.is_file() and entry.suffix not in {".pyc", ".pyo"}):
+            yield entry.relative_to(directory)

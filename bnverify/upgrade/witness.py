@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from bnverify.upgrade.recorded import Recorded
+    from bnverify.upgrade.recording import Recording
     from bnverify.upgrade.values import Place
 
 _LITERAL = 64  # elements; longer arrays are packed
@@ -118,7 +118,7 @@ def of_error(target: str, features: int = 3) -> str:
     return _LOAD.format(target=target) + _ERROR.format(features=features)
 
 
-def of_value(old: Recorded, new: Recorded, place: Place) -> str | None:
+def of_value(old: Recording, new: Recording, place: Place) -> str | None:
     """Return a script that shows one value beyond the noise; None where the state cannot be made.
 
     Args:
@@ -172,7 +172,7 @@ def of_value(old: Recorded, new: Recorded, place: Place) -> str | None:
 
 
 def of_draws(
-    old: Recorded, new: Recorded, leaf: str, moment: int, seeds: int, sigmas: float
+    old: Recording, new: Recording, leaf: str, moment: int, seeds: int, sigmas: float
 ) -> str | None:
     """Return a script that shows a leaf's initial values to be of another distribution.
 
@@ -207,11 +207,13 @@ def of_draws(
     )
 
 
-def _versions(recorded: Recorded) -> str:
-    return ", ".join(f"{name} {version}" for name, version in recorded.manifest["versions"].items())
+def _versions(recording: Recording) -> str:
+    return ", ".join(
+        f"{name} {version}" for name, version in recording.manifest["versions"].items()
+    )
 
 
-def _find(new: Recorded, place: Place) -> tuple[str, int]:
+def _find(new: Recording, place: Place) -> tuple[str, int]:
     """Return in which tree of the result the leaf stands, and at which index."""
     for tree, expression in (
         ("after", "after"),

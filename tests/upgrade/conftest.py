@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 
+from bnverify.unusable import Unusable
 from bnverify.upgrade import uv
-from bnverify.upgrade.environments import EnvironmentUnavailableError
 
 REAL = {"test_altered_flax", "test_real_environments"}
 
@@ -18,8 +18,8 @@ REAL = {"test_altered_flax", "test_real_environments"}
 def lacking() -> str | None:
     """Return why no environment can be made here; asked once a process, in seconds."""
     try:
-        program = uv._program()
-    except EnvironmentUnavailableError as missing:
+        program = uv.program()
+    except Unusable as missing:
         return str(missing)
     if os.environ.get("UV_OFFLINE"):
         return None  # as asked: what uv keeps must do

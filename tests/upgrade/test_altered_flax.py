@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bnverify.cli import main
-from bnverify.upgrade import interpreters, uv
-from bnverify.upgrade.isolation import isolated
+from bnverify.upgrade import uv
 
 PINS = Path(__file__).parents[2] / "pins" / "jax-0.10.2.txt"
 
@@ -68,8 +68,7 @@ UNBIASED = f"n = x.size // mu.size; {VARIANCE[:-1]} * (n / max(n - 1, 1)))"
 def installed(tmp_path_factory):
     """An environment of pinned releases, made as a user makes one; a directory."""
     place = tmp_path_factory.mktemp("installed") / "venv"
-    exe = uv._program()
-    python = str(interpreters.running().path)
+    exe, python = uv.program(), sys.executable
     env = {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}
     subprocess.run([exe, "venv", "--quiet", "--python", python, place], check=True, env=env)
     command = [exe, "pip", "install", "--quiet", "--python", place / "bin" / "python", "-r", PINS]
@@ -123,7 +122,7 @@ def witnessed(difference, python, tmp_path):
     """Return the exit status of a difference's witness in an environment."""
     script = tmp_path / "witness.py"
     script.write_text(difference["witness"], encoding="utf-8")
-    env = isolated([Path(__file__).parents[2]], {"JAX_PLATFORMS": "cpu"})
+    env = uv.variables([Path(__file__).parents[2]])
     return subprocess.run([python, script], env=env, check=False).returncode
 
 
@@ -167,5 +166,5 @@ def test_a_line_that_does_nothing_is_no_difference(gate, alter):
     """The gradient of the statistics is stopped, in nnx, for array references alone."""
     alter(NNX, "stop_gradient = jax.lax.stop_gradient", "stop_gradient = lambda x: x")
     status, told = gate("make_nnx")
-    # Nor do the answers of the tests before serve here, though no version tells the flaxes apart.
+    # Nor did the recordings of the tests before serve here, though the versions are the same.
     assert (status, told["differences"]) == (0, [])

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.specifiers import SpecifierSet
 
 from bnverify.cli import main
 from bnverify.unusable import Unusable
-from bnverify.upgrade import bisect as module
-from bnverify.upgrade import interpreters
+from bnverify.upgrade import environments, uv
 from bnverify.upgrade.bisect import first_changed, releases_between
-from bnverify.upgrade.uv import UvError
+from bnverify.upgrade.environments import Workspace
 
 
 @given(st.integers(2, 200).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1))))
@@ -54,44 +53,31 @@ def test_releases_that_cannot_be_tried_are_passed_over_and_told(drawn):
     assert set(range(low + 1, high)) <= missing
 
 
-class FakeUv:
-    """An index of one package, where the newest releases want another Python."""
-
-    releases = ("1.9", "1.10", "2.0", "2.1")
-    needs: ClassVar = {"2.1": "new"}
-
-    def __init__(self, *args):
-        pass
-
-    def write(self, name, lines):
-        del name
-        return lines[0]
-
-    def compile(self, sources, interpreter):
-        name, _, rest = sources[0].partition(">=")
-        low, _, high = rest.partition(",<")
-        order = module.release
-        fitting = [v for v in self.releases if order(low) <= order(v) < order(high)]
-        fitting = [v for v in fitting if self.needs.get(v, interpreter) == interpreter]
-        if not fitting:
-            raise UvError("the requirements are\n unsatisfiable")
-        return [f"{name}=={fitting[-1]}", "other==1"]
-
-
 @pytest.fixture
-def index(monkeypatch, tmp_path):
-    """The index above, and two Pythons."""
-    monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path))
-    monkeypatch.setattr(module, "Uv", FakeUv)
-    monkeypatch.setattr(interpreters, "found", lambda: iter(["new", "old"]))
+def index(monkeypatch):
+    """An index of one package, where the newest releases want another Python."""
+    releases = ("1.9", "1.10", "2.0", "2.1")
+    needs = {"2.1": "new"}
+
+    def compiled(arguments, overrides, python, requirement, work):
+        del arguments, overrides, work
+        asked = SpecifierSet(requirement.specifiers[0].removeprefix("thing"))
+        fitting = [v for v in releases if v in asked and needs.get(v, python) == python]
+        if not fitting:
+            raise uv.UvError("the requirements are\n unsatisfiable")
+        return [f"thing=={fitting[-1]}", "other==1"]
+
+    monkeypatch.setattr(environments, "_compile", compiled)
+    monkeypatch.setattr(uv, "pythons", lambda: iter(["old", "new"]))
 
 
-def test_releases_are_listed_oldest_first_by_version(index):
-    """1.10 comes after 1.9, and both ends are there."""
-    assert releases_between("thing", "1.9", "2.1") == ["1.9", "1.10", "2.0", "2.1"]
-    assert releases_between("thing", "1.9.5", "2.0") == ["1.9.5", "1.10", "2.0"]
+def test_releases_are_listed_oldest_first_by_version(index, tmp_path):
+    """1.10 comes after 1.9, both ends are there, and so are those for another Python."""
+    work = Workspace(tmp_path, tmp_path)
+    assert releases_between("thing", "1.9", "2.1", work) == ["1.9", "1.10", "2.0", "2.1"]
+    assert releases_between("thing", "1.9.5", "2.2", work) == ["1.9.5", "1.10", "2.0", "2.1", "2.2"]
     with pytest.raises(Unusable, match="not older"):
-        releases_between("thing", "2.0", "2.0")
+        releases_between("thing", "2.0", "2.0", work)
 
 
 def test_the_command_refuses_what_is_no_version(capsys):

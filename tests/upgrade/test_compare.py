@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bnverify.unusable import Unusable
-from bnverify.upgrade import initials, recorded, recorder, recording, values
-from bnverify.upgrade.compare import compare
+from bnverify.upgrade import record as recorder
+from bnverify.upgrade import recording, values
+from bnverify.upgrade.compare import _distribution, compare
 
 # What it compares are NumPy arrays from a file; test_recording.py makes such files on every release.
 
@@ -45,7 +46,7 @@ def record(home):
                 patch.setattr(recorder, "ROWS", (5,))
                 patch.setattr(recorder, "CASES", 6)
                 target = f"{home / 'steps.py'}:make"
-                known[key] = recorded.Recorded(*recording.record(target, old=old, laws=laws))
+                known[key] = recorder.record(target, old=old, laws=laws)
         return known[key]
 
     return call
@@ -168,7 +169,7 @@ def test_a_leaf_of_a_hostile_name_is_no_code_in_the_witness(record, old):
         for trees in old.manifest["trees"]
     ]
     arrays = {name.replace("batch_stats/mean", evil): array for name, array in old.arrays.items()}
-    hostile = [recorded.Recorded({**r.manifest, "trees": trees}, arrays) for r in (old, new)]
+    hostile = [recording.Recording({**r.manifest, "trees": trees}, arrays) for r in (old, new)]
     place = values.Place(0, 0, 0, evil, (0,), 1.0, 2.0, 1e-6, 1e6)
     for script in (
         witness.of_value(*hostile, place),
@@ -181,8 +182,12 @@ def test_a_leaf_of_a_hostile_name_is_no_code_in_the_witness(record, old):
 
 def test_what_is_no_replay_is_refused(record, old):
     """Values from different states say nothing about the step."""
-    with pytest.raises(Unusable, match="no replay"):
+    with pytest.raises(Unusable, match="not a replay"):
         compare(old, record(momentum=0.5))
+    claims = record(old)
+    more = {name: claims.manifest[name] * 2 for name in ("shapes", "trees")}
+    with pytest.raises(Unusable, match="not a replay"):
+        compare(old, recording.Recording({**claims.manifest, **more}, claims.arrays))
     with pytest.raises(Unusable, match="other way round"):
         compare(record(old, momentum=0.99), old)
 
@@ -224,8 +229,8 @@ def test_chance_is_not_taken_for_another_initialiser(seed):
         rows = rng.standard_normal((512, 12))
         averages = np.stack([(rows**p).mean(1) for p in (1, 2, 4)], axis=1)
         draws = np.stack([averages.mean(0), averages.var(0, ddof=1)])
-        sides.append(recorded.Recorded({}, {"draws/w": draws}))
-    assert initials._distribution(*sides, "w") is None
+        sides.append(recording.Recording({}, {"draws/w": draws}))
+    assert _distribution(*sides, "w") is None
 
 
 def test_the_command_tells_and_exits_by_the_policy(
@@ -233,12 +238,11 @@ def test_the_command_tells_and_exits_by_the_policy(
 ):
     """0, 1 or 2; a policy can accept what would fail."""
     from bnverify.cli import main
-    from bnverify.upgrade import recording_file
 
     files = [str(tmp_path / name) for name in ("old.bnv", "new.bnv")]
     sides = (old, record(old, momentum=0.99))
     for file, side in zip(files, sides, strict=True):
-        recording_file.write(file, side.manifest, side.arrays)
+        recording.write(file, side.manifest, side.arrays)
     monkeypatch.chdir(tmp_path)
     assert main(["compare", *files]) == 1
     assert "batch_stats/mean" in capsys.readouterr().out

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
+import http.server
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,15 +20,11 @@ import pytest
 from test_processes import alive, until
 from wheels import project, wheel
 
-from bnverify.upgrade import environments, interpreters, uv
-from bnverify.upgrade.environments import EnvironmentUnavailableError, build_all, parse, run
+from bnverify.unusable import Unusable
+from bnverify.upgrade import environments, uv
+from bnverify.upgrade.environments import parse, resolve, workspace
 
 pytestmark = pytest.mark.nightly
-
-try:
-    uv._program()
-except EnvironmentUnavailableError as missing:
-    pytest.skip(str(missing), allow_module_level=True)
 
 PINS = "jax==1.0\njaxlib==1.0\nflax==1.0\noptax==1.0\n"
 
@@ -37,110 +36,109 @@ def index(tmp_path, monkeypatch) -> Path:
     path.mkdir()
     for version in ("1.0", "2.0"):
         wheel(path, "jaxlib", version)
-        wheel(path, "jax", version, f"Requires-Dist: jaxlib>={version}")
+        wheel(path, "jax", version, f"Requires-Dist: jaxlib=={version}")
         wheel(path, "flax", version, f"Requires-Dist: jax>={version}")
         wheel(path, "optax", version)
     wheel(path, "einops", "0.8")
-    monkeypatch.setenv("UV_DEFAULT_INDEX", (tmp_path / "nothing").as_uri())
+    for name in environments.OWN:
+        wheel(path, name, "0.1")
     (tmp_path / "nothing").mkdir()
+    monkeypatch.setenv("UV_DEFAULT_INDEX", (tmp_path / "nothing").as_uri())
     monkeypatch.setenv("UV_FIND_LINKS", str(path))
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv-cache"))
     return path
 
 
 @pytest.fixture
-def build(tmp_path, index):
-    """Build in a cache of the test's own."""
-    assert index.is_dir()
+def work(tmp_path, monkeypatch):
+    """A workspace in a cache of the test's own."""
+    monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "cache"))
+    with workspace() as made:
+        yield made
 
-    def call(text: str, *args, **kwargs) -> environments.Environment:
-        requirement = parse(text, tmp_path)
-        return environments.build(requirement, *args, cache_dir=tmp_path / "cache", **kwargs)
+
+@pytest.fixture
+def build(tmp_path, index, work):
+    """Resolve in the test's own cache."""
+    assert index.is_dir()
+    return lambda text, project=None: resolve(parse(text, tmp_path), work, project)
+
+
+@pytest.fixture
+def shows(work):
+    """A function that returns what an expression is in an environment."""
+
+    def call(environment, expression: str) -> str:
+        done = environment.run(["-c", f"import sys, os\nprint({expression})"], work)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
 
     return call
 
 
 @pytest.fixture
-def newer() -> interpreters.Interpreter:
+def versions(shows):
+    """A function that returns the releases of an environment."""
+    code = (
+        "__import__('json').dumps({d.metadata['Name']: d.version"
+        " for d in __import__('importlib.metadata').metadata.distributions()})"
+    )
+    return lambda environment: json.loads(shows(environment, code))
+
+
+@pytest.fixture
+def newer() -> uv.Python:
     """Return the nearest newer Python."""
-    newer = [i for i in interpreters.found() if i.version[:2] > sys.version_info[:2]]
-    if not newer:
+    found = [python for python in uv.pythons() if python.minor > sys.version_info[:2]]
+    if not found:
         pytest.skip("no newer version of Python is installed here")
-    return newer[0]
-
-
-def versions(environment) -> dict[str, str]:
-    return {
-        k: v for k, v in environment.versions.items() if k in {"jax", "jaxlib", "flax", "optax"}
-    }
-
-
-def shows(environment, expression: str, **kwargs) -> str:
-    """Return what an expression is in an environment."""
-    done = run(environment, ["-c", f"import sys, os\nprint({expression})"], **kwargs)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return found[0]
 
 
 # What is asked for is what is there
 
 
-def test_a_list_gets_its_releases_and_what_is_needed_beside(build):
+def test_a_list_gets_its_releases_and_what_is_needed_beside(build, versions, shows):
     """Releases not named come at the newest that goes with those named."""
     environment = build("jax==1.0")
-    assert versions(environment) == {"jax": "1.0", "jaxlib": "1.0", "flax": "1.0", "optax": "2.0"}
-    assert shows(environment, "__import__('jax').version") == "1.0"
-    assert environment.python_version == interpreters.running().name
+    found = versions(environment)
+    assert {**found, "jax": "1.0", "jaxlib": "1.0", "flax": "1.0", "optax": "2.0"} == found
+    assert shows(environment, "sys.version_info[:2]") == str(sys.version_info[:2])
 
 
-def test_a_file_gets_its_releases(build, tmp_path):
-    """Relative to where the requirement was parsed."""
-    (tmp_path / "old.txt").write_text(PINS)
-    assert versions(build("old.txt")) == dict.fromkeys(("jax", "jaxlib", "flax", "optax"), "1.0")
-
-
-def test_latest_is_the_newest(build):
+def test_latest_is_the_newest(build, versions):
     """Of jax, flax and optax."""
-    assert set(versions(build("latest")).values()) == {"2.0"}
+    found = versions(build("latest"))
+    assert {**found, "jax": "2.0", "flax": "2.0", "optax": "2.0"} == found
 
 
-def test_an_existing_environment_is_taken_as_it_is(build):
-    """An environment altered by hand can be a side; bnverify comes in from outside."""
-    made = build("jax==1.0")
-    (Path(shows(made, "__import__('jax').__file__"))).unlink()
-    site = Path(shows(made, "__import__('flax').__file__")).parent
-    (site / "jax.py").write_text("version = 'altered'")
-    there = build(str(made.python.parents[1]))
-    assert shows(there, "__import__('jax').version") == "altered"
-    assert there.versions == made.versions
+def test_an_existing_environment_is_taken_as_it_is(build, shows, tmp_path, index):
+    """One altered by hand can be a side; bnverify and what it needs come in from outside."""
+    venv = tmp_path / "venv"
+    command = [uv.program(), "--quiet", "venv", "--python", sys.executable, str(venv)]
+    subprocess.run(command, check=True)
+    wheel(tmp_path, "jax", "1.0", code="altered = True")
+    install = [uv.program(), "--quiet", "pip", "install", "--python", str(venv), "--no-deps"]
+    subprocess.run([*install, next(tmp_path.glob("jax-*.whl"))], check=True)
+    environment = build(str(venv))
+    assert environment.key is None  # no recording of it is kept
+    assert shows(environment, "__import__('jax').altered") == "True"
+    assert shows(environment, "__import__('msgspec').version") == "0.1"
+    assert shows(environment, "__import__('bnverify').__name__") == "bnverify"
+    done = subprocess.run([venv / "bin" / "python", "-I", "-c", "import msgspec"], check=False)
+    assert done.returncode == 1  # nothing was installed there
 
 
-def test_the_running_interpreter_is_an_environment(build, monkeypatch):
-    """`installed` is what runs this test."""
-    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # it would measure the copy
-    environment = build("installed")
-    assert environment.python == Path(sys.executable)
-    assert environment.python_version == interpreters.running().name
-    assert shows(environment, "__import__('bnverify').__path__[0]").startswith(
-        str(environment.paths[0])
-    )
-
-
-def test_a_requirement_for_bnverify_is_passed_over(build, tmp_path):
+def test_a_requirement_for_bnverify_is_passed_over(build, versions, shows, tmp_path):
     """A team lists bnverify beside jax, and the running one is what records, on both sides."""
     (tmp_path / "dev.txt").write_text(PINS + "bnverify==0.0.1\n")
     environment = build("dev.txt")
-    assert "bnverify" not in environment.versions
+    assert not any(pin.startswith("bnverify") for pin in environment.pins)
     assert shows(environment, "__import__('bnverify').__path__[0]").startswith(str(tmp_path))
+    assert versions(environment)["bnverify"] == environments._version()
 
 
-def test_bnverify_tells_its_version_there(build):
-    """A manifest names the bnverify that recorded."""
-    told = shows(build("jax==1.0"), "__import__('importlib.metadata').metadata.version('bnverify')")
-    assert told
-
-
-def test_hashes_in_a_file_are_checked(build, tmp_path, index):
+def test_hashes_in_a_file_are_checked(build, work, shows, tmp_path, index):
     """A wheel that is not what the file was made from does not get in."""
     lines = [
         f"{name}==1.0 --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
@@ -148,121 +146,120 @@ def test_hashes_in_a_file_are_checked(build, tmp_path, index):
         for path in [index / f"{name}-1.0-py3-none-any.whl"]
     ]
     (tmp_path / "hashed.txt").write_text("\n".join(lines))
-    assert set(versions(build("hashed.txt")).values()) == {"1.0"}
+    assert shows(build("hashed.txt"), "__import__('optax').version") == "1.0"
     wheel(index, "optax", "1.0", code="evil = True")
     shutil.rmtree(tmp_path / "uv-cache")
-    shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(EnvironmentUnavailableError, match=r"(?s)optax.*find out why"):
-        build("hashed.txt")
+    shutil.rmtree(next(work.path.glob("site-*")))
+    with pytest.raises(Unusable, match=r"(?s)optax.*find out why"):
+        build("hashed.txt").run(["-c", ""], work)
 
 
-def test_a_wheel_in_a_directory_counts_by_its_content(build, tmp_path):
-    """A patched wheel of the same name is another environment."""
-    path = wheel(tmp_path, "flax", "1.0", code="patch = 1")
-    text = f"jax==1.0,flax @ {path.as_uri()}"
-    first = build(text)
-    assert shows(first, "__import__('flax').patch") == "1"
-    wheel(tmp_path, "flax", "1.0", code="patch = 2")
-    second = build(text)
-    assert shows(second, "__import__('flax').patch") == "2"
-    assert first.key != second.key
-    assert shows(first, "__import__('flax').patch") == "1"
+def test_an_index_named_in_a_file_serves_the_install(build, shows, tmp_path):
+    """As pip would have it."""
+    (tmp_path / "more").mkdir()
+    wheel(tmp_path / "more", "einops", "7.0")
+    (tmp_path / "reqs.txt").write_text(f"--find-links {tmp_path / 'more'}\n{PINS}einops\n")
+    assert shows(build("reqs.txt"), "__import__('einops').version") == "7.0"
 
 
-def test_a_directory_in_a_file_counts_by_its_content(build, tmp_path):
-    """Installed from a copy, editable or not: the directory stays clean."""
-    directory = project(tmp_path / "mymodel", code="patch = 1")
-    before = sorted(directory.rglob("*"))
-    (tmp_path / "reqs.txt").write_text(f"{PINS}-e {directory}\n")
-    first = build("reqs.txt")
-    project(tmp_path / "mymodel", code="patch = 2")
-    second = build("reqs.txt")
-    assert [shows(e, "__import__('mymodel').patch") for e in (first, second)] == ["1", "2"]
-    assert sorted(directory.rglob("*")) == before
+@pytest.mark.parametrize("line", ["flax @ {uri}", "-e {path}", "{path}"])
+def test_what_lies_on_this_machine_counts_by_its_content(build, shows, tmp_path, line):
+    """A patched wheel or directory of the same name is another environment; it stays clean."""
+    seen = []
+    for patch in (1, 2):
+        if line.startswith("flax"):
+            path = wheel(tmp_path, "flax", "1.0", code=f"patch = {patch}")
+            text, name = f"jax==1.0,{line.format(uri=path.as_uri())}", "flax"
+        else:
+            path = project(tmp_path / "mymodel", code=f"patch = {patch}")
+            (tmp_path / "reqs.txt").write_text(f"{PINS}{line.format(path=path)}\n")
+            text, name = "reqs.txt", "mymodel"
+            before = sorted(path.rglob("*"))
+        with workspace() as work:
+            environment = resolve(parse(text, tmp_path), work)
+            code = f"import {name}; print({name}.patch)"
+            done = environment.run(["-c", code], work)
+        seen.append((done.stdout, environment.key))
+        assert path.is_file() or sorted(path.rglob("*")) == before
+    assert [told for told, _ in seen] == ["1\n", "2\n"]
+    assert seen[0][1] != seen[1][1]
 
 
-# It is made once
+@pytest.fixture
+def server(tmp_path, index, monkeypatch):
+    """Serve the index as a package index on this machine; uv keeps what such a one answers."""
+    for path in index.iterdir():
+        page = tmp_path / "simple" / path.name.partition("-")[0] / "index.html"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        with page.open("a") as file:
+            file.write(f'<a href="/index/{path.name}">{path.name}</a><br>')
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        monkeypatch.delenv("UV_FIND_LINKS")
+        monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://127.0.0.1:{made.server_port}/simple")
+        monkeypatch.setenv("UV_HTTP_RETRIES", "0")
+        yield made
+        made.shutdown()
 
 
-def test_the_second_time_it_is_found(build):
-    """The same place, and what was told about it."""
-    first, second = build("jax==1.0"), build("jax==1.0")
-    assert (first.python, first.versions) == (second.python, second.versions)
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves files and prints nothing."""
+
+    def log_message(self, *_):
+        """Print nothing."""
 
 
-def test_pins_that_leave_nothing_open_need_no_index_again(build, tmp_path, index):
+def test_what_pins_everything_needs_no_index_again(build, server, shows, tmp_path):
     """A gate that ran once runs again without a network; an open list asks every time."""
     (tmp_path / "old.txt").write_text(PINS)
     first = build("old.txt")
+    assert shows(first, "__import__('jax').version") == "1.0"
     build("jax==1.0")
-    shutil.rmtree(index)
-    shutil.rmtree(tmp_path / "uv-cache")
-    index.mkdir()
-    assert build("old.txt").python == first.python
-    with pytest.raises(EnvironmentUnavailableError):
-        build("jax==1.0")
-
-
-def test_the_cache_holds_no_credentials(build, tmp_path, index):
-    """An index named in a requirements file serves the install, and is not written down."""
-    wheel(tmp_path, "einops", "7.0")
-    (tmp_path / "reqs.txt").write_text(f"--find-links {tmp_path}\n{PINS}einops\n")
-    assert build("reqs.txt").versions["einops"] == "7.0"
-    markers = list((tmp_path / "cache").rglob("complete.json"))
-    assert len(markers) == 2  # of the environment and of bnverify
-    assert not any(str(tmp_path / "index") in m.read_text() for m in markers)
-    assert index.exists()
+    server.shutdown()
+    server.server_close()
+    assert build("old.txt") == first
+    assert shows(build("old.txt"), "__import__('jax').version") == "1.0"
+    with pytest.raises(Unusable, match="the package index can be reached"):
+        build("jax==2.0")
 
 
 # The Python that it needs
 
 
-def test_the_python_is_the_one_that_the_releases_need(build, index, newer):
+def test_the_python_is_the_one_that_the_releases_need(build, shows, index, newer):
     """Where the running one is refused, another that was found takes its place."""
-    wheel(index, "jax", "3.0", python=f"py3{newer.version[1]}")
-    environment = build("jax==3.0,flax")
-    assert environment.python_version == newer.name
-    assert environment.versions["jax"] == "3.0"
+    wheel(index, "jax", "3.0", python=f"py3{newer.minor[1]}")
+    for text in ("jax==3.0,flax", "latest"):  # `latest` would resolve to less, without a word
+        environment = build(text)
+        assert shows(environment, "sys.version_info[:2]") == str(newer.minor)
+        assert shows(environment, "__import__('jax').version") == "3.0"
 
 
-def test_latest_is_the_newest_on_any_python(build, index, newer):
-    """The running Python would resolve `latest` to less, without a word."""
-    wheel(index, "jax", "3.0", python=f"py3{newer.version[1]}")
-    environment = build("latest")
-    assert environment.python_version == newer.name
-    assert environment.versions["jax"] == "3.0"
-
-
-def test_without_a_python_that_will_do_it_is_said(build, index):
-    """The resolver's words, and what to install."""
-    wheel(index, "jax", "3.0", python="py399")
-    with pytest.raises(
-        EnvironmentUnavailableError, match=r"(?s)no wheels.*Likely mend: install a Python"
-    ):
-        build("jax==3.0")
-
-
-def test_a_python_that_was_replaced_is_looked_for_again(build, tmp_path, index, monkeypatch):
-    """What was kept of a resolution holds while its interpreter does."""
-    (tmp_path / "old.txt").write_text(PINS)
-    build("old.txt")
-    assert index.exists()
-    real = interpreters.probe
-    monkeypatch.setattr(interpreters, "probe", lambda _path: None)
-    assert set(versions(build("old.txt")).values()) == {"1.0"}
-    monkeypatch.setattr(interpreters, "probe", real)
+def test_the_running_python_comes_first_then_the_nearest():
+    """One of each minor version that bnverify runs on, and none through a shim that may fail."""
+    first, *rest = uv.pythons()
+    assert first.path == Path(sys.executable)
+    minors = [python.minor for python in (first, *rest)]
+    assert len(set(minors)) == len(minors)
+    assert min(minors) >= (3, 11)
+    apart = [abs(minor[1] - sys.version_info.minor) for minor in minors]
+    assert apart == sorted(apart)
+    for python in rest:
+        code = "import sys; print(sys.version_info[:2])"
+        done = subprocess.run([python.path, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(python.minor)
 
 
 # The user's project
 
 
-def test_a_project_is_built_and_its_dependencies_are_added(build, tmp_path):
+def test_a_project_is_built_and_its_dependencies_are_added(build, shows, versions, tmp_path):
     """What it asks of the releases under test is overridden; its tree stays as it was."""
     directory = project(tmp_path / "mine", "jax<2", "flax<2", "einops", "bnverify>=7")
     before = sorted(directory.rglob("*"))
     environment = build("jax==2.0,flax==2.0", directory)
-    assert versions(environment)["jax"] == "2.0"
-    assert environment.versions["einops"] == "0.8"
+    assert versions(environment)["einops"] == "0.8"
     assert shows(environment, "__import__('mymodel').jax.version") == "2.0"
     assert sorted(directory.rglob("*")) == before
 
@@ -271,222 +268,248 @@ def test_an_edit_of_the_project_makes_no_environment_anew(build, tmp_path):
     """Its code is a layer of its own: the releases stay, their byte code too."""
     first = build("jax==1.0", project(tmp_path / "mine", code="edit = 1"))
     second = build("jax==1.0", project(tmp_path / "mine", code="edit = 2"))
-    assert [shows(e, "__import__('mymodel').edit") for e in (first, second)] == ["1", "2"]
-    assert first.python == second.python
+    assert first.pins == second.pins
     assert first.key != second.key
 
 
-def test_a_directory_that_does_not_build_is_imported_from(build, tmp_path):
+def test_a_directory_that_does_not_build_is_imported_from(build, shows, tmp_path):
     """A few files and no pyproject.toml are a project too."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "step.py").write_text("here = True")
     assert shows(build("jax==1.0", tmp_path / "mine"), "__import__('step').here") == "True"
 
 
-def test_a_project_that_does_not_build_is_said(build, tmp_path):
+def test_a_project_that_does_not_build_is_said(build, work, tmp_path):
     """The back end's words, not a traceback of ours."""
     directory = project(tmp_path / "mine")
     (directory / "backend.py").write_text("raise SystemExit('cannot do it')")
-    with pytest.raises(EnvironmentUnavailableError, match="cannot do it"):
-        build("jax==1.0", directory)
+    with pytest.raises(Unusable, match="cannot do it"):
+        build("jax==1.0", directory).run(["-c", ""], work)
 
 
 # Isolation
 
 
-def test_it_sees_nothing_of_this_process(build, tmp_path, monkeypatch):
+def test_it_sees_nothing_of_this_process(build, work, shows, tmp_path, monkeypatch):
     """No PYTHONPATH, user site, virtual environment or current directory; jax's settings pass."""
-    environment = build("jax==1.0", None, [tmp_path / "extra"])
     (tmp_path / "leak").mkdir()
     (tmp_path / "leak" / "jax.py").write_text("version = 'leaked'")
     for name in ("PYTHONPATH", "PYTHONUSERBASE", "VIRTUAL_ENV", "PYTHONHOME"):
         monkeypatch.setenv(name, str(tmp_path / "leak"))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    in_leak = functools.partial(shows, environment, cwd=tmp_path / "leak")
-    path = in_leak("sys.path", env={"MINE": "1"})
+    monkeypatch.chdir(tmp_path / "leak")
+    environment = build("jax==1.0")
+    path = shows(environment, "sys.path")
     assert str(tmp_path / "leak") not in path
-    assert "''" not in path
-    assert path.index(str(environment.paths[0])) < path.index(str(tmp_path / "extra"))
-    assert in_leak("__import__('jax').version") == "1.0"
-    assert in_leak("os.environ['JAX_PLATFORMS']") == "cpu"
-    assert in_leak("os.environ.get('VIRTUAL_ENV')") == "None"
-    assert in_leak("os.environ['MINE']", env={"MINE": "1"}) == "1"
+    assert "site-packages/numpy" not in path
+    assert shows(environment, "__import__('jax').version") == "1.0"
+    assert shows(environment, "os.environ['JAX_PLATFORMS']") == "cpu"
+    done = environment.run(["-c", "import numpy"], work)
+    assert "No module named 'numpy'" in done.stderr  # it is installed beside this test
 
 
-# When it cannot be had
+# When it is unavailable
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "jax==7.0",
-            r"cannot make the environment jax==7\.0: .*no version of jax==7\.0.*version exist",
-        ),
-        ("absent-package", r"absent-package.*Likely mend"),
-        ("jax==1.0,flax==2.0", r"flax[>=]=2\.0 depends on jax>=2\.0.*Likely mend: choose releases"),
+        ("jax==7.0", r"environment jax==7\.0: .*no version of jax==7\.0.*version exist"),
+        ("absent-package", r"absent-package.*Likely fix"),
+        ("jax==1.0,flax==2.0", r"flax[>=]=2\.0 depends on jax>=2\.0.*Likely fix: choose releases"),
+        ("jax==3.0", r"no wheels.*Likely fix: install a Python"),
+        ("bad.txt", r"bad\.txt.*Likely fix: correct"),
     ],
 )
-def test_the_resolvers_last_words_are_told(build, text, message):
-    """With the requirement and the likely mend, and without a traceback."""
-    with pytest.raises(EnvironmentUnavailableError, match=f"(?s){message}") as caught:
+def test_the_resolvers_last_words_are_told(build, index, tmp_path, text, message):
+    """With the requirement and the likely fix, and without a traceback."""
+    wheel(index, "jax", "3.0", python="py399")
+    (tmp_path / "bad.txt").write_text("jax==1.0\nno such thing ==\n")
+    with pytest.raises(Unusable, match=f"(?s){message}") as caught:
         build(text)
     assert "Traceback" not in str(caught.value)
 
 
-def test_a_file_that_is_no_requirements_file_is_said(build, tmp_path):
-    """Where it does not parse."""
-    (tmp_path / "bad.txt").write_text("jax==1.0\nno such thing ==\n")
-    with pytest.raises(EnvironmentUnavailableError, match=r"(?s)bad\.txt.*Likely mend: correct"):
-        build("bad.txt")
+def test_a_wheel_that_is_broken_is_told_by_uv(build, work, index):
+    """What resolves may still not install."""
+    path = index / "flax-3.0-py3-none-any.whl"
+    wheel(index, "flax", "3.0", code="x = 1\n" * 1000)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"x = 1", b"x = 2", 1))
+    environment = build("jax==2.0,flax==3.0")
+    with pytest.raises(Unusable, match=r"(?s)cannot make the environment.*uv says.*flax"):
+        environment.run(["-c", ""], work)
 
 
-def test_releases_that_do_not_import_are_refused(build, index):
-    """They resolve, they install, and they do not work: that is said at once, and not kept."""
-    wheel(index, "flax", "3.0", code="import numpy.absent_module")
-    for _ in range(2):
-        with pytest.raises(
-            EnvironmentUnavailableError, match=r"(?s)do not import.*No module.*months"
-        ):
-            build("jax==2.0,flax==3.0")
-
-
-def test_what_is_not_what_was_asked_for_is_refused(build, monkeypatch):
-    """Whoever installs something else in its place."""
-    real = uv.Uv.install
-    monkeypatch.setattr(
-        uv.Uv,
-        "install",
-        lambda self, python, lines, **kw: real(
-            self, python, [line.replace("optax==2.0", "optax==1.0") for line in lines], **kw
-        ),
-    )
-    with pytest.raises(
-        EnvironmentUnavailableError, match=r"optax==2\.0 was asked for and 1\.0 was"
-    ):
-        build("jax==1.0")
-
-
-def test_an_interpreter_without_the_releases_is_refused(build, tmp_path):
-    """A bare virtual environment is none to record in."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
-    with pytest.raises(EnvironmentUnavailableError, match="No module named 'jax'"):
-        build("bare")
-
-
-def test_a_cache_that_cannot_be_written_is_said(index, tmp_path):
+def test_a_cache_that_cannot_be_written_is_said(monkeypatch, tmp_path):
     """With the variable that names another."""
     (tmp_path / "file").touch()
-    assert index.exists()
-    with pytest.raises(EnvironmentUnavailableError, match=r"Likely mend: let BNVERIFY_CACHE"):
-        build_all([parse("jax==1.0")], cache_dir=tmp_path / "file")
+    monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "file"))
+    with pytest.raises(Unusable, match="let BNVERIFY_CACHE name"), workspace():
+        pass
 
 
 def test_without_uv_it_is_said_how_to_get_it(build, monkeypatch):
-    """The gate is an extra."""
+    """Somebody uninstalled it."""
     monkeypatch.setitem(sys.modules, "uv", None)
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(EnvironmentUnavailableError, match=r"pip install 'bnverify\[gate\]'"):
+    with pytest.raises(Unusable, match="pip install uv"):
         build("jax==1.0")
-
-
-def test_uv_on_path_will_do(build, monkeypatch, tmp_path):
-    """As a program alone, it need not be a Python package."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "uv").symlink_to(uv._program())
-    monkeypatch.setitem(sys.modules, "uv", None)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
-    assert build("jax==1.0").versions["jax"] == "1.0"
 
 
 def test_a_uv_that_hangs_is_ended(build, monkeypatch, tmp_path):
     """After a time it is given up, and said."""
     (tmp_path / "slow-uv").write_text("#!/bin/sh\nsleep 600\n")
     (tmp_path / "slow-uv").chmod(0o755)
-    monkeypatch.setattr(uv, "_program", lambda: str(tmp_path / "slow-uv"))
-    monkeypatch.setattr(environments, "_UV_SECONDS", 0.3)
-    with pytest.raises(EnvironmentUnavailableError, match="uv pip compile timed out after 0 s"):
+    monkeypatch.setattr(uv, "program", lambda: str(tmp_path / "slow-uv"))
+    monkeypatch.setattr(uv, "_SECONDS", 0.3)
+    with pytest.raises(Unusable, match=r"uv pip timed out after 0\.3 s"):
         build("jax==1.0")
 
 
-def test_releases_that_import_for_ever_are_given_up(build, monkeypatch, index):
-    """A hanging import is no hanging gate."""
-    wheel(index, "flax", "3.0", code="import time; time.sleep(600)")
-    monkeypatch.setattr("bnverify.upgrade.releases._IMPORT_SECONDS", 1)
-    with pytest.raises(EnvironmentUnavailableError, match="takes longer than 1 s"):
-        build("jax==2.0,flax==3.0")
+SAID = {
+    "python": """error: No solution found when resolving dependencies
+  cause: Because the current Python version (3.11.7) does not satisfy Python>=3.12 and flax==0.12.12
+         depends on Python>=3.12, we can conclude that flax==0.12.12 cannot be used.""",
+    "wheels": """  x No solution found when resolving dependencies:
+  ╰─▶ Because jaxlib==0.4.13 has no wheels with a matching Python ABI tag (e.g., `cp312`) and you
+      require jaxlib==0.4.13, we can conclude that your requirements are unsatisfiable.""",
+    "version": """  cause: Because there is no version of jax==0.99.1 and you require jax==0.99.1, we can
+      conclude that your requirements are unsatisfiable.""",
+    "range": """  cause: Because only jaxlib>=0.4.13 is available and you require jaxlib<0.4.13, we can
+      conclude that your requirements are unsatisfiable.""",
+    "name": "  cause: Because x was not found in the package registry and you require x, ...",
+    "clash": "Because flax==0.12.8 depends on jax>=0.10.0 and you require jax==0.4.30, ...",
+    "hash": "error: Failed to download `toolz==1.0.0`\n  cause: Hash mismatch for `toolz==1.0.0`",
+    "network": "error: Request failed after 3 retries in 5.9s\n  cause: error sending request for url",
+    "syntax": "error: Couldn't parse requirement in `l.txt` at position 0",
+    "disk": "error: failed to write to file: No space left on device (os error 28)",
+    "build": "error: Failed to build `model @ file:///x`\n  cause: The build backend returned an error",
+    "unknown": "error: something else",
+}
 
 
-# Two at once
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        ("python", "install a Python"),
+        ("wheels", "install a Python"),
+        ("version", "the name and the version exist"),
+        ("range", "the name and the version exist"),
+        ("name", "the name and the version exist"),
+        ("clash", "releases that allow each other"),
+        ("hash", "find out why"),
+        ("network", "the package index can be reached"),
+        ("syntax", "correct the requirement"),
+        ("disk", "free space"),
+        ("build", "builds with `uv build`"),
+        ("unknown", "`uv pip compile` by itself"),
+    ],
+)
+def test_each_failure_has_its_fix(said, fix):
+    """The advice fits what went wrong; another Python is tried only where that may help."""
+    error = uv.UvError(SAID[said])
+    assert fix in error.fix
+    assert error.wants_another_python == (said in {"python", "wheels"})
 
 
-def test_two_sides_are_made_together(index, tmp_path):
-    """In the order asked for, one of them for both where they are the same."""
-    assert index.exists()
-    sides = [parse(text) for text in ("jax==1.0", "jax==2.0", "jax==1.0")]
-    made = build_all(sides, cache_dir=tmp_path / "cache")
-    assert [environment.versions["jax"] for environment in made] == ["1.0", "2.0", "1.0"]
-    assert made[0].python == made[2].python
+def test_the_last_words_are_what_follows_the_warnings():
+    """The reason, whole if it is short, its two ends if it is not."""
+    assert uv._last_words("warning: x\nerror: no\n  cause: y\n") == "error: no\n  cause: y"
+    assert uv._last_words("words without the word") == "words without the word"
+    long = "error: " + "a" * 5000 + "end"
+    assert uv._last_words(long).startswith("error: a")
+    assert uv._last_words(long).endswith("end")
+    assert len(uv._last_words(long)) < 2100
 
 
-def test_one_side_that_fails_gives_up_the_other(index, tmp_path):
-    """The reason told is the failure, not the giving up."""
-    wheel(index, "flax", "3.0", code="import time; time.sleep(600)")
-    sides = [parse("jax==2.0,flax==3.0"), parse("jax==7.0")]
-    with pytest.raises(EnvironmentUnavailableError, match=r"no version of jax==7\.0"):
-        build_all(sides, cache_dir=tmp_path / "cache")
-    assert list((tmp_path / "cache" / "upgrade" / "building").iterdir()) == []
+# Two at once, interrupted, killed
 
 
-BUILD = """
-import json, sys
+def test_two_at_once_do_not_disturb_each_other(index, tmp_path):
+    """Both get the environment that they asked for."""
+    wheel(index, "flax", "3.0", code="import time; time.sleep(0.3)")
+    command, env = started(tmp_path, "at-once")
+    both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for _ in range(2)]
+    assert [each.communicate()[0] for each in both] == [TOLD, TOLD]
+    assert list((tmp_path / "cache" / "upgrade" / "work").iterdir()) == []
+
+
+def test_a_workspace_in_use_is_left_alone(work):
+    """Another run removes what killed runs left, and nothing else."""
+    (work.path.parent / "killed").mkdir()
+    with workspace() as other:
+        assert work.path.exists()
+        assert other.path.exists()
+        assert not (work.path.parent / "killed").exists()
+    assert not other.path.exists()
+    with (work.path / "lock").open() as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_recordings_that_nobody_used_in_sixty_days_are_removed(work):
+    """Others stay."""
+    for name, days in (("old", 61), ("kept", 59)):
+        (work.kept / name).touch()
+        then = time.time() - days * 24 * 3600
+        os.utime(work.kept / name, (then, then))
+    with workspace():
+        assert [path.name for path in work.kept.iterdir()] == ["kept"]
+
+
+def test_others_may_not_write_there(work):
+    """Who can write to the cache can run code in whoever uses it."""
+    assert work.kept.stat().st_mode & 0o077 == 0
+
+
+RUN = """
+import sys
 from pathlib import Path
-from bnverify.upgrade.environments import build_all, parse
-sides = [parse("jax==2.0,flax==3.0"), parse("jax==1.0")]
-made = build_all(sides, Path(sys.argv[2]), cache_dir=Path(sys.argv[1]))
-print(json.dumps([[e.versions, str(e.python)] for e in made]))
+from bnverify.upgrade.environments import parse, resolve, workspace
+with workspace() as work:
+    for text in ("jax==2.0,flax==3.0", "jax==1.0"):
+        made = resolve(parse(text), work, Path(sys.argv[1]))
+        code = "import flax, jax, mymodel, einops; print(flax.version, jax.version)"
+        print(made.run(["-c", code], work).stdout, end="", flush=True)
 """
+TOLD = b"3.0 2.0\n3.0 1.0\n"
+
+
+def started(tmp_path, name) -> tuple[list[str], dict[str, str]]:
+    """Return the command that makes two environments, and its variables, with a mark in them."""
+    directory = project(tmp_path / "mine", "einops")
+    env = {**os.environ, "BNVERIFY_CACHE": str(tmp_path / "cache"), "MARK": f"{os.getpid()}-{name}"}
+    return [sys.executable, "-c", RUN, str(directory)], env
 
 
 def test_interrupted_it_cleans_up(index, tmp_path):
-    """Ctrl-C leaves no process and no half of an environment."""
+    """Ctrl-C leaves no process, and nothing in the workspace."""
     wheel(index, "flax", "3.0", code="import time; time.sleep(600)")
-    command = [sys.executable, "-c", BUILD, tmp_path / "cache", project(tmp_path / "mine")]
-    mark = f"{os.getpid()}-interrupted"
-    building = tmp_path / "cache" / "upgrade" / "building"
-    with subprocess.Popen(
-        command, env=os.environ | {"MARK": mark}, stderr=subprocess.PIPE
-    ) as asker:
-        until(lambda: list(building.glob("environments-*/venv")))
+    command, env = started(tmp_path, "interrupted")
+    work = tmp_path / "cache" / "upgrade" / "work"
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE) as asker:
+        until(lambda: list(work.glob("*/site-*")), seconds=30)
+        time.sleep(0.5)
         asker.send_signal(signal.SIGINT)
         assert b"KeyboardInterrupt" in asker.communicate()[1]
-    until(lambda: not alive(mark))
-    assert list(building.iterdir()) == []
+    until(lambda: not alive(env["MARK"]))
+    assert list(work.iterdir()) == []
 
 
 def test_killed_at_any_moment_the_next_run_gives_the_same(index, tmp_path):
     """SIGKILL ten times over: no process remains, nothing is half there, the answer is one."""
     wheel(index, "flax", "3.0", code="import time; time.sleep(0.2)")
-    directory = project(tmp_path / "mine", "einops")
-    command = [sys.executable, "-c", BUILD, tmp_path / "cache", directory]
-    mark = f"{os.getpid()}-killed"
-    started = time.monotonic()
-    expected = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    whole = time.monotonic() - started
+    command, env = started(tmp_path, "killed")
+    begun = time.monotonic()
+    assert subprocess.run(command, env=env, capture_output=True, check=True).stdout == TOLD
+    whole = time.monotonic() - begun
     for i in range(10):
         shutil.rmtree(tmp_path / "cache")
-        asker = subprocess.Popen(
-            command, env=os.environ | {"MARK": mark}, stdout=subprocess.DEVNULL
-        )
-        time.sleep(whole * (i + 1) / 11)
-        asker.kill()
-        asker.wait()
-        until(lambda: not alive(mark))
-        if i % 2:  # once killed, or twice
-            asker = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            time.sleep(whole * i / 11)
+        shutil.rmtree(tmp_path / "uv-cache")
+        for part in (i + 1, i)[: 1 + i % 2]:  # killed once, or twice
+            asker = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+            time.sleep(whole * part / 11)
             asker.kill()
             asker.wait()
-        again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert json.loads(again) == json.loads(expected)
-        assert list((tmp_path / "cache" / "upgrade" / "building").iterdir()) == []
+            until(lambda: not alive(env["MARK"]))
+        assert subprocess.run(command, env=env, capture_output=True, check=True).stdout == TOLD
+        assert list((tmp_path / "cache" / "upgrade" / "work").iterdir()) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -18,8 +17,8 @@ import pytest
 
 from bnverify.cli import main
 from bnverify.unusable import Unusable
-from bnverify.upgrade import environments, recorded, sources
 from bnverify.upgrade import gate as gates
+from bnverify.upgrade.environments import Environment
 from bnverify.upgrade.policy import Policy
 
 OLD, NEW = "old", "new"
@@ -42,22 +41,19 @@ def target(tmp_path):
 
 @pytest.fixture
 def sides(tmp_path, cache, monkeypatch):
-    """Two environments around the running interpreter, which differ in what ``side`` says."""
+    """Two environments around the running interpreter, which differ in what `side` says."""
 
-    def build_all(requirements, project=None, cache_dir=None):
-        del requirements, project
-        return [
-            dataclasses.replace(
-                environments.build(
-                    environments.parse("installed"), None, [tmp_path / name], cache_dir
-                ),
-                requirement=name,
-                key=f"{name} {(tmp_path / name / 'side.py').read_text()}",
-            )
-            for name in (OLD, NEW)
-        ]
+    def resolve(requirement, work, project=None):
+        del work, project
+        home = tmp_path / requirement.text
+        return Environment(
+            requirement=requirement.text,
+            python=Path(sys.executable),
+            paths=(home,),
+            key=(home / "side.py").read_text(),
+        )
 
-    monkeypatch.setattr(environments, "build_all", build_all)
+    monkeypatch.setattr(gates, "resolve", resolve)
     altered_step.alter(tmp_path / OLD)
     altered_step.alter(tmp_path / NEW)
 
@@ -68,7 +64,7 @@ def sides(tmp_path, cache, monkeypatch):
 
 
 def gate(target):
-    return gates.gate(target, "installed", "installed", Policy())
+    return gates.gate(target, OLD, NEW, Policy())
 
 
 def test_the_gate_tells_a_changed_step_and_then_answers_from_its_cache(
@@ -83,18 +79,18 @@ def test_the_gate_tells_a_changed_step_and_then_answers_from_its_cache(
         "batch_stats/var",
     }
     left = sorted(p.name for p in (cache / "upgrade").iterdir())
-    assert left == ["bnverify", "building", "locks", "recordings"]
-    assert not list((cache / "upgrade" / "building").iterdir())
+    assert left == ["lock", "recordings", "work"]
+    assert not list((cache / "upgrade" / "work").iterdir())
 
     def no_run(*args, **kwargs):
         raise AssertionError("an environment was run again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(environments, "run", no_run)
+        patch.setattr(Environment, "run", no_run)
         again = gate(target)
     assert again.comparison.differences == first.comparison.differences
 
-    (old_file, *_) = (cache / "upgrade" / "recordings").glob("*/recording.bnv")
+    (old_file, *_) = (cache / "upgrade" / "recordings").iterdir()
     old_file.write_bytes(old_file.read_bytes()[:-10])  # damaged where it lies: made again
     mended = gate(target)
     assert mended.comparison.differences == first.comparison.differences
@@ -102,12 +98,29 @@ def test_the_gate_tells_a_changed_step_and_then_answers_from_its_cache(
 
 @pytest.mark.nightly
 def test_a_step_that_kills_its_process_is_an_api_change(target, sides):
-    """On the new side it is the upgrade's doing; on the old side the target is unusable."""
+    """On the new side it is the upgrade's doing, with the releases that it happened on."""
     sides(dies=True)
     judgement = gate(target)
     (difference,) = judgement.verdict.failing
     assert difference.kind == "api"
     assert "died of signal 9" in difference.text
+    sides = [judgement.comparison.old, judgement.comparison.new]
+    assert sides[0]["versions"] == sides[1]["versions"]
+
+
+def test_releases_that_do_not_import_are_refused(target, sides, tmp_path):
+    """They resolve, they install, and they do not work: that is said, with what may help."""
+    altered_step.alter(tmp_path / OLD)
+    (tmp_path / OLD / "optax.py").write_text("import numpy.absent_module")
+    with pytest.raises(Unusable, match=r"(?s)old.* do not import.*absent_module.*same months"):
+        gate(target)
+
+
+def test_a_recording_that_takes_too_long_is_given_up(target, sides, tmp_path):
+    """A hanging import is no hanging gate."""
+    (tmp_path / OLD / "optax.py").write_text("import time; time.sleep(600)")
+    with pytest.raises(Unusable, match="with old takes longer than 3 s"):
+        gates.gate(target, OLD, NEW, Policy(), time_limit=3.0)
 
 
 def test_what_cannot_be_had_is_told_in_one_line(cache, target, capsys):
@@ -123,35 +136,9 @@ def test_a_target_that_does_not_run_in_the_old_environment_is_refused(sides, cac
     """Nothing can be compared with it."""
     with pytest.raises(Unusable, match="no file"):
         gate(f"{tmp_path / 'nowhere.py'}:make")
-
-
-def test_an_edit_of_the_target_or_its_neighbours_is_seen(tmp_path):
-    """The cache must not answer for another step."""
-    target = altered_step.write(tmp_path)
-    seen = {sources.locate(target).digest}
-    (tmp_path / "beside.py").write_text("x = 1\n")
-    seen.add(sources.locate(target).digest)
-    package = tmp_path / "package"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "inside.py").write_text("y = 1\n")
-    seen.add(sources.locate(target).digest)
-    (package / "inside.py").write_text("y = 2\n")
-    seen.add(sources.locate(target).digest)
-    assert len(seen) == 4
-
-
-def test_the_project_is_the_nearest_that_builds(tmp_path, monkeypatch):
-    """Above the target's file; for a module, above the current directory."""
-    (tmp_path / "pyproject.toml").write_text("[project]\n")
-    inner = tmp_path / "steps"
-    inner.mkdir()
-    target = altered_step.write(inner)
-    assert sources.locate(target).project == tmp_path
-    monkeypatch.chdir(inner)
-    assert sources.locate("my_package.steps:make").project == tmp_path
-    assert sources.locate("bnverify.reference:sgd").project is None
-    assert sources.locate(target, inner).project == inner
+    (tmp_path / "empty.py").touch()
+    with pytest.raises(Unusable, match=r"with old: .*empty\.py has no 'make'"):
+        gate(f"{tmp_path / 'empty.py'}:make")
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +251,4 @@ def test_killed_at_any_moment_it_leaves_nothing_and_can_be_run_again(tmp_path, c
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "nothing changed, to the last bit" in done.stdout
-    assert not list((cache / "upgrade" / "building").iterdir())
-    for file in (cache / "upgrade" / "recordings").glob("*/recording.bnv"):
-        recorded.read(file)
+    assert not list((cache / "upgrade" / "work").iterdir())

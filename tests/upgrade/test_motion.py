@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bnverify.upgrade.motion import explanation
-from bnverify.upgrade.recorded import Recorded
+from bnverify.upgrade.recording import Recording
+from bnverify.upgrade.values import explanation
 
 EPS = 2.0**-24
 SHAPES = [[2, 1], [5, 3], [32, 8]]
@@ -18,7 +18,7 @@ def recording(old=None, *, rounding=0, **how):
     """Three steps of three leaves, with rounding errors within the noise; of ``old``, a replay."""
     batches, errors = np.random.default_rng(0), np.random.default_rng(rounding)
     trees = [{"state": {"leaves": STATE, "containers": ""}} for _ in SHAPES]
-    made = Recorded({"shapes": SHAPES, "steps": 3, "trees": trees}, {}, "made here")
+    made = Recording({"shapes": SHAPES, "steps": 3, "trees": trees}, {}, "made here")
     for index, (rows, _) in enumerate(SHAPES):
         first = {MEAN: np.zeros((6, 4)), VAR: np.ones((6, 4)), WEIGHT: np.full((6, 4), 0.5)}
         made.arrays.update({f"shape{index}/init/{path}": leaf for path, leaf in first.items()})

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bnverify.unusable import Unusable
 from bnverify.upgrade.difference import KINDS, Difference
-from bnverify.upgrade.policy import Acceptance, Policy, Verdict, apply
+from bnverify.upgrade.policy import FAILING, Acceptance, Bounds, Policy, Verdict, apply, find, load
 
 TODAY = dt.date(2026, 6, 15)
 TOMORROW = TODAY + dt.timedelta(days=1)
@@ -123,7 +124,7 @@ def test_an_entry_holds_through_its_last_day():
 )
 def test_a_cost_fails_only_beyond_its_bound(ratio, ok):
     """Costs without a bound inform; with one they fail above it."""
-    policy = Policy(bounds={"run_time": 1.5})
+    policy = Policy(bounds=Bounds(run_time=1.5))
     verdict = apply(policy, [], TODAY, {"run_time": ratio, "compile_time": 9.0})
     assert verdict.ok == ok
     assert len(verdict.exceeded) == (not ok)
@@ -140,3 +141,151 @@ def test_a_difference_has_a_public_json_form():
         "explanation": "",
         "witness": None,
     }
+
+
+# Reading it from a file
+
+WHOLE = """
+fail = ["meaning", "rounding"]
+
+[[accept]]
+class = "meaning"
+leaf = "batch_stats/*/var"
+subject = "my_model"
+reason = "retrained"
+expires = 2027-01-31
+
+[[accept]]
+class = "initialisation"
+reason = "another stream"
+expires = "2027-02-28"
+
+[bounds]
+run_time = 1.5
+program_size = 2
+"""
+ENTRY = '[[accept]]\nclass = "api"\nreason = "r"\nexpires = 2027-01-31\n'
+
+
+def test_a_whole_policy_is_read(tmp_path):
+    """Every key of the documentation means what it says."""
+    path = tmp_path / "bnverify.toml"
+    path.write_text(WHOLE)
+    assert load(path) == Policy(
+        fail=frozenset({"meaning", "rounding"}),
+        accept=(
+            Acceptance(
+                kind="meaning",
+                leaf="batch_stats/*/var",
+                subject="my_model",
+                reason="retrained",
+                expires=dt.date(2027, 1, 31),
+            ),
+            Acceptance(
+                kind="initialisation", reason="another stream", expires=dt.date(2027, 2, 28)
+            ),
+        ),
+        bounds=Bounds(run_time=1.5, program_size=2.0),
+    )
+
+
+def test_an_empty_policy_is_the_default(tmp_path):
+    """What is not said is as if there were no file."""
+    path = tmp_path / "bnverify.toml"
+    path.touch()
+    assert load(path) == Policy(fail=frozenset(FAILING))
+
+
+def test_a_pyproject_holds_the_same_policy_under_its_table(tmp_path):
+    """[tool.bnverify] is the file bnverify.toml."""
+    own = tmp_path / "bnverify.toml"
+    own.write_text(ENTRY)
+    expected = load(own)
+    own.unlink()
+    shared = tmp_path / "pyproject.toml"
+    shared.write_text(
+        ENTRY.replace("[[accept]]", '[project]\nname = "x"\n[[tool.bnverify.accept]]')
+    )
+    assert find(tmp_path).accept == expected.accept
+
+
+@pytest.mark.parametrize("text", ["", "[tool]", "tool = 1", "[tool.other]\na = 1"])
+def test_without_a_policy_the_default_holds(tmp_path, text):
+    """No file, or a pyproject.toml that does not mention bnverify, is no error."""
+    assert find(tmp_path) == Policy()
+    (tmp_path / "pyproject.toml").write_text(text)
+    assert find(tmp_path) == Policy()
+
+
+def test_two_policies_are_refused(tmp_path):
+    """One of them would be ignored in silence."""
+    (tmp_path / "bnverify.toml").touch()
+    (tmp_path / "pyproject.toml").write_text("[tool.bnverify]")
+    with pytest.raises(Unusable, match="are two policies; keep one"):
+        find(tmp_path)
+    (tmp_path / "pyproject.toml").write_text("[tool.other]")
+    (tmp_path / "bnverify.toml").write_text('fail = ["api"]')
+    assert find(tmp_path).fail == {"api"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fail = [", "cannot read the policy"),
+        ("a = " + "[" * 10_000, "cannot read the policy"),
+        (
+            'fails = ["api"]',
+            "unknown key fails; allowed are fail, accept, bounds, failure; did you mean 'fail'",
+        ),
+        ("zzz = 1", "unknown key zzz; allowed are fail, accept, bounds, failure$"),
+        ('fail = "api"', "fail = 'api' is not allowed: Expected a list, got text"),
+        ('fail = ["apis"]', r"fail\[0\] = 'apis' is not allowed.* not one of api, structure"),
+        ("fail = [[]]", r"fail\[0\] = '\[\]' is not allowed"),
+        ("accept = 1", "accept = '1' is not allowed: Expected a list"),
+        ("accept = [1]", r"accept\[0\] = '1' is not allowed: Expected a table"),
+        (
+            ENTRY.replace("reason", "reasons"),
+            r"unknown key accept\[0\]\.reasons.*did you mean 'reason'",
+        ),
+        (ENTRY.replace('class = "api"', ""), r"accept\[0\]\.class is missing"),
+        (ENTRY.replace('reason = "r"', ""), r"accept\[0\]\.reason is missing"),
+        (ENTRY.replace('"r"', '"  "'), r"accept\[0\]\.reason = '  ' is not allowed: .*empty"),
+        (ENTRY.replace("expires = 2027-01-31", ""), r"accept\[0\]\.expires is missing"),
+        (ENTRY.replace("2027-01-31", '"soon"'), r"expires = 'soon' is not allowed: .*2027-01-31"),
+        (ENTRY.replace("2027-01-31", "2027-01-31T00:00:00"), r"expires = .*: Expected a date"),
+        (ENTRY.replace("2027-01-31", "20270131"), r"expires = '20270131' is not allowed"),
+        (ENTRY + "leaf = 3", r"accept\[0\]\.leaf = '3' is not allowed: Expected text"),
+        (ENTRY + 'subject = ""', r"accept\[0\]\.subject = '' is not allowed: .*empty"),
+        ("bounds = 1", "bounds = '1' is not allowed: Expected a table"),
+        ("[bounds]\nruntime = 1.0", r"unknown key bounds\.runtime.*did you mean 'run_time'"),
+        ("[bounds]\nrun_time = 0", r"bounds\.run_time = '0' is not allowed: Expected a number >"),
+        ("[bounds]\nrun_time = true", "Expected a number"),
+        ("[bounds]\nrun_time = inf", "Expected a number"),
+        ("[bounds]\nrun_time = nan", "Expected a number"),
+        ('[bounds]\nrun_time = "2"', "Expected a number"),
+    ],
+)
+def test_a_doubtful_policy_is_refused(tmp_path, text, message):
+    """The one message names the file, the key, the value and what is allowed."""
+    path = tmp_path / "bnverify.toml"
+    path.write_text(text)
+    with pytest.raises(Unusable, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_table_that_is_none_is_refused(tmp_path):
+    """In a pyproject.toml the whole policy may be of the wrong type."""
+    path = tmp_path / "pyproject.toml"
+    path.write_text("[tool]\nbnverify = 1")
+    with pytest.raises(Unusable, match=r"tool\.bnverify = '1' is not allowed: Expected a table"):
+        find(tmp_path)
+
+
+def test_a_missing_or_unreadable_file_is_one_message(tmp_path):
+    """No traceback for a wrong path or a wrong encoding."""
+    with pytest.raises(Unusable, match=r"cannot read the policy .*absent"):
+        load(tmp_path / "absent")
+    (tmp_path / "latin.toml").write_bytes(b"# \xe9\n")
+    with pytest.raises(Unusable, match=r"cannot read the policy .*utf-8"):
+        load(tmp_path / "latin.toml")

@@ -1,12 +1,14 @@
-"""Which files are a project's sources, and that a hash and a copy hold just these."""
+"""What a target is made of: its project, which files are sources, and their hash."""
 
 from __future__ import annotations
 
 import subprocess
 
+import altered_step
 import pytest
 
-from bnverify.upgrade import trees
+from bnverify.upgrade import sources
+from bnverify.upgrade.sources import locate
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ SOURCES = ["pyproject.toml", "src/alias", "src/model/__init__.py", "src/model/da
 
 def test_without_git_hidden_and_built_files_are_left_out(project):
     """Nor are environments or byte code sources."""
-    assert [str(name) for name in trees.files(project)] == SOURCES
+    assert [str(name) for name in sources.files(project)] == SOURCES
 
 
 def test_under_git_it_decides(project):
@@ -40,7 +42,7 @@ def test_under_git_it_decides(project):
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "gone.py", "pyproject.toml"], check=True)
     (project / "gone.py").unlink()
-    names = [str(name) for name in trees.files(project)]
+    names = [str(name) for name in sources.files(project)]
     assert names == [".gitignore", "build/z.py", *SOURCES]
 
 
@@ -49,39 +51,59 @@ def test_a_directory_that_git_ignores_is_walked(project):
     git = ["git", "-C", str(project)]
     subprocess.run([*git, "init", "-q"], check=True)
     (project / ".gitignore").write_text(".venv\n")
-    assert [str(name) for name in trees.files(project / ".venv" / "lib")] == ["x.py"]
+    assert [str(name) for name in sources.files(project / ".venv" / "lib")] == ["x.py"]
 
 
 def test_data_are_not_taken_for_sources(project, monkeypatch):
     """A directory of checkpoints is refused before it is copied."""
-    monkeypatch.setattr(trees, "_LIMIT", 10)
-    with pytest.raises(trees.TreeError, match=r"more than sources do;.*\.gitignore"):
-        trees.files(project)
+    monkeypatch.setattr(sources, "_LIMIT", 10)
+    with pytest.raises(sources.TreeError, match=r"more than sources do;.*\.gitignore"):
+        sources.files(project)
 
 
 def test_the_hash_follows_names_and_contents(project):
     """Any change of either changes it; the place does not."""
-    names = trees.files(project)
-    before = trees.digest(project, names)
+    names = sources.files(project)
+    before = sources.digest(project, names)
     moved = project.rename(project.with_name("moved"))
-    assert trees.digest(moved, names) == before
+    assert sources.digest(moved, names) == before
     (moved / "src" / "model" / "data.json").write_text("other")
-    assert trees.digest(moved, names) != before
-    assert trees.digest(moved, names[:-1]) != trees.digest(moved, names)
+    assert sources.digest(moved, names) != before
+    assert sources.digest(moved, names[:-1]) != sources.digest(moved, names)
 
 
 def test_a_copy_holds_the_sources(project, tmp_path):
     """Links stay links, and nothing else comes along."""
-    names = trees.files(project)
-    trees.copy(project, names, tmp_path / "copy", trees.digest(project, names))
-    assert trees.files(tmp_path / "copy") == names
+    names = sources.files(project)
+    sources.copy(project, names, tmp_path / "copy")
+    assert sources.files(tmp_path / "copy") == names
     assert (tmp_path / "copy" / "src" / "alias").is_symlink()
 
 
-def test_sources_that_change_meanwhile_are_not_kept(project, tmp_path):
-    """A copy must be what its hash says."""
-    names = trees.files(project)
-    expected = trees.digest(project, names)
-    (project / "pyproject.toml").write_text("other")
-    with pytest.raises(trees.TreeError, match="changed while it was copied"):
-        trees.copy(project, names, tmp_path / "copy", expected)
+def test_an_edit_of_the_target_or_its_neighbours_is_seen(tmp_path):
+    """The cache must not answer for another step."""
+    target = altered_step.write(tmp_path)
+    seen = {locate(target).digest}
+    (tmp_path / "beside.py").write_text("x = 1\n")
+    seen.add(locate(target).digest)
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "inside.py").write_text("y = 1\n")
+    seen.add(locate(target).digest)
+    (package / "inside.py").write_text("y = 2\n")
+    seen.add(locate(target).digest)
+    assert len(seen) == 4
+
+
+def test_the_project_is_the_nearest_that_builds(tmp_path, monkeypatch):
+    """Above the target's file; for a module, above the current directory."""
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    inner = tmp_path / "steps"
+    inner.mkdir()
+    target = altered_step.write(inner)
+    assert locate(target).project == tmp_path
+    monkeypatch.chdir(inner)
+    assert locate("my_package.steps:make").project == tmp_path
+    assert locate("bnverify.reference:sgd").project is None
+    assert locate(target, inner).project == inner

@@ -1,0 +1,497 @@
+"""Recording a training step: its cases, its states, everything that comes out, how far it rounds.
+
+    recording = record("steps.py:make")           # in the old environment
+    replay = record("steps.py:make", old=recording)  # in the new one
+
+Cases are drawn by NumPy from a seed, the same everywhere. A recording starts each case from the
+state that `init` makes and goes on for a few steps. A replay takes the cases *and the state before
+every step* from the recording: so a changed random stream is told apart from a changed step, and an
+error made in one step is not carried into the next. It also records what its own `init` makes of the
+same seeds.
+
+For initial values as a distribution, whatever the random stream, each of `SEEDS` seeds gives three
+averages over each leaf: of h, of h^2 and of h^4. They tell initialisers apart by their mean, their
+spread and their tails. Recorded are the averages' mean and variance over the seeds; `initials`
+compares two recordings of them as two samples.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from functools import partial
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bnverify import target as targets
+from bnverify.case import Case, Domain
+from bnverify.compile_cache import machine
+from bnverify.lazy import jax
+from bnverify.lifetime.checkpoint import subject_of
+from bnverify.neighbours import importable
+from bnverify.pytree import path_name, stack, take
+from bnverify.stacks import stacked_cases
+from bnverify.unusable import Unusable, first_line
+from bnverify.upgrade.recorded_laws import verdicts
+from bnverify.upgrade.recording import CONTENT, Manifest, Recording, Tree, without_values
+from bnverify.upgrade.rounding_noise import Noise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from bnverify.subject import State, Subject
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+ROWS = (2, 5, 32)
+DIVISIBLE_ROWS = (24, 48, 96)  # for a step that splits its batch
+FEATURES = (1, 3, 8)
+STEPS = 3
+CASES = 12
+SEEDS = 512  # for initial values as a distribution
+POWERS = (1, 2, 4)
+BUDGET = 24 * 2**20  # bytes of values in a recording; a large model has fewer cases
+TIMED_CALLS = 40
+FLAGS = (
+    "jax_enable_x64",
+    "jax_threefry_partitionable",
+    "jax_default_prng_impl",
+    "jax_default_matmul_precision",
+    "jax_numpy_dtype_promotion",
+)
+_STREAM = "jax_threefry_partitionable"
+_INFO = ("loss", "grads")
+
+
+def record(
+    target: str,
+    *,
+    seed: int = 0,
+    old: Recording | None = None,
+    costs: bool = False,
+    laws: bool = True,
+) -> Recording:
+    """Return a recording of a target, or the replay of one.
+
+    Args:
+        target: as on the command line; see `bnverify.target.load`.
+        seed: from which the cases are drawn; a replay takes the old one's.
+        old: the recording to replay. What fails in a replay is part of it.
+        costs: whether to measure times, which differ from run to run.
+        laws: whether to judge the laws.
+
+    Raises:
+        Unusable: the target cannot be loaded or does not run.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
+    name = target
+    made = _Recorder(seed if old is None else old.manifest["seed"], old)
+    with importable(targets.directory(target)):
+        try:
+            made.subject = subject_of(targets.load(target))
+        except Unusable as error:
+            if old is None:
+                raise
+            name, made.errors["target"] = old.manifest["subject"], str(error)
+        else:
+            name = made.subject.name
+            made.run(costs=costs, laws=laws)
+    if made.errors and old is None:
+        function, message = next(iter(made.errors.items()))
+        raise Unusable(f"{target}: {function} raises {message}")
+    manifest: Manifest = {
+        "content": CONTENT,
+        "bnverify": versions("bnverify")["bnverify"],
+        "target": target,
+        "subject": name,
+        "seed": made.seed,
+        "cases": made.cases,
+        "steps": made.steps,
+        "shapes": made.shapes,
+        "trees": made.trees,
+        "dtypes": {},
+        "versions": versions(*PACKAGES),
+        "python": platform.python_version(),
+        "machine": machine(),
+        "flags": flags(),
+        "errors": made.errors,
+        "laws": made.laws,
+        "influence": made.influence,
+        "costs": made.costs,
+        "notes": made.notes,
+        "replays": old.digest if old else "",
+    }
+    return (
+        Recording(without_values(manifest), {}) if made.errors else Recording(manifest, made.arrays)
+    )
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return package -> its installed version, or "unknown"."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def flags() -> dict[str, bool | int | str | None]:
+    """Return the settings of jax that decide what a step computes."""
+    found = {name: getattr(jax.config, name, None) for name in FLAGS}
+    return {name: v if isinstance(v, (bool, int, str)) else None for name, v in found.items()}
+
+
+class _Failed(Exception):
+    """One of the subject's functions raised; the recording says which and what."""
+
+    def __init__(self, function: str, error: BaseException) -> None:
+        super().__init__(function)
+        self.function = function
+        self.message = first_line(error) + targets.user_line(error)
+
+
+class _Recorder:
+    """A recording in the making.
+
+    Args:
+        seed: from which the cases are drawn.
+        old: the recording to replay.
+    """
+
+    subject: Subject | None = None
+
+    def __init__(self, seed: int, old: Recording | None) -> None:
+        self.seed, self._old = seed, old
+        self.cases, self.steps = CASES, STEPS
+        self.arrays: dict[str, Any] = {}
+        self.trees: list[dict[str, Tree]] = []
+        self.shapes: list[tuple[int, int]] = []
+        self.errors: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.laws: Any = {}
+        self.influence: Any = {}
+        self.costs: dict[str, float] = {}
+        self._functions: dict[str, _Compiled] = {}
+        self._noise: dict[str, Noise] = {}
+
+    def run(self, *, costs: bool, laws: bool) -> None:
+        """Record everything; what the subject raises is kept in `errors`."""
+        assert self.subject is not None
+        for name in ("init", "step", "evaluate"):
+            function = getattr(self.subject, name)
+            self._functions[name], self._noise[name] = _Compiled(function), Noise(function)
+        try:
+            for index, case in enumerate(self._cases()):
+                self._record(index, case)
+        except _Failed as failure:
+            self.errors[failure.function] = failure.message
+        else:
+            self._record_subject(costs=costs, laws=laws)
+
+    def _cases(self) -> list[Case]:
+        """Return the stacked cases of each shape; of a replay, the old ones."""
+        if self._old is not None:
+            self.cases, self.steps = self._old.manifest["cases"], self._old.manifest["steps"]
+            recorded = (
+                self._old.under(f"shape{i}/case") for i in range(len(self._old.manifest["shapes"]))
+            )
+            return [Case(c["seed"], c["x"], c["y"], c["lr"]) for c in recorded]
+        shapes = self._choose_shapes()
+        rng = np.random.default_rng(self.seed)
+        return [stacked_cases(rng, shape, self.cases, Domain()) for shape in shapes]
+
+    def _choose_shapes(self) -> list[tuple[int, int]]:
+        """Return the shapes to record, and settle how many cases fit in the budget."""
+        assert self.subject is not None
+        own = self.subject.features
+        widths = tuple(own[min(i, len(own) - 1)] for i in range(3)) if own else FEATURES
+        shapes = list(zip(ROWS, widths, strict=False))  # a test may record fewer
+        try:
+            self._try(shapes[0])
+        except _Failed as failure:
+            divisible = list(zip(DIVISIBLE_ROWS, widths, strict=True))
+            try:
+                self._try(divisible[0])
+            except _Failed:
+                raise failure from None
+            rows = shapes[0][0]
+            self.notes.append(f"batches of {DIVISIBLE_ROWS} rows; with {rows}, {failure.message}")
+            shapes = divisible
+        state = self._try(shapes[-1])
+        a_step = 5 * sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(state))
+        fits = BUDGET // max(1, a_step * len(shapes))
+        if fits < CASES * STEPS:
+            self.steps = max(1, min(STEPS, fits // 2))
+            self.cases = max(1, fits // self.steps)
+            self.notes.append(f"a large state: {self.cases} cases of {self.steps} steps a shape")
+        return shapes
+
+    def _try(self, shape: tuple[int, int]) -> State:
+        x, y = np.zeros(shape, np.float32), np.zeros(shape[:1], np.float32)
+        state: State = self._call("init", np.int32(0), x)
+        self._call("step", state, x, y, np.float32(0.5))
+        return state
+
+    def _call(self, name: str, *args: Any) -> Any:
+        try:
+            return self._functions[name](*args)
+        except Exception as error:  # whatever a user's code raises
+            raise _Failed(name, error) from error
+
+    def _each(self, name: str, *stacked: Any) -> Any:
+        """Return the results of a function for each case, stacked."""
+        cases = range(self.cases)
+        return stack([self._call(name, *(take(part, i) for part in stacked)) for i in cases])
+
+    def _keep(self, home: str, values: Mapping[str, Any]) -> None:
+        self.arrays.update({f"{home}/{name}": value for name, value in values.items()})
+
+    def _record(self, index: int, case: Case) -> None:
+        """Record all the cases of one shape."""
+        home = f"shape{index}"
+        self._keep(f"{home}/case", {"seed": case.seed, "x": case.x, "y": case.y, "lr": case.lr})
+        before = self._each("init", case.seed, case.x)
+        self._keep(f"{home}/init", named(before))
+        one = take(before, 0)
+        trees = {"state": _described(one, "")}
+        for step in range(self.steps):
+            if self._old is not None:
+                try:
+                    before, alike = fill(before, self._old.before(index, step))
+                except UnlikeError as error:
+                    self.notes.append(f"not replayed: {error}")
+                    break
+                if not alike and index == step == 0:
+                    self.notes.append("paths of the state changed; leaves were matched in order")
+            after = self._record_step(index, step, before, case, trees)
+            if _described(take(after, 0), "") != trees["state"]:
+                self.steps = min(self.steps, step + 1)  # the laws of structure say so
+                break
+            before = after
+        self.trees.append(trees)
+        self.shapes.append((case.shape[0], case.shape[1]))
+
+    def _record_step(
+        self, index: int, step: int, before: Any, case: Case, trees: dict[str, Tree]
+    ) -> Any:
+        """Record one step from the states `before`, and evaluation after it; return the states."""
+        home = f"shape{index}/step{step}"
+        after, info = self._each("step", before, case.x, case.y, case.lr)
+        # Evaluation starts from the recorded states too: only its own changes show in it.
+        given = after if self._old is None else self._recorded_after(index, step, after)
+        eval_loss = self._each("evaluate", given, case.x, case.y)
+        read = self._noise["step"](before, case.x, case.y, case.lr)
+        after_noise, info_noise = read or (None, None)
+        parts = [("", after, after_noise)]
+        parts += [
+            (name, getattr(info, name), info_noise and getattr(info_noise, name)) for name in _INFO
+        ]
+        parts.append(("eval_loss", eval_loss, self._noise["evaluate"](given, case.x, case.y)))
+        for name, values, noise in parts:
+            if values is not None:
+                self._keep(f"{home}/value", named(values, name))
+                self._keep(f"{home}/noise", named(noise, name) if noise is not None else {})
+                trees.setdefault(name or "after", _described(take(values, 0), name))
+        return after
+
+    def _recorded_after(self, index: int, step: int, after: Any) -> Any:
+        assert self._old is not None
+        values = self._old.under(f"shape{index}/step{step}/value")
+        try:
+            return fill(after, {path: values[path] for path in self._old.leaves(index, "after")})[0]
+        except (UnlikeError, KeyError):
+            return after  # reported as a structure that changed
+
+    def _record_subject(self, *, costs: bool, laws: bool) -> None:
+        """Record what describes the subject as a whole: draws, the old stream, laws, costs."""
+        assert self.subject is not None
+        rows, features = self.shapes[min(1, len(self.shapes) - 1)]
+        x = np.zeros((rows, features), np.float32)
+        if self.cases == CASES:  # not for a large state
+            self._keep("draws", _draws(self._functions["init"], x))
+        self._record_same_stream()
+        for name, function in self._functions.items():
+            if function.eager:
+                self.notes.append(f"{name} run without jit: {function.eager}")
+        for name, noise in self._noise.items():
+            if noise.unread:
+                self.notes.append(f"rounding of {name} not read: {noise.unread}")
+        zeros = np.zeros((rows,), np.float32)
+        given = (self._functions["init"](np.int32(0), x), x, zeros, np.float32(0.5))
+        self.costs = _costs(self.subject.step, given, times=costs)
+        if laws:
+            try:
+                self.laws, self.influence = verdicts(self.subject, (rows, features), self.seed)
+            except Exception as error:  # noqa: BLE001 - a comparison of values does without
+                self.notes.append(f"laws not judged: {first_line(error)}")
+
+    def _record_same_stream(self) -> None:
+        """Record what `init` makes with the old recording's way of drawing random bits."""
+        if self._old is None or self.subject is None:
+            return
+        now, then = flags()[_STREAM], self._old.manifest["flags"].get(_STREAM)
+        if now == then or not isinstance(then, bool):
+            return
+        jax.config.update(_STREAM, then)
+        usual = self._functions["init"]
+        try:
+            self._functions["init"] = _Compiled(self.subject.init)
+            for index in range(len(self.shapes)):
+                case = self._old.under(f"shape{index}/case")
+                states = self._each("init", case["seed"], case["x"])
+                self._keep(f"shape{index}/same_stream", named(states))
+        finally:
+            jax.config.update(_STREAM, now)
+            self._functions["init"] = usual
+
+
+def _draws(init: Callable[..., Any], x: Any) -> dict[str, Any]:
+    """Return leaf -> (2, 3) float64: mean and variance over the seeds of the three averages.
+
+    Args:
+        init: (seed, x) -> State.
+        x: (N, D); only its shape matters.
+    """
+    found: dict[str, list[list[float]]] = {}
+    for seed in range(SEEDS):
+        for path, leaf in named(init(np.int32(seed), x)).items():
+            if leaf.dtype.kind in "fV" and leaf.size:  # V: bfloat16 and its kin
+                wide = np.asarray(leaf, np.float64)
+                found.setdefault(path, []).append([float(np.mean(wide**p)) for p in POWERS])
+    return {
+        path: np.stack([np.mean(rows, axis=0), np.var(rows, axis=0, ddof=1)])
+        for path, rows in found.items()
+    }
+
+
+# Running the subject case by case, as a user would, and what that costs
+
+
+class _Compiled:
+    """A function compiled as a user compiles it; called as it is where it does not trace.
+
+    Attributes:
+        eager: why it is not compiled; empty where it is.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._jitted = jax.jit(partial(function))  # another function to jax: a cache of its own
+        self.eager = ""
+
+    def __call__(self, *args: Any) -> Any:
+        """Return the function's result as a tree of NumPy arrays."""
+        if self.eager:
+            return _on_host(self._function(*args))
+        try:
+            return _on_host(self._jitted(*args))
+        except Exception as error:  # noqa: BLE001 - whatever a user's code raises under jit
+            # If it fails without jit too, that error is the one to report.
+            result = self._function(*args)
+            self.eager = first_line(error)
+            return _on_host(result)
+
+
+def _on_host(tree: Any) -> Any:
+    return jax.tree_util.tree_map(np.asarray, tree)
+
+
+def _costs(function: Callable[..., Any], args: tuple[Any, ...], *, times: bool) -> dict[str, float]:
+    """Return the instructions of the compiled function and, if asked, the seconds it takes.
+
+    `compile_time` is the time to compile, `run_time` that of the fastest call. Empty where the
+    function does not compile.
+    """
+    started = time.perf_counter()
+    try:
+        program = jax.jit(partial(function)).lower(*args).compile()
+        compiled = time.perf_counter() - started
+        instructions = sum(" = " in line for line in program.as_text().splitlines())
+        found = {"program_size": float(instructions)}
+        if not times:
+            return found
+        jax.block_until_ready(program(*args))
+    except Exception:  # noqa: BLE001 - informational; what does not run is reported elsewhere
+        return {}
+    taken = []
+    for _ in range(TIMED_CALLS):
+        started = time.perf_counter()
+        jax.block_until_ready(program(*args))
+        taken.append(time.perf_counter() - started)
+    return {**found, "compile_time": compiled, "run_time": min(taken)}
+
+
+# Pytrees as named leaves, so that a tree recorded in one environment is made again in another
+
+
+class UnlikeError(ValueError):
+    """A recorded tree and the one to fill have other leaves; the message names the first."""
+
+
+def named(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return path -> leaf, in the order of flattening: `params/Dense_0/kernel`.
+
+    Raises:
+        UnlikeError: two leaves have the same path, as those of keys 1 and "1" do.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    heads = [prefix] if prefix else []
+    found = {"/".join([*heads, *filter(None, [path_name(path)])]): leaf for path, leaf in flat}
+    if len(found) != len(flat):
+        raise UnlikeError(f"two leaves of {prefix or 'a tree'} have the same path")
+    return found
+
+
+def containers(tree: Any) -> str:
+    """Return how the tree is nested, in the names of its containers: `dict(FrozenDict(*, *))`.
+
+    Not `str(treedef)`, which is written differently from one jax to the next.
+    """
+
+    def describe(treedef: Any) -> str:
+        node = treedef.node_data()
+        if node is None:
+            return "*" if treedef.num_leaves else "None"
+        inner = ", ".join(describe(child) for child in treedef.children())
+        return f"{node[0].__name__}({inner})"
+
+    return describe(jax.tree_util.tree_structure(tree))
+
+
+def _described(tree: Any, prefix: str) -> Tree:
+    """Return what a recording's manifest says of a tree."""
+    leaves = [
+        (path, str(np.dtype(leaf.dtype)), [int(size) for size in leaf.shape])
+        for path, leaf in named(tree, prefix).items()
+    ]
+    return {"containers": containers(tree), "leaves": leaves}
+
+
+def fill(tree: Any, values: Mapping[str, Any]) -> tuple[Any, bool]:
+    """Return `tree` with other values in its leaves, and whether their paths agreed.
+
+    Where paths do not agree but the leaves' shapes do, one by one in order, the order decides: a
+    release that renames a path is reported as such, and does not hide what else it changed.
+
+    Args:
+        tree: gives the structure and the dtypes.
+        values: path -> value, in the order of flattening.
+
+    Raises:
+        UnlikeError: the leaves are others.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten(tree)
+    paths = list(named(tree))
+    alike = set(paths) == set(values)
+    chosen = [values[path] for path in paths] if alike else list(values.values())
+    if len(chosen) != len(leaves):
+        raise UnlikeError(f"{len(values)} leaves were recorded, and there are {len(leaves)} now")
+    for path, leaf, value in zip(paths, leaves, chosen, strict=True):
+        if tuple(leaf.shape) != tuple(value.shape):
+            raise UnlikeError(f"{path} was recorded as {value.shape} and is {leaf.shape} now")
+    cast = [np.asarray(v).astype(leaf.dtype) for leaf, v in zip(leaves, chosen, strict=True)]
+    return jax.tree_util.tree_unflatten(treedef, cast), alike
