@@ -22,6 +22,7 @@ from hypothesis.database import (
 
 from bnverify import strategies
 from bnverify.case import Case
+from bnverify.evidence import Counterexample, Evidence
 from bnverify.testing import memory
 
 Machines = Callable[[str], ExampleDatabase]
@@ -142,6 +143,11 @@ def test_a_case_found_on_one_machine_is_tried_first_on_another(machines: Machine
     assert again[0].code() == found[-1].code()
 
 
+def failure(reason: str) -> Evidence:
+    law = "eval_loss_is_finite"
+    return Evidence.of(law, "violated", reason=reason, counterexample=Counterexample(law))
+
+
 def test_a_failed_law_is_known_on_the_other_machine(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,10 +159,10 @@ def test_a_failed_law_is_known_on_the_other_machine(
 
     test = "test_step.py::test_mine[eval_loss_is_finite]"
     on("ci")
-    memory.Memory(test).keep("older", "script")
-    memory.Memory(test).keep("off by 7", "bnverify.replay(...)")
+    memory.Memory(test).keep(failure("older"))
+    memory.Memory(test).keep(failure("off by 7"))
     on("desk")
-    assert memory.Memory(test).recall() == ("off by 7", "bnverify.replay(...)")
+    assert memory.Memory(test).recall() == failure("off by 7")
     assert memory.Memory("test_step.py::test_other").recall() is None
 
 
@@ -165,7 +171,7 @@ def test_what_is_mended_is_forgotten(machines: Machines, monkeypatch: pytest.Mon
     named = settings(database=machines("ci"), derandomize=False)
     monkeypatch.setattr(memory, "settings", lambda: named)
     remembered = memory.Memory("test_step.py::test_mine")
-    remembered.keep("off by 7", "bnverify.replay(...)")
+    remembered.keep(failure("off by 7"))
     remembered.forget()
     assert remembered.recall() is None
     named.database.save(remembered._key, b"of another release")
