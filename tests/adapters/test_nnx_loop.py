@@ -132,7 +132,7 @@ def test_objects_are_passed_by_their_names() -> None:
         return {"loss": eval_step(model, (x, y)), "seen": metrics.total}
 
     _, after, info = one_step(nnx_loop(with_metric, step, judge))
-    assert after.extra["others"] == {"object2": {"total": info.loss}}
+    assert after.extra["others"] == {"metrics": {"total": info.loss}}
     assert "key" in after.extra
 
 
