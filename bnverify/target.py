@@ -203,10 +203,12 @@ def _refuse_module(value: Any, what: str) -> None:
 def _adapter(signature: inspect.Signature) -> str:
     """Return which adapter takes the step or loop that a function is part of, as far as names tell."""
     first = next(iter(signature.parameters), "")
+    if first in {"params", "variables"}:
+        return "; a step on loose trees: bnverify.loop(create, train_step, eval_step)"
     if first in {"state", "train_state"}:
         return "; a step on a TrainState: bnverify.train_state(create, train_step, eval_step)"
     if first == "model":
-        return "; an nnx loop: bnverify.adapters.nnx_loop.nnx_loop(make, train_step, eval_step)"
+        return "; an nnx loop: bnverify.nnx_loop(make, train_step, eval_step)"
     return ""
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
 
-from bnverify.adapters.declared import Declared
+from bnverify.adapters.declared import Declarations, declared_by
 from bnverify.adapters.explain import explaining
-from bnverify.adapters.look import RATE, completed, sizes_of
+from bnverify.adapters.look import completed
+from bnverify.adapters.programs import RATE, sizes_of
 from bnverify.adapters.traced import Flows
 from bnverify.subject import State, StepInfo, Subject, Tree
 
@@ -20,20 +21,6 @@ CLAIMS = frozenset({"lr", "row_losses", "eval_is_training_loss"})
 Optimizer = Callable[[Any], optax.GradientTransformation]
 Loss = Callable[[Any, Any], Any]
 Batch = Callable[[Any, Any], tuple[Any, Any]]
-
-
-class Declarations(TypedDict, total=False):
-    """What may be declared of a module; see ``bnverify.adapters.declared.Declared``."""
-
-    targets: bool | None
-    row_losses: bool | None
-    online: bool | None
-    carried: Collection[str]
-    frozen: Collection[str]
-    passes: int | None
-    weights: Callable[[Any, Any], Any] | None
-    pretrained: bool | None
-    exempt: Mapping[str, str] | None
 
 
 class Pass(NamedTuple):
@@ -116,10 +103,8 @@ def subject(
     declared: Declarations,
 ) -> Subject:
     """Return the canonical training step of ``model``, with all that its traces show."""
-    unknown = sorted(set(declared) - set(Declarations.__annotations__))
-    if unknown:
-        raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
-    said = Declared(**{**declared, "exempt": dict(declared.get("exempt") or {}), "penalty": False})  # type: ignore[arg-type]
+    said = declared_by(declared)
+    said = replace(said, penalty=False)  # the loss is the one that the step is given
     step = Step(model, optimizer, loss)
 
     def probed(other: Optimizer) -> Subject:

@@ -6,9 +6,9 @@ these declarations would rightly silence says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 TARGETS = (
     "targets_reach_the_params",
@@ -96,6 +96,35 @@ class Declared:
     same_loss: bool = False
     penalty: bool | None = None
     exempt: Mapping[str, str] = field(default_factory=dict)
+
+
+class Declarations(TypedDict, total=False):
+    """The fields of ``Declared`` as keywords."""
+
+    targets: bool | None
+    row_losses: bool | None
+    online: bool | None
+    carried: Collection[str]
+    frozen: Collection[str]
+    passes: int | None
+    weights: Callable[[Any, Any], Any] | None
+    pretrained: bool | None
+    same_loss: bool
+    penalty: bool | None
+    exempt: Mapping[str, str] | None
+
+
+def declared_by(given: Declarations) -> Declared:
+    """Return what keywords declare.
+
+    Raises:
+        TypeError: there is no such declaration.
+    """
+    unknown = sorted(set(given) - set(Declarations.__annotations__))
+    if unknown:
+        raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
+    said: Any = {**given, "exempt": dict(given.get("exempt") or {})}
+    return Declared(**said)
 
 
 def because(reason: str, *laws: Iterable[str]) -> dict[str, str]:

@@ -16,10 +16,11 @@ from flax import errors
 
 from bnverify.adapters import calls
 from bnverify.adapters.batches import mse, rows, under_axis
-from bnverify.adapters.canonical import Batch, Declarations, Loss, Optimizer, Pass, subject
+from bnverify.adapters.canonical import Batch, Loss, Optimizer, Pass, subject
+from bnverify.adapters.declared import Declarations
 from bnverify.adapters.explain import explaining
-from bnverify.adapters.look import sizes_of
 from bnverify.adapters.modes import Mode, call_mode, known_names, named
+from bnverify.adapters.programs import sizes_of
 from bnverify.subject import State, Subject, Tree
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,11 @@ from flax import nnx
 from bnverify.adapters import calls, objects, trees
 from bnverify.adapters.batches import image_and_label, rows, under_axis
 from bnverify.adapters.calls import Caller, Thing, caller, label_of
-from bnverify.adapters.declared import Declared
+from bnverify.adapters.declared import Declarations, Declared, declared_by
 from bnverify.adapters.explain import explaining
-from bnverify.adapters.look import RATE, completed, sizes_of
+from bnverify.adapters.look import completed
 from bnverify.adapters.objects import variable_path
+from bnverify.adapters.programs import RATE, sizes_of
 from bnverify.adapters.reports import (
     NoLoss,
     Reading,
@@ -47,7 +48,7 @@ BY_TRAINING = (
 )
 
 
-class Options(TypedDict, total=False):
+class Options(Declarations, total=False):
     """What a loop may be told, besides its functions and its batch; see ``loop``."""
 
     optimizer: Optimizer
@@ -61,17 +62,6 @@ class Options(TypedDict, total=False):
     axis_name: str | None
     features: int | Collection[int] | None
     name: str | None
-    targets: bool | None
-    row_losses: bool | None
-    online: bool | None
-    carried: Collection[str]
-    frozen: Collection[str]
-    passes: int | None
-    weights: Callable[[Any, Any], Any] | None
-    pretrained: bool | None
-    same_loss: bool
-    penalty: bool | None
-    exempt: Mapping[str, str] | None
 
 
 def loop(
@@ -168,9 +158,6 @@ def nnx_loop(
     return _subject("nnx_loop", "make", make, train_step, eval_step, batch, options)
 
 
-_DECLARED = {field.name for field in fields(Declared)}
-
-
 def _subject(
     kind: str,
     creates: str,
@@ -180,9 +167,9 @@ def _subject(
     batch: Callable[[Any, Any], Any],
     options: Any,
 ) -> Subject:
-    unknown = sorted(set(options) - set(Options.__annotations__))
-    if unknown:
-        raise TypeError(f"{kind}() got an unexpected keyword argument {unknown[0]!r}")
+    own = set(Options.__annotations__) - set(Declarations.__annotations__)
+    said: Any = {key: value for key, value in options.items() if key not in own}
+    declared = declared_by(said)
     optimizer = options.get("optimizer", optax.sgd)
     given: dict[str, Any] = {creates: create, "train_step": train_step}
     if eval_step is not None:
@@ -216,11 +203,9 @@ def _subject(
     with explaining(creates):
         found = found.with_things(train_step, eval_step, told)
     found = found.settled().with_statistics()
-    given_declared = {key: value for key, value in options.items() if key in _DECLARED}
-    given_declared["exempt"] = dict(given_declared.get("exempt") or {})
     return _made(
         found,
-        Declared(**given_declared),
+        declared,
         name=options.get("name") or f"{kind}:{label_of(train_step)}",
         features=accepted,
     )
@@ -362,7 +347,7 @@ class _Loop:
             known = {**asked, "known": train.roles, "things": kinds}
             evaluation = caller(eval_step, "eval_step", **known, whole=False)
         names = {thing.name: thing.name for thing in kinds}
-        names |= {thing: _short(parameter) for parameter, thing in train.things().items()}
+        names |= {thing: trees.own_name(parameter) for parameter, thing in train.things().items()}
         found = replace(
             self, train=train, evaluation=evaluation, names=names, whole=whole, of_nnx=of_nnx
         )
@@ -750,10 +735,6 @@ def _things(made: Any) -> dict[str, Any]:
     if type(made) is dict and all(isinstance(key, str) for key in made) and len(made) > 1:
         return dict(made)
     return {"0": made}
-
-
-def _short(parameter: str) -> str:
-    return parameter.removesuffix("_state") or parameter
 
 
 def _next_key(state: State) -> tuple[dict[str, Any], Any]:

@@ -13,7 +13,8 @@ from flax import nnx as flax_nnx
 from bnverify.adapters import calls
 from bnverify.adapters.batches import mse, rows, under_axis
 from bnverify.adapters.calls import Caller
-from bnverify.adapters.canonical import Batch, Declarations, Loss, Optimizer, Pass, subject
+from bnverify.adapters.canonical import Batch, Loss, Optimizer, Pass, subject
+from bnverify.adapters.declared import Declarations
 from bnverify.adapters.modes import Mode, call_mode
 from bnverify.adapters.objects import Parts
 from bnverify.adapters.watch import noting

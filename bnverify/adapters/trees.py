@@ -32,7 +32,7 @@ _NAMES = {
     "optim_state": OPTIMIZER,
 }
 # Trees of several networks side by side: g_params, g_batch_stats and g_opt_state.
-_PREFIXED = re.compile(r"^(.+)_(params|batch_stats|stats|opt_state)$")
+PREFIXED = re.compile(r"^(.+)_(params|batch_stats|stats|opt_state)$")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def layout(
     paths = {part: tuple(path.split("/")) for part, path in told.items() if path}
     found: dict[str, list[Path]] = {PARAMS: [], STATISTICS: [], OPTIMIZER: [], METRICS: []}
     rest: list[Path] = []
-    for path, part in _walk(things, paths):
+    for path, part in _walk(things, paths, names):
         if part is None:
             rest.append(path)
         else:
@@ -154,15 +154,20 @@ def layout(
     return Layout(parts, tuple(rest), tuple(found[METRICS]), dict(names))
 
 
-def _walk(things: Mapping[str, Any], told: Mapping[str, Path]) -> Iterator[tuple[Path, str | None]]:
+def _walk(
+    things: Mapping[str, Any], told: Mapping[str, Path], names: Mapping[str, str]
+) -> Iterator[tuple[Path, str | None]]:
     """Yield (path, part) of every part, and (path, None) of every leaf that is in none."""
-    pending: list[tuple[Path, Any, str | None]]
-    pending = [((name,), tree, None) for name, tree in reversed(list(things.items()))]
+    heads = {name: names.get(name, name) for name in things}
+    pending: list[tuple[Path, Any, str | None]] = []
+    for name, tree in reversed(list(things.items())):
+        hint = None if tree is None else _prefixed(heads[name], set(heads.values()), told)
+        pending.append(((name,), tree, hint))
     while pending:
         path, node, part = pending.pop()
         children, _ = _children(node)
         if node is not None and part is None:
-            part = _part(path, node, told)
+            part = _part((heads[path[0]], *path[1:]), node, told)
         if part == STATISTICS and "batch_stats" in dict(children):  # the field around them is told
             part = None
         if part is not None:
@@ -190,7 +195,7 @@ def _part(path: Path, node: Any, told: Mapping[str, Path]) -> str | None:
 
 def _prefixed(name: str, siblings: set[str], told: Mapping[str, Path]) -> str | None:
     """Return the part that ``g_params`` is, where a ``g_opt_state`` stands beside it."""
-    match = _PREFIXED.match(name)
+    match = PREFIXED.match(name)
     if match is None or f"{match[1]}_opt_state" not in siblings or name in _NAMES:
         return None
     part = STATISTICS if match[2] == "stats" else match[2]
@@ -213,11 +218,12 @@ def _by_network(paths: Sequence[Path], names: Mapping[str, str], several: bool) 
 
 def _joined(path: Path, names: Mapping[str, str]) -> str:
     """Return what a path says of its network: all but the part's own name."""
-    match = _PREFIXED.match(path[-1])
-    last = (match[1],) if match and path[-1] not in _NAMES else ()
-    inner = (*path[1:-1], *last)
-    head = (names.get(path[0], path[0]),) if len(names) > 1 or not inner else ()
-    return "/".join((*head, *inner))
+    called = (names.get(path[0], path[0]), *path[1:])
+    match = PREFIXED.match(called[-1])
+    last = (match[1],) if match and called[-1] not in _NAMES else ()
+    inner = (*called[1:-1], *last)
+    head = called[:1] if len(path) > 1 and (len(names) > 1 or not inner) else ()
+    return "/".join((*head, *inner)) or called[0]
 
 
 def _children(node: Any) -> tuple[list[tuple[str, Any]], Any]:
@@ -251,6 +257,12 @@ def _replaced(node: Any, values: Mapping[Path, Any], path: Path) -> Any:
         return node
     new = [_replaced(child, values, (*path, name)) for name, child in children]
     return jax.tree_util.tree_unflatten(treedef, new)
+
+
+def own_name(parameter: str) -> str:
+    """Return how a State calls what a parameter takes: "generator" for generator_state."""
+    told = parameter in _NAMES or PREFIXED.match(parameter)
+    return parameter if told else parameter.removesuffix("_state") or parameter
 
 
 def _places(things: Mapping[str, Any]) -> list[str]:
