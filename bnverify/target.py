@@ -57,18 +57,18 @@ def load(target: str, *, time_limit: float = deadline.DEFAULT) -> Target:
                 made = _made(value, target)
             with deadline.limit(time_limit, f"tracing {target}"):
                 _check(subject_of(made), target)
-                made = _looked_at(made, target)
+            if isinstance(made, Subject) and not made.hints:  # an adapter has looked already
+                from bnverify.adapters.look import completed
+
+                with deadline.limit(time_limit, f"tracing {target}"):
+                    made = _looked_at(made, completed)
     except deadline.OverTime as error:
         raise TargetError(str(error)) from None
     return made
 
 
-def _looked_at(made: Target, target: str) -> Target:
-    """Return a Subject written by hand with what a look at its program shows; others as they are."""
-    if not isinstance(made, Subject) or made.hints:  # an adapter has looked already
-        return made
-    from bnverify.adapters.look import completed
-
+def _looked_at(made: Subject, completed: Callable[..., Subject]) -> Subject:
+    """Return a Subject written by hand with what a look at its programs shows."""
     try:
         return completed(made, written_by_hand=True)
     except Exception:  # noqa: BLE001 - code that only refuses to trace can still be run

@@ -288,8 +288,10 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_shard_map(function: Any) -> bool:
-    code = getattr(function, "__code__", None)
-    return code is not None and "shard_map" in code.co_filename
+    # JAX wraps what it returns once more, to shorten its tracebacks.
+    inside = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    codes = [getattr(each, "__code__", None) for each in (function, *inside)]
+    return any(code is not None and "shard_map" in code.co_filename for code in codes)
 
 
 def label_of(function: Callable[..., Any]) -> str:
