@@ -168,3 +168,72 @@ def test_an_update_in_another_releases_form_is_explained() -> None:
     with pytest.raises(SubjectError) as caught:
         nnx_loop(make, other_form, eval_step)
     assert caught.value.mistake.name == "nnx_optimizer_form"
+
+
+class Digits(flax_nnx.Module):
+    """The model of Flax's own MNIST loop, smaller: a convolution, a normalisation, dropout."""
+
+    def __init__(self, *, rngs: Any) -> None:
+        self.conv = flax_nnx.Conv(1, 2, kernel_size=(3, 3), rngs=rngs)
+        self.norm = flax_nnx.BatchNorm(2, rngs=rngs)
+        self.dropout = flax_nnx.Dropout(rate=0.025)
+        self.last = flax_nnx.Linear(2, 3, rngs=rngs)
+
+    def __call__(self, x: Any, rngs: Any = None) -> Any:
+        x = self.dropout(flax_nnx.relu(self.norm(self.conv(x))), rngs=rngs)
+        return self.last(x.mean((1, 2)))
+
+
+def digits_loss(model: Digits, rngs: Any, batch: Any) -> Any:
+    logits = model(batch["image"], rngs)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+    return loss, logits
+
+
+@flax_nnx.jit
+def digits_step(model: Any, optimizer: Any, metrics: Any, rngs: Any, batch: Any) -> None:
+    grad_fn = flax_nnx.value_and_grad(digits_loss, has_aux=True)
+    (loss, logits), grads = grad_fn(model, rngs, batch)
+    metrics.update(loss=loss, logits=logits, labels=batch["label"])
+    update(model, optimizer, grads)
+
+
+@flax_nnx.jit
+def digits_eval(model: Any, metrics: Any, batch: Any) -> None:
+    loss, logits = digits_loss(model, None, batch)
+    metrics.update(loss=loss, logits=logits, labels=batch["label"])
+
+
+def make_digits(rngs: Any, learning_rate: float = 0.005) -> Any:
+    model = Digits(rngs=rngs)
+    metrics = flax_nnx.MultiMetric(
+        accuracy=flax_nnx.metrics.Accuracy(), loss=flax_nnx.metrics.Average("loss")
+    )
+    optimizer = flax_nnx.Optimizer(model, optax.adamw(learning_rate, 0.9), wrt=flax_nnx.Param)
+    return model, optimizer, metrics
+
+
+def test_flaxs_own_loop_is_taken_as_it_is() -> None:
+    """Steps that return nothing: the loss is the metrics', which are no part of the state."""
+
+    def batch(x: Any, y: Any) -> Any:
+        return {"image": x.reshape(-1, 4, 4, 1), "label": jnp.floor(y).astype(jnp.int32) % 3}
+
+    subject = nnx_loop(make_digits, digits_step, digits_eval, batch=batch, features=16)
+    x = jnp.linspace(-1, 1, 64).reshape(4, 16) ** 3
+    y = jnp.arange(4.0)
+    state = subject.init(0, x)
+    assert set(state.extra) == {"optimizer", "key"}
+    after, info = subject.step(state, x, y, 0.1)
+    assert info.grads is not None
+    assert subject.momentum == 0.99
+    assert np.isfinite(info.loss)
+    assert "random numbers" in subject.exempt["equal_steps_converge_geometrically"]
+    assert subject.after_eval is not None
+    left = subject.after_eval(after, x, y)
+    jax.tree_util.tree_map(np.testing.assert_array_equal, left, after)
+    assert subject.evaluate(after, x, y).shape == (1,)
+    without = nnx_loop(make_digits, digits_step, batch=batch, features=16)
+    np.testing.assert_allclose(
+        without.evaluate(after, x, y), subject.evaluate(after, x, y), rtol=1e-6
+    )
