@@ -133,6 +133,9 @@ class Design:
         if untold:
             said = "runs in a loop, or in one of several networks alike, so its calls cannot be counted"
             found |= because(f"{said}: {listed(untold)}", laws.ONE_FOLD)
+            if len(self._layers.owners) > 1:
+                one = ("one_momentum_for_the_whole_model",)
+                found |= because(f"{said}: {listed(untold)}", one)
         if counted:
             said = "called more than once in a step, each time with moments of its own: "
             found |= because(said + listed(counted), laws.ONE_FOLD)

@@ -71,7 +71,8 @@ class Layers:
     @cached_property
     def _ambiguous(self) -> set[str]:
         """Layers that a call may belong to, or not."""
-        found: set[str] = set()
+        alike = tuple(f"{network}/" for network in self._of.recording.alike)
+        found = {path for path in self.owners if alike and path.startswith(alike)}
         for label, call in self._of.recording.calls.items():
             if call.training and not any(label in each for each in self.calls.values()):
                 found |= {p for p in self.owners if p.endswith(f"/{call.path}")}

@@ -63,6 +63,7 @@ class Recording:
         turns: the mark of what each pass of a model was given; None where that is no array.
         updates: for each update by an optimizer, the marks of its gradients by their paths.
         optimizers: what made each of these updates.
+        alike: networks of one class, of whose copies it cannot be told which is which.
     """
 
     calls: dict[str, Call] = field(default_factory=dict)
@@ -71,6 +72,7 @@ class Recording:
     turns: list[str | None] = field(default_factory=list)
     updates: list[dict[tuple[str, ...], str]] = field(default_factory=list)
     optimizers: list[Any] = field(default_factory=list)
+    alike: set[str] = field(default_factory=set)
     _depth: int = 0
     _marks: int = 0
 
@@ -306,6 +308,8 @@ class _StandIn:
             networks = self._roots.get(type(module), [])
             if len(networks) == 1 and id(module) not in self._paths:
                 self._look(module, networks[0])
+            elif networks and id(module) not in self._paths:
+                self._recording.alike.update(networks)
             around = self._recording.pass_of_a_model(args) if networks else nullcontext(args)
             self._busy.add(id(module))
             try:

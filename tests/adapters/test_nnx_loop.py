@@ -237,3 +237,74 @@ def test_flaxs_own_loop_is_taken_as_it_is() -> None:
     np.testing.assert_allclose(
         without.evaluate(after, x, y), subject.evaluate(after, x, y), rtol=1e-6
     )
+
+
+class Small(flax_nnx.Module):
+    """Linear -> BatchNorm -> Linear."""
+
+    def __init__(self, din: int, out: int, *, rngs: Any) -> None:
+        self.first = flax_nnx.Linear(din, 4, rngs=rngs)
+        self.norm = flax_nnx.BatchNorm(4, momentum=0.9, rngs=rngs)
+        self.last = flax_nnx.Linear(4, out, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.last(flax_nnx.relu(self.norm(self.first(x))))
+
+
+def test_several_models_and_optimizers() -> None:
+    """Two networks that change in one step; of two of one class nothing is claimed that may be wrong."""
+
+    def two(din: int, rngs: Any) -> Any:
+        models = Small(2, 3, rngs=rngs), Small(din, 1, rngs=rngs)
+        return *models, *(
+            flax_nnx.Optimizer(model, optax.adam(1e-3), wrt=flax_nnx.Param) for model in models
+        )
+
+    def step(gen: Any, disc: Any, g_opt: Any, d_opt: Any, batch: Any, rngs: Any) -> Any:
+        fake = gen(jax.random.normal(rngs(), (batch[0].shape[0], 2)))
+        loss, grads = flax_nnx.value_and_grad(
+            lambda d: jnp.mean(flax_nnx.softplus(-d(batch[0])) + flax_nnx.softplus(d(fake)))
+        )(disc)
+        update(disc, d_opt, grads)
+        z = jax.random.normal(rngs(), (batch[0].shape[0], 2))
+        grad_fn = flax_nnx.grad(lambda g, d: jnp.mean(flax_nnx.softplus(-d(g(z)))))
+        update(gen, g_opt, grad_fn(gen, disc))
+        return loss
+
+    def judge(disc: Any, batch: Any) -> Any:
+        return jnp.mean(flax_nnx.softplus(-disc(batch[0])))
+
+    subject = nnx_loop(two, step, judge, features=3)
+    before, after, info = one_step(subject)
+    assert set(after.params) == set(after.batch_stats) == set(after.opt_state) == {"gen", "disc"}
+    assert info.grads is not None
+    assert subject.optimizer is not None
+    updates, _ = subject.optimizer(0.1).update(info.grads, before.opt_state, before.params)
+    expected = optax.apply_updates(before.params, updates)
+    jax.tree_util.tree_map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), after.params, expected
+    )
+    assert "cannot be counted" in subject.exempt["one_momentum_for_the_whole_model"]
+
+
+def test_a_module_may_hold_model_and_optimizer() -> None:
+    """A trainer that is an nnx module: one object that the step takes and changes."""
+
+    class Trainer(flax_nnx.Module):
+        def __init__(self, din: int, *, rngs: Any) -> None:
+            self.model = Small(din, 1, rngs=rngs)
+            self.optimizer = flax_nnx.Optimizer(self.model, optax.adam(0.1), wrt=flax_nnx.Param)
+
+    def step(trainer: Any, batch: Any) -> Any:
+        loss, grads = flax_nnx.value_and_grad(loss_fn)(trainer.model, *batch)
+        update(trainer.model, trainer.optimizer, grads)
+        return loss
+
+    def judge(trainer: Any, batch: Any) -> Any:
+        return loss_fn(trainer.model, *batch)
+
+    subject = nnx_loop(Trainer, step, judge)
+    _, after, info = one_step(subject)
+    assert set(after.params) == {"first", "norm", "last"}
+    assert info.grads is not None
+    assert subject.momentum == 0.9
