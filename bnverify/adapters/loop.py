@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -256,14 +256,15 @@ class _Loop:
         train: the training step; None until the carried things are known.
         evaluation: None: the training step's own loss is taken.
         names: thing -> how the State calls it, where there are several.
-        whole: how what is carried goes to the steps: as one, or each thing by itself.
+        whole: whether what is carried goes to the steps as one, not each thing by itself.
+        of_nnx: whether the things are nnx objects, which the steps change in place.
         layout: of carried trees; that of nnx objects is made anew for each number of features.
         template: the things as they were made, for all of them that is no array.
         gradients: how they are seen: "direct", as the values they are; "marked", where an inner
             compiled function keeps them; "hidden".
         earnest: whether things are made by running ``create``, not only traced for shapes.
-        sources: where the optimizer of each network is found: a place among those of the carried
-            things, an optimizer itself, or None for the one that is passed in.
+        sources: network -> where its optimizer is found: a place among those that the carried
+            things hold, or the optimizer itself. Filled while a step is traced.
         Others: see ``loop``.
     """
 
@@ -278,7 +279,7 @@ class _Loop:
     places: Mapping[str, str | None]
     train: Any = None
     evaluation: Caller | None = None
-    names: Mapping[str, str] = None  # type: ignore[assignment]
+    names: Mapping[str, str] = field(default_factory=dict)
     whole: bool = False
     of_nnx: bool = False
     layout: Any = None
