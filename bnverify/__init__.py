@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bnverify.adapters.linen import linen as linen
+    from bnverify.adapters.look import declare as declare
+    from bnverify.adapters.loop import loop as loop
+    from bnverify.adapters.loop import nnx_loop as nnx_loop
+    from bnverify.adapters.loop import train_state as train_state
     from bnverify.adapters.nnx import nnx as nnx
     from bnverify.adapters.solution import solution as solution
-    from bnverify.adapters.train_state import train_state as train_state
     from bnverify.case import Case as Case
     from bnverify.case import Domain as Domain
     from bnverify.case import InvalidCase as InvalidCase
@@ -55,14 +58,17 @@ _HOME = {
     "Violation": "evidence",
     "check_life": "lifetime.check",
     "check_parallel": "parallel.check",
+    "declare": "adapters.look",
     "life": "lifetime.machine",
     "linen": "adapters.linen",
     "load": "target",
+    "loop": "adapters.loop",
     "nnx": "adapters.nnx",
+    "nnx_loop": "adapters.loop",
     "replay": "check",
     "solution": "adapters.solution",
     "suite": "testing.suite",
-    "train_state": "adapters.train_state",
+    "train_state": "adapters.loop",
     "train_step": "reference",
     "verify": "check",
 }

@@ -81,6 +81,12 @@ class Subject:
         shows: which further claims laws may rest on: "lr" (the step scales its update by lr),
             "row_losses" (the eval loss is a mean over rows), "eval_is_training_loss" (both
             modes compute one loss).
+        notes: what a report should say of the subject besides the laws, one line each.
+        hints: law name -> what to declare where the step breaks that law by design.
+        row_weights: ``(x, y) -> (N,)``: how much each row counts in the losses; None: equally.
+        updates_every: how many steps make one update of the params: 4 under
+            ``optax.MultiSteps(..., 4)``.
+        frozen: paths in ``extra`` of running statistics that no step may change.
     """
 
     name: str
@@ -98,3 +104,8 @@ class Subject:
     solution: Callable[..., Tree] | None = None
     oracle: Any = None
     shows: frozenset[str] = frozenset({"lr", "row_losses", "eval_is_training_loss"})
+    notes: tuple[str, ...] = ()
+    hints: Mapping[str, str] = field(default_factory=dict, repr=False)
+    row_weights: Callable[..., Tree] | None = None
+    updates_every: int = 1
+    frozen: tuple[str, ...] = ()

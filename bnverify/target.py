@@ -57,9 +57,22 @@ def load(target: str, *, time_limit: float = deadline.DEFAULT) -> Target:
                 made = _made(value, target)
             with deadline.limit(time_limit, f"tracing {target}"):
                 _check(subject_of(made), target)
+            if isinstance(made, Subject) and not made.hints:  # an adapter has looked already
+                from bnverify.adapters.look import completed
+
+                with deadline.limit(time_limit, f"tracing {target}"):
+                    made = _looked_at(made, completed)
     except deadline.OverTime as error:
         raise TargetError(str(error)) from None
     return made
+
+
+def _looked_at(made: Subject, completed: Callable[..., Subject]) -> Subject:
+    """Return a Subject written by hand with what a look at its programs shows."""
+    try:
+        return completed(made, written_by_hand=True)
+    except Exception:  # noqa: BLE001 - code that only refuses to trace can still be run
+        return made
 
 
 def directory(target: str) -> Path:
@@ -190,10 +203,12 @@ def _refuse_module(value: Any, what: str) -> None:
 def _adapter(signature: inspect.Signature) -> str:
     """Return which adapter takes the step or loop that a function is part of, as far as names tell."""
     first = next(iter(signature.parameters), "")
+    if first in {"params", "variables"}:
+        return "; a step on loose trees: bnverify.loop(create, train_step, eval_step)"
     if first in {"state", "train_state"}:
         return "; a step on a TrainState: bnverify.train_state(create, train_step, eval_step)"
     if first == "model":
-        return "; an nnx loop: bnverify.adapters.nnx_loop.nnx_loop(make, train_step, eval_step)"
+        return "; an nnx loop: bnverify.nnx_loop(make, train_step, eval_step)"
     return ""
 
 

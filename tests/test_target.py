@@ -206,7 +206,7 @@ REFUSED = {
     "steps.py:number": "steps.py:number is of type int, neither a bnverify.Subject nor a function",
     "steps.py:two_arguments": "two_arguments(a, b) is called neither without arguments",
     "steps.py:train_step": "a step on a TrainState: bnverify.train_state(create, train_step,",
-    "steps.py:train_model": "an nnx loop: bnverify.adapters.nnx_loop.nnx_loop(make, train_step,",
+    "steps.py:train_model": "an nnx loop: bnverify.nnx_loop(make, train_step,",
     "steps.py:module": "steps.py:module is no training step; what is verified is a training step",
     "steps.py:makes_a_module": "makes_a_module() returned is no training step; what is verified is",
     "steps.py:nn.Dense": "around a Flax module: subject = bnverify.linen(Dense(...))",

@@ -45,3 +45,8 @@ def under_axis(axis_name: str | None, function: Callable[[Any], Any], inputs: An
     one = jax.tree_util.tree_map(lambda leaf: leaf[None], inputs)
     out = jax.vmap(function, axis_name=axis_name)(one)
     return jax.tree_util.tree_map(lambda leaf: leaf[0], out)
+
+
+def image_and_label(x: Any, y: Any) -> dict[str, Any]:
+    """Return the batch that Flax's own examples take: {"image": x, "label": y}."""
+    return {"image": x, "label": y}

@@ -92,6 +92,28 @@ REFUSED = {
             "use nnx.grad and nnx.jit and pass the module as an argument, not by closure",
         ),
         Mistake(
+            "nnx_object_by_closure",
+            "an nnx model or optimizer reaches a compiled or differentiated function by closure",
+            "use nnx.jit and nnx.grad, and pass the model and the optimizer as arguments",
+            "https://github.com/google/flax/issues/4695",
+        ),
+        Mistake(
+            "nnx_object_broadcast",
+            "an nnx object is broadcast through a transformation that may write it",
+            "say which of its variables have an axis: nnx.StateAxes({nnx.Param: 0, ...: None}) as in_axes",
+        ),
+        Mistake(
+            "train_flag_traced",
+            "the argument that says whether the model trains is traced by nn.remat or nn.jit",
+            "make it static: nn.remat(Block, static_argnums=(2,)); the numbers count self as 0",
+            "https://github.com/google/flax/issues/3946",
+        ),
+        Mistake(
+            "seed_not_a_key",
+            "a seed that is traced is given where a key is needed",
+            "nnx.Rngs(jax.random.key(seed))",
+        ),
+        Mistake(
             "nnx_optimizer_form",
             "nnx.Optimizer is used in the form of another Flax release",
             "from flax 0.11: Optimizer(model, tx, wrt=nnx.Param) and optimizer.update(model, grads)",
@@ -130,6 +152,22 @@ class Symptom:
 
 # The first that fits counts. Words are those of flax 0.8.5 to 0.12.12 and jax 0.4.30 to 0.12.
 SYMPTOMS = (
+    Symptom(
+        "train_flag_traced",
+        ("ConcretizationTypeError",),
+        r"bool\[\].*(for checkpoint|for remat|tracing the function \w+ .*(linen|transforms))",
+    ),
+    Symptom(
+        "nnx_object_by_closure",
+        ("ValueError", "TraceContextError"),
+        r"Cannot extract graph node from different trace level",
+    ),
+    Symptom(
+        "nnx_object_broadcast",
+        ("ValueError",),
+        r"(Inconsistent aliasing|inconsistent.*(prefix|axes)|broadcast.*(graph|nnx|State))",
+    ),
+    Symptom("seed_not_a_key", ("ValueError", "TypeError"), r"Invalid rng value"),
     Symptom("mutable_forgotten", ("ModifyScopeVariableError",)),
     Symptom("has_aux_forgotten", ("TypeError",), r"scalar-output functions\. Output was \("),
     Symptom("aux_missing", ("TypeError",), r"aux output to return a two-element tuple"),
@@ -175,6 +213,7 @@ SYMPTOMS = (
         r"\(\) (got an unexpected keyword|missing \d+ required)",
     ),
     Symptom("batch_key", ("KeyError",), r"^('(images?|labels?|x|y|inputs?|targets?|data)'|[01])$"),
+    Symptom("batch_key", ("AttributeError",), r"'(dict|tuple|list)' object has no attribute '\w+'"),
     Symptom("batch_key", ("TypeError",), r"tuple indices must be integers or slices, not str"),
     Symptom("input_without_axes", ("IndexError",), r"^tuple index out of range$"),
 )
@@ -205,10 +244,11 @@ def mistake(error: BaseException) -> Mistake | None:
 def user_frame(error: BaseException) -> traceback.FrameSummary | None:
     """Return the innermost frame of ``error`` that belongs to no library; None: all do."""
     frames = reversed(traceback.extract_tb(error.__traceback__))
-    return next((frame for frame in frames if not _is_library(frame.filename)), None)
+    return next((frame for frame in frames if not is_library(frame.filename)), None)
 
 
-def _is_library(filename: str) -> bool:
+def is_library(filename: str) -> bool:
+    """Return whether a file is no user's own: a library's, Python's, or of bnverify itself."""
     if filename.startswith("<"):
         return True
     path = Path(filename)

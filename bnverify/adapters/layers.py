@@ -1,244 +1,293 @@
-"""The normalisation layers that a training pass goes through, whatever library they are from.
+"""The normalisation layers that a step goes through, told from its traced program.
 
-A recorder of the library marks what each layer is given (``bnverify.adapters.capture``) and notes
-the call in a :class:`Recording`. What is certain is read off the traced program: how often a
-layer is called, which input can be shown, which bias goes into a normalisation and nowhere else.
+A watch has marked what each is given (``bnverify.adapters.watch``). Which layer of the State it is,
+how often it folds a batch in, which bias goes into it and nowhere else: that is read off the program.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bnverify.adapters.capture import (
-    labels,
-    labels_anywhere,
-    layer_input,
-    links,
-    mark,
-    marked,
-)
+from bnverify.adapters.programs import RATE, Programs
+from bnverify.adapters.traced import layer_input, links, marked
+from bnverify.adapters.watch import Call, Recording, watching
 from bnverify.pytree import path_name
 from bnverify.subject import LayerInput, State
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of a normalisation layer, as it was traced.
-
-    Attributes:
-        path: the layer's, in the statistics: "block_1/BatchNorm_0".
-        shape: of its input.
-        feature_axes: the axes it keeps, ascending, none negative.
-        momentum: the weight of the old value that it declares, in Flax's sense; None: unknown.
-        training: whether it normalises by the batch's own moments and writes.
-        masked: whether it was given a mask.
-        turn: which pass of the model it belongs to.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    feature_axes: tuple[int, ...]
-    momentum: float | None
-    training: bool
-    masked: bool
-    turn: int = 0
-
-
-@dataclass
-class Recording:
-    """What was noted while a pass was traced.
-
-    Attributes:
-        calls: label -> the call of a normalisation layer whose input has that mark.
-        biases: label -> the path in ``params`` of the bias added last to the marked value.
-        power_iterated: paths of modules whose statistics are vectors of a power iteration.
-        turns: how many passes of the model were begun.
-    """
-
-    calls: dict[str, Call] = field(default_factory=dict)
-    biases: dict[str, str] = field(default_factory=dict)
-    power_iterated: set[str] = field(default_factory=set)
-    turns: int = 0
-    _depth: int = 0
-
-    @contextmanager
-    def root_call(self) -> Iterator[None]:
-        """Count the outermost of nested calls of the model as a pass."""
-        self.turns += self._depth == 0
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-
-    def given(
-        self,
-        path: str,
-        x: Any,
-        mask: Any,
-        *,
-        axis: Any,
-        momentum: float | None,
-        training: bool,
-    ) -> tuple[Any, Any]:
-        """Note that a normalisation layer is called; return its input and mask, marked."""
-        label = self._label(path)
-        axes = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
-        self.calls[label] = Call(
-            path=path,
-            shape=tuple(x.shape),
-            feature_axes=tuple(sorted(a % x.ndim for a in axes)),
-            momentum=momentum,
-            training=training,
-            masked=mask is not None,
-            turn=self.turns,
-        )
-        return mark(x, label), mask if mask is None else mark(mask, f"{label} mask")
-
-    def biased(self, path: str, out: Any) -> Any:
-        """Note that ``out`` is what the layer at ``path`` gives, its bias added last; mark it."""
-        label = self._label(path)
-        self.biases[label] = f"{path}/bias" if path else "bias"
-        return mark(out, label)
-
-    def _label(self, path: str) -> str:
-        return f"{path}#{len(self.calls) + len(self.biases)}"
-
-
-def layer_inputs(
-    run: Callable[..., Any], recording: Recording, args: tuple[Any, ...]
-) -> dict[str, LayerInput]:
-    """Run and return what each normalisation layer was given in training.
-
-    Left out is what cannot be told: a layer called more than once, one inside a loop, one under
-    ``vmap``.
+class Layers:
+    """The layers of one subject.
 
     Args:
-        run: calls the model and notes its layers in ``recording``.
-        recording: an empty one.
-        args: of ``run``.
-    """
-    return inputs_of(marked(run, *args), recording)
-
-
-def inputs_of(values: Mapping[str, list[Any]], recording: Recording) -> dict[str, LayerInput]:
-    """Return what each normalisation layer was given, from all marked values."""
-    seen: dict[str, list[LayerInput | None]] = defaultdict(list)
-    for label, call in recording.calls.items():
-        if call.training:
-            masks = values.get(f"{label} mask", [])
-            for value in values.get(label, []):
-                mask = masks[0] if call.masked and masks else None
-                seen[call.path].append(layer_input(value, mask, call.shape, call.feature_axes))
-    return {path: found[0] for path, found in seen.items() if len(found) == 1 and found[0]}
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What one abstract trace of the training pass shows of the layers.
-
-    Attributes:
-        momenta: path of a layer -> the weight of the old value after one step: the declared
-            momentum to the power of the layer's calls in one pass of the model. None: it cannot be told.
-        repeated: paths of the layers that write more than once in a pass of the model, or may.
-        biases: paths in ``params`` of the biases that go into a normalisation and nowhere else.
+        programs: the subject's functions, traced.
+        passes: how many batches each layer folds in during a step, where that is declared.
     """
 
-    momenta: Mapping[str, float | None]
-    repeated: tuple[str, ...]
-    biases: tuple[str, ...]
+    def __init__(self, programs: Programs, passes: int | None = None) -> None:
+        self._of = programs
+        self._passes = passes
 
-    @property
-    def declared(self) -> set[float]:
-        """The momenta that are known."""
-        return {momentum for momentum in self.momenta.values() if momentum is not None}
+    @cached_property
+    def owners(self) -> dict[str, list[Any]]:
+        """Path of a layer in the statistics -> its floating-point leaves."""
+        found: dict[str, list[Any]] = defaultdict(list)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(self._of.state.batch_stats)[0]:
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                found[path_name(path).rpartition("/")[0]].append(leaf)
+        return found
 
-    @property
-    def momentum(self) -> float | None:
-        """The one momentum of the whole model; None where there are several or not all known."""
-        if len(self.declared) != 1 or None in self.momenta.values():
+    @cached_property
+    def calls(self) -> dict[str, list[str]]:
+        """Path of a layer in the statistics -> the labels of its calls."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for label, call in self._of.recording.calls.items():
+            path = self._owner(label, call)
+            if path is not None and self._of.anywhere[label]:
+                found[path].append(label)
+        return found
+
+    def _owner(self, label: str, call: Call) -> str | None:
+        """Return whose call it is, by where its statistics come from, or else by their names."""
+        if call.known:
+            return call.path if call.path in self.owners else None
+        fitting = [p for p in self.owners if p == call.path or p.endswith(f"/{call.path}")]
+        for name in call.names:
+            for node in self._of.flows.of_label(f"{label} old {name}"):
+                behind = self._of.flows.origins([node])
+                own = [
+                    p for p in fitting if self._of.inputs.get(f"batch_stats/{p}/{name}") in behind
+                ]
+                elsewhere = {self._of.inputs[p] for p in self._of.inputs if p.startswith("extra/")}
+                if len(own) == 1 or (not own and elsewhere & set(self._of.flows.operands(node))):
+                    return own[0] if own else None
+        return fitting[0] if len(fitting) == 1 else None
+
+    @cached_property
+    def _ambiguous(self) -> set[str]:
+        """Layers that a call may belong to, or not."""
+        alike = tuple(f"{network}/" for network in self._of.recording.alike)
+        found = {path for path in self.owners if alike and path.startswith(alike)}
+        for label, call in self._of.recording.calls.items():
+            if call.training and not any(label in each for each in self.calls.values()):
+                found |= {p for p in self.owners if p.endswith(f"/{call.path}")}
+        return found
+
+    def training(self, path: str) -> list[str]:
+        """Return the labels of a layer's calls in which it trains."""
+        return [
+            label for label in self.calls.get(path, ()) if self._of.recording.calls[label].training
+        ]
+
+    def writes(self, path: str) -> int | None:
+        """Return how many batches a layer folds in during a step; None where it cannot be told.
+
+        A layer shared within one pass writes twice by design. So does one that is given several
+        batches; a second pass of one and the same batch is a mistake.
+        """
+        writing = [label for label in self.training(path) if self._is_trained_by(label, path)]
+        if path in self._ambiguous:
             return None
-        return next(iter(self.declared))
+        if all(self._of.inline[label] for label in writing):
+            turns: Counter[int] = Counter()
+            for label in writing:
+                turns[self._of.recording.calls[label].turn] += self._of.inline[label]
+            most: dict[Any, int] = {}
+            for turn, count in turns.items():
+                given = self._given_to(turn)
+                most[given] = max(count, most.get(given, 0))
+            return max(1, sum(most.values()))
+        # In a loop or a vmapped module every turn has a slice of its own, or writes again.
+        traced = [self._of.recording.calls[label] for label in self.calls[path]]
+        features = max(len(call.feature_axes) for call in traced)
+        sliced = len(writing) == 1 and all(len(leaf.shape) > features for leaf in self.owners[path])
+        return 1 if sliced else None
 
+    def _is_trained_by(self, label: str, path: str) -> bool:
+        """Return whether a layer's call has a part in the update of its own network's params.
 
-def survey(jaxpr: Any, recording: Recording, state: State) -> Survey:
-    """Return what a traced training pass shows.
+        A generator learns by what its discriminator says; what the discriminator's layers are given
+        then is no batch that they train on.
+        """
+        own = self._updates_of(path)
+        if not own:
+            return True
+        marks = {n for update in self._gradient_nodes for n in update}
+        goals = {n for index in own for n in self._gradient_nodes[index]}
+        calls = self._of.flows.of_label(label)
+        reached = self._of.flows.reached(calls, through=lambda n: n in goals or n not in marks)
+        return bool(reached & goals) or not calls
 
-    Args:
-        jaxpr: of the pass.
-        recording: of that trace alone.
-        state: its leaves need only have shapes.
-    """
-    inline, anywhere = labels(jaxpr), labels_anywhere(jaxpr)
-    params = {path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(state.params)[0]}
-    momenta: dict[str, float | None] = {}
-    repeated = []
-    for path, leaves in _owners(state.batch_stats).items():
-        traced = {
-            label: call
-            for label, call in recording.calls.items()
-            if call.path == path and anywhere[label]
+    @cached_property
+    def _gradient_nodes(self) -> list[set[int]]:
+        return [
+            {node for label in names.values() for node in self._of.flows.of_label(label)}
+            for names in self._of.recording.updates
+        ]
+
+    def _updates_of(self, path: str) -> list[int]:
+        """Return which updates are of the network that a layer belongs to; [] where that is not plain."""
+        params = {
+            path_name(p): leaf.size
+            for p, leaf in jax.tree_util.tree_flatten_with_path(self._of.state.params)[0]
         }
-        writes = _writes(leaves, traced, inline)
-        if writes != 1:
-            repeated.append(path)
-        declared = {call.momentum for call in traced.values()}
-        momentum = declared.pop() if len(declared) == 1 else None
-        told = momentum is not None and writes is not None
-        momenta[path] = float(momentum**writes) if told else None  # type: ignore[operator]
-    biases = (bias for bias in _biases(jaxpr, recording, inline) if bias in params)
-    return Survey(momenta, tuple(repeated), tuple(biases))
+        found = []
+        for index, names in enumerate(self._of.recording.updates):
+            inner = {"/".join(name): self._size(label) for name, label in names.items()}
+            first = next(iter(inner), "")
+            ends = [p.removesuffix(first) for p in params if first and p.endswith(first)]
+            heads = [
+                head
+                for head in ends
+                if all(params.get(head + name) == size for name, size in inner.items())
+            ]
+            if len(heads) != 1:
+                return []
+            found += [index] if path.startswith(heads[0]) else []
+        return found
+
+    def _size(self, label: str) -> int | None:
+        nodes = self._of.flows.of_label(label)
+        return int(self._of.flows.equation(nodes[0]).outvars[0].aval.size) if nodes else None
+
+    def _given_to(self, turn: int) -> Any:
+        """Return a number that two passes of a model share where they are given the same values."""
+        label = self._of.recording.turns[turn - 1] if turn else None
+        nodes = self._of.flows.of_label(label) if label else []
+        return self._of.flows.number(self._of.flows.operands(nodes[0])[0]) if nodes else None
+
+    def momentum(self) -> float | None:
+        """Return the one weight of the old value after a step; None: several, or not all known."""
+        momenta = set(self.momenta().values())
+        return momenta.pop() if len(momenta) == 1 else None
+
+    def momenta(self) -> dict[str, float | None]:
+        """Return path of a layer -> the weight of its old value after a step; None: unknown."""
+        found: dict[str, float | None] = {}
+        for path in self.owners:
+            said = {self._of.recording.calls[label].momentum for label in self.calls.get(path, ())}
+            momentum = said.pop() if len(said) == 1 else None
+            writes = self._passes or self.writes(path)
+            told = momentum is not None and writes is not None
+            found[path] = float(momentum**writes) if told else None  # type: ignore[operator]
+        return found
+
+    def biases(self) -> tuple[str, ...]:
+        """Return the biases whose only way to the loss leads through a normalisation over rows."""
+        uses: Counter[str] = Counter()
+        for label, times in self._of.inline.items():
+            if label in self._of.recording.biases:
+                uses[self._of.recording.biases[label]] += times
+        params = [
+            path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(self._of.state.params)[0]
+        ]
+        found = []
+        for source, target in sorted(links(self._of.step)):
+            bias, call = self._of.recording.biases.get(source), self._of.recording.calls.get(target)
+            if bias is None or call is None or uses[bias] != 1:
+                continue
+            fitting = [p for p in params if p == bias or p.endswith(f"/{bias}")]
+            # The bias runs along the last axis: reduced over, it would no longer be a constant.
+            last = call.feature_axes[-1:] == (len(call.shape) - 1,)
+            if call.training and last and len(fitting) == 1:
+                found += fitting
+        return tuple(found)
+
+    def layer_inputs(self) -> Callable[..., Mapping[str, LayerInput]] | None:
+        """Return what tells the input of each layer in training; None where none can be told.
+
+        Left out is a layer called more than once, one inside a loop, one under ``vmap``.
+        """
+        once = {
+            labels[0]: path
+            for path in self.owners
+            if len(labels := self.training(path)) == 1
+            and self._of.inline[labels[0]] == 1
+            and path not in self._ambiguous
+        }
+        step = self._of.subject.step
+
+        def inputs(state: State, x: Any, y: Any) -> dict[str, LayerInput]:
+            with watching() as recording:
+                values = marked(step, state, x, y, jnp.float32(RATE))
+            return _inputs_of(values, recording, once)
+
+        if not once:
+            return None
+        y = jax.ShapeDtypeStruct(self._of.x.shape[:1], "float32")
+        return inputs if jax.eval_shape(inputs, self._of.state, self._of.x, y) else None
+
+    def without_statistics(self) -> str:
+        """Return what to say where layers train whose statistics the State does not hold; "" else."""
+        training = {c.path for c in self._of.recording.calls.values() if c.training}
+        if not training or self.owners or self.carried_paths():
+            return ""
+        return (
+            f"normalisation layers run in training ({listed(training)}), but no running statistics "
+            "are among the variables that the step carries, so none of them could be checked. Say "
+            'where they lie, as in statistics="model_state/batch_stats"; if the step drops them, '
+            "carry them on: mutable=[...] and what apply returns"
+        )
+
+    def carried_paths(self) -> list[str]:
+        """Return the paths of the statistics that are carried in ``State.extra``."""
+        extra = (
+            dict(self._of.state.extra or {}) if isinstance(self._of.state.extra, Mapping) else {}
+        )
+        return list(extra.get("carried", {}))
+
+    def carried(self) -> list[str]:
+        """Return patterns of the statistics that are no moving averages, or frozen by design."""
+        found = [
+            pattern
+            for path in sorted(
+                self._of.recording.power_iterated | self._of.evaluation.power_iterated
+            )
+            for pattern in (f"{path}/*", f"*/{path}/*")
+        ]
+        whole = jax.tree_util.tree_flatten_with_path(self._of.state.batch_stats)[0]
+        counters = [
+            path_name(p) for p, leaf in whole if not jnp.issubdtype(leaf.dtype, jnp.floating)
+        ]
+        return [*found, *counters, *(f"{path}/*" for path in self._frozen())]
+
+    def _frozen(self) -> list[str]:
+        """Return the layers that rest as a whole beside others that train: a frozen backbone."""
+        trained = self._of.flows.reached([self._of.inputs["x"], self._of.inputs["y"]])
+        moving = [path for path in self.owners if self.training(path)]
+        found = []
+        for path in self.owners:
+            own = {
+                n: node for n, node in self._of.outputs.items() if n.startswith(f"params/{path}/")
+            }
+            resting = own and not trained & set(own.values())
+            if moving and resting and self.calls.get(path) and not self.training(path):
+                found.append(path)
+        return found
 
 
-def _owners(batch_stats: Any) -> dict[str, list[Any]]:
-    """Return path of a layer -> its floating-point statistics."""
-    owners: dict[str, list[Any]] = defaultdict(list)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(batch_stats)[0]:
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            owners[path_name(path).rpartition("/")[0]].append(leaf)
-    return owners
-
-
-def _writes(leaves: list[Any], traced: Mapping[str, Call], inline: Counter[str]) -> int | None:
-    """Return how often a layer writes in one pass of the model; None where it cannot be told.
-
-    Args:
-        leaves: its statistics.
-        traced: label -> its calls that are in the program.
-        inline: how often each label is marked where it runs once.
-    """
-    writing = [label for label, call in traced.items() if call.training]
-    if all(inline[label] for label in writing):
-        # A layer shared within one pass writes twice by design; one pass too many is a mistake.
-        per_turn: Counter[int] = Counter()
-        for label in writing:
-            per_turn[traced[label].turn] += inline[label]
-        return max([1, *per_turn.values()])
-    # In a loop or a vmapped module every turn has a slice of its own, or writes again.
-    features = max(len(call.feature_axes) for call in traced.values())
-    sliced = len(writing) == 1 and all(len(leaf.shape) > features for leaf in leaves)
-    return 1 if sliced else None
-
-
-def _biases(jaxpr: Any, recording: Recording, inline: Counter[str]) -> tuple[str, ...]:
-    """Return the biases whose only way to the loss leads through a normalisation over rows."""
-    uses: Counter[str] = Counter()
-    for label, times in inline.items():
-        if label in recording.biases:
-            uses[recording.biases[label]] += times
-    found = []
-    for source, target in sorted(links(jaxpr)):
-        bias, call = recording.biases.get(source), recording.calls.get(target)
-        if bias is None or call is None or uses[bias] != 1:
+def _inputs_of(
+    values: Mapping[str, list[Any]], recording: Recording, once: Mapping[str, str]
+) -> dict[str, LayerInput]:
+    found = {}
+    for label, path in once.items():
+        call, given = recording.calls.get(label), values.get(label, [])
+        if call is None or len(given) != 1:
             continue
-        # The bias runs along the last axis: reduced over, it would no longer be a constant.
-        if call.training and call.feature_axes[-1:] == (len(call.shape) - 1,):
-            found.append(bias)
-    return tuple(found)
+        masks = values.get(f"{label} mask", [])
+        mask = masks[0] if call.masked and masks else None
+        shown = layer_input(given[0], mask, call.shape, call.feature_axes)
+        if shown is not None:
+            found[path] = shown
+    return found
+
+
+def listed(paths: Iterable[str]) -> str:
+    """Return paths in words: the first, and how many more."""
+    first, *others = sorted(paths)
+    return (first or "the model itself") + (f" and {len(others)} more" if others else "")

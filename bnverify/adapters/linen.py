@@ -6,18 +6,22 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import optax
+from flax import errors
 
-from bnverify.adapters import arguments
+from bnverify.adapters import calls
 from bnverify.adapters.batches import mse, rows, under_axis
-from bnverify.adapters.canonical import Loss, Optimizer, example_sizes, subject
+from bnverify.adapters.canonical import Batch, Loss, Optimizer, Pass, subject
+from bnverify.adapters.declared import Declarations
 from bnverify.adapters.explain import explaining
-from bnverify.adapters.linen_variables import look
 from bnverify.adapters.modes import Mode, call_mode, known_names, named
-from bnverify.subject import Subject
+from bnverify.adapters.programs import sizes_of
+from bnverify.subject import State, Subject, Tree
 
 
 def linen(
@@ -25,17 +29,15 @@ def linen(
     *,
     optimizer: Optimizer = optax.sgd,
     loss: Loss = mse,
-    batch: Callable[[Any, Any], tuple[Any, Any]] = rows,
+    batch: Batch = rows,
     train_argument: str | Mode | None = None,
     rngs: Sequence[str] = ("dropout",),
     mutable: bool | Sequence[str] | None = None,
     statistics: str = "batch_stats",
-    carried: Sequence[str] = (),
     axis_name: str | None = None,
-    online: bool = False,
     features: int | Collection[int] | None = None,
     name: str | None = None,
-    exempt: Mapping[str, str] | None = None,
+    **declared: Unpack[Declarations],
 ) -> Subject:
     """Return the canonical training step of ``module`` as a Subject.
 
@@ -52,44 +54,41 @@ def linen(
         train_argument: the argument that says whether the model trains: its name, or a function
             from "it trains" to keyword arguments. None: found in the signature of
             ``__call__``, else among the module's fields (``train``, ``is_training``,
-            ``deterministic``, ``use_running_average`` and their like).
+            ``deterministic``, ``use_running_average`` and their like). Where there is none, a
+            model that evaluates may write nothing: some look whether they may.
         rngs: names of the random streams that the model may draw from, besides "params".
         mutable: as in ``module.apply``, for the training pass. None: every collection that the
             module makes, but ``params``.
         statistics: the collection that holds the running statistics.
-        carried: patterns (``fnmatch``) of paths in that collection that are no moving averages,
-            or frozen ones: they are carried in ``State.extra``, and no law of averages is
-            asked of them. Those of ``nn.SpectralNorm`` are found.
         axis_name: the mapped axis over which the model synchronises: it is run under
             ``jax.vmap`` with one shard.
-        online: whether it normalises by the running values in training too (online
-            normalisation), and so breaks the laws that rest on the batch's own moments.
         features: the D that it accepts, where not any will do.
         name: how reports call it; None: the module's class.
-        exempt: law name -> why it does not apply.
+        **declared: ``targets``, ``row_losses``, ``online``, ``carried``, ``frozen``, ``passes``,
+            ``weights``, ``pretrained``, ``exempt``: see ``bnverify.adapters.declared.Declared``.
 
     Returns:
         A Subject whose ``State.extra`` holds what the model carries besides params and
         statistics: "key" where it draws random numbers, "collections" and "carried".
 
     Raises:
-        ValueError: an argument is not what it must be, or no mode can be made of
-            ``train_argument``.
+        Unusable: an argument is not what it must be, no mode can be made of ``train_argument``,
+            or normalisation layers run whose statistics are not found.
     """
-    arguments.linen_module(module)
-    arguments.functions(optimizer=optimizer, loss=loss, batch=batch)
-    sizes = arguments.sizes(features)
+    calls.linen_module(module)
+    calls.functions(optimizer=optimizer, loss=loss, batch=batch)
+    sizes = calls.sizes(features)
     bound = _Module(module, _mode(module, train_argument), batch, axis_name, statistics)
     with explaining("the model"):
-        model = look(bound, example_sizes(sizes), tuple(rngs), mutable, tuple(carried))
+        model = _look(bound, sizes_of(sizes), tuple(rngs), mutable)
     return subject(
         model,
         name=name or f"linen:{type(module).__name__}",
         optimizer=optimizer,
         loss=loss,
+        batch=batch,
         features=sizes,
-        online=online,
-        exempt=dict(exempt or {}),
+        declared=declared,
     )
 
 
@@ -120,7 +119,7 @@ class _Module:
 
     module: nn.Module
     mode: Mode
-    batch: Callable[[Any, Any], tuple[Any, Any]]
+    batch: Batch
     axis_name: str | None
     statistics: str
 
@@ -134,6 +133,8 @@ class _Module:
         self, variables: Any, inputs: Any, *, train: bool, mutable: Any, rngs: Any
     ) -> tuple[Any, Any]:
         """Return the outputs and the updated collections."""
+        if not train and not self.mode(False):  # nothing else tells it
+            mutable = False
 
         def run(inputs: Any) -> Any:
             apply = self._call("apply", train=train)
@@ -159,3 +160,136 @@ class _Module:
 
 def _positional(inputs: Any) -> tuple[Any, ...]:
     return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+@dataclass(frozen=True, eq=False)
+class _Variables:
+    """Which variables a model has and where a State keeps them.
+
+    Attributes:
+        module: the module.
+        mutable: what the training pass may write, as ``module.apply`` takes it.
+        rngs: the random streams that it may draw from, besides "params".
+        others: the collections carried besides ``params`` and the statistics.
+        random: whether the training pass draws random numbers.
+        random_eval: whether evaluation does.
+    """
+
+    module: _Module
+    mutable: Any
+    rngs: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    random: bool = False
+    random_eval: bool = False
+
+    def init(self, seed: Any, x: Any) -> tuple[Tree, Tree, Tree]:
+        """Return the initial params, statistics and extra."""
+        key = jax.random.PRNGKey(seed)
+        inputs, _ = self.module.batch(x, jnp.zeros(x.shape[:1], jnp.float32))
+        variables = self.module.init({"params": key, **self._streams(key)}, inputs)
+        # The names of streams are folded in from 1, so 0 is free for the steps' own key.
+        return (
+            variables.get("params", {}),
+            variables.get(self.module.statistics, {}),
+            self._extra(variables, jax.random.fold_in(key, 0)),
+        )
+
+    def apply(self, state: State, x: Any, y: Any, *, train: bool) -> Pass:
+        """Return one forward pass on the batch made from x and y.
+
+        The key of the random streams moves on in training only.
+        """
+        inputs, targets = self.module.batch(x, y)
+        extra = dict(state.extra or {})
+        key = extra.get("key")
+        rngs = None
+        if key is not None and (train or self.random_eval):
+            key, now = jax.random.split(key)
+            rngs = self._streams(now)
+        collections = dict(extra.get("collections", {}))
+        variables = {"params": state.params, **collections}
+        statistics = self.module.statistics
+        if state.batch_stats:
+            variables[statistics] = state.batch_stats
+        outputs, updated = self.module.apply(
+            variables, inputs, train=train, mutable=self.mutable, rngs=rngs
+        )
+        after = {name: updated.get(name, old) for name, old in collections.items()}
+        new_key = key if train else extra.get("key")
+        new = updated.get(statistics, state.batch_stats)
+        return Pass(outputs, targets, new, self._extra(after, new_key))
+
+    def _streams(self, key: Any) -> dict[str, Any]:
+        return {name: jax.random.fold_in(key, i + 1) for i, name in enumerate(self.rngs)}
+
+    def _extra(self, collections: Mapping[str, Any], key: Any) -> Tree:
+        kept = {name: collections[name] for name in self.others}
+        extra: dict[str, Any] = {"collections": kept} if kept else {}
+        if (self.random or self.random_eval) and key is not None:
+            extra["key"] = key
+        return extra or ()
+
+
+def _look(
+    module: _Module,
+    sizes: tuple[int, int],
+    rngs: tuple[str, ...],
+    mutable: bool | Sequence[str] | None,
+) -> _Variables:
+    """Return the variables of a model, found by tracing it for shapes.
+
+    Args:
+        module: the module.
+        sizes: (N, D) to trace it at.
+        rngs: names of random streams.
+        mutable: the user's choice; None: every collection but ``params``.
+    """
+    seed = jax.ShapeDtypeStruct((), "int32")
+    x = jax.ShapeDtypeStruct(sizes, "float32")
+    y = jax.ShapeDtypeStruct(sizes[:1], "float32")
+
+    def initial(seed: Any, x: Any) -> Any:
+        key = jax.random.PRNGKey(seed)
+        streams = dict.fromkeys(("params", *rngs), key)
+        inputs, _ = module.batch(x, jnp.zeros(x.shape[:1], jnp.float32))
+        return module.init(streams, inputs)
+
+    variables = jax.eval_shape(initial, seed, x)
+    others = tuple(name for name in variables if name not in ("params", module.statistics))
+    everything = [module.statistics, *others]
+    chosen = everything if mutable is None else mutable
+    chosen = chosen if isinstance(chosen, bool) else list(chosen)
+
+    def after(mutable: Any, streams: Any, train: bool) -> Any:
+        def run(variables: Any, x: Any, y: Any) -> Any:
+            inputs, _ = module.batch(x, y)
+            return module.apply(variables, inputs, train=train, mutable=mutable, rngs=streams)[1]
+
+        return jax.eval_shape(run, variables, x, y)
+
+    def draws(*, train: bool) -> bool:
+        try:
+            after(chosen, None, train)
+        except errors.InvalidRngError:
+            return True
+        return False
+
+    updated = after(everything, dict.fromkeys(rngs, jax.random.PRNGKey(0)), True)
+    # What a pass makes longer (``sow``) is a report of that pass, not a state to carry on.
+    kept = tuple(
+        name
+        for name in others
+        if name not in updated or _shapes(updated[name]) == _shapes(variables[name])
+    )
+    return _Variables(
+        module,
+        chosen,
+        rngs,
+        others=kept,
+        random=draws(train=True),
+        random_eval=draws(train=False),
+    )
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree_util.tree_map(lambda leaf: (tuple(leaf.shape), str(leaf.dtype)), tree)

@@ -1,71 +1,161 @@
-"""What a user's step returns: the new state, and among the rest the loss."""
+"""What a user's step returns: the carried objects after it, and among the rest the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from bnverify.unusable import Unusable, did_you_mean
+
 Reading: TypeAlias = str | Callable[[Any, Any], Any] | None
 """Where a report has its loss: a key, a function of (report, batch), or None to look for it."""
 
 
-def state_and_report(returned: Any, kind: type) -> tuple[Any, Any]:
-    """Return the state among what a step returned, and what else there is.
+class NoLoss(Unusable):
+    """A report in which no loss is found."""
+
+
+def things_and_report(returned: Any, things: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return the carried objects among what a step returned, and what else there is.
 
     Args:
-        returned: the state, or a tuple with it; the rest is the report.
-        kind: the class of the state.
+        returned: an object, a tuple or dict with objects in it, or a report alone. Objects are told
+            by their structure, those of a class of their own by their class.
+        things: name -> the object that the step was given.
 
     Returns:
-        (state, report); None for either that is not there. A report of one part is that part.
+        name -> the new object, of those that came back, and the report. A report of one part is
+        that part; None: nothing is left.
     """
-    if isinstance(returned, kind):
-        return returned, None
-    if not isinstance(returned, tuple | list) or not any(isinstance(r, kind) for r in returned):
-        return None, returned
-    state = next(part for part in returned if isinstance(part, kind))
-    rest = [part for part in returned if part is not state]
-    return state, rest[0] if len(rest) == 1 else tuple(rest) or None
+    if isinstance(returned, Mapping) and set(things) & set(returned):
+        found = {name: returned[name] for name in things if name in returned}
+        return found, {key: value for key, value in returned.items() if key not in found} or None
+    if not _is_plain(returned):
+        named = next((n for n, thing in things.items() if _likeness(thing, returned) > 0), None)
+        return ({named: returned}, None) if named is not None else ({}, returned)
+    parts = list(returned)
+    found = {}
+    wanted = list(things)
+    for least in (3, 2, 1):  # the closest likeness first: two trees may have the same keys
+        for name in list(wanted):
+            for index, part in enumerate(parts):
+                if _likeness(things[name], part) >= least:
+                    found[name] = parts.pop(index)
+                    wanted.remove(name)
+                    break
+    for index, part in enumerate(parts):
+        if wanted and _is_plain(part) and part:
+            inside, rest = things_and_report(part, {name: things[name] for name in wanted})
+            if inside and rest is None:  # all of them, handed back as one tuple
+                found |= inside
+                del parts[index]
+                break
+    report = parts[0] if len(parts) == 1 else tuple(parts) or None
+    return found, report
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, tuple | list) and not hasattr(value, "_fields")
+
+
+def _likeness(thing: Any, part: Any) -> int:
+    """Return how surely ``part`` is the new ``thing``: 3 its structure, 2 its class, 1 its keys."""
+    structure: Any = jax.tree_util.tree_structure
+    if isinstance(thing, Mapping) and isinstance(part, Mapping):
+        if structure(dict(thing)) == structure(dict(part)):
+            return 3
+        return 1 if set(thing) == set(part) else 0
+    if jax.tree_util.all_leaves([thing]):
+        same = getattr(part, "shape", None) == getattr(thing, "shape", ())
+        return 3 if same and getattr(part, "dtype", None) == getattr(thing, "dtype", None) else 0
+    if type(thing) is not type(part):
+        return 0
+    if structure(thing) == structure(part):
+        return 3
+    return 2 if not isinstance(thing, tuple | list) or hasattr(thing, "_fields") else 0
 
 
 def loss_of(report: Any, how: Reading, batch: Any) -> Any:
     """Return the loss in a report; None where it has none.
 
     Args:
-        report: a mapping of metrics, a loss, or a tuple with one of them.
+        report: a mapping of metrics, metrics that ``compute()`` gives, a loss, or a tuple with one
+            of them. A pair is a sum and a count.
         how: see ``Reading``.
         batch: what the step was given.
 
     Raises:
-        ValueError: the report has no entry of the name in ``how``.
+        NoLoss: the report has no entry of the name in ``how``.
     """
     if callable(how):
         return jnp.asarray(how(report, batch))
     for part in report if isinstance(report, tuple) else (report,):
         found = _in_part(part, how or "loss", named=how is not None)
         if found is not None:
-            return jnp.asarray(found)
+            return _number(found)
     if how is not None:
-        raise ValueError(f"the step reports no {how!r}; it reports {_described(report)}")
+        near = did_you_mean(how, keys_of(report))
+        raise NoLoss(f"the step reports no {how!r}; it reports {described(report)}{near}")
     return None
 
 
 def _in_part(part: Any, key: str, *, named: bool) -> Any:
+    if is_metrics(part):
+        part = part.compute()
     if isinstance(part, Mapping):
         return part.get(key)
     if named and hasattr(part, key):
+        return getattr(part, key)
+    if hasattr(part, "_fields") and hasattr(part, key):  # a NamedTuple of metrics
         return getattr(part, key)
     is_number = isinstance(part, float) or (hasattr(part, "shape") and part.shape == ())
     return part if is_number and not named else None
 
 
-def _described(report: Any) -> str:
-    if isinstance(report, Mapping):
-        return "the keys " + ", ".join(map(repr, report))
-    return type(report).__name__
+def _number(value: Any) -> Any:
+    """Return a reported loss as an array; of a pair (sum, count) the quotient."""
+    if is_metrics(value):
+        value = value.compute()
+    pair = value if isinstance(value, tuple | list) else None
+    if pair is None and getattr(value, "shape", None) == (2,):
+        pair = (value[0], value[1])
+    if pair is not None and len(pair) == 2:
+        total, count = (jnp.asarray(part) for part in pair)
+        return total / count
+    return jnp.asarray(value)
+
+
+def is_metrics(value: Any) -> bool:
+    """Return whether an object gathers numbers over batches: ``nnx.MultiMetric``, clu's and their kin."""
+    if isinstance(value, type):
+        return False
+    gathers = any(callable(getattr(value, name, None)) for name in ("reset", "merge", "empty"))
+    return gathers and callable(getattr(value, "compute", None))
+
+
+def keys_of(report: Any) -> Sequence[str]:
+    """Return the names in a report."""
+    parts = report if _is_plain(report) else (report,)
+    names: list[str] = []
+    for part in parts:
+        value = part.compute() if is_metrics(part) else part
+        names += [str(k) for k in value] if isinstance(value, Mapping) else []
+        names += list(getattr(value, "_fields", ()))
+    return names
+
+
+def described(report: Any) -> str:
+    """Return what a report holds, in words."""
+    names = keys_of(report)
+    if names:
+        return "the keys " + ", ".join(map(repr, names))
+    if report is None:
+        return "nothing"
+    shape = getattr(report, "shape", None)
+    return f"an array of shape {shape}" if shape is not None else f"a {type(report).__name__}"
 
 
 def inputs_and_targets(batch: Any) -> tuple[Any, Any]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bnverify.adapters.batches import rows
+from bnverify.adapters.calls import plain
 from bnverify.adapters.explain import explaining
 from bnverify.adapters.linen import linen
-from bnverify.adapters.watching import starts_like, watched
 from bnverify.laws import LAWS
 from bnverify.subject import State, StepInfo, Subject
 
@@ -86,12 +88,12 @@ def _canonical(function: Solution, batch: Callable[..., Any]) -> Subject | None:
     for seed in (0, 7):
         x = generator.standard_normal((4, 6)).astype(np.float32)
         y = generator.standard_normal(4).astype(np.float32)
-        result, watch = watched(function, float(seed), x, y, 0.0)
+        result, watch = _watched(function, float(seed), x, y, 0.0)
         if not watch.modules:
             return None
         try:
             subject = subject or linen(watch.modules[-1], batch=batch)
-            if not starts_like(subject, seed, x, y, result, watch):
+            if not _starts_like(subject, seed, x, y, result, watch):
                 return None
         except (ValueError, TypeError):  # a module that the canonical step does not fit
             return None
@@ -121,3 +123,91 @@ def _evaluate(function: Solution, state: State, x: Any, y: Any) -> Any:
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError):
         branches = [partial(function, fixed) for fixed in SEEDS]
         return jax.lax.switch(seed % len(SEEDS), branches, x, y, lr)
+
+
+# Which linen module a function goes through, seen by running it.
+
+PLACES = 1e-5  # of agreement of two float32 losses that come from one computation
+
+
+@dataclass
+class _Watch:
+    """What was seen of one run.
+
+    Attributes:
+        modules: the outermost module of each pass, in order, bound no more.
+        params: its params in that pass, where they were values and not tracers; else None.
+    """
+
+    modules: list[nn.Module] = field(default_factory=list)
+    params: list[Any] = field(default_factory=list)
+    _depth: int = 0
+
+    def __call__(self, call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        """Intercept one method call; see ``flax.linen.intercept_methods``."""
+        self._depth += 1
+        try:
+            if self._depth == 1 and not context.module.path:
+                self._note(context.module)
+            return call(*args, **kwargs)
+        finally:
+            self._depth -= 1
+
+    def _note(self, module: Any) -> None:
+        params = None if module.is_initializing() else module.variables.get("params")
+        leaves = jax.tree_util.tree_leaves(params)
+        concrete = bool(leaves) and not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        self.modules.append(module.clone(parent=None, name=None))
+        self.params.append(params if concrete else None)
+
+
+def _watched(function: Callable[..., Any], *args: Any) -> tuple[Any, _Watch]:
+    """Return what ``function`` returns and what was seen of its modules."""
+    watch = _Watch()
+    with nn.intercept_methods(watch):
+        result = plain(function)(*args)
+    return result, watch
+
+
+def _starts_like(subject: Subject, seed: int, x: Any, y: Any, result: Any, watch: _Watch) -> bool:
+    """Return whether a function run with the learning rate 0 starts as ``subject`` does.
+
+    Args:
+        subject: the canonical step around the module that was seen.
+        seed: of the run.
+        x: likewise.
+        y: likewise.
+        result: what the run returned.
+        watch: what was seen of it. With the rate 0 the params of its last pass are the first
+            ones; where no pass shows values, the loss must be that of the first params, from
+            any statistics and of any reduction.
+    """
+    state = subject.init(np.int32(seed), x)
+    seen = [params for params in watch.params if params is not None]
+    if seen:
+        with suppress(ValueError):  # trees that are not alike
+            alike = jax.tree_util.tree_map(np.array_equal, _plain(seen[-1]), _plain(state.params))
+            return all(jax.tree_util.tree_leaves(alike))
+        return False
+    value = np.asarray(result, np.float64)
+    return value.size == 1 and any(
+        abs(value.reshape(()) - each) <= PLACES * abs(each)
+        for each in _losses(subject, state, x, y)
+    )
+
+
+def _plain(tree: Any) -> Any:
+    return jax.tree_util.tree_map(np.asarray, jax.tree_util.tree_map(lambda leaf: leaf, dict(tree)))
+
+
+def _losses(subject: Subject, state: Any, x: Any, y: Any) -> Iterator[float]:
+    """Yield the mean and the sum of squared errors at the first params, in every mode."""
+    after, info = subject.step(state, x, y, np.float32(0))
+    for loss in (
+        subject.evaluate(after, x, y),
+        subject.evaluate(state, x, y),
+        info.loss,
+    ):
+        mean = float(np.asarray(loss).reshape(()))
+        yield mean
+        yield mean * len(y)

@@ -1,35 +1,362 @@
-"""Trees of nested dicts, taken apart by path and put together again."""
+"""Where params, statistics and optimizer state lie in the trees that a loop carries.
+
+A train state, a tuple of them, a dict of loose trees: anything that JAX takes for a tree. Its
+parts are found by their names, as Flax and Optax have them, or where a path says; everything
+else goes on as it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from flax.traverse_util import flatten_dict, unflatten_dict
+import jax
+import jax.numpy as jnp
 
-Tree = Any
+from bnverify.adapters.reports import is_metrics
+from bnverify.pytree import path_name
+from bnverify.subject import State, Tree
+from bnverify.unusable import Unusable, did_you_mean
+
+Path = tuple[str, ...]
+
+PARAMS, STATISTICS, OPTIMIZER, METRICS = "params", "batch_stats", "opt_state", "metrics"
+_NAMES = {
+    "params": PARAMS,
+    "batch_stats": STATISTICS,
+    "opt_state": OPTIMIZER,
+    "optimizer_state": OPTIMIZER,
+    "optim_state": OPTIMIZER,
+}
+# Trees of several networks side by side: g_params, g_batch_stats and g_opt_state.
+PREFIXED = re.compile(r"^(.+)_(params|batch_stats|stats|opt_state)$")
 
 
-def partition(tree: Tree, patterns: Iterable[str]) -> tuple[Tree, Tree]:
-    """Return the tree without and with the leaves whose path matches one of ``patterns``.
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a State lie in carried trees.
+
+    Attributes:
+        parts: part -> network -> path. A single network is called "".
+        rest: paths of the leaves that belong to no part.
+        metrics: paths of what gathers metrics: no part of the state, begun anew in each call.
+        names: thing -> how the State calls it, where there are several.
+    """
+
+    parts: Mapping[str, Mapping[str, Path]]
+    rest: tuple[Path, ...]
+    metrics: tuple[Path, ...]
+    names: Mapping[str, str]
+
+    def split(self, things: Mapping[str, Any], more: Tree) -> State:
+        """Return the State of carried trees.
+
+        Args:
+            things: name -> tree.
+            more: what else is carried.
+        """
+        parts = {}
+        for part in (PARAMS, STATISTICS, OPTIMIZER):
+            found = {net: at(things, path) for net, path in self.parts.get(part, {}).items()}
+            parts[part] = found[""] if set(found) == {""} else found
+        fields: dict[str, Any] = {}
+        for path in self.rest:
+            inner = fields
+            for name in self._named(path)[:-1]:
+                inner = inner.setdefault(name, {})
+            inner[self._named(path)[-1]] = at(things, path)
+        extra = {**({"fields": fields} if fields else {}), **more}
+        trees = (
+            parts[PARAMS],
+            parts[STATISTICS] if parts[STATISTICS] is not None else {},
+            parts[OPTIMIZER] or (),
+            extra or (),
+        )
+        # A step counter starts as a Python int, which would be another type than its successor.
+        return State(*(jax.tree_util.tree_map(_array, tree) for tree in trees))
+
+    def join(self, state: State, template: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the carried trees with the values of ``state``.
+
+        Args:
+            state: the values.
+            template: the trees as they were made, for all that is no array.
+        """
+        values: dict[Path, Any] = {}
+        trees = {PARAMS: state.params, STATISTICS: state.batch_stats, OPTIMIZER: state.opt_state}
+        for part, nets in self.parts.items():
+            for net, path in nets.items():
+                values[path] = trees[part] if set(nets) == {""} else trees[part][net]
+        fields = dict(state.extra or {}).get("fields", {})
+        for path in self.rest:
+            values[path] = at(fields, self._named(path))
+        return {name: _replaced(tree, values, (name,)) for name, tree in template.items()}
+
+    def _named(self, path: Path) -> Path:
+        """Return where a leaf of no part lies in ``State.extra``."""
+        names = self.names
+        head = (names.get(path[0], path[0]),) if len(names) > 1 or len(path) == 1 else ()
+        return (*head, *path[1:])
+
+    def networks(self) -> tuple[str, ...]:
+        """Return the networks, as the State calls them."""
+        return tuple(self.parts.get(PARAMS, {}))
+
+
+def layout(
+    things: Mapping[str, Any],
+    names: Mapping[str, str],
+    *,
+    params: str | None = None,
+    statistics: str | None = None,
+    opt_state: str | None = None,
+) -> Layout:
+    """Return where the parts of a State lie.
 
     Args:
-        tree: nested dicts.
+        things: name -> carried tree; the leaves may be tracers.
+        names: thing -> how the State calls it, where there are several.
+        params: the path of the params, segments joined by "/", from a tree or from all of them;
+            None: whatever is called "params".
+        statistics: likewise; "batch_stats".
+        opt_state: likewise; "opt_state" and its like, else what Optax made.
+
+    Raises:
+        Unusable: a path leads nowhere, or no params are found.
+    """
+    told = {PARAMS: params, STATISTICS: statistics, OPTIMIZER: opt_state}
+    paths = {part: tuple(path.split("/")) for part, path in told.items() if path}
+    found: dict[str, list[Path]] = {PARAMS: [], STATISTICS: [], OPTIMIZER: [], METRICS: []}
+    rest: list[Path] = []
+    for path, part in _walk(things, paths, names):
+        if part is None:
+            rest.append(path)
+        else:
+            found[part].append(path)
+    for part, wanted in paths.items():
+        if not found[part] and part != STATISTICS:
+            near = did_you_mean("/".join(wanted), map(str, _places(things)))
+            raise Unusable(
+                f"nothing lies at {'/'.join(wanted)!r}; there are {_listed(things)}{near}"
+            )
+    if not found[PARAMS]:
+        raise Unusable(
+            f"no params are found in what is carried: there are {_listed(things)}. Say where they "
+            'lie, as in params="variables/params"; statistics= and opt_state= likewise'
+        )
+    parts = {
+        part: _by_network(found[part], names, len(found[PARAMS]) > 1)
+        for part in (PARAMS, STATISTICS, OPTIMIZER)
+    }
+    return Layout(parts, tuple(rest), tuple(found[METRICS]), dict(names))
+
+
+def _walk(
+    things: Mapping[str, Any], told: Mapping[str, Path], names: Mapping[str, str]
+) -> Iterator[tuple[Path, str | None]]:
+    """Yield (path, part) of every part, and (path, None) of every leaf that is in none."""
+    heads = {name: names.get(name, name) for name in things}
+    pending: list[tuple[Path, Any, str | None]] = []
+    for name, tree in reversed(list(things.items())):
+        hint = None if tree is None else _prefixed(heads[name], set(heads.values()), told)
+        pending.append(((name,), tree, hint))
+    while pending:
+        path, node, part = pending.pop()
+        children, _ = _children(node)
+        if node is not None and part is None:
+            part = _part((heads[path[0]], *path[1:]), node, told)
+        if part == STATISTICS and "batch_stats" in dict(children):  # the field around them is told
+            part = None
+        if part is not None:
+            yield path, part
+        elif children:
+            siblings = {name for name, _ in children}
+            for name, child in reversed(children):
+                hint = None if child is None else _prefixed(name, siblings, told)
+                pending.append(((*path, name), child, hint))
+        elif not _is_empty(node):
+            yield path, None
+
+
+def _part(path: Path, node: Any, told: Mapping[str, Path]) -> str | None:
+    for part, wanted in told.items():
+        if path[-len(wanted) :] == wanted and len(path) <= len(wanted) + 1:
+            return part
+    by_name = _NAMES.get(path[-1])
+    if by_name is not None and by_name not in told:
+        return by_name
+    if is_metrics(node):
+        return METRICS
+    return OPTIMIZER if OPTIMIZER not in told and _is_optax(node) else None
+
+
+def _prefixed(name: str, siblings: set[str], told: Mapping[str, Path]) -> str | None:
+    """Return the part that ``g_params`` is, where a ``g_opt_state`` stands beside it."""
+    match = PREFIXED.match(name)
+    if match is None or f"{match[1]}_opt_state" not in siblings or name in _NAMES:
+        return None
+    part = STATISTICS if match[2] == "stats" else match[2]
+    return None if part in told else part
+
+
+def _is_optax(node: Any) -> bool:
+    if hasattr(node, "_fields") and type(node).__module__.split(".")[0] == "optax":
+        return True
+    if type(node) is not tuple or not node:
+        return False
+    return all(_is_optax(part) for part in node)
+
+
+def _by_network(paths: Sequence[Path], names: Mapping[str, str], several: bool) -> dict[str, Path]:
+    if not several:
+        return {"": paths[0]} if len(paths) == 1 else {_joined(p, names): p for p in paths}
+    return {_joined(path, names): path for path in paths}
+
+
+def _joined(path: Path, names: Mapping[str, str]) -> str:
+    """Return what a path says of its network: all but the part's own name."""
+    called = (names.get(path[0], path[0]), *path[1:])
+    match = PREFIXED.match(called[-1])
+    last = (match[1],) if match and called[-1] not in _NAMES else ()
+    inner = (*called[1:-1], *last)
+    head = called[:1] if len(path) > 1 and (len(names) > 1 or not inner) else ()
+    return "/".join((*head, *inner)) or called[0]
+
+
+def _children(node: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """Return the children of one node of a tree by name, and how to put them together again."""
+    if node is None:
+        return [], None
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
+    if jax.tree_util.treedef_is_leaf(treedef):
+        return [], None
+    return [(path_name(path), child) for path, child in pairs], treedef
+
+
+def _is_empty(node: Any) -> bool:
+    return not jax.tree_util.tree_leaves(node)
+
+
+def at(tree: Any, path: Path) -> Any:
+    """Return what lies at a path of a tree."""
+    if not path:
+        return tree
+    if isinstance(tree, Mapping) and path[0] in tree:
+        return at(tree[path[0]], path[1:])
+    return at(dict(_children(tree)[0])[path[0]], path[1:])
+
+
+def _replaced(node: Any, values: Mapping[Path, Any], path: Path) -> Any:
+    if path in values:
+        return values[path]
+    children, treedef = _children(node)
+    if treedef is None:
+        return node
+    new = [_replaced(child, values, (*path, name)) for name, child in children]
+    return jax.tree_util.tree_unflatten(treedef, new)
+
+
+def own_name(parameter: str) -> str:
+    """Return how a State calls what a parameter takes: "generator" for generator_state."""
+    told = parameter in _NAMES or PREFIXED.match(parameter)
+    return parameter if told else parameter.removesuffix("_state") or parameter
+
+
+def _places(things: Mapping[str, Any]) -> list[str]:
+    places = []
+    for name, tree in things.items():
+        inner = [child for child, _ in _children(tree)[0]]
+        places += inner if len(things) == 1 and inner else [name]
+    return places
+
+
+def _listed(things: Mapping[str, Any]) -> str:
+    return ", ".join(_places(things)) or "no trees"
+
+
+def _array(leaf: Any) -> Any:
+    return leaf if hasattr(leaf, "dtype") else jnp.array(leaf)
+
+
+def kind_of(tree: Any) -> str:
+    """Return whether a loose tree is params, statistics or an optimizer's state; "" for others."""
+    if _is_optax(tree):
+        return OPTIMIZER
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    if not isinstance(tree, Mapping) or not leaves:
+        return ""
+    last = {path_name(path).rpartition("/")[2] for path, _ in leaves}
+    if last <= {"mean", "var"}:
+        return STATISTICS
+    return PARAMS if last & {"kernel", "scale", "bias", "embedding", "w", "b"} else ""
+
+
+def search(things: Mapping[str, Any], layers: Mapping[str, Sequence[str]]) -> str | None:
+    """Return the path under which the statistics of normalisation layers lie, wherever that is.
+
+    Args:
+        things: name -> carried tree.
+        layers: path of a layer -> the names of its statistics.
+
+    Returns:
+        Segments joined by "/", from the tree on; None where not all are found in one place.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(dict(things))[0]
+    paths = [path_name(path) for path, _ in leaves]
+    holders: set[str] = set()
+    for layer, names in layers.items():
+        for name in names:
+            end = f"/{layer}/{name}" if layer else f"/{name}"
+            found = {path.removesuffix(end) for path in paths if path.endswith(end)}
+            holders = found if not holders else holders & found
+            if not holders:
+                return None
+    holder = min(holders, key=len, default="").partition("/")[2]
+    return holder or None
+
+
+def partition(tree: Tree, patterns: Sequence[str]) -> tuple[Tree, dict[str, Any]]:
+    """Return a tree without the leaves whose path matches a pattern, and those by path.
+
+    Args:
+        tree: any tree. Nested dicts lose what is taken; elsewhere None stands for it.
         patterns: as ``fnmatch`` takes them, of paths joined by "/".
     """
-    wanted = tuple(patterns)
-    if not wanted:
+    if not patterns:
         return tree, {}
-    # Keys stay tuples: the names of nn.SpectralNorm's variables hold a "/" themselves.
-    flat = flatten_dict(tree)
-    inside = {path for path in flat if any(fnmatchcase("/".join(path), each) for each in wanted)}
-    without = {path: leaf for path, leaf in flat.items() if path not in inside}
-    return unflatten_dict(without), unflatten_dict({path: flat[path] for path in sorted(inside)})
+    taken: dict[str, Any] = {}
+
+    def kept(path: Any, leaf: Any) -> Any:
+        name = path_name(path)
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            taken[name] = leaf
+            return None
+        return leaf
+
+    return _pruned(jax.tree_util.tree_map_with_path(kept, tree)), taken
 
 
-def union(first: Tree, second: Tree) -> Tree:
-    """Return one tree with the leaves of two that share none."""
-    if not second:
-        return first
-    return unflatten_dict(flatten_dict(first) | flatten_dict(second))
+def _pruned(tree: Tree) -> Tree:
+    if not isinstance(tree, Mapping):
+        return tree
+    inner = {key: _pruned(value) for key, value in tree.items()}
+    return {k: v for k, v in inner.items() if v is not None and not (_is_empty(v) and tree[k] != v)}
+
+
+def union(tree: Tree, taken: Mapping[str, Any], whole: Any) -> Tree:
+    """Return what ``partition`` took apart.
+
+    Args:
+        tree: the leaves that were left.
+        taken: the others, by path.
+        whole: the structure of the whole tree.
+    """
+    if not taken:
+        return tree
+    left = {path_name(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    names = [path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(whole)[0]]
+    leaves = [taken[name] if name in taken else left[name] for name in names]
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(whole), leaves)

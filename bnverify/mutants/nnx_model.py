@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bnverify.adapters.nnx_parts import Parts
+from bnverify.adapters.objects import Parts
 
 FILTERS = (nnx.Param, nnx.BatchStat, ...)
 

@@ -2,10 +2,10 @@
 
 from train import CLASSES, eval_step, make, train_step
 
+import bnverify
 from bnverify.adapters.batches import classes
-from bnverify.adapters.nnx_loop import nnx_loop
 
-subject = nnx_loop(
+subject = bnverify.nnx_loop(
     make,
     train_step,
     eval_step,

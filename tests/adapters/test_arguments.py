@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import bnverify
-from bnverify.adapters import arguments
+from bnverify.adapters import calls
 from bnverify.adapters.nnx_loop import nnx_loop
 from bnverify.unusable import Unusable
 
@@ -67,7 +67,7 @@ OPTIMIZER = r"optimizer must be a function of the learning rate, like .*, got a 
             lambda: bnverify.train_state({"step": 0}, nothing, nothing),  # type: ignore[arg-type]
             "create must be a function that makes the train state, got a dict",
         ),
-        (lambda: bnverify.train_state(nothing, nothing, None), "eval_step must be .*, got None"),  # type: ignore[arg-type]
+        (lambda: bnverify.train_state(nothing, nothing, 3), "eval_step must be .*, got 3"),  # type: ignore[arg-type]
         (lambda: nnx_loop(nothing, 3, nothing), "train_step must be .*, got 3"),  # type: ignore[arg-type]
         (lambda: bnverify.linen(Net(), loss="mse"), r"loss must be .* -> scalar, got 'mse'"),  # type: ignore[arg-type]
         (
@@ -90,10 +90,10 @@ def test_what_is_refused_says_what_to_pass(make: Callable[[], Any], said: str) -
 @pytest.mark.parametrize("features", [4, np.int64(4), [4], (4,), {4}, range(4, 5)])
 def test_sizes_come_in_any_collection(features: Any) -> None:
     """A number, whoever's, or several."""
-    assert arguments.sizes(features) == (4,)
+    assert calls.sizes(features) == (4,)
 
 
 def test_functions_of_any_kind_are_taken() -> None:
     """Optional parameters, classes, builtins without a signature."""
-    arguments.functions(optimizer=optax.adam, loss=max, batch=lambda x, y, scale=1: (x, y))
-    arguments.functions(loss=lambda *args: args[0])
+    calls.functions(optimizer=optax.adam, loss=max, batch=lambda x, y, scale=1: (x, y))
+    calls.functions(loss=lambda *args: args[0])

@@ -132,7 +132,7 @@ def test_objects_are_passed_by_their_names() -> None:
         return {"loss": eval_step(model, (x, y)), "seen": metrics.total}
 
     _, after, info = one_step(nnx_loop(with_metric, step, judge))
-    assert after.extra["others"] == {"object2": {"total": info.loss}}
+    assert after.extra["others"] == {"metrics": {"total": info.loss}}
     assert "key" in after.extra
 
 
@@ -168,3 +168,143 @@ def test_an_update_in_another_releases_form_is_explained() -> None:
     with pytest.raises(SubjectError) as caught:
         nnx_loop(make, other_form, eval_step)
     assert caught.value.mistake.name == "nnx_optimizer_form"
+
+
+class Digits(flax_nnx.Module):
+    """The model of Flax's own MNIST loop, smaller: a convolution, a normalisation, dropout."""
+
+    def __init__(self, *, rngs: Any) -> None:
+        self.conv = flax_nnx.Conv(1, 2, kernel_size=(3, 3), rngs=rngs)
+        self.norm = flax_nnx.BatchNorm(2, rngs=rngs)
+        self.dropout = flax_nnx.Dropout(rate=0.025)
+        self.last = flax_nnx.Linear(2, 3, rngs=rngs)
+
+    def __call__(self, x: Any, rngs: Any = None) -> Any:
+        x = self.dropout(flax_nnx.relu(self.norm(self.conv(x))), rngs=rngs)
+        return self.last(x.mean((1, 2)))
+
+
+def digits_loss(model: Digits, rngs: Any, batch: Any) -> Any:
+    logits = model(batch["image"], rngs)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+    return loss, logits
+
+
+@flax_nnx.jit
+def digits_step(model: Any, optimizer: Any, metrics: Any, rngs: Any, batch: Any) -> None:
+    grad_fn = flax_nnx.value_and_grad(digits_loss, has_aux=True)
+    (loss, logits), grads = grad_fn(model, rngs, batch)
+    metrics.update(loss=loss, logits=logits, labels=batch["label"])
+    update(model, optimizer, grads)
+
+
+@flax_nnx.jit
+def digits_eval(model: Any, metrics: Any, batch: Any) -> None:
+    loss, logits = digits_loss(model, None, batch)
+    metrics.update(loss=loss, logits=logits, labels=batch["label"])
+
+
+def make_digits(rngs: Any, learning_rate: float = 0.005) -> Any:
+    model = Digits(rngs=rngs)
+    metrics = flax_nnx.MultiMetric(
+        accuracy=flax_nnx.metrics.Accuracy(), loss=flax_nnx.metrics.Average("loss")
+    )
+    optimizer = flax_nnx.Optimizer(model, optax.adamw(learning_rate, 0.9), wrt=flax_nnx.Param)
+    return model, optimizer, metrics
+
+
+def test_flaxs_own_loop_is_taken_as_it_is() -> None:
+    """Steps that return nothing: the loss is the metrics', which are no part of the state."""
+
+    def batch(x: Any, y: Any) -> Any:
+        return {"image": x.reshape(-1, 4, 4, 1), "label": jnp.floor(y).astype(jnp.int32) % 3}
+
+    subject = nnx_loop(make_digits, digits_step, digits_eval, batch=batch, features=16)
+    x = jnp.linspace(-1, 1, 64).reshape(4, 16) ** 3
+    y = jnp.arange(4.0)
+    state = subject.init(0, x)
+    assert set(state.extra) == {"optimizer", "key"}
+    after, info = subject.step(state, x, y, 0.1)
+    assert info.grads is not None
+    assert subject.momentum == 0.99
+    assert np.isfinite(info.loss)
+    assert "random numbers" in subject.exempt["equal_steps_converge_geometrically"]
+    assert subject.after_eval is not None
+    left = subject.after_eval(after, x, y)
+    jax.tree_util.tree_map(np.testing.assert_array_equal, left, after)
+    assert subject.evaluate(after, x, y).shape == (1,)
+    without = nnx_loop(make_digits, digits_step, batch=batch, features=16)
+    np.testing.assert_allclose(
+        without.evaluate(after, x, y), subject.evaluate(after, x, y), rtol=1e-6
+    )
+
+
+class Small(flax_nnx.Module):
+    """Linear -> BatchNorm -> Linear."""
+
+    def __init__(self, din: int, out: int, *, rngs: Any) -> None:
+        self.first = flax_nnx.Linear(din, 4, rngs=rngs)
+        self.norm = flax_nnx.BatchNorm(4, momentum=0.9, rngs=rngs)
+        self.last = flax_nnx.Linear(4, out, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.last(flax_nnx.relu(self.norm(self.first(x))))
+
+
+def test_several_models_and_optimizers() -> None:
+    """Two networks that change in one step; of two of one class nothing is claimed that may be wrong."""
+
+    def two(din: int, rngs: Any) -> Any:
+        models = Small(2, 3, rngs=rngs), Small(din, 1, rngs=rngs)
+        return *models, *(
+            flax_nnx.Optimizer(model, optax.adam(1e-3), wrt=flax_nnx.Param) for model in models
+        )
+
+    def step(gen: Any, disc: Any, g_opt: Any, d_opt: Any, batch: Any, rngs: Any) -> Any:
+        fake = gen(jax.random.normal(rngs(), (batch[0].shape[0], 2)))
+        loss, grads = flax_nnx.value_and_grad(
+            lambda d: jnp.mean(flax_nnx.softplus(-d(batch[0])) + flax_nnx.softplus(d(fake)))
+        )(disc)
+        update(disc, d_opt, grads)
+        z = jax.random.normal(rngs(), (batch[0].shape[0], 2))
+        grad_fn = flax_nnx.grad(lambda g, d: jnp.mean(flax_nnx.softplus(-d(g(z)))))
+        update(gen, g_opt, grad_fn(gen, disc))
+        return loss
+
+    def judge(disc: Any, batch: Any) -> Any:
+        return jnp.mean(flax_nnx.softplus(-disc(batch[0])))
+
+    subject = nnx_loop(two, step, judge, features=3)
+    before, after, info = one_step(subject)
+    assert set(after.params) == set(after.batch_stats) == set(after.opt_state) == {"gen", "disc"}
+    assert info.grads is not None
+    assert subject.optimizer is not None
+    updates, _ = subject.optimizer(0.1).update(info.grads, before.opt_state, before.params)
+    expected = optax.apply_updates(before.params, updates)
+    jax.tree_util.tree_map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), after.params, expected
+    )
+    assert "cannot be counted" in subject.exempt["one_momentum_for_the_whole_model"]
+
+
+def test_a_module_may_hold_model_and_optimizer() -> None:
+    """A trainer that is an nnx module: one object that the step takes and changes."""
+
+    class Trainer(flax_nnx.Module):
+        def __init__(self, din: int, *, rngs: Any) -> None:
+            self.model = Small(din, 1, rngs=rngs)
+            self.optimizer = flax_nnx.Optimizer(self.model, optax.adam(0.1), wrt=flax_nnx.Param)
+
+    def step(trainer: Any, batch: Any) -> Any:
+        loss, grads = flax_nnx.value_and_grad(loss_fn)(trainer.model, *batch)
+        update(trainer.model, trainer.optimizer, grads)
+        return loss
+
+    def judge(trainer: Any, batch: Any) -> Any:
+        return loss_fn(trainer.model, *batch)
+
+    subject = nnx_loop(Trainer, step, judge)
+    _, after, info = one_step(subject)
+    assert set(after.params) == {"first", "norm", "last"}
+    assert info.grads is not None
+    assert subject.momentum == 0.9

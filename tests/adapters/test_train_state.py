@@ -158,7 +158,9 @@ def test_what_cannot_be_told_is_asked_for() -> None:
     def configured(rng: Any, config: Any) -> Any:
         return create(rng, config.lr)
 
-    with pytest.raises(ValueError, match=r"'config' cannot be told; wrap it, as in lambda key"):
+    with pytest.raises(
+        ValueError, match=r"'config' cannot be told.*functools.partial\(create, config="
+    ):
         adapt(configured, train_step, eval_step)
 
 
@@ -279,8 +281,8 @@ def test_an_optimizer_of_ones_own_choice_can_be_probed() -> None:
     assert jax.tree_util.tree_leaves(one_step(probed)[0].opt_state)
 
 
-def test_a_step_that_looks_into_the_optimizers_state_hides_its_gradients() -> None:
-    """Where gradients cannot be carried out in the optimizer's state, they are not shown."""
+def test_a_step_may_look_into_the_optimizers_state() -> None:
+    """The state is the optimizer's own, and its gradients are seen all the same."""
 
     def momentum(rng: Any) -> TrainState:
         state = create(rng, 0.1)
@@ -293,9 +295,10 @@ def test_a_step_that_looks_into_the_optimizers_state_hides_its_gradients() -> No
 
     subject = adapt(momentum, looking, eval_step, features=3)
     _, after, info = one_step(subject)
-    assert info.grads is None
-    assert subject.optimizer is None
-    assert np.any(np.asarray(after.opt_state[0].trace["Dense_1"]["kernel"]) != 0)
+    np.testing.assert_array_equal(
+        info.grads["Dense_1"]["kernel"], after.opt_state[0].trace["Dense_1"]["kernel"]
+    )
+    assert subject.optimizer is not None
 
 
 def test_dynamic_loss_scaling_is_carried() -> None:

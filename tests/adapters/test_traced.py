@@ -1,4 +1,4 @@
-"""Marks: what a value inside a traced step was."""
+"""Marks and flows: what a value inside a traced step was, and what it reaches."""
 
 from typing import Any
 
@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnverify.adapters.capture import (
+from bnverify.adapters.traced import (
+    DRAWS,
+    Flows,
     evaluated,
+    holds_tracers,
     labels,
     labels_anywhere,
     layer_input,
@@ -17,7 +20,6 @@ from bnverify.adapters.capture import (
     marked,
     rows_first,
 )
-from bnverify.adapters.flows import DRAWS, changed, holds_tracers, reached
 
 X = jnp.arange(6.0).reshape(2, 3)
 
@@ -104,19 +106,33 @@ def test_a_value_with_another_axis_is_not_shown() -> None:
     assert layer_input(jnp.stack([X, X]), None, (2, 3), (1,)) is None
 
 
-def test_what_reaches_an_output_is_told_coarsely() -> None:
-    """Through calls exactly, through everything else any input reaches any output."""
+def test_what_reaches_an_output_is_told() -> None:
+    """Each output is reached by what it is computed from, through calls too, and by nothing else."""
 
     def function(x: Any, y: Any, key: Any) -> Any:
         a, b = jax.jit(lambda x, y: (x + 1, y * 2))(x, y)
         return a, b, x, jax.random.normal(key) + b
 
-    jaxpr = jax.make_jaxpr(function)(1.0, 2.0, jax.random.PRNGKey(0))
-    assert reached(jaxpr, {0}) == [True, False, True, False]
-    assert reached(jaxpr, {1}) == [False, True, False, True]
-    assert reached(jaxpr, primitives=DRAWS) == [False, False, False, True]
-    assert changed(jaxpr, 0, 2, 1) == []
-    assert changed(jaxpr, 1, 1, 1) == [0]
+    flows = Flows(jax.make_jaxpr(function)(1.0, 2.0, jax.random.PRNGKey(0)))
+
+    def reached(nodes: Any) -> list[bool]:
+        return [node in flows.reached(nodes) for node in flows.outputs]
+
+    assert reached(flows.inputs[:1]) == [True, False, True, False]
+    assert reached(flows.inputs[1:2]) == [False, True, False, True]
+    assert reached(flows.of_primitives(DRAWS)) == [False, False, False, True]
+    assert flows.outputs[2] == flows.inputs[0]
+
+
+def test_values_computed_alike_have_one_number() -> None:
+    """The same expression of the same value, marked or not; another expression has another."""
+
+    def function(x: Any) -> Any:
+        return jnp.sin(x / 2), jnp.sin(mark(x, "a") / 2), jnp.sin(x / 3)
+
+    flows = Flows(jax.make_jaxpr(function)(X))
+    one, same, other = map(flows.number, flows.outputs)
+    assert one == same != other
 
 
 def test_a_value_of_a_trace_that_is_gone_is_found() -> None:

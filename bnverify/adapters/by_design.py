@@ -1,0 +1,414 @@
+"""Which laws a step breaks by design, and why: read off its programs, or declared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bnverify.adapters import declared as laws
+from bnverify.adapters.declared import Declared, because
+from bnverify.adapters.layers import Layers, listed
+from bnverify.adapters.programs import ROWS, Programs
+from bnverify.adapters.traced import DRAWS, Flows
+
+FLAT = frozenset({"sign", "floor", "ceil", "round", "stop_gradient"})  # no slope goes through them
+
+
+class Design:
+    """What a step does by design.
+
+    Args:
+        programs: its functions, traced.
+        layers: its normalisation layers.
+        declared: what its user says of it.
+        batch: makes its batch of x and y, where that is known.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        layers: Layers,
+        declared: Declared,
+        batch: Callable[[Any, Any], Any] | None,
+    ) -> None:
+        self._of = programs
+        self._layers = layers
+        self._declared = declared
+        self._batch = batch
+
+    def is_online(self) -> bool:
+        """Return whether training normalises by running values, too, by design."""
+        return bool(self._declared.online) or (
+            self._declared.online is None and bool(self._renormalised())
+        )
+
+    def _renormalised(self) -> set[int]:
+        """Return where a gradient is stopped at a value made of running statistics."""
+        statistics = [n for path, n in self._of.inputs.items() if path.startswith("batch_stats/")]
+        return self._of.stopped(statistics)
+
+    def exempt(self) -> dict[str, str]:
+        """Return the laws that do not hold of the step by design, each with the reason."""
+        return {
+            **self._of_variables(),
+            **self._of_layers(),
+            **self._of_targets(),
+            **self._of_rows(),
+            **self._of_updates(),
+            **self._of_start(),
+        }
+
+    def _of_variables(self) -> dict[str, str]:
+        """Return the laws that other variables and random numbers break."""
+        seen = [n for p, n in self._of.outputs.items() if p.startswith("batch_stats/")]
+        seen += [] if self._of.loss is None else [self._of.loss]
+        found: dict[str, str] = {}
+        moving = [
+            path.removeprefix("extra/")
+            for path, node in self._of.inputs.items()
+            if path.startswith("extra/")
+            and self._of.outputs.get(path) != node
+            and set(seen) & self._of.flows.reached([node])
+        ]
+        if moving:
+            names = sorted(
+                {"random numbers" if _is_stream(p) else f"the variable {_field(p)}" for p in moving}
+            )
+            what = " and ".join(names)
+            found |= because(
+                f"what moves between two equal steps and reaches them: {what}",
+                ("equal_steps_converge_geometrically",),
+            )
+            found |= because(
+                f"what moves in training and reaches the loss: {what}",
+                ("eval_at_the_batchs_own_moments_is_the_training_loss",),
+            )
+        draws = self._of.eval_flows.of_primitives(DRAWS)
+        if set(self._of.eval_flows.outputs) & self._of.eval_flows.reached(draws):
+            found |= because(
+                "evaluation draws random numbers for each row",
+                ("row_order_changes_nothing", "eval_rows_are_independent"),
+            )
+        if set(seen) & self._of.flows.reached(self._of.flows.of_primitives(DRAWS)):
+            found |= because(
+                "the training pass draws random numbers for each row",
+                (
+                    "row_order_changes_nothing",
+                    "doubling_the_batch_changes_nothing",
+                    "eval_at_the_batchs_own_moments_is_the_training_loss",
+                ),
+            )
+        return found
+
+    def _of_layers(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if self.is_online():
+            said = "the model is declared to normalise by its running values in training too"
+            if not self._declared.online:
+                at = self._of.flows.where(min(self._renormalised()))
+                said = "training normalises by running values too, as batch renormalisation does"
+                said += f": no gradient flows through them at {at}" if at else ""
+            found |= because(said, laws.OLD_STATISTICS)
+            if self._statistics_mix():
+                said += ", so that the statistics of one layer reach those of the next"
+                found |= because(said, laws.OLD_STATISTICS, laws.MIXED_STATISTICS)
+        momenta = {m for m in self._layers.momenta().values() if m is not None}
+        if len(momenta) > 1:
+            numbers = ", ".join(f"{m:.4g}" for m in sorted(momenta))
+            said = f"its layers weigh the old value differently: {numbers}"
+            found |= because(said, ("one_momentum_for_the_whole_model",))
+        several = {
+            path: self._layers.writes(path)
+            for path in self._layers.owners
+            if self._layers.writes(path) != 1
+        }
+        if self._declared.passes and self._declared.passes > 1:
+            several = dict.fromkeys(self._layers.owners, self._declared.passes)
+        counted = [path for path, writes in several.items() if writes is not None]
+        untold = [path for path, writes in several.items() if writes is None]
+        if untold:
+            said = "runs in a loop, or in one of several networks alike, so its calls cannot be counted"
+            found |= because(f"{said}: {listed(untold)}", laws.ONE_FOLD)
+            if len(self._layers.owners) > 1:
+                one = ("one_momentum_for_the_whole_model",)
+                found |= because(f"{said}: {listed(untold)}", one)
+        if counted:
+            said = "called more than once in a step, each time with moments of its own: "
+            found |= because(said + listed(counted), laws.ONE_FOLD)
+        return found
+
+    def _statistics_mix(self) -> bool:
+        """Return whether a new statistic depends on the old value of another one."""
+        paths = [path for path in self._of.inputs if path.startswith("batch_stats/")]
+        for path in paths:
+            reached = self._of.flows.reached([self._of.inputs[path]])
+            if any(self._of.outputs.get(other) in reached for other in paths if other != path):
+                return True
+        return False
+
+    def _of_targets(self) -> dict[str, str]:
+        if self._declared.targets is False:
+            return because("the loss is declared to have no targets", laws.TARGETS)
+        if (
+            self._declared.targets is None
+            and self._batch is not None
+            and not self._enters(self._batch)
+        ):
+            return because("the batch is made without y", laws.TARGETS)
+        if self._declared.targets is None and not self._uses_targets():
+            return because("y reaches neither the step nor its evaluation", laws.TARGETS)
+        return {}
+
+    def _uses_targets(self) -> bool:
+        return any(
+            set(flows.outputs) & flows.reached([inputs["y"]])
+            for flows, inputs in (
+                (self._of.flows, self._of.inputs),
+                (self._of.eval_flows, self._of.eval_inputs),
+            )
+        )
+
+    def _enters(self, batch: Callable[[Any, Any], Any]) -> bool:
+        y = jax.ShapeDtypeStruct(self._of.x.shape[:1], "float32")
+        jaxpr = jax.make_jaxpr(lambda x, y: jax.tree_util.tree_leaves(batch(x, y)))(self._of.x, y)
+        flows = Flows(jaxpr)
+        return bool(set(flows.outputs) & flows.reached(flows.inputs[1:]))
+
+    def _of_rows(self) -> dict[str, str]:
+        if self._declared.row_losses is not None:
+            said = "the loss is declared to be no mean over rows"
+            return {} if self._declared.row_losses else because(said, laws.ROWS)
+        found: dict[str, str] = {}
+        if self._declared.weights is None:
+            count = self._divides_by_the_batch()
+            if count is not None:
+                at = self._of.eval_flows.where(count)
+                said = "the eval loss divides by a number that the batch gives"
+                found |= because(said + (f" ({at})" if at else ""), laws.ROWS[:1])
+        for flows, inputs, reached in (
+            (self._of.flows, self._of.inputs, laws.ROWS),
+            (self._of.eval_flows, self._of.eval_inputs, laws.ROWS),
+        ):
+            for node in _pairs_of_rows(flows, inputs["x"]):
+                at = flows.where(node)
+                said = "the loss compares rows with each other"
+                found |= because(said + (f" ({at})" if at else ""), reached)
+        return found
+
+    def _divides_by_the_batch(self) -> int | None:
+        flows, inputs = self._of.eval_flows, self._of.eval_inputs
+        data = flows.reached([inputs["x"], inputs["y"]])
+        of_params = flows.reached(n for p, n in inputs.items() if p.startswith("params/"))
+        behind = flows.origins(flows.outputs)
+        for node in flows.of_primitives({"div"}):
+            above, below = flows.equation(node).invars
+            parents = flows.operands(node)
+            scalar = below.aval.ndim == 0 and above.aval.ndim <= 1
+            if scalar and len(parents) == 2 and node in behind & of_params and parents[1] in data:
+                return node
+        return None
+
+    def _of_updates(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        inputs, flows = self._of.inputs, self._of.flows
+        of_targets = flows.reached([inputs["y"]])
+        calls = {label: call for label, call in self._of.recording.calls.items() if call.training}
+        given: set[str] = set()  # calls in passes that are given the targets
+        moved_since: set[str] = set()  # calls that the targets reach another way
+        for label, call in calls.items():
+            mark = self._of.recording.turns[call.turn - 1] if call.turn else None
+            of_pass = set(flows.of_label(mark)) if mark else set()
+            if set(flows.of_label(label)) & of_targets:
+                first = call.turn <= 1 and not mark
+                (given if of_pass & of_targets or first else moved_since).add(label)
+        if given:
+            found |= because("the model is given the targets too", laws.FREE_STATISTICS)
+        elif self._of.updates() > 1:
+            moving = [
+                n for p, n in inputs.items() if p in ("y", "lr") or p.startswith("opt_state/")
+            ]
+            moved = flows.reached(moving)
+            if any(n in moved for p, n in self._of.outputs.items() if p.startswith("batch_stats/")):
+                said = "a step updates params several times, and normalises by what it updated"
+                found |= because(said, laws.FREE_STATISTICS)
+        elif moved_since:
+            said = (
+                "the gradient is taken at another point than the params, one that a gradient gave"
+            )
+            found |= because(said, laws.GRADIENT)
+        if self._of.updates() > 1:
+            said = "a step makes several updates, each along the gradient of a loss of its own"
+            found |= because(said, laws.GRADIENT)
+        stops = self._of.stopped(n for p, n in inputs.items() if p.startswith("params/"))
+        if stops:
+            at = flows.where(min(stops))
+            said = "the loss holds jax.lax.stop_gradient, so its slope is not what is followed"
+            found |= because(said + (f" ({at})" if at else ""), laws.GRADIENT)
+        return found
+
+    def _of_start(self) -> dict[str, str]:
+        if self._declared.pretrained:
+            return because("training is declared to start from a trained model", laws.INITIAL)
+        if self._declared.pretrained is None and self._pretrained and not self._fresh_statistics():
+            return because(
+                "the initial params and statistics are arrays that init holds", laws.INITIAL
+            )
+        return {}
+
+    @cached_property
+    def _pretrained(self) -> list[str]:
+        """The params that no seed makes and that are no constants: those of a trained model."""
+        flows, outputs = self._of.start
+        seeded, held = flows.reached(flows.inputs[:1]), flows.reached(flows.captured)
+        return [p for p, n in outputs.items() if p.startswith("params/") and n in held - seeded]
+
+    def _fresh_statistics(self) -> list[str]:
+        flows, outputs = self._of.start
+        held = flows.reached(flows.captured)
+        return [p for p, n in outputs.items() if p.startswith("batch_stats/") and n not in held]
+
+    def notes(self) -> list[str]:
+        """Return what breaks no law, and is seldom meant."""
+        found = []
+        fresh = self._fresh_statistics() if self._pretrained else []
+        owners = {path.rpartition("/")[0].removeprefix("batch_stats/") for path in fresh}
+        pretrained = {path.rpartition("/")[0].removeprefix("params/") for path in self._pretrained}
+        if owners & pretrained:
+            found.append(
+                "fresh_statistics: the params are those of a trained model, its running statistics "
+                f"are not ({listed(owners & pretrained)}). Unless it is meant: take batch_stats from "
+                "where the params come from"
+            )
+        copies = self._copies_left_behind()
+        if copies:
+            found.append(
+                f"stale_statistics: {copies[0]} follows the params, {copies[1]} is never written. "
+                "Unless it is meant: copy batch_stats wherever the params are copied"
+            )
+        return found
+
+    def _copies_left_behind(self) -> tuple[str, str] | None:
+        """Return a copy of the params that a step moves, and one of the statistics that none does."""
+        moved = [at for at, moves in self._copies("params") if moves]
+        copies = self._copies("batch_stats")
+        if moved and copies and not any(moves for _, moves in copies):
+            return moved[0], copies[0][0]
+        return None
+
+    def _copies(self, part: str) -> list[tuple[str, bool]]:
+        """Return (path, whether it moves) of the trees in ``extra`` that have the leaves of a part."""
+        ends = [p.removeprefix(part) for p in self._of.inputs if p.startswith(f"{part}/")]
+        extra = [p for p in self._of.inputs if p.startswith("extra/")]
+        heads = {p.removesuffix(ends[0]) for p in extra if ends and p.endswith(ends[0])}
+        found = []
+        for head in sorted(heads):
+            own = [head + end for end in ends]
+            if all(path in self._of.inputs for path in own):
+                moves = any(self._of.outputs.get(path) != self._of.inputs[path] for path in own)
+                found.append((head.removeprefix("extra/").removeprefix("fields/"), moves))
+        return found
+
+    def flat(self) -> str | None:
+        """Return which loss depends on the params and has a slope nowhere; None: neither."""
+        pairs = (
+            (
+                "eval_step",
+                self._of.eval_flows,
+                self._of.eval_inputs,
+                self._of.eval_flows.outputs[0],
+            ),
+            ("train_step", self._of.flows, self._of.inputs, self._of.loss),
+        )
+        for what, flows, inputs, loss in pairs:
+            params = [node for path, node in inputs.items() if path.startswith("params/")]
+            depends = loss is not None and loss in flows.reached(params)
+            if depends and loss not in flows.reached(params, through=_has_slope(flows)):
+                return what
+        return None
+
+    def has_penalty(self) -> bool:
+        """Return whether a gradient has a term of params alone that the reported loss lacks."""
+        if self._of.loss is None:
+            return False
+        inputs, flows = self._of.inputs, self._of.flows
+        params = flows.reached(n for path, n in inputs.items() if path.startswith("params/"))
+        others = [n for p, n in inputs.items() if p in ("x", "y") or p.startswith("extra/")]
+        data = flows.reached(others)
+
+        def of_params_alone(node: int) -> bool:
+            return any(each in params - data for each in _terms(flows, node))
+
+        gradients = [
+            node
+            for names in self._of.recording.updates
+            for label in names.values()
+            for node in flows.of_label(label)
+        ]
+        return any(map(of_params_alone, gradients)) and not of_params_alone(self._of.loss)
+
+
+SUMS = frozenset({"add", "add_any", "sub", "neg"})
+UNCHANGED = frozenset(
+    {"name", "convert_element_type", "reshape", "squeeze", "broadcast_in_dim", "transpose", "copy"}
+    | {"psum", "psum_invariant", "pvary", "pbroadcast"}
+)
+
+
+def _terms(flows: Flows, node: int) -> list[int]:
+    """Return the nodes that a value is a sum of, scaled by constants or not."""
+    found, pending, seen = [], [node], {node}
+    while pending:
+        each = pending.pop()
+        eqn, operands = flows.equation(each), flows.operands(each)
+        name = eqn.primitive.name if eqn is not None else ""
+        scaled = [n for n in operands if not flows.is_constant(n)]
+        if name in SUMS | UNCHANGED or (
+            name in ("mul", "div") and len(scaled) == 1 < len(operands)
+        ):
+            pending += [n for n in scaled if n not in seen]
+            seen.update(scaled)
+        else:
+            found.append(each)
+    return found
+
+
+def _has_slope(flows: Flows) -> Callable[[int], bool]:
+    def passes(node: int) -> bool:
+        eqn = flows.equation(node)
+        if eqn is None:
+            return True
+        floating = any(jnp.issubdtype(var.aval.dtype, jnp.floating) for var in eqn.outvars)
+        return floating and eqn.primitive.name not in FLAT
+
+    return passes
+
+
+def _pairs_of_rows(flows: Flows, x: int) -> list[int]:
+    """Return the products of rows with rows: of two values of the batch, over no common axis."""
+    data = flows.reached([x])
+    found = []
+    for node in flows.of_primitives({"dot_general"}):
+        eqn = flows.equation(node)
+        (contracted, batched) = eqn.params["dimension_numbers"]
+        sides = zip(eqn.invars, contracted, strict=True)
+        free = [[n for i, n in enumerate(v.aval.shape) if i not in axes] for v, axes in sides]
+        rows = all(any(n and n % ROWS == 0 for n in sizes) for sizes in free)
+        # One operand: a value times itself.
+        if not batched[0] and rows and set(flows.operands(node)) <= data:
+            found.append(node)
+    return found
+
+
+def _field(path: str) -> str:
+    """Return the field of a carried object that a path in ``State.extra`` begins with."""
+    return "/".join(
+        path.removeprefix("fields/").split("/")[: 1 if path.startswith("fields/") else 2]
+    )
+
+
+def _is_stream(path: str) -> bool:
+    return path == "key" or path.startswith("streams/")

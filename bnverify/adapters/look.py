@@ -1,0 +1,190 @@
+"""A Subject completed by a look at its program: what its layers are, and which laws apply to it.
+
+Every adapter makes a plain Subject of a user's code: init, step and evaluation. Here each is traced
+once, for shapes only (``programs``); what was noted on the way tells the layers (``layers``) and
+what the step does by design (``by_design``). What cannot be told is left out, and a law that a step
+breaks by design is exempt with the reason that was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from bnverify.adapters import declared as laws
+from bnverify.adapters.by_design import Design
+from bnverify.adapters.declared import HINTS, Declarations, Declared, because, declared_by
+from bnverify.adapters.layers import Layers
+from bnverify.adapters.programs import RATE, Programs, leaf_paths
+from bnverify.adapters.traced import Evaluation
+from bnverify.adapters.trees import partition, union
+from bnverify.jaxpr.interpreter import live, read
+from bnverify.pytree import path_name
+from bnverify.subject import State, Subject
+from bnverify.unusable import Unusable
+
+WARMUPS = 3  # so many updates a case takes at most: two of warm-up, and its own
+
+
+def completed(
+    subject: Subject,
+    declared: Declared | None = None,
+    *,
+    batch: Callable[[Any, Any], Any] | None = None,
+    written_by_hand: bool = False,
+) -> Subject:
+    """Return ``subject`` with all that a look at its programs shows.
+
+    Args:
+        subject: init, step and evaluation; what it says already stays.
+        declared: what its user says of it.
+        batch: makes the step's batch of x and y, where that is known.
+        written_by_hand: whether a user wrote the Subject, who may keep anything anywhere: what
+            would be refused of a loop is a note then.
+
+    Raises:
+        Unusable: normalisation layers run, and their statistics are nowhere to be found; a loss
+            has no slope anywhere.
+    """
+    declared = declared or Declared()
+    programs = Programs(subject)
+    patterns = [*declared.carried, *declared.frozen, *Layers(programs).carried()]
+    if patterns:
+        subject = _carrying(subject, patterns)
+        programs = Programs(subject)
+    layers = Layers(programs, declared.passes)
+    design = Design(programs, layers, declared, batch)
+    notes = [*subject.notes, *design.notes()]
+    missing = layers.without_statistics()
+    if missing and not written_by_hand:
+        raise Unusable(missing)
+    notes += [missing] if missing else []
+    if not written_by_hand:
+        _refuse_flat(design)
+    found = design.exempt()
+    every = _updates_every(subject, programs.state)
+    if every > WARMUPS:
+        said = f"optax.MultiSteps moves the params at every {every}th step only"
+        found |= because(said, laws.MOVES_PARAMS)
+    penalty = declared.penalty
+    if penalty is None:
+        penalty = not written_by_hand and design.has_penalty()
+    if penalty and not set(laws.GRADIENT) & set(found):
+        said = "the loss that is differentiated has a term of params alone, a penalty, that the "
+        found |= because(f"{said}reported one lacks", laws.GRADIENT)
+    biases = () if design.is_online() else layers.biases()
+    frozen = partition(dict.fromkeys(layers.carried_paths(), 0), list(declared.frozen))[1]
+    return replace(
+        subject,
+        exempt={**found, **subject.exempt, **declared.exempt},
+        momentum=layers.momentum() if subject.momentum is None else subject.momentum,
+        layer_inputs=subject.layer_inputs or layers.layer_inputs(),
+        biases_before_norm=subject.biases_before_norm or biases,
+        notes=tuple(notes),
+        hints={**HINTS, **subject.hints},
+        row_weights=declared.weights or subject.row_weights,
+        updates_every=max(every, subject.updates_every),
+        frozen=tuple(f"carried/{path}" for path in frozen),
+    )
+
+
+def declare(subject: Subject, **declared: Unpack[Declarations]) -> Subject:
+    """Return a Subject written by hand with what its user declares of it, and what a look shows.
+
+    ``bnverify.load`` takes that look at any Subject; this is for what it cannot see.
+
+    Args:
+        subject: init, step and evaluation; what it says already stays.
+        **declared: see ``bnverify.adapters.declared.Declared``.
+    """
+    return completed(subject, declared_by(declared), written_by_hand=True)
+
+
+def _refuse_flat(design: Design) -> None:
+    what = design.flat()
+    if what is not None:
+        option = "eval_loss" if what == "eval_step" else "loss"
+        without = "; or leave eval_step out: the training loss in eval mode is taken then"
+        raise Unusable(
+            f"the number taken for the loss of {what} has no slope anywhere: is it an accuracy? Name "
+            f"the loss with {option}=, a key or a function of (report, batch)"
+            + (without if what == "eval_step" else "")
+        )
+
+
+@dataclass(frozen=True)
+class _Carrying:
+    """A subject's functions around a State whose carried statistics lie in ``extra``."""
+
+    subject: Subject
+    patterns: tuple[str, ...]
+
+    def apart(self, state: State) -> State:
+        averages, carried = partition(state.batch_stats, self.patterns)
+        if not carried:
+            return state
+        extra = {
+            **(dict(state.extra) if isinstance(state.extra, Mapping) else {}),
+            "carried": carried,
+        }
+        return state._replace(batch_stats=averages, extra=extra)
+
+    def whole(self, state: State, x: Any) -> State:
+        extra = dict(state.extra) if isinstance(state.extra, Mapping) else {}
+        carried = extra.pop("carried", {})
+        shape: Any = jax.ShapeDtypeStruct
+        sizes = shape(x.shape, "float32")
+        template = jax.eval_shape(self.subject.init, shape((), "int32"), sizes).batch_stats
+        joined = union(state.batch_stats, carried, template)
+        return state._replace(batch_stats=joined, extra=extra or ())
+
+
+def _carrying(subject: Subject, patterns: Sequence[str]) -> Subject:
+    """Return the same step, the statistics that match a pattern carried in ``State.extra``."""
+    way = _Carrying(subject, tuple(patterns))
+    evaluate, step, after_eval = subject.evaluate, subject.step, subject.after_eval
+
+    def stepped(state: State, x: Any, y: Any, lr: Any) -> Any:
+        after, info = step(way.whole(state, x), x, y, lr)
+        return way.apart(after), info
+
+    def left(state: State, x: Any, y: Any) -> State:
+        assert after_eval is not None
+        return way.apart(after_eval(way.whole(state, x), x, y))
+
+    other = subject.with_optimizer
+    return replace(
+        subject,
+        init=lambda seed, x: way.apart(subject.init(seed, x)),
+        step=stepped,
+        evaluate=lambda state, x, y: evaluate(way.whole(state, x), x, y),
+        after_eval=None if after_eval is None else left,
+        with_optimizer=None if other is None else lambda tx: _carrying(other(tx), patterns),
+    )
+
+
+def _updates_every(subject: Subject, state: State) -> int:
+    """Return how many steps make one update, where ``optax.MultiSteps`` counts them."""
+    counts = [p for p in leaf_paths(state) if p.startswith("opt_state/") and "mini_step" in p]
+    if not counts or subject.optimizer is None:
+        return 1
+    zeros = jax.tree_util.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.params)
+    tx = subject.optimizer(jnp.float32(RATE))
+    kept = jax.eval_shape(tx.init, zeros)
+    program, after = jax.make_jaxpr(lambda k: tx.update(zeros, k, zeros)[1], return_shape=True)(
+        kept
+    )
+    names = [path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(after)[0]]
+    place = next(i for i, name in enumerate(names) if name.endswith("mini_step"))
+    # Of the whole update only the count is run, from one step to the next.
+    counting = live(program, place)
+    leaves = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree_util.tree_leaves(kept)]
+    for count in range(1, 65):
+        (leaves[place],) = read(counting, Evaluation(), leaves)
+        if int(leaves[place]) == 0:
+            return count
+    return 1

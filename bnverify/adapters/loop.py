@@ -1,0 +1,827 @@
+"""A user's own training loop as a Subject, run as it is written.
+
+``create`` makes what the loop carries from step to step: train states, loose trees, nnx objects.
+``train_step`` and ``eval_step`` are called with it, with a batch, and with whatever else they ask
+for by name. What they return, or change, is told apart again: the objects after the step, and the
+report with the loss. Gradients are seen where the step gives them to an optimizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, NamedTuple, Unpack
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from bnverify.adapters import calls, objects, trees
+from bnverify.adapters.batches import image_and_label, rows, under_axis
+from bnverify.adapters.calls import Caller, Thing, caller, label_of
+from bnverify.adapters.declared import Declarations, Declared, declared_by
+from bnverify.adapters.explain import explaining
+from bnverify.adapters.look import completed
+from bnverify.adapters.objects import variable_path
+from bnverify.adapters.programs import RATE, sizes_of
+from bnverify.adapters.reports import (
+    NoLoss,
+    Reading,
+    copied,
+    described,
+    inputs_and_targets,
+    is_metrics,
+    loss_of,
+    things_and_report,
+)
+from bnverify.adapters.traced import Flows, evaluated, holds_tracers
+from bnverify.adapters.watch import Updates, evaluating, noting, updates, watching
+from bnverify.subject import State, StepInfo, Subject
+from bnverify.unusable import Unusable
+
+Optimizer = Callable[[Any], Any]
+
+BY_TRAINING = (
+    "there is no eval_step: evaluation is the training step's loss with the model in eval mode"
+)
+
+
+class Options(Declarations, total=False):
+    """What a loop may be told, besides its functions and its batch; see ``loop``."""
+
+    optimizer: Optimizer
+    loss: Reading
+    eval_loss: Reading
+    params: str | None
+    statistics: str | None
+    opt_state: str | None
+    roles: Mapping[str, str]
+    switch: bool
+    axis_name: str | None
+    features: int | Collection[int] | None
+    name: str | None
+
+
+def loop(
+    create: Callable[..., Any],
+    train_step: Callable[..., Any],
+    eval_step: Callable[..., Any] | None = None,
+    *,
+    batch: Callable[[Any, Any], Any] = rows,
+    **options: Unpack[Options],
+) -> Subject:
+    """Return a training loop as a Subject, its functions called as they are written.
+
+    They may be compiled, donate their state, or average over a mapped axis. Parameters are filled by
+    their names (``rng``, ``batch``, ``labels``, ``learning_rate``, ...: ``bnverify.adapters.calls``
+    has the list); whatever else one needs, bind it.
+
+    Args:
+        create: makes what the loop carries: a train state, a model and its optimizer, a tuple or
+            dict of several things. Called with a PRNG key or ``nnx.Rngs`` (the parameter
+            ``rngs``), and with the number of features, the learning rate or an optimizer where it
+            asks for them: the last two open the laws about them.
+        train_step: takes these things and a batch, in any order; returns what it does not change in
+            place, and a report: the loss, metrics with "loss", or metrics objects that have it.
+        eval_step: likewise; must report a loss. None: the training step's loss is taken, with the
+            model in eval mode.
+        batch: (x (N, D) float32, y (N,) float32) -> the batch, traceable.
+        **options: further keywords:
+
+            optimizer: learning rate -> optax optimizer, for a function that takes one.
+            loss: where the report of ``train_step`` has the loss: a key, or a function of (report,
+                batch). By default "loss", or the scalar that is returned; a pair is a sum and a
+                count. If there is none the loss is hidden.
+            eval_loss: likewise for ``eval_step``.
+            params, statistics, opt_state: the path of these trees in what is carried, segments
+                joined by "/": "model_state/batch_stats". By default found by their names, and the
+                statistics by what the normalisation layers write.
+            roles: parameter -> what it is, where its name does not tell: a word of
+                ``bnverify.adapters.calls.ROLES``, or the kind of a carried thing.
+            switch: whether ``model.train()`` and ``model.eval()`` are called before the steps, as
+                Flax's own nnx loops do outside of them.
+            axis_name: the mapped axis that the steps average over: they run under ``jax.vmap`` with
+                one shard. By default found where JAX says that the axis is unbound.
+            features: the D that the model accepts, where not any will do.
+            name: how reports call it; by default the name of ``train_step``.
+            targets, row_losses, online, carried, frozen, passes, weights, pretrained, same_loss,
+            penalty, exempt: see ``bnverify.adapters.declared.Declared``.
+
+    Raises:
+        Unusable: a parameter's meaning cannot be told, a result cannot be read, or normalisation
+            layers run whose statistics are not found.
+        SubjectError: the code raises what a common mistake raises.
+    """
+    return _subject("loop", "create", create, train_step, eval_step, batch, options)
+
+
+def train_state(
+    create: Callable[..., Any],
+    train_step: Callable[..., Any],
+    eval_step: Callable[..., Any] | None = None,
+    *,
+    batch: Callable[[Any, Any], Any] = image_and_label,
+    **options: Unpack[Options],
+) -> Subject:
+    """Return a loop around flax's TrainState, or one like it, as a Subject; see ``loop``.
+
+    Args:
+        create: -> train state, or several.
+        train_step: (state, batch) -> (state, report).
+        eval_step: (state, batch) -> report, or (state, report).
+        batch: by default (x, y) -> {"image": x, "label": y}, as in Flax's own examples.
+        **options: see ``loop``.
+    """
+    return _subject("train_state", "create", create, train_step, eval_step, batch, options)
+
+
+def nnx_loop(
+    make: Callable[..., Any],
+    train_step: Callable[..., Any],
+    eval_step: Callable[..., Any] | None = None,
+    *,
+    batch: Callable[[Any, Any], Any] = rows,
+    **options: Unpack[Options],
+) -> Subject:
+    """Return a loop whose steps change nnx objects in place as a Subject; see ``loop``.
+
+    Args:
+        make: (din, rngs) -> (model, optimizer), perhaps more that the steps take: metrics, random
+            streams. One required parameter besides ``rngs`` is the number of features D.
+        train_step: (model, optimizer, ..., batch) -> report, or nothing.
+        eval_step: (model, ..., batch) -> report, or nothing.
+        batch: by default (x, y).
+        **options: see ``loop``.
+    """
+    return _subject("nnx_loop", "make", make, train_step, eval_step, batch, options)
+
+
+def _subject(
+    kind: str,
+    creates: str,
+    create: Callable[..., Any],
+    train_step: Callable[..., Any],
+    eval_step: Callable[..., Any] | None,
+    batch: Callable[[Any, Any], Any],
+    options: Any,
+) -> Subject:
+    own = set(Options.__annotations__) - set(Declarations.__annotations__)
+    said: Any = {key: value for key, value in options.items() if key not in own}
+    declared = declared_by(said)
+    optimizer = options.get("optimizer", optax.sgd)
+    given: dict[str, Any] = {creates: create, "train_step": train_step}
+    if eval_step is not None:
+        given["eval_step"] = eval_step
+    calls.functions(**given, optimizer=optimizer, batch=batch)
+    accepted = calls.sizes(options.get("features"))
+    of_nnx = kind == "nnx_loop"
+    told = dict(options.get("roles") or {})
+    if of_nnx:
+        making = calls.nnx_caller(create, creates, told)
+        if accepted is None and not making.takes("features"):
+            raise Unusable(
+                f"{creates} takes no number of features; pass features=D, the D that its model "
+                "accepts, or give it a parameter for D: lambda din, rngs: ..."
+            )
+    else:
+        roles = ("key", "rngs", "seed", "batch", "inputs", "targets", "lr", "tx", "features")
+        words = {"rngs": "key"} if kind == "train_state" else {}
+        making = caller(create, creates, allowed=roles, order=("key",), told={**words, **told})
+    found = _Loop(
+        create=making,
+        batch=batch,
+        optimizer=optimizer,
+        sizes=(4, sizes_of(accepted)[1]),
+        loss=options.get("loss"),
+        eval_loss=options.get("eval_loss"),
+        switch=options.get("switch", True),
+        axis_name=options.get("axis_name"),
+        places={key: options.get(key) for key in ("params", "statistics", "opt_state")},
+    )
+    with explaining(creates):
+        found = found.with_things(train_step, eval_step, told)
+    found = found.settled().with_statistics()
+    return _made(
+        found,
+        declared,
+        name=options.get("name") or f"{kind}:{label_of(train_step)}",
+        features=accepted,
+    )
+
+
+def _made(
+    found: _Loop, declared: Declared, *, name: str, features: tuple[int, ...] | None
+) -> Subject:
+    def probed(optimizer: Optimizer) -> Subject:
+        other = replace(found, optimizer=optimizer).settled()
+        return _made(other, declared, name=f"{name}, another optimizer", features=features)
+
+    claims = {
+        "lr": found.takes_rate and not found.keeps_rate(),
+        "row_losses": True,
+        "eval_is_training_loss": declared.same_loss or found.evaluation is None,
+    }
+    subject = Subject(
+        name=name,
+        init=found.init,
+        step=found.step,
+        evaluate=found.evaluate,
+        features=features,
+        optimizer=found.optimizer_of,
+        after_eval=found.state_after_evaluation if found.evaluation_returns_a_state() else None,
+        with_optimizer=probed if found.takes("tx") else None,
+        shows=frozenset(claim for claim, holds in claims.items() if holds),
+        notes=() if found.evaluation is not None else (BY_TRAINING,),
+    )
+    return completed(subject, declared, batch=found.batch)
+
+
+class _Done(NamedTuple):
+    """What one call of a step gave."""
+
+    state: State | None
+    loss: Any
+    grads: Any
+
+
+@dataclass(frozen=True, eq=False)
+class _Loop:
+    """A user's functions, with what is known about them.
+
+    Attributes:
+        sizes: (N, D) that it can be created for.
+        places: part -> its path, where that is told.
+        train: the training step; None until the carried things are known.
+        evaluation: None: the training step's own loss is taken.
+        names: thing -> how the State calls it, where there are several.
+        whole: whether what is carried goes to the steps as one, not each thing by itself.
+        of_nnx: whether the things are nnx objects, which the steps change in place.
+        layout: of carried trees; that of nnx objects is made anew for each number of features.
+        template: the things as they were made, for all of them that is no array.
+        gradients: how they are seen: "direct", as the values they are; "marked", where an inner
+            compiled function keeps them; "hidden".
+        earnest: whether things are made by running ``create``, not only traced for shapes.
+        sources: network -> where its optimizer is found: a place among those that the carried
+            things hold, or the optimizer itself. Filled while a step is traced.
+        Others: see ``loop``.
+    """
+
+    create: Caller
+    batch: Callable[[Any, Any], Any]
+    optimizer: Optimizer
+    sizes: tuple[int, int]
+    loss: Reading
+    eval_loss: Reading
+    switch: bool
+    axis_name: str | None
+    places: Mapping[str, str | None]
+    train: Any = None
+    evaluation: Caller | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    whole: bool = False
+    of_nnx: bool = False
+    layout: Any = None
+    template: Any = None
+    gradients: str = "direct"
+    earnest: bool = False
+    sources: Any = None
+
+    # What the loop carries.
+
+    def created(self, seed: Any, x: Any, lr: Any) -> dict[str, Any]:
+        """Return the things that the user's ``create`` makes, by name."""
+        batch = self.batch(x, jnp.zeros(x.shape[:1], jnp.float32))
+        inputs, targets = inputs_and_targets(batch)
+        key = jax.random.PRNGKey(seed)
+        made = self.create(
+            {
+                "key": key,
+                "rngs": nnx.Rngs(jax.random.key(seed)),
+                "seed": seed,
+                "batch": batch,
+                "inputs": inputs,
+                "targets": targets,
+                "lr": lr,
+                "tx": self.optimizer(lr),
+                "features": x.shape[1],
+            }
+        )
+        if made is None:
+            raise Unusable("create returned nothing: return what the loop carries")
+        if self.whole:
+            return {"state": made}
+        return _things(made)
+
+    def with_things(
+        self,
+        train_step: Callable[..., Any],
+        eval_step: Callable[..., Any] | None,
+        told: Mapping[str, str],
+    ) -> _Loop:
+        """Return this loop with how its steps take the things that it carries."""
+        things, earnest = self._look_at_things(), False
+        of_nnx = any(map(objects.is_object, things.values()))
+        kind_of = objects.kind_of if of_nnx else trees.kind_of
+        kinds = [Thing(name, kind_of(thing)) for name, thing in things.items()]
+        if of_nnx and len(things) < 2 and not objects.optimizers_of(things):
+            raise Unusable(
+                "make must return (model, optimizer), the optimizer an nnx.Optimizer, and then "
+                "whatever else the steps change; it returned "
+                + " and ".join(f"a {type(each).__name__}" for each in things.values())
+            )
+        allowed = ["batch", "inputs", "targets", "key", "lr", "rngs", "tx"]
+        if any(thing.kind == "optimizer" for thing in kinds):
+            allowed.remove("tx")
+        order = ("batch", "inputs", "targets")
+        asked: dict[str, Any] = {"allowed": allowed, "order": order, "told": told}
+        train = caller(
+            train_step, "train_step", things=kinds, whole=False if of_nnx else None, **asked
+        )
+        whole = train.takes("things")
+        if whole:
+            kinds = [Thing("state")]
+            train = caller(train_step, "train_step", things=kinds, **asked)
+        evaluation = None
+        if eval_step is not None:
+            known = {**asked, "known": train.roles, "things": kinds}
+            evaluation = caller(eval_step, "eval_step", **known, whole=False)
+        names = {thing.name: thing.name for thing in kinds}
+        names |= {thing: trees.own_name(parameter) for parameter, thing in train.things().items()}
+        found = replace(
+            self, train=train, evaluation=evaluation, names=names, whole=whole, of_nnx=of_nnx
+        )
+        found = replace(found, earnest=earnest)
+        return found.with_layout()
+
+    def with_layout(self, statistics: str | None = None) -> _Loop:
+        """Return this loop with where the parts of a State lie in what it carries."""
+        things = self._look_at_things()
+        if self.of_nnx:
+            objects.Layout.of(things, self.names)
+            return self
+        places = {**self.places, **({"statistics": statistics} if statistics else {})}
+        return replace(self, layout=trees.layout(things, self.names, **places), template=things)
+
+    def _look_at_things(self) -> dict[str, Any]:
+        """Return the things, their leaves perhaps tracers of a trace that is gone."""
+        if self.earnest:
+            return self.created(0, jnp.zeros(self.sizes, jnp.float32), RATE)
+        found: list[dict[str, Any]] = []
+        shape: Any = jax.ShapeDtypeStruct
+
+        def build(seed: Any, x: Any) -> None:
+            found.append(self.created(seed, x, RATE))
+
+        jax.eval_shape(build, shape((), "int32"), shape(self.sizes, "float32"))
+        return found[0]
+
+    def with_statistics(self) -> _Loop:
+        """Return this loop with the statistics found by what its normalisation layers write."""
+        if self.of_nnx or self.layout.parts.get(trees.STATISTICS):
+            return self
+        with watching() as recording:
+            jax.make_jaxpr(self.step)(*self.example(), RATE)
+        layers = {call.path: call.names for call in recording.calls.values() if call.training}
+        place = trees.search(self.template, layers) if layers else None
+        return self if place is None else self.with_layout(place)
+
+    def takes(self, role: str) -> bool:
+        """Return whether one of the functions has a parameter of that role."""
+        functions = [self.create, self.train, *([self.evaluation] if self.evaluation else [])]
+        return any(function.takes(role) for function in functions)
+
+    @property
+    def _made_for_a_rate(self) -> bool:
+        return self.create.takes("lr", "tx")
+
+    @property
+    def takes_rate(self) -> bool:
+        """Whether the learning rate can be set from outside."""
+        return self._made_for_a_rate or bool(self.train.takes("lr", "tx"))
+
+    def keeps_rate(self) -> bool:
+        """Return whether the optimizer's state holds the rate, so that later ones do not count."""
+
+        def opt_state(lr: Any) -> Any:
+            things = self.created(0, jnp.zeros(self.sizes, jnp.float32), lr)
+            return self._split(things, {}, self._layout(self.sizes[1], lr)).opt_state
+
+        flows = Flows(jax.make_jaxpr(opt_state)(RATE))
+        return bool(set(flows.outputs) & flows.reached(flows.inputs))
+
+    def _layout(self, features: Any, lr: Any = RATE) -> Any:
+        """Return the layout of the carried things; what is no array in nnx comes from this trace."""
+        if not self.of_nnx:
+            return self.layout
+        x = jax.ShapeDtypeStruct((self.sizes[0], features), "float32")
+        if self._made_for_a_rate or self.earnest:  # the optimizer holds the rate of this very trace
+            zeros = jnp.zeros(x.shape, x.dtype)
+            return objects.Layout.of(self.created(0, zeros, lr), self.names)
+        found: list[Any] = []
+
+        def build(x: Any) -> None:
+            found.append(objects.Layout.of(self.created(0, x, lr), self.names))
+
+        jax.eval_shape(build, x)
+        return found[0]
+
+    def _joined(self, state: State, x: Any, lr: Any, layout: Any) -> dict[str, Any]:
+        """Return the carried things with the values of ``state``."""
+        if self.of_nnx:
+            merged: dict[str, Any] = layout.merge(state)
+            return merged
+        template = self.template
+        if self._made_for_a_rate:
+            template = self.created(0, jnp.zeros(x.shape, jnp.float32), lr)
+        joined: dict[str, Any] = layout.join(copied(state), template)
+        return joined
+
+    def _split(self, things: Mapping[str, Any], more: Any, layout: Any) -> State:
+        split: State = layout.split(things, more)
+        return split
+
+    # The functions of a Subject.
+
+    @explaining("create")
+    def init(self, seed: Any, x: Any) -> State:
+        """Return the state before the first step."""
+        more = {}
+        if self.takes("key") or self.takes("rngs"):
+            more["key"] = jax.random.fold_in(jax.random.PRNGKey(seed), 0)
+        more = more if self.train.takes("key", "rngs") or self._evaluation_takes_key() else {}
+        return self._split(self.created(seed, x, RATE), more, self._layout(x.shape[1]))
+
+    def _evaluation_takes_key(self) -> bool:
+        return self.evaluation is not None and self.evaluation.takes("key", "rngs")
+
+    @explaining("train_step")
+    def step(self, state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
+        """Take one training step."""
+        if self.gradients != "marked":
+            done = self._trained(state, x, y, lr)
+            assert done.state is not None
+            return done.state, StepInfo(done.loss, done.grads)
+        with watching() as recording:
+            before = len(recording.updates)
+            done, found = evaluated(self._trained, state, x, y, lr)
+            marks = recording.updates[before:]
+        given = [
+            {
+                name: found[label][0]
+                for name, label in names.items()
+                if len(found.get(label, ())) == 1
+            }
+            for names in marks
+        ]
+        assert done.state is not None
+        return done.state, StepInfo(done.loss, _gradients(given, state.params, self.networks()))
+
+    @explaining("eval_step")
+    def evaluate(self, state: State, x: Any, y: Any) -> Any:
+        """Return the loss in eval mode, (1,)."""
+        return self._evaluated(state, x, y).loss.reshape(1)
+
+    @explaining("eval_step")
+    def state_after_evaluation(self, state: State, x: Any, y: Any) -> Any:
+        """Return the state that evaluation leaves; None: ``eval_step`` returns none."""
+        return self._evaluated(state, x, y).state
+
+    def _trained(self, state: State, x: Any, y: Any, lr: Any) -> _Done:
+        more, now = _next_key(state)
+        layout = self._layout(x.shape[1], lr)
+        shows = self.gradients == "direct"
+
+        def call(batch: Any) -> _Done:
+            things = self._joined(state, x, lr, layout)
+            self._switch(things, train=True)
+            with updates() as seen, noting(self._models(things, layout)):
+                found, report = self._called(self.train, things, batch, lr, now)
+            self._note_sources(seen, things, state)
+            if not found and not self.of_nnx:
+                raise Unusable(
+                    f"train_step returns no {type(next(iter(things.values()))).__name__}: return the "
+                    "new state, first or in a tuple with the metrics"
+                )
+            after = {**things, **found}
+            loss = self._loss_in(report, after, self.loss, batch)
+            grads = _gradients(seen.gradients, state.params, self.networks()) if shows else None
+            return _Done(self._split(after, more, layout), loss, grads)
+
+        done: _Done = under_axis(self.axis_name, call, self.batch(x, y))
+        return done
+
+    def _evaluated(self, state: State, x: Any, y: Any) -> _Done:
+        extra = dict(state.extra) if isinstance(state.extra, Mapping) else {}
+        more = {"key": extra["key"]} if "key" in extra else {}
+        layout = self._layout(x.shape[1])
+        function, how = self.evaluation or self.train, self.eval_loss
+        if self.evaluation is None:
+            how = self.eval_loss if self.eval_loss is not None else self.loss
+
+        def call(batch: Any) -> _Done:
+            things = self._joined(state, x, RATE, layout)
+            self._switch(things, train=False)
+            with noting(self._models(things, layout)):
+                if self.evaluation is None:
+                    with evaluating():
+                        found, report = self._called(
+                            function, things, batch, RATE, extra.get("key")
+                        )
+                else:
+                    found, report = self._called(function, things, batch, RATE, extra.get("key"))
+            loss = self._loss_in(report, {**things, **found}, how, batch)
+            if loss is None:
+                raise NoLoss(self._no_loss(report))
+            left = found or self.of_nnx
+            after = self._split({**things, **found}, more, layout) if left else None
+            return _Done(after, loss, None)
+
+        done: _Done = under_axis(self.axis_name, call, self.batch(x, y))
+        return done
+
+    def _called(
+        self, function: Caller, things: Mapping[str, Any], batch: Any, lr: Any, key: Any
+    ) -> tuple[dict[str, Any], Any]:
+        """Call a step; return the things that came back, and the report."""
+        inputs, targets = inputs_and_targets(batch)
+        values = {
+            **{f"thing:{name}": thing for name, thing in things.items()},
+            "batch": batch,
+            "inputs": inputs,
+            "targets": targets,
+            "key": key,
+            "rngs": nnx.Rngs(key) if function.takes("rngs") and self.of_nnx else key,
+            "lr": lr,
+            "tx": self.optimizer(lr),
+        }
+        returned = function(values)
+        if self.of_nnx:
+            return {}, returned
+        return things_and_report(returned, dict(things))
+
+    def _loss_in(self, report: Any, things: Mapping[str, Any], how: Reading, batch: Any) -> Any:
+        """Return the loss in a report, or else in the metrics that the loop carries."""
+        kept = [thing for thing in things.values() if is_metrics(thing)]
+        if not self.of_nnx:
+            kept += [trees.at(things, path) for path in self.layout.metrics]
+        if callable(how):
+            return loss_of(kept[0] if report is None and kept else report, how, batch)
+        try:
+            found = loss_of(report, how, batch)
+        except NoLoss:
+            if not kept:
+                raise
+            found = None
+        for metrics in kept:
+            if found is None:
+                found = loss_of(metrics, how, batch)
+        return found
+
+    def _no_loss(self, report: Any) -> str:
+        if self.evaluation is None:
+            return (
+                f"without an eval_step the loss is that of train_step, which reports "
+                f"{described(report)}: say where the loss is with loss=, a key or a function of "
+                "(report, batch)"
+            )
+        return (
+            f"eval_step reports no loss: it reports {described(report)}. Return metrics with the key "
+            "'loss', or say where it is with eval_loss=, a key or a function of (report, batch); or "
+            "leave eval_step out: the training loss in eval mode is taken then"
+        )
+
+    def _switch(self, things: Mapping[str, Any], *, train: bool) -> None:
+        if not self.of_nnx or not (self.switch or self.evaluation is None):
+            return
+        for thing in things.values():
+            if isinstance(thing, nnx.Module) and hasattr(thing, "train"):
+                thing.train() if train else thing.eval()
+            for held in [getattr(thing, "model", None)]:
+                if isinstance(held, nnx.Module):
+                    held.train() if train else held.eval()
+
+    def _models(self, things: Mapping[str, Any], layout: Any) -> dict[str, Any]:
+        if not self.of_nnx:
+            return {}
+        found = {}
+        for network, path in layout.models.items():
+            model = things[path[0].removeprefix("object_")]
+            for name in path[1:]:
+                model = getattr(model, name)
+            found[network] = model
+        return found
+
+    def networks(self) -> tuple[str, ...]:
+        """Return the networks, as the State calls them; ("",) for a single one."""
+        return tuple(
+            (self.layout or self._layout(self.sizes[1])).models
+            if self.of_nnx
+            else (self.layout.networks())
+        )
+
+    def evaluation_returns_a_state(self) -> bool:
+        """Return whether the state that evaluation leaves is known."""
+        if self.evaluation is None:
+            return False
+        state, x, y = self.example()
+        found: list[bool] = []
+        jax.eval_shape(
+            lambda *args: found.append(self.state_after_evaluation(*args) is not None), state, x, y
+        )
+        return found[0]
+
+    # The optimizer.
+
+    def _note_sources(self, seen: Updates, things: Mapping[str, Any], state: State) -> None:
+        """Remember where the optimizer of each network comes from."""
+        if self.sources is None or self.sources:
+            return
+        known = _optimizers(things, of_nnx=self.of_nnx)
+        for network, index in _matched(seen.gradients, state.params, self.networks()).items():
+            used = seen.optimizers[index]
+            place = next((i for i, tx in enumerate(known) if tx is used), None)
+            self.sources[network] = used if place is None else place
+
+    @property
+    def optimizer_of(self) -> Optimizer | None:
+        """Learning rate -> the user's optimizer; None where its gradients are not shown."""
+        sources = self.sources
+        if self.gradients == "hidden" or set(sources or {}) != set(self.networks()):
+            return None
+
+        def made(lr: Any) -> Any:
+            known: list[Any] = []
+            if any(isinstance(source, int) for source in sources.values()):
+                things = self.template
+                if self._made_for_a_rate or self.of_nnx:
+                    things = self.created(0, jnp.zeros(self.sizes, jnp.float32), lr)
+                known = _optimizers(things, of_nnx=self.of_nnx)
+            found = {
+                network: known[source] if isinstance(source, int) else source
+                for network, source in sources.items()
+            }
+            if self.train.takes("tx"):
+                found = dict.fromkeys(found, self.optimizer(lr))
+            return found[""] if set(found) == {""} else _jointly(found)
+
+        return made
+
+    # Settling what only a run can tell.
+
+    def example(self) -> tuple[Any, Any, Any]:
+        """Return a state and a batch of shapes without values."""
+        shape: Any = jax.ShapeDtypeStruct
+        x, y = shape(self.sizes, "float32"), shape(self.sizes[:1], "float32")
+        return jax.eval_shape(self.init, shape((), "int32"), x), x, y
+
+    def settled(self) -> _Loop:
+        """Return this loop with the axis that it needs, showing its gradients where it can."""
+        found = replace(self, gradients="direct")
+        for _ in range(6):  # each turn settles one thing, or raises
+            found = replace(found, sources={})
+            try:
+                found.try_step()
+            except Exception as error:  # noqa: BLE001 - whatever a user's code raises
+                found = found.mended(error)
+            else:
+                return found.with_lasting_sources()
+        raise RuntimeError("unreachable: there are fewer things to settle")
+
+    def try_step(self) -> None:
+        """Trace a step.
+
+        Raises:
+            UnexpectedTracerError: it holds values of another trace.
+        """
+        example = self.example()
+        program = jax.make_jaxpr(lambda state, x, y: self.step(state, x, y, RATE))(*example)
+        if holds_tracers(program):
+            raise jax.errors.UnexpectedTracerError("create keeps arrays that it computes")
+
+    def with_lasting_sources(self) -> _Loop:
+        """Return this loop without optimizers that the step makes anew each time it is called."""
+        made = {n: source for n, source in self.sources.items() if not isinstance(source, int)}
+        if not made:
+            return self
+        again = replace(self, sources={})
+        jax.eval_shape(lambda state, x, y: again.step(state, x, y, RATE), *self.example())
+        lasting = {
+            n: s for n, s in self.sources.items() if s is again.sources.get(n) or n not in made
+        }
+        return replace(self, sources=lasting if self.gradients == "direct" else {})
+
+    def mended(self, error: Exception) -> _Loop:
+        """Return this loop without what made it raise ``error``, or raise it again."""
+        cause = error.__cause__ or error
+        axis = re.search(r"unbound axis name: (\w+)", str(cause))
+        if axis and self.axis_name is None:
+            return replace(self, axis_name=axis[1])
+        if isinstance(cause, jax.errors.UnexpectedTracerError):
+            if self.gradients == "direct":  # a function that is compiled inside keeps them
+                return replace(self, gradients="marked")
+            if not self.earnest and not self._made_for_a_rate:
+                # create computes with arrays that its optimizer or model keeps.
+                return replace(self, earnest=True, gradients="direct").with_layout()
+            if self.gradients == "marked":
+                return replace(self, gradients="hidden")
+        raise error
+
+
+def _things(made: Any) -> dict[str, Any]:
+    """Return the several things that a loop carries, by name; a single one is called "0"."""
+    if isinstance(made, tuple | list) and not hasattr(made, "_fields") and len(made) > 1:
+        return {str(index): each for index, each in enumerate(made)}
+    if type(made) is dict and all(isinstance(key, str) for key in made) and len(made) > 1:
+        return dict(made)
+    return {"0": made}
+
+
+def _next_key(state: State) -> tuple[dict[str, Any], Any]:
+    extra = state.extra if isinstance(state.extra, Mapping) else {}
+    if "key" not in extra:
+        return {}, None
+    key, now = jax.random.split(extra["key"])
+    return {"key": key}, now
+
+
+def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
+    return {variable_path(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _matched(
+    given: list[dict[tuple[str, ...], Any]], params: Any, networks: tuple[str, ...]
+) -> dict[str, int]:
+    """Return network -> which of the updates was given its gradients; {} where that is not plain."""
+    found: dict[str, int] = {}
+    for network in networks:
+        own = _by_path(params if network == "" else params[network])
+        fitting = [
+            index
+            for index, gradients in enumerate(given)
+            if set(gradients) == set(own)
+            and all(gradients[path].size == leaf.size for path, leaf in own.items())
+        ]
+        if len(fitting) != 1 or fitting[0] in found.values():
+            return {}
+        found[network] = fitting[0]
+    return found if len(given) == len(found) else {}
+
+
+def _gradients(
+    given: list[dict[tuple[str, ...], Any]], params: Any, networks: tuple[str, ...]
+) -> Any:
+    """Return the gradients that optimizers were given, a tree like ``params``; None: not all, once."""
+    places = _matched(given, params, networks)
+    if not places:
+        return None
+
+    def tree(network: str) -> Any:
+        gradients = given[places[network]]
+        own = params if network == "" else params[network]
+        paths, structure = jax.tree_util.tree_flatten_with_path(own)
+        # One shard's axis of a vmap around may be left.
+        leaves = [gradients[variable_path(path)].reshape(leaf.shape) for path, leaf in paths]
+        return jax.tree_util.tree_unflatten(structure, leaves)
+
+    return tree("") if set(places) == {""} else {network: tree(network) for network in places}
+
+
+def _optimizers(things: Mapping[str, Any], *, of_nnx: bool) -> list[Any]:
+    """Return the optimizers in what is carried, in a fixed order."""
+    if of_nnx:
+        return [optimizer.tx for optimizer in objects.optimizers_of(things)]
+    found: list[Any] = []
+
+    def visit(value: Any) -> None:
+        if callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
+            found.append(value)
+        elif is_dataclass(value) and not isinstance(value, type):
+            for each in fields(value):
+                visit(getattr(value, each.name, None))
+        elif isinstance(value, Mapping):
+            for each in value.values():
+                visit(each)
+        elif isinstance(value, tuple | list):
+            for each in value:
+                visit(each)
+
+    visit(dict(things))
+    return found
+
+
+def _jointly(optimizers: Mapping[str, Any]) -> Any:
+    """Return one optimizer of several networks' params, each with its own."""
+
+    def init(params: Any) -> Any:
+        return {network: tx.init(params[network]) for network, tx in optimizers.items()}
+
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        done = {
+            network: tx.update(grads[network], state[network], params[network])
+            for network, tx in optimizers.items()
+        }
+        return {n: each[0] for n, each in done.items()}, {n: each[1] for n, each in done.items()}
+
+    return optax.GradientTransformation(init, update)

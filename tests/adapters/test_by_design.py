@@ -1,0 +1,349 @@
+"""What a step does by design is found, with the reason; its wrong twin stays under the laws."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import users_code as code
+from flax import nnx
+
+import bnverify
+from bnverify.subject import Subject
+
+loop = partial(bnverify.train_state, features=3)
+GRADIENT = "gradients_are_gradients_of_the_loss"
+ROWS = "eval_rows_are_independent"
+TARGETS = "batch_stats_are_free_of_targets"
+MOMENTUM = 0.9
+
+
+def found(step: Any, create: Any = code.create, **options: Any) -> Subject:
+    """Return the subject of a step without an eval step."""
+    return loop(create, step, **options)
+
+
+def with_loss(loss_of: Any) -> Any:
+    """Return a step that minimises ``loss_of(outputs, batch)``."""
+
+    def step(state: Any, batch: Any) -> Any:
+        def loss(params: Any) -> Any:
+            out, stats = code.run(state, params, state.batch_stats, batch["image"])
+            return loss_of(out, batch), stats
+
+        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": value}
+
+    return step
+
+
+def test_a_canonical_loop_is_exempt_from_nothing() -> None:
+    """Nothing is found where nothing is."""
+    subject = found(code.train_step)
+    assert subject.exempt == {}
+    assert subject.biases_before_norm == ("Dense_0/bias",)
+
+
+class TestStoppedGradients:
+    def test_in_the_loss(self) -> None:
+        """What is reported is not what is differentiated; the line of it is told."""
+        subject = found(
+            with_loss(
+                lambda out, b: jnp.mean(
+                    (out[:, 0] - jax.lax.stop_gradient(out[:, 0]) - b["label"]) ** 2
+                )
+            )
+        )
+        assert "stop_gradient" in subject.exempt[GRADIENT]
+        assert "test_by_design.py" in subject.exempt[GRADIENT]
+
+    def test_in_a_library_is_none(self) -> None:
+        """``softmax`` and ``logsumexp`` stop gradients where that changes nothing."""
+
+        def loss(out: Any, batch: Any) -> Any:
+            both = jnp.concatenate([out, -out], -1)
+            label = (batch["label"] > 0).astype(int)
+            return optax.softmax_cross_entropy_with_integer_labels(both, label).mean()
+
+        assert found(with_loss(loss)).exempt == {}
+
+    def test_in_batch_renormalisation(self) -> None:
+        """A layer that corrects by its running values reads them in training by design."""
+
+        class Renorm(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+                var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:])
+                steps = self.variable("batch_stats", "steps", lambda: jnp.zeros((), jnp.int32))
+                if not train:
+                    return (x - mean.value) / jnp.sqrt(var.value + 1e-3)
+                m, v = x.mean(0), x.var(0)
+                r = jax.lax.stop_gradient(jnp.sqrt(v + 1e-3) / jnp.sqrt(var.value + 1e-3))
+                out = (x - m) / jnp.sqrt(v + 1e-3) * r
+                mean.value, var.value = 0.9 * mean.value + 0.1 * m, 0.9 * var.value + 0.1 * v
+                steps.value += 1
+                return out
+
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                return nn.Dense(1)(Renorm()(nn.Dense(3)(x), train))
+
+        subject = found(code.train_step, partial(code.create, model=Net()))
+        reason = subject.exempt["training_is_free_of_old_statistics"]
+        assert "as batch renormalisation does" in reason
+        assert "declared" not in reason
+        state = jax.eval_shape(subject.init, 0, jnp.ones((4, 3)))
+        assert set(state.extra["carried"]) == {"Renorm_0/steps"}  # a counter is no average
+
+
+class TestPasses:
+    """A model that is run more than once in a step."""
+
+    @pytest.mark.parametrize("both", [True, False], ids=["wrong", "right"])
+    def test_one_batch_twice_is_one(self, both: bool) -> None:
+        """Sharpness-aware minimisation sees one batch twice, and is to fold it in once."""
+
+        def step(state: Any, batch: Any) -> Any:
+            def loss(params: Any, stats: Any) -> Any:
+                out, new = code.run(state, params, stats, batch["image"])
+                return code.mse(out, batch["label"]), new
+
+            gradient = jax.value_and_grad(loss, has_aux=True)
+            (value, first), grads = gradient(state.params, state.batch_stats)
+            there = jax.tree_util.tree_map(lambda p, g: p + 0.1 * g, state.params, grads)
+            (_, second), grads = gradient(there, first)
+            stats = second if both else first
+            return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": value}
+
+        subject = found(step)
+        assert subject.momentum == MOMENTUM
+        assert "another point than the params" in subject.exempt[GRADIENT]
+        assert TARGETS not in subject.exempt  # by which the wrong twin is caught
+
+    @pytest.mark.parametrize("threaded", [False, True], ids=["wrong", "right"])
+    def test_two_views_are_two_batches(self, threaded: bool) -> None:
+        """Each is to be folded in; where one is dropped the momentum is not as declared."""
+
+        def step(state: Any, batch: Any) -> Any:
+            def loss(params: Any) -> Any:
+                one, first = code.run(state, params, state.batch_stats, batch["image"])
+                stats = first if threaded else state.batch_stats
+                two, second = code.run(state, params, stats, batch["image"][:, ::-1])
+                return code.mse(one, batch["label"]) + jnp.mean((one - two) ** 2), second
+
+            (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+            return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": value}
+
+        subject = found(step)
+        assert subject.momentum == MOMENTUM**2
+        assert "more than once" in subject.exempt["batch_stats_change_only_by_ema"]
+        assert "momentum_is_as_declared" not in subject.exempt
+        assert found(step, passes=1).momentum == MOMENTUM
+
+    def test_several_updates_in_a_loop_are_known(self) -> None:
+        """Epochs in a scan: what is normalised by params that were just updated depends on y."""
+
+        def step(state: Any, batch: Any) -> Any:
+            def epoch(state: Any, _: Any) -> Any:
+                state, report = code.train_step(state, batch)
+                return state, report["loss"]
+
+            state, losses = jax.lax.scan(epoch, state, None, 2)
+            return state, {"loss": losses.mean()}
+
+        exempt = found(step).exempt
+        assert "updates params several times" in exempt[TARGETS]
+        assert "runs in a loop" in exempt["batch_stats_change_only_by_ema"]
+        assert TARGETS not in found(code.train_step).exempt
+
+    def test_a_model_that_is_given_the_targets(self) -> None:
+        """A conditional model: its statistics are of the targets, too."""
+
+        def step(state: Any, batch: Any) -> Any:
+            x = batch["image"] + batch["label"][:, None]
+            return code.train_step(state, {**batch, "image": x})
+
+        assert "given the targets" in found(step).exempt[TARGETS]
+
+
+class TestRows:
+    def test_a_mask_in_the_denominator(self) -> None:
+        """A loss over the rows that count is no mean over rows."""
+
+        def loss(out: Any, batch: Any) -> Any:
+            mask = batch["label"] > 0
+            return jnp.sum(mask * out[:, 0] ** 2) / jnp.maximum(mask.sum(), 1)
+
+        assert "divides by a number that the batch gives" in found(with_loss(loss)).exempt[ROWS]
+        said = found(with_loss(loss), weights=lambda x, y: y > 0)
+        assert ROWS not in said.exempt
+        assert said.row_weights is not None
+
+    def test_rows_that_are_compared(self) -> None:
+        """A contrastive loss multiplies rows with rows; attention within a row does not."""
+
+        def loss(out: Any, batch: Any) -> Any:
+            z = out / jnp.linalg.norm(out, axis=-1, keepdims=True)
+            return jax.nn.logsumexp(z @ z.T, -1).mean()
+
+        exempt = found(with_loss(loss), batch=lambda x, y: {"image": x}).exempt
+        assert "compares rows" in exempt["doubling_the_batch_changes_nothing"]
+        assert exempt["targets_reach_the_params"] == "the batch is made without y"
+
+        def within(out: Any, batch: Any) -> Any:
+            h = batch["image"][:, :, None] * out[:, None]
+            return jnp.mean(jnp.einsum("nij,nkj->nik", h, h))
+
+        assert ROWS not in found(with_loss(within)).exempt
+
+
+class TestUpdates:
+    def test_a_penalty_that_is_not_reported(self) -> None:
+        """Weight decay in the loss that is differentiated excuses the law; in both losses it does not."""
+
+        def penalised(reported: bool) -> Any:
+            def step(state: Any, batch: Any) -> Any:
+                def loss(params: Any) -> Any:
+                    value, stats = code.loss_fn(state, batch)(params)
+                    decay = 0.01 * sum(jnp.sum(p**2) for p in jax.tree_util.tree_leaves(params))
+                    return value + decay, (value, stats)
+
+                grads = jax.value_and_grad(loss, has_aux=True)
+                (whole, (value, stats)), grads = grads(state.params)
+                new = state.apply_gradients(grads=grads, batch_stats=stats)
+                return new, {"loss": whole if reported else value}
+
+            return step
+
+        assert "penalty" in found(penalised(False)).exempt[GRADIENT]
+        assert GRADIENT not in found(penalised(True)).exempt
+
+    @pytest.mark.parametrize("every", [2, 4])
+    def test_accumulated_updates_are_counted(self, every: int) -> None:
+        """``optax.MultiSteps``: beyond what a case's warm-up reaches nothing moves the params."""
+
+        def create(rng: Any, lr: float) -> Any:
+            tx: Any = optax.MultiSteps(optax.sgd(lr), every)
+            return code.TrainState.create(apply_fn=code.Model().apply, tx=tx, **code.variables(rng))
+
+        subject = found(code.train_step, create)
+        assert subject.updates_every == every
+        assert ("step_moves_the_params" in subject.exempt) == (every > 3)
+
+    @pytest.mark.parametrize("moves", [True, False], ids=["wrong", "right"])
+    def test_a_frozen_backbone(self, moves: bool) -> None:
+        """A layer whose params and statistics rest beside others is carried; one that moves is not."""
+
+        class Net(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                for name, trains in (("backbone", moves), ("head", True)):
+                    average = not (train and trains)
+                    x = nn.BatchNorm(use_running_average=average, name=name)(x)
+                return nn.Dense(1)(x)
+
+        def create(rng: Any, lr: float) -> Any:
+            def label(params: Any) -> Any:
+                return {k: "rest" if k == "backbone" else "train" for k in params}
+
+            tx = optax.multi_transform({"train": optax.sgd(lr), "rest": optax.set_to_zero()}, label)
+            made = code.variables(rng, model=Net())
+            return code.TrainState.create(apply_fn=Net().apply, tx=tx, **made)
+
+        subject = found(code.train_step, create)
+        state = jax.eval_shape(subject.init, 0, jnp.ones((4, 3)))
+        assert set(state.batch_stats) == ({"backbone", "head"} if moves else {"head"})
+        told = found(code.train_step, create, frozen=["backbone/*"])
+        assert set(told.frozen) == {"carried/backbone/mean", "carried/backbone/var"}
+
+
+class TestStart:
+    @pytest.mark.parametrize("whole", [False, True], ids=["wrong", "right"])
+    def test_a_trained_model(self, whole: bool) -> None:
+        """Statistics that come with the params need not be 0 and 1; without them a note says so."""
+        trained = code.variables(jax.random.PRNGKey(7))
+
+        def create(rng: Any, lr: float) -> Any:
+            fresh = code.variables(rng)
+            stats = trained["batch_stats"] if whole else fresh["batch_stats"]
+            return code.TrainState.create(
+                apply_fn=code.Model().apply,
+                params=trained["params"],
+                batch_stats=stats,
+                tx=optax.sgd(lr),
+            )
+
+        subject = found(code.train_step, create)
+        assert ("initial_statistics_are_zero_and_one" in subject.exempt) == whole
+        assert any(note.startswith("fresh_statistics") for note in subject.notes) != whole
+
+    @pytest.mark.parametrize("copied", [False, True], ids=["wrong", "right"])
+    def test_a_target_network(self, copied: bool) -> None:
+        """Params that are followed while their statistics are left behind are noted."""
+
+        class Pair(code.TrainState):
+            target_params: Any
+            target_batch_stats: Any
+
+        def create(rng: Any, lr: float) -> Any:
+            made = code.variables(rng)
+            targets = {f"target_{name}": tree for name, tree in made.items()}
+            return Pair.create(apply_fn=code.Model().apply, tx=optax.sgd(lr), **made, **targets)
+
+        def step(state: Any, batch: Any) -> Any:
+            state, report = code.train_step(state, batch)
+            target = optax.incremental_update(state.params, state.target_params, 0.1)
+            state = state.replace(target_params=target)
+            return (
+                state.replace(target_batch_stats=state.batch_stats) if copied else state
+            ), report
+
+        notes = [note for note in found(step, create).notes if note.startswith("stale")]
+        assert bool(notes) != copied
+
+
+def test_a_module_that_looks_whether_it_may_write() -> None:
+    """No argument says that it trains: in evaluation it may write nothing, and so it evaluates."""
+
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            train = self.is_mutable_collection("batch_stats") and not self.is_initializing()
+            return nn.BatchNorm(use_running_average=not train)(x)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.Dense(1)(Norm()(nn.Dense(3)(x)))
+
+    subject = bnverify.linen(Net())
+    x, y = jnp.arange(12.0).reshape(4, 3), jnp.ones(4)
+    state = subject.init(0, x)
+    assert subject.after_eval is not None
+    left = subject.after_eval(state, x, y)
+    after, _ = subject.step(state, x, y, 0.1)
+    assert jnp.array_equal(left.batch_stats["Norm_0"]["BatchNorm_0"]["mean"], jnp.zeros(3))
+    assert jnp.any(after.batch_stats["Norm_0"]["BatchNorm_0"]["mean"] != 0)
+
+
+def test_a_statistic_that_becomes_an_array_is_told() -> None:
+    """An nnx.BatchStat is written, not replaced."""
+
+    class Norm(nnx.Module):
+        def __init__(self, din: int, rngs: Any) -> None:
+            self.mean, self.var = nnx.BatchStat(jnp.zeros(din)), nnx.BatchStat(jnp.ones(din))
+            self.scale = nnx.Param(jnp.ones(din))
+
+        def __call__(self, x: Any) -> Any:
+            self.mean: Any = jnp.mean(x, 0)
+            return (x * self.scale).mean(-1)
+
+    with pytest.raises(ValueError, match=r"mean is no longer the variable.*self\.mean\[\.\.\.\] ="):
+        bnverify.nnx(Norm)

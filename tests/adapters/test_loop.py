@@ -1,0 +1,403 @@
+"""Loops of every shape: what they carry is found, what they are given is told by role."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import users_code as code
+from adapted_steps import CASE, one_step
+from flax import nnx
+
+import bnverify
+from bnverify.adapters.explain import SubjectError
+from bnverify.subject import State, StepInfo, Subject
+from bnverify.unusable import Unusable
+
+BATCH = {"image": CASE.x, "label": CASE.y}
+loop = partial(bnverify.train_state, features=3)
+
+
+def paths(tree: Any) -> list[str]:
+    """Return the paths of a tree's leaves."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [
+        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+        for path, _ in leaves
+    ]
+
+
+def moved(subject: Subject) -> State:
+    """Return the state after a step, having seen that params, statistics and loss are the user's."""
+    before, after, info = one_step(subject)
+    assert jax.tree_util.tree_structure(before) == jax.tree_util.tree_structure(after)
+    assert info.loss is not None
+    for part in ("params", "batch_stats"):
+        pairs = zip(
+            *(jax.tree_util.tree_leaves(getattr(s, part)) for s in (before, after)), strict=True
+        )
+        assert any(np.any(a != b) for a, b in pairs)
+    return after
+
+
+class TestLayout:
+    def test_params_and_statistics_in_one_field_are_found(self) -> None:
+        """``state.variables`` is no field that Flax knows; the trees in it are."""
+        subject = loop(code.create_own, code.own_step, code.own_eval)
+        after = moved(subject)
+        assert set(after.params) == {"Dense_0", "BatchNorm_0", "Dense_1"}
+        assert paths(after.batch_stats) == ["BatchNorm_0/mean", "BatchNorm_0/var"]
+        assert paths(after.extra) == ["fields/step"]
+        assert subject.momentum == 0.9
+        assert subject.optimizer is not None
+        assert subject.optimizer(0.5) is code.TX
+
+    @pytest.mark.parametrize("told", [None, "model_state", "model_state/batch_stats"])
+    def test_collections_in_a_field_are_found_or_told(self, told: str | None) -> None:
+        """``model_state={"batch_stats": ...}``: by name, by the field, or by the whole path."""
+
+        class Scenic(NamedTuple):
+            params: Any
+            model_state: Any
+            opt_state: Any
+
+        def create(rng: Any) -> Scenic:
+            made = code.variables(rng)
+            state = {"batch_stats": made["batch_stats"]}
+            return Scenic(made["params"], state, code.TX.init(made["params"]))
+
+        def step(state: Scenic, batch: Any) -> Any:
+            own = code.Own(0, {"params": state.params, **state.model_state}, state.opt_state)
+            after, metrics = code.own_step(own, batch)
+            new = {"batch_stats": after.variables["batch_stats"]}
+            loss = (metrics["loss"] * len(batch["label"]), len(batch["label"]))  # a sum and a count
+            return Scenic(after.variables["params"], new, after.opt_state), {"loss": loss}
+
+        subject = loop(create, step, statistics=told)
+        assert paths(moved(subject).batch_stats) == ["BatchNorm_0/mean", "BatchNorm_0/var"]
+        _, _, info = one_step(subject)
+        _, _, expected = one_step(loop(code.create_own, code.own_step))
+        np.testing.assert_allclose(info.loss, expected.loss, rtol=1e-6)
+
+    def test_statistics_by_another_name_are_found_by_what_the_layers_write(self) -> None:
+        """A field that nothing tells of is found by the layers' own variables."""
+
+        def create(rng: Any) -> Any:
+            made = code.variables(rng)
+            params = made["params"]
+            return {"params": params, "ema": made["batch_stats"], "opt_state": code.TX.init(params)}
+
+        def step(state: Any, batch: Any) -> Any:
+            both = {"params": state["params"], "batch_stats": state["ema"]}
+            after, metrics = code.own_step(code.Own(0, both, state["opt_state"]), batch)
+            new = {"params": after.variables["params"], "ema": after.variables["batch_stats"]}
+            return {**new, "opt_state": after.opt_state}, metrics
+
+        assert paths(moved(loop(create, step)).batch_stats) == [
+            "BatchNorm_0/mean",
+            "BatchNorm_0/var",
+        ]
+
+    def test_statistics_that_are_nowhere_are_refused(self) -> None:
+        """A step that forgets them would be checked without a statistic: it is refused instead."""
+        made = code.variables(jax.random.PRNGKey(0))
+
+        def create(rng: Any) -> Any:
+            params = code.variables(rng)["params"]
+            return {"params": params, "opt_state": code.TX.init(params)}
+
+        def step(state: Any, batch: Any) -> Any:
+            both = {"params": state["params"], "batch_stats": made["batch_stats"]}
+            after, metrics = code.own_step(code.Own(0, both, state["opt_state"]), batch)
+            return {"params": after.variables["params"], "opt_state": after.opt_state}, metrics
+
+        with pytest.raises(Unusable, match=r"\(BatchNorm_0\), but no running statistics"):
+            loop(create, step)
+
+    def test_a_state_without_params_says_what_there_is(self) -> None:
+        """And how to say where they are."""
+
+        def create(rng: Any) -> Any:
+            return {"weights": code.variables(rng)["params"], "count": 0}
+
+        with pytest.raises(Unusable, match=r"there are count, weights\. Say where.*params="):
+            loop(create, lambda state, batch: state)
+
+    def test_loose_trees_go_in_and_out_in_any_order(self) -> None:
+        """A pure function is called with its trees by name; its gradients are seen by the optimizer."""
+
+        def create(rng: Any) -> Any:
+            made = code.variables(rng)
+            return made["params"], made["batch_stats"], code.TX.init(made["params"])
+
+        def step(batch: Any, opt_state: Any, batch_stats: Any, params: Any) -> Any:
+            both = {"params": params, "batch_stats": batch_stats}
+            after, metrics = code.own_step(code.Own(0, both, opt_state), batch)
+            new = after.variables
+            return metrics["loss"], new["batch_stats"], after.opt_state, new["params"]
+
+        def evaluation(params: Any, batch_stats: Any, batch: Any) -> Any:
+            both = {"params": params, "batch_stats": batch_stats}
+            return code.own_eval(code.Own(0, both, ()), batch)["loss"]
+
+        subject = loop(create, step, evaluation)
+        before, after, info = one_step(subject)
+        _, expected, expected_info = one_step(loop(code.create_own, code.own_step, code.own_eval))
+        for ours, theirs in ((after.params, expected.params), (info.grads, expected_info.grads)):
+            jax.tree_util.tree_map(np.testing.assert_array_equal, ours, theirs)
+        assert subject.evaluate(before, CASE.x, CASE.y).shape == (1,)
+
+
+def gan(rng: Any) -> Any:
+    """Return a generator and a discriminator."""
+    a, b = jax.random.split(rng)
+    make = partial(code.create, lr=0.1)
+    return make(a, model=code.Model(3), width=2), make(b, model=code.Model(1), width=3)
+
+
+def gan_step(states: Any, batch: Any, key: Any, *, drops: bool = False) -> Any:
+    """Train both on one batch, first the discriminator."""
+    g, d = states
+    z = jax.random.normal(key, (batch["image"].shape[0], 2))
+
+    def d_loss(params: Any) -> Any:
+        fake, _ = code.run(g, g.params, g.batch_stats, z)
+        real, stats = code.run(d, params, d.batch_stats, batch["image"])
+        bad, stats = code.run(d, params, d.batch_stats if drops else stats, fake)
+        return jnp.mean(nn.softplus(-real) + nn.softplus(bad)), stats
+
+    (loss, stats), grads = jax.value_and_grad(d_loss, has_aux=True)(d.params)
+    d = d.apply_gradients(grads=grads, batch_stats=stats)
+
+    def g_loss(params: Any) -> Any:
+        fake, stats = code.run(g, params, g.batch_stats, z)
+        return jnp.mean(nn.softplus(-code.run(d, d.params, d.batch_stats, fake)[0])), stats
+
+    (_, stats), grads = jax.value_and_grad(g_loss, has_aux=True)(g.params)
+    return (g.apply_gradients(grads=grads, batch_stats=stats), d), {"loss": loss}
+
+
+def gan_eval(states: Any, batch: Any) -> Any:
+    """Return what the discriminator makes of real rows."""
+    return {"loss": jnp.mean(nn.softplus(-code.predicted(states[1], batch["image"])))}
+
+
+class TestSeveralNetworks:
+    def test_trees_are_keyed_by_network(self) -> None:
+        """Two train states in one step: params, statistics, gradients and optimizers of each."""
+        subject = loop(gan, gan_step, gan_eval)
+        after = moved(subject)
+        assert set(after.params) == set(after.batch_stats) == {"0", "1"}
+        before, after, info = one_step(subject)
+        assert subject.optimizer is not None
+        tx = subject.optimizer(0.1)
+        updates, _ = tx.update(info.grads, before.opt_state, before.params)
+        expected = optax.apply_updates(before.params, updates)
+        jax.tree_util.tree_map(
+            partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), after.params, expected
+        )
+
+    def test_states_of_their_own_have_their_parameters_names(self) -> None:
+        """What the step calls them is what the State calls them."""
+
+        def step(gen_state: Any, disc_state: Any, batch: Any, key: Any) -> Any:
+            (g, d), metrics = gan_step((gen_state, disc_state), batch, key)
+            return g, d, metrics
+
+        def evaluation(disc_state: Any, batch: Any) -> Any:
+            return gan_eval((None, disc_state), batch)
+
+        assert set(moved(loop(gan, step, evaluation)).params) == {"gen", "disc"}
+
+    def test_batches_that_a_network_trains_on_are_counted(self) -> None:
+        """Real and generated rows are two; what the generator learns by is none of them."""
+        exempt = loop(gan, gan_step, gan_eval).exempt
+        assert "0.81, 0.9" in exempt["one_momentum_for_the_whole_model"]
+        assert "targets" not in exempt["targets_reach_the_params"]  # y is used nowhere
+        assert "loss of its own" in exempt["gradients_are_gradients_of_the_loss"]
+
+
+class TestEvaluation:
+    def test_without_an_eval_step_the_training_loss_is_evaluated(self) -> None:
+        """Every model is told that it evaluates; the loss is the one that an eval step reports."""
+        given, made = (
+            loop(code.create, code.train_step, code.eval_step),
+            loop(code.create, code.train_step),
+        )
+        _, after, _ = one_step(given)
+        expected = given.evaluate(after, CASE.x, CASE.y)
+        np.testing.assert_allclose(made.evaluate(after, CASE.x, CASE.y), expected, rtol=1e-6)
+        assert "no eval_step" in made.notes[0]
+        assert "eval_is_training_loss" in made.shows
+        assert made.after_eval is None
+
+    def test_an_accuracy_is_no_loss(self) -> None:
+        """A number without a slope is refused, with what to write instead."""
+
+        def accuracy(state: Any, batch: Any) -> Any:
+            return (
+                (code.predicted(state, batch["image"])[:, 0] > 0) == (batch["label"] > 0)
+            ).mean()
+
+        with pytest.raises(Unusable, match=r"no slope anywhere: is it an accuracy\?.*eval_loss="):
+            loop(code.create, code.train_step, accuracy)
+
+    def test_a_report_without_a_loss_says_what_it_has(self) -> None:
+        """The keys that there are, and the ways out."""
+
+        def errors(state: Any, batch: Any) -> Any:
+            return {"error": code.eval_step(state, batch)["loss"]}
+
+        with pytest.raises(Unusable, match="reports no loss: it reports the keys 'error'"):
+            loop(code.create, code.train_step, errors)
+        with pytest.raises(Unusable, match=r"no 'errors'.*did you mean 'error'"):
+            loop(code.create, code.train_step, errors, eval_loss="errors")
+
+
+class TestRoles:
+    def test_a_key_with_a_default_is_filled(self) -> None:
+        """Flax takes no None for a key."""
+
+        def step(state: Any, batch: Any, dropout_rng: Any = None) -> Any:
+            jax.random.normal(dropout_rng)
+            return code.train_step(state, batch)
+
+        assert "key" in moved(loop(code.create, step)).extra
+
+    def test_roles_say_what_names_do_not(self) -> None:
+        """Two halves of a batch by names that nobody knows are asked for, not guessed."""
+
+        def step(state: Any, left: Any, right: Any) -> Any:
+            return code.train_step(state, {"image": left, "label": right})
+
+        with pytest.raises(Unusable, match=r"'right' cannot be told.*roles="):
+            loop(code.create, step)
+        roles = {"left": "inputs", "right": "targets"}
+        _, after, _ = one_step(loop(code.create, step, roles=roles))
+        _, expected, _ = one_step(loop(code.create, code.train_step))
+        jax.tree_util.tree_map(np.testing.assert_array_equal, after.params, expected.params)
+        with pytest.raises(Unusable, match="'left' is told to be 'pictures'; there are"):
+            loop(code.create, step, roles={"left": "pictures"})
+
+    def test_an_unknown_keyword_is_refused(self) -> None:
+        """As any function does."""
+        with pytest.raises(TypeError, match="unexpected keyword argument 'target'"):
+            bnverify.train_state(code.create, code.train_step, target=False)  # type: ignore[call-arg]
+
+    @pytest.mark.parametrize("how", ["shard_map", "pmap"])
+    def test_a_step_for_many_devices_runs_as_one_shard(self, how: str) -> None:
+        """``axis_index`` and averages over the axis, with or without ``jax.jit`` around."""
+
+        def step(state: Any, batch: Any) -> Any:
+            loss = code.loss_fn(state, batch)
+            (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+            grads, stats = jax.lax.pmean((grads, stats), "devices")
+            value = jax.lax.pmean(value, "devices") + 0.0 * jax.lax.axis_index("devices")
+            return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": value}
+
+        wrapped: Any = jax.pmap(step, axis_name="devices")
+        if how == "shard_map":
+            shard_map: Any = getattr(jax, "shard_map", None)
+            if shard_map is None:
+                from jax.experimental.shard_map import shard_map  # type: ignore[no-redef]
+            mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("devices",))
+            spec = jax.sharding.PartitionSpec
+            wrapped = jax.jit(
+                shard_map(step, mesh=mesh, in_specs=(spec(), spec("devices")), out_specs=spec())
+            )
+        subject = loop(code.create, wrapped)
+        _, after, info = one_step(subject)
+        _, expected, _ = one_step(loop(code.create, code.train_step))
+        assert info.grads is not None
+        for ours, theirs in zip(
+            jax.tree_util.tree_leaves(after.params),
+            jax.tree_util.tree_leaves(expected.params),
+            strict=True,
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+    def test_a_function_compiled_inside_shows_its_gradients(self) -> None:
+        """Where the optimizer is called in a compiled function of the step's own."""
+
+        @jax.jit
+        def inner(state: Any, batch: Any) -> Any:
+            return code.train_step(state, batch)
+
+        def step(state: Any, batch: Any) -> Any:
+            return inner(state, batch)
+
+        _, _, info = one_step(loop(code.create, step))
+        _, _, expected = one_step(loop(code.create, code.train_step))
+        assert info.grads is not None
+        for ours, theirs in zip(
+            jax.tree_util.tree_leaves(info.grads),
+            jax.tree_util.tree_leaves(expected.grads),
+            strict=True,
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+class TestByHand:
+    def test_a_subject_by_hand_is_looked_at(self) -> None:
+        """Its layers are found as those of any loop, and what it says itself stays."""
+        made = loop(code.create, code.train_step, code.eval_step)
+        bare = Subject(
+            "by hand",
+            made.init,
+            made.step,
+            made.evaluate,
+            features=(3,),
+            exempt={"a law": "mine"},
+        )
+        subject = bnverify.declare(bare, targets=False)
+        assert subject.momentum == 0.9
+        assert subject.biases_before_norm == ("Dense_0/bias",)
+        assert subject.layer_inputs is not None
+        assert subject.exempt["a law"] == "mine"
+        assert "declared" in subject.exempt["targets_reach_the_params"]
+
+    def test_statistics_that_it_keeps_elsewhere_are_noted(self) -> None:
+        """Who writes a State may keep anything anywhere; the verdict says so."""
+
+        def step(state: Any, x: Any, y: Any, lr: Any) -> Any:
+            out, _ = model.apply(state.extra, x, train=True, mutable=["batch_stats"])
+            return state, StepInfo(code.mse(out, y), None)
+
+        model = code.Model()
+
+        def init(seed: Any, x: Any) -> State:
+            made = code.variables(jax.random.PRNGKey(seed))
+            return State(made["params"], {}, (), made)
+
+        def evaluate(state: Any, x: Any, y: Any) -> Any:
+            return code.mse(model.apply(state.extra, x, train=False), y).reshape(1)
+
+        subject = bnverify.declare(Subject("by hand", init, step, evaluate, features=(3,)))
+        assert "no running statistics" in subject.notes[0]
+
+
+class TestNnx:
+    def test_an_update_by_closure_is_explained(self) -> None:
+        """The mistake has a name, and the mend the two arguments."""
+
+        def make(din: int, rngs: Any, lr: float) -> Any:
+            model = nnx.Linear(din, 1, rngs=rngs)
+            return model, nnx.Optimizer(model, optax.sgd(lr), wrt=nnx.Param)
+
+        def step(model: Any, optimizer: Any, x: Any, y: Any) -> Any:
+            @jax.jit
+            def update(x: Any, y: Any) -> Any:
+                return nnx.value_and_grad(lambda m: code.mse(m(x), y))(model)[0]
+
+            return update(x, y)
+
+        with pytest.raises((SubjectError, Unusable)) as caught:
+            bnverify.nnx_loop(make, step)
+        assert isinstance(caught.value, SubjectError)
+        assert caught.value.mistake.name in {"nnx_object_by_closure", "nnx_variable_from_outside"}
