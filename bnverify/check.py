@@ -309,11 +309,16 @@ class Check:
         return runners
 
     def _explained(self, evidence: Evidence) -> Evidence:
-        """Return the evidence of a violation with the way of the forbidden flow, where there is one."""
+        """Return the evidence of a violation with the way of a forbidden flow, and what may allow it.
+
+        Where the step may break the law by design, the subject knows what to declare.
+        """
         if evidence.status != "violated":
             return evidence
         way = proof.explain(LAWS[evidence.law], self._reading)
-        return replace(evidence, reason=f"{evidence.reason}; {way}") if way else evidence
+        hint = self._subject.hints.get(evidence.law, "")
+        said = (evidence.reason, way, hint and f"if it is meant: {hint}")
+        return replace(evidence, reason="; ".join(filter(None, said)))
 
     @cached_property
     def _lives(self) -> Lives:
@@ -467,4 +472,5 @@ def _notes(subject: Subject, reading: proof.Reading) -> Iterator[str]:
         yield f"not traced: {reading.refusal}"
     if reading.influence is not None and reading.influence.unknown:
         yield "primitives read conservatively: " + ", ".join(reading.influence.unknown)
+    yield from subject.notes
     yield from remarks(subject, reading.influence)
