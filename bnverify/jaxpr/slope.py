@@ -60,6 +60,13 @@ class _Points(Rows):
         del dtype, units, added
         return value
 
+    def _summed(
+        self, eqn: Any, inputs: Sequence[Array], output: Array, units: float, more: float
+    ) -> Array:
+        """Leave a sum of products as it is."""
+        del eqn, inputs, units, more
+        return output
+
     def confine(self, value: Array, dtype: Any, room: float = 4) -> Array:
         """Leave ``value`` as it is."""
         del dtype, room
