@@ -317,7 +317,7 @@ class Check:
             return evidence
         way = proof.explain(LAWS[evidence.law], self._reading)
         hint = self._subject.hints.get(evidence.law, "")
-        said = (evidence.reason, way, hint and f"if it is meant: {hint}")
+        said = (evidence.reason, way, hint)
         return replace(evidence, reason="; ".join(filter(None, said)))
 
     @cached_property

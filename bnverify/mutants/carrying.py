@@ -144,13 +144,12 @@ class CallsCountedInPython(CanonicalStep):
 
 
 @fault(mistake="inputs_overwritten", source="https://github.com/jax-ml/jax/issues/37830")
-class BatchOverwrittenInPlace(CanonicalStep):
-    """The step clears the batch it was given, once it has used it, where NumPy lets it."""
+class ParamsOverwrittenInPlace(CanonicalStep):
+    """The step writes the new params into the dictionaries that its caller still holds."""
 
     def step(self, state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
-        """Step, then reuse the caller's buffer."""
-        result = super().step(state, jnp.array(x), y, lr)
-        flags = getattr(x, "flags", None)  # a NumPy array has them, a traced one does not
-        if flags is not None and flags.writeable:
-            x[...] = 0.0
-        return result
+        """Step, then overwrite what was given: traced, these dictionaries are nobody's."""
+        after, info = super().step(state, x, y, lr)
+        for layer, leaves in after.params.items():
+            state.params[layer].update(leaves)
+        return after, info

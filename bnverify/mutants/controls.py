@@ -119,6 +119,15 @@ class InputsScaled(CanonicalStep):
         return super().evaluate(state, x / 1024.0, y)
 
 
+@control
+class EvalLossIsAScalar(CanonicalStep):
+    """Evaluation returns its one number as a scalar, as most evaluations do."""
+
+    def evaluate(self, state: State, x: Any, y: Any) -> Any:
+        """Return a scalar."""
+        return super().evaluate(state, x, y).reshape(())
+
+
 variant("Nnx", "The canonical step around an nnx module.", NnxStep)
 variant("NnxHalfMomentum", "An nnx module of momentum 0.5.", NnxStep, momentum=0.5)
 variant("TrainState", "The canonical step around a TrainState.", TrainStateStep)

@@ -172,15 +172,6 @@ class EvalSums(EvaluationError):
         return jnp.sum((preds - y) ** 2).reshape(1)
 
 
-@fault(mistake="loss_not_reduced")
-class EvalLossIsAScalar(EvaluationError):
-    """Evaluation returns a scalar where (1,) is promised."""
-
-    def evaluation_error(self, preds: Any, y: Any) -> Any:
-        """Forget the axis."""
-        return self.error(preds, y)
-
-
 @fault(mistake="loss_not_reduced", minimal=(2, 1))
 class EvalLossNotReduced(EvaluationError):
     """Evaluation returns one error for each row."""
