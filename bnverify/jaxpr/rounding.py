@@ -258,7 +258,8 @@ class Rows:
         units, terms = arithmetic.growth(eqn), arithmetic.terms(eqn)
         more = self._added.get(id(eqn), math.inf)
         name = eqn.primitive.name
-        if terms > 1 and name not in arithmetic.PRODUCTS:
+        given = inputs
+        if terms > 1:
             inputs = [
                 self.round(value, arithmetic.summed_in(atom.aval.dtype, eqn), units, more * terms)
                 if is_float(atom.aval.dtype)
@@ -274,8 +275,8 @@ class Rows:
                 return self._give_up(eqn, inputs)
             units += 2  # the exact row was rounded, too
         exact = arithmetic.is_exact(eqn)
-        if name in arithmetic.PRODUCTS:
-            outputs = [self._summed(eqn, inputs, outputs[0], units, more)]
+        if name in arithmetic.PRODUCTS and terms > 1:
+            outputs = [self._summed(eqn, given, outputs[0], units, more)]
         rounded = [
             self._finish(eqn, value, var.aval.dtype, units, more, exact=exact)
             if is_float(var.aval.dtype)
@@ -291,17 +292,17 @@ class Rows:
     def _summed(
         self, eqn: Any, inputs: Sequence[Array], output: Array, units: float, more: float
     ) -> Array:
-        """Return a sum of products with the rounding of its partial sums, each output its own.
+        """Return a sum of products with a rounding of its partial sums that is each output's own.
 
-        Each of n terms errs by as many units as the whole: together by the root of the sum of their
-        squares. An error of the factors instead would be shared by all outputs that a factor enters,
-        and where these cancel it would, too.
+        The errors of the factors are shared by all outputs that a factor enters, and where these
+        cancel, they do, too. Each of n terms errs besides, by as many units as the whole: together by
+        the root of the sum of their squares.
         """
         dtype = arithmetic.summed_in(eqn.outvars[0].aval.dtype, eqn)
         if not is_float(dtype):
             return output
         squares = numeric.apply(eqn, [value[:1] * value[:1] for value in inputs])[0]
-        length = np.sqrt(2 * squares)  # both factors of a term may be rounded
+        length = np.sqrt(squares)
         errors = self._errors(output, dtype, units, more)
         summed: Array = output + np.where(np.isfinite(length), length, 0.0) * errors
         return summed
