@@ -298,9 +298,10 @@ class Rows:
         cancel, they do, too. Each of n terms errs besides, by as many units as the whole: together by
         the root of the sum of their squares.
         """
-        dtype = arithmetic.summed_in(eqn.outvars[0].aval.dtype, eqn)
-        if not is_float(dtype):
+        made = eqn.outvars[0].aval.dtype
+        if not is_float(made):
             return output
+        dtype = arithmetic.summed_in(made, eqn)
         squares = numeric.apply(eqn, [value[:1] * value[:1] for value in inputs])[0]
         length = np.sqrt(squares)
         errors = self._errors(output, dtype, units, more)

@@ -114,6 +114,7 @@ def test_what_is_only_moved_about_has_no_noise():
 
 OPERATIONS = {
     "softmax": lambda x, y: jax.nn.softmax(x * y),
+    "counts": lambda x, y: x / (1 + jnp.ones((4, 4), jnp.int32) @ jnp.arange(4)) + y,
     "masked": lambda x, y: jax.nn.softmax(jnp.where(jnp.arange(4) < 3, x, -jnp.inf) * 2 + y[0]),
     "logsumexp": lambda x, y: jax.nn.logsumexp(100 * x + y),
     "gelu": lambda x, y: jax.nn.gelu(x) + jnp.tanh(y),
@@ -625,3 +626,33 @@ def test_each_case_decides_for_itself(name):
         alone = reading.evaluate(x[case : case + 1], y[case : case + 1])
         whole = jax.tree_util.tree_map(lambda leaf: leaf[case : case + 1], (exact, noise))  # noqa: B023 - called at once
         jax.tree_util.tree_map(equal_but_for_sums, tuple(alone), whole)
+
+
+def test_the_errors_of_embeddings_of_equal_rows_do_not_cancel():
+    """A gradient through rows normalised to length 1 and compared with each other, most of them equal.
+
+    The errors of the factors cancel over the batch, those of the products do not.
+    """
+    rows = np.repeat(normal(CASES, 2, 3), 3, axis=1)
+    kernel = normal(CASES, 3, 4)
+
+    def gradient(x, kernel):
+        def loss(kernel):
+            z = jnp.tanh(x @ kernel)
+            z = z / jnp.sqrt((z * z).sum(-1, keepdims=True) + 1e-6)
+            alike = z @ z.T / 0.1 - 1e9 * jnp.eye(6)
+            return (jax.nn.logsumexp(alike, -1) - alike[jnp.arange(6), jnp.arange(6) - 3]).mean()
+
+        return jax.grad(loss)(kernel)
+
+    actual, exact, noise, _ = claim(gradient, rows, kernel)
+    assert worst(actual, exact, noise) <= 1
+
+
+def test_a_subnormal_input_is_zero():
+    """As XLA reads it on a CPU: a step function of -1e-40 is that of 0, but of float16 it is none."""
+    x = np.full((2, 1), -1e-40, np.float32)
+    _, exact, _, _ = claim(jnp.floor, x)
+    np.testing.assert_array_equal(exact, 0)
+    _, exact, _, _ = claim(jnp.floor, np.full((2, 1), -1e-7, np.float16))
+    np.testing.assert_array_equal(exact, -1)

@@ -34,6 +34,10 @@ def slopes(loss, params, *rest, direction):
 SMOOTH = {
     "power": (lambda p, x: jnp.sum((p * x) ** 4), lambda p, x: 4 * p**3 * x**4),
     "tanh": (lambda p, x: jnp.sum(jnp.tanh(p * x)), lambda p, x: x / np.cosh(p * x) ** 2),
+    "product": (
+        lambda p, x: jnp.sum((jnp.ones((2, 3)) * x) @ p) ** 2,
+        lambda p, x: 8 * (p * x).sum(axis=-1, keepdims=True) * x,
+    ),
     "relu": (lambda p, x: jnp.sum(jax.nn.relu(p * x)), lambda p, x: x * (p * x > 0)),
     "abs": (lambda p, x: jnp.sum(jnp.abs(p * x)), lambda p, x: x * np.sign(p * x)),
     "clip": (
