@@ -117,8 +117,8 @@ class Draws:
             draw = draw * (2.0 * rng.integers(0, 2, (self.count, 1, *others)) - 1)
         return draw
 
-    def alike(self, seed: int, exact: Array, dtype: Any) -> tuple[Array, Array]:
-        """Return a size for each row, (rows, 1, ...), and which elements err downwards.
+    def alike(self, seed: int, exact: Array, dtype: Any) -> Array:
+        """Return draws for the rows ``by_digits``, (those rows, cases, *shape).
 
         Values of equal digits err equally, whatever their sign and power of two, as they do when
         they are rounded. A batch of n equal rows errs n-fold in a sum, where independent errors add
@@ -132,6 +132,7 @@ class Draws:
         """
         rng = np.random.default_rng(seed)
         odd = rng.integers(-(2**30), 2**30, self.count, np.int32) * 2 + 1
+        size = rng.uniform(0.5, 1.5, self.count) / _SCALE
         # As the program holds them: what float64 tells apart in its last places is equal there. The
         # top bit of a product with an odd number takes every bit into account, and is its sign.
         held = exact.astype(np.float32).view(np.int32)
@@ -140,5 +141,6 @@ class Draws:
             held = held + (2 ** (dropped - 1) - 1 + (held >> dropped & 1))
             held = held & ~np.int32(2**dropped - 1)
         digits = held & np.int32(2**_MANTISSA - 1) | np.int32(2**_MANTISSA)
-        turned = digits * per_row(odd.astype(np.int32), exact) < 0
-        return per_row(rng.uniform(0.5, 1.5, self.count) / _SCALE, exact), turned
+        mixed = digits * per_row(odd[self.by_digits].astype(np.int32), exact)
+        # The sign of a float32 is the top bit, too.
+        return np.copysign(per_row(size[self.by_digits], exact), mixed.view(np.float32))

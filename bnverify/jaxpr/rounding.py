@@ -140,11 +140,12 @@ class Rows:
         shape, info = value.shape[2:], jnp.finfo(dtype)
         size = units * SIZE * float(info.eps) / 2
         self._point += 1
-        errors = size * self._draws.independent(self._point, shape)
+        errors: Array = size * self._draws.independent(self._point, shape)
         if info.bits < 32 or min(added, max(shape, default=0)) >= MANY:
-            alike, turned = self._draws.alike(self._point, value[:1], dtype)
-            by_digits = size * np.where(turned, -alike, alike)
-            errors = np.where(per_row(self._draws.by_digits, value), by_digits, errors)
+            errors = np.repeat(errors, value.shape[1], axis=1)
+            alike = self._draws.alike(self._point, value[:1], dtype)
+            np.multiply(alike, size, out=alike)
+            errors[self._draws.by_digits] = alike
         return errors
 
     def confine(self, value: Array, dtype: Any, room: float = 4) -> Array:
@@ -260,8 +261,15 @@ class Rows:
         name = eqn.primitive.name
         given = inputs
         if terms > 1:
+            # Half of a product's error comes from its factors, half from each output's own sum.
+            share = math.sqrt(0.5) if name in arithmetic.PRODUCTS else 1.0
             inputs = [
-                self.round(value, arithmetic.summed_in(atom.aval.dtype, eqn), units, more * terms)
+                self.round(
+                    value,
+                    arithmetic.summed_in(atom.aval.dtype, eqn),
+                    units * share,
+                    more * terms,
+                )
                 if is_float(atom.aval.dtype)
                 else value
                 for value, atom in zip(inputs, eqn.invars, strict=True)
