@@ -1,12 +1,12 @@
-"""The stacked engine at full speed, and a million cases without a false alarm.
+"""Stacked cases at full speed, and a million cases without a false alarm.
 
     python benchmarks/volume.py [--rows 2 --features 2] [--block 1024] [--seconds 10]
 
-runs one warm shape of the reference step two ways in turns, both two blocks at once: the raw step
-(initialise, train, evaluate, under jit and vmap, nothing checked) and the engine (the same, its
-re-runs, its rounding noise and every numeric law that stacked cases can be held to). It prints
-cases per second of both, and how many steps and evaluations the laws ask of the engine for each
-that the raw step makes: no check of all laws on each case can be faster than that.
+runs one warm shape of the reference step two ways: the raw step (initialise, train, evaluate, under jit
+and vmap, nothing checked) and a check (the same, its re-runs, its rounding noise and every numeric law
+that stacked cases can be held to). It prints cases per second of both, and how many steps and
+evaluations the laws ask for each that the raw step makes: no check of all laws on each case can be
+faster than that.
 
     python benchmarks/volume.py --cases 1000000 [--shapes 12]
 
@@ -22,67 +22,54 @@ import os
 import sys
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from bnverify.engine import proof
-from bnverify.engine.budget import AT_ONCE, Budget, Fixed
-from bnverify.engine.judge import Judge, exemption, judged, shown_by, static_facts
-from bnverify.engine.verify import Checker
-from bnverify.engine.volume import NEEDS, Volume
-from bnverify.jaxpr.noise import ROWS
 
-from bnverify import reference
+from bnverify import proof, reference
 from bnverify.case import Domain
-from bnverify.laws import LAWS, Law
+from bnverify.check import Check
+from bnverify.jaxpr.rounding import ROWS
+from bnverify.laws import STEP_LAWS, Law
 from bnverify.profile import Profile
-from bnverify.shapes import TINY_SHAPES, shape_pool
+from bnverify.runs import Runner
+from bnverify.shapes import TINY_SHAPES
 from bnverify.stacks import stacked_cases
 from bnverify.subject import Subject
 
 
 def stacked_laws(subject: Subject, reading: proof.Reading) -> list[Law]:
     """Return the laws that a check of ``subject`` would hold stacked cases to."""
-    shown = shown_by(subject, reading.abstract, reading.probe)
-    unproved = (law for law in LAWS.values() if proof.prove_influence(law, reading) is None)
-    return judged((law for law in unproved if exemption(law, subject, shown) is None), NEEDS)
+    assert reading.abstract is not None
+    shown = proof.capabilities(subject, reading.abstract, reading.probe)
+    return [
+        law
+        for law in STEP_LAWS.values()
+        if law.kind != "structure"
+        and proof.exemption(law, subject, shown) is None
+        and proof.prove_influence(law, reading) is None
+    ]
 
 
-def rate(blocks: Iterator[Any], block: int, seconds: float) -> float:
-    """Return cases per second of an iterator that runs a ``block`` of them at each step."""
-    next(blocks)  # compiles
+def rate(run: Callable[[], Any], block: int, seconds: float) -> float:
+    """Return cases per second of a function that runs a ``block`` of them at each call."""
+    run()  # compiles
     done, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
-        next(blocks)
+        run()
         done += 1
     return done * block / (time.perf_counter() - started)
 
 
-def at_once(run: Callable[[], Any]) -> Iterator[Any]:
-    """Yield what ``run`` gives again and again, as many calls at once as the engine makes."""
-    yield run()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        running = deque(pool.submit(run) for _ in range(AT_ONCE))
-        while True:
-            yield running.popleft().result()
-            running.append(pool.submit(run))
-
-
 def one_shape(shape: tuple[int, int], block: int, seconds: float) -> None:
-    """Print the rates of the raw step and of the engine on one shape."""
+    """Print the rates of the raw step and of a check on one shape."""
     subject = reference.sgd()
     reading = proof.read(subject)
-    laws = stacked_laws(subject, reading)
-    judge = Judge(
-        subject, static_facts(subject, reading.abstract), Fixed(subject, block, sys.maxsize)
-    )
-    volume = Volume(subject, laws, judge, domain=Domain())
-    rng = np.random.default_rng(0)
-    cases = stacked_cases(rng, shape, block, Domain())
+    plan = Profile("one shape", block=block)
+    runner = Runner(reading.tracer(subject), reading.abstract, stacked_laws(subject, reading), plan)
+    cases = stacked_cases(np.random.default_rng(0), shape, block, Domain())
 
     @jax.jit
     @jax.vmap
@@ -94,34 +81,32 @@ def one_shape(shape: tuple[int, int], block: int, seconds: float) -> None:
         jax.block_until_ready(raw(cases.seed, cases.x, cases.y, cases.lr))
 
     found = {
-        "raw step": rate(at_once(raw_run), block, seconds),
-        "engine": rate(volume.blocks(shape, sys.maxsize, rng), block, seconds),
+        "raw step": rate(raw_run, block, seconds),
+        "check": rate(lambda: runner.residuals(cases), block, seconds),
     }
+    laws = runner.affordable(shape)
     needs = {need for law in laws for need in law.needs}
     steps = 1 + sum(need.startswith("step:") for need in needs)
     evaluations = 1 + sum(need.startswith("eval:") for need in needs) + shape[0]  # each row alone
-    print(f"shape {shape}, {len(laws)} laws, blocks of {block}, {AT_ONCE} at once")
+    print(f"shape {shape}, {len(laws)} laws, blocks of {block}")
     for name, value in found.items():
         print(f"  {name:9} {value:12,.0f} cases/second")
-    print(f"  the engine runs at 1/{found['raw step'] / found['engine']:.0f} of the raw step")
+    print(f"  the check runs at 1/{found['raw step'] / found['check']:.0f} of the raw step")
     print(f"  and makes {steps} steps and {evaluations} evaluations for each of its one of both,")
     print(f"  besides {1 + ROWS} of both in float64")
 
 
 def many_cases(cases: int, shapes: int, block: int) -> int:
     """Check ``cases`` over ``shapes`` shapes from nothing compiled; return the exit status."""
-    subject = reference.sgd()
-    budget = Budget(subject, block)
-    round_of_all = sum(budget.block(shape) for shape in shape_pool(0, size=shapes))
     further = shapes - len(TINY_SHAPES)
-    blocks = math.ceil(cases / round_of_all)
+    blocks = math.ceil(cases / (shapes * block))
     profile = Profile("many", shapes=further, blocks=blocks, block=block, examples=0)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["BNVERIFY_CACHE"] = cache
-        report = Checker(subject, profile).run(0)
+        report = Check(reference.sgd(), profile, ignore=("life",)).run(0)
     print(f"{report.cases:,} cases of {shapes} shapes in {report.seconds:,.0f} s, cold")
     for evidence in report.violated:
-        print(f"violated: {evidence.law}: {evidence.reason}\n{evidence.counterexample}")
+        print(f"violated: {evidence}")
     return 1 if report.violated else 0
 
 
