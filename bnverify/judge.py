@@ -14,7 +14,7 @@ from bnverify.jaxpr.tracing import Abstract, Tracer, as_function
 from bnverify.laws import Law
 from bnverify.laws.arithmetic import wide
 from bnverify.lazy import jax
-from bnverify.pytree import is_floating, signature
+from bnverify.pytree import is_floating
 from bnverify.subject import State, Tree
 from bnverify.transition import Outcome, Transition
 
@@ -92,8 +92,8 @@ class RoundingBounds:
         single = jax.tree_util.tree_map(
             lambda leaf: Abstract(leaf.shape[1:], leaf.dtype), (before, case.x, case.y, case.lr)
         )
-        structure, types = signature(single)[0][0], tuple(jax.tree_util.tree_leaves(single))
-        key = structure, types, with_inputs
+        types, structure = jax.tree_util.tree_flatten(single)
+        key = structure, tuple(types), with_inputs
         if key not in self._read:
             run = self._run(*single, with_inputs=with_inputs)
             self._read[key] = rounding(run, *single, seed=self._seed)

@@ -18,7 +18,7 @@ from bnverify import compat
 from bnverify.case import Case
 from bnverify.jaxpr.tracing import Abstract, Program, Tracer, as_function
 from bnverify.lazy import jax, jnp
-from bnverify.pytree import form, signature, take
+from bnverify.pytree import form, signature, stack, take
 from bnverify.reruns import EVALS, FIRST, LATER_RERUNS, RERUNS, nudged_inputs, shift, shift_biases
 from bnverify.subject import State, Subject, Tree
 from bnverify.transition import Outcome, Transition
@@ -133,12 +133,12 @@ class CompiledSubject:
         cases = len(leaves[0])
         if self._how == "eager":
             given = (jax.tree_util.tree_map(jnp.asarray, take(args, i)) for i in range(cases))
-            return _stacked([_host(function(*each)) for each in given])
+            return stack([_host(function(*each)) for each in given])
         single = jax.tree_util.tree_map(lambda leaf: Abstract(leaf.shape[1:], leaf.dtype), args)
         if self._how == "jit":
             program = self._program(name, function, single, None)
             given = ([leaf[i] for leaf in leaves] for i in range(cases))
-            return _stacked([_host(program(*each)) for each in given])
+            return stack([_host(program(*each)) for each in given])
         size = self._block(shape) if self._block else cases
         program = self._program(name, function, single, size)
         parts = []
@@ -175,8 +175,8 @@ class CompiledSubject:
             single: its arguments, trees of ``Abstract``.
             size: how many cases are stacked; None: the program takes a single one.
         """
-        key = name, *jax.tree_util.tree_flatten(single), size
-        key = name, tuple(key[1]), key[2], size
+        types, structure = jax.tree_util.tree_flatten(single)
+        key = name, structure, tuple(types), size
         if key not in self._programs:
             traced = self.tracer.trace(name, function, *single)
             self._programs[key] = self._compilers.submit(_compiled, _lowered(traced, size))
@@ -248,10 +248,6 @@ def _on_device(leaf: Any) -> Any:
 
 def _host(tree: Tree) -> Any:
     return jax.tree_util.tree_map(np.asarray, tree)
-
-
-def _stacked(trees: Sequence[Any]) -> Any:
-    return jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *trees)
 
 
 def _over(mask: Any, leaf: Any) -> Any:
@@ -412,7 +408,7 @@ def _inputs_around(subject: Subject, before: State, case: Case, *, run: bool) ->
                 lambda was, now: was if _is_deleted(now) else np.asarray(now), host, given
             )
         )
-    return _stacked(kept), _stacked_or_first(after)
+    return stack(kept), _stacked_or_first(after)
 
 
 def _is_deleted(leaf: Any) -> bool:
@@ -423,7 +419,7 @@ def _stacked_or_first(trees: Sequence[Any]) -> Any:
     """Return trees stacked; where their structures differ, the first that is unlike the others."""
     structures = [jax.tree_util.tree_structure(tree) for tree in trees]
     unlike = next((t for t, s in zip(trees, structures, strict=True) if s != structures[0]), None)
-    return _stacked(trees) if unlike is None else unlike
+    return stack(trees) if unlike is None else unlike
 
 
 def _solution(solution: Callable[..., Any], case: Case) -> Solution:

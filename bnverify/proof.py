@@ -213,16 +213,10 @@ def capabilities(subject: Subject, abstract: Transition, probe: object = None) -
 
 def is_plain_sgd(subject: Subject, abstract: Transition) -> bool:
     """Return whether the optimizer has no state and turns a gradient g into -lr * g."""
-    if subject.optimizer is None or leaves_of(abstract.before.opt_state):
+    if subject.optimizer is None or jax.tree_util.tree_leaves(abstract.before.opt_state):
         return False
     answers = asked(subject.optimizer, abstract.before.params, (1.0,), 0.25)
     return answers is not None and all(np.all(leaf == -0.25) for leaf in answers[0])
-
-
-def leaves_of(tree: Any) -> list[Any]:
-    """Return the leaves of a tree."""
-    leaves: list[Any] = jax.tree_util.tree_leaves(tree)
-    return leaves
 
 
 def asked(optimizer: Any, params: Any, gradients: Collection[float], lr: float) -> Any | None:
@@ -257,8 +251,8 @@ def asked(optimizer: Any, params: Any, gradients: Collection[float], lr: float) 
         program = trace(update, *given[0])
     except Exception:  # noqa: BLE001 - a user's optimizer may need more than params and gradients
         return None
-    answers = [leaves_of(evaluate(program, *each)) for each in given]
-    return answers if len(answers[0]) == len(leaves_of(params)) else None
+    answers = [jax.tree_util.tree_leaves(evaluate(program, *each)) for each in given]
+    return answers if len(answers[0]) == len(jax.tree_util.tree_leaves(params)) else None
 
 
 def judge_structure(law: Law, reading: Reading) -> Evidence:
