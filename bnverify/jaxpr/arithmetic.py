@@ -14,6 +14,7 @@ import numpy as np
 
 from bnverify import compat
 from bnverify.jaxpr.interpreter import inner_jaxprs
+from bnverify.jaxpr.values import is_float, limits
 
 # Moves values about, or picks among them: no new digits, so no rounding.
 _EXACT = frozenset(
@@ -208,7 +209,7 @@ def summed_in(dtype: Any, eqn: Any) -> Any:
     """Return the dtype in which terms of ``dtype`` are added up."""
     products = eqn.primitive.name in {"dot_general", "conv_general_dilated"}
     # Products of 16-bit numbers are accumulated in 32 bits, and rounded once at the end.
-    return np.dtype(np.float32) if products and jnp.finfo(dtype).bits < 32 else dtype
+    return np.dtype(np.float32) if products and limits(dtype).bits < 32 else dtype
 
 
 def is_exact(eqn: Any) -> bool:
@@ -218,19 +219,15 @@ def is_exact(eqn: Any) -> bool:
         return True
     if name == "convert_element_type":
         old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-        return bool(old == np.bool_ or (_is_real(old) and jnp.promote_types(old, new) == new))
+        return bool(old == np.bool_ or (is_float(old) and jnp.promote_types(old, new) == new))
     return any(_leaves_digits(eqn, position) for position in range(len(eqn.invars)))
-
-
-def _is_real(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def _leaves_digits(eqn: Any, position: int) -> bool:
     """Return whether an input is a literal 0 to add or a power of two to scale by."""
     name, atom = eqn.primitive.name, eqn.invars[position]
     number = compat.literal(atom)
-    if number is None or number.ndim or not _is_real(atom.aval.dtype):
+    if number is None or number.ndim or not is_float(atom.aval.dtype):
         return False
     value = float(number)
     if name in ADDITIONS:
@@ -241,7 +238,7 @@ def _leaves_digits(eqn: Any, position: int) -> bool:
 
 def is_wide(dtype: Any) -> bool:
     """Return whether values of ``dtype`` are seldom near the ends of its range: not float16's."""
-    return int(jnp.finfo(dtype).nexp) >= 8
+    return int(limits(dtype).nexp) >= 8
 
 
 def faint(dtype: Any) -> float:
@@ -250,7 +247,7 @@ def faint(dtype: Any) -> float:
     XLA flushes subnormal numbers of 32 bits to zero. It computes those of float16 in 32 bits, where
     they only lose digits, and each rounding of the rows loses as many.
     """
-    info = jnp.finfo(dtype)
+    info = limits(dtype)
     return float(info.tiny) * 2**16 if is_wide(dtype) else float(info.smallest_subnormal)
 
 
@@ -258,7 +255,7 @@ def leaves_range(eqn: Any) -> bool:
     """Return whether an equation may take values out of a dtype's range that were well in it."""
     if eqn.primitive.name == "convert_element_type":
         old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-        return _is_real(old) and int(jnp.finfo(new).maxexp) < int(jnp.finfo(old).maxexp)
+        return is_float(old) and int(limits(new).maxexp) < int(limits(old).maxexp)
     literals = [compat.literal(atom) for atom in eqn.invars]
     near = any(n is not None and n.ndim == 0 and 1 / NEAR <= abs(n) <= NEAR for n in literals)
     spared = near and len(eqn.invars) == 2 and is_wide(eqn.outvars[0].aval.dtype)

@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from bnverify.jaxpr.values import Array, per_row
+from bnverify.jaxpr.values import Array, limits, per_row
 
 _SMALL = 512
 """Elements up to which each has its own draw; beyond, each index of each axis has."""
@@ -117,8 +116,8 @@ class Draws:
             draw = draw * (2.0 * rng.integers(0, 2, (self.count, 1, *others)) - 1)
         return draw
 
-    def alike(self, seed: int, exact: Array, dtype: Any) -> Array:
-        """Return draws for the rows ``by_digits``, (those rows, cases, *shape).
+    def alike(self, seed: int, exact: Array, dtype: Any, scale: float, *, out: Array) -> None:
+        """Overwrite the rows ``by_digits`` of ``out``, (rows, cases, *shape), with ``scale`` times draws.
 
         Values of equal digits err equally, whatever their sign and power of two, as they do when
         they are rounded. A batch of n equal rows errs n-fold in a sum, where independent errors add
@@ -127,20 +126,24 @@ class Draws:
 
         Args:
             seed: another for each equation.
-            exact: the values without rounding, (1, cases, *shape).
+            exact: the values without rounding, (cases, *shape).
             dtype: that they are rounded to.
+            scale: what the draws are multiplied by.
+            out: of errors.
         """
         rng = np.random.default_rng(seed)
         odd = rng.integers(-(2**30), 2**30, self.count, np.int32) * 2 + 1
-        size = rng.uniform(0.5, 1.5, self.count) / _SCALE
+        size = scale * (rng.uniform(0.5, 1.5, self.count) / _SCALE)
         # As the program holds them: what float64 tells apart in its last places is equal there. The
         # top bit of a product with an odd number takes every bit into account, and is its sign.
         held = exact.astype(np.float32).view(np.int32)
-        dropped = _MANTISSA - int(jnp.finfo(dtype).nmant)
+        dropped = _MANTISSA - int(limits(dtype).nmant)
         if dropped > 0:  # to the nearest, ties to even
             held = held + (2 ** (dropped - 1) - 1 + (held >> dropped & 1))
             held = held & ~np.int32(2**dropped - 1)
         digits = held & np.int32(2**_MANTISSA - 1) | np.int32(2**_MANTISSA)
-        mixed = digits * per_row(odd[self.by_digits].astype(np.int32), exact)
-        # The sign of a float32 is the top bit, too.
-        return np.copysign(per_row(size[self.by_digits], exact), mixed.view(np.float32))
+        mixed = np.empty_like(digits)
+        for row in np.flatnonzero(self.by_digits):
+            np.multiply(digits, np.int32(odd[row]), out=mixed)
+            # The sign of a float32 is the top bit, too.
+            np.copysign(size[row], mixed.view(np.float32), out=out[row])

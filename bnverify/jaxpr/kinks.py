@@ -68,11 +68,21 @@ def in_doubt(distance: Array, dtype: Any, times: float = FLIP) -> Array:
     It could, too, where the distance is as small as what underflows, but not 0. Row 0 has no
     rounding, and is where it is.
     """
-    exact = distance[:1]
-    moved = np.where(distance == exact, 0, np.abs(distance - exact))  # inf - inf is no move
-    moved = moved + np.where(exact == 0, 0, arithmetic.faint(dtype))
-    others = per_row(np.arange(len(distance)) > 0, distance)
-    return np.asarray((times * moved > np.abs(exact)) & others)
+    return _exceeds(_moved(distance), distance[:1], dtype, times)
+
+
+def _moved(distance: Array) -> Array:
+    """Return how far each row is from row 0; NaN, which exceeds nothing, between two infinities."""
+    moved = distance - distance[:1]
+    return np.abs(moved, out=moved)
+
+
+def _exceeds(moved: Array, exact: Array, dtype: Any, times: float) -> Array:
+    """Return where a row moved ``times`` as far as row 0 is from 0; see ``in_doubt``."""
+    faint = np.where(exact == 0, 0, arithmetic.faint(dtype))
+    doubt = moved > np.abs(exact) / times - faint
+    doubt[0] = False
+    return np.asarray(doubt)
 
 
 def aligned(*values: Array) -> list[Array]:
@@ -85,10 +95,11 @@ def compare(name: str, left: Array, right: Array, dtype: Any, sides: Sides) -> A
     """Return a comparison; in rows where it is in doubt, on a side of their own."""
     distance = left - right
     decided = COMPARISONS[name](left, right)
-    doubt = in_doubt(distance, dtype)
+    moved = _moved(distance)
+    doubt = _exceeds(moved, distance[:1], dtype, FLIP)
     # Nearer to the kink than its own noise all that follows hangs on that noise, for a batch of
     # equal rows in all of them at once: nothing is known.
-    lost = np.isnan(left) | np.isnan(right) | in_doubt(distance, dtype, 1.0)
+    lost = np.isnan(left) | np.isnan(right) | _exceeds(moved, distance[:1], dtype, 1.0)
     if doubt.any():
         further = distance[:1] + FLIP * (distance - distance[:1])
         goes_on = per_row(np.arange(sides.count) % 4 == 2, distance)

@@ -39,7 +39,7 @@ import numpy as np
 from bnverify.jaxpr import arithmetic, draws, kinks, numeric, tracing
 from bnverify.jaxpr.interpreter import hides_code, read
 from bnverify.jaxpr.sums import added
-from bnverify.jaxpr.values import Array, has_rows, is_float, per_row, widen
+from bnverify.jaxpr.values import Array, has_rows, is_float, limits, per_row, widen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -126,8 +126,10 @@ class Rows:
             units: how many times over.
             added: how many numbers are added to each of these afterwards.
         """
-        shape, info = value.shape[2:], jnp.finfo(dtype)
-        rounded: Array = value * (1 + self._errors(value, dtype, units, added))
+        shape, info = value.shape[2:], limits(dtype)
+        errors = self._errors(value, dtype, units, added)
+        errors += 1
+        rounded = np.multiply(value, errors, out=errors if errors.shape[1] > 1 else None)
         if not arithmetic.is_wide(dtype):  # float16: values of every day are subnormal
             step = float(info.smallest_subnormal) * units
             self._point += 1
@@ -136,30 +138,38 @@ class Rows:
         return rounded
 
     def _errors(self, value: Array, dtype: Any, units: float, added: float) -> Array:
-        """Return the relative errors that rounding a value makes; 0 in row 0. See ``round``."""
-        shape, info = value.shape[2:], jnp.finfo(dtype)
+        """Return the relative errors that rounding a value makes, to be overwritten; 0 in row 0.
+
+        Args:
+            value: as in ``round``, as are ``dtype``, ``units`` and ``added``.
+
+        Returns:
+            An array like ``value``, or with an axis of size 1 where all cases err equally.
+        """
+        shape, info = value.shape[2:], limits(dtype)
         size = units * SIZE * float(info.eps) / 2
         self._point += 1
-        errors: Array = size * self._draws.independent(self._point, shape)
-        if info.bits < 32 or min(added, max(shape, default=0)) >= MANY:
-            errors = np.repeat(errors, value.shape[1], axis=1)
-            alike = self._draws.alike(self._point, value[:1], dtype)
-            np.multiply(alike, size, out=alike)
-            errors[self._draws.by_digits] = alike
+        independent: Array = size * self._draws.independent(self._point, shape)
+        if info.bits >= 32 and min(added, max(shape, default=0)) < MANY:
+            return independent
+        errors = np.empty((self.count, *value.shape[1:]))
+        errors[:] = independent
+        self._draws.alike(self._point, value[0], dtype, size, out=errors)
         return errors
 
     def confine(self, value: Array, dtype: Any, room: float = 4) -> Array:
         """Return ``value`` in the range of ``dtype``: beyond it infinite, below it 0.
 
         But in row 0, which is exact. Near the lower end every other row loses what the rest keep:
-        what is lost in all of them may cancel again.
+        what is lost in all of them may cancel again. Cases that are well in the range, as nearly all
+        are, stay as they are.
 
         Args:
             value: what to confine.
             dtype: of the program.
             room: how much larger than a sum its partial sums may be.
         """
-        info, wide = jnp.finfo(dtype), arithmetic.is_wide(dtype)
+        info, wide = limits(dtype), arithmetic.is_wide(dtype)
         # A literal may scale what is then not confined.
         most = float(info.max) / room / (arithmetic.NEAR if wide else 1)
         # float16 is computed in 32 bits, where its subnormal numbers are normal: none is flushed.
@@ -167,14 +177,21 @@ class Rows:
         exact = np.abs(value[:1])
         near_zero = (exact < tiny * arithmetic.NEAR**2) & (exact > 0)
         if value.max(initial=0) <= most and value.min(initial=0) >= -most and not near_zero.any():
-            return value  # nearly always
-        size = np.abs(value)
+            return value
+        elements = tuple(range(2, value.ndim))
+        far = ~(np.abs(value).max(axis=(0, *elements), initial=0) <= most)
+        cases = np.flatnonzero(far | near_zero.any(axis=(0, *elements)))
         odd = np.arange(self.count) % 2 == 1
         largest = np.full(odd.shape, most)
         least = tiny * np.where(odd, arithmetic.NEAR, 1 / arithmetic.NEAR)
         largest[0], least[0] = np.inf, 0
-        inner = np.where(size < per_row(least, value), 0, value)
-        return np.where(size > per_row(largest, value), np.inf, inner)
+        confined = np.broadcast_to(value, (self.count, *value.shape[1:])).copy()
+        some = confined[:, cases]
+        size = np.abs(some)
+        some[size < per_row(least, some)] = 0
+        some[size > per_row(largest, some)] = np.inf
+        confined[:, cases] = some
+        return confined
 
     def _outside(self, eqn: Any) -> list[Array]:
         """Return what Python or the world gives: values of which nothing is known."""
@@ -404,7 +421,7 @@ def _spared(eqn: Any, inputs: Sequence[Array]) -> Array | None:
     old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
     counts = jnp.issubdtype(old, jnp.integer) and is_float(new)
     if eqn.primitive.name == "convert_element_type" and counts:
-        largest = 2 ** (int(jnp.finfo(new).nmant) + 1)
+        largest = 2 ** (int(limits(new).nmant) + 1)
         return np.asarray(np.abs(inputs[0].astype(np.float64)) <= largest)
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, TypeAlias
 
 import jax
@@ -12,9 +13,22 @@ import numpy.typing as npt
 Array: TypeAlias = npt.NDArray[Any]
 
 
+@functools.cache
+def limits(dtype: Any) -> Any:
+    """Return ``jnp.finfo`` of a dtype, which is slow to make for each equation of a program."""
+    return jnp.finfo(dtype)
+
+
+@functools.cache
 def is_float(dtype: Any) -> bool:
     """Return whether a dtype is a real floating-point one."""
     return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+@functools.cache
+def is_key(dtype: Any) -> bool:
+    """Return whether a dtype is that of PRNG keys."""
+    return bool(jnp.issubdtype(dtype, jax.dtypes.extended))
 
 
 def has_rows(value: Array) -> bool:
@@ -34,14 +48,14 @@ def widen(value: Any, dtype: Any) -> Array:
     float32, where it is normal. A PRNG key is held as its key data, unsigned integers with an axis
     more.
     """
-    if jnp.issubdtype(dtype, jax.dtypes.extended):
+    if is_key(dtype):
         if isinstance(value, np.ndarray):
             return value
         return np.asarray(jax.random.key_data(value))
     array = np.asarray(value).astype(dtype)
     if not is_float(dtype):
         return array
-    wide, info = array.astype(np.float64), jnp.finfo(dtype)
+    wide, info = array.astype(np.float64), limits(dtype)
     if info.nexp < 8:
         return wide
     return np.where(np.abs(wide) < float(info.tiny), np.copysign(0.0, wide), wide)
