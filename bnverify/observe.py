@@ -52,15 +52,21 @@ SINGLE = frozenset({"again", "eager", "stacked", "solution"})
 
 
 class Again(NamedTuple):
-    """A second run of the same input, and that input before and after an uncompiled run.
-
-    Every leaf is stacked, (K, ...).
-    """
+    """A second run of the same input; every leaf is stacked, (K, ...)."""
 
     before: Any
     state: Any
     info: Any
     eval_loss: Any
+
+
+class Uncompiled(NamedTuple):
+    """An uncompiled run, and its inputs before and after it; every leaf is stacked, (K, ...).
+
+    Only there does a step hold the caller's own arrays and containers, not tracers.
+    """
+
+    outcome: Outcome
     inputs_before: Any
     inputs_after: Any
 
@@ -357,28 +363,24 @@ def observe_singly(
     needs: Collection[str],
     *,
     batched: CompiledSubject | None = None,
-    eager: CompiledSubject | None = None,
 ) -> Transition:
     """Run one step on each of some stacked cases by itself, and the ways of running named in ``needs``.
 
     Args:
         single: the subject's functions, called for one case after the other.
         case: the cases.
-        needs: as for ``observe``, and of ``SINGLE``: "again", the same run once more, and an
-            uncompiled one that holds its inputs; "eager", an uncompiled run; "stacked", the run by
-            ``batched``; "solution", the subject's one-call function.
+        needs: as for ``observe``, and of ``SINGLE``: "again", the same run once more; "eager", an
+            uncompiled run; "stacked", the run by ``batched``; "solution", the subject's one-call
+            function.
         batched: the functions under ``jax.vmap``; None: "stacked" is not observed.
-        eager: the functions uncompiled; None: "eager" is not observed.
     """
     t = observe(single, case, needs)
     facts = dict(t.facts)
     if "again" in needs:
         before = single.warm(single.init(case), case)
-        outcome = single.outcome(t.before, case)
-        kept, after = _inputs_around(single.subject, t.before, case, run="eager" in needs)
-        facts["again"] = Again(before, *outcome, kept, after)
-    if "eager" in needs and eager is not None:
-        facts["eager"] = eager.outcome(t.before, case)
+        facts["again"] = Again(before, *single.outcome(t.before, case))
+    if "eager" in needs:
+        facts["eager"] = _uncompiled(single.subject, t.before, case)
     if "stacked" in needs and batched is not None:
         facts["stacked"] = batched.outcome(t.before, case)
     if "solution" in needs and single.subject.solution is not None:
@@ -386,29 +388,26 @@ def observe_singly(
     return t._replace(facts=facts)
 
 
-def _inputs_around(subject: Subject, before: State, case: Case, *, run: bool) -> tuple[Any, Any]:
-    """Return the inputs of an uncompiled step as they were before it and as they are after it.
+def _uncompiled(subject: Subject, before: State, case: Case) -> Uncompiled:
+    """Return a step and its evaluation, run uncompiled for one case after the other.
 
-    Only there does a step hold the caller's own arrays and containers, not tracers. What it donated
-    is gone by the caller's leave, and counts as unchanged.
+    An input that the step donated is gone by the caller's leave, and counts as unchanged.
     """
-    kept, after = [], []
+    outcomes, kept, after = [], [], []
     for index in range(len(case.seed)):
         host = take((before, case), index)
         state, own = jax.tree_util.tree_map(jnp.asarray, host)
         given = (state, own)
-        if run:
-            subject.step(state, own.x, own.y, own.lr)
+        new, info = subject.step(state, own.x, own.y, own.lr)
         kept.append(host)
-        if jax.tree_util.tree_structure(given) != jax.tree_util.tree_structure(host):
-            after.append(given)
-            continue
-        after.append(
-            jax.tree_util.tree_map(
-                lambda was, now: was if _is_deleted(now) else np.asarray(now), host, given
+        if jax.tree_util.tree_structure(given) == jax.tree_util.tree_structure(host):
+            given = jax.tree_util.tree_map(
+                lambda was, now: was if _is_deleted(now) else np.array(now), host, given
             )
-        )
-    return stack(kept), _stacked_or_first(after)
+        after.append(given)
+        fresh = jax.tree_util.tree_map(jnp.asarray, (host[1].x, host[1].y))
+        outcomes.append(_host(Outcome(new, info, subject.evaluate(new, *fresh))))
+    return Uncompiled(stack(outcomes), stack(kept), _stacked_or_first(after))
 
 
 def _is_deleted(leaf: Any) -> bool:

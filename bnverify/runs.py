@@ -12,7 +12,7 @@ import numpy.typing as npt
 from bnverify import shrink
 from bnverify.case import Case, Domain
 from bnverify.evidence import Counterexample, Evidence, Status
-from bnverify.jaxpr.arithmetic import operations
+from bnverify.jaxpr.arithmetic import numbers, operations
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import READ_NEEDS, Judge, judged
 from bnverify.laws import Law
@@ -54,6 +54,9 @@ SINGLES = 20
 
 OPERATIONS = 2e9
 """Operations of the steps of one stack, some seconds of a core; a larger model has smaller stacks."""
+
+NUMBERS = 2e6
+"""Numbers that the equations of the steps of one stack make, about a second of reading their rounding."""
 
 FEWEST = 10
 """Cases of a shape, however few a stack of a large model holds."""
@@ -190,7 +193,7 @@ class Runner:
         alone: How = "eager" if refusal else "jit"
         self._batched = CompiledSubject(subject, stacked, tracer=tracer, block=self.block)
         self.single = CompiledSubject(subject, alone, tracer=tracer)
-        self._eager = CompiledSubject(subject, "eager", tracer=tracer)
+        self._sizes: dict[int, tuple[float, float]] = {}
         # A function that is init, one step and evaluate in one call is compared with a first step.
         first = bool(laws) and all("solution" in law.needs for law in laws)
         self.domain = Domain(max_warmup=0) if first else Domain()
@@ -200,20 +203,27 @@ class Runner:
     def block(self, shape: Shape) -> int:
         """Return how many cases of a shape (N, D) are stacked: one at least."""
         rows, features = shape
-        most = OPERATIONS / max(rows * self._operations(features), 1)
+        done, made = self._size(features)
+        most = min(OPERATIONS / max(rows * done, 1), NUMBERS / max(rows * made, 1))
         return max(1, min(self.plan.block, int(most)))
 
-    def _operations(self, features: int) -> float:
-        """Return how many operations a step takes for one row, as a trace of few rows has it."""
-        if self.refusal:
-            return 0.0
-        rows = 2
-        try:
-            state, batch = self._tracer.state(rows, features), self._tracer.batch(rows, features)
-            given = state, batch.x, batch.y, batch.lr
-            return operations(self._tracer.trace("step", self.subject.step, *given).jaxpr) / rows
-        except Exception:  # noqa: BLE001 - a step may not take so few rows: its run will tell
-            return 0.0
+    def _size(self, features: int) -> tuple[float, float]:
+        """Return for one row how many operations a step takes and how many numbers it makes.
+
+        As a trace of few rows has it; 0 where there is none.
+        """
+        if features not in self._sizes:
+            self._sizes[features] = 0.0, 0.0
+            rows = 2
+            try:
+                state = self._tracer.state(rows, features)
+                batch = self._tracer.batch(rows, features)
+                given = state, batch.x, batch.y, batch.lr
+                jaxpr = self._tracer.trace("step", self.subject.step, *given).jaxpr
+                self._sizes[features] = operations(jaxpr) / rows, numbers(jaxpr) / rows
+            except Exception:  # noqa: BLE001, S110 - a step may not take so few: its run will tell
+                pass
+        return self._sizes[features]
 
     def tiny(self) -> list[Shape]:
         """Return the tiny shapes that the plan asks for, the largest last."""
@@ -237,7 +247,7 @@ class Runner:
         return list(dict.fromkeys(found)), [note]
 
     def _most_rows(self, features: int) -> int:
-        per_row = self._operations(features)
+        per_row, _ = self._size(features)
         return max(2, int(OPERATIONS / max(per_row, 1)))
 
     # Running.
@@ -303,7 +313,7 @@ class Runner:
         available = self.available | SINGLE
         laws = judged(laws, available if self.stacks else available - {"stacked"})
         needs = {need for law in laws for need in law.needs}
-        t = observe_singly(self.single, cases, needs, batched=self._batched, eager=self._eager)
+        t = observe_singly(self.single, cases, needs, batched=self._batched)
         return (judge or self.judge).residuals(t, laws)
 
     def confirmed(self, law: Law, case: Case, worst: float) -> bool:

@@ -286,3 +286,13 @@ def operations(jaxpr: Any) -> float:
         if not bodies:
             total += terms(eqn) * sum(math.prod(var.aval.shape) for var in eqn.outvars)
     return total
+
+
+def numbers(jaxpr: Any) -> int:
+    """Return how many numbers the equations of a program make, those of each body once."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    made = 0
+    for eqn in inner.eqns:
+        made += sum(math.prod(var.aval.shape) for var in eqn.outvars)
+        made += sum(map(numbers, inner_jaxprs(eqn)))
+    return made

@@ -73,7 +73,7 @@ def in_doubt(distance: Array, dtype: Any, times: float = FLIP) -> Array:
 
 def _moved(distance: Array) -> Array:
     """Return how far each row is from row 0; NaN, which exceeds nothing, between two infinities."""
-    moved = distance - distance[:1]
+    moved: Array = distance - distance[:1]
     return np.abs(moved, out=moved)
 
 

@@ -39,7 +39,7 @@ import numpy as np
 from bnverify.jaxpr import arithmetic, draws, kinks, numeric, tracing
 from bnverify.jaxpr.interpreter import hides_code, read
 from bnverify.jaxpr.sums import added
-from bnverify.jaxpr.values import Array, has_rows, is_float, limits, per_row, widen
+from bnverify.jaxpr.values import Array, has_rows, is_complex, is_float, limits, per_row, widen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -140,11 +140,8 @@ class Rows:
     def _errors(self, value: Array, dtype: Any, units: float, added: float) -> Array:
         """Return the relative errors that rounding a value makes, to be overwritten; 0 in row 0.
 
-        Args:
-            value: as in ``round``, as are ``dtype``, ``units`` and ``added``.
-
-        Returns:
-            An array like ``value``, or with an axis of size 1 where all cases err equally.
+        An array like ``value``, or with an axis of size 1 where all cases err equally. For the
+        arguments see ``round``.
         """
         shape, info = value.shape[2:], limits(dtype)
         size = units * SIZE * float(info.eps) / 2
@@ -218,8 +215,8 @@ class Rows:
         if name in _CALLBACKS:
             return self._outside(eqn)
         atoms = (*eqn.invars, *eqn.outvars)
-        if any(jnp.issubdtype(atom.aval.dtype, jnp.complexfloating) for atom in atoms) or (
-            hides_code(eqn) and name not in numeric.FORMS
+        if any(is_complex(atom.aval.dtype) for atom in atoms) or (
+            name not in numeric.FORMS and hides_code(eqn)
         ):
             return self._give_up(eqn, inputs)
         if name in arithmetic.BITWISE:
@@ -525,18 +522,7 @@ def evaluate(program: tracing.Program, *args: Any) -> Any:
 
 def portion_of(program: tracing.Program) -> int:
     """Return how many cases of a program are read at once, so that they fit in ``BYTES``."""
-    return max(1, int(BYTES / (8 * (1 + ROWS) * max(_numbers(program.jaxpr.jaxpr), 1))))
-
-
-def _numbers(jaxpr: Any) -> int:
-    """Return how many numbers the equations of a program make, those of its calls included."""
-    made = 0
-    for eqn in jaxpr.eqns:
-        made += sum(math.prod(var.aval.shape) for var in eqn.outvars)
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            made += _numbers(inner) if hasattr(inner, "eqns") else 0
-    return made
+    return max(1, int(BYTES / (8 * (1 + ROWS) * max(arithmetic.numbers(program.jaxpr), 1))))
 
 
 def _leaves(program: tracing.Program, args: Any) -> list[Array]:

@@ -26,6 +26,12 @@ def is_float(dtype: Any) -> bool:
 
 
 @functools.cache
+def is_complex(dtype: Any) -> bool:
+    """Return whether a dtype is a complex one."""
+    return bool(jnp.issubdtype(dtype, jnp.complexfloating))
+
+
+@functools.cache
 def is_key(dtype: Any) -> bool:
     """Return whether a dtype is that of PRNG keys."""
     return bool(jnp.issubdtype(dtype, jax.dtypes.extended))

@@ -14,7 +14,7 @@ from bnverify import compat, reference
 from bnverify.case import Case
 from bnverify.laws import LAWS, STEP_LAWS, UNTRIGGERED
 from bnverify.laws.arithmetic import array_namespace, sum_over
-from bnverify.observe import Again, CompiledSubject, Solution, observe
+from bnverify.observe import Again, CompiledSubject, Solution, Uncompiled, observe
 from bnverify.subject import LayerInput
 from bnverify.transition import Outcome, Transition
 
@@ -53,8 +53,8 @@ def transitions() -> Transition:
     loss = reference.oracle.evaluate(t.after.params, t.after.batch_stats, t.case.x, t.case.y)
     facts = {
         **t.facts,
-        "again": Again(t.before, t.after, t.info, t.eval_loss, t.before, t.before),
-        "eager": outcome,
+        "again": Again(t.before, t.after, t.info, t.eval_loss),
+        "eager": Uncompiled(outcome, t.before, t.before),
         "stacked": outcome,
         "solution": Solution(t.eval_loss, t.eval_loss),
         "layer_inputs": inputs,
