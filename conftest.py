@@ -9,6 +9,8 @@ from importlib import metadata
 import pytest
 from hypothesis import HealthCheck, settings
 
+from bnverify.compat import compile_quickly
+
 # Every claim is about the CPU backend; a GPU that happens to be there must not change a verdict.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -16,6 +18,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # be every process that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The tests run little and compile much.
+compile_quickly()
 
 COMMON = settings(
     # The first call of each shape compiles, for 1 to 3 s, the next takes 1 ms: no deadline is

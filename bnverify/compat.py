@@ -5,10 +5,12 @@ Each entry says which releases need it; delete it with the last of them.
 
 from __future__ import annotations
 
-from importlib import import_module
+import os
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from packaging.specifiers import SpecifierSet
 
 from bnverify.lazy import jax
 
@@ -55,6 +57,30 @@ def literal(atom: Any) -> Any:
     return np.asarray(atom.val) if hasattr(atom, "val") else None
 
 
+_QUICK_FLAGS = (
+    ("", "--xla_backend_optimization_level=0"),
+    (">=0.5.3,<0.11", "--xla_cpu_use_fusion_emitters=false"),
+    (">=0.12,<0.13", "--xla_cpu_opt_preset=FAST_COMPILE"),
+)
+"""Releases of jaxlib -> a flag of XLA's that makes them compile faster. XLA ends the process over a
+flag that it does not know, so only releases that were tried are listed."""
+
+
+def compile_quickly() -> None:
+    """Let XLA compile fast rather than well whatever this process compiles from now on.
+
+    Operations that run uncompiled are compiled one by one, and take half as long. To be called before
+    the first of them; a flag that XLA_FLAGS names already stays as it is.
+    """
+    version = metadata.version("jaxlib")
+    given = os.environ.get("XLA_FLAGS", "").split()
+    named = {flag.partition("=")[0] for flag in given}
+    for releases, flag in _QUICK_FLAGS:
+        if version in SpecifierSet(releases) and flag.partition("=")[0] not in named:
+            given.append(flag)
+    os.environ["XLA_FLAGS"] = " ".join(given)
+
+
 _UNKNOWN_OPTIONS: set[str] = set()
 """Options that this release's XLA was found not to have."""
 
@@ -62,7 +88,7 @@ _UNKNOWN_OPTIONS: set[str] = set()
 def compiled(lowered: Any, options: dict[str, Any]) -> Any:
     """Return a lowered program, compiled with those of XLA's ``options`` that this release has.
 
-    ``xla_cpu_use_fusion_emitters`` is known to jax 0.6.2 and 0.10.2, not to 0.4.30 nor 0.12.0.1.
+    ``xla_cpu_use_fusion_emitters`` is known to jax 0.5.3 to 0.10.2, not to 0.4.38 nor 0.12.0.1.
     """
     while True:
         wanted = {name: value for name, value in options.items() if name not in _UNKNOWN_OPTIONS}

@@ -95,6 +95,9 @@ def run(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> tuple[Report, list[str]]:
     """Return the report, and the names of all that the shards of it together are about."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
+    from bnverify import compat
+
+    compat.compile_quickly()
     with importable(target.directory(args.target)):
         what = target.load(args.target, time_limit=args.time_limit)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 
@@ -42,3 +43,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     # Before any fixture: those of a module make environments.
     if item.path.stem in REAL and (why := lacking()):
         pytest.skip(why)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _flags_of_no_release() -> Iterator[None]:
+    """Leave XLA_FLAGS unset: what compiles quickly here may end the process of another release."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("XLA_FLAGS", raising=False)
+        yield

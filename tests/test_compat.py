@@ -1,0 +1,36 @@
+"""What differs between releases of jax is absorbed in one place."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+
+import pytest
+
+from bnverify import compat
+
+LEVEL = "--xla_backend_optimization_level=0"
+
+
+@pytest.mark.parametrize(
+    ("jaxlib", "given", "expected"),
+    [
+        ("0.4.30", "", [LEVEL]),
+        ("0.10.2", "", [LEVEL, "--xla_cpu_use_fusion_emitters=false"]),
+        ("0.12.0.1", "", [LEVEL, "--xla_cpu_opt_preset=FAST_COMPILE"]),
+        ("99.0", "", [LEVEL]),  # an unknown flag would end the process
+        (
+            "99.0",
+            "--xla_backend_optimization_level=2 --a",
+            ["--xla_backend_optimization_level=2", "--a"],
+        ),
+    ],
+)
+def test_xla_is_told_to_compile_quickly_by_flags_that_it_knows(
+    monkeypatch: pytest.MonkeyPatch, jaxlib: str, given: str, expected: list[str]
+) -> None:
+    """What the user set stays, and releases that nobody tried get no flag that could be gone."""
+    monkeypatch.setattr(metadata, "version", lambda name: jaxlib)
+    monkeypatch.setenv("XLA_FLAGS", given)
+    compat.compile_quickly()
+    assert os.environ["XLA_FLAGS"].split() == expected
