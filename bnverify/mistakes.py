@@ -122,8 +122,35 @@ mistake(
     "build the optimizer with the step's lr and do not scale the updates again",
 )
 mistake(
+    "learning_rate_applied_twice",
+    "the update is multiplied by the learning rate a second time",
+    "the optimizer has scaled its updates already: optax.apply_updates(params, updates)",
+)
+mistake(
+    "update_scaled",
+    "the optimizer's update is scaled once more, averaged or clipped before it is applied, or the "
+    "optimizer has another learning rate than the declared one",
+    "apply the updates as tx.update returns them; schedules and clipping belong into the chain",
+)
+mistake(
+    "optimizer_bypassed",
+    "the optimizer's state is kept up, but its update is not the one that is applied",
+    "optax.apply_updates(params, updates) with the updates of tx.update, not with the gradients",
+)
+mistake(
+    "params_of_another_state",
+    "the update is added to other params than those of the state that the step is given",
+    "optax.apply_updates(state.params, updates), of the state that is the step's argument",
+)
+mistake(
+    "low_precision",
+    "a value of the step passes through a type with fewer digits than float32",
+    "cast inside the model for its computation; batch, loss, gradients, params and optimizer state "
+    "stay float32",
+)
+mistake(
     "decay_outside_the_learning_rate",
-    "params shrink by a decay that the learning rate does not scale",
+    "params shrink or grow by a factor that the learning rate does not scale",
     "use optax.adamw or add_decayed_weights inside the chain, masked to the kernels",
     "https://github.com/google-deepmind/optax/issues/25",
 )
@@ -185,6 +212,11 @@ mistake(
     "normalise by the batch's own moments in training: use_running_average=False",
     "https://github.com/patrick-kidger/equinox/pull/675",
 )
+mistake(
+    "targets_misaligned",
+    "predictions are compared with the targets of other rows",
+    "shuffle or reverse x and y together, in training and evaluation alike",
+)
 mistake("targets_ignored", "the targets do not reach the params", "use y in the training loss")
 mistake(
     "inputs_ignored",
@@ -216,6 +248,21 @@ mistake(
     "one mutable forward pass a step; evaluate other passes with mutable off",
 )
 mistake(
+    "momentum_not_as_declared",
+    "the layer averages with another momentum than the declared one",
+    "declare the momentum that the layer is made with; Flax's default is 0.99",
+)
+mistake(
+    "average_not_steady",
+    "the moving average weighs its old value differently in different steps",
+    "new = m * old + (1 - m) * batch with one m for all steps, the first one too",
+)
+mistake(
+    "weights_do_not_sum_to_one",
+    "the old statistics and the batch's moments enter the new ones with weights that do not sum to 1",
+    "new = m * old + (1 - m) * batch, of the batch's moments as they are",
+)
+mistake(
     "momentum_reversed",
     "momentum is meant the other way round",
     "Flax's momentum weights the old value (0.99), PyTorch's the new (0.01): pass 1 - m",
@@ -223,12 +270,39 @@ mistake(
 )
 mistake(
     "sample_variance",
-    "the running variance divides by N - 1, or by something else than N",
+    "a variance divides by N - 1",
     "use the biased variance, divisor N, as Flax's BatchNorm does",
 )
 mistake(
+    "wrong_moments",
+    "what is recorded as the mean or the variance is another quantity",
+    "record jnp.mean(h, axis=0) and jnp.var(h, axis=0), epsilon and root left to the normalisation",
+)
+mistake(
+    "variance_turns_negative",
+    "E[h^2] - E[h]^2 is not kept from turning negative",
+    "jnp.maximum(jnp.mean(h**2, axis=0) - mean**2, 0), or BatchNorm(use_fast_variance=False)",
+    "https://github.com/google/flax/issues/1491",
+)
+mistake(
+    "statistics_of_part_of_the_batch",
+    "the statistics are those of a part of the batch: of one shard, or of one micro-batch",
+    "fold in the moments of all rows: a mean over micro-batches, BatchNorm(axis_name=...) over shards",
+    "https://github.com/andreped/GradientAccumulator/issues/6",
+)
+mistake(
+    "statistics_of_another_layer",
+    "a layer's new statistics are those of another layer",
+    "put each layer's statistics back under its own name: carry the whole tree, never a list of leaves",
+)
+mistake(
+    "statistics_nested",
+    "the new statistics are the whole of what apply returned, one level too deep",
+    'updates["batch_stats"], not updates',
+)
+mistake(
     "statistics_over_the_wrong_axis",
-    "the moments are taken over other axes than the batch's",
+    "the moments are taken over other axes than the batch's, or channels are mixed up",
     "reduce over every axis but the feature axis (BatchNorm's axis=-1)",
 )
 mistake(
@@ -255,6 +329,11 @@ mistake(
 )
 
 # Evaluation.
+mistake(
+    "modes_differ",
+    "training and evaluation do not compute the same from the same params, moments and batch",
+    "call one model and one loss in both, with one epsilon; only use_running_average differs",
+)
 mistake(
     "eval_in_train_mode",
     "evaluation runs in train mode",
