@@ -71,8 +71,10 @@ MODE_LAWS = frozenset(
         "targets_belong_to_their_rows",
     }
 )
+MOMENT_LAWS = frozenset({"batch_moments_are_the_layers_own", "momentum_is_as_declared"})
 DOUBLED = ("step:doubled_batch",)
-VAGUE = frozenset({"other", "differ"})
+BLIND = "evaluation ignores the statistics here"
+VAGUE = frozenset({"other", "differ", BLIND})
 DOUBLING = "doubling_the_batch_changes_nothing"
 
 
@@ -101,7 +103,8 @@ def clues(
             except Exception:  # noqa: BLE001 - whatever a user's code raises for other inputs
                 found = {}
             known = told.get(read.__name__)
-            if found and (known is None or VAGUE & set(map(str, known.values()))):
+            clear = found and not VAGUE & set(map(str, found.values()))
+            if found and (known is None or clear and VAGUE & set(map(str, known.values()))):
                 told[read.__name__] = found
     return {name: value for found in told.values() for name, value in found.items()}
 
@@ -735,7 +738,7 @@ def _alike(seen: _Seen, train: float, own: float) -> Iterator[str]:
     if _same(_mean_of_rows(seen), train):
         yield "rows by themselves"
     if seen.loss_of(with_statistics(seen.own, other_statistic)) == own:
-        yield "evaluation ignores the statistics here"
+        yield BLIND
 
 
 def _same(value: float, expected: float) -> bool:
@@ -881,7 +884,7 @@ READERS: dict[Callable[[_Seen], Clues], frozenset[str]] = {
     _update: frozenset(),
     _optimizer_state: frozenset(),
     _average: frozenset(),
-    _moments: frozenset(),
+    _moments: MOMENT_LAWS,
     _modes: MODE_LAWS,
     _gradient: GRADIENT_LAWS,
 }

@@ -517,9 +517,19 @@ RULES: tuple[Rule, ...] = (
         lambda k: k.clue("modes", "rows by themselves"),
         "in training, a row's prediction does not depend on the other rows",
     ),
-    Rule("rows_treated_unequally", lambda k: k.broke("row_order_changes_nothing")),
+    Rule(
+        "rows_treated_unequally",
+        lambda k: (
+            k.broke("row_order_changes_nothing") and (k.any(DOUBLED, ROWS) or not k.broke(MODES))
+        ),
+        "the order of the rows changes the result",
+    ),
     Rule("broadcast_loss", lambda k: k.broke("targets_belong_to_their_rows")),
-    Rule("rows_treated_unequally", lambda k: k.broke(DOUBLED)),
+    Rule(
+        "rows_treated_unequally",
+        lambda k: k.broke(DOUBLED),
+        "every row twice gives another result than every row once",
+    ),
     Rule(
         "eval_of_stale_state",
         lambda k: k.clue("modes", "evaluation ignores the statistics here"),
