@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from bnverify import shrink
 from bnverify.case import Case, Domain
-from bnverify.clues import Clues, clues, general_cases
+from bnverify.clues import Clues, general_cases, read_clues
 from bnverify.evidence import Counterexample, Evidence, Status
 from bnverify.jaxpr.arithmetic import operations
 from bnverify.jaxpr.tracing import Tracer
@@ -342,7 +342,7 @@ class Runner:
         shape = [*self.tiny(), *self.further(seed)[0]][-1]
         cases = [*general_cases(shape), *list(shown.values())[:MOST_READ]]
         calls = self._batched if self.stacks else self.single
-        return clues(calls, RoundingBounds(self._tracer), cases, [each.law for each in broken])
+        return read_clues(calls, RoundingBounds(self._tracer), cases, [each.law for each in broken])
 
     def refused(self) -> Mapping[str, str]:
         """Return name of a fact that no run could observe -> what was raised."""

@@ -68,10 +68,10 @@ def test_the_diagnosis_is_that_of_all_shards_together() -> None:
     """What is broken on one machine makes a mistake likelier on another."""
     laws = ["params_follow_the_optimizer", "sgd_moves_params_by_minus_lr_times_gradient"]
     whole = report(laws, "violated")
-    alone = [diagnosed([each])[0] for each in whole.results]  # by each of two machines
+    alone = [diagnosed([each], {})[0] for each in whole.results]  # by each of two machines
     merged = merge(shards(replace(whole, results=tuple(alone)), 2))
     assert isinstance(merged, Report)
-    assert list(merged.results) == diagnosed(whole.results) != alone
+    assert list(merged.results) == diagnosed(whole.results, {}) != alone
 
 
 def changed(parts: dict[str, str], name: str, **fields: Any) -> dict[str, str]:
