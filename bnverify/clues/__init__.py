@@ -33,6 +33,7 @@ __all__ = ["Clues", "general_cases", "read_clues", "tree_clues"]
 VAGUE = frozenset({"other", "differ", BLIND})
 """What is told only where no other case says more."""
 
+OPTIMIZER_LAWS = frozenset({"params_follow_the_optimizer", "optimizer_state_follows_the_optimizer"})
 MOMENT_LAWS = frozenset({"batch_moments_are_the_layers_own", "momentum_is_as_declared"})
 MODE_LAWS = frozenset(
     {
@@ -49,7 +50,7 @@ GRADIENT_LAWS = frozenset({"gradients_are_gradients_of_the_loss"})
 READERS: dict[Callable[[Seen], Clues], frozenset[str]] = {
     update_of_another_trace: frozenset({DOUBLING}),
     update: frozenset(),
-    optimizer_state: frozenset(),
+    optimizer_state: OPTIMIZER_LAWS,
     average: frozenset(),
     recorded_moments: MOMENT_LAWS,
     modes: MODE_LAWS,

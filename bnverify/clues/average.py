@@ -256,9 +256,11 @@ class _Layer:
             if equal(var, value, np.max(np.abs(value)), 2 * LOOSE):
                 return {"moments": "another quantity", "quantity": name}
         for count in (2, 4, 8):
-            parts = np.split(self.given, count) if len(self.given) % count == 0 else []
-            if parts and equal(var, np.mean([p.var(axis=0) for p in parts], axis=0), of_var, LOOSE):
-                return {"moments": "shards' variances", "shards": count}
+            strided = [self.given[first::count] for first in range(min(count, len(self.given)))]
+            for parts in (np.array_split(self.given, len(strided)), strided):
+                weighted = sum(len(part) * part.var(axis=0) for part in parts) / len(self.given)
+                if equal(var, weighted, of_var, LOOSE):
+                    return {"moments": "shards' variances", "shards": count}
         return {"moments": "another quantity", "quantity": ""}
 
     def _rows(self) -> Clues:

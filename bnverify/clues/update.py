@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -167,32 +168,36 @@ def update_of_another_trace(seen: Seen) -> Clues:
 
 
 def optimizer_state(seen: Seen) -> Clues:
-    """What became of the optimizer's state in place of the one that its update returns."""
-    trees = [
-        tree.opt_state
-        for tree in (seen.t.before, seen.t.after, seen.expected, seen.twice, seen.initial)
-    ]
+    """What becomes of the optimizer's state in place of the one that its update returns.
+
+    Told is what a step makes of a state that is not the initial one in any leaf: of that, nobody could say
+    whether it was kept or made anew.
+    """
+    old = seen.expected.opt_state
+    if form(old) != form(seen.t.before.opt_state):
+        return {}
+    new = seen.calls.step(seen.t.before._replace(opt_state=old), seen.case).state.opt_state
+    expected = seen.update(seen.t.before.params, old)
+    twice = seen.update(expected.params, expected.opt_state).opt_state
+    trees = [old, new, expected.opt_state, twice, seen.initial.opt_state]
     if len({str(form(tree)) for tree in trees}) > 1:
         return {}
     leaves = [jax.tree_util.tree_leaves(take(tree, 0)) for tree in trees]
     fresh = jax.tree_util.tree_leaves(take(seen.fresh.opt_state, 0))
-    wrong = []
+    wrong: list[tuple[list[Any], float]] = []
     for row in zip(*leaves, fresh, strict=True):
         values = [np.asarray(leaf, np.float64) for leaf in row]
-        old, new, expected = values[:3]
-        scale = max(np.max(np.abs(old), initial=0), np.max(np.abs(expected), initial=0))
-        if not equal(new, expected, scale):
-            wrong.append((*values, scale))
+        size = max(float(np.max(np.abs(values[place]), initial=0)) for place in (0, 2))
+        if not equal(values[1], values[2], size):
+            wrong.append((values, size))
     if not wrong:
         return {}
-    names = {"old": 0, "twice": 3, "cleared": 4, "fresh": 5}
-    for name, place in names.items():
-        if all(equal(row[1], row[place], row[-1]) for row in wrong):
+    names = {"old": (0,), "twice": (3,), "cleared": (4,), "fresh": (4, 5)}
+    for name, places in names.items():
+        if all(any(equal(row[1], row[place], size) for place in places) for row, size in wrong):
             return {"opt_state": name}
-    if all(any(equal(row[1], row[place], row[-1]) for place in (4, 5)) for row in wrong):
-        return {"opt_state": "fresh"}
-    numbers = np.concatenate([np.ravel(row[1]) for row in wrong])
-    kind = narrow_type(numbers, np.max(np.abs(numbers)))
+    numbers = np.concatenate([np.ravel(row[1]) for row, _ in wrong])
+    kind = narrow_type(numbers, float(np.max(np.abs(numbers))))
     return {"opt_state": "rounded", "opt_state_type": kind} if kind else {"opt_state": "other"}
 
 
