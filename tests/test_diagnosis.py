@@ -160,7 +160,7 @@ RECOGNISED = {
     "mean_never_moves": {"average": "partly unchanged", "idle": ["BatchNorm_0/mean"]},
     "momentum_reversed": {"average": "reversed", "declared": 0.99},
     "sample_variance": {"moments": "sample variance", "moments_of": "BatchNorm_0"},
-    "statistics_of_the_first_shard": {"moments": "part of the rows", "rows": [0, 2]},
+    "statistics_of_the_first_shard": {"moments": "part of the rows", "rows": "1 to 2 of 4"},
     "targets_reversed": {"modes": "targets moved"},
     "gradient_doubled_by_two_backward_passes": {"gradient": "scaled"},
 }

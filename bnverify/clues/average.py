@@ -53,7 +53,8 @@ def average(seen: Seen) -> Clues:
     some = [name for name, still in idle.items() if np.all(still)]
     if some:
         return {"average": "partly unchanged", "idle": some}
-    some = [n for n in old if np.any(idle[n] & (weight[n] == 1) & (zero[n] == 0))]
+    entries = {n: idle[n] & (weight[n] == 1) & (zero[n] == 0) for n in old}
+    some = [f"{n}{np.argwhere(still)[0].tolist()}" for n, still in entries.items() if still.any()]
     if some:
         return {"average": "partly unchanged", "idle": some}
     return _weights(seen, old, new, zero, high, weight)
@@ -243,12 +244,12 @@ class _Layer:
         """The right mean, or at least moments, and something else in the variance's place."""
         (mean, var), (of_mean, of_var) = self.recorded, self.size
         if equal(mean, self.var, of_var, LOOSE) and equal(var, self.mean, of_mean, LOOSE):
-            return {"moments": "another quantity", "quantity": "mean and variance swapped"}
+            return {"moments": "another quantity", "quantity": "the batch's mean"}
         if not equal(mean, self.mean, of_mean, 2 * LOOSE):
             return {}
         deviation = np.abs(self.given - self.mean)
         quantities = {
-            "its root, the standard deviation": np.sqrt(self.var),
+            "the standard deviation": np.sqrt(self.var),
             "the mean of squares, the mean not taken off": self.var + self.mean**2,
             "the square of the mean absolute deviation": np.mean(deviation, axis=0) ** 2,
         }
@@ -261,7 +262,10 @@ class _Layer:
                 weighted = sum(len(part) * part.var(axis=0) for part in parts) / len(self.given)
                 if equal(var, weighted, of_var, LOOSE):
                     return {"moments": "shards' variances", "shards": count}
-        return {"moments": "another quantity", "quantity": ""}
+        added = float(np.median(var - self.var))
+        if added > 0 and equal(var, self.var + added, of_var, ROUNDED_SUM):
+            return {"moments": "another quantity", "quantity": f"the batch's plus {added:.3g}"}
+        return {"moments": "another quantity", "quantity": "another quantity than the batch's"}
 
     def _rows(self) -> Clues:
         """The moments of a part of the rows, or of more rows than the batch has."""
@@ -270,7 +274,10 @@ class _Layer:
             for first in (0, rows - count):
                 part = self.given[first : first + count]
                 if self.is_recorded(part.mean(axis=0), part.var(axis=0)):
-                    return {"moments": "part of the rows", "rows": [first, first + count]}
+                    return {
+                        "moments": "part of the rows",
+                        "rows": f"{first + 1} to {first + count} of {rows}",
+                    }
         for more in range(1, rows + 8):
             share = rows / (rows + more)
             mean = share * self.mean

@@ -30,13 +30,10 @@ def modes(seen: Seen) -> Clues:
     if kind in {"bfloat16", "float16"}:
         return {"modes": "rounded loss", "modes_type": kind}
     train, own = float(loss[0]), seen.loss_of(seen.own)
-    if not np.isfinite(train) or not np.isfinite(own):
-        return {"modes": "not finite"} if np.isfinite(train) != np.isfinite(own) else {}
+    if not np.isfinite(train) or not np.isfinite(own) or _same(own, train):
+        return {}
     found: Clues = {"modes_ratio": own / train} if train else {}
-    if abs(own - train) <= 1e-6 * abs(train):
-        return found
-    found["modes"] = next(iter(_alike(seen, train, own)), "differ")
-    return found
+    return {**found, "modes": next(iter(_alike(seen, train, own)), "differ")}
 
 
 def _alike(seen: Seen, train: float, own: float) -> Iterator[str]:
