@@ -19,7 +19,7 @@ import numpy as np
 
 from bnverify.case import Case
 from bnverify.clues.average import average, recorded_moments
-from bnverify.clues.modes import BLIND, modes
+from bnverify.clues.modes import modes
 from bnverify.clues.seen import NEEDS, Clues, Seen
 from bnverify.clues.update import gradient, optimizer_state, update, update_of_another_trace
 from bnverify.judge import RoundingBounds
@@ -29,9 +29,6 @@ from bnverify.pytree import path_name, stack
 from bnverify.transition import Transition
 
 __all__ = ["Clues", "general_cases", "read_clues", "tree_clues"]
-
-VAGUE = frozenset({"other", "differ", BLIND})
-"""What is told only where no other case says more."""
 
 OPTIMIZER_LAWS = frozenset({"params_follow_the_optimizer", "optimizer_state_follows_the_optimizer"})
 MOMENT_LAWS = frozenset({"batch_moments_are_the_layers_own", "momentum_is_as_declared"})
@@ -62,7 +59,9 @@ READERS: dict[Callable[[Seen], Clues], frozenset[str]] = {
 def read_clues(
     calls: CompiledSubject, bounds: RoundingBounds, cases: Iterable[Case], broken: Collection[str]
 ) -> Clues:
-    """Return what is recognised in some cases: of each reader, the first that is not vague.
+    """Return what is recognised in some cases: of each reader, in the first that tells it anything.
+
+    What a general case leaves open, a special one would only seem to settle.
 
     Args:
         calls: the subject's functions.
@@ -77,17 +76,13 @@ def read_clues(
         needs = {*NEEDS, "step:doubled_batch"} if doubled else {*NEEDS}
         seen = Seen(calls, bounds, one, observe(calls, one, needs))
         for read, laws in READERS.items():
-            if laws and laws.isdisjoint(broken):
+            if told.get(read.__name__) or (laws and laws.isdisjoint(broken)):
                 continue
             try:
                 with np.errstate(all="ignore"):
-                    found = read(seen)
+                    told[read.__name__] = read(seen)
             except Exception:  # noqa: BLE001 - whatever a user's code raises for other inputs
-                found = {}
-            known = told.get(read.__name__)
-            clear = found and not VAGUE & set(map(str, found.values()))
-            if found and (known is None or (clear and VAGUE & set(map(str, known.values())))):
-                told[read.__name__] = found
+                told[read.__name__] = {}
     return {name: value for found in told.values() for name, value in found.items()}
 
 

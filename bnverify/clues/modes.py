@@ -18,8 +18,6 @@ from bnverify.pytree import is_floating, path_name
 from bnverify.reruns import other_statistic, with_statistics
 from bnverify.subject import State
 
-BLIND = "evaluation ignores the statistics here"
-
 
 def modes(seen: Seen) -> Clues:
     """Which change of the evaluation makes it the training loss."""
@@ -49,7 +47,7 @@ def _alike(seen: Seen, train: float, own: float) -> Iterator[str]:
     if _same(_mean_of_rows(seen), train):
         yield "rows by themselves"
     if seen.loss_of(with_statistics(seen.own, other_statistic)) == own:
-        yield BLIND
+        yield "evaluation ignores the statistics here"
 
 
 def _same(value: float, expected: float) -> bool:
