@@ -16,7 +16,7 @@ from bnverify.evidence import Counterexample, Evidence, Status
 from bnverify.jaxpr.arithmetic import operations
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import READ_NEEDS, Judge, RoundingBounds, judged
-from bnverify.laws import Law
+from bnverify.laws import LAWS, Law
 from bnverify.observe import (
     FEW_ROWS,
     SINGLE,
@@ -339,6 +339,13 @@ class Runner:
         for each in broken:
             if each.counterexample is not None and each.counterexample.case is not None:
                 shown.setdefault(each.counterexample.case.shape, each.counterexample.case)
+        # Where twice the batch gives another result, the fault may lie in that one.
+        twice = [
+            general_cases((2 * rows, features))[0]
+            for each in broken
+            if each.shape is not None and "step:doubled_batch" in LAWS[each.law].needs
+            for rows, features in [each.shape]
+        ]
         several = [shape for shape in self.further(seed)[0] if shape[0] > 2]
         shape = min(several, default=self.tiny()[-1])
         small = self.stacks and self.block(shape) == self.plan.block
@@ -346,7 +353,7 @@ class Runner:
         return read_clues(
             self._batched if small else self.single,
             RoundingBounds(self._tracer),
-            [*general_cases(shape), *list(shown.values())[:most]],
+            [*general_cases(shape), *twice, *list(shown.values())[:most]],
             [each.law for each in broken],
         )
 

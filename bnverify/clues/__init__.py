@@ -31,7 +31,8 @@ from bnverify.transition import Transition
 __all__ = ["Clues", "general_cases", "read_clues", "tree_clues"]
 
 OPTIMIZER_LAWS = frozenset({"params_follow_the_optimizer", "optimizer_state_follows_the_optimizer"})
-MOMENT_LAWS = frozenset({"batch_moments_are_the_layers_own", "momentum_is_as_declared"})
+DOUBLING = "doubling_the_batch_changes_nothing"
+MOMENT_LAWS = frozenset({"batch_moments_are_the_layers_own", "momentum_is_as_declared", DOUBLING})
 MODE_LAWS = frozenset(
     {
         "eval_at_the_batchs_own_moments_is_the_training_loss",
@@ -41,7 +42,6 @@ MODE_LAWS = frozenset(
         "targets_belong_to_their_rows",
     }
 )
-DOUBLING = "doubling_the_batch_changes_nothing"
 GRADIENT_LAWS = frozenset({"gradients_are_gradients_of_the_loss"})
 
 READERS: dict[Callable[[Seen], Clues], frozenset[str]] = {

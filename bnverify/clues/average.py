@@ -37,26 +37,21 @@ def average(seen: Seen) -> Clues:
     old, new = floats(t.before.batch_stats), floats(t.after.batch_stats)
     zero = floats(t.reruns["zero_statistics"].state.batch_stats)
     high = floats(t.reruns["huge_statistics"].state.batch_stats)
-    kinds = {name: narrow_type(values, largest(new)) for name, values in new.items()}
+    written = {name: np.concatenate([np.ravel(new[name]), np.ravel(zero[name])]) for name in new}
+    kinds = {name: narrow_type(values, largest(written)) for name, values in written.items()}
     if any(kinds.values()):
         rounded = [name for name, kind in kinds.items() if kind]
         return {"average": "rounded", "rounded": rounded, "average_type": kinds[rounded[0]]}
     types = {n: leaf.dtype for n, leaf in raw(t.before.batch_stats).items()}
     weight = {n: old_weight(zero[n], high[n], types[n]) for n in old}
-    idle = {
-        n: (new[n] == old[n]) & ((zero[n] == 0) & (weight[n] == 1) | (old[n] != 0)) for n in old
-    }
-    moments_are_zero = {n: np.all(zero[n] == 0) & np.all(weight[n] != 1) for n in old}
-    idle = {n: still & ~moments_are_zero[n] for n, still in idle.items()}
-    if idle and all(np.all(still) for still in idle.values()):
-        return {"average": "unchanged", "idle": list(idle)}
-    some = [name for name, still in idle.items() if np.all(still)]
-    if some:
-        return {"average": "partly unchanged", "idle": some}
-    entries = {n: idle[n] & (weight[n] == 1) & (zero[n] == 0) for n in old}
-    some = [f"{n}{np.argwhere(still)[0].tolist()}" for n, still in entries.items() if still.any()]
-    if some:
-        return {"average": "partly unchanged", "idle": some}
+    idle = {n: (new[n] == old[n]) & (zero[n] == 0) & (weight[n] == 1) for n in old}
+    still = [name for name, rests in idle.items() if np.all(rests)]
+    if still:
+        everything = len(still) == len(idle)
+        return {"average": "unchanged" if everything else "partly unchanged", "idle": still}
+    entries = [f"{n}{np.argwhere(rests)[0].tolist()}" for n, rests in idle.items() if rests.any()]
+    if entries:
+        return {"average": "partly unchanged", "idle": entries}
     return _weights(seen, old, new, zero, high, weight)
 
 
@@ -218,7 +213,8 @@ class _Layer:
                 continue
             square = float(np.sum((share * own)[off] ** 2))
             factor = float(np.sum((entered * share * own)[off])) / square if square else 0.0
-            if not equal(entered[off], (factor * share * own)[off], (share * noise)[off], 1.0):
+            fits = equal(entered[off], (factor * share * own)[off], (share * noise)[off], 1.0)
+            if not fits or abs(factor) < LOOSE:
                 return {}
             factors[name], sums[name] = factor, float(np.median(kept + factor * share))
         if not factors:
