@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from bnverify import shrink
 from bnverify.case import Case, Domain
+from bnverify.clues import Clues, general_cases, read_clues
 from bnverify.evidence import Counterexample, Evidence, Status
 from bnverify.jaxpr.arithmetic import numbers, operations
 from bnverify.jaxpr.tracing import Tracer
-from bnverify.judge import READ_NEEDS, Judge, judged
-from bnverify.laws import Law
+from bnverify.judge import READ_NEEDS, Judge, RoundingBounds, judged
+from bnverify.laws import LAWS, Law
 from bnverify.observe import (
     FEW_ROWS,
     SINGLE,
@@ -60,6 +61,10 @@ NUMBERS = 2e6
 
 FEWEST = 10
 """Cases of a shape, however few a stack of a large model holds."""
+
+
+MOST_READ = 3
+"""Of how many counterexamples the numbers are read."""
 
 
 @dataclass
@@ -328,6 +333,38 @@ class Runner:
         return all(
             self.singly(stack([case]), [law], judge).get(law.name, np.full(1, -1.0))[0] > 1
             for judge in judges
+        )
+
+    def clues(self, broken: Collection[Evidence], seed: int) -> Clues:
+        """Return what the numbers say of a step that breaks some laws.
+
+        Read are two general cases and counterexamples of several shapes: of a small model in the programs
+        that are compiled already, of a large one, whose programs take many cases, one at a time.
+
+        Args:
+            broken: the evidence of the broken laws.
+            seed: of the run, which chose the shapes.
+        """
+        shown: dict[Shape, Case] = {}
+        for each in broken:
+            if each.counterexample is not None and each.counterexample.case is not None:
+                shown.setdefault(each.counterexample.case.shape, each.counterexample.case)
+        # Where twice the batch gives another result, the fault may lie in that one.
+        twice = [
+            general_cases((2 * rows, features))[0]
+            for each in broken
+            if each.shape is not None and "step:doubled_batch" in LAWS[each.law].needs
+            for rows, features in [each.shape]
+        ]
+        several = [shape for shape in self.further(seed)[0] if shape[0] > 2]
+        shape = min(several, default=self.tiny()[-1])
+        small = self.stacks and self.block(shape) == self.plan.block
+        most = 1 if self.refusal else MOST_READ
+        return read_clues(
+            self._batched if small else self.single,
+            RoundingBounds(self._tracer),
+            [*general_cases(shape), *twice, *list(shown.values())[:most]],
+            [each.law for each in broken],
         )
 
     def refused(self) -> Mapping[str, str]:

@@ -395,3 +395,11 @@ def test_a_step_that_nobody_can_count_is_stacked_as_asked() -> None:
     silent = dataclasses.replace(reference.sgd(), step=refuse)
     laws = [LAWS[LAW]]
     assert Runner(Tracer(silent), None, laws, named("quick")).block((64, 4)) == 256
+
+
+def test_a_loss_of_one_axis_is_told_and_no_error() -> None:
+    """It has no slope: the law about that is not judged, and a law of structure says why."""
+    few = Profile("few", tiny=1, shapes=0, block=8, examples=2, eager=0)
+    laws = ["training_loss_is_a_scalar", "gradients_are_gradients_of_the_loss"]
+    report = verify(MUTANTS["loss_has_one_axis"].make(), few, select=laws)
+    assert [each.law for each in report.violated] == ["training_loss_is_a_scalar"]

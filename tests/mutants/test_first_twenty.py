@@ -11,7 +11,6 @@ import pytest
 
 import bnverify
 from bnverify import cli
-from bnverify.mistakes import MISTAKES
 from bnverify.mutants import MUTANTS
 from bnverify.profile import Profile
 
@@ -51,8 +50,8 @@ def check(name: str, folder: Path, *options: str) -> int:
 def shown_well(name: str, violated: list[dict[str, Any]]) -> bool:
     """Return whether the law about a fault is broken, N and D are at most 2, and it is named."""
     small = all(max(each["shape"]) <= 2 for each in violated if each["shape"])
-    title = MISTAKES[MUTANTS[name].mistake].title  # first, or among the two that follow it
-    named = any(title in (each["diagnosis"] or "") for each in violated)
+    mistake = MUTANTS[name].mistake
+    named = all((each["diagnosis"] or "").startswith(f"{mistake}:") for each in violated)
     return CAUGHT[name] in {each["law"] for each in violated} and small and named
 
 
@@ -77,9 +76,9 @@ def test_the_command_says_so(tmp_path: Path) -> None:
 def test_a_mistake_that_flax_or_jax_refuses_is_explained(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit status 2, what was raised, what usually was forgotten, and the mend."""
+    """Exit status 2, what was raised, what usually was forgotten, and the fix."""
     assert check(name, tmp_path) == 2
     said = capsys.readouterr().err
     assert MUTANTS[name].raises in said
-    assert "Mend: " in said
+    assert "Fix: " in said
     assert "Traceback" not in said
