@@ -5,10 +5,11 @@ Nothing heavy is imported until one of these names is used.
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bnverify.adapters.batches import classes as classes
     from bnverify.adapters.linen import linen as linen
     from bnverify.adapters.look import declare as declare
     from bnverify.adapters.loop import loop as loop
@@ -58,6 +59,7 @@ _HOME = {
     "Violation": "evidence",
     "check_life": "lifetime.check",
     "check_parallel": "parallel.check",
+    "classes": "adapters.batches",
     "declare": "adapters.look",
     "life": "lifetime.machine",
     "linen": "adapters.linen",
@@ -72,6 +74,11 @@ _HOME = {
     "train_step": "reference",
     "verify": "check",
 }
+
+try:
+    __version__ = metadata.version("bnverify")
+except metadata.PackageNotFoundError:  # run from a source tree
+    __version__ = "unknown"
 
 __all__ = sorted(_HOME)  # noqa: PLE0605 - the table above is the one list of public names
 

@@ -57,6 +57,7 @@ def eval_statistics_are_the_ones_passed_in(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="changing y never changed the new params",
     needs=("step:other_targets",),
     demands=(("params", "y"),),
     mistakes=("update_dropped", "targets_ignored"),
@@ -70,6 +71,7 @@ def targets_reach_the_params(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="assigning y to other rows never changed the training loss",
     needs=("noise", "step:reversed_targets"),
     requires=("loss",),
     demands=(("loss", "y"),),
@@ -91,6 +93,7 @@ def targets_belong_to_their_rows(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="changing x never changed the new params",
     needs=("step:other_inputs",),
     demands=(("params", "x"),),
     mistakes=("inputs_ignored", "update_dropped"),
@@ -110,6 +113,7 @@ def inputs_reach_the_params(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="changing x never changed the new batch_stats",
     needs=("step:other_inputs",),
     requires=("batch_stats",),
     demands=(("batch_stats", "x"),),
@@ -125,6 +129,7 @@ def inputs_reach_the_statistics(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="changing the old batch_stats never changed the new ones",
     needs=("step:other_statistics",),
     requires=("batch_stats", "momentum"),
     demands=(("batch_stats", "batch_stats"),),
@@ -144,6 +149,7 @@ def old_statistics_reach_the_new(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="changing params, or changing x, never changed the training loss",
     needs=("step:other_params", "step:other_inputs"),
     requires=("loss",),
     demands=(("loss", "params"), ("loss", "x")),
@@ -163,6 +169,7 @@ def loss_reads_params_and_inputs(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="changing x never changed the eval loss",
     needs=("eval:other_inputs",),
     demands=(("eval_loss", "x"),),
     mistakes=("inputs_ignored",),
@@ -179,6 +186,7 @@ def inputs_reach_the_evaluation(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="changing y never changed the eval loss",
     needs=("eval:other_targets",),
     demands=(("eval_loss", "y"),),
     mistakes=("targets_ignored",),
@@ -192,6 +200,8 @@ def targets_reach_the_evaluation(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    moves=("params",),
+    never="the step never changed params",
     needs=("step:zero_lr",),
     requires=("lr",),
     mistakes=("update_dropped", "learning_rate_ignored"),
@@ -205,6 +215,8 @@ def step_moves_the_params(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    moves=("batch_stats",),
+    never="the step never changed batch_stats",
     requires=("batch_stats",),
     mistakes=("new_statistics_dropped", "train_step_in_eval_mode"),
     source=FLAX_SOURCE,

@@ -15,7 +15,7 @@ from bnverify.lifetime.checkpoint import Lived, subject_of, ways
 from bnverify.lifetime.histories import drawn, scripted
 from bnverify.lifetime.life import EVALUATED, FOLDED, Life, Record, exemption
 from bnverify.observe import CompiledSubject
-from bnverify.profile import PROFILES, Profile, named
+from bnverify.profile import PROFILES, Profile, ProfileName, named
 from bnverify.shapes import Shape
 from bnverify.shrink import shorten
 from bnverify.subject import Subject
@@ -30,7 +30,7 @@ SHAPES = ((2, 2), (4, 3), (24, 3))
 
 def check_life(
     lived: Subject | Lived,
-    profile: str | Profile = "ci",
+    profile: ProfileName | Profile = "ci",
     seed: int = 0,
     *,
     select: Collection[str] = (),

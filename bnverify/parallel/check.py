@@ -32,7 +32,7 @@ from bnverify.mistakes import MISTAKES, described
 from bnverify.observe import CompiledSubject, observe
 from bnverify.parallel.modes import MODES, PMAP, UNEQUAL, has_pmap
 from bnverify.parallel.subject import Parallel
-from bnverify.profile import Profile, named
+from bnverify.profile import Profile, ProfileName, named
 from bnverify.pytree import path_name, stack, take
 from bnverify.stacks import stacked_cases
 from bnverify.subject import Tree
@@ -67,7 +67,7 @@ Explain: TypeAlias = Callable[[int], tuple[str, str]]
 
 
 def check_parallel(
-    what: str | Parallel, profile: str | Profile = "ci", seed: int = 0
+    what: str | Parallel, profile: ProfileName | Profile = "ci", seed: int = 0
 ) -> list[Evidence]:
     """Hold a data-parallel step to the laws of many devices and return what is known.
 

@@ -21,7 +21,7 @@ from bnverify.unusable import first_line
 
 if TYPE_CHECKING:
     from bnverify.evidence import Evidence, Report
-    from bnverify.profile import Profile
+    from bnverify.profile import Profile, ProfileName
     from bnverify.target import Target
     from bnverify.testing.memory import Memory
 
@@ -32,7 +32,7 @@ _GROUPS = itertools.count(1)
 
 
 def suite(
-    subject: Target | Callable[[], Target], profile: str | Profile = "ci"
+    subject: Target | Callable[[], Target], profile: ProfileName | Profile = "ci"
 ) -> Callable[..., None]:
     """Return a pytest test, to be assigned to a ``test_*`` name, that is one test for each law.
 
@@ -78,7 +78,7 @@ class Settings:
         seed: from which all cases are drawn.
     """
 
-    profile: str | None
+    profile: ProfileName | None
     seed: int
 
     @classmethod
@@ -91,7 +91,7 @@ class Check:
     """One subject and its one report, made when the first law asks for it."""
 
     def __init__(
-        self, subject: Target | Callable[[], Target], profile: str | Profile = "ci"
+        self, subject: Target | Callable[[], Target], profile: ProfileName | Profile = "ci"
     ) -> None:
         self._given = subject
         self._profile = profile

@@ -103,7 +103,7 @@ def test_the_verdict_comes_first_and_all_parts_are_there(text):
         "not accepted",
         "What changed",
         "Leaves and laws",
-        "What reaches what",
+        "What depends on what",
         "See it",
         "Costs",
     ]
