@@ -5,10 +5,11 @@ Nothing heavy is imported until one of these names is used.
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from bnverify.adapters.batches import classes as classes
     from bnverify.adapters.linen import linen as linen
     from bnverify.adapters.look import declare as declare
@@ -75,15 +76,12 @@ _HOME = {
     "verify": "check",
 }
 
-try:
-    __version__ = metadata.version("bnverify")
-except metadata.PackageNotFoundError:  # run from a source tree
-    __version__ = "unknown"
-
 __all__ = sorted(_HOME)  # noqa: PLE0605 - the table above is the one list of public names
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOME:
         raise AttributeError(f"module 'bnverify' has no attribute {name!r}")
     value = getattr(import_module(f"bnverify.{_HOME[name]}"), name)
@@ -91,5 +89,14 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+def _version() -> str:
+    from importlib import metadata  # which imports much: a package is also imported by its users
+
+    try:
+        return metadata.version("bnverify")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, "__version__"])

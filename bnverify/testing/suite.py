@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +38,7 @@ def suite(
     A law that is proved or held passes. A violated one fails with its reason, its counterexample
     and the likely mistake. One that no case reached, or that does not apply, is skipped with its
     reason: a tick means that something was seen. The check runs once, for all the laws selected.
+    ``-m bnverify_statistics``, or ``-k statistics``, selects a family.
 
     Args:
         subject: the training step, a Lived or a Parallel; or a function that makes it, called
@@ -55,7 +55,15 @@ def suite(
     # With --dist loadgroup, all laws of one suite go to one worker.
     group = pytest.mark.xdist_group(f"bnverify-{next(_GROUPS)}")
     laws = [
-        pytest.param(name, marks=[pytest.mark.bnverify(law=name, subject=check), group], id=name)
+        pytest.param(
+            name,
+            marks=[
+                pytest.mark.bnverify(law=name, subject=check),
+                getattr(pytest.mark, f"bnverify_{law.family}"),
+                group,
+            ],
+            id=name,
+        )
         for name, law in LAWS.items()
         if law.family != "parallel" or isinstance(subject, Parallel)
     ]
@@ -183,13 +191,12 @@ class Check:
         from bnverify.check import verify
 
         settings = Settings.of(request.config)
-        path = os.path.relpath(request.node.path)
         return verify(
             self.subject,
             settings.profile or self._profile,
             seed=settings.seed,
             select=self._selected(request.session.items),
-            target=f"{path}:{request.node.originalname}",
+            target=f"{request.node.path}:{request.node.originalname}",
         )
 
     def _selected(self, items: Sequence[pytest.Item]) -> list[str]:
