@@ -453,6 +453,18 @@ def test_list_is_for_people_in_a_terminal(run: Run, monkeypatch: pytest.MonkeyPa
     assert max(map(len, out.splitlines())) <= 60
     for name in LAWS:
         assert f"  {name}\n" in out
+    step = sum(law.family != "parallel" for law in LAWS.values())
+    assert f"{step} laws, and {len(LAWS) - step} for a step on many" in " ".join(out.split())
+
+
+def test_list_takes_a_family(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its laws alone, with their number; another name is refused."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    _, out, _ = run("list", "update")
+    names = [name for name, law in LAWS.items() if law.family == "update"]
+    assert f"update ({len(names)})" in out
+    assert [line.strip() for line in out.splitlines() if line.strip() in LAWS] == names
+    assert run("list", "updates")[0] == 2
 
 
 @pytest.mark.parametrize("name", LAWS)

@@ -152,7 +152,7 @@ def test_a_violation_is_at_most_a_screen(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_violations_with_one_cause_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cause and one script, with all the laws; what nobody knows a cause of stands alone."""
     first = REPORT.results[0]
-    second = replace(first, law="momentum_is_as_declared", shape=(4, 1), mismatch=None)
+    second = replace(first, law="momentum_is_as_declared", shape=(4, 1))
     unknown = replace(first, law="statistics_stay_finite", diagnosis="no common mistake is known")
     text = plain(shown(monkeypatch, replace(REPORT, results=(first, second, unknown))))
     assert "Most likely cause (explains 2 of 3 violations): ema_applied_twice" in text

@@ -44,10 +44,16 @@ class Group:
     @property
     def _simplest(self) -> Evidence | None:
         shown = [each for each in self.violations if each.counterexample is not None]
-        # A case says more than a law of structure, which any case breaks.
-        return min(
-            shown, key=lambda each: (each.shape is None, prod(each.shape or ())), default=None
-        )
+        return min(shown, key=_simplicity, default=None)
+
+
+def _simplicity(evidence: Evidence) -> tuple[bool, bool, int]:
+    """Return what sorts the case that says most first: one that was shrunk, and a small one.
+
+    A law that no case showed keeps any case; a law of structure is broken by every case.
+    """
+    shape = evidence.shape
+    return evidence.mismatch is None, shape is None, prod(shape or ())
 
 
 def groups(report: Report) -> list[Group]:
