@@ -79,9 +79,15 @@ _HOME = {
 __all__ = sorted(_HOME)  # noqa: PLE0605 - the table above is the one list of public names
 
 
+_MODULES = ("oracle", "reference", "strategies", "zoo")
+"""What else ``import bnverify`` gives: modules that are used by their own names."""
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
+    if name in _MODULES:
+        return import_module(f"bnverify.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'bnverify' has no attribute {name!r}")
     value = getattr(import_module(f"bnverify.{_HOME[name]}"), name)
@@ -99,4 +105,4 @@ def _version() -> str:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME, "__version__"])
+    return sorted({*globals(), *_HOME, *_MODULES, "__version__"})

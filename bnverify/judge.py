@@ -183,7 +183,7 @@ class Judge:
         t = self._with_facts(t, [law])
         with watching(t) as seen:
             law.check(t)
-        return seen.worst or not_finite(t)
+        return seen.worst or (not_finite(t) if seen.comparable else None)
 
     def _with_facts(self, t: Transition, laws: Collection[Law]) -> Transition:
         """Return stacked transitions with what the laws need of the traced step and the subject."""

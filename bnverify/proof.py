@@ -31,7 +31,7 @@ MISSING_CAPABILITY = {
     "lr": "the subject's step does not take the learning rate",
     "momentum": "the subject does not declare its momentum",
     "layer_inputs": "the subject does not show what its normalisation layers are given",
-    "after_eval": "the subject's evaluation cannot write",
+    "after_eval": "eval_step returns no state",
     "biases_before_norm": "no bias stands right before a normalisation",
     "solution": "the subject is not one function of seed, batch and lr",
     "oracle": "no independent derivation exists for this subject",
@@ -261,7 +261,7 @@ def judge_structure(law: Law, reading: Reading) -> Evidence:
     """Return the evidence for a law of structure from the traces."""
     traced, note = reading.traced, ""
     if "opt_state" in law.requires and reading.probe is not None:
-        traced, note = reading.probe, f"; {PROBED}"
+        traced, note = reading.probe, f", {PROBED}"
     if traced is None:
         if reading.ran is None:
             return Evidence(law.name, law.family, "untriggered", reason=reading.refusal)

@@ -152,7 +152,9 @@ class Tally:
 
 def too_far(residual: float) -> str:
     """Return how far a residual exceeds its tolerance, in words."""
-    return f"the error is {factor(residual)} the tolerance" if math.isfinite(residual) else "wrong"
+    if math.isfinite(residual):
+        return f"the error is {factor(residual)} the tolerance"
+    return "the values differ in structure or shape, or must be equal and are not"
 
 
 def never(law: Law, cases: int) -> str:

@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "audit",
-        help="say which faults the laws notice, or your own tests would miss",
+        help="find the faults that the laws, or your own tests, would miss",
         description="Hold every fault of the catalogue to the laws; with --tests, run your own "
         "tests once for each fault put into your own step as it is imported.",
     )
@@ -78,7 +78,10 @@ def _catalogue(args: argparse.Namespace) -> int:
         raise Unusable("no fault is left to audit")
     outputs = arguments.outputs(args)
     found: Audit = audit.audit(
-        mine, args.profile, seed=args.seed, listener=screen.progress(len(mine))
+        mine,
+        args.profile,
+        seed=args.seed,
+        listener=None if args.quiet else screen.progress(len(mine)),
     )
     _write(args, outputs, found, chosen)
     if args.picture:
@@ -105,7 +108,10 @@ def _users_tests(args: argparse.Namespace) -> int:
         raise Unusable("--picture draws faults and laws; --tests has no laws")
     outputs = arguments.outputs(args)
     found: TestsAudit = audit_tests(
-        args.tests, args.targets, mine, listener=screen.tests_progress(len(mine))
+        args.tests,
+        args.targets,
+        mine,
+        listener=None if args.quiet else screen.tests_progress(len(mine)),
     )
     _write(args, outputs, found, chosen)
     return 1 if found.of("missed") else 0

@@ -13,7 +13,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "compare",
-        help="say what changed between a recording and its replay",
+        help="report what changed between a recording and its replay",
         description="Class every difference between a recording and its replay: api, structure, "
         "dtype, initialisation, rounding or meaning. Exit status 1 where the policy forbids one.",
     )

@@ -17,7 +17,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "gate",
-        help="say what an upgrade of jax, flax or optax does to a training step",
+        help="report what an upgrade of jax, flax or optax does to a training step",
         description="Make two environments, record the step in one, replay it in the other, and "
         "say what changed. Exit status 1 if the policy forbids it.",
     )

@@ -200,6 +200,8 @@ def holds_if(condition: Any) -> Any:
 
 def never() -> Any:
     """Return the residual of what cannot be compared at all, and so cannot hold."""
+    if (told := watch()) is not None:
+        told.comparable = False
     return xp.full(1, np.inf)
 
 

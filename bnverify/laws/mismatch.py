@@ -129,11 +129,13 @@ class Watch:
     Attributes:
         worst: the worst entry so far; None where nothing was too far off.
         row: the leaves that are being compared, where whole trees are.
+        comparable: whether all that was to be compared could be.
     """
 
     def __init__(self, t: Transition) -> None:
         self.worst: Mismatch | None = None
         self.row: tuple[Any, ...] = ()
+        self.comparable = True
         self._ratio = 1.0
         self._known: dict[int, tuple[str, str]] = {}
         self._kept = t  # an identity is one only as long as its object lives

@@ -175,7 +175,7 @@ class Lives:
     def _missing(self, name: str, shape: Shape) -> str | None:
         """Return what the subject lacks that a law is about; None: nothing."""
         if name == EVALUATED and self._subject.after_eval is None:
-            return "the subject's evaluation cannot write"
+            return "eval_step returns no state"
         if name == FOLDED and not floats(self._calls.tracer.state(*shape).batch_stats):
             return "the subject keeps no running statistics"
         return None

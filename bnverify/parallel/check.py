@@ -27,6 +27,7 @@ from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import FAINT, RoundingBounds
 from bnverify.laws import LAWS
 from bnverify.laws.arithmetic import UNTRIGGERED, alike, holds_if, when, wide, within_noise
+from bnverify.laws.mismatch import factor
 from bnverify.lazy import jax
 from bnverify.mistakes import MISTAKES, described
 from bnverify.observe import CompiledSubject, observe
@@ -420,7 +421,7 @@ def _explained(law: str, seen: Seen, index: int) -> tuple[str, str]:
         synchronised = "gradients" if "batch_stats" not in trees else "statistics"
         return f"{synchronised}_not_synchronised", f"{', '.join(apart[:3])} differs between devices"
     off = {name: part[index] for name, part in seen.parts().items() if part[index] > 1}
-    said = [f"{name} off by {by:.3g} times the error allowed" for name, by in off.items()]
+    said = [f"{name}: the error is {factor(by)} the tolerance" for name, by in off.items()]
     return _mistake(law, seen, index, set(off), trees), "; ".join(said)
 
 

@@ -236,11 +236,11 @@ def _cards(judgement: Judgement) -> dict[str, Any]:
     rest = [card for card in cards if card not in shown]
     count = sum(len(card["leaves"]) or 1 for card in rest)
     rounding = all(card["kind"] == "rounding" for card in rest)
-    what = "differ by rounding alone" if rounding else "more"
+    leaves = "1 leaf differs" if count == 1 else f"{count} leaves differ"
     return {
         "shown": shown,
         "rest": rest,
-        "rest_title": f"{count} leaves {what}" if rounding else f"and {count} {what}",
+        "rest_title": f"{leaves} by rounding alone" if rounding else f"and {count} more",
         "nothing_beyond": not beyond and bool(cards),
     }
 

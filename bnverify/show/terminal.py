@@ -158,6 +158,10 @@ class Screen:
                     line = Text.assemble((sign, STYLES["untriggered"]), f"{number} laws: {reason}")
                     self._print(line)
             self._print()
+        seen = {evidence.status for evidence in report.results}
+        for status in (status for status in get_args(Status) if status in seen):
+            sign = self._symbols.status[status]
+            self._print(f" {sign} {status:<12}{_MEANING[status]}", style="dim")
 
     def _law(self, evidence: Evidence) -> None:
         """Print one line, and what the status rests on beside it where that fits, else below."""
@@ -233,6 +237,14 @@ class Screen:
             said = f"I{further[1:]}" if further.startswith("if ") else further
             self._print(said, style="dim", indent=indent)
 
+
+_MEANING: dict[Status, str] = {
+    "proved": "for every value, from the traced step alone",
+    "held": "in the cases run; worst: the largest error, in units of the tolerance",
+    "violated": "in at least one case",
+    "untriggered": "no case reached its precondition: never a pass",
+    "exempt": "does not apply to this step",
+}
 
 _BY_WEIGHT: Sequence[Status] = ("violated", "untriggered", "held", "proved", "exempt")
 
