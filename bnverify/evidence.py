@@ -197,7 +197,8 @@ class Evidence:
     @property
     def further(self) -> str:
         """The rest of ``reason``: the way of a forbidden flow, and what to declare if it is meant."""
-        return self.reason.removeprefix(self.seen).removeprefix("; ")
+        further = self.reason.removeprefix(self.seen).removeprefix("; ")
+        return f"I{further[1:]}" if further.startswith("if ") else further
 
     @property
     def extent(self) -> str:

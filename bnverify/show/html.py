@@ -126,7 +126,7 @@ def _law(evidence: Evidence) -> dict[str, Any]:
         "sign": UNICODE.status[evidence.status],
         "cases": f"{evidence.cases:,}" if evidence.cases else "",
         "reason": evidence.reason,
-        "ruler": _ruler(residual, "tolerance") if residual else None,
+        "ruler": _ruler(residual, "tolerance") if residual and math.isfinite(residual) else None,
     }
 
 

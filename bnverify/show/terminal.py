@@ -233,9 +233,7 @@ class Screen:
         if evidence.line:
             self._print(f"at {near(evidence.line)}", indent=indent)
         if evidence.further:
-            further = evidence.further
-            said = f"I{further[1:]}" if further.startswith("if ") else further
-            self._print(said, style="dim", indent=indent)
+            self._print(evidence.further, style="dim", indent=indent)
 
 
 _MEANING: dict[Status, str] = {
