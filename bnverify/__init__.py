@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+    from bnverify.adapters.batches import classes as classes
     from bnverify.adapters.linen import linen as linen
     from bnverify.adapters.look import declare as declare
     from bnverify.adapters.loop import loop as loop
@@ -58,6 +60,7 @@ _HOME = {
     "Violation": "evidence",
     "check_life": "lifetime.check",
     "check_parallel": "parallel.check",
+    "classes": "adapters.batches",
     "declare": "adapters.look",
     "life": "lifetime.machine",
     "linen": "adapters.linen",
@@ -76,7 +79,15 @@ _HOME = {
 __all__ = sorted(_HOME)  # noqa: PLE0605 - the table above is the one list of public names
 
 
+_MODULES = ("oracle", "reference", "strategies", "zoo")
+"""What else ``import bnverify`` gives: modules that are used by their own names."""
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name in _MODULES:
+        return import_module(f"bnverify.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'bnverify' has no attribute {name!r}")
     value = getattr(import_module(f"bnverify.{_HOME[name]}"), name)
@@ -84,5 +95,14 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+def _version() -> str:
+    from importlib import metadata  # which imports much: a package is also imported by its users
+
+    try:
+        return metadata.version("bnverify")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *_HOME, *_MODULES, "__version__"})

@@ -89,11 +89,14 @@ class Case(NamedTuple):
         return cls.of(**data)
 
     def code(self) -> str:
-        """Return an expression that makes this case again when pasted into Python."""
+        """Return an expression that makes this case again when pasted into Python.
+
+        Long arrays are written as what makes them, ``np.zeros((2, 64))``, where that is shorter.
+        """
         warmup = f", warmup={int(self.warmup)}" if self.warmup else ""
         return (
             f"bnverify.Case.of(seed={int(self.seed)}, x={_literal(self.x)}, "
-            f"y={_literal(self.y)}, lr={float(self.lr)!r}{warmup})"
+            f"y={_literal(self.y)}, lr={_digits(np.float32(self.lr))}{warmup})"
         )
 
 
@@ -184,15 +187,44 @@ def _seed(value: object) -> int:
     return number
 
 
-def _literal(array: npt.NDArray[np.float32]) -> str:
-    # repr of the float32's own digits, not of the longer float64 it widens to.
-    def digits(value: Any) -> str:
-        if isinstance(value, np.ndarray):
-            return "[" + ", ".join(digits(entry) for entry in value) + "]"
-        return (
-            np.format_float_positional(value, trim="0")
-            if 1e-4 <= abs(value) < 1e7 or value == 0
-            else np.format_float_scientific(value, trim="0")
-        )
+PLAIN = 8
+"""Numbers in an array that is written out, whatever they are."""
 
-    return digits(np.asarray(array))
+
+def _literal(array: npt.NDArray[np.float32]) -> str:
+    """Return an expression of an array: its numbers, or what makes them where that is shorter.
+
+    ``np`` in it is NumPy.
+    """
+    array = np.asarray(array)
+    written = _written(array)
+    if array.size <= PLAIN:
+        return written
+    flat = array.ravel()
+    if (flat == flat[0]).all():
+        size = repr(array.shape) if array.ndim > 1 else str(array.size)
+        plain = {0.0: f"np.zeros({size})", 1.0: f"np.ones({size})"}
+        if not (flat[0] == 0 and np.signbit(flat[0])):
+            return plain.get(float(flat[0]), f"np.full({size}, {_digits(flat[0])})")
+    shape = f".reshape{array.shape!r}" if array.ndim > 1 else ""
+    made = []
+    counted = flat[0] + np.arange(flat.size, dtype=np.float32)
+    if float(flat[0]).is_integer() and (flat == counted).all():
+        made.append(f"np.arange({_digits(flat[0])}, {_digits(flat[0] + flat.size)}){shape}")
+    starts = np.flatnonzero(np.concatenate([[True], flat[1:].view("i4") != flat[:-1].view("i4")]))
+    lengths = np.diff([*starts, flat.size]).tolist()
+    made.append(f"np.repeat({_written(flat[starts])}, {lengths}){shape}")
+    return min([*made, written], key=len)
+
+
+def _written(array: npt.NDArray[np.float32]) -> str:
+    if array.ndim == 0:
+        return _digits(array[()])
+    return "[" + ", ".join(_written(entry) for entry in array) + "]"
+
+
+def _digits(value: Any) -> str:
+    # repr of the float32's own digits, not of the longer float64 it widens to.
+    if 1e-4 <= abs(value) < 1e7 or value == 0:
+        return np.format_float_positional(value, trim="0")
+    return np.format_float_scientific(value, trim="0")

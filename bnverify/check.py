@@ -17,22 +17,21 @@ from bnverify import compile_cache, deadline, proof
 from bnverify.case import Case
 from bnverify.clues import tree_clues
 from bnverify.diagnose import diagnosed
-from bnverify.evidence import Counterexample, Evidence, Report, Violation
+from bnverify.evidence import READ_ONLY, Counterexample, Evidence, Report, Violation
 from bnverify.laws import FAMILIES, LAWS, STEP_LAWS, Law
 from bnverify.lifetime.check import Lives
 from bnverify.lifetime.checkpoint import Lived, subject_of
 from bnverify.lifetime.life import Life
 from bnverify.parallel import check as devices
 from bnverify.parallel.subject import Parallel
-from bnverify.profile import Profile, named
+from bnverify.profile import Profile, ProfileName, named
 from bnverify.pytree import stack
 from bnverify.remarks import remarks
-from bnverify.runs import Run, Runner
+from bnverify.runs import Run, Runner, never, too_far
 from bnverify.subject import Subject
 from bnverify.target import Target
 from bnverify.unusable import Unusable, did_you_mean
 
-READ_ONLY = "only the traced step was read"
 STOPPED = "stopped at a violation"
 
 
@@ -54,12 +53,14 @@ class PhaseStarted:
     """Something else is being done from now on.
 
     Attributes:
-        phase: what.
+        phase: what. Told again while it goes on.
         cases: how many cases were run so far.
+        done: which part of what was planned is behind it, from 0 to 1.
     """
 
     phase: str
     cases: int
+    done: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,13 @@ class _Found:
         known: law name -> its evidence.
         cases: how many cases were run.
         notes: what the report should say besides.
+        planned: how many phases there are; what looks for smaller cases is not planned.
     """
 
     def __init__(self, tell: Listener, *, fail_fast: bool, proofs_only: bool) -> None:
         self.fail_fast = fail_fast
+        self.planned = 1
+        self._begun: dict[str, None] = {}
         self.known: dict[str, Evidence] = {}
         self.cases = 0
         self.notes: list[str] = []
@@ -154,7 +158,9 @@ class _Found:
 
     def phase(self, name: str, done: int = 0) -> None:
         """Tell what is done from now on, after ``done`` cases of a part that still runs."""
-        self._tell(PhaseStarted(name, self.cases + done))
+        self._begun.setdefault(name)
+        behind = min((len(self._begun) - 1) / max(self.planned, 1), 0.95)
+        self._tell(PhaseStarted(name, self.cases + done, behind))
 
     @property
     def idle(self) -> str:
@@ -183,7 +189,7 @@ class Check:
     def __init__(
         self,
         what: Target,
-        profile: str | Profile = "ci",
+        profile: ProfileName | Profile = "ci",
         *,
         select: Collection[str] = (),
         ignore: Collection[str] = (),
@@ -221,6 +227,8 @@ class Check:
         tell: Listener = listener or (lambda event: None)
         tell(Started(self._what.name, tuple(self._chosen)))
         found = _Found(tell, fail_fast=fail_fast, proofs_only=self._proofs_only)
+        beyond = {LAWS[name].family for name in self._chosen if name not in STEP_LAWS}
+        found.planned = bool(self._laws) + len(beyond)
         if self._laws:
             self._check_step(found, seed)
         for family in ("life", "parallel"):
@@ -248,10 +256,13 @@ class Check:
         for evidence in self._proved:
             found.settle(evidence)
         found.notes += self._notes
+        if not found.idle:
+            found.planned += sum(runner.phases(seed) for runner in self._runners)
         for runner in self._runners:
             if reason := found.idle:
                 for law in runner.laws:
-                    found.settle(Evidence.of(law.name, "untriggered", reason=reason))
+                    if law.name not in found.known:
+                        found.settle(Evidence.of(law.name, "untriggered", reason=reason))
                 continue
             compile_cache.enable()
             run: Run = runner.run(seed, found.phase, fail_fast=found.fail_fast)
@@ -259,7 +270,9 @@ class Check:
             found.notes += run.notes
             results = [self._explained(evidence) for evidence in run.evidence(self._target)]
             for evidence in _with_clues(results, runner, seed, found):
-                found.settle(evidence)
+                # A flow that is proved missing stays so; a run only adds the case that shows it.
+                if evidence.status == "violated" or evidence.law not in found.known:
+                    found.settle(evidence)
 
     def _check_beyond(self, found: _Found, family: str, names: list[str], seed: int) -> None:
         """Check the laws of the life of a state, or of many devices."""
@@ -292,7 +305,7 @@ class Check:
     @cached_property
     def _runners(self) -> list[Runner]:
         """What runs the other laws: those about an empty optimizer state on the probe."""
-        known = {evidence.law for evidence in self._proved}
+        known = {each.law for each in self._proved if not _missing_flow(each)}
         running = [law for law in self._laws if law.name not in known]
         reading, probe = self._reading, self._reading.probe
         probed = [law for law in running if probe is not None and "opt_state" in law.requires]
@@ -318,10 +331,12 @@ class Check:
         """
         if evidence.status != "violated":
             return evidence
-        way = proof.explain(LAWS[evidence.law], self._reading)
+        law, mismatch = LAWS[evidence.law], evidence.mismatch
+        way = proof.explain(law, self._reading)
         hint = self._subject.hints.get(evidence.law, "")
         said = (evidence.reason, way, hint)
-        return replace(evidence, reason="; ".join(filter(None, said)))
+        line = proof.user_line(law, self._reading, mismatch.leaf if mismatch is not None else "")
+        return replace(evidence, reason="; ".join(filter(None, said)), line=line)
 
     @cached_property
     def _lives(self) -> Lives:
@@ -339,7 +354,7 @@ class Check:
 
 def verify(
     what: Target,
-    profile: str | Profile = "ci",
+    profile: ProfileName | Profile = "ci",
     *,
     seed: int = 0,
     select: Collection[str] = (),
@@ -401,13 +416,22 @@ def replay(what: Target, case: Case, law: str) -> float | None:
         if evidence.status == "violated":
             raise Violation(evidence)
         return None
+    missing = proof.prove_missing(claim, reading)
+    if missing is not None:
+        raise Violation(missing)
     tracer = reading.tracer(subject)
     runner = Runner(tracer, reading.abstract, [claim], named("quick"), refusal=reading.refusal)
     residual = float(runner.singly(stack([case]), [claim]).get(law, [-1.0])[0])
     if residual > 1:
-        way = proof.explain(claim, reading)
-        reason = f"off by {residual:.3g} times the error allowed" + (f"; {way}" if way else "")
-        raise Violation(Evidence.of(law, "violated", cases=1, residual=residual, reason=reason))
+        mismatch = None
+        if claim.kind == "witness":
+            seen = never(claim, 1)
+        else:
+            mismatch = runner.mismatch(claim, case)
+            seen = str(mismatch) if mismatch is not None else too_far(residual)
+        reason = "; ".join(filter(None, (seen, proof.explain(claim, reading))))
+        known = {"residual": residual, "reason": reason, "mismatch": mismatch}
+        raise Violation(Evidence.of(law, "violated", cases=1, failed=1, **known))
     return None if residual < 0 else residual
 
 
@@ -453,7 +477,9 @@ def _without_running(
                 evidence = replace(evidence, counterexample=shows, clues=clues)
             yield evidence
         else:
-            proved = proof.prove_influence(law, reading)
+            proved = proof.prove_influence(law, reading) or proof.prove_missing(law, reading)
+            if proved is not None and proved.status == "violated":
+                proved = replace(proved, counterexample=Counterexample(law.name, target=target))
             if proved is not None:
                 yield proved
 
@@ -468,6 +494,9 @@ def _with_clues(
     found.phase("reading the numbers of the violations")
     known = runner.clues(broken, seed)
     return [replace(each, clues=known) if each in broken else each for each in results]
+def _missing_flow(evidence: Evidence) -> bool:
+    """Return whether the trace shows that a flow is missing: a case that shows it says more."""
+    return evidence.status == "violated" and LAWS[evidence.law].kind == "witness"
 
 
 def _matrix(reading: proof.Reading) -> Mapping[str, Any]:

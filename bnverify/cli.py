@@ -13,16 +13,17 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from bnverify import commands
+from bnverify import __version__, commands
 from bnverify.unusable import Unusable, first_line
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 UNREAD = 141  # 128 + SIGPIPE
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +32,23 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
         raise Unusable(f"{message} (see {self.prog} --help)")
+
+
+class PrintCompletion(argparse.Action):
+    """Prints a script for a shell and exits."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> NoReturn:
+        """Do so."""
+        import shtab
+
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,20 +86,19 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="exit status: 0 all hold, 1 a law is violated, 2 unusable command or target, "
         "3 internal error",
     )
-    parser.add_argument("--version", action="version", version=f"bnverify {_version()}")
+    parser.add_argument("--version", action="version", version=f"bnverify {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="print what completes bnverify's commands and options in this shell, and exit",
+    )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in iter_modules(commands.__path__):
         command = import_module(f"{commands.__name__}.{module.name}")
         command.add_parser(subparsers)
         subparsers.choices[module.name].set_defaults(run=command.run)
     return parser
-
-
-def _version() -> str:
-    try:
-        return metadata.version("bnverify")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        return "unknown"
 
 
 def _say(message: str, status: int) -> int:

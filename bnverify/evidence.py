@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from bnverify.case import Case
 from bnverify.laws import LAWS
+from bnverify.laws.mismatch import Mismatch
 
 Status: TypeAlias = Literal["proved", "held", "violated", "untriggered", "exempt"]
+
+READ_ONLY = "only the traced step was read"
+"""Why a law that needs cases is untriggered where none are run."""
 
 DEVICES = 4
 """How many simulated devices show a violation of a law about many."""
@@ -61,7 +67,7 @@ class Counterexample:
             flag = f"--xla_force_host_platform_device_count={DEVICES}"
             before = f'import os\n\n# before jax is imported\nos.environ["XLA_FLAGS"] = "{flag}"\n'
         return (
-            f"{before}import bnverify\n\n"
+            f"{before}import bnverify\n{_numpy(shown)}\n"
             f"subject = {self._loaded}\n"
             f"case = {shown}\n"
             f"bnverify.replay(subject, case, law={self.law!r})\n"
@@ -83,7 +89,8 @@ class Counterexample:
             lines.append(f"life.{name}({shown})")
         given = [f"{name} = {code}" for code, name in names.items()]
         subject = [f"subject = {self._loaded}", "life = bnverify.Life(subject)"]
-        return "\n".join(["import bnverify", "", *given, *subject, *lines]) + "\n"
+        script = "\n".join([*given, *subject, *lines])
+        return f"import bnverify\n{_numpy(script)}\n{script}\n"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as data for JSON; ``from_json`` reads it."""
@@ -105,6 +112,33 @@ class Counterexample:
         return cls(**{**data, "case": case, "history": history})
 
 
+class Cause(NamedTuple):
+    """A diagnosis, taken apart.
+
+    Attributes:
+        name: of the mistake.
+        title: what was done.
+        fix: what to write instead.
+        seen: where users met it, an address; may be empty.
+        others: what else it may be; may be empty.
+    """
+
+    name: str
+    title: str
+    fix: str
+    seen: str
+    others: str
+
+
+_DIAGNOSIS = re.compile(
+    r"(\w+): (.+?)\. Fix: (.+?)\.?(?: Seen at (\S+?)\.?)?(?: Or (.+))?", re.DOTALL
+)
+
+
+def _numpy(code: str) -> str:
+    return "import numpy as np\n" if "np." in code else ""
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What is known about one law.
@@ -124,6 +158,10 @@ class Evidence:
         shape: (N, D) of the counterexample; None where any case shows it.
         example: the case that shows what some case must, as an expression to be pasted.
         clues: what the numbers of violating cases say, see ``bnverify.clues``; as JSON holds it.
+        mismatch: the entry at which the counterexample is furthest off; None where no single value
+            is to blame.
+        failed: how many of ``cases`` broke the law.
+        line: ``path:line`` in the user's code that a violation leads to, where the trace knows it.
     """
 
     law: str
@@ -137,11 +175,39 @@ class Evidence:
     shape: tuple[int, int] | None = None
     example: str | None = None
     clues: Mapping[str, Any] = field(default_factory=dict)
+    mismatch: Mismatch | None = None
+    failed: int = 0
+    line: str | None = None
 
     @classmethod
     def of(cls, law: str, status: Status, **known: Any) -> Evidence:
         """Return evidence for a law, by its name; see the attributes."""
         return cls(law, LAWS[law].family, status, **known)
+
+    @property
+    def cause(self) -> Cause | None:
+        """The diagnosis, taken apart; None where no common mistake is known."""
+        found = _DIAGNOSIS.fullmatch(self.diagnosis or "")
+        return Cause(*(part or "" for part in found.groups())) if found else None
+
+    @property
+    def seen(self) -> str:
+        """What was seen, without what led to it: the first part of ``reason``."""
+        known = str(self.mismatch) if self.mismatch is not None else ""
+        return known or self.reason.split("; ")[0]
+
+    @property
+    def further(self) -> str:
+        """The rest of ``reason``: the way of a forbidden flow, and what to declare if it is meant."""
+        further = self.reason.removeprefix(self.seen).removeprefix("; ")
+        return f"I{further[1:]}" if further.startswith("if ") else further
+
+    @property
+    def extent(self) -> str:
+        """In how many cases it was seen; empty where no number of cases says anything."""
+        if not self.failed or LAWS[self.law].kind == "witness":
+            return ""
+        return f"in {self.failed:,} of {self.cases:,} cases"
 
     def to_json(self) -> dict[str, Any]:
         """Return the public JSON form; a residual that is not finite is the string "inf".
@@ -154,6 +220,7 @@ class Evidence:
         shown = self.counterexample
         data["counterexample"] = shown.script if shown else None
         data["replay"] = shown.to_json() if shown else None
+        data["mismatch"] = self.mismatch.to_json() if self.mismatch else None
         return data
 
     @classmethod
@@ -164,16 +231,18 @@ class Evidence:
         known["shape"] = tuple(data["shape"]) if data["shape"] is not None else None
         replay = data["replay"]
         known["counterexample"] = Counterexample.from_json(replay) if replay else None
+        wrong = data.get("mismatch")
+        known["mismatch"] = Mismatch.from_json(wrong) if wrong else None
         return cls(**known)
 
     def __str__(self) -> str:
         """Return the law, what was seen, the likely mistake and the script that shows it."""
         parts = [f"{self.law}: {LAWS[self.law].claim}", self.reason]
         if self.diagnosis:
-            parts.append(f"Usually: {self.diagnosis}")
+            parts.append(f"Likely cause: {self.diagnosis}")
         text = "\n".join(parts)
         if self.counterexample:
-            text += f"\nTo see it, paste into Python:\n\n{self.counterexample.script.rstrip()}"
+            text += f"\nTo reproduce:\n\n{self.counterexample.script.rstrip()}"
         return text
 
 
@@ -193,7 +262,7 @@ class Violation(AssertionError):
         super().__init__(f"{evidence}\n\n{note}" if note else str(evidence))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The outcome of a check.
 
@@ -237,8 +306,10 @@ class Report:
         """The outcome in a few words."""
         if self.violated:
             return f"{len(self.violated)} of {len(self.results)} laws violated"
-        unreached = sum(result.status == "untriggered" for result in self.results)
-        return f"none violated, {unreached} not reached" if unreached else "all hold"
+        unreached = [each.reason for each in self.results if each.status == "untriggered"]
+        if unreached and set(unreached) == {READ_ONLY}:
+            return f"nothing violated in the trace; {len(unreached)} laws need cases to be run"
+        return f"none violated, {len(unreached)} not reached" if unreached else "all hold"
 
     @property
     def counts(self) -> str:
@@ -247,12 +318,22 @@ class Report:
         laws = ", ".join(f"{seen[status]} {status}" for status in get_args(Status) if seen[status])
         return f"{laws}; {self.cases:,} cases in {self.seconds:.1f} s"
 
+    def __repr__(self) -> str:
+        """Return the verdict in one line: an interactive session shows no wall of results."""
+        return f"<Report {self.subject}: {self.verdict}; {self.counts}>"
+
+    def _repr_html_(self) -> str:
+        """Return the report as a notebook shows it."""
+        # By name: data is below what draws it, and a notebook finds the drawing by this method alone.
+        drawn: str = import_module("bnverify.show.html").fragment(self)
+        return drawn
+
     def __str__(self) -> str:
         """Return the verdict, and of each violated law why and what it usually is."""
         lines = [f"{self.subject}: {self.verdict}", self.counts]
         for result in self.violated:
             lines.append(f"violated: {result.law}: {result.reason}")
-            lines += [f"  usually {result.diagnosis}"] if result.diagnosis else []
+            lines += [f"  likely cause: {result.diagnosis}"] if result.diagnosis else []
         return "\n".join(lines)
 
     def __getitem__(self, law: str) -> Evidence:

@@ -13,6 +13,7 @@ from bnverify.jaxpr.slope import Slope, directional_derivative
 from bnverify.jaxpr.tracing import Abstract, Tracer, as_function
 from bnverify.laws import Law
 from bnverify.laws.arithmetic import wide
+from bnverify.laws.mismatch import Mismatch, not_finite, watching
 from bnverify.lazy import jax
 from bnverify.pytree import is_floating
 from bnverify.subject import State, Tree
@@ -183,6 +184,29 @@ class Judge:
             laws: which laws.
         """
         laws = [law for law in laws if not FALLIBLE & set(law.needs) - set(t.facts)]
+        t = self._with_facts(t, laws)
+        found = {}
+        for law in laws:
+            try:
+                found[law.name] = law.check(t)
+            except (LookupError, TypeError, ValueError):  # trees or shapes that do not match
+                self.incomparable.add(law.name)
+        return found
+
+    def mismatch(self, t: Transition, law: Law) -> Mismatch | None:
+        """Return where a case breaks a law most; None where no single value is to blame.
+
+        Args:
+            t: the transition of one case, stacked, without rounding.
+            law: a law with a residual that the case breaks.
+        """
+        t = self._with_facts(t, [law])
+        with watching(t) as seen:
+            law.check(t)
+        return seen.worst or (not_finite(t) if seen.comparable else None)
+
+    def _with_facts(self, t: Transition, laws: Collection[Law]) -> Transition:
+        """Return stacked transitions with what the laws need of the traced step and the subject."""
         needs = {need for law in laws for need in law.needs}
         facts = {**t.facts, **self._facts}
         if not needs.isdisjoint(READ_NEEDS):
@@ -198,14 +222,7 @@ class Judge:
             t = t._replace(exact=known.exact, noise=noise)
         if self._subject.oracle is not None:
             facts["oracle"] = _derivation(self._subject.oracle, t)
-        t = t._replace(facts=facts)
-        found = {}
-        for law in laws:
-            try:
-                found[law.name] = law.check(t)
-            except (LookupError, TypeError, ValueError):  # trees or shapes that do not match
-                self.incomparable.add(law.name)
-        return found
+        return t._replace(facts=facts)
 
 
 def judged(laws: Iterable[Law], available: Collection[str]) -> list[Law]:

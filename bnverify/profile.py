@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+ProfileName: TypeAlias = Literal["quick", "ci", "nightly"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ PROFILES = {
 }
 
 
-def named(profile: str | Profile) -> Profile:
+def named(profile: ProfileName | Profile) -> Profile:
     """Return the profile of that name; a Profile is itself.
 
     Raises:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ MISSING_CAPABILITY = {
     "lr": "the subject's step does not take the learning rate",
     "momentum": "the subject does not declare its momentum",
     "layer_inputs": "the subject does not show what its normalisation layers are given",
-    "after_eval": "the subject's evaluation cannot write",
+    "after_eval": "eval_step returns no state",
     "biases_before_norm": "no bias stands right before a normalisation",
     "solution": "the subject is not one function of seed, batch and lr",
     "oracle": "no independent derivation exists for this subject",
@@ -259,7 +261,7 @@ def judge_structure(law: Law, reading: Reading) -> Evidence:
     """Return the evidence for a law of structure from the traces."""
     traced, note = reading.traced, ""
     if "opt_state" in law.requires and reading.probe is not None:
-        traced, note = reading.probe, f"; {PROBED}"
+        traced, note = reading.probe, f", {PROBED}"
     if traced is None:
         if reading.ran is None:
             return Evidence(law.name, law.family, "untriggered", reason=reading.refusal)
@@ -328,6 +330,37 @@ def _prove_handed_on(law: Law, flows: Influence) -> Evidence | None:
     return Evidence.of(law.name, "proved", reason=reason)
 
 
+def prove_missing(law: Law, reading: Reading) -> Evidence | None:
+    """Return a proof that what the law demands cannot happen, or None where there is none.
+
+    What the trace shows may reach an output is for a run to decide; what it shows cannot, cannot.
+    Statistics whose declared momentum is 0 forget by design, so those are left to the run.
+    """
+    flows = reading.influence
+    if flows is None or not flows.proved or reading.traced is None:
+        return None
+    if reading.traced.subject.momentum == 0:
+        return None
+    missing = [
+        (output, source)
+        for output, source in law.demands
+        if output in flows.matrix and source not in flows.matrix[output]
+    ]
+    kept = [tree for tree in law.moves if _handed_back(tree, flows)]
+    if not missing and not kept:
+        return None
+    said = [f"{source} cannot change {output}" for output, source in missing]
+    said += [f"the step hands back the old {tree}" for tree in kept]
+    reason = f"proved from the trace, all values, {flows.scope}: {' and '.join(said)}"
+    return Evidence.of(law.name, "violated", reason=reason)
+
+
+def _handed_back(tree: str, flows: Influence) -> bool:
+    """Return whether every leaf of a tree comes out of the step as it went in."""
+    leaves = [leaf for leaf in flows.leaves if leaf.split("/", 1)[0] == tree]
+    return bool(leaves) and all(flows.unchanged.get(leaf) == leaf for leaf in leaves)
+
+
 def forbidden(law: Law, flows: Influence) -> list[tuple[str, str]]:
     """Return the (output, input) pairs that ``law`` forbids and the step may have.
 
@@ -347,3 +380,25 @@ def explain(law: Law, reading: Reading) -> str:
     for output, source in forbidden(law, reading.influence):
         return reading.influence.explain(source, output)
     return ""
+
+
+def user_line(law: Law, reading: Reading, leaf: str = "") -> str | None:
+    """Return ``path:line`` in the user's code that a violation leads to, where the trace knows it.
+
+    It is the last line on the way of a forbidden flow; without one, that which computes ``leaf``.
+    Lines of bnverify's own, such as an adapter's loss, are nobody's to mend.
+    """
+    flows = reading.influence
+    if flows is None:
+        return None
+    ways = [(source, output) for output, source in forbidden(law, flows)]
+    ways += [(source, leaf) for source in ("params", "batch_stats", "x") if leaf]
+    for source, output in ways:
+        for link in reversed(flows.path(source, output) or ()):
+            place = (link.source or "").rsplit(" (", 1)[0]
+            if place and not place.startswith(_OWN):
+                return place
+    return None
+
+
+_OWN = f"{Path(__file__).parent}{os.sep}"

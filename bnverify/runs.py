@@ -17,6 +17,7 @@ from bnverify.jaxpr.arithmetic import numbers, operations
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import READ_NEEDS, Judge, RoundingBounds, judged
 from bnverify.laws import LAWS, Law
+from bnverify.laws.mismatch import Mismatch, factor
 from bnverify.observe import (
     FEW_ROWS,
     SINGLE,
@@ -74,6 +75,7 @@ class Tally:
     Attributes:
         law: the law.
         triggered: how many cases reached its precondition.
+        broken: how many of them break it; of a witness law, how many do not show it.
         worst: the largest residual; for a witness law the smallest.
         case: the simplest case that violates it; for a witness law the one that shows it.
         worst_case: the case of the largest residual.
@@ -82,6 +84,7 @@ class Tally:
 
     law: Law
     triggered: int = 0
+    broken: int = 0
     worst: float | None = None
     case: Case | None = None
     worst_case: Case | None = None
@@ -95,6 +98,7 @@ class Tally:
         if not reached.any():
             return
         self.triggered += int(reached.sum())
+        self.broken += int((residuals > 1).sum())
         witness = self.law.kind == "witness"
         best = residuals[reached].min() if witness else residuals[reached].max()
         if self.worst is None or (best < self.worst if witness else best > self.worst):
@@ -140,20 +144,31 @@ class Tally:
     def verdict(self) -> tuple[Status, str]:
         """The status of the law, and what it rests on."""
         witness = self.law.kind == "witness"
-        if self.violated and witness:
-            return "violated", f"none of {self.triggered} cases shows it"
-        if self.violated:
-            return "violated", f"off by {self.worst:.3g} times the error allowed"
         if self.worst is None:
             return "untriggered", "no case reached its precondition"
+        if self.violated:
+            return "violated", never(self.law, self.triggered) if witness else too_far(self.worst)
         if witness and not self.shown:
-            reason = f"none of {self.triggered} cases shows it; {ENOUGH} would decide"
+            reason = f"{never(self.law, self.triggered)}; it takes {ENOUGH} to decide"
             return "untriggered", reason
         if self.dismissed:
-            reason = f"{self.worst:.3g} times the error allowed in a stack; nothing confirms it"
+            reason = f"{too_far(self.worst)} in a batched run; no single run confirms it"
             return "held", reason
         shown = self.case if witness else None
         return "held", f"shown by a case of shape {shown.shape}" if shown is not None else ""
+
+
+def too_far(residual: float) -> str:
+    """Return how far a residual exceeds its tolerance, in words."""
+    if math.isfinite(residual):
+        return f"the error is {factor(residual)} the tolerance"
+    return "the values differ in structure or shape, or must be equal and are not"
+
+
+def never(law: Law, cases: int) -> str:
+    """Return what a witness law says where none of some cases shows it."""
+    seen = law.never[:1].upper() + law.never[1:] or "Not shown"
+    return f"{seen} in {cases:,} case{'' if cases == 1 else 's'}"
 
 
 class Runner:
@@ -251,6 +266,13 @@ class Runner:
         note = f"a large model: cases of at most {most} rows; {narrower}"
         return list(dict.fromkeys(found)), [note]
 
+    def phases(self, seed: int) -> int:
+        """Return how many things a run tells of: each shape, and the cases run one at a time."""
+        if not self.laws:
+            return 0
+        shapes = {*self.tiny(), *self.further(seed)[0]}
+        return len(shapes) + any(SINGLE.intersection(law.needs) for law in self.laws)
+
     def _most_rows(self, features: int) -> int:
         per_row, _ = self._size(features)
         return max(2, int(OPERATIONS / max(per_row, 1)))
@@ -317,9 +339,15 @@ class Runner:
         """Return law name -> residuals, (K,), of cases that are run one at a time."""
         available = self.available | SINGLE
         laws = judged(laws, available if self.stacks else available - {"stacked"})
+        return (judge or self.judge).residuals(self._observed_singly(cases, laws), laws)
+
+    def _observed_singly(self, cases: Case, laws: Iterable[Law]) -> Transition:
         needs = {need for law in laws for need in law.needs}
-        t = observe_singly(self.single, cases, needs, batched=self._batched)
-        return (judge or self.judge).residuals(t, laws)
+        return observe_singly(self.single, cases, needs, batched=self._batched)
+
+    def mismatch(self, law: Law, case: Case) -> Mismatch | None:
+        """Return where a case breaks a law most; None where no single value is to blame."""
+        return self.judge.mismatch(self._observed_singly(stack([case]), [law]), law)
 
     def confirmed(self, law: Law, case: Case, worst: float) -> bool:
         """Return whether a case that is run by itself violates a law.
@@ -425,7 +453,6 @@ class Run:
     def _stack(self, shape: Shape, blocks: int, rng: np.random.Generator) -> None:
         """Run stacks of cases of one shape; half of each is bred from the worst of those before."""
         runner = self._runner
-        self._tell(f"cases of shape {shape}", self.cases)
         if runner.stacks:
             size = runner.block(shape)
             try:
@@ -440,6 +467,7 @@ class Run:
     def _blocks(self, shape: Shape, blocks: int, size: int, rng: np.random.Generator) -> None:
         worst: dict[str, tuple[float, Case]] = {}
         for _ in range(blocks):
+            self._tell(f"cases of shape {shape}", self.cases)
             cases = stacked_cases(rng, shape, size, self._domain)
             if worst and size > 1:
                 parents = [case for _, case in worst.values()]
@@ -532,6 +560,10 @@ class Run:
             elif status == "untriggered":
                 reason = next((refused[need] for need in law.needs if need in refused), reason)
             violated = status == "violated"
+            mismatch = None
+            if violated and law.kind == "residual" and case is not None:
+                mismatch = runner.mismatch(law, case)
+                reason = str(mismatch) if mismatch is not None else reason
             found.append(
                 Evidence(
                     law.name,
@@ -543,6 +575,8 @@ class Run:
                     counterexample=Counterexample(law.name, case, target) if violated else None,
                     shape=case.shape if violated and case is not None else None,
                     example=case.code() if tally.shown and case is not None else None,
+                    mismatch=mismatch,
+                    failed=tally.broken if violated else 0,
                 )
             )
         return found

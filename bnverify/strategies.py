@@ -36,6 +36,17 @@ from bnverify.shapes import (
 )
 from bnverify.stacks import KINDS, exponents, fill, largest_float32
 
+__all__ = [
+    "Optimizer",
+    "batches",
+    "cases",
+    "learning_rates",
+    "optimizers",
+    "seeds",
+    "shapes",
+    "targets",
+]
+
 Floats = npt.NDArray[np.float32]
 
 ELEMENTWISE = 16  # arrays up to this size are drawn element by element

@@ -51,7 +51,7 @@ class LayerInput(NamedTuple):
     weights: Tree = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Subject:
     """A training step under verification.
 
@@ -109,3 +109,10 @@ class Subject:
     row_weights: Callable[..., Tree] | None = None
     updates_every: int = 1
     frozen: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return the name, and what the subject shows besides its three functions."""
+        optional = ("optimizer", "momentum", "layer_inputs", "after_eval", "solution", "oracle")
+        known = [name for name in optional if getattr(self, name) is not None]
+        shows = f", with {', '.join(known)}" if known else ""
+        return f"Subject({self.name!r}{shows})"

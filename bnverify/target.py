@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -79,6 +81,44 @@ def directory(target: str) -> Path:
     """Return from where ``target`` imports: its file's directory, for a module the current one."""
     source, _ = _split(target)
     return Path(source).resolve().parent if _is_file(source) else Path.cwd()
+
+
+def anywhere(target: str) -> str:
+    """Return the name by which ``target`` is found from any directory, for a script to be kept.
+
+    A file is named by its whole path, and so is a module that lies in the current directory. A module
+    of a package keeps its name: whether that is found depends on how the package is installed.
+    """
+    source, name = _split(target)
+    if _is_file(source):
+        return f"{Path(source).resolve()}:{name}"
+    beside = Path.cwd() / f"{source}.py"
+    return f"{beside}:{name}" if beside.is_file() else target
+
+
+def line(target: str) -> tuple[str, int] | None:
+    """Return the file and the line in which the name of ``target`` is defined; None: unknown.
+
+    Nothing is imported.
+    """
+    source, name = _split(target)
+    path = Path(source)
+    if not _is_file(source):
+        with importable(directory(target)), contextlib.suppress(ImportError, ValueError):
+            spec = importlib.util.find_spec(source)
+            path = Path(spec.origin) if spec is not None and spec.origin else path
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):
+        return None
+    first = name.partition(".")[0]
+    for node in tree.body:
+        names = [getattr(node, "name", "")]
+        bound = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names += [each.id for each in bound if isinstance(each, ast.Name)]
+        if first in names:
+            return str(path), node.lineno
+    return str(path), 1
 
 
 def _split(target: object) -> tuple[str, str]:

@@ -8,15 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from pkgutil import iter_modules
+from xml.etree import ElementTree as ET
 
 import pytest
 
+import bnverify
 from bnverify import commands, deadline
-from bnverify.cli import main
+from bnverify.check import LawJudged, Started
+from bnverify.cli import SHELLS, main
 from bnverify.commands import check
+from bnverify.evidence import Evidence, Violation
 from bnverify.laws import LAWS
 from bnverify.mistakes import MISTAKES
 
@@ -60,17 +63,18 @@ def start(*argv: str, **options: object) -> "subprocess.Popen[str]":
 
 def test_status_0_where_all_hold(run: Run) -> None:
     """The reference keeps the laws of structure, by proof."""
-    status, out, err = run("check", "--proofs", "--select", "structure")
+    status, out, err = run("check", "--proofs", "--select", "structure", "--quiet")
     assert (status, err) == (0, "")
     assert "reference[sgd]: all hold" in out
 
 
 def test_status_1_where_a_law_is_violated(run: Run) -> None:
     """The violated law is named, and the script loads the target by the name it was given."""
-    status, out, _ = run("check", "steps.py:wrong", "--proofs", "--select", "structure")
+    status, out, err = run("check", "steps.py:wrong", "--proofs", "--select", "structure")
     assert status == 1
-    assert "✗ violated    eval_loss_has_shape_one" in out
-    assert "bnverify.load('steps.py:wrong')" in out
+    assert "── ✗ eval_loss_has_shape_one ─" in out
+    assert f"bnverify.load('{Path.cwd() / 'steps.py'}:wrong')" in out  # from any directory
+    assert "violated: eval_loss_has_shape_one" in err  # as soon as it is known
 
 
 def test_it_can_stop_at_the_first_violation(run: Run) -> None:
@@ -96,10 +100,18 @@ UNUSABLE = {
     "chek": "invalid choice: 'chek'",
     "check --profile": "argument --profile: expected one argument",
     "check --profile slow": "invalid choice: 'slow'",
-    "check --seed x": "argument --seed: invalid",
-    "check --seed -1": "argument --seed: must be at least 0, got -1",
-    "check --time-limit nan": "argument --time-limit: must be more than 0 seconds, got nan",
-    "check --time-limit 0": "argument --time-limit: must be more than 0 seconds, got 0",
+    "check --seed x": "argument --seed: must be a whole number of at least 0, got 'x'",
+    "check --seed -1": "argument --seed: must be a whole number of at least 0, got '-1'",
+    "check --time-limit nan": "argument --time-limit: must be more than 0 seconds, got 'nan'",
+    "check --time-limit 0": "argument --time-limit: must be more than 0 seconds, got '0'",
+    "check --format html --format json": "only one --format can go to standard output",
+    "check --format htm": "--format 'htm' is none of terminal, json, junit, html, github, sarif; did",
+    "check --output no/such/folder/x": "--output no/such/folder/x cannot be written",
+    "check --format json=x --output y": "--output y is for a --format without =FILE",
+    "check -q -v": "not allowed with argument",
+    "bisect --package jax --from 0.9.x --to 1": "give --from and --to as versions of jax, got '0.9",
+    "gate --from a --to b --seed abc": "argument --seed: must be a whole number of at least 0, got",
+    "audit --seed abc": "argument --seed: must be a whole number of at least 0, got 'abc'",
     "check --shard 3/2": "a shard is K/N with K in 1 to N, got '3/2'",
     "check --shard 60/60 --select update": "no law is left to check",
     "check --select speed": "no law or family is named 'speed'",
@@ -152,7 +164,13 @@ def test_a_step_that_raises_on_some_input_is_unusable(run: Run, tmp_path: Path) 
         "subject = replace(sgd, step=step)\n"
     )
     status, _, err = run(
-        "check", "later.py:subject", "--profile", "quick", "--select", "variance_is_never_negative"
+        "check",
+        "later.py:subject",
+        "-q",
+        "--profile",
+        "quick",
+        "--select",
+        "variance_is_never_negative",
     )
     assert status == 2
     assert "later.py:subject raises ValueError: too few rows" in err
@@ -214,6 +232,107 @@ def test_ctrl_c_during_a_long_check(tmp_path: Path) -> None:
     assert (process.returncode, out, err) == (130, "", "bnverify: interrupted\n")
 
 
+def test_ctrl_c_prints_what_is_known_so_far(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was proved before stands in the report; the other laws were not reached."""
+
+    def verify(*args: object, listener: Callable[[object], None], **options: object) -> None:
+        listener(Started("mine", ("gradients_match_params", "eval_repeats_to_the_bit")))
+        proved = Evidence.of("gradients_match_params", "proved", reason="every N and D")
+        listener(LawJudged(proved))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bnverify.check.verify", verify)
+    status, out, err = run("check", "-v")
+    assert status == 130
+    assert "none violated, 1 not reached" in out
+    assert "■ proved      gradients_match_params" in out
+    assert "eval_repeats_to_the_bit" in out
+    assert err.endswith("bnverify: interrupted\n")
+
+
+def test_a_flow_that_is_proved_missing_is_a_violation(run: Run, tmp_path: Path) -> None:
+    """A step that hands back its statistics needs no run to be wrong; the script shows it again."""
+    (tmp_path / "kept.py").write_text(
+        "from dataclasses import replace\n"
+        "from bnverify import reference\n"
+        "sgd = reference.sgd()\n"
+        "def step(state, x, y, lr):\n"
+        "    new, info = sgd.step(state, x, y, lr)\n"
+        "    return new._replace(batch_stats=state.batch_stats), info\n"
+        "subject = replace(sgd, step=step)\n"
+    )
+    status, out, _ = run("check", "kept.py:subject", "--proofs", "--json", "report.json")
+    assert status == 1
+    assert "x cannot change batch_stats" in " ".join(out.split())
+    assert "✗ missing" in out
+    assert "new_statistics_dropped" in out
+    results = json.loads((tmp_path / "report.json").read_text())["results"]
+    found = {each["law"]: each for each in results if each["status"] == "violated"}
+    assert set(found) == {"inputs_reach_the_statistics", "step_moves_the_statistics"}
+    for each in found.values():
+        with pytest.raises(Violation, match="proved from the trace"):
+            exec(each["counterexample"])  # noqa: S102 - what a reader would paste
+
+
+def test_one_report_in_every_format(run: Run, tmp_path: Path) -> None:
+    """Machines get the rule, the file and the line; a page loads nothing."""
+    files = {name: tmp_path / name for name in ("junit", "html", "github", "terminal")}
+    asked = [part for name in files for part in ("--format", f"{name}={name}")]
+    laws = ("--select", "structure,influence")
+    status, out, _ = run("check", "steps.py:wrong", "--proofs", *laws, *asked, "--format", "sarif")
+    assert status == 1
+    (scan,) = json.loads(out)["runs"]
+    (result,) = scan["results"]
+    assert result["ruleId"] == "eval_loss_has_shape_one"
+    assert scan["tool"]["driver"]["rules"][result["ruleIndex"]]["id"] == result["ruleId"]
+    (location,) = result["locations"]
+    place = location["physicalLocation"]
+    assert place["artifactLocation"]["uri"] == "steps.py"
+    line = (tmp_path / "steps.py").read_text().splitlines()[place["region"]["startLine"] - 1]
+    assert line.startswith("wrong = ")
+    first, *_ = files["github"].read_text().splitlines()
+    assert first.startswith("::error title=bnverify%3A eval_loss_has_shape_one,file=steps.py,line=")
+    suite = ET.fromstring(files["junit"].read_text())[0]  # noqa: S314 - our own output
+    assert suite.get("failures") == "1"
+    assert suite.get("tests") == str(len(scan["tool"]["driver"]["rules"]))
+    page = files["html"].read_text()
+    assert "eval_loss_has_shape_one" in page
+    assert "<script" not in page
+    assert "1 of" in files["terminal"].read_text()
+
+
+def test_defaults_are_read_from_the_projects_file(run: Run, tmp_path: Path) -> None:
+    """The command line overrides them, and every key that means nothing is named."""
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.bnverify]\ntarget = "steps.py:wrong"\nselect = "structure"\n'
+        'ignore = ["params_keep_their_tree"]\nformat = "json"\n'
+    )
+    status, out, _ = run("check", "--proofs")
+    report = json.loads(out)
+    laws = {each["law"] for each in report["results"]}
+    assert (status, report["subject"]) == (1, "wrong")
+    assert "gradients_match_params" in laws
+    assert "params_keep_their_tree" not in laws
+    _, out, _ = run("check", "--proofs", "--select", "params_keep_their_tree", "--ignore", "life",
+                    "--format", "terminal", "-q", "bnverify.reference:sgd")  # fmt: skip
+    assert out == "reference[sgd]: all hold\n"
+    (tmp_path / "pyproject.toml").write_text("[tool.bnverify]\nprofil = 1\ntargets = 2\n")
+    status, _, err = run("check")
+    assert status == 2
+    assert "unknown key profil; did you mean 'profile'?; unknown key targets; did you mean" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes break so on POSIX")
+def test_a_reader_of_a_report_that_leaves_is_no_violation() -> None:
+    """`bnverify check | head -0` is not told from one that is read to its end by a status of 1."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "bnverify", "check", "--proofs", "--select", "structure", "-q"]
+    process = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (141, b"")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pipes break so on POSIX")
 def test_a_reader_that_leaves_is_no_error() -> None:
     """`bnverify list | head -1` says nothing on standard error."""
@@ -270,7 +389,7 @@ def test_a_disk_that_is_full_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bnverify.atomic_file.write", write)
-    status, _, err = run("check", "--proofs", "--select", "structure", "--json", "x.json")
+    status, _, err = run("check", "-q", "--proofs", "--select", "structure", "--json", "x.json")
     assert (status, err) == (
         2,
         "bnverify: --json x.json cannot be written: No space left on device\n",
@@ -334,6 +453,18 @@ def test_list_is_for_people_in_a_terminal(run: Run, monkeypatch: pytest.MonkeyPa
     assert max(map(len, out.splitlines())) <= 60
     for name in LAWS:
         assert f"  {name}\n" in out
+    step = sum(law.family != "parallel" for law in LAWS.values())
+    assert f"{step} laws, and {len(LAWS) - step} for a step on many" in " ".join(out.split())
+
+
+def test_list_takes_a_family(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its laws alone, with their number; another name is refused."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    _, out, _ = run("list", "update")
+    names = [name for name, law in LAWS.items() if law.family == "update"]
+    assert f"update ({len(names)})" in out
+    assert [line.strip() for line in out.splitlines() if line.strip() in LAWS] == names
+    assert run("list", "updates")[0] == 2
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -375,18 +506,26 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as end:
         main(["--version"])
     assert end.value.code == 0
-    try:
-        version = metadata.version("bnverify")
-    except metadata.PackageNotFoundError:
-        version = "unknown"
-    assert capsys.readouterr().out == f"bnverify {version}\n"
+    assert capsys.readouterr().out == f"bnverify {bnverify.__version__}\n"
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_completes_commands_and_options(
+    capsys: pytest.CaptureFixture[str], shell: str
+) -> None:
+    """The script knows every command."""
+    with pytest.raises(SystemExit) as end:
+        main(["--print-completion", shell])
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(module.name in out for module in iter_modules(commands.__path__))
 
 
 def test_help_list_and_explain_load_nothing_heavy() -> None:
     """They answer at once: neither jax nor Hypothesis nor rich is imported for them."""
     code = (
         "import sys\n"
-        "from bnverify.cli import main\n"
+        "from bnverify.cli import SHELLS, main\n"
         "for argv in (['list'], ['explain', 'gradients_match_params'], ['check', 'nowhere.py:x']):\n"
         "    main(argv)\n"
         "try: main(['check', '--help'])\n"

@@ -18,7 +18,7 @@ PAGES = [README, *sorted(ROOT.glob("docs/**/*.md"))]
 
 FINDINGS = ROOT / "docs" / "findings.md"
 PRINTED = "0.10.2"
-"""The jax of which that page shows the output: it names faults of others, release by release."""
+"""The jax whose output the pages show: findings differ by release, and so do the digits of a case."""
 
 
 @pytest.mark.parametrize(
@@ -66,19 +66,55 @@ def plain(line: str) -> str:
     return re.sub(r"profile \w+|; [\d,]+ cases in [\d.]+ s", "", line)
 
 
-def test_the_readme_shows_what_check_prints() -> None:
-    """The block below the first command holds lines of its output, in their order."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"^```text\n(reference.*?)^```", readme, re.MULTILINE | re.DOTALL)
+def printed(*target: str, directory: Path = ROOT) -> tuple[int, list[str]]:
+    """Return the exit status of a quick check, and the lines of its report."""
+    places = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    settings = {"PYTHONPATH": places, "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
-        [sys.executable, "-m", "bnverify", "check", "--profile", "quick"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"},
+        [sys.executable, "-m", "bnverify", "check", *target, "--profile", "quick"],
+        env={**os.environ, **settings},
+        cwd=directory,
         check=False,
         capture_output=True,
         text=True,
         encoding="utf-8",
     )
-    assert done.returncode == 0, done.stderr
-    printed = iter([plain(line) for line in done.stdout.splitlines()])
-    lost = [line for line in shown.splitlines() if line != "…" and plain(line) not in printed]
-    assert lost == []
+    return done.returncode, done.stdout.splitlines()
+
+
+def block(start: str) -> list[str]:
+    """Return the lines of the README's text block that begins so."""
+    readme = README.read_text(encoding="utf-8")
+    (shown,) = re.findall(rf"^```text\n({start}.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    return [line for line in shown.splitlines() if line != "…"]
+
+
+def test_the_readme_shows_what_check_prints() -> None:
+    """The block below the first command holds lines of its output, in their order."""
+    status, lines = printed()
+    assert status == 0
+    left = iter([plain(line) for line in lines])
+    assert [line for line in block("reference") if plain(line) not in left] == []
+
+
+def test_the_readme_shows_what_the_broken_loss_prints(tmp_path: Path) -> None:
+    """The example with its mistake made: the same lines in their order, whatever the numbers."""
+    if metadata.version("jax") != PRINTED:
+        pytest.skip(f"the numbers, and so the line breaks, are those of jax {PRINTED}")
+    for file in (ROOT / "examples" / "linen_regression").glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        text = text.replace(
+            "error = predictions.squeeze(-1) - targets", "error = predictions - targets"
+        )
+        (tmp_path / file.name).write_text(text, encoding="utf-8")
+    status, lines = printed("check.py:subject", directory=tmp_path)
+    assert status == 1
+
+    def alike(line: str) -> str:
+        line = line.replace(str(tmp_path), "/home/you/project")
+        return re.sub(r"-?\d[\d.,]*(e[+-]?\d+)?", "N", line.rstrip())
+
+    left = iter(map(alike, lines))
+    assert [line for line in block("linen") if alike(line) not in left] == []
+    (shown,) = re.findall(r"^ +(error = .*)$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert shown in (tmp_path / "model.py").read_text(encoding="utf-8")

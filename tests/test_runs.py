@@ -244,7 +244,7 @@ def test_other_draws_must_confirm_a_close_call(shrunk: Any) -> None:
     shrunk(0)
     (evidence,) = verify(reference.sgd(), plan, select=[LAW]).results
     assert evidence.status == "held"
-    assert evidence.reason.endswith("nothing confirms it")
+    assert evidence.reason.endswith("no single run confirms it")
     assert evidence.residual is None
     shrunk(0, 1)
     (evidence,) = verify(reference.sgd(), plan, select=[LAW]).results

@@ -18,9 +18,9 @@ from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
 from bnverify import Subject, check
 from bnverify.case import Case
 from bnverify.evidence import Call, Counterexample, Evidence, Report, Violation
-from bnverify.laws import LAWS
+from bnverify.laws import FAMILIES, LAWS
 from bnverify.target import load
-from bnverify.testing import memory
+from bnverify.testing import memory, plugin
 from bnverify.testing.workers import shared
 
 pytest_plugins = ("pytester",)
@@ -144,6 +144,21 @@ def test_a_violation_says_what_it_is_and_nothing_else(inner: Inner) -> None:
     assert result.ret == 1
 
 
+def test_the_short_summary_says_what_was_seen(inner: Inner) -> None:
+    """The test's name has the law; beside it stand the leaf and the reason, not a class of ours."""
+    result = inner("-k", f"[{VIOLATED}]")
+    result.stdout.fnmatch_lines([f"FAILED test_step.py::test_mine[[]{VIOLATED}[]] - off by 7*"])
+
+
+def test_a_family_is_selected_by_its_mark(inner: Inner, made_up: Stand) -> None:
+    """Under --strict-markers, too; -k takes the family's name as well."""
+    family = [name for name in TESTS if LAWS[name].family == "update"]
+    for options in (("-m", "bnverify_update"), ("-k", "bnverify_update")):
+        inner("--strict-markers", *options)
+        assert made_up.asked[-1]["select"] == family
+    assert plugin.FAMILIES == FAMILIES
+
+
 def test_junit_gets_the_same_message(inner: Inner, pytester: pytest.Pytester) -> None:
     """The JUnit file of pytest itself carries the reason and the script."""
     inner("-k", f"[{VIOLATED}]", "--junitxml=out.xml")
@@ -160,7 +175,7 @@ def test_the_check_runs_once(inner: Inner, made_up: Stand) -> None:
     assert asked["profile"] == "quick"
     assert asked["seed"] == 0
     assert asked["select"] == [evidence.law for evidence in EVIDENCE]
-    assert asked["target"] == "test_step.py:test_mine"
+    assert asked["target"] == f"{Path.cwd() / 'test_step.py'}:test_mine"  # from any directory
 
 
 def test_options_take_the_place_of_the_suites_own(inner: Inner, made_up: Stand) -> None:

@@ -1,21 +1,27 @@
-"""What a person sees of a report: all of it, in 80 columns, without colour, in ASCII too."""
+"""What a person sees of a report: the verdict first, in 80 columns, without colour, in ASCII too."""
 
 import io
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from bnverify.case import Case
 from bnverify.check import LawJudged, PhaseStarted
-from bnverify.evidence import Counterexample, Evidence, Report
+from bnverify.evidence import READ_ONLY, Counterexample, Evidence, Report
 from bnverify.laws import LAWS
+from bnverify.laws.mismatch import Mismatch
+from bnverify.runs import never
 from bnverify.show import terminal
-from bnverify.show.matrix import matrix
+from bnverify.show.matrix import LEGEND, matrix
+from bnverify.show.progress import progress
 from bnverify.show.symbols import ASCII, STYLES, UNICODE
 
 SHOWN = Counterexample(
     "variance_is_never_negative", Case.of(seed=0, x=[[1.0] * 40], y=[0.0], lr=0.1), "steps.py:mine"
 )
+WRONG = Mismatch("batch_stats/norm/var", (3,), -0.25, 0.0, 1e-7)
 FLOWS = {
     "params": ["batch_stats", "lr", "params", "x", "y"],
     "batch_stats": ["batch_stats", "params"],
@@ -35,9 +41,12 @@ REPORT = Report(
             "violated",
             12,
             3e9,
-            "off by 3e+09",
+            f"{WRONG}; if it is meant: negative=True",
             SHOWN,
-            "ema_applied_twice: it is applied twice. Fix: once.",
+            "ema_applied_twice: it is applied twice. Fix: once. Or something else.",
+            (1, 40),
+            mismatch=WRONG,
+            failed=7,
         ),
         Evidence("gradients_match_params", "structure", "proved", reason="every N and D"),
         Evidence("momentum_is_as_declared", "statistics", "exempt", reason="it declares none"),
@@ -81,6 +90,7 @@ def shown(
     width: int = 80,
     encoding: str = "utf-8",
     no_color: bool = True,
+    verbosity: int = terminal.NORMAL,
 ) -> str:
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
@@ -89,7 +99,7 @@ def shown(
     if no_color:
         monkeypatch.setenv("NO_COLOR", "1")
     file = Terminal(encoding)
-    terminal.show(report, file)
+    terminal.show(report, file, verbosity)
     return file.getvalue()
 
 
@@ -99,7 +109,7 @@ def plain(text: str) -> str:
 
 def test_each_status_has_a_word_and_a_sign(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without colour the five statuses still differ, by a word and by a sign."""
-    text = plain(shown(monkeypatch))
+    text = plain(shown(monkeypatch, verbosity=terminal.VERBOSE))
     for signs in (UNICODE, ASCII):
         assert len({signs.status[status] for status in STYLES}) == len(STYLES)
     for evidence in REPORT.results:
@@ -108,7 +118,7 @@ def test_each_status_has_a_word_and_a_sign(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_no_line_but_a_script_is_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """80 columns are enough; the script to paste is the one thing that is never wrapped."""
-    for line in plain(shown(monkeypatch)).splitlines():
+    for line in plain(shown(monkeypatch, verbosity=terminal.VERBOSE)).splitlines():
         assert len(line) <= 80 or line in SHOWN.script.splitlines()
 
 
@@ -118,21 +128,85 @@ def test_the_script_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_violation_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim, reason and diagnosis of the violated law are all there."""
-    text = " ".join(plain(shown(monkeypatch)).split())
+    """Claim, leaf and entry, what it was and should be, in how many cases, the cause and the fix."""
+    lines = plain(shown(monkeypatch)).splitlines()
+    text = " ".join(" ".join(lines).split())
     assert LAWS["variance_is_never_negative"].claim in text
-    assert "off by 3e+09" in text
-    assert "Usually: ema_applied_twice: it is applied twice. Fix: once." in text
+    assert "batch_stats/norm/var[3]: got -0.25, expected 0 ± 1e-07 (2.5e+06x the tolerance)" in text
+    assert "in 7 of 12 cases" in text
+    assert "If it is meant: negative=True" in text
+    assert "Likely cause: it is applied twice." in lines
+    assert "Fix: once." in lines
+    assert "Other causes: something else." in lines
+
+
+def test_a_violation_is_at_most_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size of the case: long arrays are written as what makes them."""
+    case = Case.of(seed=0, x=np.zeros((2, 64)), y=[0.0, 0.0], lr=0.1)
+    found = replace(REPORT.results[0], counterexample=replace(SHOWN, case=case))
+    lines = shown(monkeypatch, replace(REPORT, results=(found,), influence={})).splitlines()
+    assert "x=np.zeros((2, 64)), y=[0.0, 0.0], lr=0.1)" in "\n".join(lines)
+    assert len(lines) <= 28
+
+
+def test_violations_with_one_cause_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cause and one script, with all the laws; what nobody knows a cause of stands alone."""
+    first = REPORT.results[0]
+    second = replace(first, law="momentum_is_as_declared", shape=(4, 1))
+    unknown = replace(first, law="statistics_stay_finite", diagnosis="no common mistake is known")
+    text = plain(shown(monkeypatch, replace(REPORT, results=(first, second, unknown))))
+    assert "Most likely cause (explains 2 of 3 violations): ema_applied_twice" in text
+    assert text.count("Likely cause: it is applied twice.") == 1
+    assert "── ✗ ema_applied_twice: 2 laws violated ─" in text
+    assert "To reproduce momentum_is_as_declared:" in text  # the smaller case
+    assert "── ✗ statistics_stay_finite ─" in text
+
+
+def test_what_never_happened_is_told_with_what_was_changed() -> None:
+    """A law that wants a case to show something says what was changed and what never moved."""
+    law = LAWS["inputs_reach_the_statistics"]
+    assert never(law, 256) == "Changing x never changed the new batch_stats in 256 cases"
+    for each in LAWS.values():
+        assert bool(each.never) == (each.kind == "witness"), each.name
+
+
+@pytest.mark.parametrize(
+    ("mismatch", "text"),
+    [
+        (Mismatch("w", (1, 0), 1.5, 1.25, 0.0), "w[1, 0]: got 1.5, expected exactly 1.25"),
+        (Mismatch("w", (), 1.5, 1.25, 1.2e-38), "w: got 1.5, expected exactly 1.25"),
+        (Mismatch("loss", (), float("nan"), 1.0, 0.1), "loss: got nan, expected 1 ± 0.1"),
+        (
+            Mismatch("loss", (), float("inf"), float("nan"), 0.0),
+            "loss: got inf, expected a finite value",
+        ),
+        (
+            Mismatch("w", (), 1.000001, 1.0, 1e-8, run="zero_lr"),
+            "w: got 1.000001 with lr = 0, expected 1 ± 1e-08 (100x the tolerance)",
+        ),
+        (
+            Mismatch("s/mean", (2,), 0.1, 0.9, 1e-6, "momentum"),
+            "momentum of s/mean[2]: got 0.1, expected 0.9 ± 1e-06 (800,000x the tolerance)",
+        ),
+    ],
+    ids=lambda value: value.leaf if isinstance(value, Mismatch) else "",
+)
+def test_a_mismatch_is_told_in_a_line(mismatch: Mismatch, text: str) -> None:
+    """With digits enough to tell the values apart, and no tolerance where it is none."""
+    assert str(mismatch) == text
+    again = Mismatch.from_json(json.loads(json.dumps(mismatch.to_json(), allow_nan=False)))
+    assert repr(again) == repr(mismatch)
 
 
 def test_the_summary_says_how_much_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last lines give the verdict, the counts, the cases, the time and the versions."""
-    end = " ".join(plain(shown(monkeypatch)).splitlines()[-4:])
+    """The first lines give the verdict, the cause, the counts, the cases, the time, the settings."""
+    end = " ".join(plain(shown(monkeypatch, verbosity=terminal.VERBOSE)).splitlines()[:5])
     for part in (
         "my step: 1 of 5 laws violated",
         "1 proved, 1 held, 1 violated, 1 untriggered, 1 exempt",
         "1,234,567 cases in 12.3 s",
-        "likeliest mistake, by 1 of 1: ema_applied_twice",
+        "Most likely cause: ema_applied_twice",
+        "profile quick, seed 7",
         "jax 0.0.1, flax 0.0.2",
     ):
         assert part in end
@@ -145,14 +219,38 @@ def test_a_law_that_was_not_reached_is_no_clean_verdict(monkeypatch: pytest.Monk
     assert "my step: all hold" in shown(monkeypatch, replace(REPORT, results=REPORT.results[1:4]))
 
 
+def test_green_is_a_line_a_family_and_quiet_is_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is listed law by law unless it is asked for."""
+    report = replace(REPORT, results=REPORT.results[1:4], influence={}, notes=())
+    lines = plain(shown(monkeypatch, report)).splitlines()
+    assert lines[-2:] == [" ■ structure    1 proved", " ✓ statistics   1 held, 1 exempt"]
+    assert plain(shown(monkeypatch, REPORT, verbosity=terminal.QUIET)) == (
+        "my step: 1 of 5 laws violated\n"
+    )
+
+
+def test_laws_that_need_runs_are_counted_where_none_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A check of proofs lists neither of them, and says that they need cases."""
+    laws = [name for name, law in LAWS.items() if law.family == "statistics"]
+    results = tuple(Evidence.of(name, "untriggered", reason=READ_ONLY) for name in laws)
+    text = plain(shown(monkeypatch, replace(REPORT, results=results), verbosity=terminal.VERBOSE))
+    assert f"nothing violated in the trace; {len(laws)} laws need cases to be run" in text
+    assert f"? untriggered {len(laws)} laws: {READ_ONLY}" in text
+    assert not any(name in text for name in laws)
+
+
 def test_a_printed_report_is_its_verdict() -> None:
     """What a notebook or a script prints is short, and names what is violated."""
     assert str(REPORT).splitlines() == [
         "my step: 1 of 5 laws violated",
         "1 proved, 1 held, 1 violated, 1 untriggered, 1 exempt; 1,234,567 cases in 12.3 s",
-        "violated: variance_is_never_negative: off by 3e+09",
-        "  usually ema_applied_twice: it is applied twice. Fix: once.",
+        f"violated: variance_is_never_negative: {WRONG}; if it is meant: negative=True",
+        "  likely cause: ema_applied_twice: it is applied twice. Fix: once. Or something else.",
     ]
+    assert repr(REPORT).startswith("<Report my step: 1 of 5 laws violated; 1 proved")
+    assert len(repr(REPORT)) < 200
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,9 +263,10 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_ascii_terminal_gets_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the encoding has no other letters, none are used."""
-    text = shown(monkeypatch, encoding="ascii")
+    text = shown(monkeypatch, encoding="ascii", verbosity=terminal.VERBOSE)
     assert text.isascii()
     assert " X violated" in text
+    assert "expected 0 +- 1e-07" in text
 
 
 def test_notes_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,10 +302,10 @@ def test_the_matrix_leaves_out_trees_without_leaves() -> None:
 
 def test_the_matrix_is_drawn_with_its_scope(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scope is named, and what matters is a word, not only a sign."""
-    text = plain(shown(monkeypatch))
+    text = plain(shown(monkeypatch, verbosity=terminal.VERBOSE))
     assert "read from the traced step, for all values, every N and D" in text
-    assert "✗ leaks" in text
-    assert "✗ missing" in text
+    assert f"✗ leaks    {LEGEND['leaks']}" in text
+    assert f"✗ missing  {LEGEND['missing']}" in text
 
 
 def test_a_leaf_that_leaks_is_told_from_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,25 +330,37 @@ def test_counts_are_short(number: int, text: str) -> None:
     assert terminal.count(number) == text
 
 
-def test_progress_is_quiet_where_nobody_watches(capfd: pytest.CaptureFixture[str]) -> None:
-    """Standard error that is no terminal stays empty."""
-    with terminal.progress("my step") as listener:
-        assert listener is None
-    assert capfd.readouterr().err == ""
+def test_progress_is_a_line_a_phase_where_no_terminal_is(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A log is never silent: what is done, how far it has come, and each violation as it is known."""
+    with progress("my step") as listener:
+        listener(PhaseStarted("tracing", 0))
+        for evidence in REPORT.results[:2]:
+            listener(LawJudged(evidence))
+        for cases in (0, 256, 512):
+            listener(PhaseStarted("cases of shape (2, 2)", cases, 0.25))
+        listener(LawJudged(REPORT.results[0]))
+    assert capfd.readouterr().err.splitlines() == [
+        "my step:   0% tracing",
+        f"my step: violated: variance_is_never_negative: {WRONG}",
+        "my step: 1 law proved from the trace",
+        "my step:  25% cases of shape (2, 2)",
+    ]
 
 
 def test_progress_shows_what_is_done_and_clears_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a terminal the listener shows the doing, the cases and each violation as it comes."""
+    """In a terminal there are the doing, the cases and the part done; a violation stays."""
     file = Terminal()
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr("sys.stderr", file)
-    with terminal.progress("my [step]") as listener:
-        assert listener is not None
+    with progress("my [step]") as listener:
         listener(PhaseStarted("tracing", 0))
-        listener(PhaseStarted("cases one at a time", 1034))
+        listener(PhaseStarted("cases one at a time", 1034, 0.5))
         for evidence in REPORT.results:
             listener(LawJudged(evidence))
     text = file.getvalue()
-    assert "my [step]: cases one at a time, 1,034 cases" in text
+    assert "my [step]: cases one at a time, 1,034 cases so far" in text
+    assert "50%" in text
     assert "violated: variance_is_never_negative" in text

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bnverify.profile import PROFILES
+from bnverify import arguments
 from bnverify.shard import Shard
-from bnverify.show import files
+from bnverify.show import formats
 from bnverify.unusable import Unusable, did_you_mean
 
 if TYPE_CHECKING:
@@ -25,24 +26,21 @@ def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "audit",
-        help="say which faults the laws notice, or your own tests would miss",
+        help="find the faults that the laws, or your own tests, would miss",
         description="Hold every fault of the catalogue to the laws; with --tests, run your own "
         "tests once for each fault put into your own step as it is imported.",
     )
     parser.add_argument(
         "--select",
+        dest="faults",  # a project's file selects laws, which these are not
         metavar="NAME",
         action="append",
         default=[],
         help="only this fault or family; several: commas, or the option again",
     )
-    parser.add_argument(
-        "--profile", choices=list(PROFILES), default="ci", help="how much to do; default: ci"
-    )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="the seed of all cases")
-    parser.add_argument(
-        "--json", metavar="FILE", help="write the findings to FILE as JSON; - is standard output"
-    )
+    arguments.add_profile(parser)
+    arguments.add_seed(parser)
+    arguments.add_report(parser)
     parser.add_argument("--shard", metavar="K/N", help="only the K-th of N parts of the faults")
     parser.add_argument("--picture", metavar="FILE", help="draw the matrix to FILE as SVG")
     parser.add_argument(
@@ -53,6 +51,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="T",
         action="append",
         default=[],
+        dest="targets",
         help="with --tests: module:name or path/file.py:name of your step, evaluation, or "
         "bnverify.Subject; several: the option again",
     )
@@ -61,7 +60,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Audit, show what was found and return 1 where a fault was missed, else 0."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
-    if args.tests is None and args.target:
+    arguments.settle(args)
+    if args.tests is None and args.targets:
         raise Unusable("--target says where --tests are to meet faults; there is no --tests")
     return _users_tests(args) if args.tests is not None else _catalogue(args)
 
@@ -71,21 +71,23 @@ def _catalogue(args: argparse.Namespace) -> int:
     from bnverify.show import audit as screen
 
     families = {mutant.family for mutant in MUTANTS.values()}
-    names = _names(args.select, {*MUTANTS, *families})
+    names = _names(args.faults, {*MUTANTS, *families})
     chosen = [m for m in MUTANTS.values() if not names or {m.name, m.family} & set(names)]
     mine = _mine(args, chosen)
     if not mine:
         raise Unusable("no fault is left to audit")
+    outputs = arguments.outputs(args)
     found: Audit = audit.audit(
-        mine, args.profile, seed=args.seed, listener=screen.progress(len(mine))
+        mine,
+        args.profile,
+        seed=args.seed,
+        listener=None if args.quiet else screen.progress(len(mine)),
     )
-    if args.json != "-":
-        screen.show(found)
-    _write(args, found, chosen)
+    _write(args, outputs, found, chosen)
     if args.picture:
         from bnverify.show import audit_picture
 
-        files.write(args.picture, audit_picture.draw(found), "--picture")
+        formats.save(Path(args.picture), audit_picture.draw(found), "--picture")
     return 1 if found.unexplained or found.lost else 0
 
 
@@ -94,22 +96,24 @@ def _users_tests(args: argparse.Namespace) -> int:
     from bnverify.mutants.users_tests import audit_tests
     from bnverify.show import audit as screen
 
-    if not args.target:
+    if not args.targets:
         raise Unusable("--tests needs --target: where in your code the faults go")
-    for target in args.target:
+    for target in args.targets:
         if ":" not in target:
             raise Unusable(f"a target is module:name or path/file.py:name, got {target!r}")
-    names = _names(args.select, TRANSPLANTS)
+    names = _names(args.faults, TRANSPLANTS)
     chosen = [fault for name, fault in TRANSPLANTS.items() if not names or name in names]
     mine = _mine(args, chosen)
     if args.picture:
         raise Unusable("--picture draws faults and laws; --tests has no laws")
+    outputs = arguments.outputs(args)
     found: TestsAudit = audit_tests(
-        args.tests, args.target, mine, listener=screen.tests_progress(len(mine))
+        args.tests,
+        args.targets,
+        mine,
+        listener=None if args.quiet else screen.tests_progress(len(mine)),
     )
-    if args.json != "-":
-        screen.show_tests(found)
-    _write(args, found, chosen)
+    _write(args, outputs, found, chosen)
     return 1 if found.of("missed") else 0
 
 
@@ -119,9 +123,12 @@ def _mine(args: argparse.Namespace, faults: list[T]) -> list[T]:
 
 
 def _write(
-    args: argparse.Namespace, found: Audit | TestsAudit, faults: Sequence[Mutant | Transplant]
+    args: argparse.Namespace,
+    outputs: Sequence[formats.Output],
+    found: Audit | TestsAudit,
+    faults: Sequence[Mutant | Transplant],
 ) -> None:
-    """Write the findings as JSON; those of a shard with what `bnverify merge` needs."""
+    """Write the findings; the JSON of a shard with what `bnverify merge` needs."""
     text = found.to_json()
     if args.shard:
         from bnverify.check import versions
@@ -133,11 +140,11 @@ def _write(
             profile=args.profile,
             seed=args.seed,
         )
-    files.write(args.json, text)
+    formats.write([found], outputs, arguments.verbosity(args), json=text)
 
 
 def _names(given: Sequence[str], known: Any) -> list[str]:
-    names = [name.strip() for text in given for name in text.split(",") if name.strip()]
+    names = arguments.names(given)
     for name in names:
         if name not in known:
             raise Unusable(f"no fault is named {name!r}{did_you_mean(name, known)}")

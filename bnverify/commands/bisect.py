@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from bnverify.commands.compare import add_report_arguments, read_policy
-from bnverify.commands.gate import add_upgrade_arguments, check_upgrade_arguments, progress
+from bnverify import arguments
+from bnverify.commands.compare import add_report_arguments
+from bnverify.commands.gate import add_upgrade_arguments, project_directory
 from bnverify.unusable import Unusable
 from bnverify.upgrade.difference import KINDS
 
@@ -48,10 +49,10 @@ def run(args: argparse.Namespace) -> int:
     from bnverify.show import formats
     from bnverify.upgrade.bisect import bisect
 
-    project = check_upgrade_arguments(args)
-    outputs = formats.parse(args.format)
-    policy = read_policy(args.policy)
-    with progress() as tell:
+    project = project_directory(args)
+    policy = arguments.settle(args, file=args.policy)
+    outputs = arguments.outputs(args)
+    with arguments.lines(args) as tell:
         found = bisect(
             args.target,
             args.package,
@@ -69,18 +70,24 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.package} {args.new} changes nothing that was asked for")
         return 0
     assert found.first.judgement is not None
-    to_screen = [name for name, path in outputs if path is None]
-    if to_screen == ["terminal"]:
+    if any(each.format == "terminal" and each.file is None for each in outputs):
         _tell(found)
-    formats.write([found.first.judgement], outputs)
+    formats.write([found.first.judgement], outputs, arguments.verbosity(args))
     return 1
 
 
 def _version(text: str, package: str) -> str:
     """Return the version in ``0.9.2`` or ``jax==0.9.2``."""
     name, sign, version = text.rpartition("==")
-    if (sign and name.strip() != package) or not version.strip()[:1].isdigit():
-        raise Unusable(f"give --from and --to as versions of {package}, got {text!r}")
+    from packaging.version import InvalidVersion, Version
+
+    wrong = Unusable(f"give --from and --to as versions of {package}, got {text!r}")
+    if sign and name.strip() != package:
+        raise wrong
+    try:
+        Version(version)
+    except InvalidVersion:
+        raise wrong from None
     return version.strip()
 
 

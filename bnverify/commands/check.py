@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
-from bnverify import deadline, target
+from bnverify import arguments, deadline, target
 from bnverify.neighbours import importable
-from bnverify.profile import PROFILES
 from bnverify.shard import Shard
-from bnverify.show import files
 from bnverify.unusable import Unusable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
-    from bnverify.evidence import Report
+    from bnverify.check import Event, Listener
+    from bnverify.evidence import Evidence, Report
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,20 +28,9 @@ def add_parser(subparsers: Any) -> None:
         help="hold a training step to the laws",
         description="Hold a training step to the laws.",
     )
-    parser.add_argument(
-        "target",
-        metavar="TARGET",
-        nargs="?",
-        default=target.REFERENCE,
-        help="package.module:name or path/file.py:name: a Subject, a function that makes one, or "
-        "a function of (seed, x_batch, y_batch, lr); default: the reference",
-    )
-    parser.add_argument(
-        "--profile", choices=list(PROFILES), default="ci", help="how much to do; default: ci"
-    )
-    parser.add_argument(
-        "--json", metavar="FILE", help="write the report to FILE as JSON; - is standard output"
-    )
+    arguments.add_target(parser)
+    arguments.add_profile(parser)
+    arguments.add_report(parser)
     for option, verb in (("--select", "check only"), ("--ignore", "leave out")):
         parser.add_argument(
             option,
@@ -51,49 +39,43 @@ def add_parser(subparsers: Any) -> None:
             default=[],
             help=f"{verb} this law or family; several: commas, or the option again",
         )
+    arguments.add_seed(parser)
     parser.add_argument(
-        "--seed", metavar="N", type=_whole, default=0, help="the seed of all cases; default: 0"
-    )
-    parser.add_argument("--proofs", action="store_true", help="read the traced step, run nothing")
-    parser.add_argument(
-        "--fail-fast",
+        "--proofs",
         action="store_true",
-        help="stop at the first proofs or cases that show one wrong",
+        help="read the traced step and run nothing: takes a second or two",
     )
+    parser.add_argument("--fail-fast", action="store_true", help="stop after the first violation")
     parser.add_argument(
-        "--leaves",
-        action="store_true",
-        help="say of each leaf what may reach it, not only of each tree; in the JSON too",
+        "--leaves", action="store_true", help="tell dependencies leaf by leaf, not tree by tree"
     )
     parser.add_argument("--shard", metavar="K/N", help="check only the K-th of N parts of the laws")
-    parser.add_argument(
-        "--time-limit",
-        metavar="S",
-        type=_seconds,
-        default=deadline.DEFAULT,
-        help="seconds that importing the target, or one call of its Python code, may take; "
-        f"default: {deadline.DEFAULT:g}",
-    )
+    what = "importing the target, or one call of its Python code,"
+    arguments.add_time_limit(parser, arguments.TIME_LIMIT, what)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check the target, show what was seen and return the exit status."""
-    files.check_writable(args.json)
-    # What a target prints must not end up in the JSON.
-    to_stderr = contextlib.redirect_stdout(sys.stderr)
-    with to_stderr if args.json == "-" else contextlib.nullcontext():
-        report, whole = _verify(args)
-        report = report if args.leaves else report.by_trees()
-        from bnverify.show import terminal
+    arguments.settle(args)
+    outputs = arguments.outputs(args)
+    # What a target prints must not end up in a report that is read by a machine.
+    plain = all(each.format == "terminal" or each.file for each in outputs)
+    with contextlib.nullcontext() if plain else contextlib.redirect_stdout(sys.stderr):
+        report, whole, interrupted = _verify(args)
+    report = report if args.leaves else report.by_trees()
+    from bnverify.show import formats
 
-        terminal.show(report)
     text = report.to_json()
-    files.write(args.json, Shard.parse(args.shard).stamp(text, whole) if args.shard else text)
+    text = Shard.parse(args.shard).stamp(text, whole) if args.shard else text
+    formats.write([report], outputs, arguments.verbosity(args), json=text)
+    if interrupted:
+        sys.stdout.flush()
+        raise KeyboardInterrupt
     return 0 if report.ok else 1
 
 
-def _verify(args: argparse.Namespace) -> tuple[Report, list[str]]:
-    """Return the report, and the names of all that the shards of it together are about."""
+def _verify(args: argparse.Namespace) -> tuple[Report, list[str], bool]:
+    """Return the report, the names of all that its shards are about, and whether it was cut short."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
     from bnverify import compat
 
@@ -103,9 +85,9 @@ def _verify(args: argparse.Namespace) -> tuple[Report, list[str]]:
 
         from bnverify.check import choose, guarded, verify
         from bnverify.parallel.subject import Parallel
-        from bnverify.show import terminal
+        from bnverify.show.progress import progress
 
-        select, ignore = _names(args.select), _names(args.ignore)
+        select, ignore = arguments.names(args.select), arguments.names(args.ignore)
         try:
             laws = choose(select, ignore, parallel=isinstance(what, Parallel))
         except ValueError as error:
@@ -113,7 +95,9 @@ def _verify(args: argparse.Namespace) -> tuple[Report, list[str]]:
         own = Shard.parse(args.shard).take(laws) if args.shard else laws
         if not own:
             raise Unusable("no law is left to check")
-        with terminal.progress(what.name) as listener:
+        shown = contextlib.nullcontext(_ignore) if args.quiet else progress(what.name)
+        with shown as listener:
+            known = _Known(listener)
             try:
                 report = verify(
                     guarded(what, args.time_limit),
@@ -122,31 +106,71 @@ def _verify(args: argparse.Namespace) -> tuple[Report, list[str]]:
                     select=own,
                     proofs_only=args.proofs,
                     fail_fast=args.fail_fast,
-                    target=args.target,
-                    listener=listener,
+                    target=target.anywhere(args.target),
+                    listener=known.listen,
                 )
+            except KeyboardInterrupt:
+                if not known.evidence:
+                    raise
+                return known.report(what.name, args), laws, True
             except deadline.OverTime as error:
                 raise target.TargetError(str(error)) from None
             except Exception as error:
                 if target.user_line(error):  # it comes out of the target's code, not out of ours
                     raise target.refused(error, args.target) from None
                 raise
-    return report, laws
+    return report, laws, False
 
 
-def _names(given: Sequence[str]) -> list[str]:
-    return [name.strip() for text in given for name in text.split(",") if name.strip()]
+def _ignore(event: Event) -> None:
+    """Tell nobody."""
 
 
-def _whole(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {number}")
-    return number
+class _Known:
+    """Keeps what a check has found so far, for where it is interrupted.
 
+    Args:
+        listener: who is told of everything besides.
 
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not seconds > 0 or math.isnan(seconds):
-        raise argparse.ArgumentTypeError(f"must be more than 0 seconds, got {text}")
-    return seconds
+    Attributes:
+        evidence: law -> what is known about it.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self.evidence: dict[str, Evidence] = {}
+        self._listener: Callable[[Event], None] = listener
+        self._laws: tuple[str, ...] = ()
+        self._cases, self._begun = 0, time.perf_counter()
+
+    def listen(self, event: Event) -> None:
+        """Take one event."""
+        from bnverify.check import LawJudged, PhaseStarted, Started
+
+        if isinstance(event, Started):
+            self._laws = event.laws
+        elif isinstance(event, PhaseStarted):
+            self._cases = event.cases
+        elif isinstance(event, LawJudged):
+            self.evidence[event.evidence.law] = event.evidence
+        self._listener(event)
+
+    def report(self, name: str, args: argparse.Namespace) -> Report:
+        """Return a report of what is known; the other laws were not reached."""
+        from bnverify.check import versions
+        from bnverify.diagnose import diagnosed
+        from bnverify.evidence import Evidence, Report
+
+        missing = "interrupted"
+        results = [
+            self.evidence.get(law) or Evidence.of(law, "untriggered", reason=missing)
+            for law in self._laws
+        ]
+        return Report(
+            name,
+            args.profile,
+            args.seed,
+            tuple(diagnosed(results)),
+            self._cases,
+            time.perf_counter() - self._begun,
+            versions(),
+        )

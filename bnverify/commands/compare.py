@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from bnverify.upgrade.policy import Policy
+from bnverify import arguments
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "compare",
-        help="say what changed between a recording and its replay",
+        help="report what changed between a recording and its replay",
         description="Class every difference between a recording and its replay: api, structure, "
         "dtype, initialisation, rounding or meaning. Exit status 1 where the policy forbids one.",
     )
@@ -26,13 +24,7 @@ def add_parser(subparsers: Any) -> None:
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what all commands that judge an upgrade take."""
-    parser.add_argument(
-        "--format",
-        metavar="FORMAT[=FILE]",
-        action="append",
-        default=[],
-        help="terminal (the default), json, junit, html or github; several: the option again",
-    )
+    arguments.add_report(parser)
     parser.add_argument(
         "--policy",
         metavar="FILE",
@@ -48,20 +40,9 @@ def run(args: argparse.Namespace) -> int:
     from bnverify.upgrade.judgement import judge
 
     started = time.perf_counter()
-    outputs = formats.parse(args.format)
-    policy = read_policy(args.policy)
+    policy = arguments.settle(args, file=args.policy)
+    outputs = arguments.outputs(args)
     comparison = compare(recording.read(args.old), recording.read(args.new))
     judgement = judge(comparison, policy, seconds=time.perf_counter() - started)
-    formats.write([judgement], outputs)
+    formats.write([judgement], outputs, arguments.verbosity(args))
     return 0 if judgement.ok else 1
-
-
-def read_policy(file: str | None) -> Policy:
-    """Return the policy in a file, or the current directory's, or the default.
-
-    Raises:
-        Unusable: it cannot be used.
-    """
-    from bnverify.upgrade import policy
-
-    return policy.load(Path(file)) if file else policy.find(Path.cwd())

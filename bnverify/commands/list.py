@@ -1,4 +1,4 @@
-"""``bnverify list``: the laws."""
+"""``bnverify list``: the laws, by family."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import sys
 import textwrap
 from typing import Any
 
+from bnverify.unusable import Unusable, did_you_mean
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
-    subparsers.add_parser(
+    parser = subparsers.add_parser(
         "list",
         help="name the laws and what each claims",
         description="Name the laws, by family, and what each claims. Piped: one law a line.",
+    )
+    parser.add_argument(
+        "family", metavar="FAMILY", nargs="?", help="only this family; default: all of them"
     )
 
 
@@ -22,16 +27,27 @@ def run(args: argparse.Namespace) -> int:
     """Print the laws."""
     from bnverify.laws import FAMILIES, LAWS
 
+    if args.family not in {None, *FAMILIES}:
+        hint = did_you_mean(args.family, FAMILIES) or f"; the families are {', '.join(FAMILIES)}"
+        raise Unusable(f"no family is named {args.family!r}{hint}")
+    laws = [law for law in LAWS.values() if args.family in {None, law.family}]
     if not sys.stdout.isatty():  # for grep and cut
-        for law in LAWS.values():
+        for law in laws:
             print(law.family, law.name, law.claim, sep="\t")
         return 0
     width = shutil.get_terminal_size().columns
     for family in FAMILIES:
-        print(family)
-        for law in (law for law in LAWS.values() if law.family == family):
+        own = [law for law in laws if law.family == family]
+        if not own:
+            continue
+        print(f"{family} ({len(own)})")
+        for law in own:
             print(f"  {law.name}")
             print(textwrap.fill(law.claim, width, initial_indent="    ", subsequent_indent="    "))
         print()
+    many = sum(law.family == "parallel" for law in laws)
+    total = f"{len(laws) - many} laws" if len(laws) > many else ""
+    devices = f"{many} for a step on many devices, bnverify.Parallel" if many else ""
+    print(textwrap.fill(", and ".join(filter(None, (total, devices))), width))
     print("More on one of them: bnverify explain LAW")
     return 0

@@ -1,4 +1,4 @@
-"""``bnverify merge``: of the shards of a check or an audit, what one machine would have said."""
+"""``bnverify merge``: one report of the shards of a check or an audit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnverify.show import files
+from bnverify import arguments
 from bnverify.unusable import Unusable, cause
 
 if TYPE_CHECKING:
@@ -19,25 +19,22 @@ def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "merge",
-        help="make one report of the shards of a check or an audit",
-        description="Make of the JSON files of all shards of one `check`, or of one `audit`, what "
-        "one machine would have said; the exit status is that of the one machine, too.",
+        help="merge the shard reports of a check or an audit into one",
+        description="Merge the JSON files of all shards of one `check`, or of one `audit`, into one "
+        "report; exits as an unsharded run would.",
     )
     parser.add_argument("files", metavar="FILE", nargs="+", help="what --shard K/N --json wrote")
-    parser.add_argument(
-        "--json", metavar="FILE", help="write the whole to FILE as JSON; - is standard output"
-    )
+    arguments.add_report(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Merge the files, show the whole and return the exit status."""
     from bnverify.merge import merge
+    from bnverify.show import formats
 
-    files.check_writable(args.json)
+    outputs = arguments.outputs(args)
     merged = merge(_texts(args.files))
-    if args.json != "-":
-        _show(merged)
-    files.write(args.json, merged.to_json())
+    formats.write([merged], outputs, arguments.verbosity(args))
     return _status(merged)
 
 
@@ -53,23 +50,6 @@ def _texts(names: Sequence[str]) -> dict[str, str]:
         except UnicodeDecodeError:
             raise Unusable(f"{name} is not JSON: not UTF-8") from None
     return texts
-
-
-def _show(merged: Merged) -> None:
-    from bnverify.evidence import Report
-    from bnverify.mutants.audit import Audit
-
-    if isinstance(merged, Report):
-        from bnverify.show import terminal
-
-        terminal.show(merged)
-        return
-    from bnverify.show import audit
-
-    if isinstance(merged, Audit):
-        audit.show(merged)
-    else:
-        audit.show_tests(merged)
 
 
 def _status(merged: Merged) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from bnverify import target
+from bnverify import arguments
 from bnverify.unusable import Unusable
 
 
@@ -18,18 +18,10 @@ def add_parser(subparsers: Any) -> None:
         description="Record a training step's cases, states and outputs in a file; or replay a "
         "recording made in another environment in this one.",
     )
-    parser.add_argument(
-        "target",
-        metavar="TARGET",
-        nargs="?",
-        default=target.REFERENCE,
-        help="package.module:name or path/file.py:name; default: the reference",
-    )
+    arguments.add_target(parser)
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the recording")
     parser.add_argument("--replay", metavar="OLD", help="a recording to run again here")
-    parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="the seed of all cases; default: 0"
-    )
+    arguments.add_seed(parser)
     parser.add_argument(
         "--costs", action="store_true", help="measure times too; every recording differs then"
     )
@@ -41,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
     from bnverify.upgrade import recording
     from bnverify.upgrade.record import record
 
-    if args.seed < 0:
-        raise Unusable(f"--seed must be at least 0, got {args.seed}")
+    if args.target is None:  # the gate names one, and needs no project's file
+        arguments.settle(args)
     if not Path(args.output).resolve().parent.is_dir():
         raise Unusable(f"--output {args.output} cannot be written: no such directory")
     old = recording.read(args.replay) if args.replay else None

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bnverify.laws.mismatch import watch
 from bnverify.lazy import jax, jnp
 from bnverify.pytree import is_floating
 from bnverify.reruns import huge, old_weight
@@ -136,7 +137,9 @@ def min_over(value: Any, initial: float) -> Any:
 # Residuals.
 
 
-def residual(actual: Any, expected: Any, allowed: Any) -> Any:
+def residual(
+    actual: Any, expected: Any, allowed: Any, *, of: Any = None, quantity: str = ""
+) -> Any:
     """Return the worst error of ``actual`` in units of ``allowed``, (K,).
 
     Elements whose expected value or allowance leaves the range of the actual value's dtype are
@@ -147,17 +150,22 @@ def residual(actual: Any, expected: Any, allowed: Any) -> Any:
         actual: an array, (K, ...).
         expected: (K, ...) of the same rank; or (K,), one number for each case; or a number.
         allowed: likewise; not negative.
+        of: the leaf that ``actual`` was derived from, to name it in a message; by default itself.
+        quantity: what was derived from it, in words.
 
     Raises:
         ValueError: the ranks or shapes do not fit.
     """
-    largest = _largest(actual)
+    largest, named = _largest(actual), actual if of is None else of
     actual, expected, allowed = _aligned(actual, expected, allowed)
     compared = xp.abs(expected) + allowed <= largest  # false for NaN and infinity too
     error = xp.where(compared, xp.abs(actual - expected), 0.0)
     error = xp.where(xp.isfinite(error), error, np.inf)
     ratio = xp.where(error == 0, 0.0, error / xp.where(allowed > 0, allowed, 0.0))
-    return max_over(xp.where(compared, ratio, UNTRIGGERED), initial=UNTRIGGERED)
+    ratio = xp.where(compared, ratio, UNTRIGGERED)
+    if (told := watch()) is not None:
+        told.see(named, ratio, (actual, expected, allowed), quantity)
+    return max_over(ratio, initial=UNTRIGGERED)
 
 
 def _aligned(*values: Any) -> list[Any]:
@@ -192,6 +200,8 @@ def holds_if(condition: Any) -> Any:
 
 def never() -> Any:
     """Return the residual of what cannot be compared at all, and so cannot hold."""
+    if (told := watch()) is not None:
+        told.comparable = False
     return xp.full(1, np.inf)
 
 
@@ -223,7 +233,16 @@ def trees(function: Callable[..., Any], *operands: Tree) -> Any:
         operands: the trees.
     """
     rows = alike(*operands)
-    return never() if rows is None else worst_of([function(*row) for row in rows])
+    if rows is None:
+        return never()
+    told, residuals = watch(), []
+    for row in rows:
+        if told is not None:
+            told.row = row
+        residuals.append(function(*row))
+    if told is not None:
+        told.row = ()
+    return worst_of(residuals)
 
 
 def same(actual: Tree, expected: Tree) -> Any:

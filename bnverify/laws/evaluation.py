@@ -74,6 +74,7 @@ def eval_writes_nothing(t: Transition) -> Any:
 @law(
     "evaluation",
     kind="witness",
+    never="changing batch_stats never changed the eval loss",
     needs=("eval:other_statistics",),
     requires=("batch_stats",),
     demands=(("eval_loss", "batch_stats"),),

@@ -60,6 +60,7 @@ def eval_statistics_are_the_ones_passed_in(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="changing y never changed the new params",
     needs=("step:other_targets",),
     demands=(("params", "y"),),
     mistakes=("update_dropped", "targets_ignored"),
@@ -73,6 +74,7 @@ def targets_reach_the_params(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="assigning y to other rows never changed the training loss",
     needs=("noise", "step:reversed_targets"),
     requires=("loss",),
     demands=(("loss", "y"),),
@@ -94,6 +96,7 @@ def targets_belong_to_their_rows(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="changing x never changed the new params",
     needs=("step:other_inputs",),
     demands=(("params", "x"),),
     mistakes=("inputs_ignored", "update_dropped"),
@@ -113,6 +116,7 @@ def inputs_reach_the_params(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="changing x never changed the new batch_stats",
     needs=("step:other_inputs",),
     requires=("batch_stats",),
     demands=(("batch_stats", "x"),),
@@ -133,6 +137,7 @@ def inputs_reach_the_statistics(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="changing the old batch_stats never changed the new ones",
     needs=("step:other_statistics",),
     requires=("batch_stats", "momentum"),
     demands=(("batch_stats", "batch_stats"),),
@@ -152,6 +157,7 @@ def old_statistics_reach_the_new(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="changing params, or changing x, never changed the training loss",
     needs=("step:other_params", "step:other_inputs"),
     requires=("loss",),
     demands=(("loss", "params"), ("loss", "x")),
@@ -171,6 +177,7 @@ def loss_reads_params_and_inputs(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="changing x never changed the eval loss",
     needs=("eval:other_inputs",),
     demands=(("eval_loss", "x"),),
     mistakes=("inputs_ignored",),
@@ -187,6 +194,7 @@ def inputs_reach_the_evaluation(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    never="changing y never changed the eval loss",
     needs=("eval:other_targets",),
     demands=(("eval_loss", "y"),),
     mistakes=("targets_ignored",),
@@ -200,6 +208,8 @@ def targets_reach_the_evaluation(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    moves=("params",),
+    never="the step never changed params",
     needs=("step:zero_lr",),
     requires=("lr",),
     mistakes=("update_dropped", "learning_rate_ignored"),
@@ -213,6 +223,8 @@ def step_moves_the_params(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
+    moves=("batch_stats",),
+    never="the step never changed batch_stats",
     requires=("batch_stats",),
     mistakes=("new_statistics_dropped", "train_step_in_eval_mode", "update_dropped"),
     source=FLAX_SOURCE,

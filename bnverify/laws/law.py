@@ -59,6 +59,8 @@ class Law:
         forbids: (output tree, input tree) pairs: proved where the jaxpr shows no such flow.
         hands_on: (output tree, input tree) pairs: proved where the jaxpr hands back the very values.
         demands: pairs of a witness law: the case that shows it shows these flows.
+        moves: trees of a witness law that a step must change: handed back, they violate it.
+        never: of a witness law, what happened where no case shows it, in one clause.
         mistakes: names in ``bnverify.mistakes``, the most likely first.
         source: where the claim comes from.
     """
@@ -74,6 +76,8 @@ class Law:
     forbids: tuple[tuple[str, str], ...] = ()
     hands_on: tuple[tuple[str, str], ...] = ()
     demands: tuple[tuple[str, str], ...] = ()
+    moves: tuple[str, ...] = ()
+    never: str = ""
     mistakes: tuple[str, ...] = ()
     source: str = ""
 
@@ -102,6 +106,8 @@ def law(
     forbids: Iterable[tuple[str, str]] = (),
     hands_on: Iterable[tuple[str, str]] = (),
     demands: Iterable[tuple[str, str]] = (),
+    moves: Iterable[str] = (),
+    never: str = "",
     mistakes: Iterable[str] = (),
     source: str = "",
 ) -> Callable[[Check], Check]:
@@ -128,6 +134,8 @@ def law(
                 tuple(forbids),
                 tuple(hands_on),
                 tuple(demands),
+                tuple(moves),
+                never,
                 tuple(mistakes),
                 source,
             )

@@ -133,8 +133,9 @@ def one_momentum_for_the_whole_model(t: Transition) -> Any:
         most = xp.maximum(most, max_over(xp.where(usable, m, -np.inf), initial=-np.inf))
         least = xp.minimum(least, min_over(xp.where(usable, m, np.inf), initial=np.inf))
         allowed = xp.where(usable, places, np.inf)
-        parts.append(residual(m, xp.clip(m, 0.0, 1 - 2 * places), allowed))
-    parts.append(residual(most, least, places))
+        within = xp.clip(m, 0.0, 1 - 2 * places)
+        parts.append(residual(m, within, allowed, of=zero, quantity="momentum"))
+    parts.append(residual(most, least, places, quantity="largest momentum of any statistic"))
     return worst_of(parts)
 
 
@@ -169,7 +170,13 @@ def momentum_is_as_declared(t: Transition) -> Any:
     declared = t.facts["momenta"]
     return worst_of(
         [
-            residual(m, float(number), xp.where(measurable(zero), 8 * unit(zero), np.inf))
+            residual(
+                m,
+                float(number),
+                xp.where(measurable(zero), 8 * unit(zero), np.inf),
+                of=zero,
+                quantity="momentum",
+            )
             for (m, zero), number in zip(_measured(t), declared, strict=True)
         ]
     )
@@ -234,7 +241,15 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
             rounded = places * u * scale + 8 * u / weight * xp.abs(expected)
             allowed = rounded + flushed + moved
             usable = xp.where(measurable(zero[name]) & (weight > 0), allowed, np.inf)
-            parts.append(residual(wide(zero[name]) / weight, expected, usable))
+            parts.append(
+                residual(
+                    wide(zero[name]) / weight,
+                    expected,
+                    usable,
+                    of=zero[name],
+                    quantity=f"batch {name} averaged",
+                )
+            )
     return worst_of(parts)
 
 
@@ -282,7 +297,8 @@ def variance_is_never_negative(t: Transition) -> Any:
                 new = wide(leaves["var"])
                 usable = (wide(old[layer]["var"]) >= 0) & xp.isfinite(new)
                 compared = xp.where(usable, 0.0, np.inf)
-                parts.append(residual(xp.minimum(new, 0.0), 0.0, compared))
+                negative = xp.minimum(new, 0.0)
+                parts.append(residual(negative, 0.0, compared, of=leaves["var"]))
     return worst_of(parts)
 
 
@@ -370,7 +386,7 @@ def equal_steps_converge_geometrically(t: Transition) -> Any:
 def initial_statistics_are_zero_and_one(t: Transition) -> Any:
     """Before the first step every running mean is 0 and every running variance is 1, exactly."""
     parts = [
-        residual(wide(leaves[name]), start, 0.0)
+        residual(wide(leaves[name]), start, 0.0, of=leaves[name])
         for leaves in _by_layer(t.before.batch_stats).values()
         for name, start in (("mean", 0.0), ("var", 1.0))
         if name in leaves

@@ -221,7 +221,8 @@ def gradients_are_gradients_of_the_loss(t: Transition) -> Any:
         along = along + sum_over(wide(grad) * wide(direction))
         noise = noise + sum_over(wide(error) * xp.abs(wide(direction)))
     known = usable & (allowed <= 0.1 * xp.abs(slope))  # else it measures nothing
-    return when(known, residual(wide(along), slope, allowed + noise))
+    off = residual(wide(along), slope, allowed + noise, quantity="gradient along a direction")
+    return when(known, off)
 
 
 @law(

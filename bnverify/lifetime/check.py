@@ -15,7 +15,7 @@ from bnverify.lifetime.checkpoint import Lived, subject_of, ways
 from bnverify.lifetime.histories import drawn, scripted
 from bnverify.lifetime.life import EVALUATED, FOLDED, Life, Record, exemption
 from bnverify.observe import CompiledSubject
-from bnverify.profile import PROFILES, Profile, named
+from bnverify.profile import PROFILES, Profile, ProfileName, named
 from bnverify.shapes import Shape
 from bnverify.shrink import shorten
 from bnverify.subject import Subject
@@ -30,7 +30,7 @@ SHAPES = ((2, 2), (4, 3), (24, 3))
 
 def check_life(
     lived: Subject | Lived,
-    profile: str | Profile = "ci",
+    profile: ProfileName | Profile = "ci",
     seed: int = 0,
     *,
     select: Collection[str] = (),
@@ -175,7 +175,7 @@ class Lives:
     def _missing(self, name: str, shape: Shape) -> str | None:
         """Return what the subject lacks that a law is about; None: nothing."""
         if name == EVALUATED and self._subject.after_eval is None:
-            return "the subject's evaluation cannot write"
+            return "eval_step returns no state"
         if name == FOLDED and not floats(self._calls.tracer.state(*shape).batch_stats):
             return "the subject keeps no running statistics"
         return None

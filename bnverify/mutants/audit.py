@@ -12,7 +12,7 @@ from typing import Any
 from bnverify.check import Check
 from bnverify.evidence import Report
 from bnverify.mutants import Mutant
-from bnverify.profile import Profile
+from bnverify.profile import Profile, ProfileName
 from bnverify.unusable import first_line
 
 
@@ -93,7 +93,7 @@ class Audit:
 
 def audit(
     mutants: Iterable[Mutant],
-    profile: str | Profile = "quick",
+    profile: ProfileName | Profile = "quick",
     *,
     seed: int = 0,
     listener: Callable[[Finding], None] | None = None,
@@ -115,7 +115,7 @@ def audit(
     return Audit(tuple(findings))
 
 
-def examine(mutant: Mutant, profile: str | Profile, seed: int) -> Finding:
+def examine(mutant: Mutant, profile: ProfileName | Profile, seed: int) -> Finding:
     """Return what the laws say about one fault."""
     started = time.perf_counter()
     refusal = failure = ""

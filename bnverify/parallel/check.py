@@ -27,12 +27,13 @@ from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import FAINT, RoundingBounds
 from bnverify.laws import LAWS
 from bnverify.laws.arithmetic import UNTRIGGERED, alike, holds_if, when, wide, within_noise
+from bnverify.laws.mismatch import factor
 from bnverify.lazy import jax
 from bnverify.mistakes import MISTAKES, described
 from bnverify.observe import CompiledSubject, observe
 from bnverify.parallel.modes import MODES, PMAP, UNEQUAL, has_pmap
 from bnverify.parallel.subject import Parallel
-from bnverify.profile import Profile, named
+from bnverify.profile import Profile, ProfileName, named
 from bnverify.pytree import path_name, stack, take
 from bnverify.stacks import stacked_cases
 from bnverify.subject import Tree
@@ -67,7 +68,7 @@ Explain: TypeAlias = Callable[[int], tuple[str, str]]
 
 
 def check_parallel(
-    what: str | Parallel, profile: str | Profile = "ci", seed: int = 0
+    what: str | Parallel, profile: ProfileName | Profile = "ci", seed: int = 0
 ) -> list[Evidence]:
     """Hold a data-parallel step to the laws of many devices and return what is known.
 
@@ -420,7 +421,7 @@ def _explained(law: str, seen: Seen, index: int) -> tuple[str, str]:
         synchronised = "gradients" if "batch_stats" not in trees else "statistics"
         return f"{synchronised}_not_synchronised", f"{', '.join(apart[:3])} differs between devices"
     off = {name: part[index] for name, part in seen.parts().items() if part[index] > 1}
-    said = [f"{name} off by {by:.3g} times the error allowed" for name, by in off.items()]
+    said = [f"{name}: the error is {factor(by)} the tolerance" for name, by in off.items()]
     return _mistake(law, seen, index, set(off), trees), "; ".join(said)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 import sys
 import textwrap
@@ -12,46 +13,80 @@ from rich.console import Console
 from rich.text import Text
 
 from bnverify.mistakes import MISTAKES
-from bnverify.show.symbols import symbols
+from bnverify.show.symbols import in_ascii, symbols
 
 if TYPE_CHECKING:
     from bnverify.mutants.audit import Audit, Finding
-    from bnverify.mutants.users_tests import TestsAudit, TestsFinding
+    from bnverify.mutants.users_tests import TestsAudit, TestsFinding, Verdict
+    from bnverify.show.symbols import Symbols
 
 NAME = 50  # columns for a fault's name
-VERDICTS = {"noticed": "green", "missed": "bold red", "not reached": "yellow"}
+VERDICTS: dict[Verdict, str] = {"noticed": "green", "missed": "bold red", "not reached": "yellow"}
 
 
-def progress(total: int) -> Callable[[Finding], None] | None:
-    """Return a listener that tells on standard error of each finding; None where nobody looks."""
-    if not sys.stderr.isatty():
-        return None
+def progress(total: int) -> Callable[[Finding], None]:
+    """Return a listener that tells on standard error of each finding."""
     done = iter(range(1, total + 1))
 
     def listener(finding: Finding) -> None:
-        what = "killed" if finding.killed else "survives"
-        print(f"{next(done)}/{total} {finding.mutant}: {what}", file=sys.stderr)
+        what = "noticed" if finding.killed else "missed"
+        print(f"{next(done)}/{total} {finding.mutant}: {what}", file=sys.stderr, flush=True)
 
     return listener
 
 
-def tests_progress(total: int) -> Callable[[TestsFinding], None] | None:
+def tests_progress(total: int) -> Callable[[TestsFinding], None]:
     """Return a listener that tells on standard error of each run of the tests."""
-    if not sys.stderr.isatty():
-        return None
     done = iter(range(1, total + 1))
 
     def listener(finding: TestsFinding) -> None:
-        print(f"{next(done)}/{total} {finding.fault}: {finding.verdict}", file=sys.stderr)
+        told = f"{next(done)}/{total} {finding.fault}: {finding.verdict}"
+        print(told, file=sys.stderr, flush=True)
 
     return listener
 
 
-def show(audit: Audit, file: TextIO | None = None) -> None:
-    """Print the matrix, what each law alone kills, the survivors and the summary."""
-    console = Console(file=file or sys.stdout, highlight=False, markup=False, emoji=False)
+def show(audit: Audit | TestsAudit, file: TextIO | None = None) -> None:
+    """Print an audit; see :func:`render`."""
+    out = file or sys.stdout
+    out.write(render(audit, out))
+
+
+def render(audit: Audit | TestsAudit, stream: TextIO | None = None, verbosity: int = 0) -> str:
+    """Return the summary, and what was noticed and missed.
+
+    Args:
+        audit: of the laws, or of a user's own tests.
+        stream: where it is to go; None: a file.
+        verbosity: -1: the summary alone.
+    """
+    from bnverify.mutants.audit import Audit
+
+    told = io.StringIO()
+    # What a closed pipe raises must reach the command line, so rich writes to memory.
+    console = Console(
+        file=told,
+        force_terminal=stream.isatty() if stream is not None else False,
+        width=None if stream is not None else 100,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+    sign = symbols(getattr(stream, "encoding", None) or "utf-8")
+    text = summary(audit) if isinstance(audit, Audit) else tests_summary(audit)
+    console.print(Text(text, "bold"))
+    if verbosity >= 0:
+        console.print()
+        if isinstance(audit, Audit):
+            _faults(console, audit, sign)
+        else:
+            _tests(console, audit)
+    return told.getvalue() if sign.unicode else in_ascii(told.getvalue())
+
+
+def _faults(console: Console, audit: Audit, sign: Symbols) -> None:
+    """Print the matrix, what each law alone notices, and the survivors."""
     laws = killers(audit)
-    sign = symbols(console.encoding)
     console.print(Text("faults and the laws that notice them", "bold"))
     for line in matrix(audit, laws, hit=sign.flow["may"], miss=sign.flow["cannot"]):
         console.print(Text(line), soft_wrap=True)
@@ -65,9 +100,7 @@ def show(audit: Audit, file: TextIO | None = None) -> None:
         console.print()
         text = f"{law} alone kills: {', '.join(names)}"
         console.print(Text("\n".join(textwrap.wrap(text, console.width - 1))))
-    console.print()
     _survivors(console, audit)
-    console.print(Text(summary(audit), "bold"))
 
 
 def killers(audit: Audit) -> list[str]:
@@ -99,14 +132,19 @@ def matrix(audit: Audit, laws: list[str], *, hit: str, miss: str) -> Iterator[st
 
 
 def _survivors(console: Console, audit: Audit) -> None:
-    for finding in audit.survivors:
-        failed = f"the check itself failed: {finding.failure}" if finding.failure else ""
-        reason = finding.survives or failed or "a gap: no law notices it"
-        console.print(Text(f"survives: {finding.mutant}: {reason}"), soft_wrap=True)
-    for fault, laws in audit.lost.items():
-        console.print(Text(f"lost: {fault} is no longer noticed by {', '.join(laws)}"))
     if audit.survivors or audit.lost:
         console.print()
+    for finding in audit.survivors:
+        text = f"survives: {finding.mutant}: {reason_of(finding)}"
+        console.print(Text(text), soft_wrap=True)
+    for fault, laws in audit.lost.items():
+        console.print(Text(f"lost: {fault} is no longer noticed by {', '.join(laws)}"))
+
+
+def reason_of(finding: Finding) -> str:
+    """Return why no law notices a fault."""
+    failed = f"the check itself failed: {finding.failure}" if finding.failure else ""
+    return finding.survives or failed or "a gap: no law notices it"
 
 
 def summary(audit: Audit) -> str:
@@ -120,9 +158,14 @@ def summary(audit: Audit) -> str:
     )
 
 
-def show_tests(audit: TestsAudit, file: TextIO | None = None) -> None:
-    """Print what a user's tests notice, and of what they miss what was wrong and how to see it."""
-    console = Console(file=file or sys.stdout, highlight=False, markup=False, emoji=False)
+def tests_summary(audit: TestsAudit) -> str:
+    """Return the counts in one line."""
+    counts = ", ".join(f"{len(audit.of(verdict))} {verdict}" for verdict in VERDICTS)
+    return f"{counts}; one run takes {audit.seconds:.1f} s"
+
+
+def _tests(console: Console, audit: TestsAudit) -> None:
+    """Print what a user's tests notice, and of what they miss what was wrong and how to fix it."""
     console.print(Text(f"{audit.command}, faults in {', '.join(audit.targets)}", "bold"))
     for finding in audit.findings:
         line = Text(f" {finding.verdict:<12}", VERDICTS[finding.verdict]) + Text(finding.fault)
@@ -135,6 +178,3 @@ def show_tests(audit: TestsAudit, file: TextIO | None = None) -> None:
         mistake = MISTAKES[finding.mistake]
         console.print(Text(f"  {finding.fault}: {finding.sentence}"), soft_wrap=True)
         console.print(Text(f"    Fix: {mistake.fix}.", "dim"), soft_wrap=True)
-    console.print()
-    counts = ", ".join(f"{len(audit.of(verdict))} {verdict}" for verdict in VERDICTS)  # type: ignore[arg-type]  # the keys are the verdicts
-    console.print(Text(f"{counts}; one run takes {audit.seconds:.1f} s", "bold"))

@@ -1,67 +1,71 @@
-"""What an upgrade changed, as GitHub annotations; and in full on the job's summary page."""
+"""Reports as GitHub annotations; and in full on the job's summary page."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-from bnverify.upgrade.difference import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.show.findings import Findings
 
-_LEVEL = {"failing": "error", "accepted": "notice", "reported": "notice"}
-_SIZE = 60_000  # characters of witnesses; a summary takes a megabyte
+_SIZE = 60_000  # characters of scripts; a summary takes a megabyte
 
 
-def messages(judgements: Sequence[Judgement]) -> str:
+def messages(reports: Sequence[Findings]) -> str:
     """Return workflow commands, one a line: an error for what fails, a notice for the rest."""
-    return "".join(f"{line}\n" for judgement in judgements for line in _messages(judgement))
+    return "".join(f"{line}\n" for report in reports for line in _messages(report))
 
 
-def _messages(judgement: Judgement) -> Iterator[str]:
-    for mark, difference, why in judgement.marked():
-        if difference.kind == "rounding" and mark == "reported":
-            continue  # one a leaf would bury the others
-        title = f"bnverify: {difference.kind} {difference.leaf or ''}".strip()
-        text = f"{difference.text}; accepted: {why}" if why else difference.text
-        yield f"::{_LEVEL[mark]} title={_property(title)}::{_data(text)}"
-    for cost, ratio, bound in judgement.verdict.exceeded:
-        yield f"::error title=bnverify%3A {cost}::{ratio:.2f} times the old, bound {bound:g}"
-    level = "notice" if judgement.ok else "error"
-    yield f"::{level} title=bnverify::{_data(f'{judgement.comparison.subject}: {judgement.headline()}')}"
+def _messages(report: Findings) -> Iterator[str]:
+    for finding in report.all:
+        if finding.outcome != "failed" and not finding.noted:
+            continue
+        level = "error" if finding.outcome == "failed" else "notice"
+        title = f"bnverify: {finding.rule} {finding.leaf}".strip()
+        where = f"title={_property(title)}"
+        if finding.place is not None:
+            path, line = finding.place
+            where += f",file={_property(relative(path))},line={line}"
+        text = "\n".join(filter(None, (finding.message, finding.details)))
+        yield f"::{level} {where}::{_data(text)}"
+    level = "notice" if report.ok else "error"
+    yield f"::{level} title=bnverify::{_data(f'{report.name}: {report.verdict}')}"
 
 
-def summary(judgements: Sequence[Judgement]) -> str:
+def relative(path: str) -> str:
+    """Return a path as the repository's own, from the directory the command runs in."""
+    inside = Path.cwd() in Path(path).resolve().parents
+    return Path(os.path.relpath(path)).as_posix() if inside else Path(path).as_posix()
+
+
+def summary(reports: Sequence[Findings]) -> str:
     """Return the Markdown for the file that ``GITHUB_STEP_SUMMARY`` names."""
-    return "\n".join(line for judgement in judgements for line in _summary(judgement)) + "\n"
+    return "\n".join(line for report in reports for line in _summary(report)) + "\n"
 
 
-def _summary(judgement: Judgement) -> Iterator[str]:
-    sign = "\N{WHITE HEAVY CHECK MARK}" if judgement.ok else "\N{CROSS MARK}"
-    yield f"## {sign} {_cell(judgement.comparison.subject)}: {_cell(judgement.headline())}"
+def _summary(report: Findings) -> Iterator[str]:
+    sign = "\N{WHITE HEAVY CHECK MARK}" if report.ok else "\N{CROSS MARK}"
+    yield f"## {sign} {_cell(report.name)}: {_cell(report.verdict)}"
     yield ""
-    moved = (f"{name} {a} to {b}" for name, (a, b) in judgement.moved().items())
-    yield _cell(", ".join(moved)) or "The same releases."
-    yield ""
-    yield "| class | leaf | size | what | |"
-    yield "|---|---|---|---|---|"
-    rows = sorted(judgement.marked(), key=lambda row: KINDS.index(row[1].kind))
-    for mark, difference, why in rows:
-        size = "" if difference.size is None else f"{difference.size:.3g}"
-        told = f"{mark}: {why}" if why else mark
-        cells = (difference.kind, difference.leaf or "", size, difference.text, told)
+    rows = [finding for finding in report.all if finding.outcome == "failed" or finding.noted]
+    if rows:
+        yield "| rule | leaf | what | |"
+        yield "|---|---|---|---|"
+    for finding in rows:
+        cells = (finding.rule, finding.leaf, finding.message, finding.outcome)
         yield "| " + " | ".join(_cell(cell) for cell in cells) + " |"
     yield ""
     left = _SIZE
-    for _, difference, _ in rows:
-        if difference.witness and len(difference.witness) <= left:
-            left -= len(difference.witness)
-            yield f"<details><summary>Script: {_cell(difference.leaf or difference.kind)}</summary>"
+    for finding in rows:
+        if finding.script and len(finding.script) <= left:
+            left -= len(finding.script)
+            yield f"<details><summary>Script: {_cell(finding.leaf or finding.rule)}</summary>"
             yield ""
             # Four backticks: no Python holds so many in a row by accident.
-            yield f"````python\n{difference.witness.rstrip()}\n````"
+            yield f"````python\n{finding.script.rstrip()}\n````"
             yield "</details>"
             yield ""
 

@@ -1,157 +1,401 @@
-"""What an upgrade changed, as one HTML page that needs nothing else, nor colour, nor a large screen."""
+"""Reports as one HTML page each, which needs nothing else, nor colour, nor a large screen.
+
+What a page says is put together here, as plain data; how it looks is in ``templates``. Every value is
+escaped by the templates' engine.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections import Counter
 from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
-from bnverify.show.cards import cards, named
-from bnverify.show.heat import heat_map
-from bnverify.show.matrix import LEGEND, matrix, scope
+import jinja2
+
+from bnverify.evidence import Status
+from bnverify.laws import FAMILIES, LAWS
+from bnverify.show.matrix import LEGEND, legend, matrix, scope
 from bnverify.show.symbols import UNICODE
-from bnverify.upgrade.difference import KINDS
+from bnverify.show.violations import groups
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from typing import Any
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from bnverify.evidence import Evidence, Report
+    from bnverify.mutants.audit import Audit
+    from bnverify.mutants.users_tests import TestsAudit
+    from bnverify.show.formats import Told
+    from bnverify.upgrade.difference import Difference
     from bnverify.upgrade.judgement import Judgement
 
 _OK, _BAD = UNICODE.status["held"], UNICODE.status["violated"]
+_MARKS = {"failing": f"{_BAD} fails", "accepted": f"{_OK} accepted", "reported": f"{_OK} reported"}
+_SHOWN = 8  # differences in the open; the rest folds
+_DECADES = (-3, 9)  # of a ruler, in units of the tolerance
+_LARGEST = 6.0  # decades beyond the tolerance at which a shade is full
+_UNITS = {"compile_time": "s", "run_time": "s", "program_size": "instructions"}
 
 
-def page(judgements: Sequence[Judgement]) -> str:
-    """Return the page of one upgrade, or of several beside each other."""
-    return "\n".join(_page(judgements)) + "\n"
-
-
-def _page(judgements: Sequence[Judgement]) -> Iterator[str]:
-    subject = judgements[0].comparison.subject if judgements else "nothing"
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    yield "<!doctype html>"
-    yield '<html lang="en"><head><meta charset="utf-8">'
-    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    # Nothing is loaded or run, whatever a leaf, a law or a message is called.
-    yield (
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+@functools.cache
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("bnverify.show", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    yield f"<title>{escape(subject)}: upgrade</title><style>{style}</style></head><body>"
-    for judgement in judgements:
-        yield from _verdict(judgement)
-    titles = [f" ({escape(j.new)})" if len(judgements) > 1 else "" for j in judgements]
-    yield '<div class="two"><div>'
-    for judgement, title in zip(judgements, titles, strict=True):
-        yield from cards(judgement, title)
-    yield "</div><section>"
-    yield from heat_map(judgements)
-    yield "</section></div>"
-    for judgement, title in zip(judgements, titles, strict=True):
-        yield from _matrices(judgement, title)
-        yield from _witness(judgement, title)
-        yield from _costs(judgement, title)
-        yield from _notes(judgement, title)
-    yield "</body></html>"
 
 
-def _verdict(judgement: Judgement) -> Iterator[str]:
-    sign, name = (_OK, "verdict") if judgement.ok else (_BAD, "verdict bad")
-    yield f'<header class="{name}"><h1>{escape(judgement.comparison.subject)}</h1>'
-    yield f"<p><strong>{sign} {escape(judgement.headline())}</strong></p>"
-    yield f'<p class="soft">from {escape(judgement.old)} to {escape(judgement.new)}</p>'
-    moved = judgement.moved().items()
-    chips = (f"<li>{escape(name)} {escape(a)} → <b>{escape(b)}</b></li>" for name, (a, b) in moved)
-    yield f'<ul class="chips">{"".join(chips) or "<li>the same releases</li>"}</ul>'
-    yield from _classes(judgement)
-    yield "</header>"
+def page(told: Sequence[Told]) -> str:
+    """Return the page of one report, or of several upgrades beside each other."""
+    from bnverify.evidence import Report
+    from bnverify.mutants.audit import Audit
+    from bnverify.upgrade.judgement import Judgement
+
+    first = told[0]
+    if isinstance(first, Report):
+        return _render("check.html", _of_check(first))
+    if isinstance(first, Judgement):
+        upgrades = [each for each in told if isinstance(each, Judgement)]
+        return _render("upgrade.html", _of_upgrades(upgrades))
+    return _render("audit.html", _of_audit(first) if isinstance(first, Audit) else _of_tests(first))
 
 
-def _classes(judgement: Judgement) -> Iterator[str]:
-    """Yield how many differences of each class there are, and what the policy makes of them."""
-    failing = {d.kind for d in judgement.verdict.failing}
-    yield '<dl class="classes">'
-    for kind in KINDS:
-        count = len(judgement.comparison.of(kind))
-        sign = _BAD if kind in failing else _OK if count else ""
-        name = "bad" if kind in failing else "" if count else "none"
-        yield f'<div class="{name}"><dt>{kind}</dt><dd>{sign} {count}</dd></div>'
-    yield "</dl>"
+def fragment(report: Report) -> str:
+    """Return what a notebook shows of a check: the page, in a frame that keeps its style apart."""
+    frame = "width:100%;height:32rem;border:0"
+    return f'<iframe title="bnverify" style="{frame}" srcdoc="{escape(page([report]))}"></iframe>'
 
 
-def _witness(judgement: Judgement, title: str) -> Iterator[str]:
-    shown = next((d for d in judgement.verdict.failing if d.witness), None)
-    if shown is None or shown.witness is None:
-        return
-    yield f"<h2>See it for yourself{title}</h2>"
-    yield f"<p>{escape(named(shown))}</p>"
-    yield "<p class=soft>Save this script and run it in either environment: it needs jax, flax, "
-    yield "NumPy and your own code, prints both values, and exits with 1 where they disagree.</p>"
-    yield f"<details open><summary>the script</summary><pre>{escape(shown.witness)}</pre></details>"
+def _render(template: str, context: Mapping[str, Any]) -> str:
+    return _templates().get_template(template).render(context) + "\n"
 
 
-def _matrices(judgement: Judgement, title: str) -> Iterator[str]:
-    sides = [side["influence"] for side in (judgement.comparison.old, judgement.comparison.new)]
-    if not any(side.get("matrix") for side in sides):
-        return
-    yield f'<h2>What reaches what{title}</h2><div class="side">'
-    for name, side, other in (
-        (judgement.old, sides[0], sides[1]),
-        (judgement.new, sides[1], sides[0]),
-    ):
-        yield f"<section><h3>{escape(name)}</h3>"
-        yield from _matrix(side, other)
-        yield "</section>"
-    yield "</div>"
+# A check.
 
 
-def _matrix(side: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
-    if not side.get("matrix"):
-        yield "<p class=soft>not read in this environment</p>"
-        return
-    shown = matrix(side["matrix"])
-    compared = matrix(other["matrix"]).rows if other.get("matrix") else {}
-    yield f'<p class="soft">{escape(scope(side))}</p><div class="wide"><table><thead><tr><th></th>'
-    yield "".join(f"<th>{escape(name)}</th>" for name in shown.inputs) + "</tr></thead><tbody>"
+def _of_check(report: Report) -> dict[str, Any]:
+    seen = Counter(each.status for each in report.results)
+    families = []
+    for family in FAMILIES:
+        results = [evidence for evidence in report.results if evidence.family == family]
+        if results:
+            counts = Counter(each.status for each in results)
+            families.append(
+                {
+                    "name": family,
+                    "counts": ", ".join(f"{number} {status}" for status, number in counts.items()),
+                    "bad": counts["violated"] > 0,
+                    "laws": [_law(evidence) for evidence in results],
+                }
+            )
+    return {
+        "title": f"{report.subject}: {report.verdict}",
+        "name": report.subject,
+        "ok": report.ok,
+        "sign": _OK if report.ok else _BAD,
+        "verdict": report.verdict,
+        "counts": report.counts,
+        "settings": f"profile {report.profile}, seed {report.seed}",
+        "statuses": [
+            {"name": name, "sign": UNICODE.status[name], "count": seen[name]}
+            for name in get_args(Status)
+        ],
+        "groups": groups(report),
+        "claims": {name: law.claim for name, law in LAWS.items()},
+        "families": families,
+        "influence": _influence(report.influence, held=_held(report)),
+        "notes": list(report.notes),
+        "versions": dict(report.versions),
+    }
+
+
+def _held(report: Report) -> list[str]:
+    return [evidence.law for evidence in report.results if evidence.status == "held"]
+
+
+def _law(evidence: Evidence) -> dict[str, Any]:
+    residual = evidence.residual
+    return {
+        "name": evidence.law,
+        "claim": LAWS[evidence.law].claim if evidence.law in LAWS else "",
+        "status": evidence.status,
+        "sign": UNICODE.status[evidence.status],
+        "cases": f"{evidence.cases:,}" if evidence.cases else "",
+        "reason": evidence.reason,
+        "ruler": _ruler(residual, "tolerance") if residual and math.isfinite(residual) else None,
+    }
+
+
+def _ruler(size: float, unit: str) -> dict[str, str]:
+    """Return where an error lies on a logarithmic bar of tolerances, and in words."""
+    low, high = _DECADES
+    at = min(max((math.log10(size) - low) / (high - low), 0.0), 1.0) if math.isfinite(size) else 1.0
+    return {
+        "at": f"{100 * at:.1f}%",
+        "edge": f"{100 * -low / (high - low):.1f}%",
+        "label": f"{size:.2g} times the {unit}",
+        "unit": unit,
+    }
+
+
+def _influence(
+    flows: Mapping[str, Any], other: Mapping[str, Any] | None = None, held: Iterable[str] = ()
+) -> dict[str, Any] | None:
+    """Return the table of dependencies; entries that differ from ``other`` are marked."""
+    if not flows.get("matrix"):
+        return None
+    shown = matrix(flows["matrix"], list(held))
+    compared = matrix(other["matrix"]).rows if other and other.get("matrix") else shown.rows
+    rows = []
     for output, kinds in shown.rows.items():
+        before = compared.get(output, kinds)
         cells = []
         for index, kind in enumerate(kinds):
-            before = compared.get(output, kinds)
             changed = index < len(before) and before[index] != kind
-            name = "bad" if kind in {"leaks", "missing"} else "changed" if changed else ""
-            mark = " ≠" if changed else ""
-            cells.append(
-                f'<td class="{name}" title="{LEGEND[kind]}">{UNICODE.flow[kind]}{mark}</td>'
-            )
-        yield f"<tr><th>{escape(output)}</th>{''.join(cells)}</tr>"
-    yield "</tbody></table></div>"
-    legend = [f"{UNICODE.flow[kind].split()[0]} {LEGEND[kind]}" for kind in shown.kinds()]
-    yield f'<p class="soft">{escape("   ".join([*legend, "≠ other than on the other side"]))}</p>'
+            css = "bad" if kind in {"leaks", "missing"} else "changed" if changed else ""
+            mark = f"{UNICODE.flow[kind]}{' ≠' if changed else ''}"
+            cells.append({"mark": mark, "css": css, "title": LEGEND[kind]})
+        rows.append({"name": output, "cells": cells})
+    lines = legend(shown.kinds(), UNICODE.flow)
+    lines += ["≠  differs from the other side"] if other else []
+    return {"inputs": shown.inputs, "rows": rows, "scope": scope(flows), "legend": lines}
 
 
-def _costs(judgement: Judgement, title: str) -> Iterator[str]:
-    ratios = judgement.comparison.costs
-    if not ratios:
-        return
-    old, new = judgement.comparison.old["costs"], judgement.comparison.new["costs"]
-    beyond = {cost: bound for cost, _, bound in judgement.verdict.exceeded}
-    yield f'<h2>Costs{title}</h2><div class="wide"><table><thead><tr><th></th><th>old</th>'
-    yield "<th>new</th><th>new / old</th></tr></thead><tbody>"
-    units = {"compile_time": "s", "run_time": "s", "program_size": "instructions"}
-    for cost, ratio in ratios.items():
-        bad = f" {_BAD} bound {beyond[cost]:g}" if cost in beyond else ""
-        name = escape(cost.replace("_", " "))
-        yield f"<tr><th>{name}, {units.get(cost, '')}</th><td>{old[cost]:.3g}</td>"
-        yield f"<td>{new[cost]:.3g}</td><td>{ratio:.2f}{bad}</td></tr>"
-    yield "</tbody></table></div>"
+# An upgrade.
 
 
-def _notes(judgement: Judgement, title: str) -> Iterator[str]:
-    verdict = judgement.verdict
-    notes = list(judgement.comparison.notes)
+def _of_upgrades(judgements: Sequence[Judgement]) -> dict[str, Any]:
+    several = len(judgements) > 1
+    return {
+        "title": f"{judgements[0].comparison.subject}: upgrade",
+        "upgrades": [
+            _upgrade(judgement, f" ({judgement.new})" if several else "")
+            for judgement in judgements
+        ],
+        "heat": _heat(judgements),
+    }
+
+
+def _upgrade(judgement: Judgement, title: str) -> dict[str, Any]:
+    from bnverify.upgrade.difference import KINDS
+
+    comparison, verdict = judgement.comparison, judgement.verdict
+    failing = {d.kind for d in verdict.failing}
+    counts = {kind: len(comparison.of(kind)) for kind in KINDS}
+    shown = next((d for d in verdict.failing if d.witness), None)
+    sides = comparison.old["influence"], comparison.new["influence"]
+    notes = list(comparison.notes)
     notes += [f"accepted, but no longer occurs: {e.kind}: {e.reason}" for e in verdict.stale]
     notes += [f"expired on {e.expires}: {e.kind}: {e.reason}" for e in verdict.expired]
-    if notes:
-        yield f"<h2>Notes{title}</h2><ul>"
-        yield from (f"<li>{escape(note)}</li>" for note in notes)
-        yield "</ul>"
+    return {
+        "title": title,
+        "name": comparison.subject,
+        "ok": judgement.ok,
+        "sign": _OK if judgement.ok else _BAD,
+        "verdict": judgement.headline(),
+        "old": judgement.old,
+        "new": judgement.new,
+        "moved": judgement.moved(),
+        "classes": [
+            {
+                "name": kind,
+                "count": count,
+                "sign": _BAD if kind in failing else _OK if count else "",
+                "css": "bad" if kind in failing else "" if count else "none",
+            }
+            for kind, count in counts.items()
+        ],
+        "cards": _cards(judgement),
+        "witness": {"what": _named(shown), "script": shown.witness} if shown else None,
+        "influence": [
+            {"name": judgement.old, "table": _influence(sides[0], sides[1])},
+            {"name": judgement.new, "table": _influence(sides[1], sides[0])},
+        ]
+        if any(side.get("matrix") for side in sides)
+        else [],
+        "costs": _costs(judgement),
+        "notes": notes,
+    }
+
+
+def _cards(judgement: Judgement) -> dict[str, Any]:
+    """Return the differences; those that say the same of several leaves share a card.
+
+    Rounding folds: the table of leaves has its numbers.
+    """
+    grouped: dict[tuple[str, str, str, str], list[Difference]] = {}
+    for mark, difference, why in judgement.marked():
+        grouped.setdefault((mark, why, difference.kind, difference.text), []).append(difference)
+    cards = [_card(judgement, mark, why, found) for (mark, why, *_), found in grouped.items()]
+    beyond = [card for card in cards if card["kind"] != "rounding" or card["failing"]]
+    shown = beyond[:_SHOWN]
+    rest = [card for card in cards if card not in shown]
+    count = sum(len(card["leaves"]) or 1 for card in rest)
+    rounding = all(card["kind"] == "rounding" for card in rest)
+    leaves = "1 leaf differs" if count == 1 else f"{count} leaves differ"
+    return {
+        "shown": shown,
+        "rest": rest,
+        "rest_title": f"{leaves} by rounding alone" if rounding else f"and {count} more",
+        "nothing_beyond": not beyond and bool(cards),
+    }
+
+
+def _card(
+    judgement: Judgement, mark: str, why: str, differences: Sequence[Difference]
+) -> dict[str, Any]:
+    first, failing = differences[0], mark == "failing"
+    place, ruler = None, None
+    if failing and len(differences) == 1 and first.kind == "meaning":
+        distance = judgement.comparison.distances.get(first.leaf or "")
+        place = distance.simplest if distance is not None else None
+        ruler = _ruler(first.size, "rounding noise") if first.size else None
+    said = first.explanation
+    return {
+        "kind": first.kind,
+        "failing": failing,
+        "mark": _MARKS[mark],
+        "leaves": [d.leaf for d in differences if d.leaf],
+        "was": f"{place.old:.5g}" if place is not None else "",
+        "now": f"{place.new:.5g}" if place is not None else "",
+        "ruler": ruler,
+        "explanation": said[:1].upper() + said[1:],
+        "text": first.text.removesuffix(f"; {said}") if said else first.text,
+        "why": why,
+    }
+
+
+def _named(difference: Difference) -> str:
+    leaf = difference.leaf
+    if not leaf or difference.text.startswith(leaf):
+        return difference.text
+    return f"{leaf}: {difference.text}"
+
+
+def _costs(judgement: Judgement) -> list[dict[str, str]]:
+    old, new = judgement.comparison.old["costs"], judgement.comparison.new["costs"]
+    beyond = {cost: bound for cost, _, bound in judgement.verdict.exceeded}
+    return [
+        {
+            "name": f"{cost.replace('_', ' ')}, {_UNITS.get(cost, '')}",
+            "old": f"{old[cost]:.3g}",
+            "new": f"{new[cost]:.3g}",
+            "ratio": f"{ratio:.2f}",
+            "bound": f"{_BAD} bound {beyond[cost]:g}" if cost in beyond else "",
+        }
+        for cost, ratio in judgement.comparison.costs.items()
+    ]
+
+
+# The heat map of upgrades: leaves and laws down, releases across, in units of rounding noise.
+
+
+def _heat(judgements: Sequence[Judgement]) -> dict[str, Any] | None:
+    columns = [_sizes(judgement) for judgement in judgements]
+    leaves = list(dict.fromkeys(leaf for column in columns for leaf in column))
+    if not leaves:
+        return None
+    told = [judgement.comparison.new["laws"] for judgement in judgements]
+    laws = list(dict.fromkeys(law for laws in told for law in laws))
+    broken = [law for law in laws if any(_status(each, law) == "violated" for each in told)]
+
+    def row(law: str) -> dict[str, Any]:
+        return {"name": law.replace("_", " "), "cells": [_law_cell(each.get(law)) for each in told]}
+
+    return {
+        "releases": [judgement.new for judgement in judgements],
+        "leaves": [
+            {"name": leaf, "cells": [column.get(leaf, _cell("")) for column in columns]}
+            for leaf in leaves
+        ],
+        "broken": [row(law) for law in broken],
+        "holding": [row(law) for law in laws if law not in broken],
+    }
+
+
+def _cell(text: str, *, bad: bool = False, shade: float = 0.0, title: str = "") -> dict[str, Any]:
+    return {"text": text, "bad": bad, "shade": f"{shade:.2f}", "title": title}
+
+
+def _status(laws: Mapping[str, Any], law: str) -> str:
+    return str(laws[law]["status"]) if law in laws else ""
+
+
+def _law_cell(told: Mapping[str, Any] | None) -> dict[str, Any]:
+    if told is None:
+        return _cell("")
+    status, residual = str(told["status"]), told["residual"]
+    number = f" {residual:.2g}" if isinstance(residual, float) and residual else ""
+    sign = UNICODE.status.get(status, "?")
+    return _cell(f"{sign}{number}", bad=status == "violated", title=status)
+
+
+def _sizes(judgement: Judgement) -> dict[str, dict[str, Any]]:
+    """Return leaf -> its cell."""
+    cells = {}
+    for leaf, distance in judgement.comparison.distances.items():
+        size = distance.worst.size if distance.worst else 0.0
+        cells[leaf] = _size_cell(size) if distance.compared else _cell("?")
+    for difference in judgement.comparison.differences:
+        if difference.leaf and difference.leaf.startswith("init/"):
+            moved = difference.kind == "meaning"
+            cells[difference.leaf] = _cell(_BAD if moved else "~", bad=moved)
+        elif difference.kind in {"structure", "dtype"} and difference.leaf:
+            cells[difference.leaf] = _cell(f"{_BAD} {difference.kind}", bad=True)
+    return cells
+
+
+def _size_cell(size: float) -> dict[str, Any]:
+    if size == 0:
+        return _cell("=")
+    decades = _LARGEST if math.isinf(size) else max(0.0, math.log10(size))
+    shade = 0.06 + (0.5 * min(decades / _LARGEST, 1.0) if size > 1 else 0.0)
+    number = "∞" if math.isinf(size) else f"{size:.2g}"
+    beyond = size > 1
+    return _cell(f"{_BAD} {number}" if beyond else number, bad=beyond, shade=shade)
+
+
+# An audit.
+
+
+def _of_audit(audit: Audit) -> dict[str, Any]:
+    from bnverify.show.audit import reason_of, summary
+
+    rows = [
+        {
+            "name": finding.mutant,
+            "group": finding.family,
+            "bad": not finding.killed and not finding.survives,
+            "verdict": "noticed" if finding.killed else "missed",
+            "what": ", ".join(finding.laws) or finding.refusal or reason_of(finding),
+        }
+        for finding in audit.findings
+    ]
+    ok = not audit.unexplained and not audit.lost
+    return _audit("Faults and the laws that notice them", summary(audit), rows, ok=ok)
+
+
+def _of_tests(audit: TestsAudit) -> dict[str, Any]:
+    from bnverify.show.audit import tests_summary
+
+    rows = [
+        {
+            "name": finding.fault,
+            "group": finding.mistake,
+            "bad": finding.verdict == "missed",
+            "verdict": finding.verdict,
+            "what": finding.sentence,
+        }
+        for finding in audit.findings
+    ]
+    return _audit(audit.command, tests_summary(audit), rows, ok=not audit.of("missed"))
+
+
+def _audit(name: str, verdict: str, rows: list[dict[str, Any]], *, ok: bool) -> dict[str, Any]:
+    sign = _OK if ok else _BAD
+    context = {"title": f"{name}: audit", "name": name, "verdict": verdict, "ok": ok}
+    return {**context, "sign": sign, "rows": rows}

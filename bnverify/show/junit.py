@@ -1,65 +1,61 @@
-"""What an upgrade changed, as JUnit XML: one test case for each class of change."""
+"""Reports as JUnit XML: one test case for each rule."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
-from xml.sax.saxutils import escape, quoteattr
-
-from bnverify.upgrade.difference import KINDS
+from xml.etree import ElementTree as ET
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.show.findings import Finding, Findings
 
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def junit(judgements: Sequence[Judgement]) -> str:
-    """Return the XML text of all judgements, one test suite each."""
-    suites = "".join(_suite(judgement) for judgement in judgements)
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n<testsuites>\n{suites}</testsuites>\n'
+def junit(reports: Sequence[Findings]) -> str:
+    """Return the XML text of some reports, one test suite each."""
+    root = ET.Element("testsuites")
+    for report in reports:
+        _suite(root, report)
+    ET.indent(root)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{ET.tostring(root, encoding="unicode")}\n'
 
 
-def _suite(judgement: Judgement) -> str:
-    name = f"{judgement.comparison.subject} from {judgement.old} to {judgement.new}"
-    cases, failures = [], 0
-    for kind in (*KINDS, "cost"):
-        problems = _problems(judgement, kind)
-        failures += bool(problems)
-        inner = ""
-        if problems:
-            text = "\n\n".join(problems)
-            first = problems[0].splitlines()[0]
-            inner = f"<failure message={_quoted(first)}>{_escaped(text)}</failure>"
-        elif told := [d.text for d in judgement.comparison.differences if d.kind == kind]:
-            inner = f"<system-out>{_escaped(chr(10).join(told))}</system-out>"
-        cases.append(
-            f"    <testcase classname={_quoted(name)} name={_quoted(kind)}>{inner}</testcase>"
-        )
-    return (
-        f'  <testsuite name={_quoted(name)} tests="{len(cases)}" failures="{failures}" '
-        f'errors="0" time="{judgement.seconds:.3f}">\n' + "\n".join(cases) + "\n  </testsuite>\n"
-    )
+def _suite(root: ET.Element, report: Findings) -> None:
+    rules: dict[str, list[Finding]] = {}
+    for finding in report.all:
+        rules.setdefault(finding.rule, []).append(finding)
+    suite = ET.SubElement(root, "testsuite", name=_clean(report.name), errors="0")
+    failures = skipped = 0
+    for rule, found in rules.items():
+        classname = _clean(f"{report.name}.{found[0].group}")
+        case = ET.SubElement(suite, "testcase", classname=classname, name=_clean(rule))
+        failed = [finding for finding in found if finding.outcome == "failed"]
+        if failed:
+            failures += 1
+            failure = ET.SubElement(case, "failure", message=_clean(_line(failed[0])))
+            failure.text = _clean("\n\n".join(map(_told, failed)))
+        elif all(finding.outcome == "skipped" for finding in found):
+            skipped += 1
+            ET.SubElement(case, "skipped", message=_clean(found[0].message))
+        else:
+            ET.SubElement(case, "system-out").text = _clean("\n".join(map(_line, found)))
+    suite.set("tests", str(len(rules)))
+    suite.set("failures", str(failures))
+    suite.set("skipped", str(skipped))
+    suite.set("time", f"{report.seconds:.3f}")
 
 
-def _problems(judgement: Judgement, kind: str) -> list[str]:
-    if kind == "cost":
-        return [
-            f"{cost} is {ratio:.2f} times the old, the bound is {bound:g}"
-            for cost, ratio, bound in judgement.verdict.exceeded
-        ]
-    return [
-        f"{d.leaf or ''} {d.text}".strip() + (f"\n\n{d.witness}" if d.witness else "")
-        for d in judgement.verdict.failing
-        if d.kind == kind
-    ]
+def _line(finding: Finding) -> str:
+    leaf = finding.leaf if finding.leaf not in finding.message else ""
+    return " ".join(f"{leaf} {finding.message}".split())
 
 
-def _escaped(text: str) -> str:
-    return escape(_NO_XML.sub("?", text))
+def _told(finding: Finding) -> str:
+    return "\n".join(filter(None, (finding.claim, _line(finding), finding.details, finding.script)))
 
 
-def _quoted(text: str) -> str:
-    return quoteattr(_NO_XML.sub("?", text))
+def _clean(text: str) -> str:
+    return _NO_XML.sub("?", text)

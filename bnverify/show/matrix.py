@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,12 @@ from bnverify.laws import LAWS
 INPUTS = ("params", "batch_stats", "opt_state", "extra", "x", "y", "lr")
 
 LEGEND = {
-    "shown": "reaches it, as it must: a case shows it",
-    "may": "may reach it",
-    "cannot": "cannot",
-    "kept out": "cannot, as it must",
-    "leaks": "may, and must not",
-    "missing": "cannot, and must",
+    "shown": "a dependency that is required; a case shows it",
+    "may": "may depend on it",
+    "cannot": "no dependency",
+    "kept out": "no dependency, as required",
+    "leaks": "may depend on it, but must not",
+    "missing": "no dependency, but one is required",
 }
 
 
@@ -76,3 +76,9 @@ def scope(influence: Mapping[str, Any]) -> str:
     """Return for which sizes the matrix speaks, in words."""
     claim = "for all values" if influence.get("proved") else "as an example"
     return f"read from the traced step, {claim}, {influence.get('scope', '')}"
+
+
+def legend(kinds: Sequence[str], signs: Mapping[str, str]) -> list[str]:
+    """Return a line for each kind of entry: its sign and what that means."""
+    width = max((len(signs[kind]) for kind in kinds), default=0)
+    return [f"{signs[kind]:<{width}}  {LEGEND[kind]}" for kind in kinds]

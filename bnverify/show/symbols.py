@@ -25,11 +25,13 @@ class Symbols:
         status: status -> its sign.
         flow: what a cell of the influence matrix says -> its sign.
         rule: what a line is drawn with.
+        unicode: whether other text may hold letters beyond ASCII.
     """
 
     status: dict[str, str]
     flow: dict[str, str]
     rule: str
+    unicode: bool
 
 
 UNICODE = Symbols(
@@ -43,6 +45,7 @@ UNICODE = Symbols(
         "missing": "✗ missing",
     },
     rule="─",
+    unicode=True,
 )
 ASCII = Symbols(
     status={"proved": "#", "held": "+", "violated": "X", "untriggered": "?", "exempt": "-"},
@@ -55,9 +58,19 @@ ASCII = Symbols(
         "missing": "X missing",
     },
     rule="-",
+    unicode=False,
 )
 
 
 def symbols(encoding: str) -> Symbols:
     """Return the signs that text in ``encoding`` can carry."""
     return UNICODE if encoding.lower().replace("-", "").startswith("utf") else ASCII
+
+
+_ASCII: dict[int, str] = {ord("±"): "+-", ord("…"): "...", ord("→"): "->", ord("≠"): "!="}
+
+
+def in_ascii(text: str) -> str:
+    """Return text without letters beyond ASCII; those that have no equivalent are escaped."""
+    plain = text.translate(_ASCII)
+    return plain.encode("ascii", "backslashreplace").decode()

@@ -1,66 +1,60 @@
-"""A report in a terminal: 80 columns do, colour only repeats what signs and words say."""
+"""A report as text for a terminal: 80 columns do, and colour only repeats what signs and words say."""
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO, get_args
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from bnverify.evidence import READ_ONLY, Status
 from bnverify.laws import FAMILIES, LAWS
-from bnverify.show.matrix import LEGEND, matrix, scope
-from bnverify.show.symbols import STYLES, Symbols, symbols
+from bnverify.show.matrix import legend, matrix, scope
+from bnverify.show.symbols import STYLES, Symbols, in_ascii, symbols
+from bnverify.show.violations import Group, groups
 
 if TYPE_CHECKING:
-    from bnverify.check import Event, Listener
+    from collections.abc import Sequence
+
     from bnverify.evidence import Evidence, Report
 
+QUIET, NORMAL, VERBOSE = -1, 0, 1
+"""How much is told: the verdict; the families and the violations; every law."""
 
-def show(report: Report, file: TextIO | None = None) -> None:
+ALIKE = 3
+"""So many laws of a family that share a reason are told one by one; more, by their number."""
+
+IN_FULL = 3
+"""So many violations with one cause are told in full, the others by their names."""
+
+
+def show(report: Report, file: TextIO | None = None, verbosity: int = NORMAL) -> None:
     """Print ``report``.
 
     Args:
         report: what to print.
         file: where; None: standard output.
+        verbosity: ``QUIET``, ``NORMAL`` or ``VERBOSE``.
     """
-    Screen(file or sys.stdout).report(report)
+    out = file or sys.stdout
+    out.write(render(report, out, verbosity))
 
 
-@contextmanager
-def progress(name: str) -> Iterator[Listener | None]:
-    """Show on standard error what a check is doing; nothing where that is no terminal.
+def render(report: Report, stream: TextIO | None = None, verbosity: int = NORMAL) -> str:
+    """Return the text of ``report`` for a stream, whose width, colours and encoding count.
 
     Args:
-        name: of the subject.
-
-    Yields:
-        What to give to ``verify`` as its listener.
+        report: what to print.
+        stream: where it is to go; None: a file, 80 columns wide.
+        verbosity: ``QUIET``, ``NORMAL`` or ``VERBOSE``.
     """
-    from bnverify.check import LawJudged, PhaseStarted  # loads jax, which --help does without
-
-    console = Console(stderr=True)
-    if not console.is_terminal or console.is_dumb_terminal:
-        yield None
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(escape(name))
-
-        def listener(event: Event) -> None:
-            if isinstance(event, PhaseStarted):
-                seen = f", {count(event.cases)} cases" if event.cases else ""
-                bar.update(task, description=escape(f"{name}: {event.phase}{seen}"))
-            elif isinstance(event, LawJudged) and event.evidence.status == "violated":
-                bar.console.print(f"violated: {event.evidence.law}", style=STYLES["violated"])
-
-        yield listener
+    return Screen(stream).report(report, verbosity)
 
 
 def count(number: int) -> str:
@@ -73,42 +67,101 @@ def count(number: int) -> str:
 
 
 class Screen:
-    """A place to print reports on.
+    """A place that reports are written for.
 
     Args:
-        file: where.
+        stream: where they are to go; None: a file.
     """
 
-    def __init__(self, file: TextIO) -> None:
-        # No highlighting: colours are for statuses, not for every number.
-        self._console = Console(file=file, highlight=False, markup=False, emoji=False)
-        self._symbols: Symbols = symbols(self._console.encoding)
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._out = io.StringIO()
+        # What a closed pipe raises must reach the command line, so rich writes to memory. No
+        # highlighting: colours are for statuses, not for every number.
+        self._console = Console(
+            file=self._out,
+            force_terminal=stream.isatty() if stream is not None else False,
+            width=None if stream is not None else 80,
+            highlight=False,
+            markup=False,
+            emoji=False,
+        )
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        self._symbols: Symbols = symbols(encoding)
 
-    def report(self, report: Report) -> None:
-        """Print everything: laws by family, influence, violations, notes, the summary."""
-        self._print(f"{report.subject}, profile {report.profile}, seed {report.seed}", style="bold")
-        for family in FAMILIES:
-            results = [evidence for evidence in report.results if evidence.family == family]
-            if not results:
-                continue
+    def report(self, report: Report, verbosity: int) -> str:
+        """Return the verdict first, then the families or the laws, then what is violated."""
+        self._verdict(report, verbosity)
+        if verbosity > QUIET:
             self._print()
-            self._print(family, style="bold")
-            for evidence in results:
-                self._law(evidence)
-        if report.influence:
-            self._influence(report)
-        for evidence in report.violated:
-            self._violation(evidence)
-        for note in report.notes:
-            self._print()
-            self._print(f"note: {note}")
-        self._summary(report)
+            self._families(report) if verbosity < VERBOSE else self._laws(report)
+            if report.influence and (verbosity >= VERBOSE or _flows_matter(report)):
+                self._influence(report)
+            for group in groups(report):
+                self._violations(group)
+            for note in report.notes:
+                self._print()
+                self._print(f"note: {note}")
+        text = self._out.getvalue()
+        return text if self._symbols.unicode else in_ascii(text)
 
     def _print(self, text: str | Text = "", *, style: str = "", indent: int = 0) -> None:
         whole = Text(text, style) if isinstance(text, str) else text
         for line in whole.wrap(self._console, self._console.width - indent) or [Text()]:
             line.rstrip()
             self._console.print(Text(" " * indent) + line)
+
+    def _verdict(self, report: Report, verbosity: int) -> None:
+        unreached = any(evidence.status == "untriggered" for evidence in report.results)
+        style = "bold yellow" if unreached else "bold green"
+        style = style if report.ok else "bold red"
+        self._print(f"{report.subject}: {report.verdict}", style=style)
+        if verbosity <= QUIET:
+            return
+        causes = Counter(each.cause.name for each in report.violated if each.cause is not None)
+        for name, times in causes.most_common(1):
+            total = len(report.violated)
+            explains = f" (explains {times} of {total} violations)" if total > 1 else ""
+            self._print(f"Most likely cause{explains}: {name}")
+        self._print(report.counts)
+        self._print(f"profile {report.profile}, seed {report.seed}", style="dim")
+        if verbosity >= VERBOSE:
+            versions = (f"{name} {version}" for name, version in report.versions.items())
+            self._print(", ".join(versions), style="dim")
+
+    def _families(self, report: Report) -> None:
+        """Print one line for each family: the sign of what matters most, and the counts."""
+        width = max(map(len, FAMILIES))
+        for family in FAMILIES:
+            seen = Counter(each.status for each in report.results if each.family == family)
+            if not seen:
+                continue
+            worst = next(status for status in _BY_WEIGHT if seen[status])
+            line = Text.assemble(
+                (f" {self._symbols.status[worst]} ", STYLES[worst]), f"{family:<{width}}  "
+            )
+            line.append(_counts(seen))
+            self._print(line)
+
+    def _laws(self, report: Report) -> None:
+        for family in FAMILIES:
+            results = [evidence for evidence in report.results if evidence.family == family]
+            if not results:
+                continue
+            self._print(family, style="bold")
+            shared = Counter(each.reason for each in results if each.status == "untriggered")
+            for evidence in results:
+                if evidence.status != "untriggered" or shared[evidence.reason] <= ALIKE:
+                    self._law(evidence)
+            for reason, number in shared.items():
+                if number > ALIKE:
+                    sign = f" {self._symbols.status['untriggered']} {'untriggered':<12}"
+                    line = Text.assemble((sign, STYLES["untriggered"]), f"{number} laws: {reason}")
+                    self._print(line)
+            self._print()
+        seen = {evidence.status for evidence in report.results}
+        for status in (status for status in get_args(Status) if status in seen):
+            sign = self._symbols.status[status]
+            self._print(f" {sign} {status:<12}{_MEANING[status]}", style="dim")
 
     def _law(self, evidence: Evidence) -> None:
         """Print one line, and what the status rests on beside it where that fits, else below."""
@@ -130,7 +183,7 @@ class Screen:
         entries = matrix(flows, held)
         signs = self._symbols.flow
         self._print()
-        self._print("what reaches what", style="bold")
+        self._print("what depends on what", style="bold")
         self._print(scope(report.influence), style="dim", indent=1)
         table = Table(box=None, padding=(0, 1), header_style="")
         table.add_column("")
@@ -139,38 +192,79 @@ class Screen:
         for output, kinds in entries.rows.items():
             table.add_row(output, *(Text(signs[kind], _flow_style(kind)) for kind in kinds))
         self._console.print(table)
-        legend = "   ".join(f"{signs[kind].split()[0]} {LEGEND[kind]}" for kind in entries.kinds())
-        self._print(legend, style="dim", indent=1)
+        for line in legend(entries.kinds(), signs):
+            self._print(line, style="dim", indent=1)
 
-    def _violation(self, evidence: Evidence) -> None:
-        sign = self._symbols.status["violated"]
+    def _violations(self, group: Group) -> None:
+        """Print all that one mistake breaks: the cause once, then each law, then one script."""
+        sign, rule = self._symbols.status["violated"], self._symbols.rule
         self._print()
-        title = f"{self._symbols.rule * 2} {sign} {evidence.law} "
-        self._print(title.ljust(self._console.width, self._symbols.rule), style="bold red")
-        if evidence.law in LAWS:
-            self._print(LAWS[evidence.law].claim)
-        self._print(evidence.reason)
-        if evidence.diagnosis:
-            self._print(f"Usually: {evidence.diagnosis}")
-        if evidence.counterexample:
-            self._print("To see it, paste into Python:")
+        title = f"{rule * 2} {sign} {group.title} "
+        self._print(title.ljust(self._console.width, rule), style="bold red")
+        for evidence in group.violations[:IN_FULL]:
+            self._violation(evidence, named=len(group.violations) > 1)
+        if others := group.violations[IN_FULL:]:
+            self._print(f"Also violated: {', '.join(each.law for each in others)}")
+        if group.cause is not None:
+            self._print()
+            self._print(f"Likely cause: {group.cause.title}.")
+            self._print(Text.assemble(("Fix: ", "bold"), f"{group.cause.fix}."))
+            if group.cause.seen:
+                self._print(f"Seen at {group.cause.seen}", style="dim")
+            if group.cause.others:
+                self._print(f"Other causes: {group.cause.others}", style="dim")
+        elif group.violations[0].diagnosis:
+            self._print(group.violations[0].diagnosis)
+        if group.shown is not None:
+            self._print()
+            self._print(f"To reproduce{group.which}:")
             self._print()
             # Neither wrapped nor indented: it must still run when pasted.
-            self._console.print(Text(evidence.counterexample.script.rstrip()), soft_wrap=True)
+            self._console.print(Text(group.shown.script.rstrip()), soft_wrap=True)
 
-    def _summary(self, report: Report) -> None:
-        suspects = Counter(
-            evidence.diagnosis.split(":")[0] for evidence in report.violated if evidence.diagnosis
-        )
-        versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-        unreached = any(evidence.status == "untriggered" for evidence in report.results)
-        style = "bold yellow" if unreached else "bold green"
-        self._print()
-        self._print(f"{report.subject}: {report.verdict}", style=style if report.ok else "bold red")
-        self._print(report.counts)
-        for mistake, times in suspects.most_common(1):
-            self._print(f"likeliest mistake, by {times} of {len(report.violated)}: {mistake}")
-        self._print(versions, style="dim")
+    def _violation(self, evidence: Evidence, *, named: bool) -> None:
+        indent = 2 if named else 0
+        if named:
+            self._print(evidence.law, style="bold")
+        if evidence.law in LAWS:
+            self._print(LAWS[evidence.law].claim, indent=indent)
+        extent = f", {evidence.extent}" if evidence.extent else ""
+        self._print(f"{evidence.seen}{extent}", style="red", indent=indent)
+        if evidence.line:
+            self._print(f"at {near(evidence.line)}", indent=indent)
+        if evidence.further:
+            self._print(evidence.further, style="dim", indent=indent)
+
+
+_MEANING: dict[Status, str] = {
+    "proved": "for every value, from the traced step alone",
+    "held": "in the cases run; worst: the largest error, in units of the tolerance",
+    "violated": "in at least one case",
+    "untriggered": "no case reached its precondition: never a pass",
+    "exempt": "does not apply to this step",
+}
+
+_BY_WEIGHT: Sequence[Status] = ("violated", "untriggered", "held", "proved", "exempt")
+
+
+def _counts(seen: Counter[Status]) -> str:
+    return ", ".join(f"{seen[status]} {status}" for status in get_args(Status) if seen[status])
+
+
+def _flows_matter(report: Report) -> bool:
+    """Return whether the table of dependencies explains what is violated, or is all there is."""
+    read = any(each.reason == READ_ONLY for each in report.results)
+    asked = "leaves" in report.influence
+    broken = [LAWS[each.law] for each in report.violated if each.law in LAWS]
+    wrong = {"leaks", "missing"} & set(matrix(report.influence["matrix"]).kinds())
+    return read or asked or bool(wrong and any(law.forbids or law.demands for law in broken))
+
+
+def near(line: str) -> str:
+    """Return ``path:line`` with the path as it is found from here."""
+    path, _, number = line.rpartition(":")
+    here = Path.cwd()
+    return f"{os.path.relpath(path)}:{number}" if here in Path(path).parents else line
 
 
 def _rests_on(evidence: Evidence) -> str:

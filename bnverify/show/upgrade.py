@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, TextIO
 
-from bnverify.show.symbols import symbols
+from bnverify.show.symbols import in_ascii, symbols
 from bnverify.upgrade.difference import KINDS
 
 if TYPE_CHECKING:
@@ -24,24 +23,33 @@ EXPLAINED = {
 _SHOWN = 8  # differences of one class; the rest is counted
 
 
-def show(judgement: Judgement, file: TextIO | None = None, encoding: str = "") -> None:
-    """Print what changed and whether it may pass."""
-    out = file or sys.stdout
-    signs = symbols(encoding or getattr(out, "encoding", None) or "utf-8")
-    for line in lines(judgement, ok=signs.status["held"], bad=signs.status["violated"]):
-        print(line, file=out)
+def render(judgement: Judgement, stream: TextIO | None = None, verbosity: int = 0) -> str:
+    """Return what changed and whether it may pass, the verdict first.
+
+    Args:
+        judgement: what to tell.
+        stream: where it is to go, for its encoding; None: a file.
+        verbosity: -1: the verdict alone; 1: with the script that shows the first difference.
+    """
+    signs = symbols(getattr(stream, "encoding", None) or "utf-8")
+    ok, bad = signs.status["held"], signs.status["violated"]
+    told = list(lines(judgement, ok=ok, bad=bad, script=verbosity > 0))
+    text = "\n".join(told[:1] if verbosity < 0 else told) + "\n"
+    return text if signs.unicode else in_ascii(text)
 
 
-def lines(judgement: Judgement, ok: str, bad: str) -> Iterator[str]:
+def lines(judgement: Judgement, ok: str, bad: str, *, script: bool) -> Iterator[str]:
     """Yield the report's lines.
 
     Args:
         judgement: what to tell.
         ok: the sign for what may pass.
         bad: the sign for what may not.
+        script: whether the script that shows the first difference is among them.
     """
     comparison, verdict = judgement.comparison, judgement.verdict
-    yield f"{comparison.subject}: from {judgement.old} to {judgement.new}"
+    yield f"{ok if judgement.ok else bad} {comparison.subject}: {judgement.headline()}"
+    yield f"  from {judgement.old} to {judgement.new}"
     moved = judgement.moved()
     yield "  " + (
         ", ".join(f"{name} {a} -> {b}" for name, (a, b) in moved.items()) or "the same releases"
@@ -78,11 +86,12 @@ def lines(judgement: Judgement, ok: str, bad: str) -> Iterator[str]:
     shown = next((d for d in verdict.failing if d.witness), None)
     if shown is not None and shown.witness:
         yield ""
-        yield f"To see {shown.leaf or 'it'} for yourself, save this and run it on both sides:"
-        yield ""
-        yield shown.witness.rstrip()
-    yield ""
-    yield f"{ok if judgement.ok else bad} {comparison.subject}: {judgement.headline()}"
+        if script:
+            yield f"To see {shown.leaf or 'it'} for yourself, save this and run it on both sides:"
+            yield ""
+            yield shown.witness.rstrip()
+        else:
+            yield f"A script that shows {shown.leaf or 'it'} on both sides: -v, or --format html"
 
 
 def _rounding(judgement: Judgement) -> str:

@@ -11,6 +11,18 @@ import pytest
 if TYPE_CHECKING:
     from bnverify.testing.known_failures import KnownFailure
 
+FAMILIES = (
+    "structure",
+    "influence",
+    "statistics",
+    "update",
+    "evaluation",
+    "metamorphic",
+    "life",
+    "parallel",
+)
+"""Those of ``bnverify.laws``, which takes longer to import than a run that has no suite should."""
+
 STALE = pytest.StashKey[list[str]]()
 ENTRIES = pytest.StashKey["tuple[KnownFailure, ...]"]()
 
@@ -51,6 +63,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "bnverify(law, subject): a test of one law on one subject, by bnverify.suite"
     )
+    for family in FAMILIES:
+        text = f"bnverify_{family}: a test of a law of the family {family!r}, by bnverify.suite"
+        config.addinivalue_line("markers", text)
     config.addinivalue_line("markers", "xdist_group(name): tests for one worker of pytest-xdist")
     config.stash[STALE] = []
     config.stash[ENTRIES] = ()
@@ -165,12 +180,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, Any, Any]:
-    """Show of a violation what it says: its traceback is bnverify's own."""
+    """Show of a violation what it says: its traceback is bnverify's own.
+
+    In the short summary, where the test's name has the law, that is the leaf and the reason.
+    """
     report = yield
     mark = item.get_closest_marker("bnverify")
     if mark is not None and call.excinfo is not None and report.failed:
         from bnverify.evidence import Violation
 
         if isinstance(call.excinfo.value, Violation):
-            report.longrepr = call.excinfo.getrepr(style="value")
+            told: Any = call.excinfo.getrepr(style="value")
+            if told.reprcrash is not None:
+                told.reprcrash.message = call.excinfo.value.evidence.seen
+            report.longrepr = told
     return report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from bnverify.unusable import first_line
 
 if TYPE_CHECKING:
     from bnverify.evidence import Evidence, Report
-    from bnverify.profile import Profile
+    from bnverify.profile import Profile, ProfileName
     from bnverify.target import Target
     from bnverify.testing.memory import Memory
 
@@ -32,13 +31,14 @@ _GROUPS = itertools.count(1)
 
 
 def suite(
-    subject: Target | Callable[[], Target], profile: str | Profile = "ci"
+    subject: Target | Callable[[], Target], profile: ProfileName | Profile = "ci"
 ) -> Callable[..., None]:
     """Return a pytest test, to be assigned to a ``test_*`` name, that is one test for each law.
 
     A law that is proved or held passes. A violated one fails with its reason, its counterexample
     and the likely mistake. One that no case reached, or that does not apply, is skipped with its
     reason: a tick means that something was seen. The check runs once, for all the laws selected.
+    ``-m bnverify_statistics``, or ``-k statistics``, selects a family.
 
     Args:
         subject: the training step, a Lived or a Parallel; or a function that makes it, called
@@ -55,7 +55,15 @@ def suite(
     # With --dist loadgroup, all laws of one suite go to one worker.
     group = pytest.mark.xdist_group(f"bnverify-{next(_GROUPS)}")
     laws = [
-        pytest.param(name, marks=[pytest.mark.bnverify(law=name, subject=check), group], id=name)
+        pytest.param(
+            name,
+            marks=[
+                pytest.mark.bnverify(law=name, subject=check),
+                getattr(pytest.mark, f"bnverify_{law.family}"),
+                group,
+            ],
+            id=name,
+        )
         for name, law in LAWS.items()
         if law.family != "parallel" or isinstance(subject, Parallel)
     ]
@@ -78,7 +86,7 @@ class Settings:
         seed: from which all cases are drawn.
     """
 
-    profile: str | None
+    profile: ProfileName | None
     seed: int
 
     @classmethod
@@ -91,7 +99,7 @@ class Check:
     """One subject and its one report, made when the first law asks for it."""
 
     def __init__(
-        self, subject: Target | Callable[[], Target], profile: str | Profile = "ci"
+        self, subject: Target | Callable[[], Target], profile: ProfileName | Profile = "ci"
     ) -> None:
         self._given = subject
         self._profile = profile
@@ -183,13 +191,12 @@ class Check:
         from bnverify.check import verify
 
         settings = Settings.of(request.config)
-        path = os.path.relpath(request.node.path)
         return verify(
             self.subject,
             settings.profile or self._profile,
             seed=settings.seed,
             select=self._selected(request.session.items),
-            target=f"{path}:{request.node.originalname}",
+            target=f"{request.node.path}:{request.node.originalname}",
         )
 
     def _selected(self, items: Sequence[pytest.Item]) -> list[str]:

@@ -298,7 +298,7 @@ def _laws(old: Recording, new: Recording) -> Iterator[Difference]:
         if then is None or then["status"] not in GOOD or now["status"] != "violated":
             continue
         residual = now["residual"]
-        off = f", off by {residual:.3g} times the error allowed" if residual else ""
+        off = f", the error is {residual:.3g}x the tolerance" if residual else ""
         yield Difference(
             kind="meaning",
             subject=new.manifest["subject"],

@@ -1,6 +1,12 @@
-"""What a project accepts, why, and until when: one file for upgrades and for known failures.
+"""What a project sets and accepts, why, and until when: defaults, upgrades and known failures.
 
 It is `bnverify.toml`, or the table `[tool.bnverify]` of `pyproject.toml`:
+
+    target = "training.py:subject"  # defaults of the command line, which it overrides
+    profile = "quick"
+    select = ["structure", "statistics"]
+    ignore = ["eval_rows_are_independent"]
+    format = ["terminal", "junit=report.xml"]
 
     fail = ["api", "structure", "dtype", "meaning"]  # the default; other classes are only reported
 
@@ -38,6 +44,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from packaging.requirements import InvalidRequirement, Requirement
 
+from bnverify.profile import PROFILES, ProfileName
 from bnverify.unusable import Unusable, cause, did_you_mean
 from bnverify.upgrade.difference import KINDS, Difference, Kind
 
@@ -47,6 +54,7 @@ if TYPE_CHECKING:
 
 FAILING: tuple[Kind, ...] = ("api", "structure", "dtype", "meaning")
 Text = Annotated[str, msgspec.Meta(pattern=r"\S")]  # not empty
+Texts = Text | tuple[Text, ...]
 Ratio = Annotated[float, msgspec.Meta(gt=0, le=1e6)]  # and so finite
 
 
@@ -109,8 +117,13 @@ class Bounds(_Entry, frozen=True, kw_only=True):
 
 
 class Policy(_Entry, frozen=True, kw_only=True):
-    """What fails, what is accepted, and the bounds on costs; the default where no file is found."""
+    """Defaults, what fails, what is accepted, the bounds on costs; empty where no file is found."""
 
+    target: Text | None = None
+    profile: ProfileName | None = None
+    select: Texts = ()
+    ignore: Texts = ()
+    format: Texts = ()
     fail: frozenset[Kind] = frozenset(FAILING)
     accept: tuple[Acceptance, ...] = ()
     bounds: Bounds = Bounds()
@@ -150,6 +163,7 @@ def load(path: Path) -> Policy:
         Unusable: the file is missing or not TOML, or a key or value in it is not allowed.
     """
     table = _table(path)
+    _refuse_unknown(path, table)
     try:
         policy = msgspec.convert({} if table is None else table, Policy)
     except msgspec.ValidationError as error:
@@ -175,6 +189,21 @@ def _table(path: Path) -> Any:
     return tool.get("bnverify") if isinstance(tool, dict) else None
 
 
+def _refuse_unknown(path: Path, table: Any) -> None:
+    """Name every key that means nothing, not only the first."""
+    known = _keys("")
+    unknown = [key for key in table if key not in known] if isinstance(table, dict) else []
+    if not unknown:
+        return
+    named = "; ".join(f"unknown key {key}{did_you_mean(key, known)}" for key in unknown)
+    raise Unusable(f"{path}: {named}; allowed are {', '.join(known)}")
+
+
+def _keys(name: str) -> list[str]:
+    """Return the keys that a table allows; "" is the whole."""
+    return [field.encode_name for field in msgspec.structs.fields(_TABLES[name])]
+
+
 def _explained(error: str, table: Any) -> str:
     """Return what is wrong with a table: the key, the value, what is allowed.
 
@@ -189,7 +218,7 @@ def _explained(error: str, table: Any) -> str:
         name = f"{key}.{field[2]}" if key else field[2]
         if field[1] == "missing required":
             return f"{name} is missing"
-        known = [f.encode_name for f in msgspec.structs.fields(_TABLES[re.split(r"\W", key)[0]])]
+        known = _keys(re.split(r"\W", key)[0])
         hint = did_you_mean(field[2], known)
         return f"unknown key {name}; allowed are {', '.join(known)}{hint}"
     value = table
@@ -197,7 +226,8 @@ def _explained(error: str, table: Any) -> str:
         value = value[name] if name else value[int(index)]
     for words, plainer in _PLAINER.items():
         wrong = wrong.replace(words, plainer)
-    kinds = f", not one of {', '.join(KINDS)}" if "enum" in wrong else ""
+    allowed = PROFILES if key == "profile" else KINDS
+    kinds = f", not one of {', '.join(allowed)}" if "enum" in wrong else ""
     return f"{key or 'tool.bnverify'} = {str(value)!r:.80} is not allowed: {wrong}{kinds}"
 
 
@@ -209,6 +239,7 @@ _TABLES: dict[str, type[msgspec.Struct]] = {
 }
 _PLAINER = {
     " | null`": "`",
+    "`str | array`": "text, or a list of texts",
     "Invalid RFC3339 encoded date": "it is not a date, as 2027-01-31",
     "`date`": "a date, as 2027-01-31",
     "Expected `str` matching regex '\\\\S'": "the text is empty",

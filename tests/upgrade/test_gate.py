@@ -173,9 +173,10 @@ def judgement(tmp_path_factory):
 
 def test_junit_is_xml_whatever_a_leaf_is_called(judgement):
     """One case for each class; the failing one has its text and witness."""
+    from bnverify.show.findings import findings
     from bnverify.show.junit import junit
 
-    root = ET.fromstring(junit([judgement]))  # noqa: S314 - our own output
+    root = ET.fromstring(junit([findings(judgement)]))  # noqa: S314 - our own output
     (suite,) = root
     assert (suite.get("tests"), suite.get("failures")) == ("7", "1")
     (failure,) = suite.iter("failure")
@@ -184,13 +185,15 @@ def test_junit_is_xml_whatever_a_leaf_is_called(judgement):
 
 def test_github_commands_are_one_line_each(judgement):
     """A leaf or a message with line breaks or colons injects no command of its own."""
+    from bnverify.show.findings import findings
     from bnverify.show.github import messages, summary
 
-    lines = messages([judgement]).splitlines()
+    found = [findings(judgement)]
+    lines = messages(found).splitlines()
     assert len(lines) == 2
     assert all(line.startswith("::error title=") for line in lines)
     assert "%0A" in lines[0]
-    page = summary([judgement])
+    page = summary(found)
     assert "<script>" not in page.split("````")[0]
 
 

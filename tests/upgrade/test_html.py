@@ -11,6 +11,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from bnverify.case import Case
+from bnverify.evidence import Counterexample, Evidence, Report
+from bnverify.laws.mismatch import Mismatch
 from bnverify.show.html import page
 from bnverify.upgrade.compare import Comparison
 from bnverify.upgrade.difference import Difference
@@ -103,7 +106,7 @@ def test_the_verdict_comes_first_and_all_parts_are_there(text):
         "not accepted",
         "What changed",
         "Leaves and laws",
-        "What reaches what",
+        "What depends on what",
         "See it",
         "Costs",
     ]
@@ -125,6 +128,46 @@ def test_a_page_without_differences_says_so():
     made = judge(same, Policy(), old="a", new="b")
     assert "nothing changed, to the last bit" in page([made])
     assert page([made, made]).count("<thead>") >= 1
+
+
+def test_a_green_page_explains_itself():
+    """Where all that differs is rounding, that is said, and nothing reads like a failure."""
+    found = (Difference(kind="rounding", subject="s", leaf="loss", size=0.5, text="differs"),)
+    same = Comparison("s", manifest("1"), manifest("2"), found, {}, {})
+    made = page([judge(same, Policy(), old="a", new="b")])
+    assert "No value, shape or dtype differs beyond rounding." in made
+    assert "1 leaf differs by rounding alone" in made
+    assert "✗ 0.5" not in made
+
+
+def test_the_page_of_a_check_has_all_of_the_report_and_loads_nothing():
+    """Cause, fix, values, script, every law with its residual; hostile names are text."""
+    law = "variance_is_never_negative"
+    found = Evidence.of(
+        law,
+        "violated",
+        cases=12,
+        residual=3e9,
+        reason="it is",
+        counterexample=Counterexample(law, Case.of(0, [[1.0]], [0.0], 0.1), f"{HOSTILE}.py:x"),
+        diagnosis="slip: it is <wrong>. Fix: do it right. Or else.",
+        mismatch=Mismatch(HOSTILE, (0,), -0.25, 0.0, 1e-7),
+        failed=7,
+    )
+    held = Evidence.of("momentum_is_as_declared", "held", cases=5, residual=0.25)
+    report = Report("<my step>", "quick", 0, (found, held), 12, 0.1, {"jax": "1"}, MATRIX, ("<b>",))
+    made = page([report])
+    reader = Reader()
+    reader.feed(made)
+    assert reader.open == []
+    assert not {tag for tag, _ in reader.seen} & {"script", "img", "link", "iframe", "a", "b>"}
+    for part in ("it is <wrong>.", "do it right.", HOSTILE, "-0.25", "in 7 of 12 cases", "<b>"):
+        assert html.escape(part).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in made
+    assert "0.25 times the tolerance" in made
+    assert held.law in made
+    frame = report._repr_html_()
+    assert frame.startswith("<iframe")
+    assert "<script" not in frame
 
 
 @pytest.mark.nightly

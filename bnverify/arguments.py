@@ -1,0 +1,171 @@
+"""What several commands take on the command line, and what a project's file says instead.
+
+Reads no file and loads nothing heavy until a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bnverify import deadline, target
+from bnverify.profile import PROFILES
+from bnverify.show.formats import FORMATS, Output, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bnverify.upgrade.policy import Policy
+
+
+# Values.
+
+
+def whole(text: str) -> int:
+    """Return a whole number of at least 0."""
+    number = int(text) if text.strip().lstrip("+-").isdecimal() else -1
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
+    return number
+
+
+def seconds(text: str) -> float:
+    """Return a number of seconds, more than 0; "inf" is no limit."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0 seconds, got {text!r}")
+    return number
+
+
+def names(given: Sequence[str] | str) -> list[str]:
+    """Return the names in options that may be given again and hold several, joined by commas."""
+    texts = [given] if isinstance(given, str) else given
+    return [name.strip() for text in texts for name in text.split(",") if name.strip()]
+
+
+# Options.
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Add the step that a command is about."""
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        nargs="?",
+        help="package.module:name or path/file.py:name of a Subject, a function that makes one, or "
+        "a function of (seed, x_batch, y_batch, lr); default: bnverify's own reference step",
+    )
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """Add how much to do."""
+    parser.add_argument("--profile", choices=list(PROFILES), help="how much to do; default: ci")
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Add the seed."""
+    parser.add_argument(
+        "--seed", metavar="N", type=whole, default=0, help="the seed of all cases; default: 0"
+    )
+
+
+def add_time_limit(parser: argparse.ArgumentParser, default: float, what: str) -> None:
+    """Add a limit in seconds."""
+    parser.add_argument(
+        "--time-limit",
+        metavar="S",
+        type=seconds,
+        default=default,
+        help=f"seconds that {what} may take; default: {default:g}",
+    )
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """Add what the report looks like and where it goes."""
+    parser.add_argument(
+        "--format",
+        metavar="FORMAT[=FILE]",
+        action="append",
+        default=[],
+        help=f"{', '.join(FORMATS)}; default: terminal; several: the option again, each with a FILE",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="write the report to FILE, not to standard output"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the report to FILE as JSON too; - is standard output"
+    )
+    more = parser.add_mutually_exclusive_group()
+    more.add_argument(
+        "-v", "--verbose", action="store_true", help="tell of everything, not only of what is wrong"
+    )
+    more.add_argument("-q", "--quiet", action="store_true", help="tell the verdict alone")
+
+
+# What they come to.
+
+
+def settle(args: argparse.Namespace, *, file: str | None = None) -> Policy:
+    """Return the project's file, and put its defaults where the command line says nothing.
+
+    Args:
+        args: changed in place.
+        file: which file; None: the current directory's bnverify.toml or pyproject.toml, if any.
+
+    Raises:
+        Unusable: the file cannot be used.
+    """
+    from bnverify.upgrade import policy
+
+    found = policy.load(Path(file)) if file else policy.find(Path.cwd())
+    if hasattr(args, "target") and args.target is None:
+        args.target = found.target or target.REFERENCE
+    if hasattr(args, "profile") and args.profile is None:
+        args.profile = found.profile or "ci"
+    for name in ("select", "ignore", "format"):
+        if not getattr(args, name, True):
+            setattr(args, name, names(getattr(found, name)))
+    return found
+
+
+def outputs(args: argparse.Namespace) -> list[Output]:
+    """Return where the report goes in which format.
+
+    Raises:
+        Unusable: a format is unknown, a file cannot be written, or two are for standard output.
+    """
+    return parse(args.format, output=args.output, json=args.json)
+
+
+def verbosity(args: argparse.Namespace) -> int:
+    """Return how much is told, as the renderers take it."""
+    return int(args.verbose) - int(args.quiet)
+
+
+@contextmanager
+def lines(args: argparse.Namespace) -> Iterator[Callable[[str], None]]:
+    """Yield what to tell of progress: one line on standard error, rewritten where it is a terminal."""
+    terminal = sys.stderr.isatty()
+
+    def tell(doing: str) -> None:
+        if not getattr(args, "quiet", False):
+            sys.stderr.write(f"\r\033[K{doing} ..." if terminal else f"{doing}\n")
+            sys.stderr.flush()
+
+    try:
+        yield tell
+    finally:
+        if terminal:
+            sys.stderr.write("\r\033[K")
+
+
+TIME_LIMIT = deadline.DEFAULT
+"""Seconds for importing a target, or for one call of its Python code."""

@@ -1,0 +1,244 @@
+"""Where an observed step breaks a law: which leaf and entry, what it was, what it should have been.
+
+A law gives one number for each case. To say more about one case the law is judged on it once again
+while ``watching``: every comparison that it makes (``residual`` in ``bnverify.laws.arithmetic``) then
+leaves its worst entry here. Leaves are known by identity, so laws need not name what they compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bnverify.lazy import jax
+from bnverify.pytree import path_name
+from bnverify.transition import Transition
+
+RUNS = {
+    "before": "before the step",
+    "after_eval": "after evaluation",
+    "again": "when repeated",
+    "eager": "without jit",
+    "stacked": "under vmap",
+    "solution": "from the one-call function",
+    "other_statistics": "with other running statistics",
+    "zero_statistics": "with running statistics of 0",
+    "huge_statistics": "with huge running statistics",
+    "own_statistics": "with the batch's own moments as running statistics",
+    "other_params": "with other params",
+    "other_inputs": "with another x",
+    "other_targets": "with another y",
+    "reversed_targets": "with y reversed",
+    "zero_lr": "with lr = 0",
+    "reversed_rows": "with the rows reversed",
+    "doubled_batch": "with every row repeated",
+    "shifted_bias": "with a shifted bias",
+    "second_step": "after a second step",
+}
+"""Which run of the step a value comes from, in words."""
+
+
+EXACT = 2.0**-30
+"""A tolerance is none where it is so small beside a float32: it stands for a flush to zero."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The entry at which a case breaks a law most.
+
+    Attributes:
+        leaf: the path of the leaf, ``batch_stats/BatchNorm_0/mean``; empty for a number of no leaf.
+        index: of the entry in the leaf; empty where the leaf is a single number.
+        got: its value.
+        expected: what it should be.
+        tolerance: how far from that it may be.
+        quantity: what was derived from the leaf, such as its momentum; empty: its own value.
+        run: which run of the step it comes from, a key of ``RUNS``; empty: the observed step.
+    """
+
+    leaf: str
+    index: tuple[int, ...]
+    got: float
+    expected: float
+    tolerance: float
+    quantity: str = ""
+    run: str = ""
+
+    @property
+    def where(self) -> str:
+        """The leaf and the entry: ``batch_stats/BatchNorm_0/mean[3]``."""
+        entry = f"[{', '.join(map(str, self.index))}]" if self.index else ""
+        place = f"{self.leaf}{entry}"
+        return " of ".join(filter(None, (self.quantity, place))) or "a value"
+
+    def __str__(self) -> str:
+        """Return the place, what it was, what it should be and by how much that is too far."""
+        got, expected = _told_apart(self.got, self.expected)
+        run = f" {RUNS.get(self.run, self.run)}" if self.run else ""
+        if not math.isfinite(self.expected):
+            return f"{self.where}: got {got}{run}, expected a finite value"
+        if self.tolerance <= abs(self.expected) * EXACT:
+            return f"{self.where}: got {got}{run}, expected exactly {expected}"
+        text = f"{self.where}: got {got}{run}, expected {expected} ± {self.tolerance:.2g}"
+        times = abs(self.got - self.expected) / self.tolerance
+        return f"{text} ({factor(times)} the tolerance)" if math.isfinite(times) else text
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as data for JSON, where numbers that are not finite are text."""
+        data = {**vars(self), "index": list(self.index)}
+        for name in ("got", "expected", "tolerance"):
+            if not math.isfinite(data[name]):
+                data[name] = str(data[name])
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Mismatch:
+        """Return the mismatch that ``to_json`` wrote."""
+        numbers = {name: float(data[name]) for name in ("got", "expected", "tolerance")}
+        return cls(**{**data, **numbers, "index": tuple(data["index"])})
+
+
+def factor(times: float) -> str:
+    """Return how many times, as read aloud: 3.2x, 142,000x, 1.7e+34x."""
+    if times < 9.95 or times >= 1e6:
+        return f"{times:.2g}x"
+    return f"{float(f'{times:.3g}'):,.0f}x"
+
+
+def _told_apart(one: float, other: float) -> tuple[str, str]:
+    """Return two numbers with as few digits as tell them apart."""
+    for digits in (4, 6, 9, 12, 17):
+        shown = f"{one:.{digits}g}", f"{other:.{digits}g}"
+        if shown[0] != shown[1] or one == other:
+            return shown
+    return shown
+
+
+class Watch:
+    """Keeps the worst entry of all the comparisons that a law makes about one case.
+
+    Args:
+        t: a stacked transition of a single case, whose leaves are known by name.
+
+    Attributes:
+        worst: the worst entry so far; None where nothing was too far off.
+        row: the leaves that are being compared, where whole trees are.
+        comparable: whether all that was to be compared could be.
+    """
+
+    def __init__(self, t: Transition) -> None:
+        self.worst: Mismatch | None = None
+        self.row: tuple[Any, ...] = ()
+        self.comparable = True
+        self._ratio = 1.0
+        self._known: dict[int, tuple[str, str]] = {}
+        self._kept = t  # an identity is one only as long as its object lives
+        for run, part in _parts(t):
+            for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]:
+                self._known.setdefault(id(leaf), (path_name(path), run))
+
+    def see(self, compared: Any, ratio: Any, values: tuple[Any, Any, Any], quantity: str) -> None:
+        """Take one comparison.
+
+        Args:
+            compared: the array whose name says what is compared.
+            ratio: the errors over the tolerance, (1, ...).
+            values: got, expected and tolerance, each broadcastable to ``ratio``.
+            quantity: see :class:`Mismatch`.
+        """
+        if ratio.size == 0 or not ratio.max() > self._ratio:
+            return
+        got, expected, tolerance = (np.broadcast_to(value, ratio.shape) for value in values)
+        place = int(np.argmax(ratio))
+        if np.isinf(ratio.max()):  # of entries without any tolerance, the one that is furthest off
+            with np.errstate(all="ignore"):
+                apart = np.where(np.isinf(ratio), np.abs(got - expected), -1.0)
+            place = int(np.argmax(np.nan_to_num(apart, nan=np.inf)))
+        index = tuple(int(i) for i in np.unravel_index(place, ratio.shape))
+        leaf, run = self._name(compared)
+        self._ratio = float(ratio.max())
+        self.worst = Mismatch(
+            leaf,
+            index[1:] if ratio[0].size > 1 else (),
+            float(got[index]),
+            float(expected[index]),
+            float(tolerance[index]),
+            quantity,
+            "" if quantity else run,
+        )
+
+    def _name(self, compared: Any) -> tuple[str, str]:
+        for leaf in (compared, *self.row):
+            if id(leaf) in self._known:
+                return self._known[id(leaf)]
+        return "", ""
+
+
+_WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+def watch() -> Watch | None:
+    """Return who is told of comparisons at the moment; None where nobody is."""
+    return _WATCH.get()
+
+
+@contextmanager
+def watching(t: Transition) -> Iterator[Watch]:
+    """Keep the worst entry of every comparison made within this context.
+
+    Args:
+        t: a stacked transition of a single case.
+    """
+    told = Watch(t)
+    token = _WATCH.set(told)
+    try:
+        yield told
+    finally:
+        _WATCH.reset(token)
+
+
+def not_finite(t: Transition) -> Mismatch | None:
+    """Return the first value of a single case's outcome that is not finite; None where all are."""
+    watch = Watch(t)
+    for run, part in _parts(t):
+        if run:
+            continue
+        for leaf in jax.tree_util.tree_leaves(part):
+            bad = np.where(np.isfinite(np.asarray(leaf, np.float64)), 0.0, np.inf)
+            watch.see(leaf, bad, (np.asarray(leaf, np.float64), np.nan, 0.0), "")
+        if watch.worst is not None:
+            return replace(watch.worst, expected=math.nan)
+    return None
+
+
+def _parts(t: Transition) -> Iterator[tuple[str, Any]]:
+    """Yield run, "" for the observed step, and what it gave, named as the influence names it."""
+    yield "", _state(t.after)
+    yield "", {**_fields(t.info), "eval_loss": t.eval_loss}
+    yield "before", _state(t.before)
+    for run, outcome in t.reruns.items():
+        yield run, {**_state(outcome.state), **_fields(outcome.info)}
+    for run, loss in t.evals.items():
+        yield run, {"eval_loss": loss}
+    for run in ("again", "eager", "stacked"):
+        if (seen := t.facts.get(run)) is not None:
+            yield run, {**_state(seen.state), **_fields(seen.info), "eval_loss": seen.eval_loss}
+    if "after_eval" in t.facts:
+        yield "after_eval", _state(t.facts["after_eval"])
+    if (seen := t.facts.get("solution")) is not None:
+        yield "solution", {"eval_loss": seen.whole}
+        yield "solution", {"eval_loss": seen.fractional}
+
+
+def _state(state: Any) -> dict[str, Any]:
+    return dict(zip(state._fields, state, strict=True))
+
+
+def _fields(info: Any) -> dict[str, Any]:
+    return {name: value for name, value in _state(info).items() if value is not None}

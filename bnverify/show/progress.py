@@ -1,0 +1,100 @@
+"""What a check is doing, on standard error: a bar on a terminal, one line a phase elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from bnverify.show.symbols import STYLES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from bnverify.check import Event, Listener, PhaseStarted
+
+SILENCE = 20.0
+"""Seconds after which a phase that goes on says so, where no bar shows it."""
+
+
+@contextmanager
+def progress(name: str) -> Iterator[Listener]:
+    """Show what a check of a subject is doing.
+
+    Args:
+        name: of the subject.
+
+    Yields:
+        What to give to ``verify`` as its listener.
+    """
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield _Told(lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True)).listen
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(escape(name), total=1.0)
+
+        def doing(phase: str, done: float) -> None:
+            bar.update(task, description=escape(f"{name}: {phase}"), completed=done)
+
+        def line(text: str) -> None:
+            style = STYLES["violated"] if text.startswith("violated") else ""
+            bar.console.print(text, style=style, markup=False)
+
+        yield _Told(line, doing).listen
+
+
+class _Told:
+    """Turns the events of a check into lines, and into how far it has come.
+
+    Args:
+        line: prints one.
+        doing: shows the phase and the part that is done, of 1; None: that is a line, too.
+    """
+
+    def __init__(
+        self, line: Callable[[str], None], doing: Callable[[str, float], None] | None = None
+    ) -> None:
+        self._line, self._doing = line, doing
+        self._phase, self._told = "", time.monotonic()
+        self._proved: int | None = 0
+        self._violated: set[str] = set()
+
+    def listen(self, event: Event) -> None:
+        """Take one event."""
+        from bnverify.check import LawJudged, PhaseStarted  # loads jax, which --help does without
+
+        if isinstance(event, PhaseStarted):
+            self._start(event)
+        elif isinstance(event, LawJudged):
+            evidence = event.evidence
+            if evidence.status == "proved" and self._proved is not None:
+                self._proved += 1
+            elif evidence.status == "violated" and evidence.law not in self._violated:
+                self._violated.add(evidence.law)
+                self._line(f"violated: {evidence.law}: {evidence.seen}")
+
+    def _start(self, event: PhaseStarted) -> None:
+        if self._proved and event.phase != self._phase:
+            self._line(
+                f"{self._proved} {'law' if self._proved == 1 else 'laws'} proved from the trace"
+            )
+            self._proved = None
+        seen = f", {event.cases:,} cases so far" if event.cases else ""
+        if self._doing is not None:
+            self._doing(f"{event.phase}{seen}", event.done)
+        elif event.phase != self._phase or time.monotonic() - self._told > SILENCE:
+            self._line(f"{event.done:4.0%} {event.phase}{seen}")
+            self._told = time.monotonic()
+        self._phase = event.phase
