@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from bnverify import compile_cache, deadline, proof
 from bnverify.case import Case
+from bnverify.clues import tree_clues
 from bnverify.diagnose import diagnosed
 from bnverify.evidence import Counterexample, Evidence, Report, Violation
 from bnverify.laws import FAMILIES, LAWS, STEP_LAWS, Law
@@ -226,15 +227,16 @@ class Check:
             names = [name for name in self._chosen if LAWS[name].family == family]
             if names:
                 self._check_beyond(found, family, names, seed)
+        influence = _matrix(self._reading) if self._laws else {}
         report = Report(
             subject=self._what.name,
             profile=self._plan.name,
             seed=seed,
-            results=tuple(diagnosed([found.known[name] for name in self._chosen])),
+            results=tuple(diagnosed([found.known[name] for name in self._chosen], influence)),
             cases=found.cases,
             seconds=time.perf_counter() - started,
             versions=versions(),
-            influence=_matrix(self._reading) if self._laws else {},
+            influence=influence,
             notes=tuple(found.notes),
         )
         tell(Finished(report))
@@ -255,8 +257,9 @@ class Check:
             run: Run = runner.run(seed, found.phase, fail_fast=found.fail_fast)
             found.cases += run.cases
             found.notes += run.notes
-            for evidence in run.evidence(self._target):
-                found.settle(self._explained(evidence))
+            results = [self._explained(evidence) for evidence in run.evidence(self._target)]
+            for evidence in _with_clues(results, runner, seed, found):
+                found.settle(evidence)
 
     def _check_beyond(self, found: _Found, family: str, names: list[str], seed: int) -> None:
         """Check the laws of the life of a state, or of many devices."""
@@ -446,12 +449,23 @@ def _without_running(
             evidence = proof.judge_structure(law, reading)
             if evidence.status == "violated":
                 shows = Counterexample(law.name, target=target)
-                evidence = replace(evidence, counterexample=shows)
+                clues = tree_clues(abstract) if abstract is not None else {}
+                evidence = replace(evidence, counterexample=shows, clues=clues)
             yield evidence
         else:
             proved = proof.prove_influence(law, reading)
             if proved is not None:
                 yield proved
+
+
+def _with_clues(results: list[Evidence], runner: Runner, seed: int, found: _Found) -> list[Evidence]:
+    """Return ``results``, those of broken laws with what the numbers of their cases say."""
+    broken = [each for each in results if each.status == "violated"]
+    if not broken:
+        return results
+    found.phase("reading the numbers of the violations")
+    known = runner.clues(broken, seed)
+    return [replace(each, clues=known) if each in broken else each for each in results]
 
 
 def _matrix(reading: proof.Reading) -> Mapping[str, Any]:

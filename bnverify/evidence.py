@@ -123,6 +123,7 @@ class Evidence:
         diagnosis: the likely mistake and how to fix it.
         shape: (N, D) of the counterexample; None where any case shows it.
         example: the case that shows what some case must, as an expression to be pasted.
+        clues: what the numbers of violating cases say, see ``bnverify.clues``; as JSON holds it.
     """
 
     law: str
@@ -135,6 +136,7 @@ class Evidence:
     diagnosis: str | None = None
     shape: tuple[int, int] | None = None
     example: str | None = None
+    clues: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, law: str, status: Status, **known: Any) -> Evidence:

@@ -9,7 +9,7 @@ import numpy as np
 
 from bnverify.case import Case
 from bnverify.jaxpr.rounding import Rounding, rounding
-from bnverify.jaxpr.slope import directional_derivative
+from bnverify.jaxpr.slope import Slope, directional_derivative
 from bnverify.jaxpr.tracing import Abstract, Tracer, as_function
 from bnverify.laws import Law
 from bnverify.laws.arithmetic import wide
@@ -87,6 +87,26 @@ class RoundingBounds:
         slope = directional_derivative(reading.program, args, direction, at, around, place)
         stacked = jax.tree_util.tree_map(lambda leaf: leaf[None], direction)
         return known._replace(direction=stacked, slope=slope)
+
+    def slopes(self, before: State, case: Case, directions: Iterable[Tree]) -> list[Slope]:
+        """Return the slope of the reported loss along each of some directions.
+
+        Args:
+            before: stacked states.
+            case: stacked cases.
+            directions: trees like the params of one case.
+
+        Raises:
+            LookupError: the step reports no loss.
+        """
+        reading = self._rounding(before, case, with_inputs=False)
+        (exact, _), (noise, _) = reading.evaluate(before, case.x, case.y, case.lr)
+        place = _place(reading.program.out[0].info.loss, reading.program.out)
+        if place is None:
+            raise LookupError("the step reports no loss")
+        args = before.params, (*before[1:], case.x, case.y, case.lr)
+        known = exact.info.loss, noise.info.loss, place
+        return [directional_derivative(reading.program, args, d, *known) for d in directions]
 
     def _rounding(self, before: State, case: Case, *, with_inputs: bool) -> Rounding:
         single = jax.tree_util.tree_map(

@@ -113,14 +113,15 @@ def _report(parts: Sequence[Part]) -> Report:
     notes = dict.fromkeys(note for report in reports for note in report.notes)
     return replace(
         reports[0],
-        # The likeliest mistake is the one that explains most of what is broken, in all shards. Laws
-        # beyond one step know theirs by themselves.
+        # A mistake is recognised by what is broken in all shards. Laws beyond one step know theirs by
+        # themselves.
         results=tuple(
             diagnosed(
                 [
                     replace(each, diagnosis=None) if each.law in STEP_LAWS else each
                     for each in results
-                ]
+                ],
+                influence,
             )
         ),
         cases=max(report.cases for report in reports),  # they draw the same ones

@@ -325,14 +325,20 @@ def _row_losses(calls: CompiledSubject, state: State, case: Case) -> Any:
     return np.stack(rows, axis=-2)
 
 
-def _facts(
-    calls: CompiledSubject, case: Case, before: State, actual: Outcome, wanted: Collection[str]
-) -> dict[str, Any]:
-    subject, shape = calls.subject, case.shape
+def optimizer_update(calls: CompiledSubject, case: Case, grads: Tree, before: State) -> State:
+    """Return what the subject's optimizer makes of some gradients, in the states ``before``.
+
+    Args:
+        calls: the subject's functions; its optimizer is known.
+        case: stacked cases, of which the learning rates count.
+        grads: stacked, likewise.
+        before: of which the params and the optimizer's state count.
+    """
+    optimizer = calls.subject.optimizer
+    assert optimizer is not None
 
     def expected_update(lr: Any, grads: Tree, before: State) -> State:
-        assert subject.optimizer is not None
-        tx = subject.optimizer(lr)
+        tx = optimizer(lr)
         # Without leaves the step's state may still have other containers: only the update counts.
         has_state = jax.tree_util.tree_leaves(before.opt_state)
         state = before.opt_state if has_state else tx.init(before.params)
@@ -340,9 +346,19 @@ def _facts(
         params = jax.tree_util.tree_map(jnp.add, before.params, updates)
         return State(params, None, opt_state)
 
+    updated: State = calls.call(
+        "expected_update", expected_update, case.shape, case.lr, grads, before
+    )
+    return updated
+
+
+def _facts(
+    calls: CompiledSubject, case: Case, before: State, actual: Outcome, wanted: Collection[str]
+) -> dict[str, Any]:
+    subject, shape = calls.subject, case.shape
     facts: dict[str, Any] = {}
     if "expected_update" in wanted and subject.optimizer is not None:
-        update = partial(calls.call, "expected_update", expected_update, shape, case.lr)
+        update = partial(optimizer_update, calls, case)
         grads, given = actual.info.grads, State(before.params, None, before.opt_state)
         # An optimizer that takes no such gradients or state has no update to follow.
         try:

@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from bnverify import shrink
 from bnverify.case import Case, Domain
+from bnverify.clues import Clues, clues, general_cases
 from bnverify.evidence import Counterexample, Evidence, Status
 from bnverify.jaxpr.arithmetic import numbers, operations
 from bnverify.jaxpr.tracing import Tracer
-from bnverify.judge import READ_NEEDS, Judge, judged
+from bnverify.judge import READ_NEEDS, Judge, RoundingBounds, judged
 from bnverify.laws import Law
 from bnverify.observe import (
     FEW_ROWS,
@@ -60,6 +61,10 @@ NUMBERS = 2e6
 
 FEWEST = 10
 """Cases of a shape, however few a stack of a large model holds."""
+
+
+MOST_READ = 3
+"""Of how many counterexamples the numbers are read."""
 
 
 @dataclass
@@ -329,6 +334,25 @@ class Runner:
             self.singly(stack([case]), [law], judge).get(law.name, np.full(1, -1.0))[0] > 1
             for judge in judges
         )
+
+    def clues(self, broken: Collection[Evidence], seed: int) -> Clues:
+        """Return what the numbers say of a step that breaks some laws.
+
+        Read are two general cases and the counterexamples, the smallest of each shape, in programs that
+        are compiled already.
+
+        Args:
+            broken: the evidence of the broken laws.
+            seed: of the run, which chose the shapes.
+        """
+        shown: dict[Shape, Case] = {}
+        for each in broken:
+            if each.counterexample is not None and each.counterexample.case is not None:
+                shown.setdefault(each.counterexample.case.shape, each.counterexample.case)
+        shape = [*self.tiny(), *self.further(seed)[0]][-1]
+        cases = [*general_cases(shape), *list(shown.values())[:MOST_READ]]
+        calls = self._batched if self.stacks else self.single
+        return clues(calls, RoundingBounds(self._tracer), cases, [each.law for each in broken])
 
     def refused(self) -> Mapping[str, str]:
         """Return name of a fact that no run could observe -> what was raised."""

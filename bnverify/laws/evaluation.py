@@ -37,7 +37,12 @@ NUDGED = tuple(f"nudged_statistics_{pattern}" for pattern in range(NUDGES))
 @law(
     "evaluation",
     needs=("noise",),
-    mistakes=("division_by_zero_variance", "statistics_overflow"),
+    mistakes=(
+        "division_by_zero_variance",
+        "statistics_overflow",
+        "statistics_trained_as_params",
+        "wrong_moments",
+    ),
     source="bnverify.reference; limits: bnverify.case.Domain",
 )
 def eval_loss_is_finite(t: Transition) -> Any:
@@ -58,7 +63,7 @@ def eval_loss_is_finite(t: Transition) -> Any:
     needs=("after_eval",),
     requires=("after_eval",),
     hands_on=tuple((f"eval_{tree}", tree) for tree in State._fields),
-    mistakes=("eval_in_train_mode",),
+    mistakes=("eval_in_train_mode", "new_statistics_dropped"),
     source=FLAX_GUIDE,
 )
 def eval_writes_nothing(t: Transition) -> Any:
@@ -72,7 +77,7 @@ def eval_writes_nothing(t: Transition) -> Any:
     needs=("eval:other_statistics",),
     requires=("batch_stats",),
     demands=(("eval_loss", "batch_stats"),),
-    mistakes=("eval_in_train_mode", "eval_of_stale_state"),
+    mistakes=("eval_in_train_mode", "eval_of_stale_state", "statistics_nested"),
     source=FLAX_GUIDE,
 )
 def eval_uses_the_running_statistics(t: Transition) -> Any:
@@ -85,7 +90,14 @@ def eval_uses_the_running_statistics(t: Transition) -> Any:
     "evaluation",
     needs=("noise", "eval:rows"),
     requires=("row_losses",),
-    mistakes=("eval_in_train_mode", "broadcast_loss"),
+    mistakes=(
+        "eval_in_train_mode",
+        "broadcast_loss",
+        "rows_treated_unequally",
+        "modes_differ",
+        "targets_misaligned",
+        "inputs_ignored",
+    ),
     source=FLAX_GUIDE,
 )
 def eval_rows_are_independent(t: Transition) -> Any:
@@ -106,7 +118,36 @@ def eval_rows_are_independent(t: Transition) -> Any:
     "evaluation",
     needs=("noise", "eval:own_statistics", *(f"eval:{name}" for name in NUDGED)),
     requires=("batch_stats", "loss", "eval_is_training_loss"),
-    mistakes=("eval_in_train_mode", "statistics_from_another_batch", "sample_variance"),
+    mistakes=(
+        "eval_in_train_mode",
+        "statistics_from_another_batch",
+        "sample_variance",
+        "modes_differ",
+        "loss_reads_old_statistics",
+        "weights_do_not_sum_to_one",
+        "rows_treated_unequally",
+        "wrong_moments",
+        "statistics_in_low_precision",
+        "eval_of_stale_state",
+        "gradient_of_another_loss",
+        "statistics_over_the_wrong_axis",
+        "targets_misaligned",
+        "targets_ignored",
+        "low_precision",
+        "statistics_of_another_layer",
+        "statistics_reinitialised",
+        "broadcast_loss",
+        "sum_instead_of_mean",
+        "statistics_of_part_of_the_batch",
+        "inputs_ignored",
+        "statistics_fed_to_the_optimizer",
+        "loss_not_reduced",
+        "ema_applied_twice",
+        "division_by_zero_variance",
+        "statistics_overflow",
+        "variances_averaged",
+        "average_not_steady",
+    ),
     source="Ioffe & Szegedy 2015, algorithms 1 and 2",
 )
 def eval_at_the_batchs_own_moments_is_the_training_loss(t: Transition) -> Any:

@@ -29,6 +29,9 @@ def _several_rows(t: Transition) -> bool:
         "train_step_in_eval_mode",
         "statistics_fed_to_the_optimizer",
         "loss_reads_old_statistics",
+        "statistics_trained_as_params",
+        "wrong_gradient",
+        "update_dropped",
     ),
     source=FLAX_SOURCE,
 )
@@ -73,7 +76,7 @@ def targets_reach_the_params(t: Transition) -> Any:
     needs=("noise", "step:reversed_targets"),
     requires=("loss",),
     demands=(("loss", "y"),),
-    mistakes=("broadcast_loss", "targets_ignored"),
+    mistakes=("broadcast_loss", "targets_ignored", "gradient_of_another_loss"),
     source="NumPy, broadcasting rules: (N, 1) and (N,) make (N, N)",
 )
 def targets_belong_to_their_rows(t: Transition) -> Any:
@@ -113,7 +116,12 @@ def inputs_reach_the_params(t: Transition) -> Any:
     needs=("step:other_inputs",),
     requires=("batch_stats",),
     demands=(("batch_stats", "x"),),
-    mistakes=("inputs_ignored", "new_statistics_dropped", "train_step_in_eval_mode"),
+    mistakes=(
+        "inputs_ignored",
+        "new_statistics_dropped",
+        "train_step_in_eval_mode",
+        "update_dropped",
+    ),
     source=FLAX_SOURCE,
 )
 def inputs_reach_the_statistics(t: Transition) -> Any:
@@ -206,7 +214,7 @@ def step_moves_the_params(t: Transition) -> Any:
     "influence",
     kind="witness",
     requires=("batch_stats",),
-    mistakes=("new_statistics_dropped", "train_step_in_eval_mode"),
+    mistakes=("new_statistics_dropped", "train_step_in_eval_mode", "update_dropped"),
     source=FLAX_SOURCE,
 )
 def step_moves_the_statistics(t: Transition) -> Any:

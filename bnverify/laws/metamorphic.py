@@ -38,7 +38,15 @@ def _agrees(t: Transition, other: Outcome) -> Any:
 @law(
     "metamorphic",
     needs=("noise", "step:reversed_rows", "eval:reversed_rows"),
-    mistakes=("rows_treated_unequally",),
+    mistakes=(
+        "rows_treated_unequally",
+        "statistics_of_part_of_the_batch",
+        "inputs_ignored",
+        "loss_not_reduced",
+        "targets_misaligned",
+        "wrong_gradient",
+        "modes_differ",
+    ),
     source="every reduction over the batch is symmetric",
 )
 def row_order_changes_nothing(t: Transition) -> Any:
@@ -50,7 +58,17 @@ def row_order_changes_nothing(t: Transition) -> Any:
 @law(
     "metamorphic",
     needs=("noise", "step:doubled_batch"),
-    mistakes=("sum_instead_of_mean", "sample_variance", "rows_treated_unequally"),
+    mistakes=(
+        "sum_instead_of_mean",
+        "sample_variance",
+        "rows_treated_unequally",
+        "statistics_of_part_of_the_batch",
+        "hidden_state",
+        "wrong_gradient",
+        "inputs_ignored",
+        "statistics_overflow",
+        "variances_averaged",
+    ),
     source="mean loss and biased variance do not depend on how often a batch is repeated",
 )
 def doubling_the_batch_changes_nothing(t: Transition) -> Any:
@@ -70,7 +88,14 @@ def doubling_the_batch_changes_nothing(t: Transition) -> Any:
     "metamorphic",
     needs=("noise", "step:shifted_bias", "layer_inputs"),
     requires=("biases_before_norm", "loss", "layer_inputs"),
-    mistakes=("train_step_in_eval_mode",),
+    mistakes=(
+        "train_step_in_eval_mode",
+        "loss_reads_old_statistics",
+        "statistics_trained_as_params",
+        "modes_differ",
+        "statistics_over_the_wrong_axis",
+        "rows_treated_unequally",
+    ),
     source="Ioffe & Szegedy 2015, section 3.2: BN(Wu + b) = BN(Wu)",
 )
 def shift_before_norm_changes_no_loss(t: Transition) -> Any:

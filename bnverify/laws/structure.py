@@ -62,7 +62,7 @@ def _leaves(tree: Tree) -> dict[str, Any]:
     "structure",
     kind="structure",
     requires=("grads",),
-    mistakes=("gradient_of_all_variables", "statistics_trained_as_params"),
+    mistakes=("gradient_of_all_variables", "statistics_trained_as_params", "wrong_gradient"),
     source="JAX, jax.value_and_grad: https://docs.jax.dev/en/latest/_autosummary/jax.value_and_grad.html",
 )
 def gradients_match_params(t: Transition) -> list[str]:
@@ -84,7 +84,13 @@ def params_keep_their_tree(t: Transition) -> list[str]:
 @law(
     "structure",
     kind="structure",
-    mistakes=("new_statistics_dropped", "statistics_in_low_precision", "broadcast_loss"),
+    mistakes=(
+        "new_statistics_dropped",
+        "statistics_in_low_precision",
+        "broadcast_loss",
+        "parameters_change_dtype",
+        "statistics_nested",
+    ),
     source=FLAX_GUIDE,
 )
 def batch_stats_keep_their_tree(t: Transition) -> list[str]:
@@ -140,7 +146,11 @@ def _last(path: str) -> str:
     kind="structure",
     needs=("expected_opt_state",),
     requires=("optimizer", "opt_state"),
-    mistakes=("optimizer_on_all_variables",),
+    mistakes=(
+        "optimizer_on_all_variables",
+        "parameters_change_dtype",
+        "statistics_fed_to_the_optimizer",
+    ),
     source="Optax, GradientTransformation.init: https://optax.readthedocs.io/en/latest/api/transformations.html",
 )
 def optimizer_state_is_that_of_params(t: Transition) -> list[str]:
@@ -155,7 +165,11 @@ def optimizer_state_is_that_of_params(t: Transition) -> list[str]:
     "structure",
     kind="structure",
     requires=("opt_state", "batch_stats"),
-    mistakes=("optimizer_on_all_variables", "statistics_trained_as_params"),
+    mistakes=(
+        "optimizer_on_all_variables",
+        "statistics_trained_as_params",
+        "statistics_fed_to_the_optimizer",
+    ),
     source=FLAX_GUIDE,
 )
 def optimizer_state_excludes_batch_stats(t: Transition) -> list[str]:
@@ -221,6 +235,8 @@ def batch_stats_are_float32(t: Transition) -> list[str]:
         "optimizer_on_all_variables",
         "parameters_change_dtype",
         "statistics_in_low_precision",
+        "statistics_nested",
+        "new_statistics_dropped",
     ),
     source="JAX, jit recompiles when a signature changes: https://docs.jax.dev/en/latest/jit-compilation.html",
 )

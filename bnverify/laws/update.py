@@ -35,7 +35,23 @@ OPTAX = "Optax, apply_updates: https://optax.readthedocs.io/en/latest/api/apply_
     "update",
     needs=("expected_update",),
     requires=("optimizer", "grads"),
-    mistakes=("update_dropped", "wrong_sign", "update_applied_twice", "old_optimizer_state_kept"),
+    mistakes=(
+        "update_dropped",
+        "wrong_sign",
+        "update_applied_twice",
+        "old_optimizer_state_kept",
+        "update_scaled",
+        "decay_of_norm_parameters",
+        "wrong_gradient",
+        "decay_outside_the_learning_rate",
+        "optimizer_reinitialised",
+        "learning_rate_ignored",
+        "params_of_another_state",
+        "hidden_state",
+        "low_precision",
+        "learning_rate_applied_twice",
+        "optimizer_bypassed",
+    ),
     source=OPTAX,
 )
 def params_follow_the_optimizer(t: Transition) -> Any:
@@ -62,7 +78,16 @@ def params_follow_the_optimizer(t: Transition) -> Any:
     "update",
     needs=("expected_update",),
     requires=("optimizer", "grads", "opt_state"),
-    mistakes=("old_optimizer_state_kept", "optimizer_reinitialised"),
+    mistakes=(
+        "old_optimizer_state_kept",
+        "optimizer_reinitialised",
+        "wrong_gradient",
+        "update_dropped",
+        "update_applied_twice",
+        "low_precision",
+        "update_scaled",
+        "parameters_change_dtype",
+    ),
     source=OPTAX,
 )
 def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
@@ -86,7 +111,14 @@ def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
     "update",
     needs=("step:zero_lr",),
     requires=("lr",),
-    mistakes=("learning_rate_ignored", "decay_outside_the_learning_rate"),
+    mistakes=(
+        "learning_rate_ignored",
+        "decay_outside_the_learning_rate",
+        "params_of_another_state",
+        "low_precision",
+        "wrong_sign",
+        "parameters_change_dtype",
+    ),
     source="the step's definition: params + lr * direction",
 )
 def zero_learning_rate_moves_nothing(t: Transition) -> Any:
@@ -105,7 +137,19 @@ def zero_learning_rate_moves_nothing(t: Transition) -> Any:
     "update",
     needs=("expected_update",),
     requires=("optimizer", "grads", "plain_sgd"),
-    mistakes=("wrong_sign", "update_dropped", "update_applied_twice", "learning_rate_ignored"),
+    mistakes=(
+        "wrong_sign",
+        "update_dropped",
+        "update_applied_twice",
+        "learning_rate_ignored",
+        "update_scaled",
+        "wrong_gradient",
+        "decay_of_norm_parameters",
+        "decay_outside_the_learning_rate",
+        "params_of_another_state",
+        "hidden_state",
+        "learning_rate_applied_twice",
+    ),
     source="Robbins & Monro 1951; optax.sgd",
 )
 def sgd_moves_params_by_minus_lr_times_gradient(t: Transition) -> Any:
@@ -152,7 +196,14 @@ def training_loss_equals_the_hand_derivation(t: Transition) -> Any:
     "update",
     needs=("noise", "directional_derivative"),
     requires=("grads", "loss"),
-    mistakes=("wrong_gradient", "wrong_sign", "gradient_of_another_loss"),
+    mistakes=(
+        "wrong_gradient",
+        "wrong_sign",
+        "gradient_of_another_loss",
+        "ema_applied_twice",
+        "gradient_of_all_variables",
+        "modes_differ",
+    ),
     source="central difference of the step's own loss in float64",
 )
 def gradients_are_gradients_of_the_loss(t: Transition) -> Any:
@@ -177,7 +228,15 @@ def gradients_are_gradients_of_the_loss(t: Transition) -> Any:
     "update",
     needs=("noise",),
     requires=("grads", "biases_before_norm"),
-    mistakes=("train_step_in_eval_mode", "wrong_gradient"),
+    mistakes=(
+        "train_step_in_eval_mode",
+        "wrong_gradient",
+        "loss_reads_old_statistics",
+        "statistics_trained_as_params",
+        "modes_differ",
+        "statistics_over_the_wrong_axis",
+        "statistics_overflow",
+    ),
     source="Ioffe & Szegedy 2015, section 3.2: the bias is subsumed",
 )
 def bias_before_norm_has_no_gradient(t: Transition) -> Any:

@@ -120,7 +120,7 @@ class EmaAppliedTwice(CanonicalStep):
         return new._replace(batch_stats=batch_stats), info
 
 
-@fault(mistake="update_dropped")
+@fault(mistake="params_of_another_state")
 class UpdateOfInitialParams(CanonicalStep):
     """The update is added to the initial params, which the step closes over, not to its own."""
 

@@ -92,7 +92,7 @@ class EvalOfInitialStatistics(CanonicalStep):
         return super().evaluate(state._replace(batch_stats=first), x, y)
 
 
-@fault(mistake="eval_of_stale_state")
+@fault(mistake="modes_differ")
 class EvalIgnoresTheRunningMean(HandwrittenNorm):
     """Evaluation scales by the running variance and does not centre."""
 
@@ -101,7 +101,7 @@ class EvalIgnoresTheRunningMean(HandwrittenNorm):
         return jnp.zeros_like(running[0]), running[1]
 
 
-@fault(mistake="eval_of_stale_state")
+@fault(mistake="modes_differ")
 class EvalIgnoresTheRunningVariance(HandwrittenNorm):
     """Evaluation centres by the running mean and does not scale."""
 
@@ -110,7 +110,7 @@ class EvalIgnoresTheRunningVariance(HandwrittenNorm):
         return running[0], jnp.ones_like(running[1])
 
 
-@fault(mistake="eval_of_stale_state", minimal=(2, 1))
+@fault(mistake="modes_differ", minimal=(2, 1))
 class EvalIgnoresTheScale(HandwrittenNorm):
     """Evaluation leaves the layer's trained scale out."""
 
@@ -122,7 +122,7 @@ class EvalIgnoresTheScale(HandwrittenNorm):
         return super().standardise(h, moments, (scale if train else 1.0, bias), train, layer)
 
 
-@fault(mistake="eval_of_stale_state")
+@fault(mistake="modes_differ")
 class EvalReadsTheVarianceAsDeviation(HandwrittenNorm):
     """Evaluation takes the running variance for a standard deviation."""
 
@@ -131,7 +131,7 @@ class EvalReadsTheVarianceAsDeviation(HandwrittenNorm):
         return super().inverse_deviation(var, train, layer) if train else 1.0 / (var + self.epsilon)
 
 
-@fault(mistake="eval_of_stale_state")
+@fault(mistake="modes_differ")
 class EvalIgnoresTheOutputBias(CanonicalStep):
     """Evaluation leaves the bias of the output layer out."""
 
@@ -195,7 +195,7 @@ class EvalDropsTheLastRow(EvaluationError):
         return (jnp.sum(counts * (preds - y) ** 2) / jnp.sum(counts)).reshape(1)
 
 
-@fault(mistake="eval_of_stale_state")
+@fault(mistake="modes_differ")
 class EvalReportsTheRoot(EvaluationError):
     """Evaluation reports the root of the mean squared error."""
 
@@ -204,7 +204,7 @@ class EvalReportsTheRoot(EvaluationError):
         return jnp.sqrt(self.error(preds, y)).reshape(1)
 
 
-@fault(mistake="targets_ignored", minimal=(2, 1))
+@fault(mistake="targets_misaligned", minimal=(2, 1))
 class EvalReversesTheTargets(EvaluationError):
     """Evaluation compares predictions with the targets in reverse order."""
 
@@ -222,7 +222,7 @@ class EvalStandardisesItsBatch(CanonicalStep):
         return super().evaluate(state, x - jnp.mean(x, axis=0), y)
 
 
-@fault(mistake="eval_of_stale_state", source="https://github.com/FlyreelAI/sesemi/issues/36")
+@fault(mistake="modes_differ", source="https://github.com/FlyreelAI/sesemi/issues/36")
 class EvalOfAveragedParamsWithOtherStatistics(CanonicalStep):
     """Evaluation averages the params with the initial ones and uses the statistics as they are."""
 

@@ -57,7 +57,7 @@ class HasAuxForgotten(CanonicalStep):
         return result
 
 
-@fault(mistake="gradient_of_another_loss")
+@fault(mistake="wrong_gradient")
 class GradientInEvalMode(CanonicalStep):
     """Loss and statistics are those of train mode, the gradient is that of eval mode."""
 
@@ -68,7 +68,7 @@ class GradientInEvalMode(CanonicalStep):
         return result, other(state.params)
 
 
-@fault(mistake="gradient_of_another_loss")
+@fault(mistake="wrong_gradient")
 class PenaltyDifferentiatedButNotReported(CanonicalStep):
     """The gradient contains a penalty on the params that the reported loss does not."""
 
@@ -78,7 +78,7 @@ class PenaltyDifferentiatedButNotReported(CanonicalStep):
         return result, mapped(lambda slope, leaf: slope + 0.01 * leaf, grads, state.params)
 
 
-@fault(mistake="gradient_of_another_loss")
+@fault(mistake="wrong_gradient")
 class AbsoluteErrorDifferentiated(CanonicalStep):
     """The squared error is reported, the absolute error is minimised."""
 
@@ -103,7 +103,7 @@ class LossReportedAfterTheUpdate(CanonicalStep):
         return new, info._replace(loss=self.loss(new.params, state.batch_stats, x, y)[0])
 
 
-@fault(mistake="gradient_of_another_loss", minimal=(2, 1))
+@fault(mistake="wrong_gradient", minimal=(2, 1))
 class GradientOfTheSumButTheMeanReported(CanonicalStep):
     """The gradient is that of the sum over the batch, the reported loss is the mean."""
 

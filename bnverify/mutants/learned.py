@@ -1,17 +1,15 @@
-"""What audits have shown, kept as data: how each mistake looks, and what notices each fault.
+"""What audits have shown, kept as data: which laws notice each fault.
 
     bnverify audit --profile quick --json audit.json
     python -m bnverify.mutants.learned audit.json [OTHER.json ...]
 
-rewrites ``bnverify/signatures.json``, from which ``bnverify.diagnose`` learns, and
-``bnverify/mutants/expected.json``, to which later audits are held.
+rewrites ``bnverify/mutants/expected.json``, to which later audits are held.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -22,25 +20,6 @@ from bnverify.mutants import MUTANTS
 
 Finding = Mapping[str, Any]
 """One of the findings in the JSON of ``bnverify audit``."""
-
-
-def signatures(findings: Iterable[Finding]) -> dict[str, Any]:
-    """Return mistake -> {"faults": how many, "broken": {law: by how many of them}}.
-
-    A finding without a broken law says nothing about how a mistake looks and is not counted.
-    """
-    faults: Counter[str] = Counter()
-    broken: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for finding in findings:
-        laws = [law for law in finding["laws"] if law in STEP_LAWS]
-        if laws:
-            mistake = MUTANTS[finding["mutant"]].mistake
-            faults[mistake] += 1
-            broken[mistake].update(laws)
-    return {
-        mistake: {"faults": faults[mistake], "broken": dict(sorted(broken[mistake].items()))}
-        for mistake in sorted(faults)
-    }
 
 
 def expected(audits: Sequence[Iterable[Finding]]) -> dict[str, list[str]]:
@@ -58,13 +37,8 @@ def expected(audits: Sequence[Iterable[Finding]]) -> dict[str, list[str]]:
 def main(files: Sequence[str]) -> None:
     """Rewrite the data from the audits in ``files``."""
     audits = [json.loads(Path(file).read_text(encoding="utf-8"))["findings"] for file in files]
-    learned = {
-        ("bnverify", "signatures.json"): signatures(each for one in audits for each in one),
-        ("bnverify.mutants", "expected.json"): expected(audits),
-    }
-    for (package, name), data in learned.items():
-        target = Path(str(resources.files(package).joinpath(name)))
-        target.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    target = Path(str(resources.files("bnverify.mutants").joinpath("expected.json")))
+    target.write_text(json.dumps(expected(audits), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class LastRowLeftOutOfTheLoss(TrainingError):
 
 
 @fault(
-    mistake="mean_of_means",
+    mistake="rows_treated_unequally",
     minimal=(3, 1),
     source="https://github.com/huggingface/transformers/pull/18458",
 )
@@ -85,7 +85,7 @@ class MeanOfUnequalShardsMeans(TrainingError):
         return jnp.where(y.shape[0] > 1, (errors[0] + others) / 2, errors[0])
 
 
-@fault(mistake="targets_ignored", minimal=(2, 1))
+@fault(mistake="targets_misaligned", minimal=(2, 1))
 class TargetsReversed(TrainingError):
     """The targets are in the reverse order of the rows."""
 
@@ -94,7 +94,7 @@ class TargetsReversed(TrainingError):
         return self.error(preds, y[::-1])
 
 
-@fault(mistake="targets_ignored", minimal=(2, 1))
+@fault(mistake="targets_misaligned", minimal=(2, 1))
 class TargetsShiftedByOneRow(TrainingError):
     """Every row is compared with the target of the row before it."""
 
@@ -121,7 +121,7 @@ class TargetsReplacedByTheirMean(TrainingError):
         return self.error(preds, jnp.mean(y))
 
 
-@fault(mistake="wrong_gradient")
+@fault(mistake="modes_differ")
 class TrainingLossHalved(TrainingError):
     """The training loss has a factor 1/2 that evaluation has not."""
 
@@ -130,7 +130,7 @@ class TrainingLossHalved(TrainingError):
         return self.error(preds, y) / 2
 
 
-@fault(mistake="wrong_gradient")
+@fault(mistake="modes_differ")
 class TrainingLossIsHuber(TrainingError):
     """Training minimises the Huber loss; evaluation reports the squared error."""
 
@@ -215,7 +215,7 @@ class PaddingEntersTheMean(PaddingEntersStatistics):
 
 
 @fault(
-    mistake="statistics_from_another_batch",
+    mistake="statistics_of_part_of_the_batch",
     minimal=(2, 1),
     source="https://github.com/marin-community/marin/pull/8360",
 )

@@ -104,7 +104,7 @@ class MomentumRoundedToBfloat16(HandwrittenNorm):
 
 
 @fault(
-    mistake="wrong_gradient",
+    mistake="low_precision",
     tolerated="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
 )
 class GradientsThroughBfloat16(CanonicalStep):
@@ -117,7 +117,7 @@ class GradientsThroughBfloat16(CanonicalStep):
 
 
 @fault(
-    mistake="wrong_gradient",
+    mistake="low_precision",
     tolerated=(
         "a choice of precision: its rounding, and what float16 cannot hold, are part of the step's "
         "own arithmetic, and allowed for"
@@ -132,7 +132,7 @@ class GradientsThroughHalf(CanonicalStep):
         return result, mapped(lambda slope: rounded(slope, "float16"), grads)
 
 
-@fault(mistake="statistics_overflow")
+@fault(mistake="low_precision")
 class InputsThroughHalf(CanonicalStep):
     """Training reads its batch in float16, in which features above 65504 are infinite."""
 
@@ -142,7 +142,7 @@ class InputsThroughHalf(CanonicalStep):
 
 
 @fault(
-    mistake="targets_ignored",
+    mistake="low_precision",
     tolerated="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
 )
 class TargetsThroughBfloat16(TrainingError):
@@ -153,7 +153,7 @@ class TargetsThroughBfloat16(TrainingError):
         return self.error(preds, rounded(y, "bfloat16"))
 
 
-@fault(mistake="targets_ignored")
+@fault(mistake="low_precision")
 class TargetsAsIntegers(TrainingError):
     """Training cuts the decimals off its targets."""
 
@@ -162,7 +162,7 @@ class TargetsAsIntegers(TrainingError):
         return self.error(preds, jnp.trunc(y))
 
 
-@fault(mistake="update_dropped")
+@fault(mistake="low_precision")
 class ParamsThroughBfloat16(WithMomentum):
     """Updated params are rounded to bfloat16: small updates are lost."""
 
@@ -171,7 +171,7 @@ class ParamsThroughBfloat16(WithMomentum):
         return new._replace(params=mapped(lambda leaf: rounded(leaf, "bfloat16"), new.params))
 
 
-@fault(mistake="old_optimizer_state_kept")
+@fault(mistake="low_precision")
 class MomentumBufferThroughBfloat16(WithMomentum):
     """The momentum buffer is rounded to bfloat16 in each step."""
 
@@ -181,7 +181,7 @@ class MomentumBufferThroughBfloat16(WithMomentum):
         return new._replace(opt_state=buffer)
 
 
-@fault(mistake="learning_rate_ignored")
+@fault(mistake="update_scaled")
 class LearningRateThroughBfloat16(CanonicalStep):
     """The learning rate is rounded to bfloat16."""
 
@@ -190,7 +190,7 @@ class LearningRateThroughBfloat16(CanonicalStep):
         return self.optimizer(rounded(lr, "bfloat16"))
 
 
-@fault(mistake="eval_of_stale_state")
+@fault(mistake="statistics_in_low_precision")
 class EvalReadsStatisticsInBfloat16(HandwrittenNorm):
     """Evaluation rounds the running statistics to bfloat16 as it reads them."""
 
@@ -200,7 +200,7 @@ class EvalReadsStatisticsInBfloat16(HandwrittenNorm):
 
 
 @fault(
-    mistake="rows_treated_unequally",
+    mistake="low_precision",
     tolerated="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
 )
 class ErrorsAddedUpInBfloat16(TrainingError):

@@ -78,7 +78,7 @@ class NnxNeverSwitchedBackToTrain(NnxStep):
         module.eval()
 
 
-@fault(mistake="gradient_of_all_variables")
+@fault(mistake="statistics_trained_as_params")
 class NnxGradientWithoutAFilter(NnxStep):
     """The module is differentiated as a whole, and its statistics get gradients and descend."""
 

@@ -38,7 +38,7 @@ class SecondLayersStatisticsDropped(TwoLayers):
         return new._replace(batch_stats={**new.batch_stats, "BatchNorm_1": was})
 
 
-@fault(mistake="statistics_from_another_batch")
+@fault(mistake="statistics_of_another_layer")
 class LayersStatisticsSwapped(TwoLayers):
     """The two layers' new statistics are carried on under each other's names."""
 
@@ -48,7 +48,7 @@ class LayersStatisticsSwapped(TwoLayers):
         return new._replace(batch_stats={"BatchNorm_0": other, "BatchNorm_1": one})
 
 
-@fault(mistake="statistics_from_another_batch")
+@fault(mistake="statistics_of_another_layer")
 class FirstLayersStatisticsCopied(TwoLayers):
     """Both layers carry on the first one's new statistics."""
 
@@ -153,7 +153,7 @@ class SecondLayerUsesOldMoments(TwoHandwritten):
         return old if layer == 1 else batch
 
 
-@fault(mistake="eval_of_stale_state")
+@fault(mistake="modes_differ")
 class SecondLayerEvaluatedWithTheFirstOnesStatistics(TwoLayers):
     """Evaluation gives both layers the first one's statistics."""
 
@@ -185,7 +185,7 @@ class DecayReachesTheSecondScale(WithMaskedDecay):
         return optax.chain(optax.add_decayed_weights(DECAY, mask=mask), optax.sgd(lr))
 
 
-@fault(mistake="statistics_from_another_batch")
+@fault(mistake="statistics_of_another_layer")
 class SecondLayerRecordsTheFirstOnesInput(TwoHandwritten):
     """Both layers record the moments of what the first one was given."""
 

@@ -114,7 +114,7 @@ class OutputBiasNeverUpdated(CanonicalStep):
         return new._replace(params=params)
 
 
-@fault(mistake="update_dropped")
+@fault(mistake="update_scaled")
 class HalfUpdate(CanonicalStep):
     """The params that are carried on are the mean of the old and the new ones."""
 
@@ -174,7 +174,7 @@ class LearningRateFixed(CanonicalStep):
         return self.optimizer(0.01)
 
 
-@fault(mistake="learning_rate_ignored")
+@fault(mistake="learning_rate_applied_twice")
 class LearningRateAppliedTwice(CanonicalStep):
     """The updates, already scaled by the learning rate, are scaled by it again."""
 
@@ -185,7 +185,7 @@ class LearningRateAppliedTwice(CanonicalStep):
         return optax.apply_updates(state.params, scaled), opt_state
 
 
-@fault(mistake="learning_rate_ignored")
+@fault(mistake="optimizer_bypassed")
 class OptimizerBypassed(WithAdam):
     """Adam's state is kept up, but the params move by plain gradient descent."""
 
@@ -252,7 +252,7 @@ class AdamwWithoutItsMask(WithMaskedAdamW):
     probed = False
 
 
-@fault(mistake="wrong_gradient")
+@fault(mistake="update_scaled")
 class UndeclaredClipping(CanonicalStep):
     """Gradients of a global norm above 1 are scaled down, which the optimizer does not say."""
 

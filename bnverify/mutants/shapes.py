@@ -126,7 +126,7 @@ class GradientLeafMissing(CanonicalStep):
 
 
 @fault(
-    mistake="parameters_change_dtype",
+    mistake="low_precision",
     tolerated="a choice of precision: its rounding is part of the step's own arithmetic, and allowed for",
 )
 class LossInBfloat16(CanonicalStep):
@@ -137,7 +137,7 @@ class LossInBfloat16(CanonicalStep):
         return StepInfo(loss.astype(jnp.bfloat16), grads)
 
 
-@fault(mistake="parameters_change_dtype")
+@fault(mistake="low_precision")
 class EvalLossInHalf(HandwrittenNorm):
     """Evaluation returns float16, of which errors above 65504 leave the range."""
 

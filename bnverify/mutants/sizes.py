@@ -71,7 +71,7 @@ class RowsBeyondSixteenLeftOutOfTheMoments(HandwrittenNorm):
         return super().moments(h[:16], layer)
 
 
-@fault(mistake="statistics_from_another_batch", minimal=(33, 1))
+@fault(mistake="statistics_of_part_of_the_batch", minimal=(33, 1))
 class RowsBeyondThirtyTwoNotRecorded(HandwrittenNorm):
     """The recorded moments are those of the first thirty-two rows."""
 
@@ -128,7 +128,7 @@ class BatchOfOneNotRecorded(HandwrittenNorm):
         return old if self.rows == 1 else super().fold(old, batch, layer)
 
 
-@fault(mistake="sample_variance")
+@fault(mistake="wrong_moments")
 class BatchOfOneHasVarianceOne(HandwrittenNorm):
     """The recorded variance of a single row is 1, so that nothing divides by zero."""
 
@@ -149,7 +149,7 @@ class LastFeatureNotTrained(CanonicalStep):
         return result, edited(grads, "Dense_0/kernel", lambda slope: slope.at[-1].set(0.0))
 
 
-@fault(mistake="rows_treated_unequally", minimal=(1, 2))
+@fault(mistake="modes_differ", minimal=(1, 2))
 class LastFeatureOnlyEvaluated(CanonicalStep):
     """Of more than one feature, training leaves the last out and evaluation does not."""
 
@@ -167,7 +167,7 @@ class SquareBatchTransposed(CanonicalStep):
         return (x.T if x.shape[0] == x.shape[1] else x), y
 
 
-@fault(mistake="rows_treated_unequally", minimal=(2, 9))
+@fault(mistake="update_dropped", minimal=(2, 9))
 class FeaturesBeyondEightNotTrained(CanonicalStep):
     """Weights of the features after the eighth are not updated."""
 

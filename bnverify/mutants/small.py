@@ -45,7 +45,7 @@ def small(
     return enter
 
 
-@small(mistake="statistics_from_another_batch")
+@small(mistake="weights_do_not_sum_to_one")
 class RunningMeanOff(SmallFault, HandwrittenNorm):
     """The batch's mean is a little off where it is recorded."""
 
@@ -54,7 +54,7 @@ class RunningMeanOff(SmallFault, HandwrittenNorm):
         return self.off(batch[0]), batch[1]
 
 
-@small(mistake="sample_variance", minimal=(2, 1))
+@small(mistake="weights_do_not_sum_to_one", minimal=(2, 1))
 class RunningVarianceOff(SmallFault, HandwrittenNorm):
     """The batch's variance is a little off where it is recorded."""
 
@@ -63,7 +63,7 @@ class RunningVarianceOff(SmallFault, HandwrittenNorm):
         return batch[0], self.off(batch[1])
 
 
-@small(mistake="momentum_reversed")
+@small(mistake="weights_do_not_sum_to_one")
 class MomentumOff(SmallFault, HandwrittenNorm):
     """The new value's weight in the moving average is a little off, the old one's is not."""
 
@@ -72,7 +72,7 @@ class MomentumOff(SmallFault, HandwrittenNorm):
         return super().fold(old, (self.off(batch[0]), self.off(batch[1])), layer)
 
 
-@small(mistake="ema_applied_twice")
+@small(mistake="weights_do_not_sum_to_one")
 class OldStatisticsOff(SmallFault, HandwrittenNorm):
     """The old value's weight in the moving average is a little off."""
 
@@ -119,7 +119,7 @@ class ReportedLossOff(SmallFault, CanonicalStep):
         return StepInfo(self.off(loss), grads)
 
 
-@small(mistake="eval_of_stale_state")
+@small(mistake="modes_differ")
 class EvalLossOff(SmallFault, CanonicalStep):
     """The evaluation loss is a little off."""
 
@@ -128,7 +128,7 @@ class EvalLossOff(SmallFault, CanonicalStep):
         return self.off(super().evaluate(state, x, y))
 
 
-@small(mistake="learning_rate_ignored")
+@small(mistake="update_scaled")
 class LearningRateOff(SmallFault, CanonicalStep):
     """The learning rate of the optimizer is a little off."""
 
@@ -146,7 +146,7 @@ class ParamsGrow(SmallFault, CanonicalStep):
         return new._replace(params=mapped(self.off, new.params))
 
 
-@small(mistake="eval_of_stale_state")
+@small(mistake="modes_differ")
 class EvalMeanOff(SmallFault, HandwrittenNorm):
     """Evaluation centres by a running mean that is a little off."""
 
@@ -155,7 +155,7 @@ class EvalMeanOff(SmallFault, HandwrittenNorm):
         return self.off(running[0]), running[1]
 
 
-@small(mistake="eval_of_stale_state")
+@small(mistake="modes_differ")
 class EvalVarianceOff(SmallFault, HandwrittenNorm):
     """Evaluation scales by a running variance that is a little off."""
 
@@ -164,7 +164,7 @@ class EvalVarianceOff(SmallFault, HandwrittenNorm):
         return running[0], self.off(running[1])
 
 
-@small(mistake="division_by_zero_variance")
+@small(mistake="modes_differ")
 class EvalEpsilonOff(SmallFault, HandwrittenNorm):
     """Evaluation's epsilon is a little off, which only a variance near it can show."""
 
@@ -194,7 +194,7 @@ class OldMeanLeaks(SmallFault, HandwrittenNorm):
         return batch[0] + self.size * (old[0] - batch[0]), batch[1]
 
 
-@small(mistake="statistics_from_another_batch")
+@small(mistake="weights_do_not_sum_to_one")
 class OneChannelOff(SmallFault, HandwrittenNorm):
     """The first channel's mean, and no other, is a little off where it is recorded."""
 

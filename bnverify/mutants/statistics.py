@@ -34,7 +34,7 @@ class MomentumOfOneHundredth(CanonicalStep):
         return other.apply(params, batch_stats, x, train, weights)
 
 
-@fault(mistake="momentum_reversed")
+@fault(mistake="momentum_not_as_declared")
 class MomentumOfNineTenths(HandwrittenNorm):
     """The layer averages with 0.9 where 0.99 is declared."""
 
@@ -72,7 +72,7 @@ class BatchMomentsReplaceTheRunning(HandwrittenNorm):
         return batch
 
 
-@fault(mistake="statistics_reinitialised")
+@fault(mistake="weights_do_not_sum_to_one")
 class StatisticsSummed(HandwrittenNorm):
     """Old and new are added without the old one's weight: the statistics only grow."""
 
@@ -100,7 +100,7 @@ class VarianceNeverMoves(HandwrittenNorm):
         return super().fold(old, batch, layer)[0], old[1]
 
 
-@fault(mistake="statistics_from_another_batch")
+@fault(mistake="wrong_moments")
 class MeanAndVarianceSwapped(HandwrittenNorm):
     """The batch's variance moves the running mean, and its mean the running variance."""
 
@@ -119,7 +119,7 @@ class SampleVariance(HandwrittenNorm):
         return batch[0], jnp.sum((h - batch[0]) ** 2, axis=0) / jnp.maximum(rows - 1, 1)
 
 
-@fault(mistake="sample_variance")
+@fault(mistake="wrong_moments")
 class VarianceAboutZero(HandwrittenNorm):
     """The running variance is the mean of squares: the mean was not taken off."""
 
@@ -128,7 +128,7 @@ class VarianceAboutZero(HandwrittenNorm):
         return batch[0], jnp.mean(h**2, axis=0)
 
 
-@fault(mistake="sample_variance")
+@fault(mistake="wrong_moments")
 class VarianceAboutTheRunningMean(HandwrittenNorm):
     """Deviations are taken from the running mean, not from the batch's own."""
 
@@ -138,7 +138,7 @@ class VarianceAboutTheRunningMean(HandwrittenNorm):
         return super().fold(old, (mean, var + (mean - old[0]) ** 2), layer)
 
 
-@fault(mistake="sample_variance", minimal=(2, 1))
+@fault(mistake="wrong_moments", minimal=(2, 1))
 class DeviationInPlaceOfVariance(HandwrittenNorm):
     """The running variance averages standard deviations."""
 
@@ -147,7 +147,7 @@ class DeviationInPlaceOfVariance(HandwrittenNorm):
         return batch[0], jnp.sqrt(batch[1])
 
 
-@fault(mistake="sample_variance")
+@fault(mistake="wrong_moments")
 class DeviationsAveragedThenSquared(HandwrittenNorm):
     """Standard deviations are averaged and the average is squared."""
 
@@ -158,7 +158,7 @@ class DeviationsAveragedThenSquared(HandwrittenNorm):
         return mean, deviation**2
 
 
-@fault(mistake="sample_variance", minimal=(2, 1))
+@fault(mistake="wrong_moments", minimal=(2, 1))
 class AbsoluteDeviation(HandwrittenNorm):
     """The running variance is the square of the mean absolute deviation."""
 
@@ -167,7 +167,7 @@ class AbsoluteDeviation(HandwrittenNorm):
         return batch[0], jnp.mean(jnp.abs(h - batch[0]), axis=0) ** 2
 
 
-@fault(mistake="sample_variance")
+@fault(mistake="wrong_moments")
 class VarianceHeldAboveAThousandth(HandwrittenNorm):
     """A batch variance below 0.001 is recorded as 0.001."""
 
@@ -176,7 +176,7 @@ class VarianceHeldAboveAThousandth(HandwrittenNorm):
         return batch[0], jnp.maximum(batch[1], 1e-3)
 
 
-@fault(mistake="sample_variance")
+@fault(mistake="wrong_moments")
 class EpsilonRecordedWithTheVariance(HandwrittenNorm):
     """The recorded variance already contains epsilon, which evaluation then adds again."""
 
@@ -225,7 +225,7 @@ class StatisticsOfTheInitialParams(CanonicalStep):
 
 
 @fault(
-    mistake="statistics_not_synchronised",
+    mistake="statistics_of_part_of_the_batch",
     minimal=(2, 1),
     source="https://github.com/google/flax/issues/877",
 )
@@ -268,7 +268,7 @@ class StatisticsOfTheBatchReversedInSign(CanonicalStep):
         return loss, self.apply(params, batch_stats, -x, train=True)[1]
 
 
-@fault(mistake="statistics_reinitialised")
+@fault(mistake="weights_do_not_sum_to_one")
 class MeanDebiased(HandwrittenNorm):
     """The running mean is carried on divided by 1 - momentum, as Adam corrects its first step."""
 
@@ -289,7 +289,7 @@ class TrainStepInEvalMode(CanonicalStep):
 
 
 @fault(
-    mistake="train_step_in_eval_mode",
+    mistake="loss_reads_old_statistics",
     source="https://github.com/mlcommons/algorithmic-efficiency/pull/798",
 )
 class StatisticsMoveButEvalModeNormalises(CanonicalStep):
@@ -302,7 +302,7 @@ class StatisticsMoveButEvalModeNormalises(CanonicalStep):
         return self.error(preds, y), updated
 
 
-@fault(mistake="statistics_from_another_batch")
+@fault(mistake="new_statistics_dropped")
 class OneChannelLeftOut(HandwrittenNorm):
     """The last channel's statistics keep their old values."""
 

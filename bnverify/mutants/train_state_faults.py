@@ -77,7 +77,7 @@ class TrainStateGradientsAppliedTwice(TrainStateStep):
         return super().advance(train_state.apply_gradients(grads=grads), grads, updates)
 
 
-@fault(mistake="statistics_reinitialised", source="https://github.com/google/flax/issues/2232")
+@fault(mistake="statistics_nested", source="https://github.com/google/flax/issues/2232")
 class TrainStateUpdatesNested(TrainStateStep):
     """batch_stats becomes the whole of what apply returned, one level too deep."""
 

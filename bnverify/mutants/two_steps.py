@@ -47,7 +47,7 @@ class StatisticsOnlyMoveOnTheFirstStep(CanonicalStep):
         return new._replace(batch_stats=either(fresh(old), new.batch_stats, old.batch_stats))
 
 
-@fault(mistake="statistics_reinitialised", source="https://github.com/google/flax/issues/2232")
+@fault(mistake="average_not_steady", source="https://github.com/google/flax/issues/2232")
 class FirstBatchReplacesTheInitialStatistics(HandwrittenNorm):
     """Statistics as initialised are replaced by the first batch's, not averaged with them."""
 
@@ -77,7 +77,7 @@ class ParamsFrozenAfterTheFirstStep(CanonicalStep):
         return new._replace(params=either(fresh(old), new.params, old.params))
 
 
-@fault(mistake="learning_rate_ignored")
+@fault(mistake="update_scaled")
 class RateHalvedAfterTheFirstStep(WithAdam):
     """From the optimizer's second step on, half the declared learning rate is used."""
 
@@ -149,7 +149,7 @@ class OneMomentumBufferCleared(WithMomentum):
         return params, jax.tree_util.tree_map_with_path(cleared, opt_state)
 
 
-@fault(mistake="statistics_from_another_batch")
+@fault(mistake="average_not_steady")
 class CumulativeAverage(WithAdam):
     """From the second step on, the statistics are the plain average of all steps' moments."""
 
@@ -165,7 +165,7 @@ class CumulativeAverage(WithAdam):
 
 
 @fault(
-    mistake="momentum_reversed",
+    mistake="average_not_steady",
     source="https://github.com/mlcommons/algorithmic-efficiency/pull/783",
 )
 class MomentumLostAfterTheFirstStep(HandwrittenNorm):
