@@ -38,9 +38,8 @@ COPIED = {
 """Files at the root of the repository -> the pages that show them."""
 
 API = {
-    "Making a subject": (
-        "linen nnx train_state nnx_loop loop solution declare load Subject State StepInfo LayerInput"
-    ),
+    "Making a subject": "linen nnx train_state nnx_loop loop solution declare load "
+    "Subject State StepInfo LayerInput",
     "Checking it": "verify suite replay Profile Case Domain InvalidCase",
     "What a check returns": "Report Evidence Violation TargetError",
     "The life of a state": "Lived check_life life Life",
@@ -74,12 +73,9 @@ def _moved(text: str) -> str:
 
 
 def _law_index() -> str:
-    lines = [
-        "# Laws",
-        "",
-        f"bnverify holds a training step to {len(LAWS)} laws in {len(FAMILIES)} families. "
-        "`bnverify explain LAW` prints one of these pages in a terminal.",
-    ]
+    lines = ["# Laws", ""]
+    lines += [f"A training step is held to {len(LAWS)} laws, in {len(FAMILIES)} families."]
+    lines += ["`bnverify explain LAW` prints one of these pages in a terminal."]
     for family in FAMILIES:
         lines += ["", f"## {family.capitalize()}", "", "| law | claim |", "|---|---|"]
         for law in (law for law in LAWS.values() if law.family == family):
@@ -116,36 +112,36 @@ def _law(law: Law) -> str:
 
 
 def _tolerance(law: Law) -> str:
-    """Return what a law allows, in a sentence."""
-    derived = re.search(r"\d u\b|units of", law.derivation)
-    if law.kind == "structure":
-        return "None: trees, shapes and dtypes are compared, no values."
-    if law.kind == "witness":
-        return "None: one case that shows the change is enough."
-    if "noise" in law.needs:
-        text = "The step's own rounding noise for each case, see [Rounding](../rounding.md)."
-        return f"{text} The derivation says how much of it." if law.derivation else text
-    if law.kind == "parallel" and "bit" not in law.name:
-        return "The rounding noise of the step on one device, see [Rounding](../rounding.md)."
-    if derived:
-        return "Derived below; u is 2^-24, the relative rounding error of float32."
-    if "derived in" in law.source:
-        return "Derived in the source named below."
-    return "None: the claim is exact."
+    """Return what a law allows, in a sentence or two."""
+    noise = "[rounding noise](../rounding.md)"
+    beyond = f" beyond the step's {noise}" if "noise" in law.needs else ""
+    more = " The derivation says how much of it." if law.derivation else ""
+    rules = (
+        (law.kind == "structure", "None: trees, shapes and dtypes are compared, no values."),
+        (law.kind == "witness", f"One case that shows a change{beyond} is enough."),
+        ("noise" in law.needs, f"The step's own {noise} for each case.{more}"),
+        (
+            law.kind == "parallel" and "bit" not in law.name,
+            f"The {noise} of the step on one device.",
+        ),
+        (
+            re.search(r"\d u\b|units of", law.derivation),
+            "Derived below; u is 2^-24, the relative rounding error of float32.",
+        ),
+        ("derived in" in law.source, "Derived in the source that is named here."),
+        (True, "None: the claim is exact."),
+    )
+    return next(text for applies, text in rules if applies)
 
 
 def _mistake_index() -> str:
-    lines = [
-        "# Mistakes",
-        "",
-        "What a report names as the likely cause. `bnverify explain MISTAKE` prints one of these pages "
-        "in a terminal.",
-        "",
-        "| mistake | what was done |",
-        "|---|---|",
+    lines = ["# Mistakes", "", "What a report names as the likely cause."]
+    lines += ["`bnverify explain MISTAKE` prints one of these pages in a terminal.", ""]
+    lines += ["| mistake | what was done |", "|---|---|"]
+    lines += [
+        f"| [{mistake.name}]({mistake.name}.md) | {_cell(_title(mistake))} |"
+        for mistake in MISTAKES.values()
     ]
-    for mistake in MISTAKES.values():
-        lines.append(f"| [{mistake.name}]({mistake.name}.md) | {_cell(_title(mistake))} |")
     return "\n".join(lines) + "\n"
 
 
