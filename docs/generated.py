@@ -48,6 +48,9 @@ API = {
 }
 """Headings of the API page -> public names, in the order of reading; what is not named comes last."""
 
+WIDE = "---\nhide:\n  - toc\n---\n"
+"""Begins a page that shows two pieces of code side by side: they take the room of the contents."""
+
 
 def pages() -> dict[str, str]:
     """Return the generated pages: the path under docs/ -> the Markdown."""
@@ -99,8 +102,8 @@ def _law(law: Law) -> str:
         named = ", ".join(f"`{name}`" for name in law.requires)
         facts.append(("Needs", f"a subject that shows {named}; for others the law is exempt"))
     facts.append(("Source", _prose(law.source)))
-    lines = [f"# {law.name}", "", f"**{_prose(law.claim)}**", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {_cell(text)} |" for name, text in facts]
+    lines = [f"{WIDE}# {law.name}", "", f"**{_prose(law.claim)}**", ""]
+    lines += [f"- **{name}:** {text}" for name, text in facts]
     if law.derivation:
         lines += ["", "## Derivation", "", _roles(law.derivation)]
     if law.mistakes:
@@ -146,7 +149,7 @@ def _mistake_index() -> str:
 
 
 def _mistake(mistake: Mistake) -> str:
-    lines = [f"# {mistake.name}", "", f"**{_title(mistake)}**"]
+    lines = [f"{WIDE}# {mistake.name}", "", f"**{_title(mistake)}**"]
     if mistake.looks:
         lines += ["", f"What it looks like: {_prose(mistake.looks)}"]
     lines += ["", _fix(mistake), *_code(mistake), "", "## Laws that notice it", ""]

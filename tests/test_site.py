@@ -67,7 +67,7 @@ def test_a_law_that_allows_for_rounding_says_so(pages: dict[str, str]) -> None:
     """Whose derivation counts roundings, or which asks for the step's noise, is not called exact."""
     for law in LAWS.values():
         (allowed,) = re.findall(
-            r"^\| Tolerance \| (.*) \|$", pages[f"laws/{law.name}.md"], re.MULTILINE
+            r"^- \*\*Tolerance:\*\* (.*)$", pages[f"laws/{law.name}.md"], re.MULTILINE
         )
         if "noise" in law.needs:
             assert "rounding.md" in allowed, law.name
