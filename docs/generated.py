@@ -272,7 +272,7 @@ def on_page_content(html: str, **_: Any) -> str:
     return re.sub(r":(?:class|func|mod|meth|attr|data):(?=<code>)", "", html)
 
 
-def on_post_page(output: str, page: Page, **_: Any) -> str:
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
     """Refuse a page that would load something from another host.
 
     Raises:
@@ -280,7 +280,14 @@ def on_post_page(output: str, page: Page, **_: Any) -> str:
     """
     from mkdocs.exceptions import PluginError
 
-    loads = re.findall(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="(https?://[^"]+)"', output)
+    tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", output)
+    own = config.site_url or "/"
+    loads = [
+        address
+        for tag in tags
+        for address in re.findall(r'(?:src|href)="(https?://[^"]+)"', tag)
+        if not address.startswith(own)
+    ]
     if loads:
         raise PluginError(f"{page.file.src_uri} would load {', '.join(loads)}")
     return output
