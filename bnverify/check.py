@@ -458,7 +458,9 @@ def _without_running(
                 yield proved
 
 
-def _with_clues(results: list[Evidence], runner: Runner, seed: int, found: _Found) -> list[Evidence]:
+def _with_clues(
+    results: list[Evidence], runner: Runner, seed: int, found: _Found
+) -> list[Evidence]:
     """Return ``results``, those of broken laws with what the numbers of their cases say."""
     broken = [each for each in results if each.status == "violated"]
     if not broken:

@@ -75,8 +75,11 @@ class Rule:
     seen: str = ""
 
     def told(self, known: Known) -> str:
-        """Return what was seen, with the numbers of this step."""
-        return self.seen.format_map(_Readable(known.clues))
+        """Return what was seen, with the numbers of this step; empty where they are not known."""
+        try:
+            return self.seen.format_map(_Readable(known.clues))
+        except KeyError:
+            return ""
 
 
 class _Readable(dict[str, Any]):
@@ -84,18 +87,24 @@ class _Readable(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
-        if isinstance(value, list):
-            return ", ".join(map(str, value))
         if isinstance(value, dict):
-            return ", ".join(f"{leaf} by {_short(factor)}" for leaf, factor in value.items())
+            value = [f"{leaf} by {_short(factor)} times" for leaf, factor in value.items()]
+        if isinstance(value, list):
+            rest = f" and {len(value) - MOST_LEAVES} more" if len(value) > MOST_LEAVES else ""
+            return ", ".join(map(str, value[:MOST_LEAVES])) + rest
         return _short(value) if isinstance(value, float) else value
 
-    def __missing__(self, name: str) -> str:
-        return "?"
+
+MOST_LEAVES = 4
+"""How many leaves are told by name."""
 
 
 def _short(number: float) -> str:
-    return f"{number:.6g}"
+    """Return a number in a few digits, and one close to 1 by how far it is from it."""
+    off = number - 1
+    if 0 < abs(off) < 1e-4:
+        return f"1 {'+' if off > 0 else '-'} {abs(off):.2g}"
+    return f"{number:.5g}"
 
 
 MODES = "eval_at_the_batchs_own_moments_is_the_training_loss"
@@ -224,6 +233,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "wrong_gradient",
+        lambda k: k.broke(SLOPE) and "gradient_factor" in k.clues,
+        "the gradient of {gradient_leaves} is {gradient_factor} times the slope of the reported loss",
+    ),
+    Rule(
+        "wrong_gradient",
         lambda k: k.broke(SLOPE) and "gradient_leaves" in k.clues,
         "the gradient is not the slope of the reported loss for {gradient_leaves}",
     ),
@@ -253,6 +267,11 @@ RULES: tuple[Rule, ...] = (
         "update_applied_twice",
         lambda k: k.clue("params", "twice"),
         "the update is {factor} times the optimizer's",
+    ),
+    Rule(
+        "update_applied_twice",
+        lambda k: k.clue("params", "two updates"),
+        "the params are those after two of the optimizer's updates",
     ),
     Rule(
         "update_applied_twice",
@@ -305,7 +324,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "decay_of_norm_parameters",
         lambda k: k.clue("params", "decayed"),
-        "besides the update, leaves move by a factor of themselves: {decayed}",
+        "besides the optimizer's update, leaves change by a multiple of themselves: {decayed}",
     ),
     Rule(
         "update_scaled",
@@ -351,12 +370,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "wrong_moments",
         lambda k: k.clue("average", "of roots"),
-        "{bent} average deviations, and square the average",
+        "{bent} averages standard deviations and squares the average",
     ),
     Rule(
         "average_not_steady",
         lambda k: k.clue("average", "bent"),
-        "the weight of the old value depends on that value; it is {momentum} elsewhere",
+        "the weight of the old value depends on that value; far from here it is {momentum}",
     ),
     Rule(
         "ema_applied_twice",
@@ -381,8 +400,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "weights_do_not_sum_to_one",
+        lambda k: k.clue("moments", "weights") and abs(k.clues.get("moments_sum", 1) - 1) > 0.01,
+        "in {moments_of} the weights of the old value and of the batch's moments sum to {moments_sum}",
+    ),
+    Rule(
+        "weights_do_not_sum_to_one",
         lambda k: k.clue("moments", "weights"),
-        "in {moments_of} the weights of the old value and of the batch's moment sum to {moments_sum}",
+        "in {moments_of} the batch's moments enter with {moments_factor} times the weight 1 - m",
     ),
     Rule(
         "statistics_in_low_precision",
@@ -397,12 +421,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "rows_treated_unequally",
         lambda k: k.clue("moments", "part of the rows") and not k.broke(MODES),
-        "{moments_of} normalises by the moments of a part of the rows: {rows}",
+        "{moments_of} normalises by the moments of rows {rows} only",
     ),
     Rule(
         "statistics_of_part_of_the_batch",
         lambda k: k.clue("moments", "part of the rows"),
-        "{moments_of} records the moments of a part of the rows: {rows}",
+        "{moments_of} records the moments of rows {rows} only",
     ),
     Rule(
         "rows_treated_unequally",
@@ -412,7 +436,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "statistics_over_the_wrong_axis",
         lambda k: k.clue("moments", "all axes", "channels in another order"),
-        "what {moments_of} records: {moments}",
+        "{moments_of} records the moments of {moments}",
     ),
     Rule(
         "rows_treated_unequally",
@@ -426,7 +450,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "wrong_moments",
         lambda k: k.clue("moments", "another quantity"),
-        "the mean of {moments_of} is right, the variance is not: {quantity}",
+        "what {moments_of} records as the variance is {quantity}",
     ),
     Rule(
         "statistics_from_another_batch",
@@ -500,7 +524,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "low_precision",
         lambda k: k.clue("modes", "rounded targets", "rounded inputs"),
-        "training computes what evaluation gives for rounded values of the batch",
+        "training computes what evaluation gives for {modes}",
     ),
     Rule(
         "statistics_in_low_precision",

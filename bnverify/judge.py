@@ -79,8 +79,8 @@ class RoundingBounds:
         (exact, inputs), (noise, input_noise) = reading.evaluate(*given)
         known = Known(exact, noise, layer_inputs=inputs, layer_input_noise=input_noise)
         place = _place(reading.program.out[0].info.loss, reading.program.out)
-        if "slope" not in also or place is None:
-            return known
+        if "slope" not in also or place is None or np.ndim(exact.info.loss) != 1:
+            return known  # a loss that is no scalar has no slope: a law of structure says so
         direction = some_direction(before.params)
         args = before.params, (*before[1:], *given[1:])  # the params are a state's first leaves
         at, around = exact.info.loss, noise.info.loss
@@ -97,13 +97,13 @@ class RoundingBounds:
             directions: trees like the params of one case.
 
         Raises:
-            LookupError: the step reports no loss.
+            LookupError: the step reports no loss that is a scalar.
         """
         reading = self._rounding(before, case, with_inputs=False)
         (exact, _), (noise, _) = reading.evaluate(before, case.x, case.y, case.lr)
         place = _place(reading.program.out[0].info.loss, reading.program.out)
-        if place is None:
-            raise LookupError("the step reports no loss")
+        if place is None or np.ndim(exact.info.loss) != 1:
+            raise LookupError("the step reports no loss that is a scalar")
         args = before.params, (*before[1:], case.x, case.y, case.lr)
         known = exact.info.loss, noise.info.loss, place
         return [directional_derivative(reading.program, args, d, *known) for d in directions]

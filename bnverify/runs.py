@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from bnverify import shrink
 from bnverify.case import Case, Domain
-from bnverify.clues import Clues, clues, general_cases
+from bnverify.clues import Clues, general_cases, read_clues
 from bnverify.evidence import Counterexample, Evidence, Status
 from bnverify.jaxpr.arithmetic import numbers, operations
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import READ_NEEDS, Judge, RoundingBounds, judged
-from bnverify.laws import Law
+from bnverify.laws import LAWS, Law
 from bnverify.observe import (
     FEW_ROWS,
     SINGLE,
@@ -338,8 +338,8 @@ class Runner:
     def clues(self, broken: Collection[Evidence], seed: int) -> Clues:
         """Return what the numbers say of a step that breaks some laws.
 
-        Read are two general cases and the counterexamples, the smallest of each shape, in programs that
-        are compiled already.
+        Read are two general cases and counterexamples of several shapes: of a small model in the programs
+        that are compiled already, of a large one, whose programs take many cases, one at a time.
 
         Args:
             broken: the evidence of the broken laws.
@@ -349,10 +349,23 @@ class Runner:
         for each in broken:
             if each.counterexample is not None and each.counterexample.case is not None:
                 shown.setdefault(each.counterexample.case.shape, each.counterexample.case)
-        shape = [*self.tiny(), *self.further(seed)[0]][-1]
-        cases = [*general_cases(shape), *list(shown.values())[:MOST_READ]]
-        calls = self._batched if self.stacks else self.single
-        return clues(calls, RoundingBounds(self._tracer), cases, [each.law for each in broken])
+        # Where twice the batch gives another result, the fault may lie in that one.
+        twice = [
+            general_cases((2 * rows, features))[0]
+            for each in broken
+            if each.shape is not None and "step:doubled_batch" in LAWS[each.law].needs
+            for rows, features in [each.shape]
+        ]
+        several = [shape for shape in self.further(seed)[0] if shape[0] > 2]
+        shape = min(several, default=self.tiny()[-1])
+        small = self.stacks and self.block(shape) == self.plan.block
+        most = 1 if self.refusal else MOST_READ
+        return read_clues(
+            self._batched if small else self.single,
+            RoundingBounds(self._tracer),
+            [*general_cases(shape), *twice, *list(shown.values())[:most]],
+            [each.law for each in broken],
+        )
 
     def refused(self) -> Mapping[str, str]:
         """Return name of a fact that no run could observe -> what was raised."""

@@ -111,8 +111,8 @@ UNUSABLE = {
     "check steps.py:rong": "steps.py has no 'rong'; did you mean 'wrong'?",
     "check json:loads": "is called neither without arguments",
     "check a b": "unrecognized arguments: b",
-    "explain momentum": "no law is named 'momentum'; see",
-    "explain": "required: LAW",
+    "explain nothing": "no law, family or mistake is named 'nothing'; see",
+    "explain": "required: NAME",
 }
 
 
@@ -338,12 +338,36 @@ def test_list_is_for_people_in_a_terminal(run: Run, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", LAWS)
 def test_explain_tells_all_about_a_law(run: Run, name: str) -> None:
-    """Claim, source, and each mistake with its fix."""
+    """Claim, source, and each mistake with its title."""
     status, out, _ = run("explain", name)
     text, law = " ".join(out.split()), LAWS[name]
     assert status == 0
-    for part in (law.claim, law.source, *(MISTAKES[each].fix for each in law.mistakes)):
+    for part in (law.claim, law.source, *(MISTAKES[each].title for each in law.mistakes)):
         assert " ".join(part.split()) in text
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_explain_tells_all_about_a_mistake(run: Run, name: str) -> None:
+    """Title, looks, fix, source, the laws that notice it, and its code, line by line."""
+    status, out, _ = run("explain", name)
+    text, mistake = " ".join(out.split()), MISTAKES[name]
+    assert status == 0
+    for part in (mistake.title[1:], mistake.looks, mistake.fix, mistake.source):
+        assert " ".join(part.split()) in text
+    for line in (*mistake.wrong.splitlines(), *mistake.right.splitlines()):
+        assert line.rstrip() in out
+    for law in LAWS.values():
+        assert (f"  {law.name}\n" in out) == (name in law.mistakes)
+
+
+def test_explain_takes_the_beginning_of_a_name(run: Run) -> None:
+    """Of a law, a family or a mistake; where it begins several names, they are told."""
+    assert run("explain", "wrong_si")[1] == run("explain", "wrong_sign")[1]
+    assert run("explain", "evaluation")[1].startswith("evaluation (")
+    assert run("explain", "metam")[1] == run("explain", "metamorphic")[1]
+    status, _, err = run("explain", "wrong_")
+    assert status == 2
+    assert "3 names begin with 'wrong_': wrong_sign, wrong_gradient, wrong_moments" in err
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,13 +65,16 @@ def test_shards_make_the_whole(count: int) -> None:
 
 
 def test_the_diagnosis_is_that_of_all_shards_together() -> None:
-    """What is broken on one machine makes a mistake likelier on another."""
+    """What the numbers say on one machine explains a law that is broken on another."""
     laws = ["params_follow_the_optimizer", "sgd_moves_params_by_minus_lr_times_gradient"]
     whole = report(laws, "violated")
-    alone = [diagnosed([each])[0] for each in whole.results]  # by each of two machines
+    seen = replace(whole.results[0], clues={"params": "twice", "factor": 2.0})
+    whole = replace(whole, results=(seen, *whole.results[1:]))
+    alone = [diagnosed([each], {})[0] for each in whole.results]  # by each of two machines
     merged = merge(shards(replace(whole, results=tuple(alone)), 2))
     assert isinstance(merged, Report)
-    assert list(merged.results) == diagnosed(whole.results) != alone
+    assert list(merged.results) == diagnosed(whole.results, {}) != alone
+    assert all((e.diagnosis or "").startswith("update_applied_twice:") for e in merged.results)
 
 
 def changed(parts: dict[str, str], name: str, **fields: Any) -> dict[str, str]:

@@ -1,18 +1,20 @@
-"""``bnverify explain LAW``: what a law claims, why, and what usually breaks it."""
+"""``bnverify explain NAME``: what a law claims, what a family holds, or how a mistake is made and fixed."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 import textwrap
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from bnverify.unusable import Unusable, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from bnverify.laws import Law
+    from bnverify.mistakes import Mistake
 
 HOW = {
     "structure": "proved from the traced step where it traces for every size, else read at a few",
@@ -28,22 +30,142 @@ def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "explain",
-        help="say what a law claims and what usually breaks it",
-        description="Say what a law claims, why it holds, and which mistakes usually break it.",
+        help="explain a law, a family of laws, or a mistake",
+        description="Say what a law claims and which mistakes break it, which laws a family has, or what "
+        "a mistake looks like and how it is fixed, with code.",
     )
-    parser.add_argument("law", metavar="LAW", help="a name that `bnverify list` shows")
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        help="a law, a family or a mistake, as `bnverify list` and reports name them, or the "
+        "beginning of one",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one law."""
-    from bnverify.laws import LAWS
-
-    if args.law not in LAWS:
-        hint = did_you_mean(args.law, LAWS) or "; see `bnverify list`"
-        raise Unusable(f"no law is named {args.law!r}{hint}")
+    """Print what one name stands for."""
     width = min(shutil.get_terminal_size().columns, 100)
-    print("\n".join(_lines(LAWS[args.law], width)))
+    print("\n".join(_Page(width).lines(args.name)))
     return 0
+
+
+def found(name: str, known: Iterable[str]) -> str:
+    """Return the known name that ``name`` is, or that alone begins with it.
+
+    Raises:
+        Unusable: there is none, or there are several.
+    """
+    names = list(dict.fromkeys(known))
+    if name in names:
+        return name
+    begun = [each for each in names if each.startswith(name)]
+    if len(begun) == 1:
+        return begun[0]
+    if begun:
+        shown = ", ".join(begun[:6]) + (", ..." if len(begun) > 6 else "")
+        raise Unusable(f"{len(begun)} names begin with {name!r}: {shown}")
+    hint = did_you_mean(name, names) or "; see `bnverify list`"
+    raise Unusable(f"no law, family or mistake is named {name!r}{hint}")
+
+
+class _Page:
+    """Text of a width.
+
+    Args:
+        width: in characters.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+
+    def lines(self, name: str) -> Iterator[str]:
+        """Yield the lines that explain a law, a family or a mistake, by its name or its beginning."""
+        from bnverify.laws import FAMILIES, LAWS
+        from bnverify.mistakes import MISTAKES
+
+        name = found(name, (*LAWS, *FAMILIES, *MISTAKES))
+        if name in LAWS:
+            return self._law(LAWS[name])
+        if name in FAMILIES:
+            return self._family(name)
+        return self._mistake(MISTAKES[name])
+
+    def _wrapped(self, text: str, indent: str = "", hang: str = "") -> str:
+        return textwrap.fill(
+            text,
+            self._width,
+            initial_indent=indent,
+            subsequent_indent=indent + hang,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
+    def _law(self, law: Law) -> Iterator[str]:
+        from bnverify.mistakes import MISTAKES
+
+        yield f"{law.name} ({law.family})"
+        yield ""
+        yield self._wrapped(law.claim)
+        for paragraph in filter(None, law.derivation.split("\n\n")):
+            yield ""
+            yield self._wrapped(paragraph)
+        yield ""
+        for line in _checked(law):
+            yield self._wrapped(line, hang="  ")
+        yield self._wrapped(f"Source: {law.source}", hang="  ")
+        if law.mistakes:
+            yield ""
+            yield self._wrapped(
+                "Mistakes that break it; `bnverify explain MISTAKE` shows how each is fixed:"
+            )
+        for name in law.mistakes:
+            yield self._wrapped(f"{name}: {MISTAKES[name].title}", "  ", "  ")
+
+    def _family(self, family: str) -> Iterator[str]:
+        from bnverify.laws import LAWS
+
+        laws = [law for law in LAWS.values() if law.family == family]
+        yield f"{family} ({len(laws)} laws)"
+        for law in laws:
+            yield ""
+            yield law.name
+            yield self._wrapped(law.claim, "  ")
+
+    def _mistake(self, mistake: Mistake) -> Iterator[str]:
+        from bnverify.laws import LAWS
+
+        yield f"{mistake.name} (mistake)"
+        yield ""
+        yield self._wrapped(f"{mistake.title[0].upper()}{mistake.title[1:]}.")
+        if mistake.looks:
+            yield self._wrapped(f"What it looks like: {mistake.looks}", hang="  ")
+        yield self._wrapped(f"Fix: {mistake.fix}.", hang="  ")
+        yield ""
+        yield from self._code(mistake)
+        laws = [law.name for law in LAWS.values() if mistake.name in law.mistakes]
+        if laws:
+            yield "Laws that notice it:"
+            yield from (f"  {name}" for name in laws)
+        if mistake.source:
+            yield self._wrapped(f"Seen at {mistake.source}")
+
+    def _code(self, mistake: Mistake) -> Iterator[str]:
+        """Yield the wrong and the right code, side by side where both fit."""
+        wrong, right = (["Wrong:", *_indented(text)] for text in (mistake.wrong, mistake.right))
+        right[0] = "Right:"
+        column = max(map(len, wrong)) + 3
+        if not mistake.wrong:
+            return
+        if column + max(map(len, right)) <= self._width:
+            for left, beside in zip_longest(wrong, right, fillvalue=""):
+                yield f"{left:<{column}}{beside}".rstrip()
+        else:
+            yield from (*wrong, "", *right)
+        yield ""
+
+
+def _indented(code: str) -> list[str]:
+    return [f"  {line}".rstrip() for line in code.splitlines()]
 
 
 def _checked(law: Law) -> Iterator[str]:
@@ -57,38 +179,3 @@ def _checked(law: Law) -> Iterator[str]:
         yield f"Forbidden: {flows}"
     if law.requires:
         yield f"Needs, of the subject: {', '.join(law.requires)}"
-
-
-def _lines(law: Law, width: int) -> Iterator[str]:
-    from bnverify.mistakes import MISTAKES
-
-    def wrapped(text: str, indent: str = "", hang: str = "") -> str:
-        return textwrap.fill(
-            text,
-            width,
-            initial_indent=indent,
-            subsequent_indent=indent + hang,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-
-    yield f"{law.name} ({law.family})"
-    yield ""
-    yield wrapped(law.claim)
-    for paragraph in filter(None, law.derivation.split("\n\n")):
-        yield ""
-        yield wrapped(paragraph)
-    yield ""
-    for line in _checked(law):
-        yield wrapped(line, hang="  ")
-    yield wrapped(f"Source: {law.source}", hang="  ")
-    if law.mistakes:
-        yield ""
-        yield "What usually breaks it:"
-    for name in law.mistakes:
-        mistake = MISTAKES[name]
-        yield ""
-        yield wrapped(f"{mistake.name}: {mistake.title}.", "  ")
-        yield wrapped(f"Fix: {mistake.fix}.", "    ", "  ")
-        if mistake.source:
-            yield wrapped(f"Seen at {mistake.source}", "    ")

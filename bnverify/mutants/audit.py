@@ -27,7 +27,7 @@ class Finding:
         refusal: how jax or flax refused it, where they must; empty where it ran.
         seconds: how long the check took.
         shape: (N, D) of the smallest counterexample; None where no case is needed.
-        diagnosed: whether the first diagnosis of some broken law names the fault's mistake.
+        diagnosed: whether the mistake that is named first, at the first broken law, is the fault's own.
         survives: the stated reason why nothing need catch it.
         lost: the laws that must notice it and did not.
         failure: how the check itself broke down over it, which is no verdict; empty: it did not.
@@ -136,7 +136,7 @@ def examine(mutant: Mutant, profile: str | Profile, seed: int) -> Finding:
         refusal=refusal,
         seconds=time.perf_counter() - started,
         shape=_smallest([evidence.shape for evidence in broken]),
-        diagnosed=any((e.diagnosis or "").startswith(f"{mutant.mistake}:") for e in broken),
+        diagnosed=any((e.diagnosis or "").startswith(f"{mutant.mistake}:") for e in broken[:1]),
         survives=mutant.survives or mutant.tolerated,
         lost=tuple(sorted(set(mutant.expected) - {evidence.law for evidence in broken})),
         failure=failure,

@@ -11,7 +11,6 @@ import pytest
 
 import bnverify
 from bnverify import cli
-from bnverify.mistakes import MISTAKES
 from bnverify.mutants import MUTANTS
 from bnverify.profile import Profile
 
@@ -51,8 +50,8 @@ def check(name: str, folder: Path, *options: str) -> int:
 def shown_well(name: str, violated: list[dict[str, Any]]) -> bool:
     """Return whether the law about a fault is broken, N and D are at most 2, and it is named."""
     small = all(max(each["shape"]) <= 2 for each in violated if each["shape"])
-    title = MISTAKES[MUTANTS[name].mistake].title  # first, or among the two that follow it
-    named = any(title in (each["diagnosis"] or "") for each in violated)
+    mistake = MUTANTS[name].mistake
+    named = all((each["diagnosis"] or "").startswith(f"{mistake}:") for each in violated)
     return CAUGHT[name] in {each["law"] for each in violated} and small and named
 
 
