@@ -34,7 +34,7 @@ MODELS = {
 HEAD = """# What each release changed
 
 Made by `python benchmarks/compatibility.py -o docs/compatibility.md`: each release of
-[the pinned twelve](../pins) compared with the one before, on one machine, for the reference step,
+the pinned twelve (`pins/`) compared with the one before, on one machine, for the reference step,
 for a linen model with `BatchNorm` as it comes, and for the same model in nnx. The step is recorded
 with the older releases and replayed with the newer ones, from the same states.
 

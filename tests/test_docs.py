@@ -50,14 +50,29 @@ def test_code_on_the_pages_is_python() -> None:
                 compile(block, str(page), "exec")
 
 
-def test_links_to_files_lead_somewhere() -> None:
-    """Every relative link names a file of the repository."""
-    links = [
-        (page, target)
-        for page in PAGES
-        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
-    ]
-    assert [(page.name, to) for page, to in links if not (page.parent / to).exists()] == []
+def anchors(text: str) -> set[str]:
+    """Return what the headings of a page are called in links to them."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere() -> None:
+    """Every relative link names a file of the repository and, after #, a heading of that page."""
+    lost = []
+    for page in [
+        *PAGES,
+        *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")),
+    ]:
+        text = page.read_text(encoding="utf-8")
+        for to in re.findall(r"\]\((?!https?:)([^)\s]+)", text):
+            path, _, heading = to.partition("#")
+            file = page.parent / path if path else page
+            if file.exists() and not heading:
+                continue
+            if not file.exists() or heading not in anchors(file.read_text(encoding="utf-8")):
+                lost.append((page.name, to))
+    assert lost == []
 
 
 def plain(line: str) -> str:

@@ -92,6 +92,22 @@ def test_the_matrix_runs_the_default_tier_and_the_newest_release_all() -> None:
     assert f"-r pins/{newest.name}" in nightly["deps"]
 
 
+def test_the_nightly_workflow_names_every_factor() -> None:
+    """No supported release is left out of the nights on GitHub."""
+    nightly = (ROOT / ".github" / "workflows" / "nightly.yml").read_text()
+    for factor in pins_by_factor():
+        assert re.search(rf"- py\d+-{factor}$", nightly, re.MULTILINE), factor
+
+
+def test_a_citation_names_the_release() -> None:
+    """CITATION.cff has the version, the licence and the authors of the package."""
+    citation = (ROOT / "CITATION.cff").read_text()
+    (author,) = PROJECT["authors"]
+    for line in (f"version: {PROJECT['version']}", f"license: {PROJECT['license']}"):
+        assert line in citation.splitlines()
+    assert f"- name: {author['name']}" in citation
+
+
 def test_every_test_states_its_claim() -> None:
     """Each test function's docstring says in one sentence what holds if it passes."""
     silent = [

@@ -1,8 +1,13 @@
-"""The workflows that users copy: valid, pinned, least privileged, and their shell is shell."""
+"""Workflows, the action and the hook: valid, pinned, least privileged, and what they run is understood.
+
+actionlint and zizmor say more, see tox.ini; this needs neither.
+"""
 
 from __future__ import annotations
 
+import configparser
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,12 +15,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bnverify.cli import build_parser
+
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "docs" / "workflows").glob("*.yml"))
+COPIED = sorted((ROOT / "docs" / "workflows").glob("*.yml"))
+OURS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 TOP = {"name", "on", "permissions", "concurrency", "env", "jobs"}
 JOB = {"runs-on", "timeout-minutes", "strategy", "steps", "needs", "permissions", "env", "if"}
+JOB |= {"name", "environment"}
 STEP = {"name", "uses", "with", "run", "env", "if", "id"}
-CONTEXTS = {"github", "env", "matrix", "runner", "needs"}
+CONTEXTS = {"github", "env", "matrix", "runner", "needs", "steps"}
 FUNCTIONS = {"hashFiles", "cancelled", "always", "failure", "success"}
 
 
@@ -25,7 +34,7 @@ def load(path):
     return document
 
 
-@pytest.fixture(params=FILES, ids=lambda path: path.name)
+@pytest.fixture(params=COPIED + OURS, ids=lambda path: path.name)
 def workflow(request):
     """Each workflow, parsed."""
     return load(request.param)
@@ -36,8 +45,9 @@ def steps(workflow):
 
 
 def test_there_are_workflows():
-    """One for pull requests, one for every night."""
-    assert [path.name for path in FILES] == ["upgrade-gate.yml", "upgrade-nightly.yml"]
+    """A user's for pull requests and for every night; ours."""
+    assert [path.name for path in COPIED] == ["upgrade-gate.yml", "upgrade-nightly.yml"]
+    assert [path.stem for path in OURS] == ["docs", "nightly", "release", "test"]
 
 
 def test_every_key_is_one_that_github_knows(workflow):
@@ -56,8 +66,53 @@ def test_every_key_is_one_that_github_knows(workflow):
 def test_actions_are_of_a_version_and_the_token_may_only_read(workflow):
     """What writes says so in its own job."""
     assert workflow["permissions"] == {"contents": "read"}
+    version = r"actions/[a-z-]+@(v\d+|[0-9a-f]{40})|pypa/gh-action-pypi-publish@release/v1"
     for step in steps(workflow):
-        assert re.fullmatch(r"actions/[a-z-]+@v\d+", step.get("uses", "actions/x@v1"))
+        assert re.fullmatch(version, step.get("uses", "actions/x@v1"))
+
+
+def test_ours_run_environments_that_tox_has():
+    """Every environment of a matrix is one that tox.ini names, or is made of its factors."""
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(ROOT / "tox.ini")
+    named = {section.removeprefix("testenv:") for section in config.sections()}
+    factors = set(re.findall(r"^(jax\d+): -r", config["testenv"]["deps"], re.MULTILINE))
+    for workflow in map(load, OURS):
+        for job in workflow["jobs"].values():
+            for env in job.get("strategy", {}).get("matrix", {}).get("env", []):
+                assert env in named or env.rpartition("-")[2] in factors, env
+        for step in steps(workflow):
+            for env in re.findall(r"tox run -e (\w+)", step.get("run", "")):
+                assert env in named
+
+
+def test_commands_of_bnverify_are_understood():
+    """Every one in a copied workflow, in the action and in the hook is one that the parser takes."""
+    action = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
+    hooks = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    scripts = [step["run"] for path in COPIED for step in steps(load(path)) if "run" in step]
+    scripts += [step["run"] for step in action["runs"]["steps"]]
+    scripts += [hook["entry"] for hook in hooks]
+    commands = [
+        command
+        for script in scripts
+        for command in re.findall(
+            r"(?m)(?:^| )bnverify ((?:check|gate) .*)", script.replace("\\\n", " ")
+        )
+    ]
+    assert len(commands) == 4
+    for command in commands:
+        words = shlex.split(re.split(r" (?:\d?>|\|\|)", command)[0].replace('"${args[@]}"', ""))
+        build_parser().parse_args([word.replace("$PROFILE", "ci") for word in words])
+
+
+def test_the_action_passes_on_each_of_its_inputs():
+    """By the environment, for an expression in a script is an injection."""
+    action = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
+    used = set(re.findall(r"inputs\.([\w-]+)", repr(action["runs"])))
+    assert used == set(action["inputs"])
+    for step in action["runs"]["steps"]:
+        assert "${{" not in step["run"]
 
 
 def test_expressions_name_what_exists(workflow):
