@@ -102,6 +102,23 @@ _mistake(
     "https://github.com/google-deepmind/optax/issues/25",
 )
 
+_mistake(
+    "frozen_params_move",
+    "params that are to be frozen are moved, by a decay or by their gradient",
+    'optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, labels)',
+)
+_mistake(
+    "frozen_gradients_are_clipped_with",
+    "gradients of frozen params scale the update of the others",
+    'clip inside of what trains: optax.multi_transform({"train": optax.chain(clip, tx), ...}, labels)',
+)
+_mistake(
+    "schedule_counts_batches",
+    "the schedule of the learning rate is given in batches under gradient accumulation",
+    "the schedule counts optimizer steps, not batches: divide the number of batches by every_k_schedule",
+    "https://github.com/AI-Hypercomputer/maxtext/pull/3452",
+)
+
 # How the gradient is taken.
 _mistake(
     "wrong_gradient",
@@ -145,6 +162,18 @@ _mistake(
     "rows_treated_unequally",
     "some rows of the batch count more than others, or not at all",
     "use every row with the same weight in the forward pass and in the loss",
+    "https://github.com/google/flax/issues/1850",
+)
+_mistake(
+    "padding_in_the_denominator",
+    "padding changes the loss: it is masked out of the sum and counted in the mean",
+    "divide by the number of rows that count: jnp.sum(mask * loss) / jnp.maximum(mask.sum(), 1)",
+    "https://github.com/tracel-ai/burn/issues/5568",
+)
+_mistake(
+    "padding_enters",
+    "rows that do not count reach the loss or the statistics",
+    "mask them out of the loss, and of BatchNorm too: norm(x, mask=mask[:, None])",
     "https://github.com/google/flax/issues/1850",
 )
 _mistake(
@@ -222,6 +251,38 @@ _mistake(
     "keep params and state in the dtype they were initialised with; cast inside the model",
 )
 
+_mistake(
+    "rows_normalised_alone",
+    "each row is normalised by itself: the moments are not those of the batch",
+    'under jax.vmap BatchNorm sees one row: BatchNorm(axis_name="batch") and jax.vmap(..., '
+    'axis_name="batch", out_axes=(0, None))',
+    "https://github.com/google/flax/issues/1247",
+)
+_mistake(
+    "pass_dropped",
+    "the statistics of one of several passes are dropped",
+    "thread batch_stats through all calls: the second starts from what the first returned",
+    "https://github.com/carpedm20/DCGAN-tensorflow/issues/266",
+)
+_mistake(
+    "frozen_statistics_move",
+    "a frozen layer's statistics change: it still folds each batch in",
+    "run a frozen layer with use_running_average=True, whatever train says",
+    "https://github.com/Lightning-AI/pytorch-lightning/issues/15062",
+)
+_mistake(
+    "stale_statistics",
+    "a copy of the params is updated, its running statistics never are",
+    "copy batch_stats beside the params, wherever the copy is updated",
+    "https://github.com/DLR-RM/stable-baselines3/issues/996",
+)
+_mistake(
+    "fresh_statistics",
+    "the params come from a trained model, the running statistics do not: they do not belong together",
+    "restore batch_stats from where the params come from",
+    "https://github.com/google/deepvariant/issues/383",
+)
+
 # Evaluation.
 _mistake(
     "eval_in_train_mode",
@@ -239,6 +300,14 @@ _mistake(
     "division_by_zero_variance",
     "a variance of zero is divided by",
     "add epsilon to the variance before the square root",
+)
+
+# Random numbers.
+_mistake(
+    "same_key_in_each_step",
+    "each step draws the same random numbers, so dropout has the same mask each step",
+    "split the key and carry the new one, or jax.random.fold_in(key, state.step)",
+    "https://github.com/google/flax/pull/2631",
 )
 
 # Purity.

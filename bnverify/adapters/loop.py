@@ -235,7 +235,8 @@ def _made(
         shows=frozenset(claim for claim, holds in claims.items() if holds),
         notes=() if found.evaluation is not None else (BY_TRAINING,),
     )
-    return completed(subject, declared, batch=found.batch)
+    makers = [found.create.function, found.optimizer]
+    return completed(subject, declared, batch=found.batch, makers=makers)
 
 
 class _Done(NamedTuple):
