@@ -111,4 +111,4 @@ def _listed(paths: Collection[str]) -> str:
 
 def _line(seen: str, mistake: Mistake | str) -> str:
     found = MISTAKES[mistake] if isinstance(mistake, str) else mistake
-    return f"{found.name}: {found.title} ({seen}). Unless it is meant: {found.mend}"
+    return f"{found.name}: {found.title} ({seen}). Unless it is meant: {found.fix}"

@@ -225,5 +225,5 @@ def _check(subject: Subject, target: str) -> None:
 def refused(error: Exception, target: str) -> TargetError:
     """Return what to say of an error that the code of ``target`` raised."""
     known = explain.mistake(error)
-    hint = f"; usually {known.title}. Mend: {known.mend}" if known else ""
+    hint = f"; usually {known.title}. Fix: {known.fix}" if known else ""
     return TargetError(f"{target} raises {first_line(error)}{user_line(error)}{hint}")

@@ -338,11 +338,11 @@ def test_list_is_for_people_in_a_terminal(run: Run, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", LAWS)
 def test_explain_tells_all_about_a_law(run: Run, name: str) -> None:
-    """Claim, source, and each mistake with its mend."""
+    """Claim, source, and each mistake with its fix."""
     status, out, _ = run("explain", name)
     text, law = " ".join(out.split()), LAWS[name]
     assert status == 0
-    for part in (law.claim, law.source, *(MISTAKES[each].mend for each in law.mistakes)):
+    for part in (law.claim, law.source, *(MISTAKES[each].fix for each in law.mistakes)):
         assert " ".join(part.split()) in text
 
 

@@ -219,9 +219,9 @@ REFUSED = {
     "steps.py:init_returns_tuple": "init must return a bnverify.State, got (int, int, int)",
     "steps.py:holds_text": "init returns a State whose params holds a value of type str",
     "steps.py:evaluates_to_none": "evaluate must return an array of shape (1,), got None",
-    "steps.py:raises_in_step": "usually batch_stats was not declared mutable. Mend: model.apply",
+    "steps.py:raises_in_step": "usually batch_stats was not declared mutable. Fix: model.apply",
     "steps.py:function_of_none": "must return an array of shape (1,), got None",
-    "steps.py:forgetful_function": "usually batch_stats was not declared mutable. Mend: model.apply",
+    "steps.py:forgetful_function": "usually batch_stats was not declared mutable. Fix: model.apply",
     "builtins:iter": "has no signature to read",
 }
 

@@ -37,7 +37,7 @@ REPORT = Report(
             3e9,
             "off by 3e+09",
             SHOWN,
-            "ema_applied_twice: it is applied twice. Mend: once.",
+            "ema_applied_twice: it is applied twice. Fix: once.",
         ),
         Evidence("gradients_match_params", "structure", "proved", reason="every N and D"),
         Evidence("momentum_is_as_declared", "statistics", "exempt", reason="it declares none"),
@@ -122,7 +122,7 @@ def test_a_violation_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(plain(shown(monkeypatch)).split())
     assert LAWS["variance_is_never_negative"].claim in text
     assert "off by 3e+09" in text
-    assert "Usually: ema_applied_twice: it is applied twice. Mend: once." in text
+    assert "Usually: ema_applied_twice: it is applied twice. Fix: once." in text
 
 
 def test_the_summary_says_how_much_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_a_printed_report_is_its_verdict() -> None:
         "my step: 1 of 5 laws violated",
         "1 proved, 1 held, 1 violated, 1 untriggered, 1 exempt; 1,234,567 cases in 12.3 s",
         "violated: variance_is_never_negative: off by 3e+09",
-        "  usually ema_applied_twice: it is applied twice. Mend: once.",
+        "  usually ema_applied_twice: it is applied twice. Fix: once.",
     ]
 
 

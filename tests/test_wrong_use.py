@@ -1,4 +1,4 @@
-"""The functions of the package, wrongly called: one line that names the argument, and the mend."""
+"""The functions of the package, wrongly called: one line that names the argument, and the fix."""
 
 from __future__ import annotations
 

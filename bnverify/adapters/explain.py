@@ -223,7 +223,7 @@ class SubjectError(Unusable):
     """A user's code that a library refused, with the mistake that usually does it.
 
     Attributes:
-        mistake: its name, title and mend.
+        mistake: its name, title and fix.
         where: "path:line" of the innermost line of the user's own code; "" where there is none.
     """
 
@@ -273,7 +273,7 @@ def explained_error(error: Exception, doing: str) -> SubjectError | None:
     where = f"{frame.filename}:{frame.lineno}" if frame else ""
     line = f" ({where}: {frame.line})" if frame else ""
     return SubjectError(
-        f"{doing} raises {first_line(error)}{line}; usually {found.title}. Mend: {found.mend}",
+        f"{doing} raises {first_line(error)}{line}; usually {found.title}. Fix: {found.fix}",
         found,
         where,
     )

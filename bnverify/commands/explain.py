@@ -89,6 +89,6 @@ def _lines(law: Law, width: int) -> Iterator[str]:
         mistake = MISTAKES[name]
         yield ""
         yield wrapped(f"{mistake.name}: {mistake.title}.", "  ")
-        yield wrapped(f"Mend: {mistake.mend}.", "    ", "  ")
+        yield wrapped(f"Fix: {mistake.fix}.", "    ", "  ")
         if mistake.source:
             yield wrapped(f"Seen at {mistake.source}", "    ")

@@ -118,7 +118,7 @@ def frozen_params_stay(t: Transition) -> Any:
     kind="structure",
     needs=("look",),
     requires=("look", "scaled"),
-    mistakes=("frozen_gradients_are_clipped_with",),
+    mistakes=("frozen_gradients_scale_others",),
     source="Optax, clip_by_global_norm: the norm is over all that the transformation is given",
 )
 def frozen_gradients_scale_nothing(t: Transition) -> list[str]:

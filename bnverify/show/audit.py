@@ -134,7 +134,7 @@ def show_tests(audit: TestsAudit, file: TextIO | None = None) -> None:
     for finding in missed:
         mistake = MISTAKES[finding.mistake]
         console.print(Text(f"  {finding.fault}: {finding.sentence}"), soft_wrap=True)
-        console.print(Text(f"    Mend: {mistake.mend}.", "dim"), soft_wrap=True)
+        console.print(Text(f"    Fix: {mistake.fix}.", "dim"), soft_wrap=True)
     console.print()
     counts = ", ".join(f"{len(audit.of(verdict))} {verdict}" for verdict in VERDICTS)  # type: ignore[arg-type]  # the keys are the verdicts
     console.print(Text(f"{counts}; one run takes {audit.seconds:.1f} s", "bold"))

@@ -99,7 +99,7 @@ def test_a_refused_mistake_has_its_name(name: str, run: Callable[[], Any]) -> No
         run()
     assert caught.value.mistake.name == name
     assert caught.value.where.startswith(__file__)
-    assert caught.value.mistake.mend in str(caught.value)
+    assert caught.value.mistake.fix in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is not None
 

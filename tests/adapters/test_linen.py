@@ -391,7 +391,7 @@ class TestLayers:
 
 class TestRefused:
     def test_a_forgotten_mutable_is_named(self) -> None:
-        """What Flax refuses is told as the mistake it is, with its mend."""
+        """What Flax refuses is told as the mistake it is, with its fix."""
         with pytest.raises(SubjectError, match="mutable=") as caught:
             linen(reference.Model(), mutable=[])
         assert caught.value.mistake.name == "mutable_forgotten"

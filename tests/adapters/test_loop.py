@@ -384,7 +384,7 @@ class TestByHand:
 
 class TestNnx:
     def test_an_update_by_closure_is_explained(self) -> None:
-        """The mistake has a name, and the mend the two arguments."""
+        """The mistake has a name, and the fix the two arguments."""
 
         def make(din: int, rngs: Any, lr: float) -> Any:
             model = nnx.Linear(din, 1, rngs=rngs)

@@ -375,7 +375,7 @@ class TestMistakes:
         assert adapt(create, twice, eval_step, features=3).momentum == reference.MOMENTUM
 
     def test_a_forgotten_mutable_is_named_with_the_users_line(self) -> None:
-        """The message has the mistake, its mend, and the line of this file."""
+        """The message has the mistake, its fix, and the line of this file."""
 
         def forgetful(state: TrainState, batch: Any) -> Any:
             variables = {"params": state.params, "batch_stats": state.batch_stats}

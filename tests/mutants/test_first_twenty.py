@@ -77,9 +77,9 @@ def test_the_command_says_so(tmp_path: Path) -> None:
 def test_a_mistake_that_flax_or_jax_refuses_is_explained(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit status 2, what was raised, what usually was forgotten, and the mend."""
+    """Exit status 2, what was raised, what usually was forgotten, and the fix."""
     assert check(name, tmp_path) == 2
     said = capsys.readouterr().err
     assert MUTANTS[name].raises in said
-    assert "Mend: " in said
+    assert "Fix: " in said
     assert "Traceback" not in said
