@@ -72,11 +72,13 @@ class Pass(NamedTuple):
 
     Attributes:
         layer: its path in ``batch_stats``.
+        number: which pass of a model in the step it is, or the first of them, from 1 on.
         at: "path:line (function)" of the user's code that makes the batch, or calls the model.
         folds: in how many of these passes the batch enters the new statistics.
     """
 
     layer: str
+    number: int
     at: str
     folds: int
 

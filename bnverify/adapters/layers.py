@@ -149,7 +149,8 @@ class Layers:
             by_itself = any(self._trains(turn, path) for turn in own)
             # A batch that the params make is one by which a model is attacked, or perturbed.
             if folds or (by_itself and not set(nodes) & of_params):
-                found.append(Pass(path, flows.where(nodes[0]) if nodes else "", folds))
+                at = flows.where(nodes[0]) if nodes else ""
+                found.append(Pass(path, own[0], at, folds))
         return found
 
     def _trains(self, turn: int, path: str) -> bool:

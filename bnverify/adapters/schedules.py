@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnverify.adapters.declared import Declared
+from bnverify.adapters.explain import is_library
 from bnverify.adapters.programs import RATE, Programs, leaf_paths
 from bnverify.adapters.traced import Evaluation
 from bnverify.jaxpr.interpreter import live, read
@@ -110,7 +111,7 @@ class _Ends:
             if "count" in named and scheduled:
                 changed["count"] = jnp.asarray(count, node.count.dtype)
             inner = {name: counted(getattr(node, name)) for name in named if name not in changed}
-            if named:
+            if hasattr(node, "_fields"):
                 return node._replace(**changed, **inner)
             if isinstance(node, tuple | list):
                 return type(node)(counted(each) for each in node)
@@ -126,22 +127,19 @@ class _Ends:
 def _numbers(makers: Sequence[Callable[..., Any]]) -> dict[str, int]:
     """Return the whole numbers that some functions use by a name that means a number of batches."""
     found: dict[str, int] = {}
-    pending: list[tuple[Any, str]] = [(maker, "") for maker in makers]
+    pending: list[Any] = list(makers)
     seen: set[int] = set()
     while pending:
-        value, file = pending.pop()
+        value = pending.pop()
         function = _function(value)
-        if function is None or id(function) in seen:
+        if function is None or id(function) in seen or is_library(function.__code__.co_filename):
             continue
         seen.add(id(function))
-        file = file or function.__code__.co_filename
-        if function.__code__.co_filename != file:  # a library's own
-            continue
         scope = inspect.getclosurevars(function)
         own = getattr(value, "__self__", None)
         for name, held in [*scope.globals.items(), *scope.nonlocals.items(), ("self", own)]:
             found |= {n: v for n, v in _named(name, held) if BATCHES.search(n) and v > 1}
-            pending.append((held, file))
+            pending.append(held)
     return found
 
 

@@ -200,8 +200,8 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
 def every_pass_reaches_the_statistics(t: Transition) -> list[str]:
     """Each batch that a layer trains on in a step enters its running statistics."""
     return [
-        f"batch_stats/{each.layer}: the moments of the pass{_at(each.at)} are dropped: the new "
-        "statistics hold another pass's alone"
+        f"batch_stats/{each.layer}: the moments of pass {each.number} of the model in a step"
+        f"{_at(each.at)} are dropped: the new statistics are those of another pass"
         for each in t.facts["look"].passes
         if each.folds == 0
     ]
@@ -218,8 +218,8 @@ def every_pass_reaches_the_statistics(t: Transition) -> list[str]:
 def each_batch_is_folded_in_once(t: Transition) -> list[str]:
     """A batch that a layer is given in several passes of a step enters the average once."""
     return [
-        f"batch_stats/{each.layer}: one batch{_at(each.at)} is folded in {each.folds} times a step: "
-        "the moving average is applied by each pass"
+        f"batch_stats/{each.layer}: the batch of pass {each.number} of the model{_at(each.at)} is folded "
+        f"in {each.folds} times a step: the moving average is applied once in each pass"
         for each in t.facts["look"].passes
         if each.folds > 1
     ]
