@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -352,15 +353,18 @@ def _masks(programs: Programs) -> Iterator[Mask]:
             masks[flows.number(mask)] = mask
         for number, gated in gates.items():
             closed = set(gated)
-            if end in flows.reached(params, through=lambda n, closed=closed: n not in closed):
+            passes_by = partial(_is_not_in, closed)
+            if end in flows.reached(params, through=passes_by):
                 continue  # part of the loss is not masked
             after = flows.reached(closed) & flows.origins([end])
-            elsewhere = flows.reached(
-                [masks[number]], through=lambda n, closed=closed: n not in closed
-            )
+            elsewhere = flows.reached([masks[number]], through=passes_by)
             counted = any(n in elsewhere for each in after - closed for n in flows.operands(each))
             if counted or _divides_by_rows(flows, after):
                 yield Mask(loss, flows.where(gated[0]), counted)
+
+
+def _is_not_in(nodes: Collection[int], node: int) -> bool:
+    return node not in nodes
 
 
 def _gates(

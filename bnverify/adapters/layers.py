@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -136,7 +136,7 @@ class Layers:
         for label in calls:
             turn = recording.calls[label].turn
             others = {n for each, nodes in marks.items() if each != label for n in nodes}
-            reached = flows.reached(marks[label], through=lambda n, o=others: n not in o)
+            reached = flows.reached(marks[label], through=partial(_is_not_in, others))
             turns[turn] = turns.get(turn, False) or bool(new & reached)
             batch = self._given_to(turn)
             given[turn] = ("pass", turn) if batch is None else batch
@@ -144,8 +144,8 @@ class Layers:
         for batch in dict.fromkeys(given.values()):
             own = [turn for turn in turns if given[turn] == batch]
             folds = sum(turns[turn] for turn in own)
-            label = recording.turns[own[0] - 1] if own[0] else None
-            nodes = flows.of_label(label) if label else []
+            mark = recording.turns[own[0] - 1] if own[0] else None
+            nodes = flows.of_label(mark) if mark else []
             by_itself = any(self._trains(turn, path) for turn in own)
             # A batch that the params make is one by which a model is attacked, or perturbed.
             if folds or (by_itself and not set(nodes) & of_params):
@@ -333,6 +333,10 @@ class Layers:
             if moving and resting and self.calls.get(path) and not self.training(path):
                 found.append(path)
         return found
+
+
+def _is_not_in(nodes: Collection[int], node: int) -> bool:
+    return node not in nodes
 
 
 def _inputs_of(

@@ -238,11 +238,14 @@ def frozen(t: Any, paths: Sequence[str]) -> Any:
         t: a transition.
         paths: of the leaves, the first segment a field of the State.
     """
-    before, after = ({}, {})
-    for state, leaves in ((t.before, before), (t.after, after)):
-        for field, tree in state._asdict().items():
-            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-                leaves[f"{field}/{path_name(path)}"] = leaf
+    before, after = (
+        {
+            f"{field}/{path_name(path)}": leaf
+            for field, tree in state._asdict().items()
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        }
+        for state in (t.before, t.after)
+    )
     kept = [path for path in paths if path in before and path in after]
     return same({path: after[path] for path in kept}, {path: before[path] for path in kept})
 

@@ -119,13 +119,14 @@ def loop(
     def create(rng: Any, lr: Any = 0.1) -> LoopState:
         first, second = jax.random.split(rng)
         variables = start(model.init(first, jnp.zeros((1, FEATURES)), train=False), first)
-        return LoopState.create(
+        made: LoopState = LoopState.create(  # type: ignore[no-untyped-call]  # flax's
             apply_fn=model.apply,
             params=variables["params"],
             tx=tx(lr),
             batch_stats=variables["batch_stats"],
             kept=kept(variables, second),
         )
+        return made
 
     def train_step(state: LoopState, x: Any, y: Any) -> Any:
         after, value = step(state, x, y, loss)

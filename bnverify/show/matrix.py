@@ -51,7 +51,7 @@ def matrix(
         flows: output -> the inputs that may reach it.
         held: the names of the laws that hold: of what some demand a case was seen.
         unsettled: the names of the laws that are violated, or were not judged: only what one of
-            these forbids leaks. None: all laws.
+            these forbids leaks, and only what one demands is missing. None: all laws.
     """
     reached = {output: {_tree(source) for source in sources} for output, sources in flows.items()}
     busy = {_tree(output) for output, sources in reached.items() if sources}
@@ -60,7 +60,7 @@ def matrix(
     forbidden = {pair for law in LAWS.values() for pair in law.forbids}
     judged = LAWS if unsettled is None else unsettled
     leaking = {pair for name in judged if name in LAWS for pair in LAWS[name].forbids}
-    demanded = {pair for law in LAWS.values() for pair in law.demands}
+    wanting = {pair for name in judged if name in LAWS for pair in LAWS[name].demands}
     shown = {pair for name in held if name in LAWS for pair in LAWS[name].demands}
 
     def kind(output: str, source: str) -> str:
@@ -69,7 +69,7 @@ def matrix(
             if (_tree(output), source) in leaking:
                 return "leaks"
             return "shown" if (output, source) in shown else "may"
-        if (output, source) in demanded:
+        if (output, source) in wanting:
             return "missing"
         return "kept out" if kept_out else "cannot"
 
