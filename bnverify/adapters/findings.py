@@ -385,7 +385,9 @@ def _gates(
         while eqn is not None and eqn.primitive.name in SAME_VALUES:
             node = flows.operands(node)[0]
             eqn = flows.equation(node)
-        rows = eqn is not None and any(n and n % ROWS == 0 for n in eqn.outvars[0].aval.shape)
+        # A number for each row: what differs within one, as a one-hot label does, masks no rows.
+        sizes = [n for n in eqn.outvars[0].aval.shape if n != 1] if eqn is not None else []
+        rows = len(sizes) == 1 and sizes[0] % ROWS == 0 and sizes[0] > 0
         return node if rows and node in of_batch and node not in of_params else None
 
     for node in flows.of_primitives({"mul", "select_n"}):
