@@ -194,7 +194,7 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
     kind="structure",
     needs=("look",),
     requires=("look", "passes"),
-    mistakes=("pass_dropped", "new_statistics_dropped"),
+    mistakes=("pass_dropped",),
     source="https://github.com/carpedm20/DCGAN-tensorflow/issues/266",
 )
 def every_pass_reaches_the_statistics(t: Transition) -> list[str]:
@@ -234,7 +234,7 @@ def _at(line: str) -> str:
     kind="witness",
     needs=("step:zero_statistics",),
     requires=("batch_stats",),
-    mistakes=("rows_normalised_alone", "statistics_over_the_wrong_axis"),
+    mistakes=("rows_normalised_alone",),
     source="https://github.com/google/flax/issues/1247",
 )
 def unlike_rows_have_a_variance(t: Transition) -> Any:
