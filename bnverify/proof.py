@@ -46,6 +46,7 @@ MISSING_CAPABILITY = {
     "frozen_params": "no params are frozen",
     "frozen_statistics": "no statistics are frozen",
     "scaled": "no frozen param has a gradient that the optimizer is given",
+    "axes": "no normalisation stands behind a convolution or a product with params",
     "masks": "no mask of rows is found in a loss",
     "schedules": "no gradients are accumulated over a known number of batches",
     "row_weights": "no weights of rows are declared",

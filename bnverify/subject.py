@@ -111,6 +111,22 @@ class Mask(NamedTuple):
     counted: bool
 
 
+class Axis(NamedTuple):
+    """The axis along which a normalisation layer keeps features.
+
+    Attributes:
+        layer: its path in ``batch_stats``.
+        kept: the axis it keeps.
+        features: the axis along which the convolution or product before it gives features.
+        shape: of its input.
+    """
+
+    layer: str
+    kept: int
+    features: int
+    shape: tuple[int, ...]
+
+
 class Schedule(NamedTuple):
     """A learning rate's schedule under gradient accumulation.
 
@@ -137,6 +153,7 @@ class Look(NamedTuple):
         frozen_params: paths of params that no step is to change: "params/Dense_0/kernel".
         frozen_statistics: likewise of running statistics, wherever the state holds them.
         scaled: pairs of a frozen param and one whose update its gradient reaches.
+        axes: the layers behind a convolution or a product with params, by their axes.
         masks: the masks of rows in the losses.
         schedules: what is known of the learning rate's schedule.
     """
@@ -148,6 +165,7 @@ class Look(NamedTuple):
     frozen_params: tuple[str, ...] = ()
     frozen_statistics: tuple[str, ...] = ()
     scaled: tuple[tuple[str, str], ...] = ()
+    axes: tuple[Axis, ...] = ()
     masks: tuple[Mask, ...] = ()
     schedules: tuple[Schedule, ...] = ()
 

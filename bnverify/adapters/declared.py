@@ -53,6 +53,7 @@ HINTS = {
     "each_step_draws_anew": "if the same numbers are meant: exempt=",
     "every_pass_reaches_the_statistics": "if a pass is left out by design: passes=",
     "each_batch_is_folded_in_once": "if a layer folds in several batches a step by design: passes=",
+    "layers_keep_the_feature_axis": "if another axis is normalised by design: exempt=",
     "frozen_statistics_stay": "if they are to follow the new data: frozen=False",
     "frozen_params_stay": "if only the statistics are frozen: frozen=['LAYER/mean', 'LAYER/var']",
     "trained_params_come_with_their_statistics": "if nothing is trained yet: pretrained=False",

@@ -21,7 +21,7 @@ from bnverify.adapters.programs import ROWS, Programs
 from bnverify.adapters.schedules import schedules
 from bnverify.adapters.traced import DRAWS, Flows
 from bnverify.proof import asked
-from bnverify.subject import Copy, Draw, Look, Mask
+from bnverify.subject import Axis, Copy, Draw, Look, Mask
 
 PARAMS, STATISTICS = "params/", "batch_stats/"
 SAME_VALUES = frozenset(
@@ -56,6 +56,7 @@ def look_at(
         frozen_params=tuple(sorted(frozen.params)),
         frozen_statistics=tuple(sorted(frozen.statistics())),
         scaled=tuple(frozen.scaled()),
+        axes=tuple(_axes(programs, layers)),
         masks=tuple(_masks(programs)),
         schedules=tuple(schedules(programs, declared, every, makers)),
     )
@@ -330,6 +331,83 @@ class _Frozen:
             reached = flows.reached(nodes, through=lambda n: n not in finite)
             hit = next((p for p, n in others.items() if n in reached), "")
             yield path, hit
+
+
+# The axis of a normalisation.
+
+ELEMENTWISE = frozenset(
+    {"add", "sub", "mul", "div", "max", "min", "neg", "tanh", "logistic", "exp", "log1p", "erf"}
+    | {"select_n", "integer_pow", "rsqrt", "sqrt", "convert_element_type", "copy", "name", "abs"}
+    | {"reduce_window_max", "reduce_window_sum", "reduce_window", "pad", "reshape", "squeeze"}
+    | {"expand_dims", "broadcast_in_dim"}
+)
+"""Primitives that keep the axes of their operand, but for those of size 1."""
+
+
+def _axes(programs: Programs, layers: Layers) -> Iterator[Axis]:
+    """Yield the axes of Flax's own BatchNorm where what gives its features is known."""
+    flows, calls = programs.flows, programs.recording.calls
+    of_batch = flows.reached([programs.inputs["x"], programs.inputs["y"]])
+    for path in layers.owners:
+        for label in layers.training(path)[:1]:
+            call, nodes = calls[label], flows.of_label(label)
+            if call.momentum is None or len(nodes) != 1 or len(call.feature_axes) != 1:
+                continue
+            if _shapes(flows, nodes[0]) != [call.shape]:  # mapped: the layer saw other axes
+                continue
+            features = _feature_axis(flows, nodes[0], len(call.shape), of_batch)
+            if features is not None:
+                yield Axis(path, call.feature_axes[0], features, call.shape)
+
+
+def _shapes(flows: Flows, node: int) -> list[tuple[int, ...]]:
+    eqn = flows.equation(node)
+    return [] if eqn is None else [tuple(var.aval.shape) for var in eqn.outvars]
+
+
+def _feature_axis(flows: Flows, node: int, rank: int, of_batch: Collection[int]) -> int | None:
+    """Return along which axis of a value its features lie; None where that is not plain.
+
+    Followed back to the convolution, or the product with params, that gave them.
+    """
+    axes: list[int | None] = list(
+        range(rank)
+    )  # those of the value at hand, as the first one has them
+    while (eqn := flows.equation(node)) is not None and len(eqn.outvars) == 1:
+        name, shape, operands = eqn.primitive.name, eqn.outvars[0].aval.shape, flows.operands(node)
+        if name == "conv_general_dilated":
+            return axes[eqn.params["dimension_numbers"].out_spec[1]]
+        if name == "dot_general":
+            (_, contracted), (_, batched) = eqn.params["dimension_numbers"]
+            free = eqn.invars[1].aval.ndim - len(contracted) - len(batched)
+            by_params = len(operands) == 2 and operands[1] not in of_batch
+            return axes[-1] if free == 1 and by_params else None
+        if name == "transpose":
+            before: list[int | None] = [None] * len(shape)
+            for place, source in enumerate(eqn.params["permutation"]):
+                before[source] = axes[place]
+            node, axes = operands[0], before
+            continue
+        if name not in ELEMENTWISE:
+            return None
+        long = [size for size in shape if size != 1]
+        ahead = [
+            (each, given)
+            for each in operands
+            for given in _shapes(flows, each)
+            if each in of_batch and len([s for s in given if s != 1]) == len(long)
+        ]
+        if not ahead:
+            return None
+        node, given = ahead[0]
+        if name in {"reshape", "squeeze", "expand_dims", "broadcast_in_dim"}:
+            if [size for size in given if size != 1] != long:
+                return None
+            kept = iter(axis for axis, size in zip(axes, shape, strict=True) if size != 1)
+            axes = [next(kept) if size != 1 else None for size in given]
+        elif len(given) != len(shape):
+            return None
+    return None
 
 
 # Masks of rows.

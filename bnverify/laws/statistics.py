@@ -231,6 +231,24 @@ def _at(line: str) -> str:
 
 @law(
     "statistics",
+    kind="structure",
+    needs=("look",),
+    requires=("look", "axes"),
+    mistakes=("statistics_over_the_wrong_axis",),
+    source=f"{IOFFE}, section 3.2: a convolution is normalised feature map by feature map",
+)
+def layers_keep_the_feature_axis(t: Transition) -> list[str]:
+    """A normalisation keeps the axis of features of the convolution or product that feeds it."""
+    return [
+        f"batch_stats/{each.layer} keeps axis {each.kept} of its input {each.shape}, and takes moments "
+        f"over axis {each.features}, along which the features lie: BatchNorm(axis={each.features})"
+        for each in t.facts["look"].axes
+        if each.kept != each.features
+    ]
+
+
+@law(
+    "statistics",
     kind="witness",
     needs=("step:zero_statistics",),
     requires=("batch_stats",),

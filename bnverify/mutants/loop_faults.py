@@ -442,6 +442,27 @@ def rows_mapped_and_the_first_kept(wrong: bool) -> Subject:
     return row_by_row(wrong, lambda leaf: leaf[0])
 
 
+@pair("statistics_over_the_wrong_axis", "layers_keep_the_feature_axis")
+def height_normalised(wrong: bool) -> Subject:
+    """BatchNorm behind a convolution keeps axis 1, as where channels come first."""
+    made: Subject = code.loop(net=code.Images(axis=1 if wrong else -1))
+    return made
+
+
+@pair("statistics_over_the_wrong_axis", "layers_keep_the_feature_axis")
+def width_normalised_behind_a_transpose(wrong: bool) -> Subject:
+    """Channels are moved to the front, and BatchNorm keeps the last axis as before."""
+    made: Subject = code.loop(net=code.Images(axis=-1 if wrong else 1, channels_first=True))
+    return made
+
+
+@pair("statistics_over_the_wrong_axis", "layers_keep_the_feature_axis")
+def time_normalised(wrong: bool) -> Subject:
+    """BatchNorm behind a Dense over a sequence keeps the axis of time."""
+    made: Subject = code.loop(net=code.Sequence(axis=1 if wrong else 2))
+    return made
+
+
 # Masks of rows.
 
 counting = pair("padding_in_the_denominator", "only_rows_that_count_are_counted")

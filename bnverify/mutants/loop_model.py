@@ -47,6 +47,44 @@ class Net(nn.Module):
         return nn.Dense(1, name="head")(x)[..., 0]
 
 
+class Images(nn.Module):
+    """Conv, BatchNorm, relu, and a Dense on images of 3 by 2: x (N, 2) -> (N,).
+
+    Attributes:
+        axis: that BatchNorm keeps.
+        channels_first: whether the features are moved to axis 1 before.
+    """
+
+    axis: int
+    channels_first: bool = False
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Return the predictions."""
+        x = jnp.stack([x, x**2, jnp.sin(x)], 1)[..., None]
+        x = nn.relu(nn.Conv(4, (2, 2), use_bias=False)(x))
+        x = jnp.moveaxis(x, 3, 1) if self.channels_first else x
+        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis=self.axis)
+        return nn.Dense(1)(norm(x).reshape(len(x), -1))[:, 0]
+
+
+class Sequence(nn.Module):
+    """Dense, BatchNorm and tanh along a sequence of 3, and a Dense: x (N, 2) -> (N,).
+
+    Attributes:
+        axis: that BatchNorm keeps.
+    """
+
+    axis: int
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Return the predictions."""
+        x = nn.Dense(4)(jnp.stack([x, x**2, jnp.sin(x)], 1))
+        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis=self.axis)
+        return nn.Dense(1)(jnp.tanh(norm(x)).reshape(len(x), -1))[:, 0]
+
+
 class LoopState(TrainState):
     """A train state with running statistics, and with whatever else a loop keeps."""
 

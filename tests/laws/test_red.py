@@ -247,6 +247,7 @@ RED: dict[str | Callable[[], Any], tuple[str, ...]] = {
     "second_view_overwrites": ("every_pass_reaches_the_statistics",),
     "sharpness_pass_folded_in": ("each_batch_is_folded_in_once",),
     "rows_mapped_and_averaged": ("unlike_rows_have_a_variance",),
+    "height_normalised": ("layers_keep_the_feature_axis",),
     "target_params_averaged_alone": ("a_copy_of_the_params_takes_their_statistics",),
     "params_restored_alone": ("trained_params_come_with_their_statistics",),
     "backbone_frozen_but_for_its_norm": ("frozen_statistics_stay",),
