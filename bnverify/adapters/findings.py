@@ -342,6 +342,7 @@ ELEMENTWISE = frozenset(
     | {"expand_dims", "broadcast_in_dim"}
 )
 """Primitives that keep the axes of their operand, but for those of size 1."""
+RESHAPING = frozenset({"reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
 
 
 def _axes(programs: Programs, layers: Layers) -> Iterator[Axis]:
@@ -376,7 +377,8 @@ def _feature_axis(flows: Flows, node: int, rank: int, of_batch: Collection[int])
     while (eqn := flows.equation(node)) is not None and len(eqn.outvars) == 1:
         name, shape, operands = eqn.primitive.name, eqn.outvars[0].aval.shape, flows.operands(node)
         if name == "conv_general_dilated":
-            return axes[eqn.params["dimension_numbers"].out_spec[1]]
+            place: int = eqn.params["dimension_numbers"].out_spec[1]
+            return axes[place]
         if name == "dot_general":
             (_, contracted), (_, batched) = eqn.params["dimension_numbers"]
             free = eqn.invars[1].aval.ndim - len(contracted) - len(batched)
@@ -388,25 +390,17 @@ def _feature_axis(flows: Flows, node: int, rank: int, of_batch: Collection[int])
                 before[source] = axes[place]
             node, axes = operands[0], before
             continue
-        if name not in ELEMENTWISE:
-            return None
-        long = [size for size in shape if size != 1]
-        ahead = [
-            (each, given)
-            for each in operands
-            for given in _shapes(flows, each)
-            if each in of_batch and len([s for s in given if s != 1]) == len(long)
-        ]
-        if not ahead:
-            return None
-        node, given = ahead[0]
-        if name in {"reshape", "squeeze", "expand_dims", "broadcast_in_dim"}:
-            if [size for size in given if size != 1] != long:
-                return None
-            kept = iter(axis for axis, size in zip(axes, shape, strict=True) if size != 1)
-            axes = [next(kept) if size != 1 else None for size in given]
-        elif len(given) != len(shape):
-            return None
+        ahead = [n for n in operands if n in of_batch and _shapes(flows, n)]
+        if name not in ELEMENTWISE or not ahead:
+            break
+        node, (given, *_) = ahead[0], _shapes(flows, ahead[0])
+        if len(given) == len(shape) and name not in RESHAPING:
+            continue
+        kept = [(axis, size) for axis, size in zip(axes, shape, strict=True) if size != 1]
+        if [size for size in given if size != 1] != [size for _, size in kept]:
+            break
+        left = iter(kept)
+        axes = [next(left)[0] if size != 1 else None for size in given]
     return None
 
 
