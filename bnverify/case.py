@@ -27,7 +27,8 @@ class Case(NamedTuple):
         x: the batch, (N, D) float32.
         y: the targets, (N,) float32.
         lr: the learning rate, float32 scalar.
-        warmup: int32 scalar: how many steps on this same batch come before the observed one.
+        warmup: int32 scalar: how many steps on this same batch come before the observed one; where
+            gradients are accumulated, how many updates, the observed step making the last of them.
     """
 
     seed: Any

@@ -494,6 +494,8 @@ def _with_clues(
     found.phase("reading the numbers of the violations")
     known = runner.clues(broken, seed)
     return [replace(each, clues=known) if each in broken else each for each in results]
+
+
 def _missing_flow(evidence: Evidence) -> bool:
     """Return whether the trace shows that a flow is missing: a case that shows it says more."""
     return evidence.status == "violated" and LAWS[evidence.law].kind == "witness"

@@ -236,6 +236,7 @@ def _static_facts(subject: Any, abstract: Transition) -> Mapping[str, Any]:
     return {
         "momenta": tuple(subject.momentum for leaf in leaves if is_floating(leaf)),
         "biases_before_norm": tuple(subject.biases_before_norm),
+        "look": subject.look,
     }
 
 

@@ -1181,3 +1181,148 @@ mistake(
         state = manager.restore(manager.latest_step())
     """,
 )
+
+# Layers, copies and passes that are more than a single network in a single pass.
+mistake(
+    "frozen_statistics_move",
+    "a frozen layer's statistics change: it still folds each batch in",
+    "run a frozen layer with use_running_average=True, whatever train says",
+    "https://github.com/Lightning-AI/pytorch-lightning/issues/15062",
+    looks="evaluation drifts although the backbone's params never move",
+    wrong="""
+        x = nn.BatchNorm(use_running_average=not train, name="backbone_norm")(x)
+        """,
+    right="""
+        x = nn.BatchNorm(use_running_average=True, name="backbone_norm")(x)
+        """,
+)
+mistake(
+    "frozen_params_move",
+    "params that are to be frozen are moved, by a decay or by their gradient",
+    'optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, labels)',
+    wrong="""
+        frozen = jax.lax.stop_gradient(params["backbone"])  # its gradient is 0
+        tx = optax.adamw(1e-3)  # and its decay is not
+        """,
+    right="""
+        tx = optax.multi_transform({"train": optax.adamw(1e-3), "freeze": optax.set_to_zero()}, labels)
+        """,
+)
+mistake(
+    "frozen_gradients_scale_others",
+    "gradients of frozen params scale the update of the others",
+    "clip within what trains, not around it",
+    wrong="""
+        groups = {"train": optax.adam(1e-3), "freeze": optax.set_to_zero()}
+        tx = optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(groups, labels))
+        """,
+    right="""
+        trained = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+        tx = optax.multi_transform({"train": trained, "freeze": optax.set_to_zero()}, labels)
+        """,
+)
+mistake(
+    "stale_statistics",
+    "a copy of the params is updated, its running statistics are never written",
+    "copy batch_stats beside the params, wherever the copy is updated",
+    "https://github.com/DLR-RM/stable-baselines3/issues/996",
+    looks="the target network is evaluated with mean 0 and variance 1 for ever",
+    wrong="""
+        state = state.replace(target_params=state.params)
+        """,
+    right="""
+        state = state.replace(target_params=state.params, target_batch_stats=state.batch_stats)
+        """,
+)
+mistake(
+    "fresh_statistics",
+    "the params come from a trained model and the running statistics do not: they do not belong "
+    "to the params",
+    "restore batch_stats from where the params come from",
+    "https://github.com/google/deepvariant/issues/383",
+    wrong="""
+        variables = {**model.init(key, x), "params": restored["params"]}
+        """,
+    right="""
+        variables = {"params": restored["params"], "batch_stats": restored["batch_stats"]}
+        """,
+)
+mistake(
+    "pass_dropped",
+    "the statistics of one of several passes are dropped",
+    "thread batch_stats through all calls: the second starts from what the first returned",
+    "https://github.com/carpedm20/DCGAN-tensorflow/issues/266",
+    wrong="""
+        real, _ = disc.apply({"params": params, "batch_stats": stats}, images, mutable=["batch_stats"])
+        fake, new = disc.apply({"params": params, "batch_stats": stats}, fakes, mutable=["batch_stats"])
+        """,
+    right="""
+        real, new = disc.apply({"params": params, "batch_stats": stats}, images, mutable=["batch_stats"])
+        fake, new = disc.apply({"params": params, **new}, fakes, mutable=["batch_stats"])
+        """,
+)
+mistake(
+    "rows_normalised_alone",
+    "each row is normalised by itself: the moments are not those of the batch",
+    'under jax.vmap BatchNorm sees one row: give it BatchNorm(axis_name="batch"), and map by '
+    'jax.vmap(..., axis_name="batch", out_axes=(0, None))',
+    "https://github.com/google/flax/issues/1247",
+    looks="every hidden unit is its bias, and the running variance goes to 0",
+    wrong="""
+        out, new = jax.vmap(one_row)(x)  # BatchNorm() in the model
+        """,
+    right="""
+        out, new = jax.vmap(one_row, axis_name="batch", out_axes=(0, None))(x)
+        # BatchNorm(axis_name="batch") in the model
+        """,
+)
+mistake(
+    "padding_in_the_denominator",
+    "padding changes the loss: it is masked out of the sum and counted in the mean",
+    "divide by the number of rows that count",
+    "https://github.com/tracel-ai/burn/issues/5568",
+    wrong="""
+        loss = jnp.mean(mask * losses)
+        """,
+    right="""
+        loss = jnp.sum(mask * losses) / jnp.maximum(mask.sum(), 1)
+        """,
+)
+mistake(
+    "padding_enters",
+    "rows that do not count reach the loss or the statistics",
+    "mask them out of the loss, and of BatchNorm too",
+    "https://github.com/google/flax/issues/1850",
+    wrong="""
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        """,
+    right="""
+        x = nn.BatchNorm(use_running_average=not train)(x, mask=mask[:, None])
+        """,
+)
+mistake(
+    "same_key_in_each_step",
+    "each step draws the same random numbers, so dropout has the same mask each step",
+    "split the key and carry the new one, or jax.random.fold_in(key, state.step)",
+    "https://github.com/google/flax/pull/2631",
+    wrong="""
+        out = state.apply_fn(variables, x, train=True, rngs={"dropout": state.key})
+        """,
+    right="""
+        key = jax.random.fold_in(state.key, state.step)
+        out = state.apply_fn(variables, x, train=True, rngs={"dropout": key})
+        """,
+)
+mistake(
+    "schedule_counts_batches",
+    "the learning rate's schedule is as long as there are batches, of which several make an update",
+    "the schedule counts optimizer steps, not batches: divide by the steps that make an update",
+    "https://github.com/AI-Hypercomputer/maxtext/pull/3452",
+    looks="training ends long before the learning rate has decayed",
+    wrong="""
+        tx = optax.MultiSteps(optax.sgd(optax.cosine_decay_schedule(0.1, batches)), 4)
+        """,
+    right="""
+        tx = optax.MultiSteps(optax.sgd(optax.cosine_decay_schedule(0.1, batches // 4)), 4)
+        """,
+)

@@ -19,7 +19,16 @@ from bnverify.case import Case
 from bnverify.jaxpr.tracing import Abstract, Program, Tracer, as_function
 from bnverify.lazy import jax, jnp
 from bnverify.pytree import form, signature, stack, take
-from bnverify.reruns import EVALS, FIRST, LATER_RERUNS, RERUNS, nudged_inputs, shift, shift_biases
+from bnverify.reruns import (
+    EVALS,
+    FIRST,
+    LATER_RERUNS,
+    RERUNS,
+    nudged_inputs,
+    other_padding,
+    shift,
+    shift_biases,
+)
 from bnverify.subject import State, Subject, Tree
 from bnverify.transition import Outcome, Transition
 from bnverify.unusable import first_line
@@ -40,9 +49,12 @@ QUICK = {
 COMPILERS = 2
 """Programs compiled at the same time; XLA keeps little more than one core busy with one."""
 
+ROW_WEIGHTS = frozenset({"eval:rows", "step:other_padding", "eval:other_padding"})
+"""What needs the weights of rows, where a subject declares them."""
+
 VOLUME = frozenset(
-    [f"step:{name}" for name in (*RERUNS, *LATER_RERUNS, "shifted_bias")]
-    + [f"eval:{name}" for name in (*EVALS, "rows")]
+    [f"step:{name}" for name in (*RERUNS, *LATER_RERUNS, "shifted_bias", "other_padding")]
+    + [f"eval:{name}" for name in (*EVALS, "rows", "other_padding")]
     + ["expected_update", "after_eval"]
 )
 """What laws can ask of any run."""
@@ -210,12 +222,17 @@ class CompiledSubject:
         return outcome._replace(eval_loss=self.evaluate(outcome.state, case))
 
     def warm(self, state: State, case: Case) -> State:
-        """Return the states after ``case.warmup`` steps on the same batch."""
-        for done in range(int(np.max(case.warmup))):
+        """Return the states after ``case.warmup`` steps on the same batch.
+
+        Where gradients are accumulated over several steps, the next one is then one that updates.
+        """
+        every = self.subject.updates_every
+        warmup = case.warmup if every == 1 else np.maximum(case.warmup * every - 1, 0)
+        for done in range(int(np.max(warmup))):
             after = self.step(state, case).state
             if signature(after) != signature(state):
                 return state  # a law of structure says so
-            going = case.warmup > done
+            going = warmup > done
             state = jax.tree_util.tree_map(
                 lambda new, old, going=going: np.where(_over(going, new), new, old), after, state
             )
@@ -267,7 +284,8 @@ def observe(calls: CompiledSubject, case: Case, needs: Collection[str]) -> Trans
         calls: the subject's functions.
         case: the cases, every leaf with a leading axis.
         needs: names that laws declare, of ``VOLUME``: "step:NAME" of ``RERUNS`` or ``LATER_RERUNS``
-            or "step:shifted_bias", "eval:NAME" of ``EVALS`` or "eval:rows", or a fact:
+            or "step:shifted_bias", "eval:NAME" of ``EVALS`` or "eval:rows", "other_padding" of
+            either where rows have weights, or a fact:
             "expected_update" (what the subject's optimizer makes of its gradients, and in
             "nudged_updates" of gradients and of a state moved by a few roundings), "after_eval".
             Others are left to the caller.
@@ -287,6 +305,8 @@ def observe(calls: CompiledSubject, case: Case, needs: Collection[str]) -> Trans
     if "step:shifted_bias" in wanted:
         shifted = shift_biases(calls.subject, before, shift(case))
         seen["shifted_bias"] = calls.step(shifted, case)
+    if "step:other_padding" in wanted:
+        seen["other_padding"] = calls.step(before, other_padding(case, _weights(calls, case)))
     # They go on from what a step gave.
     if form(actual.state.batch_stats) != form(before.batch_stats):
         wanted -= set(FIRST)
@@ -301,6 +321,9 @@ def observe(calls: CompiledSubject, case: Case, needs: Collection[str]) -> Trans
         if f"eval:{name}" in wanted
     }
     eval_loss = calls.evaluate(actual.state, case)
+    if "eval:other_padding" in wanted:
+        padded = other_padding(case, _weights(calls, case))
+        losses["other_padding"] = calls.evaluate(actual.state, padded)
     if "eval:rows" in wanted and case.shape[0] <= FEW_ROWS and eval_loss[0].size == 1:
         losses["rows"] = _row_losses(calls, actual.state, case)
     return Transition(
@@ -323,6 +346,12 @@ def _row_losses(calls: CompiledSubject, state: State, case: Case) -> Any:
         y = np.broadcast_to(case.y[..., i : i + 1], case.y.shape)
         rows.append(calls.evaluate(state, case._replace(x=x, y=y)).reshape(len(x), 1))
     return np.stack(rows, axis=-2)
+
+
+def _weights(calls: CompiledSubject, case: Case) -> Any:
+    """Return how much each row counts, (K, N)."""
+    assert calls.subject.row_weights is not None
+    return calls.call("row_weights", calls.subject.row_weights, case.shape, case.x, case.y)
 
 
 def optimizer_update(calls: CompiledSubject, case: Case, grads: Tree, before: State) -> State:
@@ -357,6 +386,8 @@ def _facts(
 ) -> dict[str, Any]:
     subject, shape = calls.subject, case.shape
     facts: dict[str, Any] = {}
+    if subject.row_weights is not None and not ROW_WEIGHTS.isdisjoint(wanted):
+        facts["row_weights"] = _weights(calls, case)
     if "expected_update" in wanted and subject.optimizer is not None:
         update = partial(optimizer_update, calls, case)
         grads, given = actual.info.grads, State(before.params, None, before.opt_state)

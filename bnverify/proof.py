@@ -40,6 +40,18 @@ MISSING_CAPABILITY = {
     "plain_sgd": "the optimizer is not plain SGD",
     "row_losses": "the eval loss is not a mean over rows",
     "eval_is_training_loss": "evaluation and training use different losses",
+    "look": "the program of a Subject written by hand is read by bnverify.load and bnverify.declare",
+    "draws": "the step draws no random numbers",
+    "passes": "no layer is given several batches, or one batch several times, in a step",
+    "copies": "the step carries no copy of the params that has statistics of its own",
+    "pretrained": "training does not start from a trained model",
+    "frozen_params": "no params are frozen",
+    "frozen_statistics": "no statistics are frozen",
+    "scaled": "no frozen param has a gradient that the optimizer is given",
+    "axes": "no normalisation stands behind a convolution or a product with params",
+    "masks": "no mask of rows is found in a loss",
+    "schedules": "no gradients are accumulated over a known number of batches",
+    "row_weights": "no weights of rows are declared",
 }
 """What laws can require of a subject -> why they are exempt where it is missing."""
 
@@ -202,6 +214,10 @@ def capabilities(subject: Subject, abstract: Transition, probe: object = None) -
         shown.add("momentum")
     if subject.biases_before_norm:
         shown.add("biases_before_norm")
+    if subject.row_weights is not None:
+        shown.add("row_weights")
+    if subject.look is not None:
+        shown |= {"look", *(n for n, found in subject.look._asdict().items() if found)}
     shown |= {name for name in ("loss", "grads") if getattr(abstract.info, name) is not None}
     shown |= {
         name for name in ("batch_stats", "opt_state") if leaves(getattr(abstract.before, name))
@@ -260,6 +276,8 @@ def asked(optimizer: Any, params: Any, gradients: Collection[float], lr: float) 
 def judge_structure(law: Law, reading: Reading) -> Evidence:
     """Return the evidence for a law of structure from the traces."""
     traced, note = reading.traced, ""
+    if "look" in law.needs and traced is not None:
+        return _judge_look(law, traced.abstract._replace(facts={"look": traced.subject.look}))
     if "opt_state" in law.requires and reading.probe is not None:
         traced, note = reading.probe, f", {PROBED}"
     if traced is None:
@@ -290,6 +308,18 @@ def judge_structure(law: Law, reading: Reading) -> Evidence:
         cases=0 if traces.proved else 1,
         reason=f"{traces.scope}{note}{why}",
     )
+
+
+def _judge_look(law: Law, t: Transition) -> Evidence:
+    """Return the evidence for a law about what a look at the step's program shows.
+
+    It is no proof that the law holds: a look tells what may happen, and at one batch size.
+    """
+    lines = law.check(t)
+    if not lines:
+        return Evidence(law.name, law.family, "held", 1, reason="as read from the traced step")
+    more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+    return Evidence(law.name, law.family, "violated", 1, reason=f"{lines[0]}{more}")
 
 
 def prove_influence(law: Law, reading: Reading) -> Evidence | None:

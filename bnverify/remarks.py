@@ -20,11 +20,11 @@ MASK_HANDS_ON = Mistake(
     "optax.multi_transform, with optax.set_to_zero() for what is to rest",
     "https://github.com/google-deepmind/optax/issues/159",
 )
-FROZEN_MOVES = Mistake(
-    "frozen_statistics_move",
-    "a normalisation whose params rest still folds each batch into its statistics",
-    "run a frozen layer with use_running_average=True",
-    "https://github.com/lightly-ai/lightly/issues/1438",
+UPDATES_CLIPPED = Mistake(
+    "updates_clipped",
+    "the optimizer's updates are clipped, not its gradients: the clip stands behind the learning rate",
+    "clip first: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr))",
+    "https://optax.readthedocs.io/en/latest/api/transformations.html#optax.clip_by_global_norm",
 )
 SELDOM = 0.5  # a weight of the old value below it forgets a batch within a step or two
 
@@ -52,10 +52,8 @@ def remarks(subject: Subject, influence: Influence | None, *, ask: bool = True) 
         yield _line(f"moved by a gradient of 0: {_listed(decayed)}", "decay_of_norm_parameters")
     if answers.uphill:
         yield _line(f"uphill: {_listed(answers.uphill)}", MASK_HANDS_ON)
-    rest = norms & answers.resting if answers.resting < set(answers.paths) else set()
-    moving = {path for path in rest if _moves(path, influence)}
-    if moving:
-        yield _line(f"never updated: {_listed(moving)}", FROZEN_MOVES)
+    if answers.clipped:
+        yield _line("a larger learning rate makes no larger update", UPDATES_CLIPPED)
 
 
 class _Answers(NamedTuple):
@@ -66,14 +64,14 @@ class _Answers(NamedTuple):
         owners: paths of the layers that keep running statistics.
         decayed: paths of the params that a gradient of 0 moves.
         uphill: paths of those that a gradient of 1 makes larger.
-        resting: paths of those that neither moves.
+        clipped: whether updates are kept below some size.
     """
 
     paths: tuple[str, ...]
     owners: frozenset[str]
     decayed: set[str]
     uphill: set[str]
-    resting: set[str]
+    clipped: bool
 
 
 def _answers(subject: Subject) -> _Answers | None:
@@ -97,8 +95,20 @@ def _answers(subject: Subject) -> _Answers | None:
         frozenset(path.rpartition("/")[0] for path in _paths(state.batch_stats)),
         {path for path, at_rest, _ in named if np.any(at_rest != 0)},
         {path for path, _, at_one in named if np.any(at_one > 0)},
-        {path for path, at_rest, at_one in named if not (np.any(at_rest) or np.any(at_one))},
+        _is_clipped(subject.optimizer, state.params),
     )
+
+
+def _is_clipped(optimizer: Any, params: Any) -> bool:
+    """Return whether an update grows with the learning rate up to some size, and no further."""
+    sizes = []
+    for rate in (1e-6, 1e-3, 1e3):
+        answers = asked(optimizer, params, (1.0,), rate)
+        if answers is None:
+            return False
+        sizes.append(float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in answers[0]))))
+    small, middle, large = sizes
+    return 0.99e3 * small < middle < 1.01e3 * small and large < 0.5e6 * middle
 
 
 def _paths(tree: Any) -> list[str]:
@@ -107,15 +117,6 @@ def _paths(tree: Any) -> list[str]:
 
 def _norms(paths: Collection[str], owners: Collection[str]) -> set[str]:
     return {path for path in paths if path.rpartition("/")[0] in owners}
-
-
-def _moves(path: str, influence: Influence | None) -> bool:
-    """Return whether the statistics beside a param may change in a step."""
-    layer = f"batch_stats/{path.rpartition('/')[0]}/"
-    if influence is None:
-        return False
-    own = [leaf for leaf in influence.leaves if leaf.startswith(layer)]
-    return any(leaf not in influence.unchanged for leaf in own)
 
 
 def _evaluated_untrained(influence: Influence) -> set[str]:

@@ -65,6 +65,17 @@ def other_inputs(case: Case) -> Case:
     return case._replace(x=case.x + moves.astype(np.float32))
 
 
+def other_padding(case: Case, weights: Any) -> Case:
+    """Return the case with other inputs in the rows of weight 0.
+
+    Args:
+        case: the case.
+        weights: how much each row counts, (..., N).
+    """
+    padding = np.asarray(weights)[..., None] == 0
+    return case._replace(x=np.where(padding, other_inputs(case).x, case.x))
+
+
 def other_targets(case: Case) -> Case:
     """Return the same case with 1 added to each target."""
     return case._replace(y=case.y + np.float32(1))

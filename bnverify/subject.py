@@ -51,6 +51,125 @@ class LayerInput(NamedTuple):
     weights: Tree = None
 
 
+class Draw(NamedTuple):
+    """Random numbers that a training step draws.
+
+    Attributes:
+        at: "path:line (function)" of the user's code that draws them; "" where unknown.
+        keys: the leaves of the state that their key is made of; empty: it is a constant.
+        moves: whether a step may change one of these leaves.
+        of_init: whether ``init`` draws from the same key.
+    """
+
+    at: str
+    keys: tuple[str, ...]
+    moves: bool
+    of_init: bool = False
+
+
+class Pass(NamedTuple):
+    """A batch that a normalisation layer is given in training, in one pass of a model or several.
+
+    Attributes:
+        layer: its path in ``batch_stats``.
+        number: which pass of a model in the step it is, or the first of them, from 1 on.
+        at: "path:line (function)" of the user's code that makes the batch, or calls the model.
+        folds: in how many of these passes the batch enters the new statistics.
+    """
+
+    layer: str
+    number: int
+    at: str
+    folds: int
+
+
+class Copy(NamedTuple):
+    """A copy, or an average, of the params that the step carries, and the statistics beside it.
+
+    Attributes:
+        params: where the state holds these params.
+        batch_stats: where it holds these statistics.
+        written: whether a step may change these statistics.
+    """
+
+    params: str
+    batch_stats: str
+    written: bool
+
+
+class Mask(NamedTuple):
+    """A mask of rows in a loss, through which all that the params say of a row must go.
+
+    Attributes:
+        loss: "training" or "eval".
+        at: "path:line (function)" of the user's code that applies it.
+        counted: whether it enters the denominator too; False: that is the number of all rows.
+    """
+
+    loss: str
+    at: str
+    counted: bool
+
+
+class Axis(NamedTuple):
+    """The axis along which a normalisation layer keeps features.
+
+    Attributes:
+        layer: its path in ``batch_stats``.
+        kept: the axis it keeps.
+        features: the axis along which the convolution or product before it gives features.
+        shape: of its input.
+    """
+
+    layer: str
+    kept: int
+    features: int
+    shape: tuple[int, ...]
+
+
+class Schedule(NamedTuple):
+    """A learning rate's schedule under gradient accumulation.
+
+    Attributes:
+        batches: how many batches training has.
+        told: how that is known, in words.
+        ends: whether the schedule ends after that many updates, not sooner and not later.
+    """
+
+    batches: int
+    told: str
+    ends: bool
+
+
+class Look(NamedTuple):
+    """What a look at a step's traced program shows; "may" where it cannot tell.
+
+    Attributes:
+        draws: the random numbers that reach what the step returns.
+        passes: the batches of layers that are given several, or one several times.
+        copies: the copies of the params that the step moves by other means than a gradient.
+        pretrained: the layers whose params are those of a trained model, each with whether its
+            statistics are, too.
+        frozen_params: paths of params that no step is to change: "params/Dense_0/kernel".
+        frozen_statistics: likewise of running statistics, wherever the state holds them.
+        scaled: pairs of a frozen param and one whose update its gradient reaches.
+        axes: the layers behind a convolution or a product with params, by their axes.
+        masks: the masks of rows in the losses.
+        schedules: what is known of the learning rate's schedule.
+    """
+
+    draws: tuple[Draw, ...] = ()
+    passes: tuple[Pass, ...] = ()
+    copies: tuple[Copy, ...] = ()
+    pretrained: tuple[tuple[str, bool], ...] = ()
+    frozen_params: tuple[str, ...] = ()
+    frozen_statistics: tuple[str, ...] = ()
+    scaled: tuple[tuple[str, str], ...] = ()
+    axes: tuple[Axis, ...] = ()
+    masks: tuple[Mask, ...] = ()
+    schedules: tuple[Schedule, ...] = ()
+
+
 @dataclass(frozen=True, repr=False)
 class Subject:
     """A training step under verification.
@@ -86,7 +205,7 @@ class Subject:
         row_weights: ``(x, y) -> (N,)``: how much each row counts in the losses; None: equally.
         updates_every: how many steps make one update of the params: 4 under
             ``optax.MultiSteps(..., 4)``.
-        frozen: paths in ``extra`` of running statistics that no step may change.
+        look: what a look at the step's program shows; None: nobody looked.
     """
 
     name: str
@@ -108,7 +227,7 @@ class Subject:
     hints: Mapping[str, str] = field(default_factory=dict, repr=False)
     row_weights: Callable[..., Tree] | None = None
     updates_every: int = 1
-    frozen: tuple[str, ...] = ()
+    look: Look | None = None
 
     def __repr__(self) -> str:
         """Return the name, and what the subject shows besides its three functions."""

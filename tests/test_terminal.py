@@ -302,10 +302,20 @@ def test_the_matrix_leaves_out_trees_without_leaves() -> None:
 
 def test_the_matrix_is_drawn_with_its_scope(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scope is named, and what matters is a word, not only a sign."""
-    text = plain(shown(monkeypatch, verbosity=terminal.VERBOSE))
+    open_laws = ("training_is_free_of_old_statistics", "inputs_reach_the_statistics")
+    results = (*REPORT.results, *(Evidence.of(law, "untriggered") for law in open_laws))
+    report = replace(REPORT, results=results)
+    text = plain(shown(monkeypatch, report, verbosity=terminal.VERBOSE))
     assert "read from the traced step, for all values, every N and D" in text
     assert f"✗ leaks    {LEGEND['leaks']}" in text
     assert f"✗ missing  {LEGEND['missing']}" in text
+
+
+def test_nothing_leaks_where_all_laws_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flow that is by design, or was seen to cancel, is no leak: its law is exempt, or held."""
+    text = plain(shown(monkeypatch))
+    assert "leaks" not in text
+    assert "missing" not in text
 
 
 def test_a_leaf_that_leaks_is_told_from_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -59,7 +58,6 @@ class Design:
             **self._of_targets(),
             **self._of_rows(),
             **self._of_updates(),
-            **self._of_start(),
         }
 
     def _of_variables(self) -> dict[str, str]:
@@ -161,7 +159,26 @@ class Design:
             return because("the batch is made without y", laws.TARGETS)
         if self._declared.targets is None and not self._uses_targets():
             return because("y reaches neither the step nor its evaluation", laws.TARGETS)
+        if self._have_a_pass_of_their_own():
+            said = "a pass of its own is made of y, whose rows belong to none of x"
+            return because(said, ("targets_belong_to_their_rows",))
         return {}
+
+    def _have_a_pass_of_their_own(self) -> bool:
+        """Return whether y is the input of a pass of its own, and meets the rows of x nowhere."""
+        flows = self._of.flows
+        of_x, of_y = (flows.reached([self._of.inputs[name]]) for name in ("x", "y"))
+        given = {n for label in self._of.recording.turns if label for n in flows.of_label(label)}
+        if not given & of_y - of_x:
+            return False
+
+        def has_rows(node: int) -> bool:
+            eqn = flows.equation(node)
+            shapes = [var.aval.shape for var in eqn.outvars] if eqn is not None else []
+            return any(size and size % ROWS == 0 for shape in shapes for size in shape)
+
+        behind = flows.origins([self._of.loss]) if self._of.loss is not None else set()
+        return not any(has_rows(node) for node in of_x & of_y & behind)
 
     def _uses_targets(self) -> bool:
         return any(
@@ -248,68 +265,6 @@ class Design:
             at = flows.where(min(stops))
             said = "the loss holds jax.lax.stop_gradient, so its slope is not what is followed"
             found |= because(said + (f" ({at})" if at else ""), laws.GRADIENT)
-        return found
-
-    def _of_start(self) -> dict[str, str]:
-        if self._declared.pretrained:
-            return because("training is declared to start from a trained model", laws.INITIAL)
-        if self._declared.pretrained is None and self._pretrained and not self._fresh_statistics():
-            return because(
-                "the initial params and statistics are arrays that init holds", laws.INITIAL
-            )
-        return {}
-
-    @cached_property
-    def _pretrained(self) -> list[str]:
-        """The params that no seed makes and that are no constants: those of a trained model."""
-        flows, outputs = self._of.start
-        seeded, held = flows.reached(flows.inputs[:1]), flows.reached(flows.captured)
-        return [p for p, n in outputs.items() if p.startswith("params/") and n in held - seeded]
-
-    def _fresh_statistics(self) -> list[str]:
-        flows, outputs = self._of.start
-        held = flows.reached(flows.captured)
-        return [p for p, n in outputs.items() if p.startswith("batch_stats/") and n not in held]
-
-    def notes(self) -> list[str]:
-        """Return what breaks no law, and is seldom meant."""
-        found = []
-        fresh = self._fresh_statistics() if self._pretrained else []
-        owners = {path.rpartition("/")[0].removeprefix("batch_stats/") for path in fresh}
-        pretrained = {path.rpartition("/")[0].removeprefix("params/") for path in self._pretrained}
-        if owners & pretrained:
-            found.append(
-                "fresh_statistics: the params are those of a trained model, its running statistics "
-                f"are not ({listed(owners & pretrained)}). Unless it is meant: take batch_stats from "
-                "where the params come from"
-            )
-        copies = self._copies_left_behind()
-        if copies:
-            found.append(
-                f"stale_statistics: {copies[0]} follows the params, {copies[1]} is never written. "
-                "Unless it is meant: copy batch_stats wherever the params are copied"
-            )
-        return found
-
-    def _copies_left_behind(self) -> tuple[str, str] | None:
-        """Return a copy of the params that a step moves, and one of the statistics that none does."""
-        moved = [at for at, moves in self._copies("params") if moves]
-        copies = self._copies("batch_stats")
-        if moved and copies and not any(moves for _, moves in copies):
-            return moved[0], copies[0][0]
-        return None
-
-    def _copies(self, part: str) -> list[tuple[str, bool]]:
-        """Return (path, whether it moves) of the trees in ``extra`` that have the leaves of a part."""
-        ends = [p.removeprefix(part) for p in self._of.inputs if p.startswith(f"{part}/")]
-        extra = [p for p in self._of.inputs if p.startswith("extra/")]
-        heads = {p.removesuffix(ends[0]) for p in extra if ends and p.endswith(ends[0])}
-        found = []
-        for head in sorted(heads):
-            own = [head + end for end in ends]
-            if all(path in self._of.inputs for path in own):
-                moves = any(self._of.outputs.get(path) != self._of.inputs[path] for path in own)
-                found.append((head.removeprefix("extra/").removeprefix("fields/"), moves))
         return found
 
     def flat(self) -> str | None:

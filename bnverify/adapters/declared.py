@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 TARGETS = (
     "targets_reach_the_params",
@@ -22,7 +22,6 @@ ONE_FOLD = (
     "equal_steps_converge_geometrically",
     "eval_at_the_batchs_own_moments_is_the_training_loss",
 )
-MOVES_PARAMS = ("step_moves_the_params", "targets_reach_the_params", "inputs_reach_the_params")
 OLD_STATISTICS = (
     "training_is_free_of_old_statistics",
     "eval_at_the_batchs_own_moments_is_the_training_loss",
@@ -51,6 +50,14 @@ HINTS = {
     "passes=",
     "initial_statistics_are_zero_and_one": "if training starts from a trained model: "
     "pretrained=True",
+    "each_step_draws_anew": "if the same numbers are meant: exempt=",
+    "every_pass_reaches_the_statistics": "if a pass is left out by design: passes=",
+    "each_batch_is_folded_in_once": "if a layer folds in several batches a step by design: passes=",
+    "layers_keep_the_feature_axis": "if another axis is normalised by design: exempt=",
+    "frozen_statistics_stay": "if they are to follow the new data: frozen=False",
+    "frozen_params_stay": "if only the statistics are frozen: frozen=['LAYER/mean', 'LAYER/var']",
+    "trained_params_come_with_their_statistics": "if nothing is trained yet: pretrained=False",
+    "schedule_counts_updates": "if training has another number of batches: batches=",
     "step_moves_the_statistics": "if they are frozen by design: frozen=[...]",
     "inputs_reach_the_statistics": "if they are frozen by design: frozen=[...]",
     "batch_stats_change_only_by_ema": "if some of these variables are no moving averages: "
@@ -75,10 +82,14 @@ class Declared:
         online: whether training normalises by running values too. None: where a gradient is stopped
             at a value made of them, as batch renormalisation does.
         carried: patterns (``fnmatch``) of paths in the statistics that are no moving averages.
-        frozen: patterns of paths in the statistics that no step may change.
+        frozen: patterns of paths in params and statistics that no step may change: "backbone/*" for
+            a whole layer, "backbone/mean" for a statistic. False: of what the optimizer leaves alone
+            the statistics may move. By default found.
         passes: how many batches each layer folds in a step. None: counted.
         weights: (x, y) -> (N,): how much each row counts in the loss.
         pretrained: whether params and statistics start from a trained model. None: found.
+        batches: how many batches training has, where gradients are accumulated: a schedule of the
+            learning rate must end sooner. None: what the user's code calls so.
         same_loss: whether training and evaluation report one formula.
         penalty: whether the loss that is differentiated has a term of params alone that the
             reported one lacks. None: read from the program.
@@ -89,10 +100,11 @@ class Declared:
     row_losses: bool | None = None
     online: bool | None = None
     carried: Sequence[str] = ()
-    frozen: Sequence[str] = ()
+    frozen: Sequence[str] | Literal[False] = ()
     passes: int | None = None
     weights: Callable[[Any, Any], Any] | None = None
     pretrained: bool | None = None
+    batches: int | None = None
     same_loss: bool = False
     penalty: bool | None = None
     exempt: Mapping[str, str] = field(default_factory=dict)
@@ -105,10 +117,11 @@ class Declarations(TypedDict, total=False):
     row_losses: bool | None
     online: bool | None
     carried: Collection[str]
-    frozen: Collection[str]
+    frozen: Collection[str] | Literal[False]
     passes: int | None
     weights: Callable[[Any, Any], Any] | None
     pretrained: bool | None
+    batches: int | None
     same_loss: bool
     penalty: bool | None
     exempt: Mapping[str, str] | None

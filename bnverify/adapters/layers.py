@@ -7,8 +7,8 @@ how often it folds a batch in, which bias goes into it and nowhere else: that is
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from bnverify.adapters.programs import RATE, Programs
 from bnverify.adapters.traced import layer_input, links, marked
 from bnverify.adapters.watch import Call, Recording, watching
 from bnverify.pytree import path_name
-from bnverify.subject import LayerInput, State
+from bnverify.subject import LayerInput, Pass, State
 
 
 class Layers:
@@ -108,19 +108,83 @@ class Layers:
         sliced = len(writing) == 1 and all(len(leaf.shape) > features for leaf in self.owners[path])
         return 1 if sliced else None
 
-    def _is_trained_by(self, label: str, path: str) -> bool:
+    def passes(self) -> tuple[Pass, ...]:
+        """Return the batches of the layers that are given several, or one several times.
+
+        Left out is a layer of which a call is in a loop, and a batch that does not train the layer by
+        itself: one that is only attacked, or stands behind a stopped gradient.
+        """
+        found: list[Pass] = []
+        for path in self.owners:
+            calls = [n for n in self.training(path) if self._is_trained_by(n, path)]
+            plain = path not in self._ambiguous and all(self._of.inline[n] == 1 for n in calls)
+            if plain and len({self._of.recording.calls[n].turn for n in calls}) > 1:
+                found += self._passes_of(path, calls)
+        return tuple(found)
+
+    def _passes_of(self, path: str, calls: list[str]) -> list[Pass]:
+        flows, recording = self._of.flows, self._of.recording
+        old = {p: n for p, n in self._of.inputs.items() if p.startswith(f"batch_stats/{path}/")}
+        new = {self._of.outputs[p] for p, n in old.items() if self._of.outputs[p] != n}
+        if not new:  # nothing is folded in: a law of its own
+            return []
+        marks = {label: set(flows.of_label(label)) for label in self.calls[path]}
+        starts = [n for p, n in self._of.inputs.items() if p.startswith("params/")]
+        of_params = flows.reached(starts)
+        turns: dict[int, bool] = {}
+        given: dict[int, Any] = {}
+        for label in calls:
+            turn = recording.calls[label].turn
+            others = {n for each, nodes in marks.items() if each != label for n in nodes}
+            reached = flows.reached(marks[label], through=partial(_is_not_in, others))
+            turns[turn] = turns.get(turn, False) or bool(new & reached)
+            batch = self._given_to(turn)
+            given[turn] = ("pass", turn) if batch is None else batch
+        found = []
+        for batch in dict.fromkeys(given.values()):
+            own = [turn for turn in turns if given[turn] == batch]
+            folds = sum(turns[turn] for turn in own)
+            mark = recording.turns[own[0] - 1] if own[0] else None
+            nodes = flows.of_label(mark) if mark else []
+            by_itself = any(self._trains(turn, path) for turn in own)
+            # A batch that the params make is one by which a model is attacked, or perturbed.
+            if folds or (by_itself and not set(nodes) & of_params):
+                at = flows.where(nodes[0]) if nodes else ""
+                found.append(Pass(path, own[0], at, folds))
+        return found
+
+    def _trains(self, turn: int, path: str) -> bool:
+        """Return whether a pass has a part in the update by its own outputs, gradients not stopped."""
+        flows, recording = self._of.flows, self._of.recording
+        calls = [n for n in self.training(path) if recording.calls[n].turn == turn]
+        others = {
+            node
+            for number, label in enumerate(recording.turns, 1)
+            if label and number != turn
+            for node in flows.of_label(label)
+        }
+        stops = set(flows.of_primitives({"stop_gradient"}))
+        return any(self._is_trained_by(label, path, others | stops) for label in calls)
+
+    def _is_trained_by(self, label: str, path: str, around: Collection[int] = ()) -> bool:
         """Return whether a layer's call has a part in the update of its own network's params.
 
         A generator learns by what its discriminator says; what the discriminator's layers are given
         then is no batch that they train on.
+
+        Args:
+            label: of the call.
+            path: of the layer.
+            around: nodes that the way from there to the update must not pass.
         """
         own = self._updates_of(path)
         if not own:
             return True
         marks = {n for update in self._gradient_nodes for n in update}
         goals = {n for index in own for n in self._gradient_nodes[index]}
+        closed = marks - goals | set(around)
         calls = self._of.flows.of_label(label)
-        reached = self._of.flows.reached(calls, through=lambda n: n in goals or n not in marks)
+        reached = self._of.flows.reached(calls, through=lambda n: n not in closed)
         return bool(reached & goals) or not calls
 
     @cached_property
@@ -269,6 +333,10 @@ class Layers:
             if moving and resting and self.calls.get(path) and not self.training(path):
                 found.append(path)
         return found
+
+
+def _is_not_in(nodes: Collection[int], node: int) -> bool:
+    return node not in nodes
 
 
 def _inputs_of(

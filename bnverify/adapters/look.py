@@ -13,21 +13,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 import jax
-import jax.numpy as jnp
 
 from bnverify.adapters import declared as laws
 from bnverify.adapters.by_design import Design
 from bnverify.adapters.declared import HINTS, Declarations, Declared, because, declared_by
+from bnverify.adapters.findings import look_at
 from bnverify.adapters.layers import Layers
-from bnverify.adapters.programs import RATE, Programs, leaf_paths
-from bnverify.adapters.traced import Evaluation
+from bnverify.adapters.programs import Programs
+from bnverify.adapters.schedules import updates_every
 from bnverify.adapters.trees import partition, union
-from bnverify.jaxpr.interpreter import live, read
-from bnverify.pytree import path_name
 from bnverify.subject import State, Subject
 from bnverify.unusable import Unusable
-
-WARMUPS = 3  # so many updates a case takes at most: two of warm-up, and its own
 
 
 def completed(
@@ -35,6 +31,7 @@ def completed(
     declared: Declared | None = None,
     *,
     batch: Callable[[Any, Any], Any] | None = None,
+    makers: Sequence[Callable[..., Any]] = (),
     written_by_hand: bool = False,
 ) -> Subject:
     """Return ``subject`` with all that a look at its programs shows.
@@ -43,6 +40,7 @@ def completed(
         subject: init, step and evaluation; what it says already stays.
         declared: what its user says of it.
         batch: makes the step's batch of x and y, where that is known.
+        makers: the user's functions that make the optimizer.
         written_by_hand: whether a user wrote the Subject, who may keep anything anywhere: what
             would be refused of a loop is a note then.
 
@@ -52,24 +50,26 @@ def completed(
     """
     declared = declared or Declared()
     programs = Programs(subject)
-    patterns = [*declared.carried, *declared.frozen, *Layers(programs).carried()]
+    patterns = [*declared.carried, *(declared.frozen or ()), *Layers(programs).carried()]
     if patterns:
         subject = _carrying(subject, patterns)
         programs = Programs(subject)
     layers = Layers(programs, declared.passes)
     design = Design(programs, layers, declared, batch)
-    notes = [*subject.notes, *design.notes()]
+    notes = [*subject.notes]
     missing = layers.without_statistics()
     if missing and not written_by_hand:
         raise Unusable(missing)
     notes += [missing] if missing else []
     if not written_by_hand:
         _refuse_flat(design)
+    every = max(updates_every(subject, programs.state), subject.updates_every)
+    makers = [*makers, *filter(None, [subject.optimizer])]
+    seen = look_at(programs, layers, declared, every, makers)
     found = design.exempt()
-    every = _updates_every(subject, programs.state)
-    if every > WARMUPS:
-        said = f"optax.MultiSteps moves the params at every {every}th step only"
-        found |= because(said, laws.MOVES_PARAMS)
+    if declared.pretrained or any(with_statistics for _, with_statistics in seen.pretrained):
+        told = "is declared to start" if declared.pretrained else "starts"
+        found |= because(f"training {told} from a trained model", laws.INITIAL)
     penalty = declared.penalty
     if penalty is None:
         penalty = not written_by_hand and design.has_penalty()
@@ -77,18 +77,18 @@ def completed(
         said = "the loss that is differentiated has a term of params alone, a penalty, that the "
         found |= because(f"{said}reported one lacks", laws.GRADIENT)
     biases = () if design.is_online() else layers.biases()
-    frozen = partition(dict.fromkeys(layers.carried_paths(), 0), list(declared.frozen))[1]
     return replace(
         subject,
         exempt={**found, **subject.exempt, **declared.exempt},
         momentum=layers.momentum() if subject.momentum is None else subject.momentum,
         layer_inputs=subject.layer_inputs or layers.layer_inputs(),
+        shows=subject.shows - ({"lr"} if written_by_hand and _keeps_its_rate(programs) else set()),
         biases_before_norm=subject.biases_before_norm or biases,
         notes=tuple(notes),
         hints={**HINTS, **subject.hints},
         row_weights=declared.weights or subject.row_weights,
-        updates_every=max(every, subject.updates_every),
-        frozen=tuple(f"carried/{path}" for path in frozen),
+        updates_every=every,
+        look=seen,
     )
 
 
@@ -102,6 +102,12 @@ def declare(subject: Subject, **declared: Unpack[Declarations]) -> Subject:
         **declared: see ``bnverify.adapters.declared.Declared``.
     """
     return completed(subject, declared_by(declared), written_by_hand=True)
+
+
+def _keeps_its_rate(programs: Programs) -> bool:
+    """Return whether a step makes nothing of the learning rate, and shows no optimizer that would."""
+    reached = programs.flows.reached([programs.inputs["lr"]])
+    return programs.subject.optimizer is None and not reached & set(programs.flows.outputs)
 
 
 def _refuse_flat(design: Design) -> None:
@@ -165,26 +171,3 @@ def _carrying(subject: Subject, patterns: Sequence[str]) -> Subject:
         after_eval=None if after_eval is None else left,
         with_optimizer=None if other is None else lambda tx: _carrying(other(tx), patterns),
     )
-
-
-def _updates_every(subject: Subject, state: State) -> int:
-    """Return how many steps make one update, where ``optax.MultiSteps`` counts them."""
-    counts = [p for p in leaf_paths(state) if p.startswith("opt_state/") and "mini_step" in p]
-    if not counts or subject.optimizer is None:
-        return 1
-    zeros = jax.tree_util.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.params)
-    tx = subject.optimizer(jnp.float32(RATE))
-    kept = jax.eval_shape(tx.init, zeros)
-    program, after = jax.make_jaxpr(lambda k: tx.update(zeros, k, zeros)[1], return_shape=True)(
-        kept
-    )
-    names = [path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(after)[0]]
-    place = next(i for i, name in enumerate(names) if name.endswith("mini_step"))
-    # Of the whole update only the count is run, from one step to the next.
-    counting = live(program, place)
-    leaves = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree_util.tree_leaves(kept)]
-    for count in range(1, 65):
-        (leaves[place],) = read(counting, Evaluation(), leaves)
-        if int(leaves[place]) == 0:
-            return count
-    return 1

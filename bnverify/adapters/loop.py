@@ -235,7 +235,8 @@ def _made(
         shows=frozenset(claim for claim, holds in claims.items() if holds),
         notes=() if found.evaluation is not None else (BY_TRAINING,),
     )
-    return completed(subject, declared, batch=found.batch)
+    makers = [found.create.function, found.optimizer]
+    return completed(subject, declared, batch=found.batch, makers=makers)
 
 
 class _Done(NamedTuple):
@@ -357,10 +358,10 @@ class _Loop:
 
     def with_layout(self, statistics: str | None = None) -> _Loop:
         """Return this loop with where the parts of a State lie in what it carries."""
-        things = self._look_at_things()
         if self.of_nnx:
-            objects.Layout.of(things, self.names)
+            self._layout(self.sizes[1])  # raises where none can be made
             return self
+        things = self._look_at_things()
         places = {**self.places, **({"statistics": statistics} if statistics else {})}
         return replace(self, layout=trees.layout(things, self.names, **places), template=things)
 

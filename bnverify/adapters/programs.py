@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bnverify.adapters.explain import is_library
@@ -41,6 +42,7 @@ class Programs:
         flows: what reaches what in the step; ``eval_flows`` in the evaluation.
         inputs: path -> the node of a leaf that the step is given: "params/Dense_0/kernel", "x",
             "y", "lr"; ``eval_inputs`` that the evaluation is.
+        types: path -> (shape, dtype) of a leaf of the state.
         outputs: path -> the node of a leaf of the state after the step.
         loss: the node of the training loss; None where it is hidden.
         inline: label -> how often it is marked where a value can be read; ``anywhere`` at all.
@@ -67,6 +69,8 @@ class Programs:
         self.eval_flows = Flows(self.evaluate)
         self.inline, self.anywhere = labels(self.step), labels_anywhere(self.step)
         names = leaf_paths(self.state)
+        leaves = jax.tree_util.tree_leaves(self.state)
+        self.types = {n: (leaf.shape, leaf.dtype) for n, leaf in zip(names, leaves, strict=True)}
         self.inputs = dict(zip(names, self.flows.inputs, strict=False))
         self.inputs |= dict(zip(("x", "y", "lr"), self.flows.inputs[len(names) :], strict=True))
         self.eval_inputs = dict(zip((*names, "x", "y"), self.eval_flows.inputs, strict=True))
@@ -81,6 +85,10 @@ class Programs:
         on_the_way = self.flows.reached(sources) & self.flows.origins([self.loss])
         stops = set(self.flows.of_primitives({"stop_gradient"})) & on_the_way
         return {node for node in stops if not _of_library(self.flows.equation(node))}
+
+    def is_floating(self, path: str) -> bool:
+        """Return whether a leaf of the state is of a floating-point type."""
+        return bool(jnp.issubdtype(self.types[path][1], jnp.floating))
 
     def updates(self) -> int:
         """Return how often optimizers update params in a step; 2 stands for a loop."""

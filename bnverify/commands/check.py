@@ -169,7 +169,7 @@ class _Known:
             name,
             args.profile,
             args.seed,
-            tuple(diagnosed(results)),
+            tuple(diagnosed(results, {})),
             self._cases,
             time.perf_counter() - self._begun,
             versions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import cache
 from importlib.util import find_spec
@@ -11,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# Frames in these belong to nobody's model. bnverify's own are kept, but for this package: the
-# reference step lives there, and so do the adapters' losses.
+# Frames in these belong to nobody's model. bnverify's own are kept, but for this package and what
+# watches a step: the reference step lives there, and so do the adapters' losses.
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "chex")
+_WATCHING = ("adapters/watch.py", "adapters/traced.py")
 
 
 @cache
 def _library_folders() -> tuple[str, ...]:
-    folders = [str(Path(__file__).parent)]
+    here = Path(__file__).parent
+    folders = [str(here)]
     for name in _LIBRARIES:
         spec = find_spec(name)
         folders += (spec.submodule_search_locations or []) if spec else []
-    return tuple(f"{folder}{os.sep}" for folder in folders)
+    watching = (str(here.parent / name) for name in _WATCHING)
+    return (*(f"{folder}{os.sep}" for folder in folders), *watching, contextlib.__file__)
 
 
 def _user_frames(eqn: Any) -> list[str]:

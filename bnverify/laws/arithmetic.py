@@ -17,7 +17,7 @@ under ``np.errstate(all="ignore")`` (see ``bnverify.laws.law``), and other calle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ import numpy as np
 
 from bnverify.laws.mismatch import watch
 from bnverify.lazy import jax, jnp
-from bnverify.pytree import is_floating
+from bnverify.pytree import is_floating, path_name
 from bnverify.reruns import huge, old_weight
 from bnverify.subject import LayerInput, Tree
 
@@ -248,6 +248,25 @@ def trees(function: Callable[..., Any], *operands: Tree) -> Any:
 def same(actual: Tree, expected: Tree) -> Any:
     """Return 0 where two trees are equal to the bit of every finite value, else infinity, (K,)."""
     return trees(lambda a, e: residual(a, e, 0.0), actual, expected)
+
+
+def frozen(t: Any, paths: Sequence[str]) -> Any:
+    """Return 0 where a step leaves leaves of the state as they are, else infinity, (K,).
+
+    Args:
+        t: a transition.
+        paths: of the leaves, the first segment a field of the State.
+    """
+    before, after = (
+        {
+            f"{field}/{path_name(path)}": leaf
+            for field, tree in state._asdict().items()
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        }
+        for state in (t.before, t.after)
+    )
+    kept = [path for path in paths if path in before and path in after]
+    return same({path: after[path] for path in kept}, {path: before[path] for path in kept})
 
 
 def within_noise(actual: Tree, expected: Tree, noise: Tree) -> Any:

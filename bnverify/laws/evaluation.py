@@ -104,15 +104,65 @@ def eval_uses_the_running_statistics(t: Transition) -> Any:
 def eval_rows_are_independent(t: Transition) -> Any:
     """A row's prediction does not depend on the other rows: the eval loss is the mean over rows.
 
+    Where weights of rows are declared, it is their weighted mean: sum(w * loss) / sum(w).
     Each row's loss carries the rounding of one evaluation. The mean of N of them, taken in float64,
     carries no more than the whole batch's noise in units of the mean. So both sides err by it.
     """
     if "rows" not in t.evals:
         return worst_of([])  # a batch with more rows than are evaluated one by one
     rows = wide(t.evals["rows"])
-    mean = xp.mean(rows, axis=1)
+    weights = t.facts.get("row_weights")
+    if weights is None:
+        mean = xp.mean(rows, axis=1)
+    else:  # a row that does not count has no loss of its own
+        counts = wide(weights)[..., None]
+        total = xp.maximum(xp.sum(counts, axis=1), smallest(t.eval_loss))
+        mean = xp.sum(xp.where(counts > 0, rows * counts, 0.0), axis=1) / total
     noise = t.noise.eval_loss + 4 * rows.shape[1] ** 0.5 * 2.0**-24 * mean
     return residual(t.eval_loss, mean, 2 * noise + smallest(t.eval_loss))
+
+
+@law(
+    "evaluation",
+    kind="structure",
+    needs=("look",),
+    requires=("look", "masks"),
+    mistakes=("padding_in_the_denominator",),
+    source="https://github.com/tracel-ai/burn/issues/5568",
+)
+def only_rows_that_count_are_counted(t: Transition) -> list[str]:
+    """A loss that masks rows out divides by the number of the others, not by that of all rows."""
+    return [
+        f"the {mask.loss} loss masks rows out{f' at {mask.at}' if mask.at else ''} and divides by the "
+        "number of all rows: padding changes the loss"
+        for mask in t.facts["look"].masks
+        if not mask.counted
+    ]
+
+
+@law(
+    "evaluation",
+    needs=("noise", "step:other_padding", "eval:other_padding"),
+    requires=("row_weights",),
+    mistakes=("padding_enters", "padding_in_the_denominator"),
+    source="https://github.com/google/flax/issues/1850",
+)
+def rows_of_weight_zero_change_nothing(t: Transition) -> Any:
+    """Other inputs in rows that do not count change no loss, gradient, param or statistic.
+
+    Both runs round alike but for what is multiplied by 0, so each may err by the step's noise.
+    """
+    some = any_over(wide(t.facts["row_weights"]) == 0)
+    other = t.reruns["other_padding"]
+    seen = (t.after.batch_stats, t.after.params, t.info, t.eval_loss)
+    again = (other.state.batch_stats, other.state.params, other.info, t.evals["other_padding"])
+    noise = (
+        t.noise.state.batch_stats,
+        t.noise.state.params,
+        t.noise.info,
+        t.noise.eval_loss,
+    )
+    return when(some, within_noise(again, seen, noise))
 
 
 @law(

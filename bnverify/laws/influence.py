@@ -136,6 +136,29 @@ def inputs_reach_the_statistics(t: Transition) -> Any:
 
 @law(
     "influence",
+    kind="structure",
+    needs=("look",),
+    requires=("look", "draws"),
+    mistakes=("same_key_in_each_step",),
+    source="JAX, Pseudorandom numbers: a key is used once; https://github.com/google/flax/pull/2631",
+)
+def each_step_draws_anew(t: Transition) -> list[str]:
+    """The random numbers of a step are not those of the step before it, nor those of init."""
+    lines = []
+    for draw in t.facts["look"].draws:
+        what = f"the random numbers drawn at {draw.at}" if draw.at else "the random numbers"
+        if not draw.keys:
+            lines.append(f"{what} come from a constant key: they are the same in each step")
+        elif not draw.moves:
+            held = " and ".join(draw.keys)
+            lines.append(f"{what} come from {held}, which no step changes: the same in each step")
+        elif draw.of_init:
+            lines.append(f"{what} in the first step come from the key that init has drawn from")
+    return lines
+
+
+@law(
+    "influence",
     kind="witness",
     never="changing the old batch_stats never changed the new ones",
     needs=("step:other_statistics",),

@@ -12,9 +12,11 @@ import numpy as np
 
 from bnverify.laws.arithmetic import (
     all_finite,
+    any_over,
     apart_by,
     floats,
     folded,
+    frozen,
     holds_if,
     max_over,
     measurable,
@@ -251,6 +253,136 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
                 )
             )
     return worst_of(parts)
+
+
+@law(
+    "statistics",
+    kind="structure",
+    needs=("look",),
+    requires=("look", "passes"),
+    mistakes=("pass_dropped",),
+    source="https://github.com/carpedm20/DCGAN-tensorflow/issues/266",
+)
+def every_pass_reaches_the_statistics(t: Transition) -> list[str]:
+    """Each batch that a layer trains on in a step enters its running statistics."""
+    return [
+        f"batch_stats/{each.layer}: the moments of pass {each.number} of the model in a step"
+        f"{_at(each.at)} are dropped: the new statistics are those of another pass"
+        for each in t.facts["look"].passes
+        if each.folds == 0
+    ]
+
+
+@law(
+    "statistics",
+    kind="structure",
+    needs=("look",),
+    requires=("look", "passes"),
+    mistakes=("ema_applied_twice",),
+    source="https://github.com/davda54/sam/issues/17",
+)
+def each_batch_is_folded_in_once(t: Transition) -> list[str]:
+    """A batch that a layer is given in several passes of a step enters the average once."""
+    return [
+        f"batch_stats/{each.layer}: the batch of pass {each.number} of the model{_at(each.at)} is folded "
+        f"in {each.folds} times a step: the moving average is applied once in each pass"
+        for each in t.facts["look"].passes
+        if each.folds > 1
+    ]
+
+
+def _at(line: str) -> str:
+    return f" at {line}" if line else ""
+
+
+@law(
+    "statistics",
+    kind="structure",
+    needs=("look",),
+    requires=("look", "axes"),
+    mistakes=("statistics_over_the_wrong_axis",),
+    source=f"{IOFFE}, section 3.2: a convolution is normalised feature map by feature map",
+)
+def layers_keep_the_feature_axis(t: Transition) -> list[str]:
+    """A normalisation keeps the axis of features of the convolution or product that feeds it."""
+    return [
+        f"batch_stats/{each.layer} keeps axis {each.kept} of its input {each.shape}, and takes moments "
+        f"over axis {each.features}, along which the features lie: BatchNorm(axis={each.features})"
+        for each in t.facts["look"].axes
+        if each.kept != each.features
+    ]
+
+
+@law(
+    "statistics",
+    kind="witness",
+    needs=("step:zero_statistics",),
+    requires=("batch_stats",),
+    mistakes=("rows_normalised_alone",),
+    source="https://github.com/google/flax/issues/1247",
+    never="rows that differ never gave a variance above 0",
+)
+def unlike_rows_have_a_variance(t: Transition) -> Any:
+    """Where a batch enters the running means, rows that differ give a variance above 0 in some case.
+
+    A normalisation that sees one row at a time, as under ``jax.vmap`` without an axis name, finds a
+    variance of 0, and normalises every row to 0.
+    """
+    unlike = any_over(t.case.x[:, 1:] != t.case.x[:, :1])
+    reached, shown = xp.zeros(1, dtype=bool), xp.ones(1, dtype=bool)
+    for leaves in _by_layer(t.reruns["zero_statistics"].state.batch_stats).values():
+        if {"mean", "var"} <= set(leaves):
+            enters = any_over(wide(leaves["mean"]) != 0)
+            reached = reached | enters
+            shown = shown & (any_over(wide(leaves["var"]) > 0) | ~enters)
+    return when(unlike & reached, holds_if(shown))
+
+
+@law(
+    "statistics",
+    kind="structure",
+    needs=("look",),
+    requires=("look", "copies"),
+    mistakes=("stale_statistics",),
+    source="https://github.com/DLR-RM/stable-baselines3/issues/996",
+)
+def a_copy_of_the_params_takes_their_statistics(t: Transition) -> list[str]:
+    """A target network or an average that follows the params has its statistics written, too."""
+    return [
+        f"{copy.batch_stats} is never written, though {copy.params} follows the params: it keeps the "
+        "mean 0 and variance 1 of the first day"
+        for copy in t.facts["look"].copies
+        if not copy.written
+    ]
+
+
+@law(
+    "statistics",
+    kind="structure",
+    needs=("look",),
+    requires=("look", "pretrained"),
+    mistakes=("fresh_statistics",),
+    source="https://github.com/google/deepvariant/issues/383",
+)
+def trained_params_come_with_their_statistics(t: Transition) -> list[str]:
+    """A layer whose params are those of a trained model starts from that model's statistics."""
+    return [
+        f"the params of {layer or 'the model'} are those of a trained model, its running statistics "
+        "are new: they do not belong to the params"
+        for layer, with_statistics in t.facts["look"].pretrained
+        if not with_statistics
+    ]
+
+
+@law(
+    "statistics",
+    requires=("look", "frozen_statistics"),
+    mistakes=("frozen_statistics_move",),
+    source="https://github.com/Lightning-AI/pytorch-lightning/issues/15062",
+)
+def frozen_statistics_stay(t: Transition) -> Any:
+    """The running statistics of a layer that is frozen stay as they are, bit for bit."""
+    return frozen(t, t.facts["look"].frozen_statistics)
 
 
 @law(

@@ -8,6 +8,7 @@ from bnverify.laws.arithmetic import (
     UNDERFLOW,
     alike,
     all_finite,
+    frozen,
     never,
     per_case,
     residual,
@@ -131,6 +132,58 @@ def zero_learning_rate_moves_nothing(t: Transition) -> Any:
         t.before.params,
     )
     return when(usable, moved)
+
+
+@law(
+    "update",
+    requires=("look", "frozen_params"),
+    mistakes=("frozen_params_move",),
+    source="Optax, multi_transform: https://optax.readthedocs.io/en/latest/api/combining_optimizers.html",
+)
+def frozen_params_stay(t: Transition) -> Any:
+    """Frozen params stay as they are, bit for bit: neither a gradient nor a decay moves them."""
+    return frozen(t, t.facts["look"].frozen_params)
+
+
+@law(
+    "update",
+    kind="structure",
+    needs=("look",),
+    requires=("look", "scaled"),
+    mistakes=("frozen_gradients_scale_others",),
+    source="Optax, clip_by_global_norm: the norm is over all that the transformation is given",
+)
+def frozen_gradients_scale_nothing(t: Transition) -> list[str]:
+    """The gradient of a frozen param has no part in the update of another one."""
+    return [
+        f"the gradient of {path}, which is frozen, reaches the update of {other}, as under a clip by "
+        "the norm of all gradients"
+        for path, other in t.facts["look"].scaled
+        if other
+    ]
+
+
+@law(
+    "update",
+    kind="structure",
+    needs=("look",),
+    requires=("look", "schedules"),
+    mistakes=("schedule_counts_batches",),
+    source="https://github.com/AI-Hypercomputer/maxtext/pull/3452",
+)
+def schedule_counts_updates(t: Transition) -> list[str]:
+    """Where gradients are accumulated, the learning rate's schedule is not as long as there are batches.
+
+    ``optax.MultiSteps`` calls its inner optimizer at every k-th batch only, so a schedule over the
+    number of batches is cut off at a k-th of its way.
+    """
+    return [
+        f"the schedule ends after {each.batches} updates, which is the number of batches "
+        f"({each.told}), but several batches make an update: the schedule counts optimizer steps, "
+        "not batches"
+        for each in t.facts["look"].schedules
+        if each.ends
+    ]
 
 
 @law(

@@ -38,7 +38,11 @@ class Matrix:
         return [kind for kind in LEGEND if kind in found]
 
 
-def matrix(flows: Mapping[str, list[str]], held: Collection[str] = ()) -> Matrix:
+def matrix(
+    flows: Mapping[str, list[str]],
+    held: Collection[str] = (),
+    unsettled: Collection[str] | None = None,
+) -> Matrix:
     """Return the matrix of ``report.influence["matrix"]``, or of its "leaves": a row for each.
 
     Trees that nothing reaches and that reach nothing are left out: they have no leaves.
@@ -46,20 +50,26 @@ def matrix(flows: Mapping[str, list[str]], held: Collection[str] = ()) -> Matrix
     Args:
         flows: output -> the inputs that may reach it.
         held: the names of the laws that hold: of what some demand a case was seen.
+        unsettled: the names of the laws that are violated, or were not judged: only what one of
+            these forbids leaks, and only what one demands is missing. None: all laws.
     """
     reached = {output: {_tree(source) for source in sources} for output, sources in flows.items()}
     busy = {_tree(output) for output, sources in reached.items() if sources}
     busy = busy.union(*reached.values())
     inputs = tuple(name for name in INPUTS if name in busy)
     forbidden = {pair for law in LAWS.values() for pair in law.forbids}
-    demanded = {pair for law in LAWS.values() for pair in law.demands}
+    judged = LAWS if unsettled is None else unsettled
+    leaking = {pair for name in judged if name in LAWS for pair in LAWS[name].forbids}
+    wanting = {pair for name in judged if name in LAWS for pair in LAWS[name].demands}
     shown = {pair for name in held if name in LAWS for pair in LAWS[name].demands}
 
     def kind(output: str, source: str) -> str:
         kept_out = (_tree(output), source) in forbidden
         if source in reached[output]:
-            return "leaks" if kept_out else "shown" if (output, source) in shown else "may"
-        if (output, source) in demanded:
+            if (_tree(output), source) in leaking:
+                return "leaks"
+            return "shown" if (output, source) in shown else "may"
+        if (output, source) in wanting:
             return "missing"
         return "kept out" if kept_out else "cannot"
 

@@ -179,8 +179,9 @@ class Screen:
 
     def _influence(self, report: Report) -> None:
         held = [evidence.law for evidence in report.results if evidence.status == "held"]
+        unsettled = [e.law for e in report.results if e.status in {"violated", "untriggered"}]
         flows = report.influence.get("leaves") or report.influence["matrix"]
-        entries = matrix(flows, held)
+        entries = matrix(flows, held, unsettled)
         signs = self._symbols.flow
         self._print()
         self._print("what depends on what", style="bold")

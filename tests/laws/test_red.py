@@ -17,6 +17,7 @@ from bnverify import reference
 from bnverify.laws import LAWS
 from bnverify.mutants import MUTANTS
 from bnverify.mutants.life_faults import LIFE_FAULTS
+from bnverify.mutants.loop_faults import LOOP_FAULTS
 from bnverify.mutants.parallel_faults import PARALLEL_FAULTS
 from bnverify.parallel.check import on_devices
 from bnverify.profile import Profile
@@ -242,6 +243,19 @@ RED: dict[str | Callable[[], Any], tuple[str, ...]] = {
     "rate_counted_in_python": ("a_resumed_process_continues_to_the_bit",),
     "evaluation_folds_its_batch": ("evaluation_between_steps_changes_nothing",),
     "every_second_batch_twice": ("statistics_fold_each_batch_once",),
+    "dropout_key_unsplit": ("each_step_draws_anew",),
+    "second_view_overwrites": ("every_pass_reaches_the_statistics",),
+    "sharpness_pass_folded_in": ("each_batch_is_folded_in_once",),
+    "rows_mapped_and_averaged": ("unlike_rows_have_a_variance",),
+    "height_normalised": ("layers_keep_the_feature_axis",),
+    "target_params_averaged_alone": ("a_copy_of_the_params_takes_their_statistics",),
+    "params_restored_alone": ("trained_params_come_with_their_statistics",),
+    "backbone_frozen_but_for_its_norm": ("frozen_statistics_stay",),
+    "declared_frozen_and_trained": ("frozen_params_stay",),
+    "clip_around_the_groups": ("frozen_gradients_scale_nothing",),
+    "schedule_over_all_batches": ("schedule_counts_updates",),
+    "mean_of_masked_losses": ("only_rows_that_count_are_counted",),
+    "padding_in_the_moments": ("rows_of_weight_zero_change_nothing",),
 }
 """A fault -> the laws that it is made for, those of many devices apart."""
 
@@ -268,7 +282,7 @@ def made(fault: str | Callable[[], Any]) -> Any:
     """Return the wrong step."""
     if callable(fault):
         return fault()
-    return {**MUTANTS, **LIFE_FAULTS}[fault].make()
+    return {**MUTANTS, **LIFE_FAULTS, **LOOP_FAULTS}[fault].make()
 
 
 @pytest.mark.parametrize("fault", RED, ids=lambda fault: getattr(fault, "__name__", fault))

@@ -1,0 +1,487 @@
+"""What a look at a step's programs shows of what laws claim: ``bnverify.subject.Look``.
+
+Facts only: the laws say which of them are wrong. Reachability tells what may happen, so a fact is
+told where a step certainly does, or certainly does not, what a law asks for.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bnverify.adapters.declared import Declared
+from bnverify.adapters.layers import Layers
+from bnverify.adapters.programs import ROWS, Programs
+from bnverify.adapters.schedules import schedules
+from bnverify.adapters.traced import DRAWS, Flows
+from bnverify.proof import asked
+from bnverify.subject import Axis, Copy, Draw, Look, Mask
+
+PARAMS, STATISTICS = "params/", "batch_stats/"
+SAME_VALUES = frozenset(
+    {"convert_element_type", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose"}
+    | {"copy", "name"}
+)
+"""Primitives that give the values they are given, in another shape or dtype."""
+
+
+def look_at(
+    programs: Programs,
+    layers: Layers,
+    declared: Declared,
+    every: int,
+    makers: Sequence[Callable[..., Any]],
+) -> Look:
+    """Return what a subject's programs show.
+
+    Args:
+        programs: the subject's functions, traced.
+        layers: its normalisation layers.
+        declared: what its user says of it.
+        every: how many steps make one update.
+        makers: the user's functions that make the optimizer.
+    """
+    frozen = _Frozen(programs, layers, declared)
+    return Look(
+        draws=tuple(_draws(programs)),
+        passes=layers.passes(),
+        copies=tuple(_copies(programs)),
+        pretrained=tuple(_pretrained(programs, layers, declared)),
+        frozen_params=tuple(sorted(frozen.params)),
+        frozen_statistics=tuple(sorted(frozen.statistics())),
+        scaled=tuple(frozen.scaled()),
+        axes=tuple(_axes(programs, layers)),
+        masks=tuple(_masks(programs)),
+        schedules=tuple(schedules(programs, declared, every, makers)),
+    )
+
+
+# Random numbers.
+
+
+def _draws(programs: Programs) -> Iterator[Draw]:
+    flows = programs.flows
+    live = flows.origins(flows.outputs)
+    names = {node: path for path, node in programs.inputs.items()}
+    reused = _keys_that_init_draws_from(programs)
+    found: dict[Draw, None] = {}
+    for node in flows.of_primitives(DRAWS):
+        keys = tuple(sorted(names[n] for n in flows.origins([node]) if n in names))
+        shape = flows.equation(node).outvars[0].aval.shape
+        # Numbers from a constant key that are no rows' own may be part of a model: a projection.
+        if node not in live or (not keys and shape[:1] != (ROWS,)):
+            continue
+        moves = any(programs.outputs.get(path) != programs.inputs[path] for path in keys)
+        again = bool({_key(flows, n) for n in flows.operands(node)} & reused)
+        found[Draw(flows.where(node), keys, moves, again)] = None
+    yield from found
+
+
+def _keys_that_init_draws_from(programs: Programs) -> set[int]:
+    """Return the step's inputs that hold a key from which ``init`` draws as it is."""
+    flows, outputs = programs.start
+    used = {
+        flows.number(_key(flows, operand))
+        for node in flows.of_primitives(DRAWS)
+        for operand in flows.operands(node)
+        if not flows.is_constant(operand)
+    }
+    kept = {path: node for path, node in outputs.items() if path.startswith("extra/")}
+    return {
+        programs.inputs[path]
+        for path, node in kept.items()
+        if not flows.is_constant(node) and flows.number(_key(flows, node)) in used
+    }
+
+
+def _key(flows: Flows, node: int) -> int:
+    """Return where a key comes from that is only wrapped on the way."""
+    eqn = flows.equation(node)
+    while eqn is not None and eqn.primitive.name in {"random_wrap", "random_unwrap"}:
+        node = flows.operands(node)[0]
+        eqn = flows.equation(node)
+    return node
+
+
+# Copies of the params.
+
+
+def _copies(programs: Programs) -> Iterator[Copy]:
+    """Yield each copy of the params that moves with them, where statistics lie beside it."""
+    inputs, outputs, flows = programs.inputs, programs.outputs, programs.flows
+    gradients = {
+        node
+        for names in programs.recording.updates
+        for label in names.values()
+        for node in flows.of_label(label)
+    }
+    results = [node for node in flows.outputs if node not in flows.inputs]
+    read = flows.origins(results) | {inputs[p] for p in _read_by_evaluation(programs)}
+    known: set[str] = set()
+    for network in _networks(programs):
+        own_params, own_statistics = PARAMS + network, STATISTICS + network
+        ends = [p.removeprefix(own_params) for p in inputs if p.startswith(own_params)]
+        kept = [p.removeprefix(own_statistics) for p in inputs if p.startswith(own_statistics)]
+        if not ends or not kept:
+            continue
+        statistics = _heads(programs, own_statistics, kept)
+        own = [own_params + end for end in ends]
+        from_params = flows.reached(
+            [*(inputs[p] for p in own), *(outputs[p] for p in own if p in outputs)],
+            through=lambda n: n not in gradients,
+        )
+        for head in _heads(programs, own_params, ends):
+            copied = [head + end for end in ends]
+            moves = all(outputs.get(p) in from_params and outputs[p] != inputs[p] for p in copied)
+            beside = [h for h in statistics if _role(h) == _role(head)]
+            inner = any(head.startswith(whole) for whole in known)  # a layer of it
+            if head == own_params or inner or not moves or len(beside) != 1:
+                continue
+            known.add(head)
+            stay = [beside[0] + end for end in kept]
+            written = any(outputs.get(path) != inputs[path] for path in stay)
+            if written or any(inputs[path] in read for path in stay):
+                yield Copy(_shown(head), _shown(beside[0]), written)
+
+
+def _read_by_evaluation(programs: Programs) -> list[str]:
+    behind = programs.eval_flows.origins(programs.eval_flows.outputs)
+    return [p for p, n in programs.eval_inputs.items() if n in behind and p in programs.inputs]
+
+
+def _networks(programs: Programs) -> list[str]:
+    """Return what the paths of each network's params begin with; "" where there is one."""
+    state = programs.state
+    if not isinstance(state.params, dict) or not isinstance(state.batch_stats, dict):
+        return [""]
+    both = set(state.params) & set(state.batch_stats)
+    inner = [f"{name}/" for name in sorted(both) if isinstance(state.params[name], dict)]
+    return ["", *inner]
+
+
+def _heads(programs: Programs, own: str, ends: Sequence[str]) -> list[str]:
+    """Return what stands before all of ``ends`` in the state, as ``own`` does, in leaves alike."""
+    types = programs.types
+    found: dict[str, list[Any]] = {}
+    for head in sorted({p.removesuffix(ends[0]) for p in types if p.endswith(ends[0])}):
+        below = [p for p in types if p.startswith(head)]
+        if set(below) == {head + end for end in ends}:
+            found[head] = [types[head + end] for end in ends]
+    return [head for head, each in found.items() if each == found[own]]
+
+
+_PARTS = (
+    "params",
+    "batch_stats",
+    "batch",
+    "stats",
+    "model",
+    "state",
+    "fields",
+    "extra",
+    "variables",
+)
+
+
+def _role(head: str) -> tuple[str, ...]:
+    """Return what a path says besides that it leads to params or statistics: ("target",)."""
+    words = head.replace("/", "_").split("_")
+    return tuple(word for word in words if word and word not in _PARTS)
+
+
+def _shown(head: str) -> str:
+    return head.removeprefix("extra/").removeprefix("fields/").rstrip("/")
+
+
+# The start.
+
+
+def _pretrained(
+    programs: Programs, layers: Layers, declared: Declared
+) -> Iterator[tuple[str, bool]]:
+    """Yield each layer whose params are arrays that ``init`` holds, and whether its statistics are.
+
+    No seed makes such params, and they are no constants: they are those of a trained model.
+    """
+    if declared.pretrained is False:
+        return
+    flows, outputs = programs.start
+    held, seeded = flows.reached(flows.captured), flows.reached(flows.inputs[:1])
+    params = {p for p, n in outputs.items() if p.startswith(PARAMS) and n in held - seeded}
+    if not params:
+        return
+    everything = {p for p in outputs if p.startswith(PARAMS)} == params
+    for path in layers.owners:
+        own = {p for p in outputs if p.startswith(f"{PARAMS}{path}/")}
+        statistics = [n for p, n in outputs.items() if p.startswith(f"{STATISTICS}{path}/")]
+        if own <= params if own else everything:
+            yield path, all(node in held for node in statistics)
+
+
+# What is frozen.
+
+
+class _Frozen:
+    """The params and statistics that no step is to change: declared, or found.
+
+    Found are params that the optimizer leaves alone whatever their gradient, those whose gradient is
+    stopped, and layers of which nothing trains, nor anything before them.
+    """
+
+    def __init__(self, programs: Programs, layers: Layers, declared: Declared) -> None:
+        self._of, self._layers, self._declared = programs, layers, declared
+        self._looks = declared.frozen is not False
+        paths = [p for p in programs.inputs if p.startswith(PARAMS)]
+        found = (self._resting() | self._stopped()) if self._looks else set()
+        self._still = {p for p in paths if programs.outputs.get(p) == programs.inputs[p]}
+        if found | self._still == set(paths):  # then nothing trains at all, which others notice
+            found, self._still = set(), set()
+        told = {p for p in paths if self._is_told(p.removeprefix(PARAMS))}
+        self.params = found | told
+
+    def _is_told(self, path: str) -> bool:
+        return any(fnmatchcase(path, pattern) for pattern in self._declared.frozen or ())
+
+    def _resting(self) -> set[str]:
+        """Return the params that the optimizer moves neither by a gradient nor without one."""
+        if self._of.subject.optimizer is None:
+            return set()
+        answers = asked(self._of.subject.optimizer, self._of.state.params, (0.0, 1.0), 1.0)
+        if answers is None:
+            return set()
+        paths = [p for p in self._of.inputs if p.startswith(PARAMS)]
+        rest = [
+            not np.any(still) and not np.any(moved) for still, moved in zip(*answers, strict=True)
+        ]
+        return {path for path, rests in zip(paths, rest, strict=True) if rests}
+
+    def _stopped(self) -> set[str]:
+        """Return the params that reach the loss, and whose gradient is stopped on each way there."""
+        flows, loss = self._of.flows, self._of.loss
+        stops = set(flows.of_primitives({"stop_gradient"}))
+        if not stops or loss is None:
+            return set()
+        behind = flows.origins([loss])
+        found = set()
+        for path, labels in self._gradients():
+            node = self._of.inputs[path]
+            nodes = [n for label in labels for n in flows.of_label(label)]
+            given = set(flows.inputs) & flows.origins(nodes)
+            if nodes and not given and node in behind and stops & flows.reached([node]):
+                found.add(path)
+        return found
+
+    def _gradients(self) -> list[tuple[str, list[str]]]:
+        """Return each param with the labels of the gradients that an optimizer is given for it."""
+        paths = [p for p in self._of.inputs if p.startswith(PARAMS)]
+        found: dict[str, list[str]] = defaultdict(list)
+        for names in self._of.recording.updates:
+            for name, label in names.items():
+                own = [p for p in paths if p == PARAMS + "/".join(name)]
+                own = own or [p for p in paths if p.endswith("/" + "/".join(name))]
+                if len(own) == 1:
+                    found[own[0]].append(label)
+        return list(found.items())
+
+    def statistics(self) -> Iterator[str]:
+        """Yield the statistics that are to stay."""
+        inputs, outputs, flows = self._of.inputs, self._of.outputs, self._of.flows
+        carried = "extra/carried/"
+        for path in inputs:
+            if path.startswith(carried) and self._is_told(path.removeprefix(carried)):
+                yield path
+        if not self._looks:
+            return
+        resting = self.params | self._still
+        nodes = {n: p for p, n in inputs.items() if p.startswith(PARAMS)}
+        for path in inputs:
+            if not path.startswith((STATISTICS, carried)) or not self._of.is_floating(path):
+                continue
+            layer = path.removeprefix(carried).removeprefix(STATISTICS).rpartition("/")[0]
+            own = {p for p in inputs if p.startswith(f"{PARAMS}{layer}/")}
+            sources = {nodes[n] for n in flows.origins([outputs[path]]) if n in nodes}
+            if own | sources and own | sources <= resting and not self._is_told_apart(path):
+                yield path
+
+    def _is_told_apart(self, path: str) -> bool:
+        """Return whether a statistic is declared to be none, or is listed already."""
+        if not path.startswith("extra/carried/"):
+            return False
+        name = path.removeprefix("extra/carried/")
+        told = any(fnmatchcase(name, pattern) for pattern in self._declared.carried)
+        return told or self._is_told(name)
+
+    def scaled(self) -> Iterator[tuple[str, str]]:
+        """Yield each frozen param whose gradient reaches the update of another, with that one."""
+        flows, outputs = self._of.flows, self._of.outputs
+        finite = set(flows.of_primitives({"is_finite"}))  # to skip an update is no scaling
+        others = {p: n for p, n in outputs.items() if p.startswith(PARAMS) and p not in self.params}
+        for path, labels in self._gradients():
+            if path not in self.params:
+                continue
+            nodes = [n for label in labels for n in flows.of_label(label)]
+            if not set(flows.inputs) & flows.origins(nodes):
+                continue  # its gradient is 0 throughout
+            reached = flows.reached(nodes, through=lambda n: n not in finite)
+            hit = next((p for p, n in others.items() if n in reached), "")
+            yield path, hit
+
+
+# The axis of a normalisation.
+
+ELEMENTWISE = frozenset(
+    {"add", "sub", "mul", "div", "max", "min", "neg", "tanh", "logistic", "exp", "log1p", "erf"}
+    | {"select_n", "integer_pow", "rsqrt", "sqrt", "convert_element_type", "copy", "name", "abs"}
+    | {"reduce_window_max", "reduce_window_sum", "reduce_window", "pad", "reshape", "squeeze"}
+    | {"expand_dims", "broadcast_in_dim"}
+)
+"""Primitives that keep the axes of their operand, but for those of size 1."""
+RESHAPING = frozenset({"reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
+
+
+def _axes(programs: Programs, layers: Layers) -> Iterator[Axis]:
+    """Yield the axes of Flax's own BatchNorm where what gives its features is known."""
+    flows, calls = programs.flows, programs.recording.calls
+    of_batch = flows.reached([programs.inputs["x"], programs.inputs["y"]])
+    for path in layers.owners:
+        for label in layers.training(path)[:1]:
+            call, nodes = calls[label], flows.of_label(label)
+            if call.momentum is None or len(nodes) != 1 or len(call.feature_axes) != 1:
+                continue
+            if _shapes(flows, nodes[0]) != [call.shape]:  # mapped: the layer saw other axes
+                continue
+            features = _feature_axis(flows, nodes[0], len(call.shape), of_batch)
+            if features is not None:
+                yield Axis(path, call.feature_axes[0], features, call.shape)
+
+
+def _shapes(flows: Flows, node: int) -> list[tuple[int, ...]]:
+    eqn = flows.equation(node)
+    return [] if eqn is None else [tuple(var.aval.shape) for var in eqn.outvars]
+
+
+def _feature_axis(flows: Flows, node: int, rank: int, of_batch: Collection[int]) -> int | None:
+    """Return along which axis of a value its features lie; None where that is not plain.
+
+    Followed back to the convolution, or the product with params, that gave them.
+    """
+    axes: list[int | None] = list(
+        range(rank)
+    )  # those of the value at hand, as the first one has them
+    while (eqn := flows.equation(node)) is not None and len(eqn.outvars) == 1:
+        name, shape, operands = eqn.primitive.name, eqn.outvars[0].aval.shape, flows.operands(node)
+        if name == "conv_general_dilated":
+            place: int = eqn.params["dimension_numbers"].out_spec[1]
+            return axes[place]
+        if name == "dot_general":
+            (_, contracted), (_, batched) = eqn.params["dimension_numbers"]
+            free = eqn.invars[1].aval.ndim - len(contracted) - len(batched)
+            by_params = len(operands) == 2 and operands[1] not in of_batch
+            return axes[-1] if free == 1 and by_params else None
+        if name == "transpose":
+            before: list[int | None] = [None] * len(shape)
+            for place, source in enumerate(eqn.params["permutation"]):
+                before[source] = axes[place]
+            node, axes = operands[0], before
+            continue
+        ahead = [n for n in operands if n in of_batch and _shapes(flows, n)]
+        if name not in ELEMENTWISE or not ahead:
+            break
+        node, (given, *_) = ahead[0], _shapes(flows, ahead[0])
+        if len(given) == len(shape) and name not in RESHAPING:
+            continue
+        kept = [(axis, size) for axis, size in zip(axes, shape, strict=True) if size != 1]
+        if [size for size in given if size != 1] != [size for _, size in kept]:
+            break
+        left = iter(kept)
+        axes = [next(left)[0] if size != 1 else None for size in given]
+    return None
+
+
+# Masks of rows.
+
+
+def _masks(programs: Programs) -> Iterator[Mask]:
+    """Yield the mask in each loss through which everything must go that the params say of a row."""
+    eval_flows = programs.eval_flows
+    for loss, flows, inputs, end in (
+        ("training", programs.flows, programs.inputs, programs.loss),
+        ("eval", eval_flows, programs.eval_inputs, eval_flows.outputs[0]),
+    ):
+        if end is None:
+            continue
+        params = [n for path, n in inputs.items() if path.startswith(PARAMS)]
+        of_params = flows.reached(params)
+        gates: dict[int, list[int]] = defaultdict(list)
+        masks: dict[int, int] = {}
+        for gate, mask in _gates(flows, of_params, flows.reached([inputs["x"], inputs["y"]])):
+            gates[flows.number(mask)].append(gate)
+            masks[flows.number(mask)] = mask
+        for number, gated in gates.items():
+            closed = set(gated)
+            passes_by = partial(_is_not_in, closed)
+            if end in flows.reached(params, through=passes_by):
+                continue  # part of the loss is not masked
+            after = flows.reached(closed) & flows.origins([end])
+            elsewhere = flows.reached([masks[number]], through=passes_by)
+            counted = any(n in elsewhere for each in after - closed for n in flows.operands(each))
+            if counted or _divides_by_rows(flows, after):
+                yield Mask(loss, flows.where(gated[0]), counted)
+
+
+def _is_not_in(nodes: Collection[int], node: int) -> bool:
+    return node not in nodes
+
+
+def _gates(
+    flows: Flows, of_params: Collection[int], of_batch: Collection[int]
+) -> Iterator[tuple[int, int]]:
+    """Yield (node, mask) where a value of rows is multiplied by, or selected by, a mask of rows."""
+
+    def is_mask(node: int) -> int | None:
+        """Return the boolean that a value is made of, where the batch alone decides on it."""
+        eqn = flows.equation(node)
+        while eqn is not None and eqn.primitive.name in SAME_VALUES:
+            if eqn.outvars[0].aval.dtype == np.bool_:
+                break
+            node = flows.operands(node)[0]
+            eqn = flows.equation(node)
+        if eqn is None or eqn.outvars[0].aval.dtype != np.bool_:
+            return None
+        while eqn is not None and eqn.primitive.name in SAME_VALUES:
+            node = flows.operands(node)[0]
+            eqn = flows.equation(node)
+        # A number for each row: what differs within one, as a one-hot label does, masks no rows.
+        sizes = [n for n in eqn.outvars[0].aval.shape if n != 1] if eqn is not None else []
+        rows = len(sizes) == 1 and sizes[0] % ROWS == 0 and sizes[0] > 0
+        return node if rows and node in of_batch and node not in of_params else None
+
+    for node in flows.of_primitives({"mul", "select_n"}):
+        eqn, operands = flows.equation(node), flows.operands(node)
+        if eqn.primitive.name == "mul" and len(operands) == 2:
+            for value, factor in (operands, operands[::-1]):
+                if value in of_params and (mask := is_mask(factor)) is not None:
+                    yield node, mask
+        elif eqn.primitive.name == "select_n" and len(eqn.invars) == 3:
+            mask = is_mask(operands[0])
+            kept = [n for n in operands[1:] if n in of_params]
+            if mask is not None and len(kept) == 1:
+                yield node, mask
+
+
+def _divides_by_rows(flows: Flows, nodes: Iterable[int]) -> bool:
+    """Return whether one of the nodes is a quotient by the number of all rows, or of all values."""
+    for node in nodes:
+        eqn = flows.equation(node)
+        if eqn is None or eqn.primitive.name != "div":
+            continue
+        divisor = getattr(eqn.invars[1], "val", None)
+        if divisor is not None and jnp.ndim(divisor) == 0 and divisor and divisor % ROWS == 0:
+            return True
+    return False

@@ -1,0 +1,166 @@
+"""How an optimizer counts: how many steps make an update, and when its schedule ends."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from types import FunctionType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnverify.adapters.declared import Declared
+from bnverify.adapters.explain import is_library
+from bnverify.adapters.programs import RATE, Programs, leaf_paths
+from bnverify.adapters.traced import Evaluation
+from bnverify.jaxpr.interpreter import live, read
+from bnverify.jaxpr.rounding import evaluate
+from bnverify.jaxpr.tracing import trace
+from bnverify.pytree import path_name
+from bnverify.subject import Schedule, State, Subject
+
+MOST = 64  # steps that an update is waited for
+BATCHES = re.compile(r"batches|micro_?steps|mini_?steps", re.IGNORECASE)
+"""What people call a number of batches."""
+
+
+def updates_every(subject: Subject, state: State) -> int:
+    """Return how many steps make one update, where ``optax.MultiSteps`` counts them."""
+    counts = [p for p in leaf_paths(state) if p.startswith("opt_state/") and "mini_step" in p]
+    if not counts or subject.optimizer is None:
+        return 1
+    zeros = jax.tree_util.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.params)
+    tx = subject.optimizer(jnp.float32(RATE))
+    kept = jax.eval_shape(tx.init, zeros)
+    program, after = jax.make_jaxpr(lambda k: tx.update(zeros, k, zeros)[1], return_shape=True)(
+        kept
+    )
+    names = [path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(after)[0]]
+    place = next(i for i, name in enumerate(names) if name.endswith("mini_step"))
+    # Of the whole update only the count is run, from one step to the next.
+    counting = live(program, place)
+    leaves = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree_util.tree_leaves(kept)]
+    for count in range(1, MOST + 1):
+        (leaves[place],) = read(counting, Evaluation(), leaves)
+        if int(leaves[place]) == 0:
+            return count
+    return 1
+
+
+def schedules(
+    programs: Programs, declared: Declared, every: int, makers: Sequence[Callable[..., Any]]
+) -> Iterator[Schedule]:
+    """Yield what is known of the schedule of a rate under accumulation: whether it ends with the batches.
+
+    Args:
+        programs: the subject's functions, traced.
+        declared: what its user says: ``batches``.
+        every: how many steps make one update.
+        makers: the user's functions that make the optimizer; a number of batches in their code may
+            be the schedule's.
+    """
+    optimizer = programs.subject.optimizer
+    if every == 1 or optimizer is None:
+        return
+    ends = _Ends(optimizer, programs.state.params, every)
+    if declared.batches is not None:
+        said = f"batches={declared.batches}"
+        yield Schedule(declared.batches, said, ends.after(declared.batches))
+        return
+    for name, number in sorted(_numbers(makers).items()):
+        yield Schedule(number, f"{name} = {number}", ends.after(number))
+
+
+class _Ends:
+    """Tells when the schedule of an accumulating optimizer ends, by asking for single updates."""
+
+    def __init__(self, optimizer: Callable[[Any], Any], params: Any, every: int) -> None:
+        ones = jax.tree_util.tree_map(lambda leaf: np.ones(leaf.shape, leaf.dtype), params)
+
+        def update(params: Any, state: Any) -> Any:
+            return optimizer(jnp.float32(RATE)).update(params, state, params)[0]
+
+        self._params, self._every = ones, every
+        try:
+            self._state = optimizer(jnp.float32(RATE)).init(ones)
+            self._program: Any = trace(update, ones, self._state)
+        except Exception:  # noqa: BLE001 - a user's optimizer may need more than params and gradients
+            self._program = None
+
+    def after(self, count: int) -> bool:
+        """Return whether the rate changes up to the update of this number, and no more from there."""
+        if self._program is None or count < 1:
+            return False
+        before, at, *later = (self._update(c) for c in (count - 1, count, count + 1, 2 * count + 1))
+        still = all(np.array_equal(at, each) for each in later)
+        return still and not np.array_equal(before, at)
+
+    def _update(self, count: int) -> Any:
+        """Return the first leaves of the update that follows ``count`` others, flat."""
+
+        def counted(node: Any) -> Any:
+            named = getattr(node, "_fields", ())
+            changed: dict[str, Any] = {}
+            if "mini_step" in named:
+                changed["mini_step"] = jnp.asarray(self._every - 1, node.mini_step.dtype)
+            scheduled = re.search("schedule|hyperparam", type(node).__name__, re.IGNORECASE)
+            if "count" in named and scheduled:
+                changed["count"] = jnp.asarray(count, node.count.dtype)
+            inner = {name: counted(getattr(node, name)) for name in named if name not in changed}
+            if hasattr(node, "_fields"):
+                return node._replace(**changed, **inner)
+            if isinstance(node, tuple | list):
+                return type(node)(counted(each) for each in node)
+            if isinstance(node, dict):
+                return {key: counted(each) for key, each in node.items()}
+            return node
+
+        given = self._params, jax.tree_util.tree_map(np.asarray, counted(self._state))
+        leaves = jax.tree_util.tree_leaves(evaluate(self._program, *given))
+        return np.concatenate([np.ravel(leaf) for leaf in leaves])
+
+
+def _numbers(makers: Sequence[Callable[..., Any]]) -> dict[str, int]:
+    """Return the whole numbers that some functions use by a name that means a number of batches."""
+    found: dict[str, int] = {}
+    pending: list[Any] = list(makers)
+    seen: set[int] = set()
+    while pending:
+        value = pending.pop()
+        function = _function(value)
+        if function is None or id(function) in seen or is_library(function.__code__.co_filename):
+            continue
+        seen.add(id(function))
+        scope = inspect.getclosurevars(function)
+        own = getattr(value, "__self__", None)
+        for name, held in [*scope.globals.items(), *scope.nonlocals.items(), ("self", own)]:
+            found |= {n: v for n, v in _named(name, held) if BATCHES.search(n) and v > 1}
+            pending.append(held)
+    return found
+
+
+def _function(value: Any) -> FunctionType | None:
+    value = getattr(value, "func", value)  # of a partial
+    value = getattr(value, "__func__", value)
+    value = inspect.unwrap(value) if callable(value) else value
+    return value if isinstance(value, FunctionType) else None
+
+
+def _named(name: str, value: Any) -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers that a variable holds, in itself or in its fields, with their names."""
+    inner: Mapping[str, Any] = {}
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield name, value
+    elif is_dataclass(value) and not isinstance(value, type):
+        inner = {each.name: getattr(value, each.name, None) for each in fields(value)}
+    elif isinstance(value, Mapping):
+        inner = value
+    elif type(value).__module__ != "builtins" and not callable(value):
+        inner = getattr(value, "__dict__", {})
+    for key, each in inner.items():
+        if isinstance(each, int) and not isinstance(each, bool):
+            yield str(key), each
