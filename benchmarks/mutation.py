@@ -233,7 +233,7 @@ FAULTS = (
     Fault(
         "a_warm_state_is_the_initial_one",
         "bnverify/observe.py",
-        "for done in range(int(np.max(case.warmup))):",
+        "for done in range(int(np.max(warmup))):",
         "for done in range(0):",
         ("tests/laws", "tests/test_runs.py", "tests/test_properties.py"),
     ),

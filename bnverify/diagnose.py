@@ -345,6 +345,11 @@ RULES: tuple[Rule, ...] = (
         "the step leaves {idle} as they are",
     ),
     Rule(
+        "new_statistics_dropped",
+        lambda k: k.broke("step_moves_the_statistics") and k.never_reads("batch_stats", "x"),
+        "nothing leads from x to the new statistics",
+    ),
+    Rule(
         "statistics_reinitialised",
         lambda k: k.clue("average", "forgets") or k.broke("old_statistics_reach_the_new"),
         "the new statistics are the same, whatever the old ones",

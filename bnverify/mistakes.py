@@ -1188,51 +1188,81 @@ mistake(
     "a frozen layer's statistics change: it still folds each batch in",
     "run a frozen layer with use_running_average=True, whatever train says",
     "https://github.com/Lightning-AI/pytorch-lightning/issues/15062",
-    looks="evaluation drifts although the backbone's params never move",
+    looks="Evaluation drifts although the backbone's params never move.",
     wrong="""
-        x = nn.BatchNorm(use_running_average=not train, name="backbone_norm")(x)
-        """,
+        x = nn.BatchNorm(
+            use_running_average=not train,
+            name="backbone_norm",
+        )(x)
+    """,
     right="""
-        x = nn.BatchNorm(use_running_average=True, name="backbone_norm")(x)
-        """,
+        x = nn.BatchNorm(
+            use_running_average=True,
+            name="backbone_norm",
+        )(x)
+    """,
 )
 mistake(
     "frozen_params_move",
     "params that are to be frozen are moved, by a decay or by their gradient",
     'optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, labels)',
+    looks="The pretrained layers shrink a little with every step.",
     wrong="""
-        frozen = jax.lax.stop_gradient(params["backbone"])  # its gradient is 0
-        tx = optax.adamw(1e-3)  # and its decay is not
-        """,
+        # a gradient of 0 is decayed all the same
+        frozen = jax.lax.stop_gradient(backbone)
+        tx = optax.adamw(1e-3)
+    """,
     right="""
-        tx = optax.multi_transform({"train": optax.adamw(1e-3), "freeze": optax.set_to_zero()}, labels)
-        """,
+        tx = optax.multi_transform(
+            {
+                "train": optax.adamw(1e-3),
+                "freeze": optax.set_to_zero(),
+            },
+            labels,
+        )
+    """,
 )
 mistake(
     "frozen_gradients_scale_others",
     "gradients of frozen params scale the update of the others",
     "clip within what trains, not around it",
+    looks="The layers that train move less the larger the frozen part is.",
     wrong="""
-        groups = {"train": optax.adam(1e-3), "freeze": optax.set_to_zero()}
-        tx = optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(groups, labels))
-        """,
+        zero = optax.set_to_zero()
+        tx = optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.multi_transform(
+                {"train": adam, "freeze": zero}, labels
+            ),
+        )
+    """,
     right="""
-        trained = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-        tx = optax.multi_transform({"train": trained, "freeze": optax.set_to_zero()}, labels)
-        """,
+        zero = optax.set_to_zero()
+        clipped = optax.chain(
+            optax.clip_by_global_norm(1.0), adam
+        )
+        tx = optax.multi_transform(
+            {"train": clipped, "freeze": zero}, labels
+        )
+    """,
 )
 mistake(
     "stale_statistics",
     "a copy of the params is updated, its running statistics are never written",
     "copy batch_stats beside the params, wherever the copy is updated",
     "https://github.com/DLR-RM/stable-baselines3/issues/996",
-    looks="the target network is evaluated with mean 0 and variance 1 for ever",
+    looks="The target network is evaluated with mean 0 and variance 1 for ever.",
     wrong="""
-        state = state.replace(target_params=state.params)
-        """,
+        state = state.replace(
+            target_params=state.params,
+        )
+    """,
     right="""
-        state = state.replace(target_params=state.params, target_batch_stats=state.batch_stats)
-        """,
+        state = state.replace(
+            target_params=state.params,
+            target_batch_stats=state.batch_stats,
+        )
+    """,
 )
 mistake(
     "fresh_statistics",
@@ -1240,26 +1270,35 @@ mistake(
     "to the params",
     "restore batch_stats from where the params come from",
     "https://github.com/google/deepvariant/issues/383",
+    looks="The restored model is as bad as a new one, until it has trained for a while.",
     wrong="""
-        variables = {**model.init(key, x), "params": restored["params"]}
-        """,
+        new = model.init(key, x)
+        variables = {
+            "params": old["params"],
+            "batch_stats": new["batch_stats"],
+        }
+    """,
     right="""
-        variables = {"params": restored["params"], "batch_stats": restored["batch_stats"]}
-        """,
+        variables = {
+            "params": old["params"],
+            "batch_stats": old["batch_stats"],
+        }
+    """,
 )
 mistake(
     "pass_dropped",
     "the statistics of one of several passes are dropped",
     "thread batch_stats through all calls: the second starts from what the first returned",
     "https://github.com/carpedm20/DCGAN-tensorflow/issues/266",
+    looks="In evaluation the discriminator takes every real image for a fake one.",
     wrong="""
-        real, _ = disc.apply({"params": params, "batch_stats": stats}, images, mutable=["batch_stats"])
-        fake, new = disc.apply({"params": params, "batch_stats": stats}, fakes, mutable=["batch_stats"])
-        """,
+        real, _ = forward(params, stats, images)
+        fake, new = forward(params, stats, fakes)
+    """,
     right="""
-        real, new = disc.apply({"params": params, "batch_stats": stats}, images, mutable=["batch_stats"])
-        fake, new = disc.apply({"params": params, **new}, fakes, mutable=["batch_stats"])
-        """,
+        real, new = forward(params, stats, images)
+        fake, new = forward(params, new, fakes)
+    """,
 )
 mistake(
     "rows_normalised_alone",
@@ -1267,62 +1306,89 @@ mistake(
     'under jax.vmap BatchNorm sees one row: give it BatchNorm(axis_name="batch"), and map by '
     'jax.vmap(..., axis_name="batch", out_axes=(0, None))',
     "https://github.com/google/flax/issues/1247",
-    looks="every hidden unit is its bias, and the running variance goes to 0",
+    looks="Every hidden unit is its bias, and the running variance goes to 0.",
     wrong="""
-        out, new = jax.vmap(one_row)(x)  # BatchNorm() in the model
-        """,
+        nn.BatchNorm()
+        out, new = jax.vmap(one_row)(x)
+    """,
     right="""
-        out, new = jax.vmap(one_row, axis_name="batch", out_axes=(0, None))(x)
-        # BatchNorm(axis_name="batch") in the model
-        """,
+        nn.BatchNorm(axis_name="batch")
+        out, new = jax.vmap(
+            one_row,
+            axis_name="batch",
+            out_axes=(0, None),
+        )(x)
+    """,
 )
 mistake(
     "padding_in_the_denominator",
     "padding changes the loss: it is masked out of the sum and counted in the mean",
     "divide by the number of rows that count",
     "https://github.com/tracel-ai/burn/issues/5568",
+    looks="The loss of a batch falls with the number of rows that pad it.",
     wrong="""
         loss = jnp.mean(mask * losses)
-        """,
+    """,
     right="""
-        loss = jnp.sum(mask * losses) / jnp.maximum(mask.sum(), 1)
-        """,
+        count = jnp.maximum(mask.sum(), 1)
+        loss = jnp.sum(mask * losses) / count
+    """,
 )
 mistake(
     "padding_enters",
     "rows that do not count reach the loss or the statistics",
     "mask them out of the loss, and of BatchNorm too",
     "https://github.com/google/flax/issues/1850",
+    looks="The last, padded batch of each epoch pulls the running statistics towards 0.",
     wrong="""
-        x = nn.BatchNorm(use_running_average=not train)(x)
-        """,
+        norm = nn.BatchNorm(
+            use_running_average=not train
+        )
+        x = norm(x)
+    """,
     right="""
-        x = nn.BatchNorm(use_running_average=not train)(x, mask=mask[:, None])
-        """,
+        norm = nn.BatchNorm(
+            use_running_average=not train
+        )
+        x = norm(x, mask=mask[:, None])
+    """,
 )
 mistake(
     "same_key_in_each_step",
     "each step draws the same random numbers, so dropout has the same mask each step",
     "split the key and carry the new one, or jax.random.fold_in(key, state.step)",
     "https://github.com/google/flax/pull/2631",
+    looks="Dropout leaves the same units out for ever: some of them never train.",
     wrong="""
-        out = state.apply_fn(variables, x, train=True, rngs={"dropout": state.key})
-        """,
+        out = model.apply(
+            variables, x, rngs={"dropout": state.key}
+        )
+    """,
     right="""
-        key = jax.random.fold_in(state.key, state.step)
-        out = state.apply_fn(variables, x, train=True, rngs={"dropout": key})
-        """,
+        key = jax.random.fold_in(
+            state.key, state.step
+        )
+        out = model.apply(
+            variables, x, rngs={"dropout": key}
+        )
+    """,
 )
 mistake(
     "schedule_counts_batches",
     "the learning rate's schedule is as long as there are batches, of which several make an update",
     "the schedule counts optimizer steps, not batches: divide by the steps that make an update",
     "https://github.com/AI-Hypercomputer/maxtext/pull/3452",
-    looks="training ends long before the learning rate has decayed",
+    looks="Training ends long before the learning rate has decayed.",
     wrong="""
-        tx = optax.MultiSteps(optax.sgd(optax.cosine_decay_schedule(0.1, batches)), 4)
-        """,
+        rate = optax.cosine_decay_schedule(
+            0.1, batches
+        )
+        tx = optax.MultiSteps(optax.sgd(rate), 4)
+    """,
     right="""
-        tx = optax.MultiSteps(optax.sgd(optax.cosine_decay_schedule(0.1, batches // 4)), 4)
-        """,
+        rate = optax.cosine_decay_schedule(
+            0.1, batches // 4
+        )
+        tx = optax.MultiSteps(optax.sgd(rate), 4)
+    """,
 )

@@ -30,6 +30,11 @@ def test_batch_moments_are_the_layers_own(step, data):
     step.keeps("batch_moments_are_the_layers_own", data.draw(step.cases()))
 
 
+def test_unlike_rows_have_a_variance(step):
+    """Rows that differ give a running variance above 0."""
+    step.shows("unlike_rows_have_a_variance", step.cases())
+
+
 @given(data=st.data())
 def test_batch_stats_are_free_of_targets(step, data):
     """The statistics do not depend on the targets."""
