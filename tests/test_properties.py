@@ -52,9 +52,14 @@ def bindings() -> dict[str, tuple[str, list[str]]]:
 
 
 def test_every_law_is_bound() -> None:
-    """Each registered law has the property of its name, in the file of its family; none is over."""
+    """Each law has the property of its name, in the file of its family; none is over.
+
+    But those about whole loops: tests/mutants/test_loops.py has subjects that they apply to.
+    """
     expected = {
-        f"test_{law.name}": (f"test_{law.family}", [law.name]) for law in STEP_LAWS.values()
+        f"test_{law.name}": (f"test_{law.family}", [law.name])
+        for law in STEP_LAWS.values()
+        if not {"look", "row_weights"}.intersection(law.requires)
     }
     assert bindings() == expected
 
