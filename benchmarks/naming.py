@@ -5,8 +5,10 @@
 
 The evidence of a fault is a line of JSON: the laws that it breaks, what can reach what in its step, and what
 the numbers of its violations say (``bnverify.clues``). A recording that was interrupted goes on where
-it stopped: faults that are in the file already are left as they are. Faults that no law notices, and those
-that JAX or Flax refuses, have no name to be right or wrong. Exit status 1 below 90 %.
+it stopped: faults that are in the file already are left as they are. Where a line says that a fault was not
+"checked", its broken laws are those of ``expected.json`` and only general cases were read; a recording
+checks it, and the later of two lines counts. Faults that no law notices, and those that JAX or Flax refuses,
+have no name to be right or wrong. Exit status 1 below 90 %.
 """
 
 from __future__ import annotations
@@ -62,8 +64,8 @@ def checked(mutant: Mutant, profile: str) -> Evidence:
 
 def record(path: Path, profile: str) -> None:
     """Check the faults that are not in the file, and add a line for each."""
-    missing = [mutant for mutant in MUTANTS.values() if mutant.name not in read(path)]
-    for mutant in missing:
+    known = {fault for fault, line in read(path).items() if line.get("checked", True)}
+    for mutant in (each for each in MUTANTS.values() if each.name not in known):
         started = time.perf_counter()
         line = json.dumps(checked(mutant, profile))
         with path.open("a", encoding="utf-8") as file:
@@ -90,7 +92,7 @@ def lost(lines: Mapping[str, Evidence]) -> dict[str, list[str]]:
     found = {
         fault: [law for law in MUTANTS[fault].expected if law not in line["broken"]]
         for fault, line in lines.items()
-        if fault in MUTANTS and "broken" in line
+        if fault in MUTANTS and "broken" in line and line.get("checked", True)
     }
     return {fault: laws for fault, laws in found.items() if laws}
 

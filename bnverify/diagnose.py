@@ -549,7 +549,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "rows_treated_unequally",
         lambda k: (
-            k.broke("row_order_changes_nothing") and (k.any(DOUBLED, ROWS) or not k.broke(MODES))
+            k.broke("row_order_changes_nothing")
+            and (k.any(DOUBLED, ROWS) or not k.broke(MODES) or k.clue("row_order", "matters"))
         ),
         "the order of the rows changes the result",
     ),

@@ -19,7 +19,7 @@ import numpy as np
 
 from bnverify.case import Case
 from bnverify.clues.average import average, recorded_moments
-from bnverify.clues.modes import modes
+from bnverify.clues.modes import modes, row_order
 from bnverify.clues.seen import NEEDS, Clues, Seen
 from bnverify.clues.update import gradient, optimizer_state, update, update_of_another_trace
 from bnverify.judge import RoundingBounds
@@ -50,6 +50,7 @@ READERS: dict[Callable[[Seen], Clues], frozenset[str]] = {
     optimizer_state: OPTIMIZER_LAWS,
     average: frozenset(),
     recorded_moments: MOMENT_LAWS,
+    row_order: frozenset({"row_order_changes_nothing"}),
     modes: MODE_LAWS,
     gradient: GRADIENT_LAWS,
 }

@@ -13,10 +13,19 @@ import numpy as np
 
 from bnverify.clues.seen import LOOSE, Clues, Seen, raw
 from bnverify.lazy import jax, jnp
-from bnverify.observe import FEW_ROWS
 from bnverify.pytree import is_floating, path_name
-from bnverify.reruns import other_statistic, with_statistics
+from bnverify.reruns import other_statistic, reverse_rows, with_statistics
 from bnverify.subject import State
+
+MOST_ROWS = 64
+"""Up to so many rows each is trained on by itself."""
+
+
+def row_order(seen: Seen) -> Clues:
+    """Whether the training loss depends on the order of the rows, by more than rounding."""
+    backwards = seen.calls.step(seen.t.before, reverse_rows(seen.case)).info.loss
+    loss, other = float(np.ravel(seen.t.info.loss)[0]), float(np.ravel(backwards)[0])
+    return {} if _same(loss, other) else {"row_order": "matters"}
 
 
 def modes(seen: Seen) -> Clues:
@@ -136,7 +145,7 @@ def _one_moment(seen: Seen) -> State:
 
 def _mean_of_rows(seen: Seen) -> float:
     """Return the mean of the training losses of batches that repeat one row; NaN of many rows."""
-    if not 1 < seen.rows <= 4 * FEW_ROWS:
+    if not 1 < seen.rows <= MOST_ROWS:
         return np.nan
     losses = []
     for row in range(seen.rows):

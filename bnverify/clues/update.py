@@ -22,7 +22,7 @@ from bnverify.clues.seen import (
 )
 from bnverify.judge import some_direction
 from bnverify.lazy import jax
-from bnverify.pytree import form, path_name, take
+from bnverify.pytree import form, is_floating, path_name, take
 from bnverify.reruns import other_param, with_params
 from bnverify.transition import Outcome
 
@@ -170,12 +170,13 @@ def update_of_another_trace(seen: Seen) -> Clues:
 def optimizer_state(seen: Seen) -> Clues:
     """What becomes of the optimizer's state in place of the one that its update returns.
 
-    Told is what a step makes of a state that is not the initial one in any leaf: of that, nobody could say
-    whether it was kept or made anew.
+    Told is what a step makes of a state whose leaves are neither initial ones nor those after one update:
+    of these, nobody could say whether they were kept or made anew.
     """
-    old = seen.expected.opt_state
-    if form(old) != form(seen.t.before.opt_state):
+    once = seen.expected.opt_state
+    if form(once) != form(seen.t.before.opt_state):
         return {}
+    old = jax.tree_util.tree_map(lambda v: (1.5 * v).astype(v.dtype) if is_floating(v) else v, once)
     new = seen.calls.step(seen.t.before._replace(opt_state=old), seen.case).state.opt_state
     expected = seen.update(seen.t.before.params, old)
     twice = seen.update(expected.params, expected.opt_state).opt_state
