@@ -78,7 +78,9 @@ class Uncompiled(NamedTuple):
     Only there does a step hold the caller's own arrays and containers, not tracers.
     """
 
-    outcome: Outcome
+    state: Any
+    info: Any
+    eval_loss: Any
     inputs_before: Any
     inputs_after: Any
 
@@ -456,7 +458,7 @@ def _uncompiled(subject: Subject, before: State, case: Case) -> Uncompiled:
         after.append(given)
         fresh = jax.tree_util.tree_map(jnp.asarray, (host[1].x, host[1].y))
         outcomes.append(_host(Outcome(new, info, subject.evaluate(new, *fresh))))
-    return Uncompiled(stack(outcomes), stack(kept), _stacked_or_first(after))
+    return Uncompiled(*stack(outcomes), stack(kept), _stacked_or_first(after))
 
 
 def _is_deleted(leaf: Any) -> bool:

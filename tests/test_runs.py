@@ -167,8 +167,11 @@ def test_a_check_never_sees_64_bit_types(watched: Watched) -> None:
 
 
 def test_the_reference_keeps_every_law(watched: Watched) -> None:
-    """Each is proved or seen to hold: not one is left unreached or exempt."""
-    assert [each for each in watched.report.results if each.status not in {"proved", "held"}] == []
+    """Each is proved or seen to hold: not one is left unreached, but for those about whole loops."""
+    left = [each for each in watched.report.results if each.status not in {"proved", "held"}]
+    assert {each.status for each in left} == {"exempt"}
+    for each in left:
+        assert {"look", "row_weights"}.intersection(LAWS[each.law].requires), each
 
 
 def test_events_arrive_in_order(watched: Watched) -> None:

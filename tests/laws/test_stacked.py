@@ -84,7 +84,7 @@ def transitions() -> Transition:
     facts = {
         **t.facts,
         "again": Again(t.before, t.after, t.info, t.eval_loss),
-        "eager": Uncompiled(outcome, t.before, t.before),
+        "eager": Uncompiled(*outcome, t.before, t.before),
         "stacked": outcome,
         "solution": Solution(t.eval_loss, t.eval_loss),
         "layer_inputs": inputs,
