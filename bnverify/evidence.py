@@ -73,6 +73,10 @@ class Counterexample:
             f"bnverify.replay(subject, case, law={self.law!r})\n"
         )
 
+    def __str__(self) -> str:
+        """Return the script, which is what a person wants to see of it."""
+        return self.script
+
     @property
     def _loaded(self) -> str:
         if self.target is None:

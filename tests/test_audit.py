@@ -14,13 +14,15 @@ import pytest
 
 from bnverify import cli, reference
 from bnverify.mistakes import MISTAKES
-from bnverify.mutants import MUTANTS
+from bnverify.mutants import MUTANTS, users_tests
 from bnverify.mutants.audit import Audit, Finding
 from bnverify.mutants.substitution import Order
 from bnverify.mutants.transplant import TRANSPLANTS, faulty, get, put
 from bnverify.mutants.users_tests import audit_tests
+from bnverify.show import formats
 from bnverify.show.audit import killers, matrix, show
 from bnverify.show.audit_picture import draw
+from bnverify.show.formats import FORMATS
 from bnverify.unusable import Unusable
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "audited"
@@ -149,6 +151,27 @@ def test_the_whole_list_of_what_the_example_misses_is_right(
     assert listed == MISSED
     for name in MISSED:
         assert f"  {name}: {TRANSPLANTS[name].sentence}" in shown
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_audit_comes_in_every_format(name: str) -> None:
+    """What is missed without a reason fails the build, in the formats that machines read."""
+    missed = users_tests.TestsFinding(
+        "first_leaf_frozen", "update_dropped", "one stays", "missed", 1.0
+    )
+    for audit, fault in (
+        (AUDIT, "five"),
+        (users_tests.TestsAudit("pytest", ("steps.py:step",), 1.0, (missed,)), "first_leaf_frozen"),
+    ):
+        text = formats.render([audit], name)
+        assert fault in text
+        if name == "junit":
+            cases = ET.fromstring(text).iter("testcase")  # noqa: S314 - our own output
+            failed = [case.get("name") for case in cases if case.findall("failure")]
+            assert failed == [fault]
+        if name == "sarif":
+            (run,) = json.loads(text)["runs"]
+            assert [result["ruleId"] for result in run["results"]] == [fault]
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,7 @@ def test_ctrl_c_prints_what_is_known_so_far(run: Run, monkeypatch: pytest.Monkey
     status, out, err = run("check", "-v")
     assert status == 130
     assert "none violated, 1 not reached" in out
+    assert "note: interrupted" in out
     assert "■ proved      gradients_match_params" in out
     assert "eval_repeats_to_the_bit" in out
     assert err.endswith("bnverify: interrupted\n")

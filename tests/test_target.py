@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bnverify import deadline, probe
+from bnverify import deadline, probe, target
 from bnverify.subject import Subject
 from bnverify.target import TargetError, load
 
@@ -350,3 +350,29 @@ def test_importing_the_module_loads_no_jax() -> None:
         "assert not {'jax', 'flax', 'hypothesis'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_a_target_is_named_so_that_any_directory_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file by its whole path, and a module that lies here as that file; others keep their name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.py").write_text("x = 1\n")
+    assert target.anywhere("here.py:x") == f"{tmp_path / 'here.py'}:x"
+    assert target.anywhere("here:x") == f"{tmp_path / 'here.py'}:x"
+    assert target.anywhere("bnverify.reference:sgd") == "bnverify.reference:sgd"
+
+
+def test_the_line_of_a_target_is_found_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a function, an assignment and an annotated one; a name made elsewhere leads to line 1."""
+    monkeypatch.chdir(tmp_path)
+    text = "raise SystemExit\n\n@f\ndef step(): ...\n\nx: int = 2\n(a, b) = c = 3\nclass K: ...\n"
+    (tmp_path / "lines.py").write_text(text)
+    where = str(tmp_path / "lines.py")
+    for name, line in {"step": 4, "x": 6, "c": 7, "K": 8, "K.f": 8, "made": 1}.items():
+        assert target.line(f"{where}:{name}") == (where, line)
+    assert target.line("lines:x") == (where, 6)
+    assert target.line("no/such/file.py:x") is None
+    assert target.line("no_such_module_at_all:x") is None

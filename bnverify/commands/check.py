@@ -173,4 +173,5 @@ class _Known:
             self._cases,
             time.perf_counter() - self._begun,
             versions(),
+            notes=("interrupted: this is what was known by then",),
         )

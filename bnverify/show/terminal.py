@@ -241,7 +241,7 @@ _MEANING: dict[Status, str] = {
     "proved": "for every value, from the traced step alone",
     "held": "in the cases run; worst: the largest error, in units of the tolerance",
     "violated": "in at least one case",
-    "untriggered": "no case reached its precondition: never a pass",
+    "untriggered": "no case reached its precondition, or none was run: never a pass",
     "exempt": "does not apply to this step",
 }
 

@@ -203,11 +203,13 @@ def test_formats_go_where_they_are_asked_to(judgement, tmp_path, capsys, monkeyp
 
     page = tmp_path / "page.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
-    files = [f"{name}={tmp_path / name}" for name in ("html", "junit", "terminal")]
+    files = [f"{name}={tmp_path / name}" for name in ("html", "junit", "sarif", "terminal")]
     formats.write([judgement], formats.parse([*files, "json", f"github={tmp_path / 'github'}"]))
     told = json.loads(capsys.readouterr().out)
     assert not told["ok"]
     assert told["differences"][0]["mark"] == "failing"
+    (run,) = json.loads((tmp_path / "sarif").read_text())["runs"]
+    assert [result["ruleId"] for result in run["results"]] == ["meaning"]
     assert all(
         (tmp_path / name).stat().st_size for name in ("html", "junit", "terminal", "page.md")
     )
