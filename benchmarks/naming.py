@@ -117,7 +117,8 @@ def main() -> int:
     right = len(noticed) - len(wrong)
     print(
         f"{right} of {len(noticed)} faults ({right / len(noticed):.1%}), of {len(counts)} mistakes, are "
-        f"first called by their own; {len(MUTANTS) - len(noticed)} more are not noticed by a law"
+        f"first called by their own; {len(lines) - len(noticed)} more break no law or are refused, "
+        f"{len(MUTANTS) - len(lines)} are not recorded"
     )
     return 0 if right >= REQUIRED * len(noticed) else 1
 
