@@ -404,6 +404,11 @@ RULES: tuple[Rule, ...] = (
         "the variance of {moments_of} is {moments_factor} times the batch's: N / (N - 1)",
     ),
     Rule(
+        "statistics_from_another_batch",
+        lambda k: k.clue("moments", "weights") and abs(k.clues.get("moments_factor", 0) + 1) < 1e-3,
+        "{moments_of} records {moments_factor} times the mean of what it was given",
+    ),
+    Rule(
         "weights_do_not_sum_to_one",
         lambda k: k.clue("moments", "weights") and abs(k.clues.get("moments_sum", 1) - 1) > 0.01,
         "in {moments_of} the weights of the old value and of the batch's moments sum to {moments_sum}",

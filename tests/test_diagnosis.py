@@ -45,19 +45,6 @@ def test_nine_of_ten_faults_of_the_catalogue_are_first_called_by_their_own_mista
     assert len(naming["misnamed"](lines)) <= 0.1 * len(noticed)
 
 
-@pytest.mark.skipif(not BENCHMARK.exists(), reason="an installed package has no benchmarks")
-def test_a_law_knows_the_mistakes_that_were_seen_to_break_it() -> None:
-    """Else a rule that applies could not explain it."""
-    naming = runpy.run_path(str(BENCHMARK))
-    unknown = {
-        (law, MUTANTS[fault].mistake)
-        for fault, line in naming["read"](naming["RECORDED"]).items()
-        for law in line.get("broken", ())
-        if fault in MUTANTS and MUTANTS[fault].mistake not in LAWS[law].mistakes
-    }
-    assert unknown == set()
-
-
 def test_rules_name_mistakes_that_exist_and_that_laws_know() -> None:
     """A rule whose mistake no law names would never be told."""
     ruled = {rule.mistake for rule in RULES}

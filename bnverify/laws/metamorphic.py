@@ -135,7 +135,12 @@ def jit_equals_eager(t: Transition) -> Any:
     return _agrees(t, t.facts["eager"])
 
 
-@law("metamorphic", needs=("noise", "stacked"), mistakes=("hidden_state",), source=PURE)
+@law(
+    "metamorphic",
+    needs=("noise", "stacked"),
+    mistakes=("hidden_state",),
+    source=PURE,
+)
 def vmap_equals_loop(t: Transition) -> Any:
     """Vectorised over cases by jax.vmap, the step agrees with single calls within rounding."""
     return _agrees(t, t.facts["stacked"])
@@ -157,7 +162,7 @@ def float_seeds_act_as_their_integer_part(t: Transition) -> Any:
     "metamorphic",
     needs=("noise", "solution"),
     requires=("solution",),
-    mistakes=("eval_of_stale_state", "eval_in_train_mode"),
+    mistakes=("eval_of_stale_state", "eval_in_train_mode", "seed_not_truncated"),
     source="bnverify.reference.train_step",
 )
 def solution_is_init_step_evaluate(t: Transition) -> Any:

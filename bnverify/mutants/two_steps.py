@@ -38,7 +38,7 @@ def either(condition: Any, one: Tree, other: Tree) -> Tree:
     return mapped(lambda a, b: jnp.where(condition, a, b), one, other)
 
 
-@fault(mistake="new_statistics_dropped")
+@fault(mistake="average_not_steady")
 class StatisticsOnlyMoveOnTheFirstStep(CanonicalStep):
     """The statistics move while they are as initialised, and never again."""
 
