@@ -19,6 +19,9 @@ rows draw equally for equal digits. What rounding can do:
 - A result errs by a unit of its dtype; a function that is approximated, by a few.
 - A sum of n terms errs by its partial sums: as many units of it as ``arithmetic.growth`` says, and where
   terms cancel, as many of each term.
+- A product that a sum takes is rounded, or it is not, where the two become one fused multiply-add. A
+  compiler may decide it anew for each use of the sum, and of what is made of it element by element.
+  Where the sum cancels, its uses then differ by the product's rounding, and need not cancel each other.
 - What overflows in the program's dtype is infinite in its rows, so that its error is, too.
 - Inputs, and what is only moved about, do not round.
 
@@ -28,8 +31,9 @@ Carlo arithmetic, 1997). The claim is tested against float32 runs: ``benchmarks/
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -54,11 +58,17 @@ SIZE = 0.8
 MANY = 16
 """Terms of a sum from which on n errors that agree stand out from sqrt(n) that do not."""
 
+CANCELLED = 1 / 8
+"""A sum is this much smaller than a product in it where the product's rounding outweighs its own."""
+
 BYTES = 2**26
 """The most that the values of one portion of the cases may take up, all equations together."""
 
 _POINTS = 2**32  # more than a program has: the draws of two seeds have nothing in common
 _BODY = 2**16  # more than a branch or a loop's body has
+
+# A product is still one behind these.
+_MOVES = frozenset({"broadcast_in_dim", "neg", "reshape", "squeeze", "transpose"})
 
 # They leave the program, and may not be called for each row.
 _CALLBACKS = frozenset({"debug_callback", "debug_print", "io_callback", "pure_callback"})
@@ -103,6 +113,10 @@ class Rows:
         self._added = added or {}
         self._point = seed * _POINTS
         self._draws = drawn or draws.Draws(count)
+        # By the id of a variable: products; how far the uses of a sum are apart; sums used once.
+        self._products: set[int] = set()
+        self._apart: dict[int, Array] = {}
+        self._used: set[int] = set()
 
     def constant(self, value: Any, aval: Any, /) -> Array:
         """Return a literal or captured array: exact, and the same in all cases."""
@@ -211,6 +225,72 @@ class Rows:
 
     def equation(self, eqn: Any, inputs: Sequence[Array]) -> Sequence[Array]:
         """Evaluate one equation on every row, and round what it makes."""
+        inputs = self._as_used(eqn, inputs)
+        outputs = self._evaluated(eqn, inputs)
+        self._note_fusable(eqn, inputs, outputs)
+        return outputs
+
+    def _as_used(self, eqn: Any, inputs: Sequence[Array]) -> Sequence[Array]:
+        """Return the inputs of an equation; a sum that may be fused anew, as this use may find it."""
+        if self._apart.keys().isdisjoint(map(id, eqn.invars)):
+            return inputs
+        ready = list(inputs)
+        for place, (value, atom) in enumerate(zip(inputs, eqn.invars, strict=True)):
+            if id(atom) in self._apart and id(atom) in self._used:
+                self._point += 1
+                drawn = self._draws.independent(self._point, value.shape[2:])
+                ready[place] = value + self._apart[id(atom)] * drawn
+            self._used.add(id(atom))
+        return ready
+
+    def _note_fusable(self, eqn: Any, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
+        """Keep in mind a product, and how far the uses of a sum that cancels one may be apart."""
+        name, out = eqn.primitive.name, eqn.outvars[0]
+        self._apart.pop(id(out), None)  # of an earlier turn or call
+        self._used.discard(id(out))
+        if name == "mul" or (name in _MOVES and id(eqn.invars[0]) in self._products):
+            self._products.add(id(out))
+        apart = [*self._carried_apart(eqn, inputs), *self._newly_apart(eqn, inputs, outputs)]
+        if apart:
+            most = functools.reduce(np.maximum, kinks.aligned(*apart))
+            self._apart[id(out)] = np.broadcast_to(most, (*most.shape[:2], *out.aval.shape))
+
+    def _newly_apart(
+        self, eqn: Any, inputs: Sequence[Array], outputs: Sequence[Array]
+    ) -> Iterator[Array]:
+        """Yield a product's rounding where a sum cancels it, (1, cases, *shape)."""
+        dtype = eqn.outvars[0].aval.dtype
+        if eqn.primitive.name not in arithmetic.ADDITIONS or not is_float(dtype):
+            return
+        products = [
+            np.abs(value[:1])
+            for value, atom in zip(inputs, eqn.invars, strict=True)
+            if id(atom) in self._products
+        ]
+        if not products or limits(dtype).bits < 32:  # 16 bits are rounded before they are added
+            return
+        *products, total = kinks.aligned(*products, np.abs(outputs[0][:1]))
+        largest = functools.reduce(np.maximum, products)
+        cancels = (total < CANCELLED * largest) & np.isfinite(largest)
+        if cancels.any():
+            yield np.where(cancels, largest, 0) * (SIZE * float(limits(dtype).eps) / 2)
+
+    def _carried_apart(self, eqn: Any, inputs: Sequence[Array]) -> Iterator[Array]:
+        """Yield how far apart an output's uses are since those of its inputs are: all is fused."""
+        name = eqn.primitive.name
+        for place, atom in enumerate(eqn.invars):
+            apart = self._apart.get(id(atom))
+            if apart is None:
+                continue
+            if name in _MOVES:
+                yield np.abs(numeric.apply(eqn, [apart])[0])
+            elif name in arithmetic.ADDITIONS:
+                yield apart
+            elif name == "mul" or (name == "div" and place == 0):
+                apart, other = kinks.aligned(apart, np.abs(inputs[1 - place][:1]))
+                yield apart * other if name == "mul" else apart / other
+
+    def _evaluated(self, eqn: Any, inputs: Sequence[Array]) -> Sequence[Array]:
         name = eqn.primitive.name
         if name in _CALLBACKS:
             return self._outside(eqn)
@@ -340,6 +420,7 @@ class Rows:
 
     def call(self, eqn: Any, inputs: Sequence[Array], body: Body[Array]) -> Sequence[Array]:
         """Enter it; a program spread over devices only as one whose error is not known."""
+        inputs = self._as_used(eqn, inputs)
         if eqn.primitive.name in {"shard_map", "xla_pmap"}:
             return self._give_up(eqn, inputs)
         return body(inputs)

@@ -60,6 +60,11 @@ class _Points(Rows):
         del dtype, units, added
         return value
 
+    def _as_used(self, eqn: Any, inputs: Sequence[Array]) -> Sequence[Array]:
+        """Leave the inputs of an equation as they are."""
+        del eqn
+        return inputs
+
     def _summed(
         self, eqn: Any, inputs: Sequence[Array], output: Array, units: float, more: float
     ) -> Array:

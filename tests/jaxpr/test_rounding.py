@@ -184,6 +184,25 @@ def test_equal_terms_need_not_cancel():
     assert worst(actual, exact, noise) <= 1
 
 
+def test_the_uses_of_a_sum_that_cancels_a_product_need_not_cancel():
+    """Each may fuse the product or round it: they differ by its rounding, however small the sum is.
+
+    Two normalisations of two rows, one behind the other, have gradients that are nothing else.
+    """
+
+    def function(a, b, c):
+        total = a * b + c
+        return total * 3.0 - jnp.reshape(total, (4, 1)).sum(1) * 3.0
+
+    a, b = normal(CASES, 4, scale=0.1, offset=1.0), normal(CASES, 4, scale=0.1, offset=1.0)
+    unit = 3.0 * np.finfo(np.float32).eps
+    _, exact, cancelled, _ = claim(function, a, b, -(a * b) * np.float32(1 + 1e-5))
+    assert np.all(exact == 0)
+    assert np.all(cancelled > unit / 8)
+    _, _, ordinary, _ = claim(function, a, b, np.ones_like(a))
+    assert np.all(ordinary < 10 * unit)
+
+
 def test_a_kink_that_rounding_may_pass_counts_on_both_sides():
     """Where relu's input is within rounding of 0, its gradient may be 0 or 1."""
     x = normal(CASES)
