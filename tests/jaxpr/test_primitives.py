@@ -194,7 +194,7 @@ UNARY = {
 
 
 @pytest.mark.parametrize("name", UNARY)
-@settings(max_examples=20)
+@settings(max_examples=9)
 @given(st.data())
 def test_a_function_of_one_number(name, data):
     """It agrees with JAX's float64 result, at NaN, infinities and signed zeros too."""
@@ -216,7 +216,7 @@ ON_INTS = {
 
 
 @pytest.mark.parametrize("name", ON_INTS)
-@settings(max_examples=20)
+@settings(max_examples=9)
 @given(st.data())
 def test_a_function_of_one_integer(name, data):
     """It wraps around as XLA's does."""
@@ -249,7 +249,7 @@ SHAPES = st.sampled_from([((2, 3), (2, 3)), ((), (2, 3)), ((2, 3), ()), ((), ())
 
 
 @pytest.mark.parametrize("name", BINARY)
-@settings(max_examples=25)
+@settings(max_examples=11)
 @given(st.data())
 def test_a_function_of_two_numbers(name, data):
     """It agrees with JAX's float64 result; either operand may be a scalar, or a literal."""
@@ -293,7 +293,7 @@ ON_TWO_INTS = {
 
 
 @pytest.mark.parametrize("name", ON_TWO_INTS)
-@settings(max_examples=25)
+@settings(max_examples=11)
 @given(st.data())
 def test_a_function_of_two_integers(name, data):
     """It wraps around, shifts and divides, by zero too, as XLA's does."""
@@ -311,7 +311,7 @@ def test_the_high_half_of_a_product(data):
     check(data, "mulhi", lax.mulhi, [Operand(dtype, (5,))] * 2)
 
 
-@settings(max_examples=25)
+@settings(max_examples=11)
 @given(st.data(), st.sampled_from([-3, -1, 0, 1, 2, 3, 7, 10]))
 def test_integer_power(data, exponent):
     """A power is that of JAX, a negative one and that of an integer too."""
@@ -339,7 +339,7 @@ def test_rounding_to_whole_numbers(data, method):
     check(data, "round", lambda x: lax.round(lax.floor(x) + 0.5, method), [halves])
 
 
-@settings(max_examples=40)
+@settings(max_examples=18)
 @given(st.data(), st.sampled_from((*FLOATS, *INTS, "bool")), st.sampled_from((*INTS, "bool")))
 def test_conversion_to_integers(data, old, new):
     """Floats saturate and NaN is 0; integers wrap around; whatever is not 0 is True."""
@@ -363,7 +363,7 @@ def test_conversion_to_floats(data, old, new):
         )
 
 
-@settings(max_examples=25)
+@settings(max_examples=11)
 @given(st.data(), st.sampled_from([(3, 2), ()]), st.sampled_from([(3, 2), ()]))
 def test_clamp(data, low, high):
     """Bounds may be scalars."""
@@ -373,7 +373,7 @@ def test_clamp(data, low, high):
         check(data, "clamp", lax.clamp, operands)
 
 
-@settings(max_examples=25)
+@settings(max_examples=11)
 @given(st.data(), st.sampled_from([(3, 2), ()]), st.sampled_from(["bool", "int32"]))
 def test_select_n(data, shape, kind):
     """The predicate may be a scalar, and a number where there are more than two cases."""
@@ -436,7 +436,7 @@ def test_bits_are_those_of_the_dtype(seed, cast):
     np.testing.assert_array_equal(out[0, 0], want)
 
 
-@settings(max_examples=30)
+@settings(max_examples=14)
 @given(
     SEEDS,
     st.sampled_from([(8, 7), (5, 10), (4, 3), (11, 52)]),
@@ -480,7 +480,7 @@ NEWER = {"expand_dims": "broadcast_in_dim"} | {
 
 
 @pytest.mark.parametrize("name", MOVES)
-@settings(max_examples=15)
+@settings(max_examples=7)
 @given(st.data())
 def test_elements_only_move(name, data):
     """What only moves elements moves them where JAX does."""
@@ -490,7 +490,7 @@ def test_elements_only_move(name, data):
     check(data, NEWER.get(name, name), MOVES[name], [Operand(dtype, (2, 4))])
 
 
-@settings(max_examples=20)
+@settings(max_examples=9)
 @given(
     st.data(),
     st.lists(
@@ -518,7 +518,7 @@ def test_iota(dtype, dimension):
     np.testing.assert_array_equal(out[0, 0], np.asarray(function()).astype(out.dtype))
 
 
-@settings(max_examples=20)
+@settings(max_examples=9)
 @given(st.data())
 def test_dynamic_slices(data):
     """A start beyond an end is moved inside."""
@@ -584,7 +584,7 @@ REDUCTIONS = {
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
-@settings(max_examples=20)
+@settings(max_examples=9)
 @given(st.data(), st.sampled_from([(2, 4, 3), (3, 1, 9)]))
 def test_reductions(name, data, shape):
     """It agrees with JAX's, of NaN and infinities too."""
@@ -601,7 +601,7 @@ def test_reductions_of_nothing(name, data, dtype):
     check(data, name, REDUCTIONS[name][0], [Operand(dtype, (0, 0, 0))])
 
 
-@settings(max_examples=15)
+@settings(max_examples=7)
 @given(st.data(), st.sampled_from([lax.add, lax.max, lax.mul]))
 def test_the_general_reduction(data, function):
     """It starts from the number given."""
@@ -620,7 +620,7 @@ def test_a_reduction_by_a_program_has_no_form():
         run_one(function, [(np.ones((1, 1, 3)), "float32")])
 
 
-@settings(max_examples=15)
+@settings(max_examples=7)
 @given(st.data(), st.sampled_from([("psum", lax.psum), ("pmax", lax.pmax)]))
 def test_a_collective_under_vmap(data, collective):
     """The axis that ``vmap`` names is one of the array's own."""
@@ -636,7 +636,7 @@ def test_a_collective_under_vmap(data, collective):
 # Order.
 
 
-@settings(max_examples=30)
+@settings(max_examples=14)
 @given(st.data(), st.sampled_from([0, 1]), st.integers(1, 3), st.booleans())
 def test_sort(data, axis, keys, stable):
     """All operands follow the keys; NaN goes last, and equal ones stay in order."""
@@ -653,7 +653,7 @@ def test_sort(data, axis, keys, stable):
     check(data, "sort", function, [*operands, rest])
 
 
-@settings(max_examples=20)
+@settings(max_examples=9)
 @given(st.data(), st.integers(1, 5))
 def test_top_k(data, k):
     """The first of equal ones comes first."""
@@ -679,7 +679,7 @@ CONTRACTIONS = [
 ]
 
 
-@settings(max_examples=40)
+@settings(max_examples=18)
 @given(st.data(), st.sampled_from(CONTRACTIONS))
 def test_dot_general(data, contraction):
     """Any axes may be contracted or paired, whichever operand has rows and cases."""
@@ -747,7 +747,7 @@ def convolutions(draw):
     ], params
 
 
-@settings(max_examples=25)
+@settings(max_examples=11)
 @given(st.data(), convolutions())
 def test_convolutions(data, convolution):
     """Strides, padding, dilation, groups and layouts mean what they mean in JAX."""
@@ -805,7 +805,7 @@ WINDOW_REDUCTIONS = {
 
 
 @pytest.mark.parametrize("name", WINDOW_REDUCTIONS)
-@settings(max_examples=12)
+@settings(max_examples=5)
 @given(st.data(), window_parameters(), st.sampled_from([(4, 5), (3, 9)]))
 def test_reductions_over_windows(name, data, params, shape):
     """Each window is reduced, whatever it is padded with."""
@@ -830,7 +830,7 @@ def test_a_window_as_wide_as_the_array():
     np.testing.assert_allclose(out, x.sum(-1, keepdims=True), rtol=1e-14)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(st.data(), window_parameters())
 def test_the_general_reduction_over_windows(data, params):
     """It starts from the number given, and pads with it."""
@@ -842,7 +842,7 @@ def test_the_general_reduction_over_windows(data, params):
     check(data, "reduce_window", function, operands)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(st.data(), window_parameters(dilations=False), st.sampled_from([lax.ge_p, lax.le_p]))
 def test_the_gradient_of_pooling(data, params, select):
     """It goes to the first of the largest, or smallest, elements."""
@@ -860,7 +860,7 @@ def test_the_gradient_of_pooling(data, params, select):
     check(data, "select_and_scatter_add", function, operands, atol=1e-13)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(st.data(), window_parameters(), st.sampled_from([lax.ge_p, lax.le_p]))
 def test_the_derivative_of_pooling(data, params, select):
     """It is the tangent of the largest, or smallest, element."""
@@ -901,7 +901,7 @@ def scatter_numbers(numbers):
     return lax.ScatterDimensionNumbers(offset, collapsed, start, **(names if batching else {}))
 
 
-@settings(max_examples=30)
+@settings(max_examples=14)
 @given(st.data(), st.sampled_from(NUMBERS), MODES)
 def test_gathers(data, place, mode):
     """Slices beyond an end are moved inside or filled, as the mode says."""
@@ -928,7 +928,7 @@ SCATTERS = {
 
 
 @pytest.mark.parametrize("name", SCATTERS)
-@settings(max_examples=12)
+@settings(max_examples=5)
 @given(st.data(), st.sampled_from(NUMBERS), MODES)
 def test_scatters(name, data, place, mode):
     """Updates of one element all count, those beyond an end as the mode says."""
@@ -957,7 +957,7 @@ def test_scatters(name, data, place, mode):
 
 
 @pytest.mark.parametrize("mode", ["clip", "fill", "drop"])
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(st.data())
 def test_indexing_as_users_write_it(mode, data):
     """What ``.at`` and ``[]`` of an array make is read."""
@@ -1060,7 +1060,7 @@ def flat(jaxpr):
 # What has no form goes through JAX.
 
 
-@settings(max_examples=20)
+@settings(max_examples=9)
 @given(LEADS, LEADS, SEEDS)
 def test_through_jax(left, right, seed):
     """It is vectorised over rows and cases, in the program's dtypes."""
