@@ -27,7 +27,7 @@ class Group:
         """The law; where several are broken, the cause and their number."""
         if self.cause is None or len(self.violations) == 1:
             return self.violations[0].law
-        return f"{self.cause.name}: {len(self.violations)} laws violated"
+        return f"{self.cause.mistake}: {len(self.violations)} laws violated"
 
     @property
     def shown(self) -> Counterexample | None:
@@ -60,7 +60,7 @@ def groups(report: Report) -> list[Group]:
     """Return the violations of a report by cause, the cause that explains most first."""
     found: dict[str, list[Evidence]] = {}
     for evidence in report.violated:
-        name = evidence.cause.name if evidence.cause is not None else f"law {evidence.law}"
+        name = evidence.cause.mistake if evidence.cause is not None else f"law {evidence.law}"
         found.setdefault(name, []).append(evidence)
     ordered = sorted(found.values(), key=len, reverse=True)
     return [Group(violations[0].cause, tuple(violations)) for violations in ordered]
