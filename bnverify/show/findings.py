@@ -106,13 +106,14 @@ def _of_check(report: Report) -> Findings:
         report.versions.get("bnverify", ""),
         report.seconds,
         (
-            *(_of_law(evidence) for group in groups(report) for evidence in group.violations),
+            *(_of_law(each, group.line) for group in groups(report) for each in group.violations),
             *(_of_law(evidence) for evidence in report.results if evidence.status != "violated"),
         ),
     )
 
 
-def _of_law(evidence: Evidence) -> Finding:
+def _of_law(evidence: Evidence, line: str | None = None) -> Finding:
+    """Return the finding of a law; ``line`` is where its cause leads to, if it has no line itself."""
     claim = LAWS[evidence.law].claim if evidence.law in LAWS else ""
     if evidence.status != "violated":
         passed = evidence.status in {"proved", "held"}
@@ -121,7 +122,7 @@ def _of_law(evidence: Evidence) -> Finding:
         outcome: Literal["passed", "skipped"] = "passed" if passed else "skipped"
         return Finding(evidence.law, evidence.family, outcome, message, claim=claim)
     shown = evidence.counterexample
-    place = _place(evidence.line)
+    place = _place(evidence.line or line)
     if place is None and shown is not None and shown.target is not None:
         place = targets.line(shown.target)
     cause = evidence.cause

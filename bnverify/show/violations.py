@@ -36,6 +36,11 @@ class Group:
         return simplest.counterexample if simplest is not None else None
 
     @property
+    def line(self) -> str | None:
+        """The line in the user's code that the first violation with a known line leads to."""
+        return next((each.line for each in self.violations if each.line), None)
+
+    @property
     def which(self) -> str:
         """Of which of several laws the counterexample is, to be added to a heading."""
         simplest = self._simplest
