@@ -225,7 +225,7 @@ def _law(evidence: Evidence) -> dict[str, Any]:
         "claim": LAWS[evidence.law].claim if evidence.law in LAWS else "",
         "status": evidence.status,
         "sign": UNICODE.status[evidence.status],
-        "cases": f"{evidence.cases:,}" if evidence.cases else "",
+        "cases": f"{evidence.cases:,} case{'s' * (evidence.cases > 1)}" if evidence.cases else "",
         "reason": f"at most {worst:.2g} times the tolerance"
         if worst and evidence.status == "held"
         else evidence.reason,
