@@ -81,7 +81,7 @@ def named(evidence: Evidence) -> str:
     if not evidence.get("broken"):
         return ""
     known = Known(tuple(evidence["broken"]), evidence["flows"], evidence["clues"])
-    return next(c.mistake.name for c in causes(known) if known.broken[0] in c.laws)
+    return causes(known)[known.broken[0]].mistake
 
 
 def misnamed(lines: Mapping[str, Evidence]) -> dict[str, str]:

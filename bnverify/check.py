@@ -336,7 +336,8 @@ class Check:
         hint = self._subject.hints.get(evidence.law, "")
         said = (evidence.reason, way, hint)
         line = proof.user_line(law, self._reading, mismatch.leaf if mismatch is not None else "")
-        return replace(evidence, reason="; ".join(filter(None, said)), line=line)
+        path = proof.offending_path(law, self._reading)
+        return replace(evidence, reason="; ".join(filter(None, said)), line=line, path=path)
 
     @cached_property
     def _lives(self) -> Lives:

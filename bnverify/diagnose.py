@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bnverify.evidence import Evidence
+from bnverify.evidence import Cause, Evidence
 from bnverify.laws import LAWS
-from bnverify.mistakes import MISTAKES, Mistake, described
 
 
 @dataclass(frozen=True)
@@ -590,53 +589,30 @@ RULED = frozenset(rule.mistake for rule in RULES)
 """The mistakes that are recognised by a rule."""
 
 
-@dataclass(frozen=True)
-class Cause:
-    """A mistake, and the broken laws that it explains.
-
-    Attributes:
-        mistake: the mistake.
-        laws: the laws.
-        seen: what it was recognised by; empty where the laws alone say it.
-    """
-
-    mistake: Mistake
-    laws: tuple[str, ...]
-    seen: str = ""
-
-    def __str__(self) -> str:
-        """Return the mistake, what it was recognised by and how to fix it, in one line."""
-        text = described(self.mistake)
-        if not self.seen:
-            return text
-        title = f"{self.mistake.name}: {self.mistake.title}"
-        return text.replace(title, f"{title} ({self.seen})", 1)
-
-
-def causes(known: Known) -> list[Cause]:
-    """Return the mistakes that explain the broken laws, the surest first, each law by one of them."""
+def causes(known: Known) -> dict[str, Cause]:
+    """Return broken law -> the mistake that explains it, the surest mistakes first."""
     left = list(known.broken)
-    found: list[Cause] = []
+    found: dict[str, Cause] = {}
     for rule in RULES:
-        explained = tuple(law for law in left if rule.mistake in LAWS[law].mistakes)
+        explained = [law for law in left if rule.mistake in LAWS[law].mistakes]
         if explained and rule.applies(known):
             left = [law for law in left if law not in explained]
-            found.append(Cause(MISTAKES[rule.mistake], explained, rule.told(known)))
-    # What no rule explains is a mistake without a rule, or else follows from the first.
-    own = {law: [name for name in LAWS[law].mistakes if name not in RULED] for law in left}
-    named = [law for law in left if own[law]]
-    others = [law for law in left if not own[law]]
-    if others and found:
-        found[0] = replace(found[0], laws=(*found[0].laws, *others))
-    elif others:
-        named = left
-    first = {law: (own[law] or LAWS[law].mistakes)[0] for law in named}
-    return [*found, *(Cause(MISTAKES[name], (law,)) for law, name in first.items())]
+            found |= dict.fromkeys(explained, Cause(rule.mistake, rule.told(known)))
+    surest = next(iter(found.values()), None)
+    # What no rule explains is a mistake without a rule, or else follows from the surest.
+    unruled: dict[str, Cause] = {}
+    for law in left:
+        own = [name for name in LAWS[law].mistakes if name not in RULED]
+        if surest is not None and not own:
+            found[law] = surest
+        else:
+            unruled[law] = Cause((own or LAWS[law].mistakes)[0])
+    return found | unruled
 
 
 def known_of(results: Sequence[Evidence], influence: Mapping[str, Any]) -> Known:
     """Return what evidence and a report's ``influence`` tell, of the laws of one step."""
-    broken = [each for each in results if each.status == "violated" and each.diagnosis is None]
+    broken = [each for each in results if _unexplained(each)]
     clues: dict[str, Any] = {}
     for each in broken:
         clues = {**each.clues, **clues}
@@ -651,12 +627,11 @@ def diagnosed(results: Sequence[Evidence], influence: Mapping[str, Any]) -> list
         results: what is known about all the laws.
         influence: what may reach what, as in ``Report.influence``.
     """
-    told: dict[str, str] = {}
-    for cause in causes(known_of(results, influence)):
-        told |= dict.fromkeys(cause.laws, str(cause))
+    found = causes(known_of(results, influence))
     return [
-        replace(each, diagnosis=told[each.law])
-        if each.law in told and each.status == "violated" and each.diagnosis is None
-        else each
-        for each in results
+        replace(each, cause=found.get(each.law)) if _unexplained(each) else each for each in results
     ]
+
+
+def _unexplained(evidence: Evidence) -> bool:
+    return evidence.status == "violated" and evidence.cause is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from bnverify.case import Case
 from bnverify.laws import LAWS
 from bnverify.laws.mismatch import Mismatch
+from bnverify.mistakes import MISTAKES, Mistake
 
 Status: TypeAlias = Literal["proved", "held", "violated", "untriggered", "exempt"]
 
@@ -116,27 +116,50 @@ class Counterexample:
         return cls(**{**data, "case": case, "history": history})
 
 
-class Cause(NamedTuple):
-    """A diagnosis, taken apart.
+@dataclass(frozen=True)
+class Cause:
+    """The likely cause of a violation: a known mistake, and what showed that it was made.
 
     Attributes:
-        name: of the mistake.
-        title: what was done.
-        fix: what to write instead.
-        seen: where users met it, an address; may be empty.
-        others: what else it may be; may be empty.
+        mistake: its name, a key of ``bnverify.mistakes.MISTAKES``, which has its title and its fix.
+        seen: what it was recognised by, in one clause; empty where only the broken law suggests it.
+
+    Raises:
+        ValueError: no mistake has that name.
     """
 
-    name: str
-    title: str
-    fix: str
-    seen: str
-    others: str
+    mistake: str
+    seen: str = ""
 
+    def __post_init__(self) -> None:
+        if self.mistake not in MISTAKES:
+            raise ValueError(f"no mistake is named {self.mistake!r}")
 
-_DIAGNOSIS = re.compile(
-    r"(\w+): (.+?)\. Fix: (.+?)\.?(?: Seen at (\S+?)\.?)?(?: Or (.+))?", re.DOTALL
-)
+    @property
+    def known(self) -> Mistake:
+        """All that is known about the mistake: its title, fix, source and code."""
+        return MISTAKES[self.mistake]
+
+    @property
+    def statement(self) -> str:
+        """What was done, and in parentheses what showed it."""
+        title = self.known.title
+        return f"{title} ({self.seen})" if self.seen else title
+
+    def __str__(self) -> str:
+        """Return the mistake in one line: what was done, how to fix it, where users met it."""
+        source = f" Seen at {self.known.source}" if self.known.source else ""
+        return f"{self.mistake}: {self.statement}. Fix: {self.known.fix}.{source}"
+
+    def to_json(self) -> dict[str, str]:
+        """Return it as data for JSON, with what ``MISTAKES`` says of the mistake."""
+        known = self.known
+        return {**asdict(self), "title": known.title, "fix": known.fix, "source": known.source}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, str]) -> Cause:
+        """Return the cause that ``to_json`` wrote; title and fix are looked up again."""
+        return cls(data["mistake"], data["seen"])
 
 
 def _numpy(code: str) -> str:
@@ -158,7 +181,7 @@ class Evidence:
             the worst was not confirmed.
         reason: one line, what the status rests on.
         counterexample: what shows the violation.
-        diagnosis: the likely mistake and how to fix it.
+        cause: the likely mistake; None where none is known. ``diagnosis`` is its text.
         shape: (N, D) of the counterexample; None where any case shows it.
         example: the case that shows what some case must, as an expression to be pasted.
         clues: what the numbers of violating cases say, see ``bnverify.clues``; as JSON holds it.
@@ -166,6 +189,8 @@ class Evidence:
             is to blame.
         failed: how many of ``cases`` broke the law.
         line: ``path:line`` in the user's code that a violation leads to, where the trace knows it.
+        path: how an input reaches an output that must not depend on it: the input, the operations
+            between them with their lines, the output; empty where no such dependency was traced.
     """
 
     law: str
@@ -175,13 +200,14 @@ class Evidence:
     residual: float | None = None
     reason: str = ""
     counterexample: Counterexample | None = None
-    diagnosis: str | None = None
+    cause: Cause | None = None
     shape: tuple[int, int] | None = None
     example: str | None = None
     clues: Mapping[str, Any] = field(default_factory=dict)
     mismatch: Mismatch | None = None
     failed: int = 0
     line: str | None = None
+    path: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, law: str, status: Status, **known: Any) -> Evidence:
@@ -189,10 +215,9 @@ class Evidence:
         return cls(law, LAWS[law].family, status, **known)
 
     @property
-    def cause(self) -> Cause | None:
-        """The diagnosis, taken apart; None where no common mistake is known."""
-        found = _DIAGNOSIS.fullmatch(self.diagnosis or "")
-        return Cause(*(part or "" for part in found.groups())) if found else None
+    def diagnosis(self) -> str | None:
+        """The likely mistake and its fix in one line; None where no common mistake is known."""
+        return str(self.cause) if self.cause is not None else None
 
     @property
     def seen(self) -> str:
@@ -216,7 +241,7 @@ class Evidence:
     def to_json(self) -> dict[str, Any]:
         """Return the public JSON form; a residual that is not finite is the string "inf".
 
-        "counterexample" is the script, "replay" the same as data.
+        "counterexample" is the script, "replay" the same as data; "diagnosis" is the text of "cause".
         """
         data = {name: value for name, value in vars(self).items() if name != "counterexample"}
         if self.residual is not None and not math.isfinite(self.residual):
@@ -225,18 +250,23 @@ class Evidence:
         data["counterexample"] = shown.script if shown else None
         data["replay"] = shown.to_json() if shown else None
         data["mismatch"] = self.mismatch.to_json() if self.mismatch else None
+        data["cause"] = self.cause.to_json() if self.cause else None
+        data["diagnosis"] = self.diagnosis
+        data["path"] = list(self.path)
         return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evidence:
         """Return the evidence that ``to_json`` wrote."""
-        known = {name: value for name, value in data.items() if name != "replay"}
+        known = {name: data[name] for name in data if name not in {"replay", "diagnosis"}}
         known["residual"] = math.inf if data["residual"] == "inf" else data["residual"]
         known["shape"] = tuple(data["shape"]) if data["shape"] is not None else None
         replay = data["replay"]
         known["counterexample"] = Counterexample.from_json(replay) if replay else None
         wrong = data.get("mismatch")
         known["mismatch"] = Mismatch.from_json(wrong) if wrong else None
+        known["cause"] = Cause.from_json(data["cause"]) if data["cause"] else None
+        known["path"] = tuple(data["path"])
         return cls(**known)
 
     def __str__(self) -> str:

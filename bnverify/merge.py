@@ -117,10 +117,7 @@ def _report(parts: Sequence[Part]) -> Report:
         # themselves.
         results=tuple(
             diagnosed(
-                [
-                    replace(each, diagnosis=None) if each.law in STEP_LAWS else each
-                    for each in results
-                ],
+                [replace(each, cause=None) if each.law in STEP_LAWS else each for each in results],
                 influence,
             )
         ),

@@ -39,12 +39,6 @@ class Mistake:
 MISTAKES: dict[str, Mistake] = {}
 
 
-def described(mistake: Mistake) -> str:
-    """Return a mistake in one line: its name, what was done, how to fix it and where it was seen."""
-    seen = f" Seen at {mistake.source}" if mistake.source else ""
-    return f"{mistake.name}: {mistake.title}. Fix: {mistake.fix}.{seen}"
-
-
 def mistake(
     name: str,
     title: str,

@@ -404,12 +404,21 @@ def forbidden(law: Law, flows: Influence) -> list[tuple[str, str]]:
 
 
 def explain(law: Law, reading: Reading) -> str:
-    """Return the way of a forbidden flow in words; empty where there is none."""
+    """Return the path of a forbidden dependency in one line; empty where there is none."""
     if reading.influence is None:
         return ""
     for output, source in forbidden(law, reading.influence):
         return reading.influence.explain(source, output)
     return ""
+
+
+def offending_path(law: Law, reading: Reading) -> tuple[str, ...]:
+    """Return the same step by step, see ``Evidence.path``."""
+    if reading.influence is None:
+        return ()
+    for output, source in forbidden(law, reading.influence):
+        return reading.influence.steps(source, output)
+    return ()
 
 
 def user_line(law: Law, reading: Reading, leaf: str = "") -> str | None:

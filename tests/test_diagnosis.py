@@ -11,7 +11,7 @@ import pytest
 
 from bnverify.clues import general_cases, read_clues
 from bnverify.diagnose import RULES, Known, causes, diagnosed
-from bnverify.evidence import Evidence
+from bnverify.evidence import Cause, Evidence
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import RoundingBounds
 from bnverify.laws import FAMILIES, LAWS
@@ -32,7 +32,8 @@ def evidence(law: str, status: str, **clues: Any) -> Evidence:
 
 
 def names(*broken: str, flows: Any = None, **clues: Any) -> list[str]:
-    return [cause.mistake.name for cause in causes(Known(broken, flows or {}, clues))]
+    found = causes(Known(broken, flows or {}, clues))
+    return list(dict.fromkeys(cause.mistake for cause in found.values()))
 
 
 @pytest.mark.skipif(not BENCHMARK.exists(), reason="an installed package has no benchmarks")
@@ -133,7 +134,7 @@ def test_a_law_without_a_rule_still_names_its_own_mistake() -> None:
     """The first of its list; a diagnosis that is known already is kept."""
     law = LAWS["jit_equals_eager"]
     assert names(law.name) == [law.mistakes[0]]
-    known = Evidence(law.name, law.family, "violated", diagnosis="known")
+    known = Evidence(law.name, law.family, "violated", cause=Cause("wrong_sign"))
     assert diagnosed([known], {}) == [known]
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -104,6 +105,18 @@ def block(start: str) -> list[str]:
     return [line for line in shown.splitlines() if line != "…"]
 
 
+def recorded(picture: Path) -> list[str]:
+    """Return the lines of a terminal that rich drew, neither indented nor with its window's title."""
+    lines: dict[float, str] = {}
+    for text in ET.parse(picture).iter("{http://www.w3.org/2000/svg}text"):  # noqa: S314 - our own picture
+        if not (text.get("class") or "").endswith("-title"):
+            height = float(text.attrib["y"])
+            lines[height] = lines.get(height, "") + "".join(text.itertext())
+    shown = [lines[height].replace("\xa0", " ").strip() for height in sorted(lines)]
+    assert len(shown) > 20
+    return [line for line in shown if line]
+
+
 def test_the_readme_shows_what_check_prints() -> None:
     """The block below the first command holds lines of its output, in their order."""
     status, lines = printed()
@@ -113,7 +126,10 @@ def test_the_readme_shows_what_check_prints() -> None:
 
 
 def test_the_readme_shows_what_the_broken_loss_prints(tmp_path: Path) -> None:
-    """The example with its mistake made: the same lines in their order, whatever the numbers."""
+    """The example with its mistake made: the same lines in their order, whatever the numbers.
+
+    In the text and in the picture of the terminal, which docs/pictures.py makes.
+    """
     if metadata.version("jax") != PRINTED:
         pytest.skip(f"the numbers, and so the line breaks, are those of jax {PRINTED}")
     for file in (ROOT / "examples" / "linen_regression").glob("*.py"):
@@ -127,9 +143,10 @@ def test_the_readme_shows_what_the_broken_loss_prints(tmp_path: Path) -> None:
 
     def alike(line: str) -> str:
         line = line.replace(str(tmp_path), "/home/you/project")
-        return re.sub(r"-?\d[\d.,]*(e[+-]?\d+)?", "N", line.rstrip())
+        return re.sub(r"-?\d[\d.,]*(e[+-]?\d+)?", "N", line.strip())
 
-    left = iter(map(alike, lines))
-    assert [line for line in block("linen") if alike(line) not in left] == []
-    (shown,) = re.findall(r"^ +(error = .*)$", README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert shown in (tmp_path / "model.py").read_text(encoding="utf-8")
+    for shown in (block("linen"), recorded(ROOT / "docs" / "images" / "check.svg")):
+        left = iter(map(alike, lines))
+        assert [line for line in shown if alike(line) not in left] == []
+    (wrong,) = re.findall(r"^ +(error = .*)$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert wrong in (tmp_path / "model.py").read_text(encoding="utf-8")

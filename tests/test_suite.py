@@ -17,7 +17,7 @@ from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
 # in one process is refused.
 from bnverify import Subject, check
 from bnverify.case import Case
-from bnverify.evidence import Call, Counterexample, Evidence, Report, Violation
+from bnverify.evidence import Call, Cause, Counterexample, Evidence, Report, Violation
 from bnverify.laws import FAMILIES, LAWS
 from bnverify.target import load
 from bnverify.testing import memory, plugin
@@ -33,7 +33,7 @@ TESTS = [name for name in LAWS if name not in PARALLEL]
 VIOLATED, HELD, PROVED, UNTRIGGERED, EXEMPT, *_ = TESTS
 CASE = Case.of(seed=3, x=[[1.0, 2.0]], y=[0.5], lr=0.25, warmup=1)
 SHOWN = Counterexample(VIOLATED, CASE, "test_step.py:test_mine")
-DIAGNOSIS = "slip: it is wrong. Do it so."
+CAUSE = Cause("wrong_sign")
 EVIDENCE = (
     Evidence.of(
         VIOLATED,
@@ -42,7 +42,7 @@ EVIDENCE = (
         residual=7.0,
         reason="off by 7",
         counterexample=SHOWN,
-        diagnosis=DIAGNOSIS,
+        cause=CAUSE,
     ),
     Evidence.of(HELD, "held", cases=5, residual=0.5),
     Evidence.of(PROVED, "proved", reason="every N and D"),
@@ -137,7 +137,7 @@ def test_a_violation_says_what_it_is_and_nothing_else(inner: Inner) -> None:
     """Claim, reason, diagnosis and counterexample; no traceback of bnverify's own."""
     result = inner("-k", f"[{VIOLATED}]")
     text = str(result.stdout)
-    for part in (LAWS[VIOLATED].claim, "off by 7", DIAGNOSIS, SHOWN.script.strip()):
+    for part in (LAWS[VIOLATED].claim, "off by 7", str(CAUSE), SHOWN.script.strip()):
         assert part in text
     assert "suite.py" not in text
     assert "Traceback" not in text

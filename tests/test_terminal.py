@@ -3,17 +3,20 @@
 import io
 import json
 from dataclasses import replace
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
 
 from bnverify.case import Case
 from bnverify.check import LawJudged, PhaseStarted
-from bnverify.evidence import READ_ONLY, Counterexample, Evidence, Report
+from bnverify.evidence import READ_ONLY, Cause, Counterexample, Evidence, Report
 from bnverify.laws import LAWS
 from bnverify.laws.mismatch import Mismatch
+from bnverify.mistakes import MISTAKES
 from bnverify.runs import never
 from bnverify.show import terminal
+from bnverify.show.formats import render
 from bnverify.show.matrix import LEGEND, matrix
 from bnverify.show.progress import progress
 from bnverify.show.symbols import ASCII, STYLES, UNICODE
@@ -21,6 +24,7 @@ from bnverify.show.symbols import ASCII, STYLES, UNICODE
 SHOWN = Counterexample(
     "variance_is_never_negative", Case.of(seed=0, x=[[1.0] * 40], y=[0.0], lr=0.1), "steps.py:mine"
 )
+CAUSE = Cause("ema_applied_twice", "the old value's weight is 0.81")
 WRONG = Mismatch("batch_stats/norm/var", (3,), -0.25, 0.0, 1e-7)
 FLOWS = {
     "params": ["batch_stats", "lr", "params", "x", "y"],
@@ -43,10 +47,11 @@ REPORT = Report(
             3e9,
             f"{WRONG}; if it is meant: negative=True",
             SHOWN,
-            "ema_applied_twice: it is applied twice. Fix: once. Or something else.",
+            CAUSE,
             (1, 40),
             mismatch=WRONG,
             failed=7,
+            path=("batch_stats", "mul at steps.py:3 (step)", "params"),
         ),
         Evidence("gradients_match_params", "structure", "proved", reason="every N and D"),
         Evidence("momentum_is_as_declared", "statistics", "exempt", reason="it declares none"),
@@ -135,9 +140,9 @@ def test_a_violation_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "batch_stats/norm/var[3]: got -0.25, expected 0 ± 1e-07 (2.5e+06x the tolerance)" in text
     assert "in 7 of 12 cases" in text
     assert "If it is meant: negative=True" in text
-    assert "Likely cause: it is applied twice." in lines
-    assert "Fix: once." in lines
-    assert "Other causes: something else." in lines
+    known = MISTAKES["ema_applied_twice"]
+    assert f"Likely cause: {known.title} (the old value's weight is 0.81)." in text
+    assert f"Fix: {known.fix}." in text
 
 
 def test_a_violation_is_at_most_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,13 +158,56 @@ def test_violations_with_one_cause_are_told_once(monkeypatch: pytest.MonkeyPatch
     """The cause and one script, with all the laws; what nobody knows a cause of stands alone."""
     first = REPORT.results[0]
     second = replace(first, law="momentum_is_as_declared", shape=(4, 1))
-    unknown = replace(first, law="statistics_stay_finite", diagnosis="no common mistake is known")
+    unknown = replace(first, law="statistics_stay_finite", cause=None)
     text = plain(shown(monkeypatch, replace(REPORT, results=(first, second, unknown))))
     assert "Most likely cause (explains 2 of 3 violations): ema_applied_twice" in text
-    assert text.count("Likely cause: it is applied twice.") == 1
+    assert text.count("Likely cause: ") == 1
     assert "── ✗ ema_applied_twice: 2 laws violated ─" in text
     assert "To reproduce momentum_is_as_declared:" in text  # the smaller case
     assert "── ✗ statistics_stay_finite ─" in text
+
+
+def test_machines_get_the_same_grouping() -> None:
+    """GitHub gets one error a cause; SARIF and JUnit keep one a law, and name the cause of each."""
+    first = REPORT.results[0]
+    second = replace(first, law="momentum_is_as_declared", shape=(4, 1))
+    other = replace(first, law="statistics_stay_finite", cause=None)
+    told = [replace(REPORT, results=(other, first, *REPORT.results[1:3], second))]
+    errors = [line for line in render(told, "github").splitlines() if line.startswith("::error")]
+    titles = [line.split("::")[1].split(",")[0] for line in errors]
+    assert titles == [
+        "error title=bnverify%3A ema_applied_twice%3A 2 laws violated",
+        "error title=bnverify%3A statistics_stay_finite batch_stats/norm/var",
+        "error title=bnverify",
+    ]
+    assert errors[0].count("Likely cause: ") == 1
+    assert all(law in errors[0] for law in (first.law, second.law))
+    results = json.loads(render(told, "sarif"))["runs"][0]["results"]
+    causes = {result["ruleId"]: result["properties"].get("cause") for result in results}
+    assert causes == {first.law: CAUSE.mistake, second.law: CAUSE.mistake, other.law: None}
+    suite = ET.fromstring(render(told, "junit"))[0]  # noqa: S314 - our own output
+    kinds = {case.get("name"): each.get("type") for case in suite for each in case.iter("failure")}
+    assert kinds == causes
+    summary = render(told, "github summary")
+    assert summary.count("Likely cause: ") == 1
+
+
+def test_a_cause_is_data_and_reads_back() -> None:
+    """The JSON has the mistake, what showed it, title, fix and source, and the text besides."""
+    known = MISTAKES["ema_applied_twice"]
+    told = json.loads(REPORT.to_json())["results"][0]
+    assert told["cause"] == {
+        "mistake": "ema_applied_twice",
+        "seen": "the old value's weight is 0.81",
+        "title": known.title,
+        "fix": known.fix,
+        "source": known.source,
+    }
+    assert told["diagnosis"] == str(CAUSE) == REPORT.results[0].diagnosis
+    again = Evidence.from_json(told)
+    assert (again.cause, again.path) == (CAUSE, REPORT.results[0].path)
+    with pytest.raises(ValueError, match="no mistake is named 'slip'"):
+        Cause("slip")
 
 
 def test_what_never_happened_is_told_with_what_was_changed() -> None:
@@ -247,7 +295,7 @@ def test_a_printed_report_is_its_verdict() -> None:
         "my step: 1 of 5 laws violated",
         "1 proved, 1 held, 1 violated, 1 untriggered, 1 exempt; 1,234,567 cases in 12.3 s",
         f"violated: variance_is_never_negative: {WRONG}; if it is meant: negative=True",
-        "  likely cause: ema_applied_twice: it is applied twice. Fix: once. Or something else.",
+        f"  likely cause: {CAUSE}",
     ]
     assert repr(REPORT).startswith("<Report my step: 1 of 5 laws violated; 1 proved")
     assert len(repr(REPORT)) < 200

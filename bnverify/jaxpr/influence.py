@@ -96,20 +96,28 @@ class Influence:
                 return tuple(Link(eqns[-1].primitive.name, source_line(eqns)) for eqns in equations)
         return None
 
+    def steps(self, source: str, output: str) -> tuple[str, ...]:
+        """Return that path in words, from ``source`` to ``output``; empty where there is none.
+
+        Operations that follow each other on one line of the user's code are one step.
+        """
+        path = self.path(source, output)
+        if path is None:
+            return ()
+        lines: list[tuple[str | None, list[str]]] = []
+        for link in path:
+            if not lines or lines[-1][0] != link.source:
+                lines.append((link.source, []))
+            lines[-1][1].append(link.primitive)
+        steps = (", ".join(names) + (f" at {at}" if at else "") for at, names in lines)
+        return (source, *steps, output)
+
     def explain(self, source: str, output: str) -> str:
-        """Return the way from ``source`` to ``output`` in words, neighbours on a line joined."""
-        way = self.path(source, output)
-        if way is None:
+        """Return the same in one line."""
+        steps = self.steps(source, output)
+        if not steps:
             return f"nothing leads from {source} to {output}"
-        if not way:
-            return f"{source} is {output}, unchanged"
-        groups: list[tuple[str | None, list[str]]] = []
-        for link in way:
-            if not groups or groups[-1][0] != link.source:
-                groups.append((link.source, []))
-            groups[-1][1].append(link.primitive)
-        steps = (", ".join(names) + (f" at {at}" if at else "") for at, names in groups)
-        return f"{source} -> " + " -> ".join(steps) + f" -> {output}"
+        return " -> ".join(steps) if len(steps) > 2 else f"{source} is {output}, unchanged"
 
 
 def _under(name: str, leaves: dict[str, int]) -> list[int]:

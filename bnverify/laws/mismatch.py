@@ -77,6 +77,14 @@ class Mismatch:
         place = f"{self.leaf}{entry}"
         return " of ".join(filter(None, (self.quantity, place))) or "a value"
 
+    @property
+    def times(self) -> float | None:
+        """The error in units of the tolerance; None where either is no number, or the bound is exact."""
+        if not math.isfinite(self.expected) or self.tolerance <= abs(self.expected) * EXACT:
+            return None
+        times = abs(self.got - self.expected) / self.tolerance
+        return times if math.isfinite(times) else None
+
     def __str__(self) -> str:
         """Return the place, what it was, what it should be and by how much that is too far."""
         got, expected = _told_apart(self.got, self.expected)
@@ -86,8 +94,7 @@ class Mismatch:
         if self.tolerance <= abs(self.expected) * EXACT:
             return f"{self.where}: got {got}{run}, expected exactly {expected}"
         text = f"{self.where}: got {got}{run}, expected {expected} ± {self.tolerance:.2g}"
-        times = abs(self.got - self.expected) / self.tolerance
-        return f"{text} ({factor(times)} the tolerance)" if math.isfinite(times) else text
+        return f"{text} ({factor(self.times)} the tolerance)" if self.times is not None else text
 
     def to_json(self) -> dict[str, Any]:
         """Return it as data for JSON, where numbers that are not finite are text."""

@@ -232,7 +232,7 @@ class Lives:
                 seen = self._live(fewer, None)
             except ValueError:  # nothing was saved that could be restored
                 return False
-            if seen is None or (seen.law, seen.diagnosis) != (found.law, found.diagnosis):
+            if seen is None or (seen.law, seen.cause) != (found.law, found.cause):
                 return False
             shortest = seen
             return True

@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnverify.case import Case
-from bnverify.evidence import Call, Counterexample, Evidence, Violation
+from bnverify.evidence import Call, Cause, Counterexample, Evidence, Violation
 from bnverify.laws import LAWS
 from bnverify.laws.arithmetic import floats
 from bnverify.lazy import jax, jnp
 from bnverify.lifetime.checkpoint import COPIES, Lived, Way, subject_of, ways
 from bnverify.lifetime.fold import Fold
-from bnverify.mistakes import MISTAKES, described
 from bnverify.observe import CompiledSubject
 from bnverify.parallel.subject import Parallel
 from bnverify.pytree import path_name
@@ -316,7 +315,6 @@ class Life:
     ) -> None:
         first = self._history[0].argument
         assert isinstance(first, Case)
-        known = MISTAKES[mistake or LAWS[law].mistakes[0]]
         shown = Counterexample(law, target=self._target, history=tuple(self._history))
         raise Violation(
             Evidence.of(
@@ -326,7 +324,7 @@ class Life:
                 residual=residual,
                 reason=reason,
                 counterexample=shown,
-                diagnosis=described(known),
+                cause=Cause(mistake or LAWS[law].mistakes[0]),
                 shape=first.shape,
             )
         )

@@ -136,7 +136,7 @@ def examine(mutant: Mutant, profile: ProfileName | Profile, seed: int) -> Findin
         refusal=refusal,
         seconds=time.perf_counter() - started,
         shape=_smallest([evidence.shape for evidence in broken]),
-        diagnosed=any((e.diagnosis or "").startswith(f"{mutant.mistake}:") for e in broken[:1]),
+        diagnosed=any(e.cause and e.cause.mistake == mutant.mistake for e in broken[:1]),
         survives=mutant.survives or mutant.tolerated,
         lost=tuple(sorted(set(mutant.expected) - {evidence.law for evidence in broken})),
         failure=failure,

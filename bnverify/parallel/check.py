@@ -22,14 +22,13 @@ import numpy.typing as npt
 
 from bnverify import compile_cache, shrink
 from bnverify.case import Case, Domain
-from bnverify.evidence import DEVICES, Counterexample, Evidence, Violation
+from bnverify.evidence import DEVICES, Cause, Counterexample, Evidence, Violation
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import FAINT, RoundingBounds
 from bnverify.laws import LAWS
 from bnverify.laws.arithmetic import UNTRIGGERED, alike, holds_if, when, wide, within_noise
 from bnverify.laws.mismatch import factor
 from bnverify.lazy import jax
-from bnverify.mistakes import MISTAKES, described
 from bnverify.observe import CompiledSubject, observe
 from bnverify.parallel.modes import MODES, PMAP, UNEQUAL, has_pmap
 from bnverify.parallel.subject import Parallel
@@ -308,7 +307,7 @@ class Check:
                 residual=tally.worst,
                 reason=tally.reason,
                 counterexample=Counterexample(name, tally.case, self._target, devices=True),
-                diagnosis=described(MISTAKES[tally.mistake]) if tally.mistake else None,
+                cause=Cause(tally.mistake) if tally.mistake else None,
                 shape=tally.case.shape,
             )
         if tally.cases:

@@ -6,10 +6,12 @@ A rule is a law of a check, a class of change of an upgrade, a fault of an audit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from bnverify import target as targets
 from bnverify.laws import LAWS
+from bnverify.show.violations import groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +34,9 @@ class Finding:
         message: what was found, in one line.
         leaf: of which leaf; may be empty.
         claim: what the rule says; may be empty.
-        details: more about a failure: the likely cause, the fix.
+        details: more about a failure.
+        cause: the name of the likely mistake; empty where none is known.
+        remedy: what was done and how to fix it; likewise.
         script: what shows it; may be empty.
         place: the file and the line that it leads to; None: unknown.
         noted: whether it is worth telling although it did not fail.
@@ -45,6 +49,8 @@ class Finding:
     leaf: str = ""
     claim: str = ""
     details: str = ""
+    cause: str = ""
+    remedy: str = ""
     script: str = ""
     place: tuple[str, int] | None = None
     noted: bool = False
@@ -60,7 +66,7 @@ class Findings:
         ok: whether nothing failed.
         version: of bnverify.
         seconds: that it took.
-        all: the findings.
+        all: the findings; those with one likely cause follow each other.
     """
 
     name: str
@@ -71,9 +77,12 @@ class Findings:
     all: tuple[Finding, ...]
 
     @property
-    def failed(self) -> list[Finding]:
-        """The findings that should stop a build."""
-        return [finding for finding in self.all if finding.outcome == "failed"]
+    def failures(self) -> list[list[Finding]]:
+        """The findings that should stop a build, those with one likely cause together."""
+        failed = [finding for finding in self.all if finding.outcome == "failed"]
+        # Those with one cause follow each other; one without a known cause stands alone.
+        runs = groupby(enumerate(failed), lambda each: each[1].cause or each[0])
+        return [[finding for _, finding in run] for _, run in runs]
 
 
 def findings(told: Told) -> Findings:
@@ -96,11 +105,15 @@ def _of_check(report: Report) -> Findings:
         report.ok,
         report.versions.get("bnverify", ""),
         report.seconds,
-        tuple(_of_law(evidence) for evidence in report.results),
+        (
+            *(_of_law(each, group.line) for group in groups(report) for each in group.violations),
+            *(_of_law(evidence) for evidence in report.results if evidence.status != "violated"),
+        ),
     )
 
 
-def _of_law(evidence: Evidence) -> Finding:
+def _of_law(evidence: Evidence, line: str | None = None) -> Finding:
+    """Return the finding of a law; ``line`` is where its cause leads to, if it has no line itself."""
     claim = LAWS[evidence.law].claim if evidence.law in LAWS else ""
     if evidence.status != "violated":
         passed = evidence.status in {"proved", "held"}
@@ -109,20 +122,20 @@ def _of_law(evidence: Evidence) -> Finding:
         outcome: Literal["passed", "skipped"] = "passed" if passed else "skipped"
         return Finding(evidence.law, evidence.family, outcome, message, claim=claim)
     shown = evidence.counterexample
-    place = _place(evidence.line)
+    place = _place(evidence.line or line)
     if place is None and shown is not None and shown.target is not None:
         place = targets.line(shown.target)
     cause = evidence.cause
-    details = f"Likely cause: {cause.title}. Fix: {cause.fix}." if cause is not None else ""
-    said = (evidence.seen, evidence.extent)
     return Finding(
         evidence.law,
         evidence.family,
         "failed",
-        ", ".join(filter(None, said)),
+        ", ".join(filter(None, (evidence.seen, evidence.extent))),
         evidence.mismatch.leaf if evidence.mismatch is not None else "",
         claim,
-        "\n".join(filter(None, (evidence.further, details or evidence.diagnosis))),
+        evidence.further,
+        cause.mistake if cause is not None else "",
+        f"Likely cause: {cause.statement}. Fix: {cause.known.fix}." if cause is not None else "",
         shown.script if shown is not None else "",
         place,
     )

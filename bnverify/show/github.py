@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from bnverify.show.findings import Findings
+    from bnverify.show.findings import Finding, Findings
 
 _SIZE = 60_000  # characters of scripts; a summary takes a megabyte
 
@@ -20,19 +20,31 @@ def messages(reports: Sequence[Findings]) -> str:
 
 
 def _messages(report: Findings) -> Iterator[str]:
+    for failures in report.failures:
+        yield _message("error", failures)
     for finding in report.all:
-        if finding.outcome != "failed" and not finding.noted:
-            continue
-        level = "error" if finding.outcome == "failed" else "notice"
-        title = f"bnverify: {finding.rule} {finding.leaf}".strip()
-        where = f"title={_property(title)}"
-        if finding.place is not None:
-            path, line = finding.place
-            where += f",file={_property(relative(path))},line={line}"
-        text = "\n".join(filter(None, (finding.message, finding.details)))
-        yield f"::{level} {where}::{_data(text)}"
+        if finding.outcome != "failed" and finding.noted:
+            yield _message("notice", [finding])
     level = "notice" if report.ok else "error"
     yield f"::{level} title=bnverify::{_data(f'{report.name}: {report.verdict}')}"
+
+
+def _message(level: str, findings: Sequence[Finding]) -> str:
+    """Return one annotation: of a finding, or of several with one cause, which is told once."""
+    first, *more = findings
+    title = (
+        f"{first.cause}: {len(findings)} laws violated" if more else f"{first.rule} {first.leaf}"
+    )
+    where = f"title={_property(f'bnverify: {title}'.strip())}"
+    place = next((finding.place for finding in findings if finding.place is not None), None)
+    if place is not None:
+        path, line = place
+        where += f",file={_property(relative(path))},line={line}"
+    told = []
+    for finding in findings:
+        told += [f"{finding.rule}: {finding.message}" if more else finding.message, finding.details]
+    text = "\n".join(filter(None, (*told, first.remedy)))
+    return f"::{level} {where}::{_data(text)}"
 
 
 def relative(path: str) -> str:
@@ -58,6 +70,11 @@ def _summary(report: Findings) -> Iterator[str]:
         cells = (finding.rule, finding.leaf, finding.message, finding.outcome)
         yield "| " + " | ".join(_cell(cell) for cell in cells) + " |"
     yield ""
+    for failures in report.failures:
+        if failures[0].remedy:
+            laws = ", ".join(_cell(finding.rule) for finding in failures)
+            yield f"{_cell(failures[0].remedy)} ({laws})"
+            yield ""
     left = _SIZE
     for finding in rows:
         if finding.script and len(finding.script) <= left:

@@ -21,9 +21,10 @@ from bnverify.show.symbols import UNICODE
 from bnverify.show.violations import groups
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
-    from bnverify.evidence import Evidence, Report
+    from bnverify.case import Case
+    from bnverify.evidence import Counterexample, Evidence, Report
     from bnverify.mutants.audit import Audit
     from bnverify.mutants.users_tests import TestsAudit
     from bnverify.show.formats import Told
@@ -35,6 +36,11 @@ _MARKS = {"failing": f"{_BAD} fails", "accepted": f"{_OK} accepted", "reported":
 _SHOWN = 8  # differences in the open; the rest folds
 _DECADES = (-3, 9)  # of a ruler, in units of the tolerance
 _LARGEST = 6.0  # decades beyond the tolerance at which a shade is full
+_HIGHEST = 12  # decades of an axis; what lies beyond has a bar of full length
+_TICKS = 6  # labels on an axis, about
+_FEW = 16  # bars in the open; the rest folds
+_MOST = 8  # rows and columns of a counterexample's table
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _UNITS = {"compile_time": "s", "run_time": "s", "program_size": "instructions"}
 
 
@@ -104,30 +110,170 @@ def _of_check(report: Report) -> dict[str, Any]:
             {"name": name, "sign": UNICODE.status[name], "count": seen[name]}
             for name in get_args(Status)
         ],
-        "groups": groups(report),
+        "groups": [{"of": group, "table": _table(group.shown)} for group in groups(report)],
         "claims": {name: law.claim for name, law in LAWS.items()},
+        "bars": _residuals(report),
         "families": families,
-        "influence": _influence(report.influence, held=_held(report)),
+        "influence": _influence(
+            report.influence,
+            held=_with(report, "held"),
+            unsettled=_with(report, "violated", "untriggered"),
+        ),
+        "paths": _paths(report),
         "notes": list(report.notes),
         "versions": dict(report.versions),
     }
 
 
-def _held(report: Report) -> list[str]:
-    return [evidence.law for evidence in report.results if evidence.status == "held"]
+def _with(report: Report, *statuses: Status) -> list[str]:
+    return [evidence.law for evidence in report.results if evidence.status in statuses]
+
+
+def _paths(report: Report) -> list[dict[str, Any]]:
+    """Return the paths of dependencies that must not be, each with the laws that forbid it."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for evidence in report.violated:
+        if evidence.path:
+            found.setdefault(evidence.path, []).append(evidence.law)
+    return [{"steps": steps, "laws": laws} for steps, laws in found.items()]
+
+
+def _residuals(report: Report) -> dict[str, Any] | None:
+    """Return the bars of the laws whose error was measured, the largest first."""
+    known = [(each, size) for each in report.results if (size := _worst(each)) is not None]
+    known.sort(key=lambda pair: (pair[0].status == "violated", pair[1]), reverse=True)
+    rows = [
+        _bar(
+            evidence.law,
+            f"{UNICODE.status[evidence.status]} {_times(size)}",
+            size,
+            bad=evidence.status == "violated",
+        )
+        for evidence, size in known
+        if size > 0
+    ]
+    exact = [evidence.law for evidence, size in known if size == 0]
+    return _bars(rows, "tolerance", f"Without any error: {', '.join(exact)}." if exact else "")
+
+
+def _worst(evidence: Evidence) -> float | None:
+    """Return the largest error that was seen, in units of the tolerance; None where none is measured.
+
+    A law that asks for some case to show something measures no error. The counterexample was looked
+    for after the cases were counted, and may be the worst.
+    """
+    if evidence.law not in LAWS or LAWS[evidence.law].kind == "witness":
+        return None
+    shown = evidence.mismatch.times if evidence.mismatch is not None else None
+    return max((size for size in (evidence.residual, shown) if size is not None), default=None)
+
+
+def _times(size: float) -> str:
+    return f"{size:.2g}" if math.isfinite(size) else "∞"
+
+
+def _table(shown: Counterexample | None) -> dict[str, Any] | None:
+    """Return a counterexample as a table: a batch row by row, or a history call by call."""
+    if shown is None:
+        return None
+    if shown.history:
+        calls = [
+            [str(number), name, _argument(argument)]
+            for number, (name, argument) in enumerate(shown.history, 1)
+        ]
+        return {
+            "caption": "The history",
+            "head": ["", "call", "with"],
+            "rows": calls,
+            "css": "calls",
+        }
+    case = shown.case
+    if case is None:
+        return None
+    caption = f"The batch; seed {int(case.seed)}, lr {float(case.lr):.6g}"
+    if case.warmup:
+        caption += f", after {int(case.warmup)} steps on the same batch"
+    rows, features = case.shape
+    columns, lines = min(features, _MOST), min(rows, _MOST)
+    more_columns, more_lines = ["…"] * (features > columns), rows > lines
+    table = [
+        [
+            str(n),
+            *(f"{value:.6g}" for value in case.x[n, :columns]),
+            *more_columns,
+            f"{case.y[n]:.6g}",
+        ]
+        for n in range(lines)
+    ]
+    table += [["…"] * (columns + len(more_columns) + 2)] * more_lines
+    head = ["row", *(f"x[{d}]" for d in range(columns)), *more_columns, "y"]
+    caption += f", x of shape ({rows}, {features})"
+    return {"caption": caption, "head": head, "rows": table, "css": "case"}
+
+
+def _argument(argument: Case | str | None) -> str:
+    if argument is None or isinstance(argument, str):
+        return argument or ""
+    rows, features = argument.shape
+    return f"a batch of shape ({rows}, {features}), lr {float(argument.lr):.6g}"
 
 
 def _law(evidence: Evidence) -> dict[str, Any]:
-    residual = evidence.residual
+    worst = _worst(evidence)
     return {
         "name": evidence.law,
         "claim": LAWS[evidence.law].claim if evidence.law in LAWS else "",
         "status": evidence.status,
         "sign": UNICODE.status[evidence.status],
-        "cases": f"{evidence.cases:,}" if evidence.cases else "",
-        "reason": evidence.reason,
-        "ruler": _ruler(residual, "tolerance") if residual and math.isfinite(residual) else None,
+        "cases": f"{evidence.cases:,} case{'s' * (evidence.cases > 1)}" if evidence.cases else "",
+        "reason": f"at most {worst:.2g} times the tolerance"
+        if worst and evidence.status == "held"
+        else evidence.reason,
     }
+
+
+# Bars on a logarithmic axis, in units of what is allowed.
+
+
+def _bar(name: str, label: str, size: float, *, bad: bool) -> dict[str, Any]:
+    return {"name": name, "label": label, "size": size, "bad": bad}
+
+
+def _bars(rows: Sequence[dict[str, Any]], unit: str, note: str = "") -> dict[str, Any] | None:
+    """Return the bars of some sizes, each in units of its bound, on one axis.
+
+    Args:
+        rows: see ``_bar``; a size of 0 has no bar.
+        unit: what a size of 1 is called.
+        note: what stands below.
+    """
+    if not rows:
+        return None
+    low = _DECADES[0]
+    largest = max((each["size"] for each in rows if math.isfinite(each["size"])), default=1.0)
+    high = min(max(1, math.ceil(math.log10(largest))), _HIGHEST) if largest > 0 else 1
+
+    def at(decade: float) -> str:
+        return f"{100 * min(max((decade - low) / (high - low), 0.0), 1.0):.1f}%"
+
+    def width(size: float) -> str:
+        return at(math.log10(size) if 0 < size < math.inf else math.copysign(math.inf, size - 1))
+
+    step = math.ceil((high - low) / _TICKS)
+    decades = sorted({*range(0, high + 1, step), *range(0, low - 1, -step)})
+    drawn = [{**each, "width": width(each["size"])} for each in rows]
+    return {
+        "ticks": [{"at": at(decade), "label": _power(decade)} for decade in decades],
+        "bound": at(0),
+        "unit": unit,
+        "rows": drawn[:_FEW],
+        "rest": drawn[_FEW:],
+        "note": note,
+    }
+
+
+def _power(decade: int) -> str:
+    return "1" if decade == 0 else f"10{str(decade).translate(_RAISED)}"
 
 
 def _ruler(size: float, unit: str) -> dict[str, str]:
@@ -143,12 +289,18 @@ def _ruler(size: float, unit: str) -> dict[str, str]:
 
 
 def _influence(
-    flows: Mapping[str, Any], other: Mapping[str, Any] | None = None, held: Iterable[str] = ()
+    flows: Mapping[str, Any],
+    other: Mapping[str, Any] | None = None,
+    held: Collection[str] = (),
+    unsettled: Collection[str] | None = None,
 ) -> dict[str, Any] | None:
-    """Return the table of dependencies; entries that differ from ``other`` are marked."""
+    """Return the table of dependencies; entries that differ from ``other`` are marked.
+
+    ``held`` and ``unsettled`` are as in :func:`bnverify.show.matrix.matrix`.
+    """
     if not flows.get("matrix"):
         return None
-    shown = matrix(flows["matrix"], list(held))
+    shown = matrix(flows["matrix"], held, unsettled)
     compared = matrix(other["matrix"]).rows if other and other.get("matrix") else shown.rows
     rows = []
     for output, kinds in shown.rows.items():
@@ -306,7 +458,14 @@ def _heat(judgements: Sequence[Judgement]) -> dict[str, Any] | None:
     def row(law: str) -> dict[str, Any]:
         return {"name": law.replace("_", " "), "cells": [_law_cell(each.get(law)) for each in told]}
 
+    if len(judgements) == 1:
+        bars = [_heat_bar(leaf, columns[0][leaf]) for leaf in leaves]
+        bars += [_heat_bar(law, _law_cell(told[0][law])) for law in broken]
+        plot = _bars(bars, "rounding noise")
+    else:
+        plot = None
     return {
+        "plot": plot,
         "releases": [judgement.new for judgement in judgements],
         "leaves": [
             {"name": leaf, "cells": [column.get(leaf, _cell("")) for column in columns]}
@@ -317,8 +476,14 @@ def _heat(judgements: Sequence[Judgement]) -> dict[str, Any] | None:
     }
 
 
-def _cell(text: str, *, bad: bool = False, shade: float = 0.0, title: str = "") -> dict[str, Any]:
-    return {"text": text, "bad": bad, "shade": f"{shade:.2f}", "title": title}
+def _cell(
+    text: str, *, bad: bool = False, shade: float = 0.0, title: str = "", size: float = 0.0
+) -> dict[str, Any]:
+    return {"text": text, "bad": bad, "shade": f"{shade:.2f}", "title": title, "size": size}
+
+
+def _heat_bar(name: str, cell: Mapping[str, Any]) -> dict[str, Any]:
+    return _bar(name, cell["text"], cell["size"], bad=cell["bad"])
 
 
 def _status(laws: Mapping[str, Any], law: str) -> str:
@@ -331,7 +496,8 @@ def _law_cell(told: Mapping[str, Any] | None) -> dict[str, Any]:
     status, residual = str(told["status"]), told["residual"]
     number = f" {residual:.2g}" if isinstance(residual, float) and residual else ""
     sign = UNICODE.status.get(status, "?")
-    return _cell(f"{sign}{number}", bad=status == "violated", title=status)
+    size = residual if isinstance(residual, float) else 0.0
+    return _cell(f"{sign}{number}", bad=status == "violated", title=status, size=size)
 
 
 def _sizes(judgement: Judgement) -> dict[str, dict[str, Any]]:
@@ -356,7 +522,8 @@ def _size_cell(size: float) -> dict[str, Any]:
     shade = 0.06 + (0.5 * min(decades / _LARGEST, 1.0) if size > 1 else 0.0)
     number = "∞" if math.isinf(size) else f"{size:.2g}"
     beyond = size > 1
-    return _cell(f"{_BAD} {number}" if beyond else number, bad=beyond, shade=shade)
+    text = f"{_BAD} {number}" if beyond else number
+    return _cell(text, bad=beyond, shade=shade, size=size)
 
 
 # An audit.

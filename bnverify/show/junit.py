@@ -36,6 +36,8 @@ def _suite(root: ET.Element, report: Findings) -> None:
         if failed:
             failures += 1
             failure = ET.SubElement(case, "failure", message=_clean(_line(failed[0])))
+            if failed[0].cause:
+                failure.set("type", failed[0].cause)
             failure.text = _clean("\n\n".join(map(_told, failed)))
         elif all(finding.outcome == "skipped" for finding in found):
             skipped += 1
@@ -54,7 +56,8 @@ def _line(finding: Finding) -> str:
 
 
 def _told(finding: Finding) -> str:
-    return "\n".join(filter(None, (finding.claim, _line(finding), finding.details, finding.script)))
+    parts = (finding.claim, _line(finding), finding.details, finding.remedy, finding.script)
+    return "\n".join(filter(None, parts))
 
 
 def _clean(text: str) -> str:

@@ -31,7 +31,7 @@ def _run(report: Findings) -> dict[str, Any]:
     driver: dict[str, Any] = {"name": "bnverify", "rules": [_rule(each) for each in rules.values()]}
     if report.version and report.version != "unknown":
         driver["version"] = report.version
-    told = [finding for finding in report.all if finding.outcome == "failed"]
+    told = [finding for failures in report.failures for finding in failures]
     return {
         "tool": {"driver": driver},
         "automationDetails": {"id": f"bnverify/{report.name}"},
@@ -49,7 +49,7 @@ def _rule(finding: Finding) -> dict[str, Any]:
 
 
 def _result(finding: Finding, index: int) -> dict[str, Any]:
-    text = "\n".join(filter(None, (finding.message, finding.details)))
+    text = "\n".join(filter(None, (finding.message, finding.details, finding.remedy)))
     result: dict[str, Any] = {
         "ruleId": finding.rule,
         "ruleIndex": index,
@@ -70,6 +70,7 @@ def _result(finding: Finding, index: int) -> dict[str, Any]:
         location["logicalLocations"] = [{"fullyQualifiedName": finding.leaf, "kind": "member"}]
     if location:
         result["locations"] = [location]
-    if finding.script:
-        result["properties"] = {"counterexample": finding.script}
+    shown = {"cause": finding.cause, "counterexample": finding.script}
+    if properties := {name: text for name, text in shown.items() if text}:
+        result["properties"] = properties
     return result

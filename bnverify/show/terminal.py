@@ -117,11 +117,11 @@ class Screen:
         self._print(f"{report.subject}: {report.verdict}", style=style)
         if verbosity <= QUIET:
             return
-        causes = Counter(each.cause.name for each in report.violated if each.cause is not None)
-        for name, times in causes.most_common(1):
-            total = len(report.violated)
-            explains = f" (explains {times} of {total} violations)" if total > 1 else ""
-            self._print(f"Most likely cause{explains}: {name}")
+        group = next((each for each in groups(report) if each.cause is not None), None)
+        if group is not None and group.cause is not None:
+            explained, total = len(group.violations), len(report.violated)
+            explains = f" (explains {explained} of {total} violations)" if total > 1 else ""
+            self._print(f"Most likely cause{explains}: {group.cause.mistake}")
         self._print(report.counts)
         self._print(f"profile {report.profile}, seed {report.seed}", style="dim")
         if verbosity >= VERBOSE:
@@ -208,14 +208,10 @@ class Screen:
             self._print(f"Also violated: {', '.join(each.law for each in others)}")
         if group.cause is not None:
             self._print()
-            self._print(f"Likely cause: {group.cause.title}.")
-            self._print(Text.assemble(("Fix: ", "bold"), f"{group.cause.fix}."))
-            if group.cause.seen:
-                self._print(f"Seen at {group.cause.seen}", style="dim")
-            if group.cause.others:
-                self._print(f"Other causes: {group.cause.others}", style="dim")
-        elif group.violations[0].diagnosis:
-            self._print(group.violations[0].diagnosis)
+            self._print(f"Likely cause: {group.cause.statement}.")
+            self._print(Text.assemble(("Fix: ", "bold"), f"{group.cause.known.fix}."))
+            if group.cause.known.source:
+                self._print(f"Seen at {group.cause.known.source}", style="dim")
         if group.shown is not None:
             self._print()
             self._print(f"To reproduce{group.which}:")

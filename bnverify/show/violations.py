@@ -27,13 +27,18 @@ class Group:
         """The law; where several are broken, the cause and their number."""
         if self.cause is None or len(self.violations) == 1:
             return self.violations[0].law
-        return f"{self.cause.name}: {len(self.violations)} laws violated"
+        return f"{self.cause.mistake}: {len(self.violations)} laws violated"
 
     @property
     def shown(self) -> Counterexample | None:
         """The counterexample of the simplest case."""
         simplest = self._simplest
         return simplest.counterexample if simplest is not None else None
+
+    @property
+    def line(self) -> str | None:
+        """The line in the user's code that the first violation with a known line leads to."""
+        return next((each.line for each in self.violations if each.line), None)
 
     @property
     def which(self) -> str:
@@ -60,7 +65,7 @@ def groups(report: Report) -> list[Group]:
     """Return the violations of a report by cause, the cause that explains most first."""
     found: dict[str, list[Evidence]] = {}
     for evidence in report.violated:
-        name = evidence.cause.name if evidence.cause is not None else f"law {evidence.law}"
+        name = evidence.cause.mistake if evidence.cause is not None else f"law {evidence.law}"
         found.setdefault(name, []).append(evidence)
     ordered = sorted(found.values(), key=len, reverse=True)
     return [Group(violations[0].cause, tuple(violations)) for violations in ordered]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnverify import reference, verify
+from bnverify import proof, reference, verify
 from bnverify.adapters.linen import linen
 from bnverify.jaxpr import influence, trace_subject
 from bnverify.jaxpr.source import source_line
@@ -127,6 +127,23 @@ def test_a_loss_that_reads_old_statistics_is_seen_and_explained():
     assert "batch_stats" in flows.matrix["params"] & flows.matrix["loss"] & flows.matrix["grads"]
     assert here("jnp.sum(old * params") in flows.explain("batch_stats", "loss")
     assert here("jnp.sum(old * params") in flows.explain("batch_stats", "params")
+
+
+def test_the_path_of_a_violation_is_told_step_by_step():
+    """From the input to the output that must not depend on it; a law that is kept has none."""
+    reading = proof.read(faults.loss_reads_old_statistics())
+    law = STEP_LAWS["training_is_free_of_old_statistics"]
+    path = proof.offending_path(law, reading)
+    source, *steps, output = path
+    assert source == "batch_stats"
+    assert (output, source) in law.forbids
+    assert any(here("jnp.sum(old * params") in step for step in steps)
+    assert proof.explain(law, reading) == " -> ".join(path)
+    assert proof.offending_path(law, proof.read(reference.sgd())) == ()
+    assert read(reference.sgd()).steps("batch_stats", "eval_batch_stats") == (
+        "batch_stats",
+        "eval_batch_stats",
+    )
 
 
 def test_statistics_in_the_optimizer_are_seen_and_explained():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def shown_well(name: str, violated: list[dict[str, Any]]) -> bool:
 def test_a_mistake_is_caught_small_and_by_name(name: str) -> None:
     """Few cases are enough for the law about it, a small counterexample and the diagnosis."""
     report = bnverify.verify(MUTANTS[name].make(), FEW, ignore=["life"])
-    assert shown_well(name, [asdict(e) for e in report.results if e.status == "violated"])
+    assert shown_well(name, [e.to_json() for e in report.results if e.status == "violated"])
 
 
 @pytest.mark.nightly

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -12,14 +13,37 @@ import numpy as np
 import pytest
 
 from bnverify.case import Case
-from bnverify.evidence import Counterexample, Evidence, Report
+from bnverify.evidence import Call, Cause, Counterexample, Evidence, Report
+from bnverify.laws import LAWS
 from bnverify.laws.mismatch import Mismatch
-from bnverify.show.html import page
+from bnverify.mistakes import MISTAKES
+from bnverify.show.html import _of_check, page
 from bnverify.upgrade.compare import Comparison
 from bnverify.upgrade.difference import Difference
 from bnverify.upgrade.judgement import judge
 from bnverify.upgrade.policy import Policy
 from bnverify.upgrade.values import Distance, Place
+
+LOOK = """
+onload = () => {
+  const page = frames[0].document, window_ = page.documentElement.clientWidth;
+  for (const details of page.querySelectorAll("details")) details.open = true;
+  const texts = page.createTreeWalker(page.body, NodeFilter.SHOW_TEXT), unseen = [];
+  let count = 0;
+  for (let text; (text = texts.nextNode()); ) {
+    if (!text.data.trim() || text.parentElement.closest(".wide, pre")) continue;
+    const range = page.createRange();
+    range.selectNodeContents(text);
+    count += 1;
+    const at = range.getBoundingClientRect(), style = getComputedStyle(text.parentElement);
+    if (!at.width || !at.height || at.left < 0 || at.right > window_ || style.visibility != "visible")
+      unseen.push(text.data.trim() + " " + at.left + " " + at.right);
+  }
+  const width = page.documentElement.scrollWidth;
+  document.body.dataset.seen = JSON.stringify({width, window: window_, texts: count, unseen});
+};
+"""
+"""Says of the page in the frame how wide it is, and which of its text is not to be seen."""
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "params/<img src=x onerror=alert(1)>/\"'&" + "very_long_name" * 12
@@ -140,47 +164,110 @@ def test_a_green_page_explains_itself():
     assert "✗ 0.5" not in made
 
 
-def test_the_page_of_a_check_has_all_of_the_report_and_loads_nothing():
-    """Cause, fix, values, script, every law with its residual; hostile names are text."""
-    law = "variance_is_never_negative"
+LAW, HELD = "variance_is_never_negative", "momentum_is_as_declared"
+LIFE = "a_checkpoint_keeps_every_value"
+PATH = ("batch_stats", f"mul at /home/you/{'long_name/' * 12}steps.py:3 (<step>)", "params")
+
+
+def checked():
+    """Return the report of a check with one of everything."""
+    x = np.linspace(-1, 1, 12 * 11, dtype=np.float32).reshape(12, 11)
     found = Evidence.of(
-        law,
+        LAW,
         "violated",
         cases=12,
-        residual=3e9,
+        residual=1e5,
         reason="it is",
-        counterexample=Counterexample(law, Case.of(0, [[1.0]], [0.0], 0.1), f"{HOSTILE}.py:x"),
-        diagnosis="slip: it is <wrong>. Fix: do it right. Or else.",
+        counterexample=Counterexample(LAW, Case.of(0, x, x[:, 0], 0.1, 2), f"{HOSTILE}.py:x"),
+        cause=Cause("sample_variance", "the variance is <wrong>"),
         mismatch=Mismatch(HOSTILE, (0,), -0.25, 0.0, 1e-7),
         failed=7,
+        path=PATH,
     )
-    held = Evidence.of("momentum_is_as_declared", "held", cases=5, residual=0.25)
-    report = Report("<my step>", "quick", 0, (found, held), 12, 0.1, {"jax": "1"}, MATRIX, ("<b>",))
+    batch = Case.of(0, [[1.0]], [0.0], 0.5)
+    history = (Call("begin", batch), Call("save", "bytes"), Call("restore"))
+    lost = Evidence.of(
+        LIFE,
+        "violated",
+        cases=1,
+        residual=np.inf,
+        reason="opt_state: 1 is 0",
+        cause=Cause("checkpoint_drops_optimizer_state"),
+        counterexample=Counterexample(LIFE, history=history),
+    )
+    others = [name for name, law in LAWS.items() if law.kind == "residual" and name != LAW]
+    held = [Evidence.of(name, "held", cases=5, residual=0.25) for name in others]
+    exact = Evidence.of("gradients_are_gradients_of_the_loss", "held", cases=5, residual=0.0)
+    held = [exact if each.law == exact.law else each for each in held]
+    witness = Evidence.of("targets_reach_the_params", "held", cases=5, residual=0.0)
+    results = (found, lost, *held, witness)
+    leak = {**MATRIX, "matrix": {**MATRIX["matrix"], "params": ["batch_stats", "params", "x"]}}
+    return Report("<my step>", "quick", 0, results, 12, 0.1, {"jax": "1"}, leak, ("<b>",))
+
+
+def test_the_page_of_a_check_has_all_of_the_report_and_loads_nothing():
+    """Cause, fix, values, script, path, every law with its residual; hostile names are text."""
+    report = checked()
     made = page([report])
     reader = Reader()
     reader.feed(made)
     assert reader.open == []
     assert not {tag for tag, _ in reader.seen} & {"script", "img", "link", "iframe", "a", "b>"}
-    for part in ("it is <wrong>.", "do it right.", HOSTILE, "-0.25", "in 7 of 12 cases", "<b>"):
+    fix = MISTAKES["sample_variance"].fix
+    for part in ("is <wrong>).", fix, HOSTILE, "-0.25", "in 7 of 12 cases", "<b>", *PATH):
         assert html.escape(part).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in made
-    assert "0.25 times the tolerance" in made
-    assert held.law in made
+    assert "at most 0.25 times the tolerance" in made
+    assert all(evidence.law in made for evidence in report.results)
     frame = report._repr_html_()
     assert frame.startswith("<iframe")
     assert "<script" not in frame
 
 
+def test_a_bar_ends_where_its_error_lies():
+    """One axis for all: half of the way from 1e-3 to 1e7 is 1e2; the bound is at 1, in every bar."""
+    context = _of_check(checked())
+    bars = context["bars"]
+    rows = {row["name"]: row for row in bars["rows"] + bars["rest"]}
+    assert [row["name"] for row in bars["rows"]][:2] == [LIFE, LAW]
+    assert (rows[LIFE]["width"], rows[LIFE]["label"]) == ("100.0%", "✗ ∞")
+    # What the counterexample shows is worse than what was counted: 0.25 / 1e-7 = 2.5e6.
+    assert (rows[LAW]["label"], bars["bound"]) == ("✗ 2.5e+06", "30.0%")
+    assert float(rows[LAW]["width"][:-1]) == pytest.approx(10 * (3 + np.log10(2.5e6)), abs=0.05)
+    assert float(rows[HELD]["width"][:-1]) == pytest.approx(10 * (3 + np.log10(0.25)), abs=0.05)
+    assert "gradients_are_gradients_of_the_loss" in bars["note"]
+    assert (
+        "targets_reach_the_params" not in bars["note"]
+    )  # it asks for a case, and measures nothing
+
+
+def test_a_counterexample_is_a_small_table():
+    """A batch row by row, a history call by call; what is large is cut."""
+    batch, history = (each["table"] for each in _of_check(checked())["groups"])
+    assert batch["head"] == ["row", *(f"x[{d}]" for d in range(8)), "…", "y"]
+    assert len(batch["rows"]) == 9
+    assert batch["rows"][0][:2] == ["0", "-1"]
+    assert batch["rows"][0][-2:] == ["…", "-1"]
+    assert batch["caption"] == (
+        "The batch; seed 0, lr 0.1, after 2 steps on the same batch, x of shape (12, 11)"
+    )
+    assert history["rows"] == [
+        ["1", "begin", "a batch of shape (1, 1), lr 0.5"],
+        ["2", "save", "bytes"],
+        ["3", "restore", ""],
+    ]
+
+
 @pytest.mark.nightly
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here to look at the page with")
-@pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_shows_it_without_sideways_scrolling(text, tmp_path, width):
-    """The page is as wide as the window; wide tables and the script scroll inside it."""
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("of", ["check", "upgrade"])
+def test_a_browser_shows_all_of_it_without_sideways_scrolling(text, tmp_path, of, width):
+    """The page is as wide as the window, and so is all text but what scrolls inside it."""
+    shown = text if of == "upgrade" else page([checked()])
     frame = tmp_path / "frame.html"
     frame.write_text(
-        f'<iframe width="{width}" height="900" srcdoc="{html.escape(text, quote=True)}"></iframe>'
-        "<script>onload = () => { const page = frames[0].document.documentElement;"
-        "document.body.dataset.wide = page.scrollWidth + ' ' + page.clientWidth;"
-        "document.body.dataset.title = frames[0].document.title; }</script>",
+        f'<iframe width="{width}" height="900" srcdoc="{html.escape(shown, quote=True)}"></iframe>'
+        f"<script>{LOOK}</script>",
         encoding="utf-8",
     )
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
@@ -188,7 +275,9 @@ def test_a_browser_shows_it_without_sideways_scrolling(text, tmp_path, width):
     done = subprocess.run(
         [*command, frame.as_uri()], capture_output=True, text=True, check=True, timeout=120
     )
-    found = re.search(r'data-wide="(\d+) (\d+)"', done.stdout)
+    found = re.search(r'data-seen="([^"]*)"', done.stdout)
     assert found, done.stdout[-500:]
-    assert int(found[1]) <= int(found[2])
-    assert "upgrade" in done.stdout
+    seen = json.loads(html.unescape(found[1]))
+    assert seen["width"] <= seen["window"]
+    assert seen["texts"] > 50
+    assert seen["unseen"] == []
