@@ -55,7 +55,7 @@ def checked(mutant: Mutant, profile: str) -> Evidence:
             raise
         return {"fault": mutant.name, "refused": first_line(error)}
     # As before it was diagnosed: what has a diagnosis is not asked about again.
-    results = [replace(each, diagnosis=None) for each in report.results]
+    results = [replace(each, cause=None) for each in report.results]
     known = known_of(results, report.influence)
     return {
         "fault": mutant.name,

@@ -458,7 +458,8 @@ def _uncompiled(subject: Subject, before: State, case: Case) -> Uncompiled:
         after.append(given)
         fresh = jax.tree_util.tree_map(jnp.asarray, (host[1].x, host[1].y))
         outcomes.append(_host(Outcome(new, info, subject.evaluate(new, *fresh))))
-    return Uncompiled(*stack(outcomes), stack(kept), _stacked_or_first(after))
+    outcome: Outcome = stack(outcomes)
+    return Uncompiled(*outcome, stack(kept), _stacked_or_first(after))
 
 
 def _is_deleted(leaf: Any) -> bool:
