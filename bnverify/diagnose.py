@@ -117,7 +117,18 @@ FORM = (
     "state_signature_is_a_fixed_point",
 )
 
+
+def _only_cause(law: str) -> Rule:
+    """Return the rule that a law which one mistake alone breaks names that mistake."""
+    (mistake,) = LAWS[law].mistakes
+    return Rule(mistake, lambda k: k.broke(law))
+
+
 RULES: tuple[Rule, ...] = (
+    # What a look at the program shows: each of these laws is about one mistake, and the other laws
+    # that the mistake breaks would lead to another one.
+    *(_only_cause(law.name) for law in LAWS.values() if "look" in law.requires),
+    _only_cause("unlike_rows_have_a_variance"),
     # What the trees look like.
     Rule(
         "statistics_fed_to_the_optimizer",

@@ -607,7 +607,7 @@ mistake(
 mistake(
     "ema_applied_twice",
     "the moving average is applied more than once a step",
-    "one mutable forward pass a step; evaluate other passes with mutable off",
+    "keep the statistics of one pass a step, the first; run the others with mutable off",
     looks="The statistics follow the batches faster than the momentum says: it acts as its square.",
     wrong="""
         _, updates = model.apply(v, x, mutable=bs)

@@ -100,6 +100,40 @@ def test_what_the_numbers_say_decides(
     assert names(*broken, **clues) == [expected_name]
 
 
+@pytest.mark.parametrize(
+    ("broken", "clues", "expected_name"),
+    [
+        (
+            [MOMENTUM, "inputs_reach_the_statistics", "every_pass_reaches_the_statistics"],
+            {"average": "another momentum"},
+            "pass_dropped",
+        ),
+        (
+            [MOMENTUM, "batch_stats_are_free_of_targets", "each_batch_is_folded_in_once"],
+            {"average": "squared"},
+            "ema_applied_twice",
+        ),
+        (
+            [
+                "inputs_reach_the_params",
+                "loss_reads_params_and_inputs",
+                "targets_belong_to_their_rows",
+                "unlike_rows_have_a_variance",
+                MODES,
+            ],
+            {"modes": "differ"},
+            "rows_normalised_alone",
+        ),
+        (["schedule_counts_updates"], {}, "schedule_counts_batches"),
+    ],
+)
+def test_a_law_about_one_mistake_decides_first(
+    broken: list[str], clues: dict[str, Any], expected_name: str
+) -> None:
+    """What else the mistake breaks would lead to another name, and is explained by it."""
+    assert names(*broken, **clues) == [expected_name]
+
+
 def test_what_the_trace_shows_decides() -> None:
     """A learning rate that reaches nothing is ignored, whatever the factor is."""
     flows = {"params": ["params", "x", "y"]}

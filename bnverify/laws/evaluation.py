@@ -198,6 +198,7 @@ def rows_of_weight_zero_change_nothing(t: Transition) -> Any:
         "statistics_overflow",
         "variances_averaged",
         "average_not_steady",
+        "rows_normalised_alone",
     ),
     source="Ioffe & Szegedy 2015, algorithms 1 and 2",
 )

@@ -78,7 +78,12 @@ def targets_reach_the_params(t: Transition) -> Any:
     needs=("noise", "step:reversed_targets"),
     requires=("loss",),
     demands=(("loss", "y"),),
-    mistakes=("broadcast_loss", "targets_ignored", "gradient_of_another_loss"),
+    mistakes=(
+        "broadcast_loss",
+        "targets_ignored",
+        "gradient_of_another_loss",
+        "rows_normalised_alone",
+    ),
     source="NumPy, broadcasting rules: (N, 1) and (N,) make (N, N)",
 )
 def targets_belong_to_their_rows(t: Transition) -> Any:
@@ -99,7 +104,11 @@ def targets_belong_to_their_rows(t: Transition) -> Any:
     never="changing x never changed the new params",
     needs=("step:other_inputs",),
     demands=(("params", "x"),),
-    mistakes=("inputs_ignored", "update_dropped"),
+    mistakes=(
+        "inputs_ignored",
+        "update_dropped",
+        "rows_normalised_alone",
+    ),
     source="a training step learns from its batch",
 )
 def inputs_reach_the_params(t: Transition) -> Any:
@@ -125,6 +134,7 @@ def inputs_reach_the_params(t: Transition) -> Any:
         "new_statistics_dropped",
         "train_step_in_eval_mode",
         "update_dropped",
+        "pass_dropped",
     ),
     source=FLAX_SOURCE,
 )
@@ -184,7 +194,11 @@ def old_statistics_reach_the_new(t: Transition) -> Any:
     needs=("step:other_params", "step:other_inputs"),
     requires=("loss",),
     demands=(("loss", "params"), ("loss", "x")),
-    mistakes=("inputs_ignored", "gradient_of_another_loss"),
+    mistakes=(
+        "inputs_ignored",
+        "gradient_of_another_loss",
+        "rows_normalised_alone",
+    ),
     source="a training loss measures what the model makes of its inputs",
 )
 def loss_reads_params_and_inputs(t: Transition) -> Any:

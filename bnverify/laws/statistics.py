@@ -75,6 +75,7 @@ def _measured(t: Transition) -> list[tuple[Any, Any]]:
         "statistics_nested",
         "statistics_of_another_layer",
         "wrong_moments",
+        "rows_normalised_alone",
     ),
     source=f"{IOFFE}, section 3.1; {FLAX_SOURCE}",
 )
@@ -160,6 +161,7 @@ def one_momentum_for_the_whole_model(t: Transition) -> Any:
         "update_dropped",
         "statistics_overflow",
         "momentum_not_as_declared",
+        "pass_dropped",
     ),
     source=f"{FLAX_SOURCE}: momentum weights the old value, PyTorch's the new",
 )
@@ -205,6 +207,8 @@ def momentum_is_as_declared(t: Transition) -> Any:
         "statistics_fed_to_the_optimizer",
         "variances_averaged",
         "average_not_steady",
+        "pass_dropped",
+        "rows_normalised_alone",
     ),
     source=f"{IOFFE}, algorithm 1: the biased variance; {FLAX_SOURCE}",
 )
@@ -390,7 +394,11 @@ def frozen_statistics_stay(t: Transition) -> Any:
     needs=("step:other_targets",),
     requires=("batch_stats",),
     forbids=(("batch_stats", "y"), ("batch_stats", "lr"), ("batch_stats", "opt_state")),
-    mistakes=("statistics_trained_as_params", "statistics_from_another_batch"),
+    mistakes=(
+        "statistics_trained_as_params",
+        "statistics_from_another_batch",
+        "ema_applied_twice",
+    ),
     source=FLAX_SOURCE,
 )
 def batch_stats_are_free_of_targets(t: Transition) -> Any:
@@ -489,6 +497,7 @@ def batch_like_the_statistics_is_a_fixed_point(t: Transition) -> Any:
         "statistics_from_another_batch",
         "statistics_of_another_layer",
         "wrong_moments",
+        "rows_normalised_alone",
     ),
     source=FLAX_SOURCE,
 )
