@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import jax
@@ -293,9 +293,11 @@ class Design:
         params = flows.reached(n for path, n in inputs.items() if path.startswith("params/"))
         others = [n for p, n in inputs.items() if p in ("x", "y") or p.startswith("extra/")]
         data = flows.reached(others)
+        # The scale of a dynamic loss scaling is no constant, but neither params nor batch reach it.
+        varying = params | flows.reached(n for path, n in inputs.items() if path in ("x", "y"))
 
         def of_params_alone(node: int) -> bool:
-            return any(each in params - data for each in _terms(flows, node))
+            return any(each in params - data for each in _terms(flows, node, varying))
 
         gradients = [
             node
@@ -313,14 +315,14 @@ UNCHANGED = frozenset(
 )
 
 
-def _terms(flows: Flows, node: int) -> list[int]:
-    """Return the nodes that a value is a sum of, scaled by constants or not."""
+def _terms(flows: Flows, node: int, varying: Set[int]) -> list[int]:
+    """Return the nodes that a value is a sum of, scaled or not by what is not ``varying``."""
     found, pending, seen = [], [node], {node}
     while pending:
         each = pending.pop()
         eqn, operands = flows.equation(each), flows.operands(each)
         name = eqn.primitive.name if eqn is not None else ""
-        scaled = [n for n in operands if not flows.is_constant(n)]
+        scaled = [n for n in operands if n in varying]
         if name in SUMS | UNCHANGED or (
             name in ("mul", "div") and len(scaled) == 1 < len(operands)
         ):

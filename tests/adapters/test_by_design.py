@@ -12,6 +12,7 @@ import optax
 import pytest
 import users_code as code
 from flax import nnx
+from flax.training import dynamic_scale
 
 import bnverify
 from bnverify.profile import Profile
@@ -226,6 +227,33 @@ class TestUpdates:
 
         assert "penalty" in found(penalised(False)).exempt[GRADIENT]
         assert GRADIENT not in found(penalised(True)).exempt
+
+    def test_a_penalty_under_dynamic_loss_scaling_is_seen(self) -> None:
+        """The scale multiplies the loss and divides the gradient; it is no part of either term."""
+
+        class Scaled(code.TrainState):
+            scale: Any
+
+        def create(rng: Any, lr: float) -> Any:
+            made = code.create(rng, lr)
+            return Scaled(**vars(made), scale=dynamic_scale.DynamicScale())
+
+        def scaled(penalty: float) -> Any:
+            def step(state: Any, batch: Any) -> Any:
+                def loss(params: Any) -> Any:
+                    value, stats = code.loss_fn(state, batch)(params)
+                    decay = sum(jnp.sum(p**2) for p in jax.tree_util.tree_leaves(params))
+                    return value + penalty * decay if penalty else value, (value, stats)
+
+                grads = state.scale.value_and_grad(loss, has_aux=True)
+                scale, _, (_, (value, stats)), grads = grads(state.params)
+                new = state.apply_gradients(grads=grads, batch_stats=stats)
+                return new.replace(scale=scale), {"loss": value}
+
+            return found(step, create)
+
+        assert "penalty" in scaled(0.01).exempt[GRADIENT]
+        assert GRADIENT not in scaled(0.0).exempt
 
     @pytest.mark.parametrize("every", [2, 4])
     def test_accumulated_updates_are_counted(self, every: int) -> None:
