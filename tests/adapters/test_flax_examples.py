@@ -1,0 +1,94 @@
+"""Flax's own examples are right: no law is violated, and those of the statistics are exercised."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax_examples as examples
+import jax
+import pytest
+
+import bnverify
+from bnverify.adapters.batches import classes
+from bnverify.profile import Profile
+
+FEW = Profile("few", tiny=2, shapes=0, block=32, examples=2)
+LAWS = ("structure", "influence", "statistics", "update", "evaluation")
+
+
+def images(x: Any, y: Any) -> dict[str, Any]:
+    """Return a batch of images of 4 x 4 pixels."""
+    return {"image": x.reshape(-1, 4, 4, 1), "label": classes(y, examples.CLASSES)}
+
+
+def vectors(x: Any, y: Any) -> dict[str, Any]:
+    """Return a batch of rows."""
+    return {"image": x, "label": classes(y, examples.CLASSES)}
+
+
+def imagenet() -> bnverify.Subject:
+    """Return the loop around ``pmap``, in the form that scales its loss."""
+    return bnverify.train_state(
+        functools.partial(examples.create_train_state, half=True),
+        jax.pmap(examples.imagenet_step, axis_name="batch"),
+        jax.pmap(examples.imagenet_eval, axis_name="batch"),
+        batch=images,
+        features=16,
+    )
+
+
+def guide() -> bnverify.Subject:
+    """Return the guide's loop."""
+    return bnverify.train_state(
+        examples.guide_state,
+        examples.guide_step,
+        examples.guide_eval,
+        batch=vectors,
+        features=3,
+    )
+
+
+def nnx_guide() -> bnverify.Subject:
+    """Return the guide's loop in nnx."""
+    return bnverify.nnx_loop(
+        examples.make_mlp,
+        examples.nnx_guide_step,
+        examples.nnx_guide_eval,
+        batch=vectors,
+        features=3,
+    )
+
+
+def mnist() -> bnverify.Subject:
+    """Return the nnx loop whose steps return nothing."""
+    return bnverify.nnx_loop(
+        examples.make_cnn, examples.mnist_step, examples.mnist_eval, batch=images, features=16
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "momentum"),
+    [
+        (imagenet, 0.9),
+        (guide, 0.99),
+        (nnx_guide, 0.99),
+        (mnist, 0.99),
+    ],
+    ids=["imagenet", "guide", "nnx-guide", "mnist"],
+)
+def test_an_example_is_right(make: Callable[[], bnverify.Subject], momentum: float) -> None:
+    """Its momentum and its optimizer are found, and no law is silent about the statistics."""
+    subject = make()
+    assert subject.momentum == momentum
+    report = bnverify.verify(subject, profile=FEW, select=LAWS)
+    status = {each.law: each.status for each in report.results}
+    assert [law for law, found in status.items() if found == "violated"] == []
+    for law in (
+        "momentum_is_as_declared",
+        "batch_moments_are_the_layers_own",
+        "eval_uses_the_running_statistics",
+        "optimizer_state_excludes_batch_stats",
+    ):
+        assert status[law] in {"held", "proved"}, (law, status[law])
