@@ -32,6 +32,7 @@ Carlo arithmetic, 1997). The claim is tested against float32 runs: ``benchmarks/
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -66,6 +67,7 @@ BYTES = 2**26
 
 _POINTS = 2**32  # more than a program has: the draws of two seeds have nothing in common
 _BODY = 2**16  # more than a branch or a loop's body has
+_TURNS = 8  # turns of a loop that draw anew; later ones repeat them
 
 # A product is still one behind these.
 _MOVES = frozenset({"broadcast_in_dim", "neg", "reshape", "squeeze", "transpose"})
@@ -428,17 +430,18 @@ class Rows:
     def scan(
         self, eqn: Any, split: tuple[int, int], inputs: Sequence[Array], body: Body[Array]
     ) -> Sequence[Array]:
-        """Run a scan turn by turn; each turn takes the same draws."""
+        """Run a scan turn by turn."""
         consts, rest = split[0], sum(split)
         carry, xs = list(inputs[consts:rest]), inputs[rest:]
         turns: list[int] = list(range(eqn.params["length"]))
         ys: dict[int, list[Array]] = {}
         begun = self._point
-        for turn in reversed(turns) if eqn.params["reverse"] else turns:
-            self._point = begun
+        for done, turn in enumerate(reversed(turns) if eqn.params["reverse"] else turns):
+            self._point = begun + done % _TURNS * _BODY
             slices = [x[:, :, turn] for x in xs]
             outputs = body([*inputs[:consts], *carry, *slices])
             carry, ys[turn] = outputs[: len(carry)], outputs[len(carry) :]
+        self._point = begun + _TURNS * _BODY
         if not turns:
             stacked = eqn.outvars[len(carry) :]
             empty = [np.zeros((1, 1, *var.aval.shape), _held(var.aval.dtype)) for var in stacked]
@@ -449,24 +452,26 @@ class Rows:
     def while_loop(
         self, eqn: Any, inputs: Sequence[Array], predicate: Body[Array], body: Body[Array]
     ) -> Sequence[Array]:
-        """Run a loop as often as each case's exact row asks; each turn takes the same draws."""
+        """Run a loop as often as each case's exact row asks."""
         first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         carry = list(inputs[first + second :])
         known: Any = True
         begun = self._point
-        while True:
-            self._point = begun
+        for done in itertools.count():
+            turn = begun + done % _TURNS * 2 * _BODY
+            self._point = turn
             going, agreed = _decided(predicate([*inputs[:first], *carry])[0])
             known = known & agreed
             if not going.any():
                 break
-            self._point = begun + _BODY
+            self._point = turn + _BODY
             after = body([*inputs[first : first + second], *carry])
             carry = [
                 new if going.all() else np.where(_trailing(going, new), new, old)
                 for new, old in zip(after, carry, strict=True)
             ]
-        self._point = begun + 2 * _BODY  # what follows draws anew, however often the loop turned
+        # What follows draws anew, however often the loop turned.
+        self._point = begun + _TURNS * 2 * _BODY
         return [self.void(value, known) if has_rows(value) else value for value in carry]
 
     def cond(

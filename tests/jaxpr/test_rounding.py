@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from bnverify import reference
+from bnverify import compat, reference
 from bnverify.jaxpr import draws
 from bnverify.jaxpr.arithmetic import pole
 from bnverify.jaxpr.rounding import portion_of, rounding
+from bnverify.observe import QUICK
 
 CASES = 256
 RNG = np.random.default_rng(0)
@@ -338,6 +339,29 @@ def test_a_loop_whose_length_rounding_decides_makes_no_claim():
     assert np.isfinite(steady[2]).mean() > 0.99
     near = np.float32(1.1) * (np.float32(1.1) * x)
     assert np.isinf(claim(function, x, near)[2]).mean() > 0.9
+
+
+@pytest.mark.parametrize("loop", ["scan", "while"])
+def test_the_errors_of_two_turns_do_not_cancel(loop):
+    """A sum over turns whose values nearly cancel errs by the roundings of both."""
+
+    def function(x):
+        values = jnp.stack([x * 1.1, x * -1.1001])
+
+        def turn(total, value):
+            return total + jnp.sin(value), None
+
+        if loop == "scan":
+            return jax.lax.scan(turn, jnp.zeros_like(x), values)[0]
+        body = lambda state: (state[0] + 1, turn(state[1], values[state[0]])[0])  # noqa: E731
+        start = jnp.int32(0), jnp.zeros_like(x)
+        return jax.lax.while_loop(lambda state: state[0] < 2, body, start)[1]
+
+    x = normal(CASES, 4, scale=0.1, offset=1.0)
+    actual, exact, noise, _ = claim(function, x)
+    assert worst(actual, exact, noise) <= 1
+    # A sine errs by four units, the sum by one.
+    assert np.median(noise) > 5 * np.finfo(np.float32).eps
 
 
 def test_what_follows_a_loop_draws_anew():
@@ -675,3 +699,31 @@ def test_a_subnormal_input_is_zero():
     np.testing.assert_array_equal(exact, 0)
     _, exact, _, _ = claim(jnp.floor, np.full((2, 1), -1e-7, np.float16))
     np.testing.assert_array_equal(exact, -1)
+
+
+@pytest.mark.parametrize("scale", [1, 3, 10, 20])
+def test_what_a_compiler_computes_twice_may_differ(scale):
+    """Saturated tanh after a normalisation of two rows: the gradient cancels between two consumers.
+
+    XLA computes the cotangent, c + c * tanh(z), for each of them, in one with a fused multiply-add.
+    Near tanh(z) = -1 the two have no digit in common.
+    """
+    params = {
+        "kernel": normal(CASES, 3, 3),
+        "scale": scale * np.sign(normal(CASES, 3)) * normal(CASES, 3, scale=0.1, offset=1),
+        "bias": np.zeros((CASES, 3), np.float32),
+        "head": normal(CASES, 3, scale=200),
+    }
+
+    def loss(p, x, y):
+        z = x @ p["kernel"]
+        mean = z.mean(0)
+        var = jnp.maximum(0, (z * z).mean(0) - mean * mean)
+        z = (z - mean) * (jax.lax.rsqrt(var + 1e-5) * p["scale"]) + p["bias"]
+        return jnp.mean((jnp.tanh(z) @ p["head"] - y) ** 2)
+
+    arguments = params, np.tanh(normal(CASES, 2, 3)), normal(CASES, 2, scale=150)
+    _, exact, noise, _ = claim(jax.grad(loss), *arguments)
+    lowered = jax.jit(jax.vmap(jax.grad(loss))).lower(*arguments)
+    actual = jax.tree_util.tree_map(np.float64, compat.compiled(lowered, QUICK)(*arguments))
+    assert worst(actual, exact, noise) <= 1  # 2e5 for the kernel at a scale of 10 without
