@@ -10,7 +10,6 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from packaging.specifiers import SpecifierSet
 
 from bnverify.lazy import jax
 
@@ -72,6 +71,8 @@ def compile_quickly() -> None:
     Operations that run uncompiled are compiled one by one, and take half as long. To be called before
     the first of them; a flag that XLA_FLAGS names already stays as it is.
     """
+    from packaging.specifiers import SpecifierSet  # recordings are made where it may be missing
+
     version = metadata.version("jaxlib")
     given = os.environ.get("XLA_FLAGS", "").split()
     named = {flag.partition("=")[0] for flag in given}

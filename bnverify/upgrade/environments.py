@@ -41,7 +41,7 @@ from bnverify.upgrade import processes, sources, uv
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-OWN = ("msgspec", "packaging")
+OWN = ("msgspec",)
 """What bnverify needs of its own dependencies to record."""
 
 NEEDED = ("jax", "jaxlib", "flax", "optax", *OWN)
