@@ -17,7 +17,7 @@ import pytest
 
 import bnverify
 from bnverify import Case, compat, reference, runs, shrink, verify
-from bnverify.check import Check, Event, Finished, LawJudged, PhaseStarted, Started
+from bnverify.check import STOPPED, Check, Event, Finished, LawJudged, PhaseStarted, Started
 from bnverify.evidence import Report
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import Known, RoundingBounds
@@ -26,8 +26,9 @@ from bnverify.mutants import MUTANTS
 from bnverify.observe import SINGLE
 from bnverify.profile import Profile, named
 from bnverify.proof import read
+from bnverify.pytree import stack
 from bnverify.reruns import other_inputs
-from bnverify.runs import Runner
+from bnverify.runs import Runner, Tally
 
 LAW = "row_order_changes_nothing"
 FEW = Profile("few", tiny=1, shapes=0, block=32, examples=4)
@@ -406,3 +407,26 @@ def test_a_loss_of_one_axis_is_told_and_no_error() -> None:
     laws = ["training_loss_is_a_scalar", "gradients_are_gradients_of_the_loss"]
     report = verify(MUTANTS["loss_has_one_axis"].make(), few, select=laws)
     assert [each.law for each in report.violated] == ["training_loss_is_a_scalar"]
+
+
+@pytest.mark.parametrize(("worst", "violated"), [(0.99, False), (1.01, True), (np.nan, True)])
+def test_an_error_beyond_the_one_allowed_is_a_violation(worst: float, *, violated: bool) -> None:
+    """A residual is in units of the error allowed: 1 is the bound, and what is no number is beyond."""
+    tally = Tally(LAWS[LAW])
+    cases = stack([Case.of(0, [[0.0], [1.0]], [0.0, 1.0], 0.1)])
+    tally.add(cases, np.array([worst]))
+    assert tally.violated is violated
+
+
+def test_a_check_that_is_to_stop_runs_nothing_more() -> None:
+    """After a violation the life of the state is not lived, and the report says why."""
+    sgd = reference.sgd()
+
+    def step(state: Any, x: Any, y: Any, lr: Any) -> Any:
+        new, info = sgd.step(state, x, y, lr)
+        return new._replace(batch_stats=state.batch_stats), info
+
+    laws = ["inputs_reach_the_statistics", "a_copy_keeps_everything"]
+    report = verify(dataclasses.replace(sgd, step=step), "quick", select=laws, fail_fast=True)
+    assert [each.status for each in report.results] == ["violated", "untriggered"]
+    assert report.results[1].reason == STOPPED

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import optax
 import pytest
@@ -120,3 +122,17 @@ def test_only_the_biased_variance_is_the_layers_own() -> None:
         own = reruns["zero_statistics"].state.batch_stats["norm"]["var"]
         statistics["var"] = statistics["var"] + own / np.float32(7)
     assert law.check(t).item() > 1000
+
+
+@pytest.mark.parametrize(("places", "beyond"), [(0, False), (1, False), (16, True), (1000, True)])
+def test_sgd_allows_two_units_in_the_last_place(places: int, *, beyond: bool) -> None:
+    """The rounding of a product and of a sum, doubled; not more."""
+    moved = np.float32(0.875) + np.float32(places * 2.0**-24)
+    t = SimpleNamespace(
+        case=SimpleNamespace(seed=np.zeros(1, np.int32), lr=np.array([0.5], np.float32)),
+        before=SimpleNamespace(params={"w": np.ones((1, 1), np.float32)}),
+        after=SimpleNamespace(params={"w": np.full((1, 1), moved)}),
+        info=SimpleNamespace(grads={"w": np.full((1, 1), np.float32(0.25))}),
+    )
+    (residual,) = LAWS["sgd_moves_params_by_minus_lr_times_gradient"].check(t)
+    assert bool(residual > 1) is beyond
