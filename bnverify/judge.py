@@ -168,12 +168,13 @@ class Judge:
     Attributes:
         incomparable: names of the laws that could not be judged, because the state's structure
             or shapes change, or a loss has another shape than it should.
+        bounds: reads the rounding of the subject's step.
     """
 
     def __init__(self, tracer: Tracer, abstract: Transition | None, seed: int = 0) -> None:
         self.incomparable: set[str] = set()
         self._subject = tracer.subject
-        self._bounds = RoundingBounds(tracer, seed)
+        self.bounds = RoundingBounds(tracer, seed)
         self._facts = _static_facts(tracer.subject, abstract) if abstract is not None else {}
 
     def residuals(self, t: Transition, laws: Iterable[Law]) -> dict[str, Any]:
@@ -211,7 +212,7 @@ class Judge:
         facts = {**t.facts, **self._facts}
         if not needs.isdisjoint(READ_NEEDS):
             also = [name for need, name in READ.items() if need in needs and name is not None]
-            known = self._bounds(t.before, t.case, {*also, *needs & {"layer_inputs"}})
+            known = self.bounds(t.before, t.case, {*also, *needs & {"layer_inputs"}})
             noise, input_noise = _unless_faint(t.case, (known.noise, known.layer_input_noise))
             facts |= {
                 "direction": known.direction,

@@ -15,7 +15,7 @@ from bnverify.clues import Clues, general_cases, read_clues
 from bnverify.evidence import Counterexample, Evidence, Status
 from bnverify.jaxpr.arithmetic import numbers, operations
 from bnverify.jaxpr.tracing import Tracer
-from bnverify.judge import READ_NEEDS, Judge, RoundingBounds, judged
+from bnverify.judge import READ_NEEDS, Judge, judged
 from bnverify.laws import LAWS, Law
 from bnverify.laws.mismatch import Mismatch, factor
 from bnverify.observe import (
@@ -234,6 +234,8 @@ class Runner:
         """
         if features not in self._sizes:
             self._sizes[features] = 0.0, 0.0
+            if self.refusal:
+                return self._sizes[features]
             rows = 2
             try:
                 state = self._tracer.state(rows, features)
@@ -390,7 +392,7 @@ class Runner:
         most = 1 if self.refusal else MOST_READ
         return read_clues(
             self._batched if small else self.single,
-            RoundingBounds(self._tracer),
+            self.judge.bounds,
             [*general_cases(shape), *twice, *list(shown.values())[:most]],
             [each.law for each in broken],
         )

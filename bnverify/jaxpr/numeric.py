@@ -35,6 +35,7 @@ from bnverify.jaxpr.elementwise import (
 )
 from bnverify.jaxpr.interpreter import open_jaxpr
 from bnverify.jaxpr.products import dot_general
+from bnverify.jaxpr.values import is_float, is_key
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Inputs = Sequence[Array]
@@ -128,14 +129,14 @@ def hold(value: Any) -> Array:
         NotImplementedError: its dtype is complex, or an integer of less than 8 bits.
     """
     dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
-    if jnp.issubdtype(dtype, jax.dtypes.extended):
+    if is_key(dtype):
         return np.asarray(jax.random.key_data(value))[None, None]
     return np.asarray(value).astype(held_dtype(dtype), copy=False)[None, None]
 
 
 def release(array: Array, aval: Any) -> Any:
     """Return an array that this module holds as JAX has it, in ``aval.dtype``."""
-    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+    if is_key(aval.dtype):
         tag = str(aval.dtype).removeprefix("key<").removesuffix(">")
         return jax.random.wrap_key_data(jnp.asarray(array), impl=_KEY_TYPES[tag])
     return jnp.asarray(array.astype(aval.dtype))
@@ -151,9 +152,9 @@ def held_dtype(dtype: Any) -> np.dtype[Any]:
     Raises:
         NotImplementedError: the dtype is complex, or an integer of less than 8 bits.
     """
-    if jnp.issubdtype(dtype, jax.dtypes.extended):
+    if is_key(dtype):
         return np.dtype(np.uint32)
-    if jnp.issubdtype(dtype, jnp.floating):
+    if is_float(dtype):
         return np.dtype(np.float64)
     numpy_dtype: np.dtype[Any] = np.dtype(dtype)
     if numpy_dtype.kind in "biu":
