@@ -6,28 +6,16 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from bnverify.families import Family
 from bnverify.laws.arithmetic import wide, xp
 from bnverify.transition import Transition
 
-Family: TypeAlias = Literal[
-    "structure",
-    "influence",
-    "statistics",
-    "update",
-    "evaluation",
-    "metamorphic",
-    "life",
-    "parallel",
-]
 Kind: TypeAlias = Literal["structure", "residual", "witness", "life", "parallel"]
 Check: TypeAlias = Callable[[Transition], Any]
-
-FAMILIES: tuple[Family, ...] = get_args(Family)
-"""In the order of reports."""
 
 
 def _more_than_one_transition(t: Transition) -> Any:

@@ -8,20 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from bnverify.families import FAMILIES
+
 if TYPE_CHECKING:
     from bnverify.testing.known_failures import KnownFailure
-
-FAMILIES = (
-    "structure",
-    "influence",
-    "statistics",
-    "update",
-    "evaluation",
-    "metamorphic",
-    "life",
-    "parallel",
-)
-"""Those of ``bnverify.laws``, which takes longer to import than a run that has no suite should."""
 
 STALE = pytest.StashKey[list[str]]()
 ENTRIES = pytest.StashKey["tuple[KnownFailure, ...]"]()
