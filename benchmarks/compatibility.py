@@ -16,7 +16,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 from bnverify.upgrade.compare import Comparison, compare
 from bnverify.upgrade.difference import KINDS
 from bnverify.upgrade.environments import Environment, Workspace, parse, resolve, workspace
@@ -83,7 +83,7 @@ def recorded(recordings: Recordings, environment: Environment) -> Recording | st
     """Return the recording in an environment, or why there is none."""
     try:
         return recordings.record(environment)
-    except Unusable as error:
+    except UsageError as error:
         return str(error)
 
 
@@ -93,7 +93,7 @@ def cell(recordings: Recordings, before: Recording | str, environment: Environme
         return "unavailable with the older"
     try:
         return described(compare(before, recordings.replay(environment, before)))
-    except Unusable as error:
+    except UsageError as error:
         print(error, file=sys.stderr)
         return "could not be recorded"
 

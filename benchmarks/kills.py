@@ -14,10 +14,10 @@ import sys
 import time
 
 from bnverify.check import Check
+from bnverify.errors import first_line
 from bnverify.mutants import MUTANTS, Mutant
 from bnverify.profile import PROFILES
 from bnverify.shard import Shard
-from bnverify.unusable import first_line
 
 
 def survived(mutant: Mutant, profile: str, seeds: range) -> list[int]:

@@ -351,8 +351,8 @@ FAULTS = (
     Fault(
         "a_missing_shard_is_not_missed",
         "bnverify/merge.py",
-        'if missing:\n        raise Unusable(f"missing: shard',
-        'if missing and False:\n        raise Unusable(f"missing: shard',
+        'if missing:\n        raise UsageError(f"missing: shard',
+        'if missing and False:\n        raise UsageError(f"missing: shard',
         ("tests/test_merge.py",),
     ),
     Fault(

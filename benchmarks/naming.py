@@ -25,8 +25,8 @@ from typing import Any
 
 from bnverify.check import Check
 from bnverify.diagnose import Known, causes, known_of
+from bnverify.errors import first_line
 from bnverify.mutants import MUTANTS, Mutant
-from bnverify.unusable import first_line
 
 RECORDED = Path(__file__).with_name("naming.jsonl")
 REQUIRED = 0.9

@@ -85,7 +85,7 @@ def one_shape(shape: tuple[int, int], block: int, seconds: float) -> None:
         "check": rate(lambda: runner.residuals(cases), block, seconds),
     }
     laws = runner.affordable(shape)
-    needs = {need for law in laws for need in law.needs}
+    needs = {need for law in laws for need in law.observes}
     steps = 1 + sum(need.startswith("step:") for need in needs)
     evaluations = 1 + sum(need.startswith("eval:") for need in needs) + shape[0]  # each row alone
     print(f"shape {shape}, {len(laws)} laws, blocks of {block}")

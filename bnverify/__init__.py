@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bnverify.evidence import Report as Report
     from bnverify.evidence import Violation as Violation
     from bnverify.lifetime.check import check_life as check_life
-    from bnverify.lifetime.checkpoint import Lived as Lived
+    from bnverify.lifetime.checkpoint import CheckpointedSubject as CheckpointedSubject
     from bnverify.lifetime.life import Life as Life
     from bnverify.lifetime.machine import life as life
     from bnverify.parallel.check import check_parallel as check_parallel
@@ -49,7 +49,7 @@ _HOME = {
     "InvalidCase": "case",
     "LayerInput": "subject",
     "Life": "lifetime.life",
-    "Lived": "lifetime.checkpoint",
+    "CheckpointedSubject": "lifetime.checkpoint",
     "Parallel": "parallel.subject",
     "Profile": "profile",
     "Report": "evidence",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from bnverify import deadline, target
 from bnverify.profile import PROFILES
-from bnverify.show.formats import FORMATS, Output, parse
+from bnverify.report.formats import FORMATS, Output, parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,7 +121,7 @@ def settle(args: argparse.Namespace, *, file: str | None = None) -> Policy:
         file: which file; None: the current directory's bnverify.toml or pyproject.toml, if any.
 
     Raises:
-        Unusable: the file cannot be used.
+        UsageError: the file cannot be used.
     """
     from bnverify.upgrade import policy
 
@@ -140,7 +140,7 @@ def outputs(args: argparse.Namespace) -> list[Output]:
     """Return where the report goes in which format.
 
     Raises:
-        Unusable: a format is unknown, a file cannot be written, or two are for standard output.
+        UsageError: a format is unknown, a file cannot be written, or two are for standard output.
     """
     return parse(args.format, output=args.output, json=args.json)
 

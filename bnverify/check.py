@@ -17,10 +17,11 @@ from bnverify import compile_cache, deadline, proof
 from bnverify.case import Case
 from bnverify.clues import tree_clues
 from bnverify.diagnose import diagnosed
+from bnverify.errors import UsageError, did_you_mean
 from bnverify.evidence import READ_ONLY, Counterexample, Evidence, Report, Violation
 from bnverify.laws import FAMILIES, LAWS, STEP_LAWS, Law
 from bnverify.lifetime.check import Lives
-from bnverify.lifetime.checkpoint import Lived, subject_of
+from bnverify.lifetime.checkpoint import CheckpointedSubject, subject_of
 from bnverify.lifetime.life import Life
 from bnverify.parallel import check as devices
 from bnverify.parallel.subject import Parallel
@@ -30,7 +31,6 @@ from bnverify.remarks import remarks
 from bnverify.runs import Run, Runner, never, too_far
 from bnverify.subject import Subject
 from bnverify.target import Target
-from bnverify.unusable import Unusable, did_you_mean
 
 STOPPED = "stopped at a violation"
 
@@ -101,13 +101,13 @@ def choose(
             selected to be answered.
 
     Raises:
-        Unusable: naming what is neither a law nor a family.
+        UsageError: naming what is neither a law nor a family.
     """
     select, ignore = ([n] if isinstance(n, str) else n for n in (select, ignore))
     for name in (*select, *ignore):
         if name not in LAWS and name not in FAMILIES:
             close = did_you_mean(name, (*LAWS, *FAMILIES)) or "; see `bnverify list`"
-            raise Unusable(f"no law or family is named {name!r}{close}")
+            raise UsageError(f"no law or family is named {name!r}{close}")
     chosen = set(select) or {each for each in FAMILIES if each != "parallel" or parallel}
     return [
         name
@@ -120,7 +120,7 @@ def guarded(what: Target, seconds: float) -> Target:
     """Return ``what`` with a limit on each call of its step's functions; see ``deadline.guard``."""
     if isinstance(what, Parallel):
         return replace(what, single=deadline.guard(what.single, seconds))
-    if isinstance(what, Lived):
+    if isinstance(what, CheckpointedSubject):
         return replace(what, subject=deadline.guard(what.subject, seconds))
     return deadline.guard(what, seconds)
 
@@ -219,10 +219,10 @@ class Check:
             listener: told of progress.
 
         Raises:
-            Unusable: the seed is no whole number of at least 0.
+            UsageError: the seed is no whole number of at least 0.
         """
         if not hasattr(seed, "__index__") or seed < 0:
-            raise Unusable(f"seed must be a whole number, at least 0, got {seed!r}")
+            raise UsageError(f"seed must be a whole number, at least 0, got {seed!r}")
         started = time.perf_counter()
         tell: Listener = listener or (lambda event: None)
         tell(Started(self._what.name, tuple(self._chosen)))
@@ -308,7 +308,7 @@ class Check:
         known = {each.law for each in self._proved if not _missing_flow(each)}
         running = [law for law in self._laws if law.name not in known]
         reading, probe = self._reading, self._reading.probe
-        probed = [law for law in running if probe is not None and "opt_state" in law.requires]
+        probed = [law for law in running if probe is not None and "opt_state" in law.capabilities]
         own = [law for law in running if law not in probed]
         runners = [
             Runner(
@@ -368,7 +368,7 @@ def verify(
     """Hold a training step to the laws and return what is known about each.
 
     Args:
-        what: a Subject; a Lived, with its own way to save and restore; or a Parallel, whose
+        what: a Subject; a CheckpointedSubject, with its own way to save and restore; or a Parallel, whose
             single-device step is held to the laws, too.
         profile: how much to do: "quick", "ci", "nightly" or a Profile.
         seed: from which all cases are drawn; the same seed gives the same report.
@@ -401,15 +401,15 @@ def replay(what: Target, case: Case, law: str) -> float | None:
 
     Raises:
         Violation: the case breaks the law.
-        Unusable: no law has that name.
+        UsageError: no law has that name.
     """
     if law not in LAWS:
-        raise Unusable(f"no law is named {law!r}{did_you_mean(law, LAWS)}")
+        raise UsageError(f"no law is named {law!r}{did_you_mean(law, LAWS)}")
     if isinstance(what, Parallel) and LAWS[law].family == "parallel":
         residual = devices.replay(what, case, law)
         return None if residual < 0 else residual
     if law not in STEP_LAWS:
-        raise Unusable(f"{law} is not about one step: no single case shows it")
+        raise UsageError(f"{law} is not about one step: no single case shows it")
     subject, claim = subject_of(what), LAWS[law]
     reading = proof.read(subject)
     if claim.kind == "structure":

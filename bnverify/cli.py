@@ -19,7 +19,7 @@ from pkgutil import iter_modules
 from typing import Any, NoReturn
 
 from bnverify import __version__, commands
-from bnverify.unusable import Unusable, first_line
+from bnverify.errors import UsageError, first_line
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 UNREAD = 141  # 128 + SIGPIPE
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
-        raise Unusable(f"{message} (see {self.prog} --help)")
+        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 class PrintCompletion(argparse.Action):
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         status: int = args.run(args)
         sys.stdout.flush()
-    except Unusable as error:
+    except UsageError as error:
         return _say(f"bnverify: {error}", 2)
     except KeyboardInterrupt:
         return _say("bnverify: interrupted", INTERRUPTED)

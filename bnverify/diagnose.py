@@ -127,7 +127,7 @@ def _only_cause(law: str) -> Rule:
 RULES: tuple[Rule, ...] = (
     # What a look at the program shows: each of these laws is about one mistake, and the other laws
     # that the mistake breaks would lead to another one.
-    *(_only_cause(law.name) for law in LAWS.values() if "look" in law.requires),
+    *(_only_cause(law.name) for law in LAWS.values() if "look" in law.capabilities),
     _only_cause("unlike_rows_have_a_variance"),
     # What the trees look like.
     Rule(

@@ -359,7 +359,7 @@ class Report:
     def _repr_html_(self) -> str:
         """Return the report as a notebook shows it."""
         # By name: data is below what draws it, and a notebook finds the drawing by this method alone.
-        drawn: str = import_module("bnverify.show.html").fragment(self)
+        drawn: str = import_module("bnverify.report.html").fragment(self)
         return drawn
 
     def __str__(self) -> str:

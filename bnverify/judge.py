@@ -184,7 +184,7 @@ class Judge:
             t: the transitions, without rounding.
             laws: which laws.
         """
-        laws = [law for law in laws if not FALLIBLE & set(law.needs) - set(t.facts)]
+        laws = [law for law in laws if not FALLIBLE & set(law.observes) - set(t.facts)]
         t = self._with_facts(t, laws)
         found = {}
         for law in laws:
@@ -208,7 +208,7 @@ class Judge:
 
     def _with_facts(self, t: Transition, laws: Collection[Law]) -> Transition:
         """Return stacked transitions with what the laws need of the traced step and the subject."""
-        needs = {need for law in laws for need in law.needs}
+        needs = {need for law in laws for need in law.observes}
         facts = {**t.facts, **self._facts}
         if not needs.isdisjoint(READ_NEEDS):
             also = [name for need, name in READ.items() if need in needs and name is not None]
@@ -228,7 +228,7 @@ class Judge:
 
 def judged(laws: Iterable[Law], available: Collection[str]) -> list[Law]:
     """Return the laws with a residual whose needs are all ``available``."""
-    return [law for law in laws if law.kind != "structure" and set(law.needs) <= set(available)]
+    return [law for law in laws if law.kind != "structure" and set(law.observes) <= set(available)]
 
 
 def _static_facts(subject: Any, abstract: Transition) -> Mapping[str, Any]:

@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from bnverify.diagnose import diagnosed
+from bnverify.errors import UsageError
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import STEP_LAWS
 from bnverify.mutants.audit import Audit, Finding
 from bnverify.mutants.users_tests import TestsAudit, TestsFinding
 from bnverify.shard import Shard
-from bnverify.unusable import Unusable
 
 Part: TypeAlias = Mapping[str, Any]
 Merged: TypeAlias = Report | Audit | TestsAudit
@@ -32,13 +32,13 @@ def merge(texts: Mapping[str, str]) -> Merged:
         texts: file name -> what ``--json`` wrote there, all shards of one ``check`` or ``audit``.
 
     Raises:
-        Unusable: in one line, which files are no shards, or not all those of one piece of work.
+        UsageError: in one line, which files are no shards, or not all those of one piece of work.
     """
     parts = {name: _read(name, text) for name, text in texts.items()}
     ordered = _in_order(parts)
     kinds = {_kind(part) for part in ordered}
     if len(kinds) > 1:
-        raise Unusable(f"shards of different work: {' and '.join(sorted(kinds))}")
+        raise UsageError(f"shards of different work: {' and '.join(sorted(kinds))}")
     for field in SAME:
         _same(field, parts)
     if "results" in ordered[0]:
@@ -52,11 +52,11 @@ def _read(name: str, text: str) -> Part:
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise Unusable(f"{name} is not JSON: {error}") from None
+        raise UsageError(f"{name} is not JSON: {error}") from None
     if not isinstance(data, dict) or not {"results", "findings"} & set(data):
-        raise Unusable(f"{name} was not written by `bnverify check` or `bnverify audit`")
+        raise UsageError(f"{name} was not written by `bnverify check` or `bnverify audit`")
     if "shard" not in data or "of" not in data:
-        raise Unusable(f"{name} is no shard: it was written without --shard K/N")
+        raise UsageError(f"{name} is no shard: it was written without --shard K/N")
     return data
 
 
@@ -67,13 +67,13 @@ def _in_order(parts: Mapping[str, Part]) -> list[Part]:
     (first, one), *_ = shards.items()
     for name, shard in shards.items():
         if shard.count != one.count:
-            raise Unusable(f"{first} is shard {one}, {name} is {shard}: not of the same work")
+            raise UsageError(f"{first} is shard {one}, {name} is {shard}: not of the same work")
         if shard.index in found:
-            raise Unusable(f"{found[shard.index]} and {name} are both shard {shard}")
+            raise UsageError(f"{found[shard.index]} and {name} are both shard {shard}")
         found[shard.index] = name
     missing = [f"{k}/{one.count}" for k in range(1, one.count + 1) if k not in found]
     if missing:
-        raise Unusable(f"missing: shard {', '.join(missing)}")
+        raise UsageError(f"missing: shard {', '.join(missing)}")
     return [parts[found[index]] for index in sorted(found)]
 
 
@@ -92,8 +92,8 @@ def _same(field: str, parts: Mapping[str, Part]) -> None:
                 field = next(key for key in {**here, **there} if here.get(key) != there.get(key))
                 here, there = here.get(field), there.get(field)
             if field == "of":
-                raise Unusable(f"{first} and {name} are parts of different selections")
-            raise Unusable(f"{first} and {name} differ in {field}: {here} and {there}")
+                raise UsageError(f"{first} and {name} are parts of different selections")
+            raise UsageError(f"{first} and {name} differ in {field}: {here} and {there}")
 
 
 def _whole(parts: Sequence[Part], field: str, key: str) -> list[Any]:
@@ -102,7 +102,7 @@ def _whole(parts: Sequence[Part], field: str, key: str) -> list[Any]:
     names = parts[0]["of"]
     missing = [name for name in names if name not in found]
     if missing:
-        raise Unusable(f"no shard says anything of {missing[0]}")
+        raise UsageError(f"no shard says anything of {missing[0]}")
     return [found[name] for name in names]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from bnverify import compat
 from bnverify.case import Case
+from bnverify.errors import first_line
 from bnverify.jaxpr.tracing import Abstract, Program, Tracer, as_function
 from bnverify.lazy import jax, jnp
 from bnverify.pytree import form, signature, stack, take
@@ -31,7 +32,6 @@ from bnverify.reruns import (
 )
 from bnverify.subject import State, Subject, Tree
 from bnverify.transition import Outcome, Transition
-from bnverify.unusable import first_line
 
 How: TypeAlias = Literal["vmap", "jit", "eager"]
 

@@ -190,7 +190,7 @@ def exemption(law: Law, subject: Subject, capabilities: Collection[str]) -> str 
     """
     if law.name in subject.exempt:
         return subject.exempt[law.name]
-    for required in law.requires:
+    for required in law.capabilities:
         if required not in capabilities:
             return MISSING_CAPABILITY[required]
     return None
@@ -226,7 +226,7 @@ def capabilities(subject: Subject, abstract: Transition, probe: object = None) -
         shown.add("opt_state")
     if is_plain_sgd(subject, abstract):
         shown.add("plain_sgd")
-    return frozenset(shown | set(subject.shows))
+    return frozenset(shown | set(subject.capabilities))
 
 
 def is_plain_sgd(subject: Subject, abstract: Transition) -> bool:
@@ -276,9 +276,9 @@ def asked(optimizer: Any, params: Any, gradients: Collection[float], lr: float) 
 def judge_structure(law: Law, reading: Reading) -> Evidence:
     """Return the evidence for a law of structure from the traces."""
     traced, note = reading.traced, ""
-    if "look" in law.needs and traced is not None:
+    if "look" in law.observes and traced is not None:
         return _judge_look(law, traced.abstract._replace(facts={"look": traced.subject.look}))
-    if "opt_state" in law.requires and reading.probe is not None:
+    if "opt_state" in law.capabilities and reading.probe is not None:
         traced, note = reading.probe, f", {PROBED}"
     if traced is None:
         if reading.ran is None:
@@ -330,24 +330,25 @@ def prove_influence(law: Law, reading: Reading) -> Evidence | None:
     flows = reading.influence
     if flows is None or not flows.proved:
         return None
-    if law.hands_on:
+    if law.returns_unchanged:
         return _prove_handed_on(law, flows)
-    if not law.forbids:
+    if not law.must_not_reach:
         return None
-    absent = [output for output, _ in law.forbids if output not in flows.matrix]
+    absent = [output for output, _ in law.must_not_reach if output not in flows.matrix]
     if absent or forbidden(law, flows):
         return None
     return Evidence(
         law.name,
         law.family,
         "proved",
-        reason=f"all values, {flows.scope}: " + ", ".join(f"no {i} -> {o}" for o, i in law.forbids),
+        reason=f"all values, {flows.scope}: "
+        + ", ".join(f"no {i} -> {o}" for o, i in law.must_not_reach),
     )
 
 
 def _prove_handed_on(law: Law, flows: Influence) -> Evidence | None:
     """Return a proof that the very values of some trees are handed on, or None where there is none."""
-    named = dict(law.hands_on)
+    named = dict(law.returns_unchanged)
     leaves = [leaf for leaf in flows.leaves if leaf.split("/", 1)[0] in named]
     for leaf in leaves:
         tree, _, path = leaf.partition("/")
@@ -373,10 +374,10 @@ def prove_missing(law: Law, reading: Reading) -> Evidence | None:
         return None
     missing = [
         (output, source)
-        for output, source in law.demands
+        for output, source in law.must_reach
         if output in flows.matrix and source not in flows.matrix[output]
     ]
-    kept = [tree for tree in law.moves if _handed_back(tree, flows)]
+    kept = [tree for tree in law.must_change if _handed_back(tree, flows)]
     if not missing and not kept:
         return None
     said = [f"{source} cannot change {output}" for output, source in missing]
@@ -398,7 +399,7 @@ def forbidden(law: Law, flows: Influence) -> list[tuple[str, str]]:
     """
     return [
         (output, source)
-        for output, source in law.forbids
+        for output, source in law.must_not_reach
         if source in flows.matrix.get(output, frozenset())
     ]
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from bnverify import shrink
 from bnverify.case import Case, Domain
 from bnverify.clues import Clues, general_cases, read_clues
+from bnverify.errors import first_line
 from bnverify.evidence import Counterexample, Evidence, Status
 from bnverify.jaxpr.arithmetic import numbers, operations
 from bnverify.jaxpr.tracing import Tracer
@@ -32,7 +33,6 @@ from bnverify.pytree import stack, take
 from bnverify.shapes import TINY_SHAPES, Shape, shape_pool, tiny_shapes
 from bnverify.stacks import stacked_cases
 from bnverify.transition import Transition
-from bnverify.unusable import first_line
 
 Tell = Callable[[str, int], None]
 """Told what is being done and how many cases were run so far."""
@@ -215,7 +215,7 @@ class Runner:
         self.single = CompiledSubject(subject, alone, tracer=tracer)
         self._sizes: dict[int, tuple[float, float]] = {}
         # A function that is init, one step and evaluate in one call is compared with a first step.
-        first = bool(laws) and all("solution" in law.needs for law in laws)
+        first = bool(laws) and all("solution" in law.observes for law in laws)
         self.domain = Domain(max_warmup=0) if first else Domain()
 
     # Sizes: how many cases, of which shapes.
@@ -273,7 +273,7 @@ class Runner:
         if not self.laws:
             return 0
         shapes = {*self.tiny(), *self.further(seed)[0]}
-        return len(shapes) + any(SINGLE.intersection(law.needs) for law in self.laws)
+        return len(shapes) + any(SINGLE.intersection(law.observes) for law in self.laws)
 
     def _most_rows(self, features: int) -> int:
         per_row, _ = self._size(features)
@@ -315,7 +315,7 @@ class Runner:
         return [
             law
             for law in judged(self.laws, self.available)
-            if doubled or "step:doubled_batch" not in law.needs
+            if doubled or "step:doubled_batch" not in law.observes
         ]
 
     def residuals(self, cases: Case) -> Residuals:
@@ -324,7 +324,7 @@ class Runner:
 
     def judged(self, cases: Case, laws: Collection[Law]) -> Residuals:
         """Return law name -> residuals, (K,), of stacked cases."""
-        needs = {need for law in laws for need in law.needs}
+        needs = {need for law in laws for need in law.observes}
         return self.judge.residuals(observe(self._batched, cases, needs), laws)
 
     def unstack(self, error: Exception) -> None:
@@ -344,7 +344,7 @@ class Runner:
         return (judge or self.judge).residuals(self._observed_singly(cases, laws), laws)
 
     def _observed_singly(self, cases: Case, laws: Iterable[Law]) -> Transition:
-        needs = {need for law in laws for need in law.needs}
+        needs = {need for law in laws for need in law.observes}
         return observe_singly(self.single, cases, needs, batched=self._batched)
 
     def mismatch(self, law: Law, case: Case) -> Mismatch | None:
@@ -358,7 +358,7 @@ class Runner:
         cases, bred from the worst, one finds the first reading's luck.
         """
         judges = [self.judge]
-        if "noise" in law.needs and worst < shrink.CLEAR:
+        if "noise" in law.observes and worst < shrink.CLEAR:
             judges.append(self._second)
         return all(
             self.singly(stack([case]), [law], judge).get(law.name, np.full(1, -1.0))[0] > 1
@@ -383,7 +383,7 @@ class Runner:
         twice = [
             general_cases((2 * rows, features))[0]
             for each in broken
-            if each.shape is not None and "step:doubled_batch" in LAWS[each.law].needs
+            if each.shape is not None and "step:doubled_batch" in LAWS[each.law].observes
             for rows, features in [each.shape]
         ]
         several = [shape for shape in self.further(seed)[0] if shape[0] > 2]
@@ -517,21 +517,21 @@ class Run:
         Uncompiled, and by the subject's one-call function, as few as the plan says: they compile
         operation by operation.
         """
-        laws = [law for law in self._runner.laws if SINGLE.intersection(law.needs)]
+        laws = [law for law in self._runner.laws if SINGLE.intersection(law.observes)]
         if self._enough or not self._plan.examples or not laws:
             return
         self._tell("cases one at a time", self.cases)
         cases = shrink.draw([shape], self._domain, self._plan.examples, self._seed)
         ranked = shrink.rich(cases)
-        compiled = [law for law in laws if not {"eager", "solution"}.intersection(law.needs)]
+        compiled = [law for law in laws if not {"eager", "solution"}.intersection(law.observes)]
         self._singly([cases[index] for index in ranked[:SINGLES]], compiled)
-        eager = [law for law in laws if "eager" in law.needs]
+        eager = [law for law in laws if "eager" in law.observes]
         self._singly([cases[index] for index in ranked[: self._plan.eager]], eager)
         if self._runner.subject.solution is not None:
             # What it gives is compared where one step is all there is.
             first = [cases[index]._replace(warmup=np.int32(0)) for index in ranked[: 1 + LONG]]
             long = [case._replace(seed=LONG_SEED) for case in first[1:]]
-            self._singly([*first[:1], *long], [law for law in laws if "solution" in law.needs])
+            self._singly([*first[:1], *long], [law for law in laws if "solution" in law.observes])
 
     def _singly(self, cases: list[Case], laws: list[Law]) -> None:
         if not cases or not laws:
@@ -560,7 +560,7 @@ class Run:
                     "what it compares differs in structure or shape: a law of structure says how"
                 )
             elif status == "untriggered":
-                reason = next((refused[need] for need in law.needs if need in refused), reason)
+                reason = next((refused[need] for need in law.observes if need in refused), reason)
             violated = status == "violated"
             mismatch = None
             if violated and law.kind == "residual" and case is not None:

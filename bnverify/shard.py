@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 
 T = TypeVar("T")
 
@@ -30,11 +30,11 @@ class Shard:
         """Return the shard written as ``K/N``.
 
         Raises:
-            Unusable: it is not so written, or K is not in 1 to N.
+            UsageError: it is not so written, or K is not in 1 to N.
         """
         match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise Unusable(f"a shard is K/N with K in 1 to N, got {text!r}")
+            raise UsageError(f"a shard is K/N with K in 1 to N, got {text!r}")
         return cls(int(match[1]), int(match[2]))
 
     def take(self, items: Sequence[T]) -> list[T]:

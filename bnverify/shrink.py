@@ -88,7 +88,7 @@ def simplify(
     candidates: Sequence[Case | None]
     if law in runner.affordable(tally.case.shape) and runner.stacks:
         candidates = [_simplest(runner, tally, others)]
-    elif {"eager", "solution"}.intersection(law.needs):
+    elif {"eager", "solution"}.intersection(law.observes):
         candidates = _plainer(tally.case, shapes)
     else:
         candidates = [_found(shapes, runner, law, seed)]

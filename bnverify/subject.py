@@ -197,7 +197,7 @@ class Subject:
         solution: ``(seed: float, x, y, lr: float) -> (1,)``: init, one step and evaluation in
             one call, where the subject has such a function.
         oracle: a module like ``bnverify.oracle``: an independent derivation in float64.
-        shows: which further claims laws may rest on: "lr" (the step scales its update by lr),
+        capabilities: which further claims laws may rest on: "lr" (the step scales its update by lr),
             "row_losses" (the eval loss is a mean over rows), "eval_is_training_loss" (both
             modes compute one loss).
         notes: what a report should say of the subject besides the laws, one line each.
@@ -222,7 +222,7 @@ class Subject:
     biases_before_norm: tuple[str, ...] = ()
     solution: Callable[..., Tree] | None = None
     oracle: Any = None
-    shows: frozenset[str] = frozenset({"lr", "row_losses", "eval_is_training_loss"})
+    capabilities: frozenset[str] = frozenset({"lr", "row_losses", "eval_is_training_loss"})
     notes: tuple[str, ...] = ()
     hints: Mapping[str, str] = field(default_factory=dict, repr=False)
     row_weights: Callable[..., Tree] | None = None

@@ -16,22 +16,22 @@ from typing import Any, TypeAlias, TypeVar
 
 from bnverify import deadline, flax_module, probe
 from bnverify.adapters import explain
-from bnverify.lifetime.checkpoint import Lived, subject_of
+from bnverify.errors import UsageError, did_you_mean, first_line
+from bnverify.lifetime.checkpoint import CheckpointedSubject, subject_of
 from bnverify.neighbours import importable
 from bnverify.parallel.subject import Parallel
 from bnverify.subject import Subject
-from bnverify.unusable import Unusable, did_you_mean, first_line
 
 T = TypeVar("T")
 
-Target: TypeAlias = Subject | Lived | Parallel
+Target: TypeAlias = Subject | CheckpointedSubject | Parallel
 """What can be verified."""
 
 REFERENCE = "bnverify.reference:sgd"
 SOLUTION = ("seed", "x_batch", "y_batch", "lr")
 
 
-class TargetError(Unusable):
+class TargetError(UsageError):
     """A target that cannot be verified: what is wrong with it, in one line."""
 
 
@@ -40,7 +40,7 @@ def load(target: str, *, time_limit: float = deadline.DEFAULT) -> Target:
 
     Args:
         target: ``package.module:name`` or ``path/file.py:name``. What it names is a Subject, a
-            Lived or a Parallel, a function without arguments that makes one, or a function with
+            CheckpointedSubject or a Parallel, a function without arguments that makes one, or a function with
             the signature of the reference, ``(seed, x_batch, y_batch, lr)``. A file may import
             its neighbours.
         time_limit: how many seconds importing it, making the subject and tracing each of its
@@ -167,7 +167,7 @@ def _running_user_code(source: str, run: Callable[[], T]) -> T:
     """Return ``run()``; whatever it raises becomes a TargetError with the user's line."""
     try:
         return run()
-    except Unusable as error:  # an adapter has explained it already
+    except UsageError as error:  # an adapter has explained it already
         line = "" if isinstance(error, explain.SubjectError) else user_line(error)
         raise TargetError(f"{error}{line}") from None
     except SystemExit as error:

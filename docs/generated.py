@@ -42,7 +42,7 @@ API = {
     "Subject State StepInfo LayerInput",
     "Checking it": "verify suite replay Profile Case Domain InvalidCase",
     "What a check returns": "Report Evidence Violation TargetError",
-    "The life of a state": "Lived check_life life Life",
+    "The life of a state": "CheckpointedSubject check_life life Life",
     "Many devices": "Parallel check_parallel",
     "The reference": "train_step",
 }
@@ -88,18 +88,18 @@ def _law_index() -> str:
 
 def _law(law: Law) -> str:
     how = HOW[law.kind]
-    if law.forbids:
+    if law.must_not_reach:
         how = f"proved where the traced step has no such flow, else {how}"
     facts = [
         ("Family", f"[{law.family}](index.md#{law.family})"),
         ("Checked", f"{how[0].upper()}{how[1:]}."),
         ("Tolerance", _tolerance(law)),
     ]
-    if law.forbids:
-        flows = ", ".join(f"`{source}` to `{output}`" for output, source in law.forbids)
+    if law.must_not_reach:
+        flows = ", ".join(f"`{source}` to `{output}`" for output, source in law.must_not_reach)
         facts.append(("Must not flow", flows))
-    if law.requires:
-        named = ", ".join(f"`{name}`" for name in law.requires)
+    if law.capabilities:
+        named = ", ".join(f"`{name}`" for name in law.capabilities)
         facts.append(("Needs", f"a subject that shows {named}; for others the law is exempt"))
     facts.append(("Source", _prose(law.source)))
     lines = [f"{WIDE}# {law.name}", "", f"**{_prose(law.claim)}**", ""]
@@ -117,12 +117,12 @@ def _law(law: Law) -> str:
 def _tolerance(law: Law) -> str:
     """Return what a law allows, in a sentence or two."""
     noise = "[rounding noise](../rounding.md)"
-    beyond = f" beyond the step's {noise}" if "noise" in law.needs else ""
+    beyond = f" beyond the step's {noise}" if "noise" in law.observes else ""
     more = " The derivation says how much of it." if law.derivation else ""
     rules = (
         (law.kind == "structure", "None: trees, shapes and dtypes are compared, no values."),
         (law.kind == "witness", f"One case that shows a change{beyond} is enough."),
-        ("noise" in law.needs, f"The step's own {noise} for each case.{more}"),
+        ("noise" in law.observes, f"The step's own {noise} for each case.{more}"),
         (
             law.kind == "parallel" and "bit" not in law.name,
             f"The {noise} of the step on one device.",

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import Phase, errors, find, settings
 from hypothesis import strategies as st
 
+from bnverify.errors import UsageError
 from bnverify.laws import STEP_LAWS, Law
 from bnverify.target import load
-from bnverify.unusable import Unusable
 
 # jax is loaded when the first property runs, not when they are collected.
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Step:
         from bnverify.runs import Runner
 
         reading = self._reading
-        probed = reading.probe is not None and "opt_state" in law.requires
+        probed = reading.probe is not None and "opt_state" in law.capabilities
         if probed not in self._runners:
             traced = reading.probe if probed else reading.traced
             assert traced is not None
@@ -168,9 +168,9 @@ class Step:
         from bnverify.pytree import stack
 
         runner = self._runner(law)
-        if "eager" in law.needs:  # operation by operation: one is enough
+        if "eager" in law.observes:  # operation by operation: one is enough
             cases = cases[:1]
-        run = runner.singly if SINGLE.intersection(law.needs) else runner.judged
+        run = runner.singly if SINGLE.intersection(law.observes) else runner.judged
         return run(stack(cases), [law])[law.name]
 
     def _violated(self, law: str, reason: str, case: Case | None = None) -> None:
@@ -236,5 +236,5 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if target in STEPS and not session.config.option.collectonly:
         try:
             STEPS[target].subject  # noqa: B018 - it is made here, once
-        except Unusable as error:
+        except UsageError as error:
             raise pytest.UsageError(str(error)) from None

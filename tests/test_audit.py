@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from bnverify import cli, reference
+from bnverify.errors import UsageError
 from bnverify.mistakes import MISTAKES
 from bnverify.mutants import MUTANTS, users_tests
 from bnverify.mutants.audit import Audit, Finding
 from bnverify.mutants.substitution import Order
 from bnverify.mutants.transplant import TRANSPLANTS, faulty, get, put
 from bnverify.mutants.users_tests import audit_tests
-from bnverify.show import formats
-from bnverify.show.audit import killers, matrix, show
-from bnverify.show.audit_picture import draw
-from bnverify.show.formats import FORMATS
-from bnverify.unusable import Unusable
+from bnverify.report import formats
+from bnverify.report.audit import killers, matrix, show
+from bnverify.report.audit_picture import draw
+from bnverify.report.formats import FORMATS
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "audited"
 STEP = "training:train_step"
@@ -185,7 +185,7 @@ def test_an_audit_comes_in_every_format(name: str) -> None:
 )
 def test_unusable_tests_are_refused(command: str, target: str, said: str) -> None:
     """Tests that fail by themselves, or meet no target, are refused in one line."""
-    with pytest.raises(Unusable, match=said):
+    with pytest.raises(UsageError, match=said):
         audit_tests(command, [target], [])
 
 

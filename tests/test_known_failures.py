@@ -9,11 +9,11 @@ import pytest
 
 # Loaded before any test runs: pytester forgets what is first imported inside it.
 from bnverify import check
+from bnverify.errors import UsageError
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import LAWS
 from bnverify.testing import known_failures
 from bnverify.testing.known_failures import KnownFailure
-from bnverify.unusable import Unusable
 
 pytest_plugins = ("pytester",)
 
@@ -218,14 +218,14 @@ def test_an_incomplete_file_is_refused(tmp_path: Path, name: str) -> None:
     text, message = REFUSED[name]
     path = tmp_path / "known.toml"
     path.write_text(text)
-    with pytest.raises(Unusable) as refusal:
+    with pytest.raises(UsageError) as refusal:
         known_failures.read(path)
     assert message in str(refusal.value)
 
 
 def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
     """So is one that cannot be read."""
-    with pytest.raises(Unusable, match="No such file"):
+    with pytest.raises(UsageError, match="No such file"):
         known_failures.read(tmp_path / "nowhere.toml")
 
 

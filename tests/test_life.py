@@ -26,8 +26,8 @@ from bnverify.evidence import Call, Counterexample, Evidence, Violation
 from bnverify.laws import LAWS
 from bnverify.lifetime import check
 from bnverify.lifetime.check import NAMES, Lives
-from bnverify.lifetime.checkpoint import ORBAX, WAYS, Lived, has_orbax, subject_of
-from bnverify.lifetime.fold import Fold
+from bnverify.lifetime.checkpoint import ORBAX, WAYS, CheckpointedSubject, has_orbax, subject_of
+from bnverify.lifetime.fold import EmaHistory
 from bnverify.lifetime.histories import drawn, scripted
 from bnverify.lifetime.life import Life, kinds_differ, suspect, values_differ
 from bnverify.mistakes import MISTAKES
@@ -48,13 +48,16 @@ ADAM = CompiledSubject(reference.adam(), "jit")
 
 
 def lives(
-    lived: Subject | Lived, plan: Profile, names: Collection[str] = NAMES, seed: int = 0
+    lived: Subject | CheckpointedSubject,
+    plan: Profile,
+    names: Collection[str] = NAMES,
+    seed: int = 0,
 ) -> dict[str, Evidence]:
     """Return what is known of the life of a subject, by law; one like ``ADAM`` is ``ADAM``."""
     calls = ADAM if subject_of(lived).name == ADAM.subject.name else None
     if calls is not None:
         shared = ADAM.subject
-        lived = replace(lived, subject=shared) if isinstance(lived, Lived) else shared
+        lived = replace(lived, subject=shared) if isinstance(lived, CheckpointedSubject) else shared
     found = Lives(lived, plan, names, calls=calls).run(seed)
     return dict(zip(names, found, strict=True))
 
@@ -143,7 +146,7 @@ lived = LIFE_FAULTS["statistics_not_saved"].make()
 def test_check_takes_a_step_with_its_own_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command line holds a Lived to the laws, and what it says to paste shows the violation."""
+    """The command line holds a CheckpointedSubject to the laws, and what it says to paste shows the violation."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "steps.py").write_text(TARGET)
     law = "a_checkpoint_keeps_every_value"
@@ -348,7 +351,7 @@ def step_of_adam(state: State, case: Case) -> State:
 
 def test_the_fold_allows_rounding_and_no_more() -> None:
     """After 100 steps the reference is within the bound, a thousandth off is far outside."""
-    state, fold = ADAM.single("init", ADAM.subject.init, 0, CASE.x), Fold()
+    state, fold = ADAM.single("init", ADAM.subject.init, 0, CASE.x), EmaHistory()
     assert fold.error(state).residual < 0
     for _ in range(100):
         fold = fold.after(state, CASE, step_of_adam)
@@ -367,7 +370,7 @@ def test_statistics_that_overflow_are_not_compared() -> None:
     """Where the expected value is not finite there is nothing to compare."""
     case = Case.of(0, np.full((2, 2), 1e25), [0, 1], 0)
     state = ADAM.single("init", ADAM.subject.init, 0, case.x)
-    fold = Fold().after(state, case, step_of_adam)
+    fold = EmaHistory().after(state, case, step_of_adam)
     new = step_of_adam(state, case)
     assert not bool(jnp.all(jnp.isfinite(new.batch_stats["BatchNorm_0"]["var"])))
     assert fold.error(new).residual <= 1

@@ -10,6 +10,7 @@ import pytest
 
 from bnverify.cli import main
 from bnverify.diagnose import diagnosed
+from bnverify.errors import UsageError
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import LAWS
 from bnverify.merge import merge
@@ -18,7 +19,6 @@ from bnverify.mutants import (
 )
 from bnverify.mutants.audit import Audit, Finding
 from bnverify.shard import Shard
-from bnverify.unusable import Unusable
 
 Shards = Callable[..., dict[str, str]]
 
@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
 def test_what_is_not_all_of_one_check_is_refused(name: str) -> None:
     """One line says which files, and why."""
     texts, message = REFUSED[name]
-    with pytest.raises(Unusable) as refusal:
+    with pytest.raises(UsageError) as refusal:
         merge(texts)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)

@@ -12,6 +12,7 @@ import bnverify
 from bnverify import reference
 from bnverify.check import choose
 from bnverify.cli import main
+from bnverify.errors import UsageError
 from bnverify.evidence import Evidence, Violation
 from bnverify.laws import LAWS
 from bnverify.mistakes import MISTAKES
@@ -19,7 +20,6 @@ from bnverify.mutants.parallel_faults import PARALLEL_FAULTS
 from bnverify.mutants.parallel_step import axis_name
 from bnverify.parallel.check import FLAG, NAMES, environment, find, on_devices, replay
 from bnverify.profile import named
-from bnverify.unusable import Unusable
 
 REFERENCE = "bnverify.mutants.parallel_step:reference"
 AXIS_NAME = "bnverify.mutants.parallel_step:axis_name"
@@ -114,7 +114,7 @@ def test_one_device_is_enough_for_vmap() -> None:
 
 def test_what_cannot_be_run_here_is_said() -> None:
     """A law that needs more devices than there are is refused by replay, not passed."""
-    with pytest.raises(Unusable, match="this process has 1 of the 4 devices"):
+    with pytest.raises(UsageError, match="this process has 1 of the 4 devices"):
         replay(axis_name(), CASE, "shard_map_equals_one_device")
 
 
@@ -191,7 +191,7 @@ def test_this_process_keeps_its_devices(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_other_targets_are_refused(target: str, refusal: str) -> None:
     """What names no Parallel is refused in one line."""
-    with pytest.raises(Unusable, match=refusal):
+    with pytest.raises(UsageError, match=refusal):
         find(target)
 
 

@@ -59,7 +59,7 @@ def test_every_law_is_bound() -> None:
     expected = {
         f"test_{law.name}": (f"test_{law.family}", [law.name])
         for law in STEP_LAWS.values()
-        if not {"look", "row_weights"}.intersection(law.requires)
+        if not {"look", "row_weights"}.intersection(law.capabilities)
     }
     assert bindings() == expected
 

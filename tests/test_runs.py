@@ -172,7 +172,7 @@ def test_the_reference_keeps_every_law(watched: Watched) -> None:
     left = [each for each in watched.report.results if each.status not in {"proved", "held"}]
     assert {each.status for each in left} == {"exempt"}
     for each in left:
-        assert {"look", "row_weights"}.intersection(LAWS[each.law].requires), each
+        assert {"look", "row_weights"}.intersection(LAWS[each.law].capabilities), each
 
 
 def test_events_arrive_in_order(watched: Watched) -> None:
@@ -198,7 +198,7 @@ def test_events_arrive_in_order(watched: Watched) -> None:
 
 def test_nothing_of_bnverifys_own_is_compiled() -> None:
     """XLA compiles the subject's functions, under the one name that observing gives them all."""
-    alone = [name for name, law in STEP_LAWS.items() if SINGLE.intersection(law.needs)]
+    alone = [name for name, law in STEP_LAWS.items() if SINGLE.intersection(law.observes)]
     with compilations() as names:
         report = verify(reference.adam(), FEW, ignore=[*alone, "life"])
     assert report.ok
@@ -208,7 +208,7 @@ def test_nothing_of_bnverifys_own_is_compiled() -> None:
 
 
 COMPARING = [
-    name for name, law in STEP_LAWS.items() if SINGLE.intersection(law.needs) or name == LAW
+    name for name, law in STEP_LAWS.items() if SINGLE.intersection(law.observes) or name == LAW
 ]
 
 

@@ -69,7 +69,7 @@ def test_a_law_that_allows_for_rounding_says_so(pages: dict[str, str]) -> None:
         (allowed,) = re.findall(
             r"^- \*\*Tolerance:\*\* (.*)$", pages[f"laws/{law.name}.md"], re.MULTILINE
         )
-        if "noise" in law.needs:
+        if "noise" in law.observes:
             assert "rounding.md" in allowed, law.name
         elif re.search(r"\d u\b", law.derivation):
             assert allowed.startswith("Derived below"), law.name

@@ -14,12 +14,12 @@ from bnverify.evidence import READ_ONLY, Cause, Counterexample, Evidence, Report
 from bnverify.laws import LAWS
 from bnverify.laws.mismatch import Mismatch
 from bnverify.mistakes import MISTAKES
+from bnverify.report import terminal
+from bnverify.report.formats import render
+from bnverify.report.matrix import LEGEND, matrix
+from bnverify.report.progress import progress
+from bnverify.report.symbols import ASCII, STYLES, UNICODE
 from bnverify.runs import never
-from bnverify.show import terminal
-from bnverify.show.formats import render
-from bnverify.show.matrix import LEGEND, matrix
-from bnverify.show.progress import progress
-from bnverify.show.symbols import ASCII, STYLES, UNICODE
 
 SHOWN = Counterexample(
     "variance_is_never_negative", Case.of(seed=0, x=[[1.0] * 40], y=[0.0], lr=0.1), "steps.py:mine"

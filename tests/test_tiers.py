@@ -65,7 +65,7 @@ def tiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
 
 
 OF_THE_REFERENCE = [
-    law for law in STEP_LAWS.values() if not {"look", "row_weights"}.intersection(law.requires)
+    law for law in STEP_LAWS.values() if not {"look", "row_weights"}.intersection(law.capabilities)
 ]
 """The laws that apply to it; the others have subjects of their own in tests/mutants/test_loops.py."""
 

@@ -10,7 +10,7 @@ import pytest
 
 import bnverify
 from bnverify import reference
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 
 SGD = reference.sgd()
 CASE = bnverify.Case.of(0, [[1.0]], [1.0], 0.1)
@@ -48,7 +48,7 @@ def test_it_says_what_is_needed(call: Callable[[], Any], said: str) -> None:
 def test_a_function_that_makes_no_subject_is_refused() -> None:
     """A suite's function is called when the first of its tests runs."""
     test: Any = bnverify.suite(lambda: NET)
-    with pytest.raises(Unusable, match=WRAP):
+    with pytest.raises(UsageError, match=WRAP):
         test.bnverify_suite.subject  # noqa: B018 - made here
 
 

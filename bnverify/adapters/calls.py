@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bnverify import flax_module, probe
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 
 _WORDS = {
     "key": "rng key prng rng_key prng_key init_rng init_key params_rng dropout_rng dropout_key "
@@ -123,7 +123,7 @@ def caller(
             left than there are things.
 
     Raises:
-        Unusable: a required parameter's role cannot be told.
+        UsageError: a required parameter's role cannot be told.
     """
     raw = plain(function)
     parameters = _parameters(raw)
@@ -138,7 +138,7 @@ def caller(
     found.things_in_order(whole=whole)
     found.batch_in_order(order)
     if found.left:
-        raise Unusable(_untold(what, raw, found.left[0], allowed))
+        raise UsageError(_untold(what, raw, found.left[0], allowed))
     roles = found.roles
     positional = [roles[p.name] for p in parameters if p.name in roles and not _by_keyword(p)]
     named = {p.name: roles[p.name] for p in parameters if p.name in roles and _by_keyword(p)}
@@ -235,7 +235,7 @@ def _role(asked: str, parameter: str, allowed: Collection[str], things: Sequence
     if kinds:
         return f"thing:{kinds[0]}"
     known = ", ".join([*sorted(allowed), *(thing.name for thing in things)])
-    raise Unusable(f"roles: {parameter!r} is told to be {asked!r}; there are {known}")
+    raise UsageError(f"roles: {parameter!r} is told to be {asked!r}; there are {known}")
 
 
 def _untold(what: str, function: Any, name: str, allowed: Collection[str]) -> str:
@@ -325,22 +325,22 @@ def functions(**given: Any) -> None:
     """Refuse arguments that are not the functions of ``FUNCTIONS``.
 
     Raises:
-        Unusable: naming the argument and what it must be.
+        UsageError: naming the argument and what it must be.
     """
     for name, function in given.items():
         count, meant = FUNCTIONS[name]
         if not callable(function):
-            raise Unusable(f"{name} must be {meant}, got {_described(function)}")
+            raise UsageError(f"{name} must be {meant}, got {_described(function)}")
         if count is not None and not _takes(function, count):
             called = getattr(function, "__name__", type(function).__name__)
-            raise Unusable(f"{name} must be {meant}; {called} takes other arguments")
+            raise UsageError(f"{name} must be {meant}; {called} takes other arguments")
 
 
 def sizes(features: int | Collection[int] | None) -> tuple[int, ...] | None:
     """Return the feature sizes that a user named, as a tuple; None: any.
 
     Raises:
-        Unusable: they are no positive whole numbers.
+        UsageError: they are no positive whole numbers.
     """
     if features is None:
         return None
@@ -350,7 +350,9 @@ def sizes(features: int | Collection[int] | None) -> tuple[int, ...] | None:
     except TypeError:
         found = ()
     if not found or min(found) < 1:
-        raise Unusable(f"features must be the D that the model takes, or several, got {features!r}")
+        raise UsageError(
+            f"features must be the D that the model takes, or several, got {features!r}"
+        )
     return found
 
 
@@ -358,33 +360,33 @@ def linen_module(module: Any) -> None:
     """Refuse what is no linen module.
 
     Raises:
-        Unusable: saying what it is, and what to pass.
+        UsageError: saying what it is, and what to pass.
     """
     kind = flax_module.kind(module)
     if kind == "linen" and isinstance(module, type):
-        raise Unusable(f"linen takes a module, not its class: {flax_module.wrapped(module)}")
+        raise UsageError(f"linen takes a module, not its class: {flax_module.wrapped(module)}")
     if kind == "nnx":
-        raise Unusable(f"that is an nnx module: {flax_module.wrapped(module)}")
+        raise UsageError(f"that is an nnx module: {flax_module.wrapped(module)}")
     if kind is None:
-        raise Unusable(f"linen takes a flax.linen module, got {_described(module)}")
+        raise UsageError(f"linen takes a flax.linen module, got {_described(module)}")
 
 
 def nnx_maker(make_module: Any) -> None:
     """Refuse what makes no nnx module.
 
     Raises:
-        Unusable: saying what it is, and what to pass.
+        UsageError: saying what it is, and what to pass.
     """
     kind = flax_module.kind(make_module)
     if kind == "linen":
-        raise Unusable(f"that is a linen module: {flax_module.wrapped(make_module)}")
+        raise UsageError(f"that is a linen module: {flax_module.wrapped(make_module)}")
     if kind == "nnx" and not isinstance(make_module, type):
-        raise Unusable(
+        raise UsageError(
             "nnx makes the module anew for every seed, so it takes the class, or a function of "
             f"rngs: {flax_module.wrapped(make_module)}"
         )
     if not callable(make_module):
-        raise Unusable(f"nnx takes what makes an nnx module, got {_described(make_module)}")
+        raise UsageError(f"nnx takes what makes an nnx module, got {_described(make_module)}")
 
 
 def nnx_caller(
@@ -396,7 +398,7 @@ def nnx_caller(
     parameter is the number of features, whatever its name.
 
     Raises:
-        Unusable: it has more required parameters.
+        UsageError: it has more required parameters.
     """
     roles = dict(told or {})
     names = [
@@ -405,7 +407,7 @@ def nnx_caller(
     others = [name for name in names if name != "rngs"]
     rngs = "rngs" if "rngs" in parameter_names(make) else others.pop() if others else None
     if len(others) > 1:
-        raise Unusable(
+        raise UsageError(
             f"{what} has the required parameters {', '.join(names)}; it is called with rngs and at "
             "most one more, the number of features: wrap it in a lambda"
         )

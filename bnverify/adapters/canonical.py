@@ -128,6 +128,6 @@ def subject(
         optimizer=optimizer,
         after_eval=step.after_eval,
         with_optimizer=probed,
-        shows=CLAIMS - {"lr"} if step.keeps_rate(sizes_of(features)) else CLAIMS,
+        capabilities=CLAIMS - {"lr"} if step.keeps_rate(sizes_of(features)) else CLAIMS,
     )
     return completed(found, said, batch=batch)

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bnverify.errors import UsageError, first_line
 from bnverify.mistakes import MISTAKES, Mistake
-from bnverify.unusable import Unusable, first_line
 
 FLAX_BATCH_NORM = "https://flax.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html"
 
@@ -219,7 +219,7 @@ SYMPTOMS = (
 )
 
 
-class SubjectError(Unusable):
+class SubjectError(UsageError):
     """A user's code that a library refused, with the mistake that usually does it.
 
     Attributes:
@@ -289,7 +289,7 @@ def explaining(doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except Unusable:
+    except UsageError:
         raise
     except Exception as error:
         explained = explained_error(error, doing)

@@ -72,7 +72,7 @@ def linen(
         statistics: "key" where it draws random numbers, "collections" and "carried".
 
     Raises:
-        Unusable: an argument is not what it must be, no mode can be made of ``train_argument``,
+        UsageError: an argument is not what it must be, no mode can be made of ``train_argument``,
             or normalisation layers run whose statistics are not found.
     """
     calls.linen_module(module)

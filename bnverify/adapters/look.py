@@ -22,8 +22,8 @@ from bnverify.adapters.layers import Layers
 from bnverify.adapters.programs import Programs
 from bnverify.adapters.schedules import updates_every
 from bnverify.adapters.trees import partition, union
+from bnverify.errors import UsageError
 from bnverify.subject import State, Subject
-from bnverify.unusable import Unusable
 
 
 def completed(
@@ -45,7 +45,7 @@ def completed(
             would be refused of a loop is a note then.
 
     Raises:
-        Unusable: normalisation layers run, and their statistics are nowhere to be found; a loss
+        UsageError: normalisation layers run, and their statistics are nowhere to be found; a loss
             has no slope anywhere.
     """
     declared = declared or Declared()
@@ -59,7 +59,7 @@ def completed(
     notes = [*subject.notes]
     missing = layers.without_statistics()
     if missing and not written_by_hand:
-        raise Unusable(missing)
+        raise UsageError(missing)
     notes += [missing] if missing else []
     if not written_by_hand:
         _refuse_flat(design)
@@ -82,7 +82,8 @@ def completed(
         exempt={**found, **subject.exempt, **declared.exempt},
         momentum=layers.momentum() if subject.momentum is None else subject.momentum,
         layer_inputs=subject.layer_inputs or layers.layer_inputs(),
-        shows=subject.shows - ({"lr"} if written_by_hand and _keeps_its_rate(programs) else set()),
+        capabilities=subject.capabilities
+        - ({"lr"} if written_by_hand and _keeps_its_rate(programs) else set()),
         biases_before_norm=subject.biases_before_norm or biases,
         notes=tuple(notes),
         hints={**HINTS, **subject.hints},
@@ -115,7 +116,7 @@ def _refuse_flat(design: Design) -> None:
     if what is not None:
         option = "eval_loss" if what == "eval_step" else "loss"
         without = "; or leave eval_step out: the training loss in eval mode is taken then"
-        raise Unusable(
+        raise UsageError(
             f"the number taken for the loss of {what} has no slope anywhere: is it an accuracy? Name "
             f"the loss with {option}=, a key or a function of (report, batch)"
             + (without if what == "eval_step" else "")

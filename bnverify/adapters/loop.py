@@ -38,8 +38,8 @@ from bnverify.adapters.reports import (
 )
 from bnverify.adapters.traced import Flows, evaluated, holds_tracers
 from bnverify.adapters.watch import Updates, evaluating, noting, updates, watching
+from bnverify.errors import UsageError
 from bnverify.subject import State, StepInfo, Subject
-from bnverify.unusable import Unusable
 
 Optimizer = Callable[[Any], Any]
 
@@ -110,7 +110,7 @@ def loop(
             penalty, exempt: see ``bnverify.adapters.declared.Declared``.
 
     Raises:
-        Unusable: a parameter's meaning cannot be told, a result cannot be read, or normalisation
+        UsageError: a parameter's meaning cannot be told, a result cannot be read, or normalisation
             layers run whose statistics are not found.
         SubjectError: the code raises what a common mistake raises.
     """
@@ -181,7 +181,7 @@ def _subject(
     if of_nnx:
         making = calls.nnx_caller(create, creates, told)
         if accepted is None and not making.takes("features"):
-            raise Unusable(
+            raise UsageError(
                 f"{creates} takes no number of features; pass features=D, the D that its model "
                 "accepts, or give it a parameter for D: lambda din, rngs: ..."
             )
@@ -232,7 +232,7 @@ def _made(
         optimizer=found.optimizer_of,
         after_eval=found.state_after_evaluation if found.evaluation_returns_a_state() else None,
         with_optimizer=probed if found.takes("tx") else None,
-        shows=frozenset(claim for claim, holds in claims.items() if holds),
+        capabilities=frozenset(claim for claim, holds in claims.items() if holds),
         notes=() if found.evaluation is not None else (BY_TRAINING,),
     )
     makers = [found.create.function, found.optimizer]
@@ -310,7 +310,7 @@ class _Loop:
             }
         )
         if made is None:
-            raise Unusable("create returned nothing: return what the loop carries")
+            raise UsageError("create returned nothing: return what the loop carries")
         if self.whole:
             return {"state": made}
         return _things(made)
@@ -327,7 +327,7 @@ class _Loop:
         kind_of = objects.kind_of if of_nnx else trees.kind_of
         kinds = [Thing(name, kind_of(thing)) for name, thing in things.items()]
         if of_nnx and len(things) < 2 and not objects.optimizers_of(things):
-            raise Unusable(
+            raise UsageError(
                 "make must return (model, optimizer), the optimizer an nnx.Optimizer, and then "
                 "whatever else the steps change; it returned "
                 + " and ".join(f"a {type(each).__name__}" for each in things.values())
@@ -501,7 +501,7 @@ class _Loop:
                 found, report = self._called(self.train, things, batch, lr, now)
             self._note_sources(seen, things, state)
             if not found and not self.of_nnx:
-                raise Unusable(
+                raise UsageError(
                     f"train_step returns no {type(next(iter(things.values()))).__name__}: return the "
                     "new state, first or in a tuple with the metrics"
                 )

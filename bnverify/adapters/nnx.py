@@ -18,8 +18,8 @@ from bnverify.adapters.declared import Declarations
 from bnverify.adapters.modes import Mode, call_mode
 from bnverify.adapters.objects import Parts
 from bnverify.adapters.watch import noting
+from bnverify.errors import UsageError
 from bnverify.subject import State, Subject, Tree
-from bnverify.unusable import Unusable
 
 
 def nnx(
@@ -58,7 +58,7 @@ def nnx(
             ``weights``, ``pretrained``, ``exempt``: see ``bnverify.adapters.declared.Declared``.
 
     Raises:
-        Unusable: an argument is not what it must be, no module can be made, or no mode of
+        UsageError: an argument is not what it must be, no module can be made, or no mode of
             ``train_argument``.
     """
     calls.nnx_maker(make_module)
@@ -66,7 +66,7 @@ def nnx(
     sizes = calls.sizes(features)
     maker = calls.nnx_caller(make_module, "make_module")
     if sizes is None and not maker.takes("features"):
-        raise Unusable(
+        raise UsageError(
             "make_module takes no number of features; pass features=D, the D that its module "
             "accepts, or give it a parameter for D: lambda din, rngs: Model(din, rngs=rngs)"
         )

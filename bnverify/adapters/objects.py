@@ -15,8 +15,8 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnverify.adapters.reports import is_metrics
+from bnverify.errors import UsageError
 from bnverify.subject import State
-from bnverify.unusable import Unusable
 
 Tree = Any
 Path = tuple[str, ...]
@@ -121,14 +121,14 @@ class Part:
         What a pass adds (``sow``) is a report of that pass, not a state to carry on.
 
         Raises:
-            Unusable: the State lacks a leaf.
+            UsageError: the State lacks a leaf.
         """
         leaves = jax.tree_util.tree_flatten_with_path(state)[0]
         found = {variable_path(path): leaf for path, leaf in leaves}
         tree: dict[str, Any] = {}
         for path in self.paths:
             if path not in found:
-                raise Unusable(_replaced_variable(path))
+                raise UsageError(_replaced_variable(path))
             leaf, inner = found[path], tree
             for name in path[:-1]:
                 inner = inner.setdefault(name, {})
@@ -246,7 +246,7 @@ class Layout:
             names: name -> how the State calls it, where there are several networks.
 
         Raises:
-            Unusable: none of them has params.
+            UsageError: none of them has params.
         """
         kinds = {name: kind_of(each) for name, each in objects.items()}
         found = dict(_optimizers(objects))
@@ -271,7 +271,7 @@ class Layout:
         paths = [path[: 2 if path[:1] in around else 1] for path in parts.parts[2].paths]
         holders = list(dict.fromkeys(paths))
         if not holders:
-            raise Unusable(
+            raise UsageError(
                 "no nnx.Param is found in what make returns: there is "
                 + ", ".join(f"a {type(each).__name__}" for each in objects.values())
             )

@@ -8,13 +8,13 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from bnverify.unusable import Unusable, did_you_mean
+from bnverify.errors import UsageError, did_you_mean
 
 Reading: TypeAlias = str | Callable[[Any, Any], Any] | None
 """Where a report has its loss: a key, a function of (report, batch), or None to look for it."""
 
 
-class NoLoss(Unusable):
+class NoLoss(UsageError):
     """A report in which no loss is found."""
 
 

@@ -77,7 +77,7 @@ def solution(
         evaluate=partial(_evaluate, function),
         exempt={**_all_but(OUTSIDE, "one function shows nothing but its result"), **given},
         solution=function,
-        shows=frozenset(),
+        capabilities=frozenset(),
     )
 
 

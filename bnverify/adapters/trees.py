@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from bnverify.adapters.reports import is_metrics
+from bnverify.errors import UsageError, did_you_mean
 from bnverify.pytree import path_name
 from bnverify.subject import State, Tree
-from bnverify.unusable import Unusable, did_you_mean
 
 Path = tuple[str, ...]
 
@@ -125,7 +125,7 @@ def layout(
         opt_state: likewise; "opt_state" and its like, else what Optax made.
 
     Raises:
-        Unusable: a path leads nowhere, or no params are found.
+        UsageError: a path leads nowhere, or no params are found.
     """
     told = {PARAMS: params, STATISTICS: statistics, OPTIMIZER: opt_state}
     paths = {part: tuple(path.split("/")) for part, path in told.items() if path}
@@ -139,11 +139,11 @@ def layout(
     for part, wanted in paths.items():
         if not found[part] and part != STATISTICS:
             near = did_you_mean("/".join(wanted), map(str, _places(things)))
-            raise Unusable(
+            raise UsageError(
                 f"nothing lies at {'/'.join(wanted)!r}; there are {_listed(things)}{near}"
             )
     if not found[PARAMS]:
-        raise Unusable(
+        raise UsageError(
             f"no params are found in what is carried: there are {_listed(things)}. Say where they "
             'lie, as in params="variables/params"; statistics= and opt_state= likewise'
         )

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bnverify import arguments
+from bnverify.errors import UsageError, did_you_mean
+from bnverify.report import formats
 from bnverify.shard import Shard
-from bnverify.show import formats
-from bnverify.unusable import Unusable, did_you_mean
 
 if TYPE_CHECKING:
     from bnverify.mutants.audit import Audit
@@ -62,20 +62,20 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
     arguments.settle(args)
     if args.tests is None and args.targets:
-        raise Unusable("--target says where --tests are to meet faults; there is no --tests")
+        raise UsageError("--target says where --tests are to meet faults; there is no --tests")
     return _users_tests(args) if args.tests is not None else _catalogue(args)
 
 
 def _catalogue(args: argparse.Namespace) -> int:
     from bnverify.mutants import MUTANTS, audit
-    from bnverify.show import audit as screen
+    from bnverify.report import audit as screen
 
     families = {mutant.family for mutant in MUTANTS.values()}
     names = _names(args.faults, {*MUTANTS, *families})
     chosen = [m for m in MUTANTS.values() if not names or {m.name, m.family} & set(names)]
     mine = _mine(args, chosen)
     if not mine:
-        raise Unusable("no fault is left to audit")
+        raise UsageError("no fault is left to audit")
     outputs = arguments.outputs(args)
     found: Audit = audit.audit(
         mine,
@@ -85,7 +85,7 @@ def _catalogue(args: argparse.Namespace) -> int:
     )
     _write(args, outputs, found, chosen)
     if args.picture:
-        from bnverify.show import audit_picture
+        from bnverify.report import audit_picture
 
         formats.save(Path(args.picture), audit_picture.draw(found), "--picture")
     return 1 if found.unexplained or found.lost else 0
@@ -94,18 +94,18 @@ def _catalogue(args: argparse.Namespace) -> int:
 def _users_tests(args: argparse.Namespace) -> int:
     from bnverify.mutants.transplant import TRANSPLANTS
     from bnverify.mutants.users_tests import audit_tests
-    from bnverify.show import audit as screen
+    from bnverify.report import audit as screen
 
     if not args.targets:
-        raise Unusable("--tests needs --target: where in your code the faults go")
+        raise UsageError("--tests needs --target: where in your code the faults go")
     for target in args.targets:
         if ":" not in target:
-            raise Unusable(f"a target is module:name or path/file.py:name, got {target!r}")
+            raise UsageError(f"a target is module:name or path/file.py:name, got {target!r}")
     names = _names(args.faults, TRANSPLANTS)
     chosen = [fault for name, fault in TRANSPLANTS.items() if not names or name in names]
     mine = _mine(args, chosen)
     if args.picture:
-        raise Unusable("--picture draws faults and laws; --tests has no laws")
+        raise UsageError("--picture draws faults and laws; --tests has no laws")
     outputs = arguments.outputs(args)
     found: TestsAudit = audit_tests(
         args.tests,
@@ -147,5 +147,5 @@ def _names(given: Sequence[str], known: Any) -> list[str]:
     names = arguments.names(given)
     for name in names:
         if name not in known:
-            raise Unusable(f"no fault is named {name!r}{did_you_mean(name, known)}")
+            raise UsageError(f"no fault is named {name!r}{did_you_mean(name, known)}")
     return names

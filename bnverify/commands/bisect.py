@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bnverify import arguments
 from bnverify.commands.compare import add_report_arguments
 from bnverify.commands.gate import add_upgrade_arguments, project_directory
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 from bnverify.upgrade.difference import KINDS
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Bisect, report and return the exit status."""
-    from bnverify.show import formats
+    from bnverify.report import formats
     from bnverify.upgrade.bisect import bisect
 
     project = project_directory(args)
@@ -81,7 +81,7 @@ def _version(text: str, package: str) -> str:
     name, sign, version = text.rpartition("==")
     from packaging.version import InvalidVersion, Version
 
-    wrong = Unusable(f"give --from and --to as versions of {package}, got {text!r}")
+    wrong = UsageError(f"give --from and --to as versions of {package}, got {text!r}")
     if sign and name.strip() != package:
         raise wrong
     try:

@@ -10,9 +10,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from bnverify import arguments, deadline, target
+from bnverify.errors import UsageError
 from bnverify.neighbours import importable
 from bnverify.shard import Shard
-from bnverify.unusable import Unusable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.nullcontext() if plain else contextlib.redirect_stdout(sys.stderr):
         report, whole, interrupted = _verify(args)
     report = report if args.leaves else report.by_trees()
-    from bnverify.show import formats
+    from bnverify.report import formats
 
     text = report.to_json()
     text = Shard.parse(args.shard).stamp(text, whole) if args.shard else text
@@ -85,16 +85,16 @@ def _verify(args: argparse.Namespace) -> tuple[Report, list[str], bool]:
 
         from bnverify.check import choose, guarded, verify
         from bnverify.parallel.subject import Parallel
-        from bnverify.show.progress import progress
+        from bnverify.report.progress import progress
 
         select, ignore = arguments.names(args.select), arguments.names(args.ignore)
         try:
             laws = choose(select, ignore, parallel=isinstance(what, Parallel))
         except ValueError as error:
-            raise Unusable(str(error)) from None
+            raise UsageError(str(error)) from None
         own = Shard.parse(args.shard).take(laws) if args.shard else laws
         if not own:
-            raise Unusable("no law is left to check")
+            raise UsageError("no law is left to check")
         shown = contextlib.nullcontext(_ignore) if args.quiet else progress(what.name)
         with shown as listener:
             known = _Known(listener)

@@ -34,7 +34,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, report and return the exit status."""
-    from bnverify.show import formats
+    from bnverify.report import formats
     from bnverify.upgrade import recording
     from bnverify.upgrade.compare import compare
     from bnverify.upgrade.judgement import judge

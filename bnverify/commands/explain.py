@@ -8,7 +8,7 @@ import textwrap
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from bnverify.unusable import Unusable, did_you_mean
+from bnverify.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -53,7 +53,7 @@ def found(name: str, known: Iterable[str]) -> str:
     """Return the known name that ``name`` is, or that alone begins with it.
 
     Raises:
-        Unusable: there is none, or there are several.
+        UsageError: there is none, or there are several.
     """
     names = list(dict.fromkeys(known))
     if name in names:
@@ -63,9 +63,9 @@ def found(name: str, known: Iterable[str]) -> str:
         return begun[0]
     if begun:
         shown = ", ".join(begun[:6]) + (", ..." if len(begun) > 6 else "")
-        raise Unusable(f"{len(begun)} names begin with {name!r}: {shown}")
+        raise UsageError(f"{len(begun)} names begin with {name!r}: {shown}")
     hint = did_you_mean(name, names) or "; see `bnverify list`"
-    raise Unusable(f"no law, family or mistake is named {name!r}{hint}")
+    raise UsageError(f"no law, family or mistake is named {name!r}{hint}")
 
 
 class _Page:
@@ -171,11 +171,11 @@ def _indented(code: str) -> list[str]:
 def _checked(law: Law) -> Iterator[str]:
     """Yield how a law is checked, and what must be there for it."""
     how = HOW[law.kind]
-    if law.forbids:
+    if law.must_not_reach:
         how = f"proved where the traced step has no such flow, else {how}"
     yield f"Checked: {how}"
-    if law.forbids:
-        flows = ", ".join(f"{source} -> {output}" for output, source in law.forbids)
+    if law.must_not_reach:
+        flows = ", ".join(f"{source} -> {output}" for output, source in law.must_not_reach)
         yield f"Forbidden: {flows}"
-    if law.requires:
-        yield f"Needs, of the subject: {', '.join(law.requires)}"
+    if law.capabilities:
+        yield f"Needs, of the subject: {', '.join(law.capabilities)}"

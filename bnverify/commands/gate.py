@@ -8,7 +8,7 @@ from typing import Any
 
 from bnverify import arguments
 from bnverify.commands.compare import add_report_arguments
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 
 _REQUIREMENT = "a requirements file, a list as jax==0.9.2,flax==0.12.6, installed, or latest"
 
@@ -45,19 +45,19 @@ def project_directory(args: argparse.Namespace) -> Path | None:
     """Return the directory of ``--project``; None where it was not given.
 
     Raises:
-        Unusable: it is no directory.
+        UsageError: it is no directory.
     """
     if args.project is None:
         return None
     project = Path(args.project).resolve()
     if not project.is_dir():
-        raise Unusable(f"--project {args.project} is not a directory")
+        raise UsageError(f"--project {args.project} is not a directory")
     return project
 
 
 def run(args: argparse.Namespace) -> int:
     """Judge the upgrade, report and return the exit status."""
-    from bnverify.show import formats
+    from bnverify.report import formats
     from bnverify.upgrade.gate import gate
 
     project = project_directory(args)

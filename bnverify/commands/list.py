@@ -8,7 +8,7 @@ import sys
 import textwrap
 from typing import Any
 
-from bnverify.unusable import Unusable, did_you_mean
+from bnverify.errors import UsageError, did_you_mean
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.family not in {None, *FAMILIES}:
         hint = did_you_mean(args.family, FAMILIES) or f"; the families are {', '.join(FAMILIES)}"
-        raise Unusable(f"no family is named {args.family!r}{hint}")
+        raise UsageError(f"no family is named {args.family!r}{hint}")
     laws = [law for law in LAWS.values() if args.family in {None, law.family}]
     if not sys.stdout.isatty():  # for grep and cut
         for law in laws:

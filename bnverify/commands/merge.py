@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnverify import arguments
-from bnverify.unusable import Unusable, cause
+from bnverify.errors import UsageError, cause
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Merge the files, show the whole and return the exit status."""
     from bnverify.merge import merge
-    from bnverify.show import formats
+    from bnverify.report import formats
 
     outputs = arguments.outputs(args)
     merged = merge(_texts(args.files))
@@ -42,13 +42,13 @@ def _texts(names: Sequence[str]) -> dict[str, str]:
     texts = {}
     for name in names:
         if name in texts:
-            raise Unusable(f"{name} is named twice")
+            raise UsageError(f"{name} is named twice")
         try:
             texts[name] = Path(name).read_text(encoding="utf-8")
         except OSError as error:
-            raise Unusable(f"{name} cannot be read: {cause(error)}") from None
+            raise UsageError(f"{name} cannot be read: {cause(error)}") from None
         except UnicodeDecodeError:
-            raise Unusable(f"{name} is not JSON: not UTF-8") from None
+            raise UsageError(f"{name} is not JSON: not UTF-8") from None
     return texts
 
 

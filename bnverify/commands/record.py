@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bnverify import arguments
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.target is None:  # the gate names one, and needs no project's file
         arguments.settle(args)
     if not Path(args.output).resolve().parent.is_dir():
-        raise Unusable(f"--output {args.output} cannot be written: no such directory")
+        raise UsageError(f"--output {args.output} cannot be written: no such directory")
     old = recording.read(args.replay) if args.replay else None
     made = record(args.target, seed=args.seed, old=old, costs=args.costs, laws=not args.no_laws)
     recording.write(args.output, made.manifest, made.arrays)

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.export
 
+from bnverify.errors import first_line
 from bnverify.jaxpr.graph import Graph
 from bnverify.jaxpr.interpreter import read
 from bnverify.jaxpr.tracing import Abstract, Program, Tracer
-from bnverify.unusable import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

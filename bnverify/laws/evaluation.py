@@ -36,7 +36,7 @@ NUDGED = tuple(f"nudged_statistics_{pattern}" for pattern in range(NUDGES))
 
 @law(
     "evaluation",
-    needs=("noise",),
+    observes=("noise",),
     mistakes=(
         "division_by_zero_variance",
         "statistics_overflow",
@@ -60,9 +60,9 @@ def eval_loss_is_finite(t: Transition) -> Any:
 
 @law(
     "evaluation",
-    needs=("after_eval",),
-    requires=("after_eval",),
-    hands_on=tuple((f"eval_{tree}", tree) for tree in State._fields),
+    observes=("after_eval",),
+    capabilities=("after_eval",),
+    returns_unchanged=tuple((f"eval_{tree}", tree) for tree in State._fields),
     mistakes=("eval_in_train_mode", "new_statistics_dropped"),
     source=FLAX_GUIDE,
 )
@@ -75,9 +75,9 @@ def eval_writes_nothing(t: Transition) -> Any:
     "evaluation",
     kind="witness",
     never="changing batch_stats never changed the eval loss",
-    needs=("eval:other_statistics",),
-    requires=("batch_stats",),
-    demands=(("eval_loss", "batch_stats"),),
+    observes=("eval:other_statistics",),
+    capabilities=("batch_stats",),
+    must_reach=(("eval_loss", "batch_stats"),),
     mistakes=("eval_in_train_mode", "eval_of_stale_state", "statistics_nested"),
     source=FLAX_GUIDE,
 )
@@ -89,8 +89,8 @@ def eval_uses_the_running_statistics(t: Transition) -> Any:
 
 @law(
     "evaluation",
-    needs=("noise", "eval:rows"),
-    requires=("row_losses",),
+    observes=("noise", "eval:rows"),
+    capabilities=("row_losses",),
     mistakes=(
         "eval_in_train_mode",
         "broadcast_loss",
@@ -125,8 +125,8 @@ def eval_rows_are_independent(t: Transition) -> Any:
 @law(
     "evaluation",
     kind="structure",
-    needs=("look",),
-    requires=("look", "masks"),
+    observes=("look",),
+    capabilities=("look", "masks"),
     mistakes=("padding_in_the_denominator",),
     source="https://github.com/tracel-ai/burn/issues/5568",
 )
@@ -142,8 +142,8 @@ def only_rows_that_count_are_counted(t: Transition) -> list[str]:
 
 @law(
     "evaluation",
-    needs=("noise", "step:other_padding", "eval:other_padding"),
-    requires=("row_weights",),
+    observes=("noise", "step:other_padding", "eval:other_padding"),
+    capabilities=("row_weights",),
     mistakes=("padding_enters", "padding_in_the_denominator"),
     source="https://github.com/google/flax/issues/1850",
 )
@@ -167,8 +167,8 @@ def rows_of_weight_zero_change_nothing(t: Transition) -> Any:
 
 @law(
     "evaluation",
-    needs=("noise", "eval:own_statistics", *(f"eval:{name}" for name in NUDGED)),
-    requires=("batch_stats", "loss", "eval_is_training_loss"),
+    observes=("noise", "eval:own_statistics", *(f"eval:{name}" for name in NUDGED)),
+    capabilities=("batch_stats", "loss", "eval_is_training_loss"),
     mistakes=(
         "eval_in_train_mode",
         "statistics_from_another_batch",
@@ -218,8 +218,8 @@ def eval_at_the_batchs_own_moments_is_the_training_loss(t: Transition) -> Any:
 
 @law(
     "evaluation",
-    needs=("noise",),
-    requires=("oracle",),
+    observes=("noise",),
+    capabilities=("oracle",),
     mistakes=(
         "eval_in_train_mode",
         "eval_of_stale_state",
@@ -235,7 +235,7 @@ def eval_loss_equals_the_hand_derivation(t: Transition) -> Any:
 
 @law(
     "evaluation",
-    needs=("again",),
+    observes=("again",),
     mistakes=("hidden_state",),
     source="JAX, pure functions: https://docs.jax.dev/en/latest/notebooks/Common_Gotchas_in_JAX.html",
 )

@@ -22,9 +22,13 @@ def _several_rows(t: Transition) -> bool:
 
 @law(
     "influence",
-    needs=("step:other_statistics",),
-    requires=("batch_stats",),
-    forbids=(("params", "batch_stats"), ("opt_state", "batch_stats"), ("loss", "batch_stats")),
+    observes=("step:other_statistics",),
+    capabilities=("batch_stats",),
+    must_not_reach=(
+        ("params", "batch_stats"),
+        ("opt_state", "batch_stats"),
+        ("loss", "batch_stats"),
+    ),
     mistakes=(
         "train_step_in_eval_mode",
         "statistics_fed_to_the_optimizer",
@@ -46,9 +50,13 @@ def training_is_free_of_old_statistics(t: Transition) -> Any:
 
 @law(
     "influence",
-    forbids=(("eval_batch_stats", "x"), ("eval_batch_stats", "y"), ("eval_batch_stats", "params")),
-    needs=("after_eval",),
-    requires=("batch_stats", "after_eval"),
+    must_not_reach=(
+        ("eval_batch_stats", "x"),
+        ("eval_batch_stats", "y"),
+        ("eval_batch_stats", "params"),
+    ),
+    observes=("after_eval",),
+    capabilities=("batch_stats", "after_eval"),
     mistakes=("eval_in_train_mode",),
     source=FLAX_SOURCE,
 )
@@ -61,8 +69,8 @@ def eval_statistics_are_the_ones_passed_in(t: Transition) -> Any:
     "influence",
     kind="witness",
     never="changing y never changed the new params",
-    needs=("step:other_targets",),
-    demands=(("params", "y"),),
+    observes=("step:other_targets",),
+    must_reach=(("params", "y"),),
     mistakes=("update_dropped", "targets_ignored"),
     source="a training step learns from its targets",
 )
@@ -75,9 +83,9 @@ def targets_reach_the_params(t: Transition) -> Any:
     "influence",
     kind="witness",
     never="assigning y to other rows never changed the training loss",
-    needs=("noise", "step:reversed_targets"),
-    requires=("loss",),
-    demands=(("loss", "y"),),
+    observes=("noise", "step:reversed_targets"),
+    capabilities=("loss",),
+    must_reach=(("loss", "y"),),
     mistakes=(
         "broadcast_loss",
         "targets_ignored",
@@ -102,8 +110,8 @@ def targets_belong_to_their_rows(t: Transition) -> Any:
     "influence",
     kind="witness",
     never="changing x never changed the new params",
-    needs=("step:other_inputs",),
-    demands=(("params", "x"),),
+    observes=("step:other_inputs",),
+    must_reach=(("params", "x"),),
     mistakes=(
         "inputs_ignored",
         "update_dropped",
@@ -126,9 +134,9 @@ def inputs_reach_the_params(t: Transition) -> Any:
     "influence",
     kind="witness",
     never="changing x never changed the new batch_stats",
-    needs=("step:other_inputs",),
-    requires=("batch_stats",),
-    demands=(("batch_stats", "x"),),
+    observes=("step:other_inputs",),
+    capabilities=("batch_stats",),
+    must_reach=(("batch_stats", "x"),),
     mistakes=(
         "inputs_ignored",
         "new_statistics_dropped",
@@ -147,8 +155,8 @@ def inputs_reach_the_statistics(t: Transition) -> Any:
 @law(
     "influence",
     kind="structure",
-    needs=("look",),
-    requires=("look", "draws"),
+    observes=("look",),
+    capabilities=("look", "draws"),
     mistakes=("same_key_in_each_step",),
     source="JAX, Pseudorandom numbers: a key is used once; https://github.com/google/flax/pull/2631",
 )
@@ -171,9 +179,9 @@ def each_step_draws_anew(t: Transition) -> list[str]:
     "influence",
     kind="witness",
     never="changing the old batch_stats never changed the new ones",
-    needs=("step:other_statistics",),
-    requires=("batch_stats", "momentum"),
-    demands=(("batch_stats", "batch_stats"),),
+    observes=("step:other_statistics",),
+    capabilities=("batch_stats", "momentum"),
+    must_reach=(("batch_stats", "batch_stats"),),
     mistakes=("statistics_reinitialised",),
     source="Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, section 3.1",
 )
@@ -191,9 +199,9 @@ def old_statistics_reach_the_new(t: Transition) -> Any:
     "influence",
     kind="witness",
     never="changing params, or changing x, never changed the training loss",
-    needs=("step:other_params", "step:other_inputs"),
-    requires=("loss",),
-    demands=(("loss", "params"), ("loss", "x")),
+    observes=("step:other_params", "step:other_inputs"),
+    capabilities=("loss",),
+    must_reach=(("loss", "params"), ("loss", "x")),
     mistakes=(
         "inputs_ignored",
         "gradient_of_another_loss",
@@ -215,8 +223,8 @@ def loss_reads_params_and_inputs(t: Transition) -> Any:
     "influence",
     kind="witness",
     never="changing x never changed the eval loss",
-    needs=("eval:other_inputs",),
-    demands=(("eval_loss", "x"),),
+    observes=("eval:other_inputs",),
+    must_reach=(("eval_loss", "x"),),
     mistakes=("inputs_ignored",),
     source="an eval loss measures what the model makes of its inputs",
 )
@@ -232,8 +240,8 @@ def inputs_reach_the_evaluation(t: Transition) -> Any:
     "influence",
     kind="witness",
     never="changing y never changed the eval loss",
-    needs=("eval:other_targets",),
-    demands=(("eval_loss", "y"),),
+    observes=("eval:other_targets",),
+    must_reach=(("eval_loss", "y"),),
     mistakes=("targets_ignored",),
     source="an eval loss compares predictions with targets",
 )
@@ -245,10 +253,10 @@ def targets_reach_the_evaluation(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
-    moves=("params",),
+    must_change=("params",),
     never="the step never changed params",
-    needs=("step:zero_lr",),
-    requires=("lr",),
+    observes=("step:zero_lr",),
+    capabilities=("lr",),
     mistakes=("update_dropped", "learning_rate_ignored"),
     source="a training step moves its params",
 )
@@ -260,9 +268,9 @@ def step_moves_the_params(t: Transition) -> Any:
 @law(
     "influence",
     kind="witness",
-    moves=("batch_stats",),
+    must_change=("batch_stats",),
     never="the step never changed batch_stats",
-    requires=("batch_stats",),
+    capabilities=("batch_stats",),
     mistakes=("new_statistics_dropped", "train_step_in_eval_mode", "update_dropped"),
     source=FLAX_SOURCE,
 )

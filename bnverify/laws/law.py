@@ -42,12 +42,12 @@ class Law:
         claim: the law in one sentence.
         derivation: formula and bound, where the claim needs any.
         check: the law itself, a function of a Transition.
-        needs: what ``observe`` must run for it; "noise" for the step's rounding.
-        requires: what a Subject must show; without it the law is exempt.
-        forbids: (output tree, input tree) pairs: proved where the jaxpr shows no such flow.
-        hands_on: (output tree, input tree) pairs: proved where the jaxpr hands back the very values.
-        demands: pairs of a witness law: the case that shows it shows these flows.
-        moves: trees of a witness law that a step must change: handed back, they violate it.
+        observes: what ``observe`` must run for it; "noise" for the step's rounding.
+        capabilities: what a Subject must show; without it the law is exempt.
+        must_not_reach: (output tree, input tree) pairs: proved where the jaxpr shows no such flow.
+        returns_unchanged: (output tree, input tree) pairs: proved where the jaxpr hands back the very values.
+        must_reach: pairs of a witness law: the case that shows it shows these flows.
+        must_change: trees of a witness law that a step must change: handed back, they violate it.
         never: of a witness law, what happened where no case shows it, in one clause.
         mistakes: names in ``bnverify.mistakes``, the most likely first.
         source: where the claim comes from.
@@ -59,12 +59,12 @@ class Law:
     claim: str
     derivation: str = ""
     check: Check = _more_than_one_transition
-    needs: tuple[str, ...] = ()
-    requires: tuple[str, ...] = ()
-    forbids: tuple[tuple[str, str], ...] = ()
-    hands_on: tuple[tuple[str, str], ...] = ()
-    demands: tuple[tuple[str, str], ...] = ()
-    moves: tuple[str, ...] = ()
+    observes: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ()
+    must_not_reach: tuple[tuple[str, str], ...] = ()
+    returns_unchanged: tuple[tuple[str, str], ...] = ()
+    must_reach: tuple[tuple[str, str], ...] = ()
+    must_change: tuple[str, ...] = ()
     never: str = ""
     mistakes: tuple[str, ...] = ()
     source: str = ""
@@ -89,12 +89,12 @@ def law(
     family: Family,
     *,
     kind: Literal["structure", "residual", "witness"] = "residual",
-    needs: Iterable[str] = (),
-    requires: Iterable[str] = (),
-    forbids: Iterable[tuple[str, str]] = (),
-    hands_on: Iterable[tuple[str, str]] = (),
-    demands: Iterable[tuple[str, str]] = (),
-    moves: Iterable[str] = (),
+    observes: Iterable[str] = (),
+    capabilities: Iterable[str] = (),
+    must_not_reach: Iterable[tuple[str, str]] = (),
+    returns_unchanged: Iterable[tuple[str, str]] = (),
+    must_reach: Iterable[tuple[str, str]] = (),
+    must_change: Iterable[str] = (),
     never: str = "",
     mistakes: Iterable[str] = (),
     source: str = "",
@@ -117,12 +117,12 @@ def law(
                 claim.replace("\n", " "),
                 derivation,
                 check if kind == "structure" else _for_each_case(check),
-                tuple(needs),
-                tuple(requires),
-                tuple(forbids),
-                tuple(hands_on),
-                tuple(demands),
-                tuple(moves),
+                tuple(observes),
+                tuple(capabilities),
+                tuple(must_not_reach),
+                tuple(returns_unchanged),
+                tuple(must_reach),
+                tuple(must_change),
                 never,
                 tuple(mistakes),
                 source,

@@ -37,7 +37,7 @@ def _agrees(t: Transition, other: Outcome) -> Any:
 
 @law(
     "metamorphic",
-    needs=("noise", "step:reversed_rows", "eval:reversed_rows"),
+    observes=("noise", "step:reversed_rows", "eval:reversed_rows"),
     mistakes=(
         "rows_treated_unequally",
         "statistics_of_part_of_the_batch",
@@ -57,7 +57,7 @@ def row_order_changes_nothing(t: Transition) -> Any:
 
 @law(
     "metamorphic",
-    needs=("noise", "step:doubled_batch"),
+    observes=("noise", "step:doubled_batch"),
     mistakes=(
         "sum_instead_of_mean",
         "sample_variance",
@@ -86,8 +86,8 @@ def doubling_the_batch_changes_nothing(t: Transition) -> Any:
 
 @law(
     "metamorphic",
-    needs=("noise", "step:shifted_bias", "layer_inputs"),
-    requires=("biases_before_norm", "loss", "layer_inputs"),
+    observes=("noise", "step:shifted_bias", "layer_inputs"),
+    capabilities=("biases_before_norm", "loss", "layer_inputs"),
     mistakes=(
         "train_step_in_eval_mode",
         "loss_reads_old_statistics",
@@ -113,14 +113,14 @@ def shift_before_norm_changes_no_loss(t: Transition) -> Any:
     return when(small, value)
 
 
-@law("metamorphic", needs=("again",), mistakes=("hidden_state",), source=PURE)
+@law("metamorphic", observes=("again",), mistakes=("hidden_state",), source=PURE)
 def same_input_repeats_to_the_bit(t: Transition) -> Any:
     """The same seed and batch give the same state, loss and gradients, bit for bit."""
     again = t.facts["again"]
     return same((again.before, again.state, again.info), (t.before, t.after, t.info))
 
 
-@law("metamorphic", needs=("eager",), mistakes=("inputs_overwritten",), source=PURE)
+@law("metamorphic", observes=("eager",), mistakes=("inputs_overwritten",), source=PURE)
 def step_leaves_its_inputs_alone(t: Transition) -> Any:
     """The step neither changes nor deletes the state and batch that it is given.
 
@@ -129,7 +129,7 @@ def step_leaves_its_inputs_alone(t: Transition) -> Any:
     return same(t.facts["eager"].inputs_after, t.facts["eager"].inputs_before)
 
 
-@law("metamorphic", needs=("noise", "eager"), mistakes=("hidden_state",), source=PURE)
+@law("metamorphic", observes=("noise", "eager"), mistakes=("hidden_state",), source=PURE)
 def jit_equals_eager(t: Transition) -> Any:
     """With and without jit, the step agrees within rounding."""
     return _agrees(t, t.facts["eager"])
@@ -137,7 +137,7 @@ def jit_equals_eager(t: Transition) -> Any:
 
 @law(
     "metamorphic",
-    needs=("noise", "stacked"),
+    observes=("noise", "stacked"),
     mistakes=("hidden_state",),
     source=PURE,
 )
@@ -148,8 +148,8 @@ def vmap_equals_loop(t: Transition) -> Any:
 
 @law(
     "metamorphic",
-    needs=("solution",),
-    requires=("solution",),
+    observes=("solution",),
+    capabilities=("solution",),
     mistakes=("seed_not_truncated",),
     source="bnverify.reference.train_step: seed is a float, truncated to an integer",
 )
@@ -160,8 +160,8 @@ def float_seeds_act_as_their_integer_part(t: Transition) -> Any:
 
 @law(
     "metamorphic",
-    needs=("noise", "solution"),
-    requires=("solution",),
+    observes=("noise", "solution"),
+    capabilities=("solution",),
     mistakes=("eval_of_stale_state", "eval_in_train_mode", "seed_not_truncated"),
     source="bnverify.reference.train_step",
 )

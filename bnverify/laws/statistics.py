@@ -62,8 +62,8 @@ def _measured(t: Transition) -> list[tuple[Any, Any]]:
 
 @law(
     "statistics",
-    needs=(*AVERAGE, "step:other_statistics"),
-    requires=("batch_stats",),
+    observes=(*AVERAGE, "step:other_statistics"),
+    capabilities=("batch_stats",),
     mistakes=(
         "statistics_reinitialised",
         "new_statistics_dropped",
@@ -102,8 +102,8 @@ def _other(value: Any) -> Any:
 
 @law(
     "statistics",
-    needs=AVERAGE,
-    requires=("batch_stats",),
+    observes=AVERAGE,
+    capabilities=("batch_stats",),
     mistakes=(
         "new_statistics_dropped",
         "statistics_reinitialised",
@@ -144,8 +144,8 @@ def one_momentum_for_the_whole_model(t: Transition) -> Any:
 
 @law(
     "statistics",
-    needs=AVERAGE,
-    requires=("batch_stats", "momentum"),
+    observes=AVERAGE,
+    capabilities=("batch_stats", "momentum"),
     mistakes=(
         "ema_applied_twice",
         "momentum_reversed",
@@ -188,8 +188,8 @@ def momentum_is_as_declared(t: Transition) -> Any:
 
 @law(
     "statistics",
-    needs=(*AVERAGE, "layer_inputs", "layer_input_noise"),
-    requires=("batch_stats", "layer_inputs"),
+    observes=(*AVERAGE, "layer_inputs", "layer_input_noise"),
+    capabilities=("batch_stats", "layer_inputs"),
     mistakes=(
         "sample_variance",
         "statistics_over_the_wrong_axis",
@@ -262,8 +262,8 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
 @law(
     "statistics",
     kind="structure",
-    needs=("look",),
-    requires=("look", "passes"),
+    observes=("look",),
+    capabilities=("look", "passes"),
     mistakes=("pass_dropped",),
     source="https://github.com/carpedm20/DCGAN-tensorflow/issues/266",
 )
@@ -280,8 +280,8 @@ def every_pass_reaches_the_statistics(t: Transition) -> list[str]:
 @law(
     "statistics",
     kind="structure",
-    needs=("look",),
-    requires=("look", "passes"),
+    observes=("look",),
+    capabilities=("look", "passes"),
     mistakes=("ema_applied_twice",),
     source="https://github.com/davda54/sam/issues/17",
 )
@@ -302,8 +302,8 @@ def _at(line: str) -> str:
 @law(
     "statistics",
     kind="structure",
-    needs=("look",),
-    requires=("look", "axes"),
+    observes=("look",),
+    capabilities=("look", "axes"),
     mistakes=("statistics_over_the_wrong_axis",),
     source=f"{IOFFE}, section 3.2: a convolution is normalised feature map by feature map",
 )
@@ -320,8 +320,8 @@ def layers_keep_the_feature_axis(t: Transition) -> list[str]:
 @law(
     "statistics",
     kind="witness",
-    needs=("step:zero_statistics",),
-    requires=("batch_stats",),
+    observes=("step:zero_statistics",),
+    capabilities=("batch_stats",),
     mistakes=("rows_normalised_alone",),
     source="https://github.com/google/flax/issues/1247",
     never="rows that differ never gave a variance above 0",
@@ -345,8 +345,8 @@ def unlike_rows_have_a_variance(t: Transition) -> Any:
 @law(
     "statistics",
     kind="structure",
-    needs=("look",),
-    requires=("look", "copies"),
+    observes=("look",),
+    capabilities=("look", "copies"),
     mistakes=("stale_statistics",),
     source="https://github.com/DLR-RM/stable-baselines3/issues/996",
 )
@@ -363,8 +363,8 @@ def a_copy_of_the_params_takes_their_statistics(t: Transition) -> list[str]:
 @law(
     "statistics",
     kind="structure",
-    needs=("look",),
-    requires=("look", "pretrained"),
+    observes=("look",),
+    capabilities=("look", "pretrained"),
     mistakes=("fresh_statistics",),
     source="https://github.com/google/deepvariant/issues/383",
 )
@@ -380,7 +380,7 @@ def trained_params_come_with_their_statistics(t: Transition) -> list[str]:
 
 @law(
     "statistics",
-    requires=("look", "frozen_statistics"),
+    capabilities=("look", "frozen_statistics"),
     mistakes=("frozen_statistics_move",),
     source="https://github.com/Lightning-AI/pytorch-lightning/issues/15062",
 )
@@ -391,9 +391,9 @@ def frozen_statistics_stay(t: Transition) -> Any:
 
 @law(
     "statistics",
-    needs=("step:other_targets",),
-    requires=("batch_stats",),
-    forbids=(("batch_stats", "y"), ("batch_stats", "lr"), ("batch_stats", "opt_state")),
+    observes=("step:other_targets",),
+    capabilities=("batch_stats",),
+    must_not_reach=(("batch_stats", "y"), ("batch_stats", "lr"), ("batch_stats", "opt_state")),
     mistakes=(
         "statistics_trained_as_params",
         "statistics_from_another_batch",
@@ -408,8 +408,8 @@ def batch_stats_are_free_of_targets(t: Transition) -> Any:
 
 @law(
     "statistics",
-    needs=("step:zero_statistics",),
-    requires=("batch_stats",),
+    observes=("step:zero_statistics",),
+    capabilities=("batch_stats",),
     mistakes=(
         "ema_applied_twice",
         "momentum_reversed",
@@ -444,8 +444,8 @@ def variance_is_never_negative(t: Transition) -> Any:
 
 @law(
     "statistics",
-    needs=("step:own_statistics",),
-    requires=("batch_stats",),
+    observes=("step:own_statistics",),
+    capabilities=("batch_stats",),
     mistakes=(
         "statistics_reinitialised",
         "train_step_in_eval_mode",
@@ -484,8 +484,8 @@ def batch_like_the_statistics_is_a_fixed_point(t: Transition) -> Any:
 
 @law(
     "statistics",
-    needs=(*AVERAGE, "step:zero_lr", "step:second_step"),
-    requires=("batch_stats",),
+    observes=(*AVERAGE, "step:zero_lr", "step:second_step"),
+    capabilities=("batch_stats",),
     mistakes=(
         "new_statistics_dropped",
         "ema_applied_twice",
@@ -520,7 +520,7 @@ def equal_steps_converge_geometrically(t: Transition) -> Any:
 
 @law(
     "statistics",
-    requires=("batch_stats",),
+    capabilities=("batch_stats",),
     mistakes=("statistics_reinitialised",),
     source=FLAX_SOURCE,
 )
@@ -537,7 +537,7 @@ def initial_statistics_are_zero_and_one(t: Transition) -> Any:
 
 @law(
     "statistics",
-    requires=("batch_stats",),
+    capabilities=("batch_stats",),
     mistakes=("statistics_overflow",),
     source="float32 holds the square of an input of up to 1e19",
 )

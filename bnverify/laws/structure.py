@@ -61,7 +61,7 @@ def _leaves(tree: Tree) -> dict[str, Any]:
 @law(
     "structure",
     kind="structure",
-    requires=("grads",),
+    capabilities=("grads",),
     mistakes=("gradient_of_all_variables", "statistics_trained_as_params", "wrong_gradient"),
     source="JAX, jax.value_and_grad: https://docs.jax.dev/en/latest/_autosummary/jax.value_and_grad.html",
 )
@@ -144,8 +144,8 @@ def _last(path: str) -> str:
 @law(
     "structure",
     kind="structure",
-    needs=("expected_opt_state",),
-    requires=("optimizer", "opt_state"),
+    observes=("expected_opt_state",),
+    capabilities=("optimizer", "opt_state"),
     mistakes=(
         "optimizer_on_all_variables",
         "parameters_change_dtype",
@@ -164,7 +164,7 @@ def optimizer_state_is_that_of_params(t: Transition) -> list[str]:
 @law(
     "structure",
     kind="structure",
-    requires=("opt_state", "batch_stats"),
+    capabilities=("opt_state", "batch_stats"),
     mistakes=(
         "optimizer_on_all_variables",
         "statistics_trained_as_params",
@@ -191,7 +191,7 @@ def _ends_with_one_of(path: str, endings: set[str]) -> bool:
 @law(
     "structure",
     kind="structure",
-    requires=("loss",),
+    capabilities=("loss",),
     mistakes=("loss_not_reduced",),
     source="JAX, jax.grad: https://docs.jax.dev/en/latest/_autosummary/jax.grad.html",
 )
@@ -211,7 +211,7 @@ def eval_loss_has_shape_one(t: Transition) -> list[str]:
 @law(
     "structure",
     kind="structure",
-    requires=("batch_stats",),
+    capabilities=("batch_stats",),
     mistakes=("statistics_in_low_precision",),
     source="Flax, linen/normalization.py: statistics are kept in float32 whatever the dtype",
 )

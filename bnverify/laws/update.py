@@ -34,8 +34,8 @@ OPTAX = "Optax, apply_updates: https://optax.readthedocs.io/en/latest/api/apply_
 
 @law(
     "update",
-    needs=("expected_update",),
-    requires=("optimizer", "grads"),
+    observes=("expected_update",),
+    capabilities=("optimizer", "grads"),
     mistakes=(
         "update_dropped",
         "wrong_sign",
@@ -77,8 +77,8 @@ def params_follow_the_optimizer(t: Transition) -> Any:
 
 @law(
     "update",
-    needs=("expected_update",),
-    requires=("optimizer", "grads", "opt_state"),
+    observes=("expected_update",),
+    capabilities=("optimizer", "grads", "opt_state"),
     mistakes=(
         "old_optimizer_state_kept",
         "optimizer_reinitialised",
@@ -110,8 +110,8 @@ def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
 
 @law(
     "update",
-    needs=("step:zero_lr",),
-    requires=("lr",),
+    observes=("step:zero_lr",),
+    capabilities=("lr",),
     mistakes=(
         "learning_rate_ignored",
         "decay_outside_the_learning_rate",
@@ -136,7 +136,7 @@ def zero_learning_rate_moves_nothing(t: Transition) -> Any:
 
 @law(
     "update",
-    requires=("look", "frozen_params"),
+    capabilities=("look", "frozen_params"),
     mistakes=("frozen_params_move",),
     source="Optax, multi_transform: https://optax.readthedocs.io/en/latest/api/combining_optimizers.html",
 )
@@ -148,8 +148,8 @@ def frozen_params_stay(t: Transition) -> Any:
 @law(
     "update",
     kind="structure",
-    needs=("look",),
-    requires=("look", "scaled"),
+    observes=("look",),
+    capabilities=("look", "scaled"),
     mistakes=("frozen_gradients_scale_others",),
     source="Optax, clip_by_global_norm: the norm is over all that the transformation is given",
 )
@@ -166,8 +166,8 @@ def frozen_gradients_scale_nothing(t: Transition) -> list[str]:
 @law(
     "update",
     kind="structure",
-    needs=("look",),
-    requires=("look", "schedules"),
+    observes=("look",),
+    capabilities=("look", "schedules"),
     mistakes=("schedule_counts_batches",),
     source="https://github.com/AI-Hypercomputer/maxtext/pull/3452",
 )
@@ -188,8 +188,8 @@ def schedule_counts_updates(t: Transition) -> list[str]:
 
 @law(
     "update",
-    needs=("expected_update",),
-    requires=("optimizer", "grads", "plain_sgd"),
+    observes=("expected_update",),
+    capabilities=("optimizer", "grads", "plain_sgd"),
     mistakes=(
         "wrong_sign",
         "update_dropped",
@@ -223,8 +223,8 @@ def sgd_moves_params_by_minus_lr_times_gradient(t: Transition) -> Any:
 
 @law(
     "update",
-    needs=("noise",),
-    requires=("grads", "oracle"),
+    observes=("noise",),
+    capabilities=("grads", "oracle"),
     mistakes=("wrong_gradient", "broadcast_loss", "train_step_in_eval_mode"),
     source="bnverify/oracle.py, derived by hand",
 )
@@ -235,8 +235,8 @@ def gradients_equal_the_hand_derivation(t: Transition) -> Any:
 
 @law(
     "update",
-    needs=("noise",),
-    requires=("loss", "oracle"),
+    observes=("noise",),
+    capabilities=("loss", "oracle"),
     mistakes=("broadcast_loss", "train_step_in_eval_mode", "loss_not_reduced"),
     source="bnverify/oracle.py, derived by hand",
 )
@@ -247,8 +247,8 @@ def training_loss_equals_the_hand_derivation(t: Transition) -> Any:
 
 @law(
     "update",
-    needs=("noise", "directional_derivative"),
-    requires=("grads", "loss"),
+    observes=("noise", "directional_derivative"),
+    capabilities=("grads", "loss"),
     mistakes=(
         "wrong_gradient",
         "wrong_sign",
@@ -280,8 +280,8 @@ def gradients_are_gradients_of_the_loss(t: Transition) -> Any:
 
 @law(
     "update",
-    needs=("noise",),
-    requires=("grads", "biases_before_norm"),
+    observes=("noise",),
+    capabilities=("grads", "biases_before_norm"),
     mistakes=(
         "train_step_in_eval_mode",
         "wrong_gradient",

@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from bnverify import compile_cache
+from bnverify.errors import did_you_mean, first_line
 from bnverify.evidence import Call, Evidence, Violation
 from bnverify.laws import LAWS
 from bnverify.laws.arithmetic import floats
-from bnverify.lifetime.checkpoint import Lived, subject_of, ways
+from bnverify.lifetime.checkpoint import CheckpointedSubject, subject_of, ways
 from bnverify.lifetime.histories import drawn, scripted
 from bnverify.lifetime.life import EVALUATED, FOLDED, Life, Record, exemption
 from bnverify.observe import CompiledSubject
@@ -19,7 +20,6 @@ from bnverify.profile import PROFILES, Profile, ProfileName, named
 from bnverify.shapes import Shape
 from bnverify.shrink import shorten
 from bnverify.subject import Subject
-from bnverify.unusable import did_you_mean, first_line
 
 NAMES = tuple(name for name, law in LAWS.items() if law.kind == "life")
 """The laws of the life of a state, in the order of reports."""
@@ -29,7 +29,7 @@ SHAPES = ((2, 2), (4, 3), (24, 3))
 
 
 def check_life(
-    lived: Subject | Lived,
+    lived: Subject | CheckpointedSubject,
     profile: ProfileName | Profile = "ci",
     seed: int = 0,
     *,
@@ -39,7 +39,7 @@ def check_life(
     """Hold the life of a state to its laws and return what is known about each.
 
     Args:
-        lived: a Subject, or a Lived with its own way to save and restore.
+        lived: a Subject, or a CheckpointedSubject with its own way to save and restore.
         profile: how much to do: two scripted lives for each way to save, and twice as many drawn
             ones as the profile has explicit examples.
         seed: from which the lives are drawn; the same seed gives the same evidence.
@@ -88,20 +88,20 @@ def shape_for(calls: CompiledSubject) -> Shape:
 
 
 def offered(
-    lived: Subject | Lived, calls: CompiledSubject, shape: Shape, *, orbax: bool
+    lived: Subject | CheckpointedSubject, calls: CompiledSubject, shape: Shape, *, orbax: bool
 ) -> tuple[list[str], dict[str, str]]:
     """Return the ways in which the subject's states can be saved, and why which others cannot.
 
     A user's own way is always offered: where it raises, that is a violation.
 
     Args:
-        lived: a Subject, or a Lived with its own way to save and restore.
+        lived: a Subject, or a CheckpointedSubject with its own way to save and restore.
         calls: the subject's functions.
         shape: (N, D) of the batches.
         orbax: whether orbax is tried, too: it takes tenths of a second each time.
     """
     known = {name: way for name, way in ways(lived).items() if orbax or name != "orbax"}
-    if isinstance(lived, Lived):
+    if isinstance(lived, CheckpointedSubject):
         return list(known), {}
     batch = calls.tracer.init_batch(np.zeros(shape, np.float32))
     state = calls.single("init", calls.subject.init, np.int32(0), batch)
@@ -118,7 +118,7 @@ class Lives:
     """Checks of the life of a state, as many as are asked, with what was compiled once.
 
     Args:
-        lived: a Subject, or a Lived with its own way to save and restore.
+        lived: a Subject, or a CheckpointedSubject with its own way to save and restore.
         plan: how much to do.
         names: the names of the laws.
         target: how counterexamples find the subject.
@@ -130,7 +130,7 @@ class Lives:
 
     def __init__(
         self,
-        lived: Subject | Lived,
+        lived: Subject | CheckpointedSubject,
         plan: Profile,
         names: Collection[str],
         target: str | None = None,

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from bnverify import flax_module
+from bnverify.errors import UsageError
 from bnverify.lazy import LazyModule, jax, jnp
 from bnverify.parallel.subject import Parallel
 from bnverify.subject import State, Subject
-from bnverify.unusable import Unusable
 
 serialization: Any = LazyModule("flax.serialization")
 ocp: Any = LazyModule("orbax.checkpoint")
@@ -41,7 +41,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Lived:
+class CheckpointedSubject:
     """A subject with its user's own way to save and restore.
 
     Attributes:
@@ -62,18 +62,18 @@ class Lived:
         return self.subject.name
 
 
-def subject_of(lived: Subject | Lived | Parallel) -> Subject:
+def subject_of(lived: Subject | CheckpointedSubject | Parallel) -> Subject:
     """Return the training step of ``lived``, on one device.
 
     Raises:
-        Unusable: it is none of the three.
+        UsageError: it is none of the three.
     """
     if isinstance(lived, Parallel):
         return lived.single
-    given: Any = lived.subject if isinstance(lived, Lived) else lived
+    given: Any = lived.subject if isinstance(lived, CheckpointedSubject) else lived
     if not isinstance(given, Subject):
         called = type(given).__name__
-        raise Unusable(f"a bnverify.Subject is needed, got a {called}{flax_module.advice(given)}")
+        raise UsageError(f"a bnverify.Subject is needed, got a {called}{flax_module.advice(given)}")
     return given
 
 
@@ -144,9 +144,9 @@ def has_orbax() -> bool:
     return numbers <= (0, 11, 0) or hasattr(jax.monitoring, "record_scalar")
 
 
-def ways(lived: Subject | Lived | Parallel) -> Mapping[str, Way]:
+def ways(lived: Subject | CheckpointedSubject | Parallel) -> Mapping[str, Way]:
     """Return the ways in which ``lived`` is saved: its own, or the libraries'."""
-    if isinstance(lived, Lived):
+    if isinstance(lived, CheckpointedSubject):
         return {"own": Way(lived.save, lived.restore)}
     return {**WAYS, "orbax": ORBAX} if has_orbax() else WAYS
 

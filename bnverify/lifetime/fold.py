@@ -85,7 +85,7 @@ class Error(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Fold:
+class EmaHistory:
     """The history of all floating-point statistics since they were first seen.
 
     Attributes:
@@ -95,7 +95,7 @@ class Fold:
 
     statistics: dict[str, Statistic] | None = None
 
-    def after(self, state: State, case: Case, step: Step) -> Fold:
+    def after(self, state: State, case: Case, step: Step) -> EmaHistory:
         """Return the history after one more step.
 
         Args:
@@ -106,13 +106,13 @@ class Fold:
         now = _statistics(state)
         zeros = _statistics(step(*RERUNS["zero_statistics"](state, case)))
         if self.statistics == {} or form(zeros) != form(now):
-            return Fold({})
+            return EmaHistory({})
         known = self.statistics
         with np.errstate(all="ignore"):  # what overflows is not compared
             if known is None:
                 highs = _statistics(step(*RERUNS["huge_statistics"](state, case)))
                 known = {path: _begun(now[path], zeros[path], highs[path]) for path in now}
-            return Fold({path: known[path].after(zero) for path, zero in zeros.items()})
+            return EmaHistory({path: known[path].after(zero) for path, zero in zeros.items()})
 
     def error(self, state: State) -> Error:
         """Return how far the statistics of ``state`` are from what they must be."""

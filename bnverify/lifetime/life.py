@@ -19,18 +19,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnverify.case import Case
+from bnverify.errors import did_you_mean, first_line
 from bnverify.evidence import Call, Cause, Counterexample, Evidence, Violation
 from bnverify.laws import LAWS
 from bnverify.laws.arithmetic import floats
 from bnverify.lazy import jax, jnp
-from bnverify.lifetime.checkpoint import COPIES, Lived, Way, subject_of, ways
-from bnverify.lifetime.fold import Fold
+from bnverify.lifetime.checkpoint import COPIES, CheckpointedSubject, Way, subject_of, ways
+from bnverify.lifetime.fold import EmaHistory
 from bnverify.observe import CompiledSubject
 from bnverify.parallel.subject import Parallel
 from bnverify.pytree import path_name
 from bnverify.subject import State, StepInfo, Subject, Tree
 from bnverify.transition import Outcome
-from bnverify.unusable import did_you_mean, first_line
 
 VALUES = "a_checkpoint_keeps_every_value"
 TYPES = "a_checkpoint_keeps_types_and_containers"
@@ -72,14 +72,14 @@ class Saved(NamedTuple):
     data: Any
     state: State
     twin: State
-    fold: Fold
+    fold: EmaHistory
 
 
 class Life:
     """One state's life, held to the laws as it goes.
 
     Args:
-        lived: a Subject, a Lived with its own way to save and restore, or a Parallel, of which the
+        lived: a Subject, a CheckpointedSubject with its own way to save and restore, or a Parallel, of which the
             single-device step is taken.
         calls: the subject's functions, to share what they compiled; None: new ones.
         ignore: names of laws that are not asked.
@@ -89,7 +89,7 @@ class Life:
 
     def __init__(
         self,
-        lived: Subject | Lived | Parallel,
+        lived: Subject | CheckpointedSubject | Parallel,
         *,
         calls: CompiledSubject | None = None,
         ignore: Collection[str] = (),
@@ -100,7 +100,7 @@ class Life:
         self.ended = False
         self.saved: Saved | None = None
         self._subject = subject_of(lived)
-        self._begin = lived.begin if isinstance(lived, Lived) else None
+        self._begin = lived.begin if isinstance(lived, CheckpointedSubject) else None
         self._calls = calls or CompiledSubject(self._subject, "jit")
         self._ignore = ignore
         self._record = record or Record()
@@ -134,7 +134,7 @@ class Life:
             self._begin()
         self.state = self._init(case.seed, case.x)
         self._template = self._init(case.seed ^ 1, case.x)
-        self._twin, self._fold = self.state, Fold()
+        self._twin, self._fold = self.state, EmaHistory()
 
     def train(self, case: Case) -> None:
         """Take one step on the batch of ``case``, in both histories."""

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from bnverify.case import Case
 from bnverify.lifetime.check import offered, shape_for
-from bnverify.lifetime.checkpoint import COPIES, Lived, subject_of
+from bnverify.lifetime.checkpoint import COPIES, CheckpointedSubject, subject_of
 from bnverify.lifetime.histories import QUARTERS, RATES, SEEDS
 from bnverify.lifetime.life import Life
 from bnverify.observe import CompiledSubject
@@ -41,12 +41,12 @@ def batches(shape: tuple[int, int]) -> st.SearchStrategy[Case]:
 
 
 def life(
-    lived: Subject | Lived, *, name: str | None = None, ignore: Collection[str] = ()
+    lived: Subject | CheckpointedSubject, *, name: str | None = None, ignore: Collection[str] = ()
 ) -> type[RuleBasedStateMachine]:
     """Return a state machine that lives the life of a state in every order.
 
     Args:
-        lived: a Subject, saved by ``flax.serialization``, or a Lived with its own way to save
+        lived: a Subject, saved by ``flax.serialization``, or a CheckpointedSubject with its own way to save
             and restore.
         name: how counterexamples find ``lived``: "module:name"; None: the reader puts it in.
         ignore: names of laws that are not asked.

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bnverify.check import Check
+from bnverify.errors import first_line
 from bnverify.evidence import Report
 from bnverify.mutants import Mutant
 from bnverify.profile import Profile, ProfileName
-from bnverify.unusable import first_line
 
 
 @dataclass(frozen=True)

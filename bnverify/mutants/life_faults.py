@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from bnverify.lazy import LazyModule, jax, jnp
-from bnverify.lifetime.checkpoint import Lived, serialization
+from bnverify.lifetime.checkpoint import CheckpointedSubject, serialization
 from bnverify.mutants.beyond_one_step import Fault, enter
 from bnverify.mutants.carrying import CallsCountedInPython
 from bnverify.mutants.evaluation import EvalWritesStatistics
@@ -60,15 +60,15 @@ class Checkpoint:
         """Return the whole state."""
         return self.read(template, data)
 
-    def lived(self) -> Lived:
+    def lived(self) -> CheckpointedSubject:
         """Return the step with this way to save and restore."""
-        return Lived(self.subject(), self.save, self.restore, self.begin)
+        return CheckpointedSubject(self.subject(), self.save, self.restore, self.begin)
 
 
 def fault(mistake: str, expected: str) -> Callable[[type[Any]], type[Any]]:
     """Enter the decorated Checkpoint, or step of the catalogue's kind."""
 
-    def made(parts: type[Any], name: str) -> Subject | Lived:
+    def made(parts: type[Any], name: str) -> Subject | CheckpointedSubject:
         step = parts()
         if isinstance(step, Checkpoint):
             return step.lived()
@@ -331,7 +331,7 @@ def noisy() -> Subject:
     return replace(plain, name="noisy", init=init, step=step, with_optimizer=None)
 
 
-def correct() -> dict[str, Subject | Lived]:
+def correct() -> dict[str, Subject | CheckpointedSubject]:
     """Return correct lives, to which no claim may object."""
     return {
         "noisy": noisy(),

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 import bnverify
+from bnverify.errors import UsageError
 from bnverify.mutants.substitution import STARTUP, VARIABLE, Order
 from bnverify.mutants.transplant import TRANSPLANTS, Transplant
-from bnverify.unusable import Unusable
 
 Verdict = Literal["noticed", "missed", "not reached"]
 
@@ -84,7 +84,7 @@ def audit_tests(
         listener: told of each finding.
 
     Raises:
-        Unusable: the tests fail, or never import a target, without any fault.
+        UsageError: the tests fail, or never import a target, without any fault.
     """
     words = shlex.split(command)
     with tempfile.TemporaryDirectory(prefix="bnverify-") as folder:
@@ -93,13 +93,13 @@ def audit_tests(
         done, seconds = _run(words, Order(tuple(targets), "", str(mark)), None, printed)
         if done != 0:
             last = "\n".join(_lines(printed)[-20:])
-            raise Unusable(
+            raise UsageError(
                 f"the tests fail without any fault: {command} ended with {done}; it printed\n{last}"
             )
         seen = _lines(mark)
         for target in targets:
             if f"imported {target}" not in seen:
-                raise Unusable(f"the tests never import {target}")
+                raise UsageError(f"the tests never import {target}")
         findings = []
         for fault in faults:
             mark.unlink(missing_ok=True)
@@ -130,7 +130,7 @@ def _run(
             )
         status = done.returncode
     except FileNotFoundError:
-        raise Unusable(f"no command {words[0]!r} is found") from None
+        raise UsageError(f"no command {words[0]!r} is found") from None
     except subprocess.TimeoutExpired:
         status = 124  # as timeout(1) reports it: a fault that makes the tests hang is noticed
     return status, time.perf_counter() - started

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from bnverify import compile_cache, shrink
 from bnverify.case import Case, Domain
+from bnverify.errors import UsageError, first_line
 from bnverify.evidence import DEVICES, Cause, Counterexample, Evidence, Violation
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import FAINT, RoundingBounds
@@ -38,7 +39,6 @@ from bnverify.stacks import stacked_cases
 from bnverify.subject import Tree
 from bnverify.target import load
 from bnverify.transition import Transition
-from bnverify.unusable import Unusable, first_line
 
 NAMES = tuple(name for name, law in LAWS.items() if law.kind == "parallel")
 """The laws of many devices, in the order of reports."""
@@ -84,7 +84,7 @@ def check_parallel(
     if isinstance(what, Parallel):
         return run(what, None, named(profile), seed, NAMES)[0]
     if not isinstance(what, str):
-        raise Unusable(
+        raise UsageError(
             f"check_parallel takes a Parallel, or the target of one, got a {type(what).__name__}"
         )
     return on_devices([what], named(profile), seed, NAMES)[what][0]
@@ -104,7 +104,7 @@ def run(
         names: names of laws of many devices.
 
     Raises:
-        Unusable: the process ended without an answer.
+        UsageError: the process ended without an answer.
     """
     if target is not None:
         return on_devices([target], plan, seed, names)[target]
@@ -117,7 +117,7 @@ def replay(parallel: Parallel, case: Case, law: str) -> float:
 
     Raises:
         Violation: the case breaks the law.
-        Unusable: this process lacks what the law needs, as devices.
+        UsageError: this process lacks what the law needs, as devices.
     """
     check = Check(parallel, [law])
     check.hold(stack([case]))
@@ -125,7 +125,7 @@ def replay(parallel: Parallel, case: Case, law: str) -> float:
     if evidence.status == "violated":
         raise Violation(evidence)
     if evidence.status == "untriggered" and check.missing:
-        raise Unusable(f"{law} cannot be judged here: {evidence.reason}")
+        raise UsageError(f"{law} cannot be judged here: {evidence.reason}")
     return UNTRIGGERED if evidence.residual is None else evidence.residual
 
 
@@ -467,7 +467,7 @@ def on_devices(
         names: names of laws of many devices.
 
     Raises:
-        Unusable: nothing can be made of a target, or the process ended without an answer.
+        UsageError: nothing can be made of a target, or the process ended without an answer.
     """
     asked = {"targets": list(targets), "plan": asdict(plan), "seed": seed, "names": list(names)}
     code = f"import sys; from {__name__} import answer; answer(*sys.argv[1:])"
@@ -483,15 +483,15 @@ def on_devices(
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise Unusable(
+            raise UsageError(
                 f"the process with {DEVICES} devices did not end within {TIME_LIMIT:g} s"
             ) from error
         if not file.exists():
             said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
-            raise Unusable(f"the process with {DEVICES} devices ended without an answer: {said}")
+            raise UsageError(f"the process with {DEVICES} devices ended without an answer: {said}")
         found = json.loads(file.read_text(encoding="utf-8"))
     if "refused" in found:
-        raise Unusable(found["refused"])
+        raise UsageError(found["refused"])
     return {
         target: ([Evidence.from_json(each) for each in part["results"]], part["cases"])
         for target, part in found.items()
@@ -515,11 +515,11 @@ def find(target: str) -> Parallel:
     """Return the data-parallel step that ``target`` names.
 
     Raises:
-        Unusable: it names none.
+        UsageError: it names none.
     """
     made = load(target)
     if not isinstance(made, Parallel):
-        raise Unusable(f"{target} is no bnverify.Parallel, nor a function that makes one")
+        raise UsageError(f"{target} is no bnverify.Parallel, nor a function that makes one")
     return made
 
 
@@ -533,6 +533,6 @@ def answer(asked: str, file: str) -> None:
             check = Check(find(target), given["names"], target)
             results = [each.to_json() for each in check.run(plan, given["seed"])]
             found[target] = {"results": results, "cases": check.cases}
-    except Unusable as error:
+    except UsageError as error:
         found = {"refused": str(error)}
     Path(file).write_text(json.dumps(found), encoding="utf-8")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bnverify.errors import UsageError, did_you_mean
 from bnverify.laws import LAWS
-from bnverify.unusable import Unusable, did_you_mean
 from bnverify.upgrade.policy import KnownFailure, load
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ def read(path: Path) -> tuple[KnownFailure, ...]:
     """Return the known failures in a policy file.
 
     Raises:
-        Unusable: it cannot be read, an entry is not as it should be, or names no law.
+        UsageError: it cannot be read, an entry is not as it should be, or names no law.
     """
     failures = load(path).failure
     for number, entry in enumerate(failures):
         if entry.law not in LAWS:
             hint = did_you_mean(entry.law, LAWS)
-            raise Unusable(f"{path}: failure[{number}].law: no law is named {entry.law!r}{hint}")
+            raise UsageError(f"{path}: failure[{number}].law: no law is named {entry.law!r}{hint}")
     return failures
 
 

@@ -62,13 +62,13 @@ def pytest_configure(config: pytest.Config) -> None:
     file = config.getoption("bnverify_known_failures")
     if file is None:
         return
+    from bnverify.errors import UsageError
     from bnverify.testing import known_failures
-    from bnverify.unusable import Unusable
 
     path = Path(file) if Path(file).exists() else config.rootpath / file
     try:
         config.stash[ENTRIES] = known_failures.read(path)
-    except Unusable as error:
+    except UsageError as error:
         raise pytest.UsageError(str(error)) from None
 
 
@@ -102,12 +102,12 @@ def pytest_collection_modifyitems(
 
 
 def _shard(text: str) -> Any:
+    from bnverify.errors import UsageError
     from bnverify.shard import Shard
-    from bnverify.unusable import Unusable
 
     try:
         return Shard.parse(text)
-    except Unusable as error:
+    except UsageError as error:
         raise pytest.UsageError(f"--bnverify-shard: {error}") from None
 
 

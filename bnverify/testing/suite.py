@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bnverify import flax_module
+from bnverify.errors import first_line
 from bnverify.laws import LAWS
-from bnverify.lifetime.checkpoint import Lived, subject_of
+from bnverify.lifetime.checkpoint import CheckpointedSubject, subject_of
 from bnverify.parallel.subject import Parallel
 from bnverify.subject import Subject
 from bnverify.testing.workers import shared
-from bnverify.unusable import first_line
 
 if TYPE_CHECKING:
     from bnverify.evidence import Evidence, Report
@@ -41,7 +41,7 @@ def suite(
     ``-m bnverify_statistics``, or ``-k statistics``, selects a family.
 
     Args:
-        subject: the training step, a Lived or a Parallel; or a function that makes it, called
+        subject: the training step, a CheckpointedSubject or a Parallel; or a function that makes it, called
             when a test first runs. The claims about many devices are among the tests where a
             Parallel itself is given.
         profile: how much to do; ``--bnverify-profile`` takes its place.
@@ -110,7 +110,7 @@ class Check:
     def subject(self) -> Target:
         """The subject itself."""
         given = self._given
-        if isinstance(given, Subject | Lived | Parallel):
+        if isinstance(given, Subject | CheckpointedSubject | Parallel):
             return given
         made = given()
         if isinstance(made, Parallel):

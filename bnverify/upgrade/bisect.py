@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 from bnverify.upgrade import environments, uv
 from bnverify.upgrade.compare import compare
 from bnverify.upgrade.environments import parse, resolve, workspace
@@ -76,10 +76,10 @@ def releases_between(package: str, old: str, new: str, work: Workspace) -> list[
     """Return the releases of a package from `old` to `new`, both included, oldest first.
 
     Raises:
-        Unusable: the index cannot be asked, or holds no such range.
+        UsageError: the index cannot be asked, or holds no such range.
     """
     if Version(old) >= Version(new):
-        raise Unusable(f"--from {old} is not older than --to {new}")
+        raise UsageError(f"--from {old} is not older than --to {new}")
     pythons = list(uv.pythons())
     found = [new]
     while Version(found[-1]) > Version(old) and len(found) < _MOST:
@@ -149,7 +149,7 @@ def bisect(
         tell: told what is being done.
 
     Raises:
-        Unusable: the range is empty, or the target does not run with its ends.
+        UsageError: the range is empty, or the target does not run with its ends.
     """
     package = canonicalize_name(package)
     where = locate(target, project)
@@ -175,7 +175,7 @@ def bisect(
                     old=f"{package} {old}",
                     new=f"{package} {version}",
                 )
-            except Unusable as error:
+            except UsageError as error:
                 tried.append(Tried(version, why=str(error)))
                 return None
             found = judgement.comparison.of(kind) if kind else not judgement.ok
@@ -184,7 +184,7 @@ def bisect(
 
         answer = changed(new)
         if answer is None:
-            raise Unusable(tried[-1].why)
+            raise UsageError(tried[-1].why)
         if not answer:
             return None
         low, high = first_changed(releases, changed)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 from bnverify.upgrade import witness
 from bnverify.upgrade.difference import KINDS, Difference
 from bnverify.upgrade.values import distances, explanation
@@ -73,7 +73,7 @@ def compare(old: Recording, new: Recording) -> Comparison:
     """Return what changed from `old` to `new`, its replay.
 
     Raises:
-        Unusable: they are not a recording and its replay, so values cannot be compared.
+        UsageError: they are not a recording and its replay, so values cannot be compared.
     """
     _check(old, new)
     far = distances(old, new) if new.manifest["shapes"] else {}
@@ -100,10 +100,10 @@ def _check(old: Recording, new: Recording) -> None:
     ):
         return
     if old.manifest["replays"] == new.digest:
-        raise Unusable(
+        raise UsageError(
             f"{old.source} is a replay of {new.source}: compare them the other way round"
         )
-    raise Unusable(
+    raise UsageError(
         f"{new.source} is not a replay of {old.source}; make one in the new environment with "
         f"bnverify record --replay {old.source} -o {new.source}"
     )

@@ -35,7 +35,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from bnverify import compile_cache
-from bnverify.unusable import Unusable, cause
+from bnverify.errors import UsageError, cause
 from bnverify.upgrade import processes, sources, uv
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def parse(text: str, directory: Path | None = None) -> Requirement:
         directory: what relative paths are relative to; by default the current directory.
 
     Raises:
-        Unusable: it is none of these.
+        UsageError: it is none of these.
     """
     directory = (directory or Path.cwd()).absolute()
     asked = text.strip()
@@ -130,7 +130,7 @@ def parse(text: str, directory: Path | None = None) -> Requirement:
         python = path / "bin" / "python"
         if (path / "pyvenv.cfg").is_file() and python.exists():
             return Requirement(text, directory, python=python)
-        raise Unusable(
+        raise UsageError(
             f"{text!r} is a directory and not a virtual environment; give its requirements file"
         )
     if asked and path.exists() and path.name.startswith("python"):
@@ -139,13 +139,13 @@ def parse(text: str, directory: Path | None = None) -> Requirement:
         try:
             path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise Unusable(f"cannot read the requirements file {path}: {cause(error)}") from None
+            raise UsageError(f"cannot read the requirements file {path}: {cause(error)}") from None
         return Requirement(text, directory, file=path)
     like_a_file = "@" not in asked and ("/" in asked or Path(asked).suffix in _FILE_SUFFIXES)
     specifiers = () if like_a_file else _split(asked)
     if not specifiers:
         found = f"there is no file {path}" if like_a_file else "it is not a list of requirements"
-        raise Unusable(
+        raise UsageError(
             f"{text!r} names no environment: {found}; give a requirements file, a list such as"
             " jax==0.9.2,flax==0.12.6, a virtual environment, installed, or latest"
         )
@@ -208,12 +208,12 @@ def workspace() -> Iterator[Workspace]:
     """Make a workspace in bnverify's cache; remove what killed runs left there.
 
     Raises:
-        Unusable: the cache cannot be written, or this is Windows.
+        UsageError: the cache cannot be written, or this is Windows.
     """
     try:
         import fcntl
     except ImportError:  # pragma: no cover -- Windows has neither flock nor killpg
-        raise Unusable("environments are made on Linux and macOS; on Windows use WSL") from None
+        raise UsageError("environments are made on Linux and macOS; on Windows use WSL") from None
     root = compile_cache.cache_root().absolute() / "upgrade"
     try:
         # 0o700: who can write here can run code in every process that uses it.
@@ -232,7 +232,7 @@ def workspace() -> Iterator[Workspace]:
             finally:
                 shutil.rmtree(place, ignore_errors=True)
     except OSError as error:
-        raise Unusable(
+        raise UsageError(
             f"the cache {root} cannot be used: {error}; let BNVERIFY_CACHE name a directory on a"
             " local disk with room"
         ) from None
@@ -299,7 +299,7 @@ class Environment:
             timeout: seconds for the command, once the environment is there.
 
         Raises:
-            Unusable: uv cannot make the environment.
+            UsageError: uv cannot make the environment.
             subprocess.TimeoutExpired: the command ran for longer.
         """
         try:
@@ -359,7 +359,7 @@ def resolve(requirement: Requirement, work: Workspace, project: Path | None = No
             Any other directory is imported from as it lies.
 
     Raises:
-        Unusable: it does not resolve on any Python that was found, in the resolver's words.
+        UsageError: it does not resolve on any Python that was found, in the resolver's words.
     """
     try:
         return _resolve(requirement, work, project)
@@ -452,7 +452,7 @@ def newest(
         work: made by `workspace`.
 
     Raises:
-        Unusable: the index cannot be asked.
+        UsageError: the index cannot be asked.
     """
     asked = Requirement(package, work.path, specifiers=(f"{package}{versions}",))
     source = str(work.write("range.in", asked.lines()))
@@ -462,7 +462,7 @@ def newest(
             found.append(_names(_compile([source], (), python, asked, work))[package])
         except uv.UvError as error:
             if not (error.wants_another_python or "unsatisfiable" in str(error)):
-                raise Unusable(f"cannot list the releases of {package}: {error}") from None
+                raise UsageError(f"cannot list the releases of {package}: {error}") from None
     return max(filter(None, found), key=Version, default=None)
 
 
@@ -539,6 +539,6 @@ def _newness(pins: list[str]) -> list[Version]:
     return [Version(versions.get(name) or "0") for name in ("jax", "flax", "optax")]
 
 
-def _unavailable(requirement: str, error: uv.UvError | sources.TreeError) -> Unusable:
+def _unavailable(requirement: str, error: uv.UvError | sources.TreeError) -> UsageError:
     said = f"uv says\n{error}\nLikely fix: {error.fix}" if isinstance(error, uv.UvError) else error
-    return Unusable(f"cannot make the environment {requirement}: {said}")
+    return UsageError(f"cannot make the environment {requirement}: {said}")

@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bnverify.compile_cache import machine
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 from bnverify.upgrade import recording
 from bnverify.upgrade.compare import compare
 from bnverify.upgrade.environments import parse, resolve, workspace
@@ -81,7 +81,7 @@ class Recordings:
         """Return a recording of the target in an environment.
 
         Raises:
-            Unusable: the environment cannot be made, or the target does not run there.
+            UsageError: the environment cannot be made, or the target does not run there.
         """
         return self._get(environment, None)
 
@@ -89,7 +89,7 @@ class Recordings:
         """Return the replay of a recording in an environment, whatever fails in it.
 
         Raises:
-            Unusable: the environment cannot be made, or bnverify itself does not run there.
+            UsageError: the environment cannot be made, or bnverify itself does not run there.
         """
         try:
             made = self._get(environment, old)
@@ -129,22 +129,22 @@ class Recordings:
         try:
             done = environment.run(command, self._work, self._limit)
         except subprocess.TimeoutExpired:
-            raise Unusable(
+            raise UsageError(
                 f"recording {self._target.text} with {where} takes longer than {self._limit:g} s"
             ) from None
         lines = [line for line in done.stderr.strip().splitlines() if "<frozen" not in line]
         words = "\n".join(lines[-_WORDS:])
         if done.returncode == _NO_IMPORT:
-            raise Unusable(
+            raise UsageError(
                 f"with {where}, jax, flax and optax do not import:\n{words}\nLikely fix: pin them,"
                 " numpy and scipy to releases of the same months; some sets resolve and do not work"
             )
         if done.returncode == 2:  # the command's own refusal
-            raise Unusable(f"with {where}: {words.rpartition('bnverify: ')[2]}")
+            raise UsageError(f"with {where}: {words.rpartition('bnverify: ')[2]}")
         if done.returncode > 128:
             raise _DiedError(f"the process died of signal {done.returncode - 128}: {words}")
         if done.returncode:
-            raise Unusable(f"bnverify cannot record with {where}: {words}")
+            raise UsageError(f"bnverify cannot record with {where}: {words}")
 
     def _dead(self, environment: Environment, old: Recording, message: str) -> Recording:
         """Return a replay in which the target killed its process."""
@@ -165,7 +165,7 @@ print(platform.python_version(), *map(version, sys.argv[1:]))
 """
 
 
-class _DiedError(Unusable):
+class _DiedError(UsageError):
     """The target took its process with it."""
 
 
@@ -193,7 +193,7 @@ def gate(
         tell: told what is being done.
 
     Raises:
-        Unusable: an environment cannot be made, or the target does not run in the old one.
+        UsageError: an environment cannot be made, or the target does not run in the old one.
     """
     started = time.perf_counter()
     where = locate(target, project)

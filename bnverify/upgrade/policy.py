@@ -44,8 +44,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from packaging.requirements import InvalidRequirement, Requirement
 
+from bnverify.errors import UsageError, cause, did_you_mean
 from bnverify.profile import PROFILES, ProfileName
-from bnverify.unusable import Unusable, cause, did_you_mean
 from bnverify.upgrade.difference import KINDS, Difference, Kind
 
 if TYPE_CHECKING:
@@ -145,14 +145,14 @@ def find(directory: Path) -> Policy:
     """Return the policy of a project: its bnverify.toml, or its pyproject.toml, or the default.
 
     Raises:
-        Unusable: as `load`; or both files hold a policy, so that one would be ignored.
+        UsageError: as `load`; or both files hold a policy, so that one would be ignored.
     """
     own, shared = directory / "bnverify.toml", directory / "pyproject.toml"
     shared_policy = load(shared) if shared.is_file() and _table(shared) is not None else None
     if not own.is_file():
         return shared_policy or Policy()
     if shared_policy:
-        raise Unusable(f"{own} and [tool.bnverify] in {shared} are two policies; keep one")
+        raise UsageError(f"{own} and [tool.bnverify] in {shared} are two policies; keep one")
     return load(own)
 
 
@@ -160,20 +160,20 @@ def load(path: Path) -> Policy:
     """Return the policy in a file; in a pyproject.toml, the one under [tool.bnverify].
 
     Raises:
-        Unusable: the file is missing or not TOML, or a key or value in it is not allowed.
+        UsageError: the file is missing or not TOML, or a key or value in it is not allowed.
     """
     table = _table(path)
     _refuse_unknown(path, table)
     try:
         policy = msgspec.convert({} if table is None else table, Policy)
     except msgspec.ValidationError as error:
-        raise Unusable(f"{path}: {_explained(str(error), table)}") from None
+        raise UsageError(f"{path}: {_explained(str(error), table)}") from None
     for number, failure in enumerate(policy.failure):
         try:
             list(failure.requirements)
         except InvalidRequirement:
             got = f"failure[{number}].versions = {failure.versions!r:.80} is not allowed"
-            raise Unusable(f"{path}: {got}: versions are like 'flax<0.13'") from None
+            raise UsageError(f"{path}: {got}: versions are like 'flax<0.13'") from None
     return policy
 
 
@@ -182,7 +182,7 @@ def _table(path: Path) -> Any:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # not TOML, or not UTF-8
-        raise Unusable(f"cannot read the policy {path}: {cause(error)}") from None
+        raise UsageError(f"cannot read the policy {path}: {cause(error)}") from None
     if path.name != "pyproject.toml":
         return document
     tool = document.get("tool")
@@ -196,7 +196,7 @@ def _refuse_unknown(path: Path, table: Any) -> None:
     if not unknown:
         return
     named = "; ".join(f"unknown key {key}{did_you_mean(key, known)}" for key in unknown)
-    raise Unusable(f"{path}: {named}; allowed are {', '.join(known)}")
+    raise UsageError(f"{path}: {named}; allowed are {', '.join(known)}")
 
 
 def _keys(name: str) -> list[str]:

@@ -29,12 +29,12 @@ import numpy as np
 from bnverify import target as targets
 from bnverify.case import Case, Domain
 from bnverify.compile_cache import machine
+from bnverify.errors import UsageError, first_line
 from bnverify.lazy import jax
 from bnverify.lifetime.checkpoint import subject_of
 from bnverify.neighbours import importable
 from bnverify.pytree import path_name, stack, take
 from bnverify.stacks import stacked_cases
-from bnverify.unusable import Unusable, first_line
 from bnverify.upgrade.recorded_laws import verdicts
 from bnverify.upgrade.recording import CONTENT, Manifest, Recording, Tree, without_values
 from bnverify.upgrade.rounding_noise import Noise
@@ -83,7 +83,7 @@ def record(
         laws: whether to judge the laws.
 
     Raises:
-        Unusable: the target cannot be loaded or does not run.
+        UsageError: the target cannot be loaded or does not run.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
     name = target
@@ -91,7 +91,7 @@ def record(
     with importable(targets.directory(target)):
         try:
             made.subject = subject_of(targets.load(target))
-        except Unusable as error:
+        except UsageError as error:
             if old is None:
                 raise
             name, made.errors["target"] = old.manifest["subject"], str(error)
@@ -100,7 +100,7 @@ def record(
             made.run(costs=costs, laws=laws)
     if made.errors and old is None:
         function, message = next(iter(made.errors.items()))
-        raise Unusable(f"{target}: {function} raises {message}")
+        raise UsageError(f"{target}: {function} raises {message}")
     manifest: Manifest = {
         "content": CONTENT,
         "bnverify": versions("bnverify")["bnverify"],

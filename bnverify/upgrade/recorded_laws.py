@@ -77,7 +77,7 @@ def _stacked(
     chosen = judged(laws, VOLUME | READ_NEEDS)
     calls = CompiledSubject(tracer.subject, tracer=tracer)
     cases = stacked_cases(np.random.default_rng(seed), shape, BLOCK)
-    t = observe(calls, cases, {need for law in chosen for need in law.needs})
+    t = observe(calls, cases, {need for law in chosen for need in law.observes})
     found = {}
     for name, values in Judge(tracer, reading.abstract).residuals(t, chosen).items():
         worst = float(np.max(np.nan_to_num(values, nan=np.inf)))

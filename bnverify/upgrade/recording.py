@@ -34,7 +34,7 @@ import msgspec
 import numpy as np
 
 from bnverify import atomic_file
-from bnverify.unusable import Unusable, cause
+from bnverify.errors import UsageError, cause
 
 if TYPE_CHECKING:
     import os
@@ -104,7 +104,7 @@ class _Version(TypedDict):
     content: int
 
 
-class RecordingError(Unusable):
+class RecordingError(UsageError):
     """A recording cannot be read or written: which file, what is wrong, and the likely fix."""
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnverify.errors import first_line
 from bnverify.jaxpr.rounding import rounding
 from bnverify.lazy import jax
-from bnverify.unusable import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -55,7 +55,7 @@ def locate(target: str, project: Path | None = None) -> Target:
             current directory for a module, that says how to build itself.
 
     Raises:
-        Unusable: there is no such file.
+        UsageError: there is no such file.
     """
     source, _, name = target.rpartition(":")
     path = Path(source)
@@ -64,7 +64,7 @@ def locate(target: str, project: Path | None = None) -> Target:
     if not source.endswith(".py") and not path.is_file():
         return Target(target, target, project or _above(Path.cwd()) or Path.cwd(), "")
     if not path.is_file():
-        raise Unusable(f"no file {source}")
+        raise UsageError(f"no file {source}")
     path = path.resolve()
     beside = sorted({path, *_modules(path.parent)})
     names = [each.relative_to(path.parent) for each in beside]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 from bnverify.upgrade import processes
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def run(arguments: Sequence[str], work: Path, directory: Path | None = None) -> 
 
     Raises:
         UvError: it failed.
-        Unusable: there is no uv.
+        UsageError: there is no uv.
     """
     options = ["--quiet", "--color=never", "--project", str(work)]
     told = execute([program(), *arguments, *options], directory or work)
@@ -118,7 +118,7 @@ def program() -> str:
 
         return package.find_uv_bin()
     except (ImportError, FileNotFoundError):
-        raise Unusable("uv, which makes the environments, is missing: pip install uv") from None
+        raise UsageError("uv, which makes the environments, is missing: pip install uv") from None
 
 
 def variables(paths: Sequence[Path] = ()) -> dict[str, str]:

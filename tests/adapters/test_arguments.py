@@ -14,7 +14,7 @@ from flax import nnx
 import bnverify
 from bnverify.adapters import calls
 from bnverify.adapters.nnx_loop import nnx_loop
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 
 
 class Net(nn.Module):
@@ -82,7 +82,7 @@ OPTIMIZER = r"optimizer must be a function of the learning rate, like .*, got a 
 )
 def test_what_is_refused_says_what_to_pass(make: Callable[[], Any], said: str) -> None:
     """One line, before anything is traced."""
-    with pytest.raises(Unusable, match=said) as caught:
+    with pytest.raises(UsageError, match=said) as caught:
         make()
     assert len(str(caught.value).splitlines()) == 1
 

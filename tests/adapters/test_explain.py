@@ -13,9 +13,9 @@ from flax.training import train_state
 
 from bnverify.adapters import explain
 from bnverify.adapters.explain import SubjectError, explaining
+from bnverify.errors import UsageError
 from bnverify.mistakes import MISTAKES
 from bnverify.reference import MODEL
-from bnverify.unusable import Unusable
 
 X = jnp.ones((4, 3))
 BATCH: Any = {"image": X}
@@ -112,8 +112,8 @@ def test_what_no_mistake_raises_passes() -> None:
 
 def test_what_is_explained_is_not_explained_again() -> None:
     """An error for the command line passes through unchanged."""
-    with pytest.raises(Unusable, match=r"^as it is$"), explaining("the step"):
-        raise Unusable("as it is")
+    with pytest.raises(UsageError, match=r"^as it is$"), explaining("the step"):
+        raise UsageError("as it is")
 
 
 def test_every_symptom_has_a_mistake() -> None:

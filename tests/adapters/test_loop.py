@@ -17,8 +17,8 @@ from flax import nnx
 
 import bnverify
 from bnverify.adapters.explain import SubjectError
+from bnverify.errors import UsageError
 from bnverify.subject import State, StepInfo, Subject
-from bnverify.unusable import Unusable
 
 BATCH = {"image": CASE.x, "label": CASE.y}
 loop = partial(bnverify.train_state, features=3)
@@ -117,7 +117,7 @@ class TestLayout:
             after, metrics = code.own_step(code.Own(0, both, state["opt_state"]), batch)
             return {"params": after.variables["params"], "opt_state": after.opt_state}, metrics
 
-        with pytest.raises(Unusable, match=r"\(BatchNorm_0\), but no running statistics"):
+        with pytest.raises(UsageError, match=r"\(BatchNorm_0\), but no running statistics"):
             loop(create, step)
 
     def test_a_state_without_params_says_what_there_is(self) -> None:
@@ -126,7 +126,7 @@ class TestLayout:
         def create(rng: Any) -> Any:
             return {"weights": code.variables(rng)["params"], "count": 0}
 
-        with pytest.raises(Unusable, match=r"there are count, weights\. Say where.*params="):
+        with pytest.raises(UsageError, match=r"there are count, weights\. Say where.*params="):
             loop(create, lambda state, batch: state)
 
     def test_loose_trees_go_in_and_out_in_any_order(self) -> None:
@@ -234,7 +234,7 @@ class TestEvaluation:
         expected = given.evaluate(after, CASE.x, CASE.y)
         np.testing.assert_allclose(made.evaluate(after, CASE.x, CASE.y), expected, rtol=1e-6)
         assert "no eval_step" in made.notes[0]
-        assert "eval_is_training_loss" in made.shows
+        assert "eval_is_training_loss" in made.capabilities
         assert made.after_eval is None
 
     def test_an_accuracy_is_no_loss(self) -> None:
@@ -245,7 +245,7 @@ class TestEvaluation:
                 (code.predicted(state, batch["image"])[:, 0] > 0) == (batch["label"] > 0)
             ).mean()
 
-        with pytest.raises(Unusable, match=r"no slope anywhere: is it an accuracy\?.*eval_loss="):
+        with pytest.raises(UsageError, match=r"no slope anywhere: is it an accuracy\?.*eval_loss="):
             loop(code.create, code.train_step, accuracy)
 
     def test_a_report_without_a_loss_says_what_it_has(self) -> None:
@@ -254,9 +254,9 @@ class TestEvaluation:
         def errors(state: Any, batch: Any) -> Any:
             return {"error": code.eval_step(state, batch)["loss"]}
 
-        with pytest.raises(Unusable, match="reports no loss: it reports the keys 'error'"):
+        with pytest.raises(UsageError, match="reports no loss: it reports the keys 'error'"):
             loop(code.create, code.train_step, errors)
-        with pytest.raises(Unusable, match=r"no 'errors'.*did you mean 'error'"):
+        with pytest.raises(UsageError, match=r"no 'errors'.*did you mean 'error'"):
             loop(code.create, code.train_step, errors, eval_loss="errors")
 
 
@@ -276,13 +276,13 @@ class TestRoles:
         def step(state: Any, left: Any, right: Any) -> Any:
             return code.train_step(state, {"image": left, "label": right})
 
-        with pytest.raises(Unusable, match=r"'right' cannot be told.*roles="):
+        with pytest.raises(UsageError, match=r"'right' cannot be told.*roles="):
             loop(code.create, step)
         roles = {"left": "inputs", "right": "targets"}
         _, after, _ = one_step(loop(code.create, step, roles=roles))
         _, expected, _ = one_step(loop(code.create, code.train_step))
         jax.tree_util.tree_map(np.testing.assert_array_equal, after.params, expected.params)
-        with pytest.raises(Unusable, match="'left' is told to be 'pictures'; there are"):
+        with pytest.raises(UsageError, match="'left' is told to be 'pictures'; there are"):
             loop(code.create, step, roles={"left": "pictures"})
 
     def test_an_unknown_keyword_is_refused(self) -> None:
@@ -398,7 +398,7 @@ class TestNnx:
 
             return update(x, y)
 
-        with pytest.raises((SubjectError, Unusable)) as caught:
+        with pytest.raises((SubjectError, UsageError)) as caught:
             bnverify.nnx_loop(make, step)
         assert isinstance(caught.value, SubjectError)
         assert caught.value.mistake.name in {"nnx_object_by_closure", "nnx_variable_from_outside"}

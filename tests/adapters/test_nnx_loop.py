@@ -75,7 +75,7 @@ def test_the_optimizers_state_is_optaxs() -> None:
     expected = jax.tree_util.tree_structure(subject.optimizer(0.1).init(before.params))
     assert jax.tree_util.tree_structure(after.opt_state) == expected
     assert after.extra["optimizer"] == {"step": 1}
-    assert {"lr"} <= subject.shows
+    assert {"lr"} <= subject.capabilities
 
 
 def test_an_optimizer_over_statistics_keeps_its_own_tree() -> None:

@@ -95,7 +95,7 @@ def test_a_loop_of_ones_own_is_seen_whole() -> None:
     subject = adapt(create, train_step, eval_step, features=3)
     assert_is_the_reference_step(subject)
     assert subject.momentum == reference.MOMENTUM
-    assert "lr" in subject.shows
+    assert "lr" in subject.capabilities
     assert subject.exempt == {}
     before, _, info = one_step(subject)
     assert subject.optimizer is not None
@@ -250,7 +250,7 @@ def test_a_schedule_inside_leaves_no_rate_to_set() -> None:
         return state.replace(tx=tx, opt_state=tx.init(state.params))
 
     subject = adapt(scheduled, train_step, eval_step, features=3)
-    assert "lr" not in subject.shows
+    assert "lr" not in subject.capabilities
     _, after, info = one_step(subject)
     assert after.extra["fields"] == {"step": 1}
     assert info.grads is not None
@@ -264,7 +264,7 @@ def test_a_rate_kept_in_the_optimizers_state_is_not_set_from_outside() -> None:
         tx = optax.inject_hyperparams(optax.sgd)(learning_rate=lr)
         return state.replace(tx=tx, opt_state=tx.init(state.params))
 
-    assert "lr" not in adapt(injected, train_step, eval_step, features=3).shows
+    assert "lr" not in adapt(injected, train_step, eval_step, features=3).capabilities
 
 
 def test_an_optimizer_of_ones_own_choice_can_be_probed() -> None:

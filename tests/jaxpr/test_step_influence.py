@@ -101,7 +101,7 @@ def test_proofs_compile_nothing_and_trace_few_steps(make, compilations):
     read = {
         law.name
         for law in STEP_LAWS.values()
-        if (law.kind == "structure" and "look" not in law.needs) or law.forbids
+        if (law.kind == "structure" and "look" not in law.observes) or law.must_not_reach
     }
     assert proved == read | {"eval_writes_nothing"}  # it hands on the very leaves it was given
 
@@ -140,7 +140,7 @@ def test_the_path_of_a_violation_is_told_step_by_step():
     path = proof.offending_path(law, reading)
     source, *steps, output = path
     assert source == "batch_stats"
-    assert (output, source) in law.forbids
+    assert (output, source) in law.must_not_reach
     assert any(here("jnp.sum(old * params") in step for step in steps)
     assert proof.explain(law, reading) == " -> ".join(path)
     assert proof.offending_path(law, proof.read(reference.sgd())) == ()

@@ -115,7 +115,7 @@ def seed_is_rounded() -> Subject:
     return replace(SGD, solution=solution)
 
 
-def restored_weakly() -> bnverify.Lived:
+def restored_weakly() -> bnverify.CheckpointedSubject:
     """A number comes back as JAX holds a Python scalar: it no longer widens what it multiplies."""
     scale = 1.001
 
@@ -135,7 +135,7 @@ def restored_weakly() -> bnverify.Lived:
         return SGD.evaluate(state._replace(extra=SGD.init(0, x).extra), x, y)
 
     subject = replace(SGD, init=init, step=step, evaluate=evaluate, after_eval=None)
-    return bnverify.Lived(subject, lambda state: state, restore)
+    return bnverify.CheckpointedSubject(subject, lambda state: state, restore)
 
 
 @jax.tree_util.register_pytree_node_class

@@ -31,7 +31,7 @@ def test_a_law_is_documented(name: str) -> None:
 
 def test_what_a_law_requires_a_report_can_name() -> None:
     """Where a subject does not show it, the law is exempt, and the report says why."""
-    required = {name for entry in LAWS.values() for name in entry.requires}
+    required = {name for entry in LAWS.values() for name in entry.capabilities}
     assert required <= set(MISSING_CAPABILITY)
 
 

@@ -68,7 +68,7 @@ def transitions() -> Transition:
         lr=rng.random(STACK).astype(np.float32) / 10,
         warmup=(np.arange(STACK) % 3).astype(np.int32),
     )
-    needs = {need for law in STEP_LAWS.values() for need in law.needs}
+    needs = {need for law in STEP_LAWS.values() for need in law.observes}
     t = observe(CompiledSubject(reference.momentum()), cases, needs)
     outcome = Outcome(t.after, t.info, t.eval_loss)
     # Any tolerance will do that is far above what two rows leave of float32.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 from bnverify.upgrade import uv
 
 REAL = {"test_altered_flax", "test_real_environments"}
@@ -20,7 +20,7 @@ def lacking() -> str | None:
     """Return why no environment can be made here; asked once a process, in seconds."""
     try:
         program = uv.program()
-    except Unusable as missing:
+    except UsageError as missing:
         return str(missing)
     if os.environ.get("UV_OFFLINE"):
         return None  # as asked: what uv keeps must do

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from packaging.specifiers import SpecifierSet
 
 from bnverify.cli import main
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 from bnverify.upgrade import environments, uv
 from bnverify.upgrade.bisect import first_changed, releases_between
 from bnverify.upgrade.environments import Workspace
@@ -76,7 +76,7 @@ def test_releases_are_listed_oldest_first_by_version(index, tmp_path):
     work = Workspace(tmp_path, tmp_path)
     assert releases_between("thing", "1.9", "2.1", work) == ["1.9", "1.10", "2.0", "2.1"]
     assert releases_between("thing", "1.9.5", "2.2", work) == ["1.9.5", "1.10", "2.0", "2.1", "2.2"]
-    with pytest.raises(Unusable, match="not older"):
+    with pytest.raises(UsageError, match="not older"):
         releases_between("thing", "2.0", "2.0", work)
 
 

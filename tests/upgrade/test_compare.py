@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 from bnverify.upgrade import record as recorder
 from bnverify.upgrade import recording, values
 from bnverify.upgrade.compare import _distribution, compare
@@ -182,13 +182,13 @@ def test_a_leaf_of_a_hostile_name_is_no_code_in_the_witness(record, old):
 
 def test_what_is_no_replay_is_refused(record, old):
     """Values from different states say nothing about the step."""
-    with pytest.raises(Unusable, match="not a replay"):
+    with pytest.raises(UsageError, match="not a replay"):
         compare(old, record(momentum=0.5))
     claims = record(old)
     more = {name: claims.manifest[name] * 2 for name in ("shapes", "trees")}
-    with pytest.raises(Unusable, match="not a replay"):
+    with pytest.raises(UsageError, match="not a replay"):
         compare(old, recording.Recording({**claims.manifest, **more}, claims.arrays))
-    with pytest.raises(Unusable, match="other way round"):
+    with pytest.raises(UsageError, match="other way round"):
         compare(record(old, momentum=0.99), old)
 
 

@@ -20,7 +20,7 @@ import pytest
 from test_processes import alive, until
 from wheels import project, wheel
 
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 from bnverify.upgrade import environments, uv
 from bnverify.upgrade.environments import parse, resolve, workspace
 
@@ -150,7 +150,7 @@ def test_hashes_in_a_file_are_checked(build, work, shows, tmp_path, index):
     wheel(index, "optax", "1.0", code="evil = True")
     shutil.rmtree(tmp_path / "uv-cache")
     shutil.rmtree(next(work.path.glob("site-*")))
-    with pytest.raises(Unusable, match=r"(?s)optax.*find out why"):
+    with pytest.raises(UsageError, match=r"(?s)optax.*find out why"):
         build("hashed.txt").run(["-c", ""], work)
 
 
@@ -220,7 +220,7 @@ def test_what_pins_everything_needs_no_index_again(build, server, shows, tmp_pat
     server.server_close()
     assert build("old.txt") == first
     assert shows(build("old.txt"), "__import__('jax').version") == "1.0"
-    with pytest.raises(Unusable, match="the package index can be reached"):
+    with pytest.raises(UsageError, match="the package index can be reached"):
         build("jax==2.0")
 
 
@@ -283,7 +283,7 @@ def test_a_project_that_does_not_build_is_said(build, work, tmp_path):
     """The back end's words, not a traceback of ours."""
     directory = project(tmp_path / "mine")
     (directory / "backend.py").write_text("raise SystemExit('cannot do it')")
-    with pytest.raises(Unusable, match="cannot do it"):
+    with pytest.raises(UsageError, match="cannot do it"):
         build("jax==1.0", directory).run(["-c", ""], work)
 
 
@@ -325,7 +325,7 @@ def test_the_resolvers_last_words_are_told(build, index, tmp_path, text, message
     """With the requirement and the likely fix, and without a traceback."""
     wheel(index, "jax", "3.0", python="py399")
     (tmp_path / "bad.txt").write_text("jax==1.0\nno such thing ==\n")
-    with pytest.raises(Unusable, match=f"(?s){message}") as caught:
+    with pytest.raises(UsageError, match=f"(?s){message}") as caught:
         build(text)
     assert "Traceback" not in str(caught.value)
 
@@ -337,7 +337,7 @@ def test_a_wheel_that_is_broken_is_told_by_uv(build, work, index):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"x = 1", b"x = 2", 1))
     environment = build("jax==2.0,flax==3.0")
-    with pytest.raises(Unusable, match=r"(?s)cannot make the environment.*uv says.*flax"):
+    with pytest.raises(UsageError, match=r"(?s)cannot make the environment.*uv says.*flax"):
         environment.run(["-c", ""], work)
 
 
@@ -345,14 +345,14 @@ def test_a_cache_that_cannot_be_written_is_said(monkeypatch, tmp_path):
     """With the variable that names another."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "file"))
-    with pytest.raises(Unusable, match="let BNVERIFY_CACHE name"), workspace():
+    with pytest.raises(UsageError, match="let BNVERIFY_CACHE name"), workspace():
         pass
 
 
 def test_without_uv_it_is_said_how_to_get_it(build, monkeypatch):
     """Somebody uninstalled it."""
     monkeypatch.setitem(sys.modules, "uv", None)
-    with pytest.raises(Unusable, match="pip install uv"):
+    with pytest.raises(UsageError, match="pip install uv"):
         build("jax==1.0")
 
 
@@ -362,7 +362,7 @@ def test_a_uv_that_hangs_is_ended(build, monkeypatch, tmp_path):
     (tmp_path / "slow-uv").chmod(0o755)
     monkeypatch.setattr(uv, "program", lambda: str(tmp_path / "slow-uv"))
     monkeypatch.setattr(uv, "_SECONDS", 0.3)
-    with pytest.raises(Unusable, match=r"uv pip timed out after 0\.3 s"):
+    with pytest.raises(UsageError, match=r"uv pip timed out after 0\.3 s"):
         build("jax==1.0")
 
 

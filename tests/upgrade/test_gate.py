@@ -16,7 +16,7 @@ import altered_step
 import pytest
 
 from bnverify.cli import main
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 from bnverify.upgrade import gate as gates
 from bnverify.upgrade.environments import Environment
 from bnverify.upgrade.policy import Policy
@@ -112,14 +112,14 @@ def test_releases_that_do_not_import_are_refused(target, sides, tmp_path):
     """They resolve, they install, and they do not work: that is said, with what may help."""
     altered_step.alter(tmp_path / OLD)
     (tmp_path / OLD / "optax.py").write_text("import numpy.absent_module")
-    with pytest.raises(Unusable, match=r"(?s)old.* do not import.*absent_module.*same months"):
+    with pytest.raises(UsageError, match=r"(?s)old.* do not import.*absent_module.*same months"):
         gate(target)
 
 
 def test_a_recording_that_takes_too_long_is_given_up(target, sides, tmp_path):
     """A hanging import is no hanging gate."""
     (tmp_path / OLD / "optax.py").write_text("import time; time.sleep(600)")
-    with pytest.raises(Unusable, match="with old takes longer than 3 s"):
+    with pytest.raises(UsageError, match="with old takes longer than 3 s"):
         gates.gate(target, OLD, NEW, Policy(), time_limit=3.0)
 
 
@@ -134,10 +134,10 @@ def test_what_cannot_be_had_is_told_in_one_line(cache, target, capsys):
 
 def test_a_target_that_does_not_run_in_the_old_environment_is_refused(sides, cache, tmp_path):
     """Nothing can be compared with it."""
-    with pytest.raises(Unusable, match="no file"):
+    with pytest.raises(UsageError, match="no file"):
         gate(f"{tmp_path / 'nowhere.py'}:make")
     (tmp_path / "empty.py").touch()
-    with pytest.raises(Unusable, match=r"with old: .*empty\.py has no 'make'"):
+    with pytest.raises(UsageError, match=r"with old: .*empty\.py has no 'make'"):
         gate(f"{tmp_path / 'empty.py'}:make")
 
 
@@ -173,8 +173,8 @@ def judgement(tmp_path_factory):
 
 def test_junit_is_xml_whatever_a_leaf_is_called(judgement):
     """One case for each class; the failing one has its text and witness."""
-    from bnverify.show.findings import findings
-    from bnverify.show.junit import junit
+    from bnverify.report.findings import findings
+    from bnverify.report.junit import junit
 
     root = ET.fromstring(junit([findings(judgement)]))  # noqa: S314 - our own output
     (suite,) = root
@@ -185,8 +185,8 @@ def test_junit_is_xml_whatever_a_leaf_is_called(judgement):
 
 def test_github_commands_are_one_line_each(judgement):
     """A leaf or a message with line breaks or colons injects no command of its own."""
-    from bnverify.show.findings import findings
-    from bnverify.show.github import messages, summary
+    from bnverify.report.findings import findings
+    from bnverify.report.github import messages, summary
 
     found = [findings(judgement)]
     lines = messages(found).splitlines()
@@ -199,7 +199,7 @@ def test_github_commands_are_one_line_each(judgement):
 
 def test_formats_go_where_they_are_asked_to(judgement, tmp_path, capsys, monkeypatch):
     """One to the screen, the others to files; GitHub's summary page beside its messages."""
-    from bnverify.show import formats
+    from bnverify.report import formats
 
     page = tmp_path / "page.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
@@ -214,7 +214,7 @@ def test_formats_go_where_they_are_asked_to(judgement, tmp_path, capsys, monkeyp
         (tmp_path / name).stat().st_size for name in ("html", "junit", "terminal", "page.md")
     )
     for wrong in (["json", "terminal"], ["xml"], [f"json={tmp_path / 'no' / 'where'}"]):
-        with pytest.raises(Unusable):
+        with pytest.raises(UsageError):
             formats.parse(wrong)
 
 

@@ -17,7 +17,7 @@ from bnverify.evidence import Call, Cause, Counterexample, Evidence, Report
 from bnverify.laws import LAWS
 from bnverify.laws.mismatch import Mismatch
 from bnverify.mistakes import MISTAKES
-from bnverify.show.html import _of_check, page
+from bnverify.report.html import _of_check, page
 from bnverify.upgrade.compare import Comparison
 from bnverify.upgrade.difference import Difference
 from bnverify.upgrade.judgement import judge

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 from bnverify.upgrade.difference import KINDS, Difference
 from bnverify.upgrade.policy import FAILING, Acceptance, Bounds, Policy, Verdict, apply, find, load
 
@@ -221,7 +221,7 @@ def test_two_policies_are_refused(tmp_path):
     """One of them would be ignored in silence."""
     (tmp_path / "bnverify.toml").touch()
     (tmp_path / "pyproject.toml").write_text("[tool.bnverify]")
-    with pytest.raises(Unusable, match="are two policies; keep one"):
+    with pytest.raises(UsageError, match="are two policies; keep one"):
         find(tmp_path)
     (tmp_path / "pyproject.toml").write_text("[tool.other]")
     (tmp_path / "bnverify.toml").write_text('fail = ["api"]')
@@ -272,7 +272,7 @@ def test_a_doubtful_policy_is_refused(tmp_path, text, message):
     """The one message names the file, the key, the value and what is allowed."""
     path = tmp_path / "bnverify.toml"
     path.write_text(text)
-    with pytest.raises(Unusable, match=message) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         load(path)
     assert str(path) in str(caught.value)
 
@@ -281,14 +281,14 @@ def test_a_table_that_is_none_is_refused(tmp_path):
     """In a pyproject.toml the whole policy may be of the wrong type."""
     path = tmp_path / "pyproject.toml"
     path.write_text("[tool]\nbnverify = 1")
-    with pytest.raises(Unusable, match=r"tool\.bnverify = '1' is not allowed: Expected a table"):
+    with pytest.raises(UsageError, match=r"tool\.bnverify = '1' is not allowed: Expected a table"):
         find(tmp_path)
 
 
 def test_a_missing_or_unreadable_file_is_one_message(tmp_path):
     """No traceback for a wrong path or a wrong encoding."""
-    with pytest.raises(Unusable, match=r"cannot read the policy .*absent"):
+    with pytest.raises(UsageError, match=r"cannot read the policy .*absent"):
         load(tmp_path / "absent")
     (tmp_path / "latin.toml").write_bytes(b"# \xe9\n")
-    with pytest.raises(Unusable, match=r"cannot read the policy .*utf-8"):
+    with pytest.raises(UsageError, match=r"cannot read the policy .*utf-8"):
         load(tmp_path / "latin.toml")

@@ -9,7 +9,7 @@ import altered_step
 import numpy as np
 import pytest
 
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 from bnverify.upgrade import record as recorder
 from bnverify.upgrade import recording
 from bnverify.upgrade.record import UnlikeError, containers, fill, named
@@ -89,7 +89,7 @@ def test_the_laws_are_judged_where_they_can_be(record):
 
 def test_a_step_that_does_not_run_is_refused_at_first_and_kept_in_a_replay(record, made):
     """The old side must run; what fails on the new side is what the comparison is about."""
-    with pytest.raises(Unusable, match="gone since"):
+    with pytest.raises(UsageError, match="gone since"):
         record(raises=True)
     replayed = record(made, raises=True)
     assert "gone since" in replayed.manifest["errors"]["target"]

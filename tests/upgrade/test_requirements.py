@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bnverify.unusable import Unusable
+from bnverify.errors import UsageError
 from bnverify.upgrade.environments import Requirement, parse
 
 PINS = Path(__file__).parents[2] / "pins"
@@ -74,7 +74,7 @@ def test_anything_else_is_refused(tmp_path, text, message):
     """The message says what was looked for; no option of uv can be smuggled into a list."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "binary.txt").write_bytes(b"\xff")
-    with pytest.raises(Unusable, match=message):
+    with pytest.raises(UsageError, match=message):
         parse(text, tmp_path)
 
 

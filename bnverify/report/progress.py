@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from bnverify.show.symbols import STYLES
+from bnverify.report.symbols import STYLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnverify.show.github import relative
+from bnverify.report.github import relative
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from bnverify.show.findings import Finding, Findings
+    from bnverify.report.findings import Finding, Findings
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 

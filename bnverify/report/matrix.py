@@ -57,11 +57,11 @@ def matrix(
     busy = {_tree(output) for output, sources in reached.items() if sources}
     busy = busy.union(*reached.values())
     inputs = tuple(name for name in INPUTS if name in busy)
-    forbidden = {pair for law in LAWS.values() for pair in law.forbids}
+    forbidden = {pair for law in LAWS.values() for pair in law.must_not_reach}
     judged = LAWS if unsettled is None else unsettled
-    leaking = {pair for name in judged if name in LAWS for pair in LAWS[name].forbids}
-    wanting = {pair for name in judged if name in LAWS for pair in LAWS[name].demands}
-    shown = {pair for name in held if name in LAWS for pair in LAWS[name].demands}
+    leaking = {pair for name in judged if name in LAWS for pair in LAWS[name].must_not_reach}
+    wanting = {pair for name in judged if name in LAWS for pair in LAWS[name].must_reach}
+    shown = {pair for name in held if name in LAWS for pair in LAWS[name].must_reach}
 
     def kind(output: str, source: str) -> str:
         kept_out = (_tree(output), source) in forbidden

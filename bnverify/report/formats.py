@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from bnverify.unusable import Unusable, cause, did_you_mean
+from bnverify.errors import UsageError, cause, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,28 +52,30 @@ def parse(
         json: one more file, for JSON; "-": standard output, which moves the text to standard error.
 
     Raises:
-        Unusable: an unknown format, a file that cannot be written, or two for standard output.
+        UsageError: an unknown format, a file that cannot be written, or two for standard output.
     """
     found = []
     for request in requests or ("terminal",):
         name, _, file = request.partition("=")
         if name not in FORMATS:
             known = ", ".join(FORMATS)
-            raise Unusable(f"--format {name!r} is none of {known}{did_you_mean(name, FORMATS)}")
+            raise UsageError(f"--format {name!r} is none of {known}{did_you_mean(name, FORMATS)}")
         found.append(Output(name, _writable(file, "--format") if file else None))
     to_stream = [each for each in found if each.file is None]
     if len(to_stream) > 1:
-        raise Unusable(
+        raise UsageError(
             "only one --format can go to standard output; give the others as FORMAT=FILE"
         )
     if output is not None:
         if not to_stream:
-            raise Unusable(f"--output {output} is for a --format without =FILE, and there is none")
+            raise UsageError(
+                f"--output {output} is for a --format without =FILE, and there is none"
+            )
         file_ = _writable(output, "--output")
         found = [Output(e.format, e.file or file_, "--output") for e in found]
     if json == "-":
         if any(each.file is None and each.format != "terminal" for each in found):
-            raise Unusable("--json - and --format cannot both go to standard output")
+            raise UsageError("--json - and --format cannot both go to standard output")
         found = [Output(e.format, e.file, e.option, error=True) for e in found]
         found.append(Output("json", option="--json"))
     elif json is not None:
@@ -85,9 +87,9 @@ def _writable(file: str, option: str) -> Path:
     """Refuse a file that cannot be written before an hour of checking, not after."""
     path = Path(file)
     if path.is_dir():
-        raise Unusable(f"{option} {file} is a directory")
+        raise UsageError(f"{option} {file} is a directory")
     if not os.access(path.resolve().parent, os.W_OK):
-        raise Unusable(f"{option} {file} cannot be written: no such directory, or not yours")
+        raise UsageError(f"{option} {file} cannot be written: no such directory, or not yours")
     return path
 
 
@@ -103,11 +105,11 @@ def write(
     Args:
         told: what to report; several upgrades stand beside each other.
         outputs: see :func:`parse`.
-        verbosity: of the text for terminals, see ``bnverify.show.terminal``.
+        verbosity: of the text for terminals, see ``bnverify.report.terminal``.
         json: the JSON text, where it says more than the report itself.
 
     Raises:
-        Unusable: a file cannot be written.
+        UsageError: a file cannot be written.
     """
     for output in outputs:
         stream = (sys.stderr if output.error else sys.stdout) if output.file is None else None
@@ -129,14 +131,14 @@ def save(file: Path, text: str, option: str) -> None:
     """Write a file, whole or not at all.
 
     Raises:
-        Unusable: it cannot be written; the message names the option that asked for it.
+        UsageError: it cannot be written; the message names the option that asked for it.
     """
     from bnverify import atomic_file
 
     try:
         atomic_file.write(file, text.encode())
     except OSError as error:
-        raise Unusable(f"{option} {file} cannot be written: {cause(error)}") from None
+        raise UsageError(f"{option} {file} cannot be written: {cause(error)}") from None
 
 
 def _append(page: str, text: str) -> None:
@@ -144,7 +146,7 @@ def _append(page: str, text: str) -> None:
         with Path(page).open("a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise Unusable(f"GITHUB_STEP_SUMMARY {page} cannot be written: {cause(error)}") from None
+        raise UsageError(f"GITHUB_STEP_SUMMARY {page} cannot be written: {cause(error)}") from None
 
 
 def render(
@@ -163,11 +165,11 @@ def render(
     if name == "json":
         return _json(told)
     if name == "html":
-        from bnverify.show import html
+        from bnverify.report import html
 
         return html.page(told)
-    from bnverify.show import github, junit, sarif
-    from bnverify.show.findings import findings
+    from bnverify.report import github, junit, sarif
+    from bnverify.report.findings import findings
 
     found = [findings(each) for each in told]
     writers = {
@@ -193,13 +195,13 @@ def _terminal(told: Told, stream: TextIO | None, verbosity: int) -> str:
     from bnverify.upgrade.judgement import Judgement
 
     if isinstance(told, Report):
-        from bnverify.show import terminal
+        from bnverify.report import terminal
 
         return terminal.render(told, stream, verbosity)
     if isinstance(told, Judgement):
-        from bnverify.show import upgrade
+        from bnverify.report import upgrade
 
         return upgrade.render(told, stream, verbosity)
-    from bnverify.show import audit
+    from bnverify.report import audit
 
     return audit.render(told, stream, verbosity)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TextIO
 
-from bnverify.show.symbols import in_ascii, symbols
+from bnverify.report.symbols import in_ascii, symbols
 from bnverify.upgrade.difference import KINDS
 
 if TYPE_CHECKING:

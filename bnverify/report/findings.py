@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from bnverify import target as targets
 from bnverify.laws import LAWS
-from bnverify.show.violations import groups
+from bnverify.report.violations import groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bnverify.evidence import Evidence, Report
     from bnverify.mutants.audit import Audit
     from bnverify.mutants.users_tests import TestsAudit
-    from bnverify.show.formats import Told
+    from bnverify.report.formats import Told
     from bnverify.upgrade.judgement import Judgement
 
 
@@ -188,7 +188,7 @@ def _of_differences(judgement: Judgement) -> Iterator[Finding]:
 
 
 def _of_audit(audit: Audit) -> Findings:
-    from bnverify.show.audit import reason_of, summary
+    from bnverify.report.audit import reason_of, summary
 
     def one(each: Audit) -> Iterator[Finding]:
         for finding in each.findings:
@@ -208,7 +208,7 @@ def _of_audit(audit: Audit) -> Findings:
 
 def _of_tests(audit: TestsAudit) -> Findings:
     from bnverify.mistakes import MISTAKES
-    from bnverify.show.audit import tests_summary
+    from bnverify.report.audit import tests_summary
 
     place = next((at for each in audit.targets if (at := targets.line(each))), None)
     outcomes: dict[str, Literal["passed", "failed", "skipped"]] = {

@@ -15,9 +15,9 @@ from rich.text import Text
 
 from bnverify.evidence import READ_ONLY, Status
 from bnverify.laws import FAMILIES, LAWS
-from bnverify.show.matrix import legend, matrix, scope
-from bnverify.show.symbols import STYLES, Symbols, in_ascii, symbols
-from bnverify.show.violations import Group, groups
+from bnverify.report.matrix import legend, matrix, scope
+from bnverify.report.symbols import STYLES, Symbols, in_ascii, symbols
+from bnverify.report.violations import Group, groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -254,7 +254,9 @@ def _flows_matter(report: Report) -> bool:
     asked = "leaves" in report.influence
     broken = [LAWS[each.law] for each in report.violated if each.law in LAWS]
     wrong = {"leaks", "missing"} & set(matrix(report.influence["matrix"]).kinds())
-    return read or asked or bool(wrong and any(law.forbids or law.demands for law in broken))
+    return (
+        read or asked or bool(wrong and any(law.must_not_reach or law.must_reach for law in broken))
+    )
 
 
 def near(line: str) -> str:

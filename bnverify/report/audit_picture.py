@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
-from bnverify.show.audit import killers, summary
+from bnverify.report.audit import killers, summary
 
 if TYPE_CHECKING:
     from bnverify.mutants.audit import Audit

@@ -16,9 +16,9 @@ import jinja2
 
 from bnverify.evidence import Status
 from bnverify.laws import FAMILIES, LAWS
-from bnverify.show.matrix import LEGEND, legend, matrix, scope
-from bnverify.show.symbols import UNICODE
-from bnverify.show.violations import groups
+from bnverify.report.matrix import LEGEND, legend, matrix, scope
+from bnverify.report.symbols import UNICODE
+from bnverify.report.violations import groups
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bnverify.evidence import Counterexample, Evidence, Report
     from bnverify.mutants.audit import Audit
     from bnverify.mutants.users_tests import TestsAudit
-    from bnverify.show.formats import Told
+    from bnverify.report.formats import Told
     from bnverify.upgrade.difference import Difference
     from bnverify.upgrade.judgement import Judgement
 
@@ -47,7 +47,7 @@ _UNITS = {"compile_time": "s", "run_time": "s", "program_size": "instructions"}
 @functools.cache
 def _templates() -> jinja2.Environment:
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("bnverify.show", "templates"),
+        loader=jinja2.PackageLoader("bnverify.report", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -296,7 +296,7 @@ def _influence(
 ) -> dict[str, Any] | None:
     """Return the table of dependencies; entries that differ from ``other`` are marked.
 
-    ``held`` and ``unsettled`` are as in :func:`bnverify.show.matrix.matrix`.
+    ``held`` and ``unsettled`` are as in :func:`bnverify.report.matrix.matrix`.
     """
     if not flows.get("matrix"):
         return None
@@ -530,7 +530,7 @@ def _size_cell(size: float) -> dict[str, Any]:
 
 
 def _of_audit(audit: Audit) -> dict[str, Any]:
-    from bnverify.show.audit import reason_of, summary
+    from bnverify.report.audit import reason_of, summary
 
     rows = [
         {
@@ -547,7 +547,7 @@ def _of_audit(audit: Audit) -> dict[str, Any]:
 
 
 def _of_tests(audit: TestsAudit) -> dict[str, Any]:
-    from bnverify.show.audit import tests_summary
+    from bnverify.report.audit import tests_summary
 
     rows = [
         {

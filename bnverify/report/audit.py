@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.text import Text
 
 from bnverify.mistakes import MISTAKES
-from bnverify.show.symbols import in_ascii, symbols
+from bnverify.report.symbols import in_ascii, symbols
 
 if TYPE_CHECKING:
     from bnverify.mutants.audit import Audit, Finding
     from bnverify.mutants.users_tests import TestsAudit, TestsFinding, Verdict
-    from bnverify.show.symbols import Symbols
+    from bnverify.report.symbols import Symbols
 
 NAME = 50  # columns for a fault's name
 VERDICTS: dict[Verdict, str] = {"noticed": "green", "missed": "bold red", "not reached": "yellow"}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from bnverify.show.findings import Finding, Findings
+    from bnverify.report.findings import Finding, Findings
 
 _SIZE = 60_000  # characters of scripts; a summary takes a megabyte
 

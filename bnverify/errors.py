@@ -8,7 +8,7 @@ from collections.abc import Iterable
 LONGEST = 160
 
 
-class Unusable(ValueError):
+class UsageError(ValueError):
     """An argument, a file or a target that cannot be used; the message is one line.
 
     The command line prints it and ends with status 2, never with a traceback.
