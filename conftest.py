@@ -9,6 +9,7 @@ from importlib import metadata
 import pytest
 from hypothesis import HealthCheck, settings
 
+from bnverify.cli import collect_garbage_rarely
 from bnverify.compat import compile_quickly
 
 # Every claim is about the CPU backend; a GPU that happens to be there must not change a verdict.
@@ -19,7 +20,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The tests run little and compile much.
+# The tests run little, and trace and compile much.
+collect_garbage_rarely()
 compile_quickly()
 
 COMMON = settings(

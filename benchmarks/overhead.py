@@ -2,8 +2,9 @@
 
 For each subject, in fresh processes with empty caches: the CPU seconds of a quick check, over those of
 compiling and running the subject's own ``init``, ``step`` and ``evaluate`` with ``jax.jit(jax.vmap(...))``
-and XLA's defaults, at 1, 2, 3 and 8 rows of 64 cases. Both are measured after the target was loaded. Then
-a second check, with the compiled programs of the first in JAX's own cache, and the ci profile.
+and the defaults of XLA and Python, at 1, 2, 3 and 8 rows of 64 cases. The check runs with the settings of
+``bnverify check``. Both are measured after the target was loaded. Then a second check, with the compiled
+programs of the first in JAX's own cache, and the ci profile.
 
     python benchmarks/overhead.py [--subjects TARGET ...] [--no-ci]
 
@@ -60,7 +61,11 @@ def check(target: str, profile: str) -> dict[str, Any]:
     """Return the CPU seconds of a check of ``target``, and what it compiled."""
     from bnverify import load
     from bnverify.check import verify
+    from bnverify.cli import collect_garbage_rarely
+    from bnverify.compat import compile_quickly
 
+    collect_garbage_rarely()
+    compile_quickly()
     subject = load(target)
     names = compiled_names()
     began = time.process_time()

@@ -6,7 +6,8 @@ A case is one generated input on which the step ran and everything claimed was c
 bnverify, four assertions for the rival. Cold is a fresh process with an empty cache of compiled
 programs. Warm is what the next run sees: for bnverify a second process that finds the cache of the
 first; for the rival, which keeps none, a second run in the same process, with everything it compiled
-still in memory. Importing the libraries, the same for both, is not counted.
+still in memory. bnverify runs with the settings of ``bnverify check``. Importing the libraries, the same
+for both, is not counted.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ class Run(NamedTuple):
 def measure_bnverify(profile: str) -> list[Run]:
     """Check the reference once, in this process."""
     from bnverify import reference, verify
+    from bnverify.cli import collect_garbage_rarely
+    from bnverify.compat import compile_quickly
 
+    collect_garbage_rarely()
+    compile_quickly()
     report = verify(reference.sgd(), profile)
     if not report.ok:  # the time counts all the same
         print("bnverify found a violation in the reference: see `bnverify check`", file=sys.stderr)
