@@ -70,7 +70,7 @@ def gate(target):
 def test_the_gate_tells_a_changed_step_and_then_answers_from_its_cache(
     target, sides, cache, monkeypatch
 ):
-    """Changed: not ok, with the leaf. Again: the same, and no environment is run."""
+    """The changed leaves fail it; the next run reads the cache, and records a damaged file again."""
     sides(momentum=0.99)
     first = gate(target)
     assert not first.ok
@@ -90,10 +90,21 @@ def test_the_gate_tells_a_changed_step_and_then_answers_from_its_cache(
         again = gate(target)
     assert again.comparison.differences == first.comparison.differences
 
-    (old_file, *_) = (cache / "upgrade" / "recordings").iterdir()
-    old_file.write_bytes(old_file.read_bytes()[:-10])  # damaged where it lies: made again
-    mended = gate(target)
-    assert mended.comparison.differences == first.comparison.differences
+    (kept, *_) = (cache / "upgrade" / "recordings").iterdir()
+    intact = kept.read_bytes()
+    kept.write_bytes(intact[:-10])
+    runs = []
+
+    def write_the_intact_file(environment, command, work, time_limit):
+        runs.append(command)
+        Path(command[command.index("-o") + 1]).write_bytes(intact)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Environment, "run", write_the_intact_file)
+        repaired = gate(target)
+    assert len(runs) == 1
+    assert repaired.comparison.differences == first.comparison.differences
 
 
 @pytest.mark.nightly
