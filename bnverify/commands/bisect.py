@@ -9,7 +9,7 @@ from bnverify import arguments
 from bnverify.commands.compare import add_report_arguments
 from bnverify.commands.gate import add_upgrade_arguments, project_directory
 from bnverify.errors import UsageError
-from bnverify.upgrade.difference import KINDS
+from bnverify.upgrade.policy import KINDS
 
 if TYPE_CHECKING:
     from bnverify.upgrade.bisect import Found, Tried

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from bnverify.report import formats
     from bnverify.upgrade import recording
     from bnverify.upgrade.compare import compare
-    from bnverify.upgrade.judgement import judge
+    from bnverify.upgrade.policy import judge
 
     started = time.perf_counter()
     policy = arguments.settle(args, file=args.policy)

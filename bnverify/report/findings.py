@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bnverify.mutants.audit import Audit
     from bnverify.mutants.users_tests import TestsAudit
     from bnverify.report.formats import Told
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.upgrade.policy import Judgement
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def findings(told: Told) -> Findings:
     """Return the findings of a report of any kind."""
     from bnverify.evidence import Report
     from bnverify.mutants.audit import Audit
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.upgrade.policy import Judgement
 
     if isinstance(told, Report):
         return _of_check(told)
@@ -159,7 +159,7 @@ def _of_upgrade(judgement: Judgement) -> Findings:
 
 
 def _of_differences(judgement: Judgement) -> Iterator[Finding]:
-    from bnverify.upgrade.difference import KINDS
+    from bnverify.upgrade.policy import KINDS
 
     told = judgement.comparison.new.get("target")
     place = targets.line(told) if told else None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bnverify.evidence import Report
     from bnverify.mutants.audit import Audit
     from bnverify.mutants.users_tests import TestsAudit
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.upgrade.policy import Judgement
 
     Told: TypeAlias = Report | Judgement | Audit | TestsAudit
 
@@ -192,7 +192,7 @@ def _json(told: Sequence[Told]) -> str:
 
 def _terminal(told: Told, stream: TextIO | None, verbosity: int) -> str:
     from bnverify.evidence import Report
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.upgrade.policy import Judgement
 
     if isinstance(told, Report):
         from bnverify.report import terminal

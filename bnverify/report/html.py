@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from bnverify.mutants.audit import Audit
     from bnverify.mutants.users_tests import TestsAudit
     from bnverify.report.formats import Told
-    from bnverify.upgrade.difference import Difference
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.upgrade.policy import Difference, Judgement
 
 _OK, _BAD = UNICODE.status["held"], UNICODE.status["violated"]
 _MARKS = {"failing": f"{_BAD} fails", "accepted": f"{_OK} accepted", "reported": f"{_OK} reported"}
@@ -59,7 +58,7 @@ def page(told: Sequence[Told]) -> str:
     """Return the page of one report, or of several upgrades beside each other."""
     from bnverify.evidence import Report
     from bnverify.mutants.audit import Audit
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.upgrade.policy import Judgement
 
     first = told[0]
     if isinstance(first, Report):
@@ -333,7 +332,7 @@ def _of_upgrades(judgements: Sequence[Judgement]) -> dict[str, Any]:
 
 
 def _upgrade(judgement: Judgement, title: str) -> dict[str, Any]:
-    from bnverify.upgrade.difference import KINDS
+    from bnverify.upgrade.policy import KINDS
 
     comparison, verdict = judgement.comparison, judgement.verdict
     failing = {d.kind for d in verdict.failing}
@@ -351,7 +350,7 @@ def _upgrade(judgement: Judgement, title: str) -> dict[str, Any]:
         "verdict": judgement.headline(),
         "old": judgement.old,
         "new": judgement.new,
-        "moved": judgement.moved(),
+        "moved": judgement.changed_versions(),
         "classes": [
             {
                 "name": kind,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TextIO
 
 from bnverify.report.symbols import in_ascii, symbols
-from bnverify.upgrade.difference import KINDS
+from bnverify.upgrade.policy import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.upgrade.policy import Judgement
 
 EXPLAINED = {
     "api": "code that no longer runs",
@@ -50,7 +50,7 @@ def lines(judgement: Judgement, ok: str, bad: str, *, script: bool) -> Iterator[
     comparison, verdict = judgement.comparison, judgement.verdict
     yield f"{ok if judgement.ok else bad} {comparison.subject}: {judgement.headline()}"
     yield f"  from {judgement.old} to {judgement.new}"
-    moved = judgement.moved()
+    moved = judgement.changed_versions()
     yield "  " + (
         ", ".join(f"{name} {a} -> {b}" for name, (a, b) in moved.items()) or "the same releases"
     )

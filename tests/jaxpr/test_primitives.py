@@ -50,7 +50,7 @@ class Operand(NamedTuple):
 def values(operand, lead, seed):
     """Return an array in ``numeric``'s representation."""
     rng = np.random.default_rng(seed)
-    shape, dtype = (*lead, *operand.shape), numeric.held_dtype(jnp.dtype(operand.dtype))
+    shape, dtype = (*lead, *operand.shape), numeric.stored_dtype(jnp.dtype(operand.dtype))
     if dtype.kind == "b":
         return rng.random(shape) < 0.5
     if dtype.kind == "f":
@@ -138,7 +138,7 @@ def check(
     lead = np.broadcast_shapes((1, 1), *(array.shape[:2] for array in inputs))
     wanted = by_jax(reference or function, inputs, lead)
     for got, want, var in zip(outputs, wanted, jaxpr.jaxpr.outvars, strict=True):
-        assert got.dtype == numeric.held_dtype(var.aval.dtype)
+        assert got.dtype == numeric.stored_dtype(var.aval.dtype)
         assert got.shape[2:] == var.aval.shape
         # A leading axis that no input has must have size 1.
         assert_equal(np.broadcast_to(got, want.shape), want, rtol, atol, signed_zeros)
@@ -560,7 +560,7 @@ def highest(dtype):
 
 
 def kind_of(dtype):
-    return numeric.held_dtype(jnp.dtype(dtype)).kind
+    return numeric.stored_dtype(jnp.dtype(dtype)).kind
 
 
 def all_set(dtype):

@@ -414,12 +414,12 @@ def test_each_failure_has_its_fix(said, fix):
 
 def test_the_last_words_are_what_follows_the_warnings():
     """The reason, whole if it is short, its two ends if it is not."""
-    assert uv._last_words("warning: x\nerror: no\n  cause: y\n") == "error: no\n  cause: y"
-    assert uv._last_words("words without the word") == "words without the word"
+    assert uv._error_message("warning: x\nerror: no\n  cause: y\n") == "error: no\n  cause: y"
+    assert uv._error_message("words without the word") == "words without the word"
     long = "error: " + "a" * 5000 + "end"
-    assert uv._last_words(long).startswith("error: a")
-    assert uv._last_words(long).endswith("end")
-    assert len(uv._last_words(long)) < 2100
+    assert uv._error_message(long).startswith("error: a")
+    assert uv._error_message(long).endswith("end")
+    assert len(uv._error_message(long)) < 2100
 
 
 # Two at once, interrupted, killed

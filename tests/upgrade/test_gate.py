@@ -145,8 +145,7 @@ def test_a_target_that_does_not_run_in_the_old_environment_is_refused(sides, cac
 def judgement(tmp_path_factory):
     """A judgement with a hostile leaf and a failing difference, made without any recording."""
     from bnverify.upgrade.compare import Comparison
-    from bnverify.upgrade.difference import Difference
-    from bnverify.upgrade.judgement import judge
+    from bnverify.upgrade.policy import Difference, judge
 
     manifest = {
         "bnverify": "0",

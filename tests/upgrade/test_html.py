@@ -19,9 +19,7 @@ from bnverify.laws.mismatch import Mismatch
 from bnverify.mistakes import MISTAKES
 from bnverify.report.html import _of_check, page
 from bnverify.upgrade.compare import Comparison
-from bnverify.upgrade.difference import Difference
-from bnverify.upgrade.judgement import judge
-from bnverify.upgrade.policy import Policy
+from bnverify.upgrade.policy import Difference, Policy, judge
 from bnverify.upgrade.values import Distance, Place
 
 LOOK = """

@@ -10,8 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnverify.errors import UsageError
-from bnverify.upgrade.difference import KINDS, Difference
-from bnverify.upgrade.policy import FAILING, Acceptance, Bounds, Policy, Verdict, apply, find, load
+from bnverify.upgrade.policy import (
+    FAILING,
+    KINDS,
+    Acceptance,
+    Bounds,
+    Difference,
+    Policy,
+    Verdict,
+    apply,
+    find,
+    load,
+)
 
 TODAY = dt.date(2026, 6, 15)
 TOMORROW = TODAY + dt.timedelta(days=1)

@@ -12,7 +12,7 @@ import pytest
 from bnverify.errors import UsageError
 from bnverify.upgrade import record as recorder
 from bnverify.upgrade import recording
-from bnverify.upgrade.record import UnlikeError, containers, fill, named
+from bnverify.upgrade.record import TreeMismatchError, containers, fill, named
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +123,9 @@ def test_trees_are_filled_by_path_or_in_order():
     same, alike = fill(tree, renamed)
     assert not alike
     assert np.array_equal(same["a"], np.ones(2))
-    with pytest.raises(UnlikeError):
+    with pytest.raises(TreeMismatchError):
         fill(tree, {"a": np.zeros(2)})
-    with pytest.raises(UnlikeError):
+    with pytest.raises(TreeMismatchError):
         fill(tree, {"a": np.zeros(3), "b/0": np.zeros(3)})
 
 
