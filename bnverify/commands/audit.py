@@ -85,9 +85,7 @@ def _catalogue(args: argparse.Namespace) -> int:
     )
     _write(args, outputs, found, chosen)
     if args.picture:
-        from bnverify.report import audit_picture
-
-        formats.save(Path(args.picture), audit_picture.draw(found), "--picture")
+        formats.save(Path(args.picture), screen.draw(found), "--picture")
     return 1 if found.unexplained or found.lost else 0
 
 
