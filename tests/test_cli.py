@@ -104,7 +104,7 @@ UNUSABLE = {
     "check --seed -1": "argument --seed: must be a whole number of at least 0, got '-1'",
     "check --time-limit nan": "argument --time-limit: must be more than 0 seconds, got 'nan'",
     "check --time-limit 0": "argument --time-limit: must be more than 0 seconds, got '0'",
-    "check --format html --format json": "only one --format can go to standard output",
+    "check --format html --format json": "only one --format can go to stdout",
     "check --format htm": "--format 'htm' is none of terminal, json, junit, html, github, sarif; did",
     "check --output no/such/folder/x": "--output no/such/folder/x cannot be written",
     "check --format json=x --output y": "--output y is for a --format without =FILE",

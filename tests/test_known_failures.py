@@ -110,7 +110,7 @@ def test_a_known_failure_that_is_not_reached_fails(
     statuses[LAW] = status
     result = inner(known=toml(ENTRY))
     result.assert_outcomes(failed=1, passed=len(TESTS) - 1)
-    result.stdout.fnmatch_lines([f"*known to fail, but {status}: made up*"])
+    result.stdout.fnmatch_lines([f"*expected a known failure, but {status}: made up*"])
 
 
 def test_any_other_exception_fails(
@@ -140,7 +140,7 @@ def test_a_stale_entry_fails_a_full_run(inner: Inner) -> None:
     result = inner(known=toml({**ENTRY, "subject": "gone"}))
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(
-        ["*stale known failures*", f"no test is about {LAW} on gone (jax=={JAX}): delete the entry"]
+        ["*stale known failures*", f"no test matches {LAW} on gone (jax=={JAX}): delete the entry"]
     )
 
 
@@ -168,7 +168,7 @@ def test_workers_report_stale_entries(
         *ours, "-n", "1", "--bnverify-known-failures", "known.toml"
     )
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.stdout.fnmatch_lines(["*stale known failures*", f"no test is about {LAW} on mine*"])
+    result.stdout.fnmatch_lines(["*stale known failures*", f"no test matches {LAW} on mine*"])
 
 
 def test_a_subject_that_cannot_be_made_is_told_by_its_tests(

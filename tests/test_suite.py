@@ -198,8 +198,8 @@ def test_a_failing_check_is_told_by_every_law_and_made_once(
     monkeypatch.setattr(check, "verify", verify)
     result = inner("-k", FIVE)
     result.assert_outcomes(failed=5)
-    named = [line for line in result.outlines if line.startswith("the check could not be made: ")]
-    assert named == ["the check could not be made: RuntimeError: the user's own"] * 4
+    named = [line for line in result.outlines if line.startswith("the check failed: ")]
+    assert named == ["the check failed: RuntimeError: the user's own"] * 4
     assert tries == [1]
 
 

@@ -354,7 +354,7 @@ def test_the_matrix_is_drawn_with_its_scope(monkeypatch: pytest.MonkeyPatch) -> 
     results = (*REPORT.results, *(Evidence.of(law, "untriggered") for law in open_laws))
     report = replace(REPORT, results=results)
     text = plain(shown(monkeypatch, report, verbosity=terminal.VERBOSE))
-    assert "read from the traced step, for all values, every N and D" in text
+    assert "from the traced step, for all values, every N and D" in text
     assert f"✗ leaks    {LEGEND['leaks']}" in text
     assert f"✗ missing  {LEGEND['missing']}" in text
 

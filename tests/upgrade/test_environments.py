@@ -337,7 +337,7 @@ def test_a_wheel_that_is_broken_is_told_by_uv(build, work, index):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"x = 1", b"x = 2", 1))
     environment = build("jax==2.0,flax==3.0")
-    with pytest.raises(UsageError, match=r"(?s)cannot make the environment.*uv says.*flax"):
+    with pytest.raises(UsageError, match=r"(?s)cannot create the environment.*uv says.*flax"):
         environment.run(["-c", ""], work)
 
 

@@ -254,5 +254,5 @@ def test_killed_at_any_moment_it_leaves_nothing_and_can_be_run_again(tmp_path, c
         assert left == []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "nothing changed, to the last bit" in done.stdout
+    assert "nothing changed; all values are bit-identical" in done.stdout
     assert not list((cache / "upgrade" / "work").iterdir())

@@ -148,7 +148,7 @@ def test_a_page_without_differences_says_so():
         "s", manifest("1"), manifest("1"), (), {"loss": Distance(None, None, 1, 1, 0)}, {}
     )
     made = judge(same, Policy(), old="a", new="b")
-    assert "nothing changed, to the last bit" in page([made])
+    assert "nothing changed; all values are bit-identical" in page([made])
     assert page([made, made]).count("<thead>") >= 1
 
 

@@ -231,7 +231,7 @@ def test_two_policies_are_refused(tmp_path):
     """One of them would be ignored in silence."""
     (tmp_path / "bnverify.toml").touch()
     (tmp_path / "pyproject.toml").write_text("[tool.bnverify]")
-    with pytest.raises(UsageError, match="are two policies; keep one"):
+    with pytest.raises(UsageError, match="have settings; keep one"):
         find(tmp_path)
     (tmp_path / "pyproject.toml").write_text("[tool.other]")
     (tmp_path / "bnverify.toml").write_text('fail = ["api"]')
