@@ -299,8 +299,8 @@ FAULTS = (
     Fault(
         "another_dtype_is_another_structure",
         "bnverify/upgrade/compare.py",
-        'return f"was {before[0]} and is {after[0]}", "dtype"',
-        'return f"was {before[0]} and is {after[0]}", "structure"',
+        'return f"was {before[0]}, is now {after[0]}", "dtype"',
+        'return f"was {before[0]}, is now {after[0]}", "structure"',
         COMPARE,
     ),
     Fault(

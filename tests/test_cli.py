@@ -107,9 +107,9 @@ UNUSABLE = {
     "check --format html --format json": "only one --format can go to stdout",
     "check --format htm": "--format 'htm' is none of terminal, json, junit, html, github, sarif; did",
     "check --output no/such/folder/x": "--output no/such/folder/x cannot be written",
-    "check --format json=x --output y": "--output y is for a --format without =FILE",
+    "check --format json=x --output y": "--output y needs a --format without =FILE",
     "check -q -v": "not allowed with argument",
-    "bisect --package jax --from 0.9.x --to 1": "give --from and --to as versions of jax, got '0.9",
+    "bisect --package jax --from 0.9.x --to 1": "--from and --to must be versions of jax, got '0.9",
     "gate --from a --to b --seed abc": "argument --seed: must be a whole number of at least 0, got",
     "audit --seed abc": "argument --seed: must be a whole number of at least 0, got 'abc'",
     "check --shard 3/2": "a shard is K/N with K in 1 to N, got '3/2'",
@@ -455,7 +455,7 @@ def test_list_on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in LAWS:
         assert f"  {name}\n" in out
     step = sum(law.family != "parallel" for law in LAWS.values())
-    assert f"{step} laws, and {len(LAWS) - step} for a step on many" in " ".join(out.split())
+    assert f"{step} laws, and {len(LAWS) - step} for a step on several" in " ".join(out.split())
 
 
 def test_list_takes_a_family(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,8 +201,11 @@ REFUSED = {
     },
     "empty reason": (toml({**ENTRY, "reason": ""}), "failure[0].reason = '' is not allowed"),
     "no versions": (toml({**ENTRY, "versions": []}), "versions = '[]' is not allowed"),
-    "bad versions": (toml({**ENTRY, "versions": "flax<<1"}), "versions are like 'flax<0.13'"),
-    "not a string": (toml({**ENTRY, "reason": 3}), "reason = '3' is not allowed: Expected text"),
+    "bad versions": (toml({**ENTRY, "versions": "flax<<1"}), "write versions like 'flax<0.13'"),
+    "not a string": (
+        toml({**ENTRY, "reason": 3}),
+        "reason = '3' is not allowed: Expected a string",
+    ),
     "unknown law": (toml({**ENTRY, "law": LAW[:-1]}), f"did you mean '{LAW}'?"),
     "unknown field": (toml({**ENTRY, "isue": "x"}), "did you mean 'issue'?"),
     "other table": ('[other]\nx = "y"\n', "unknown key other"),

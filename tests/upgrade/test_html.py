@@ -129,7 +129,7 @@ def test_the_verdict_comes_first_and_all_sections_are_there(text):
         "What changed",
         "Leaves and laws",
         "What depends on what",
-        "See it",
+        "To reproduce",
         "Costs",
     ]
     places = [text.index(part) for part in parts]
@@ -158,7 +158,7 @@ def test_a_page_with_only_rounding_says_so():
     same = Comparison("s", manifest("1"), manifest("2"), found, {}, {})
     made = page([judge(same, Policy(), old="a", new="b")])
     assert "No value, shape or dtype differs beyond rounding." in made
-    assert "1 leaf differs by rounding alone" in made
+    assert "1 leaf differs by rounding only" in made
     assert "✗ 0.5" not in made
 
 
@@ -214,7 +214,7 @@ def test_the_page_of_a_check_is_complete_and_self_contained():
     fix = MISTAKES["sample_variance"].fix
     for part in ("is <wrong>).", fix, HOSTILE, "-0.25", "in 7 of 12 cases", "<b>", *PATH):
         assert html.escape(part).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in made
-    assert "at most 0.25 times the tolerance" in made
+    assert "at most 0.25x the tolerance" in made
     assert all(evidence.law in made for evidence in report.results)
     frame = report._repr_html_()
     assert frame.startswith("<iframe")
@@ -244,7 +244,7 @@ def test_a_counterexample_is_a_small_table():
     assert batch["rows"][0][:2] == ["0", "-1"]
     assert batch["rows"][0][-2:] == ["…", "-1"]
     assert batch["caption"] == (
-        "The batch; seed 0, lr 0.1, after 2 steps on the same batch, x of shape (12, 11)"
+        "Batch; seed 0, lr 0.1, after 2 steps on the same batch, x of shape (12, 11)"
     )
     assert history["rows"] == [
         ["1", "begin", "a batch of shape (1, 1), lr 0.5"],

@@ -43,13 +43,23 @@ def moved(state, batch, rows, momentum=0.9, divisor=0, rate=0.1, shift=0.0):
 @pytest.mark.parametrize(
     ("then", "now", "leaf", "words"),
     [
-        ({}, {"momentum": 0.99}, MEAN, "the batch weighs 0.1 times what it did: another momentum"),
-        ({}, {"momentum": 0.1}, VAR, "the batch weighs 9 times what it did: another momentum"),
-        ({}, {"momentum": 1.0}, VAR, "it stays what it was before the step"),
-        ({}, {"divisor": 1}, VAR, "as if the variance were divided by N - 1 where it was by N"),
-        ({"divisor": 1}, {}, VAR, "as if the variance were divided by N where it was by N - 1"),
-        ({}, {"rate": 0.2}, WEIGHT, "it moves 2 times as far as it did"),
-        ({}, {"rate": -0.1}, WEIGHT, "it moves 1 times as far as it did, the other way"),
+        (
+            {},
+            {"momentum": 0.99},
+            MEAN,
+            "the batch has 0.1 times the weight it had: another momentum",
+        ),
+        ({}, {"momentum": 0.1}, VAR, "the batch has 9 times the weight it had: another momentum"),
+        ({}, {"momentum": 1.0}, VAR, "the step leaves it unchanged"),
+        ({}, {"divisor": 1}, VAR, "as if the variance were divided by N - 1 instead of N"),
+        ({"divisor": 1}, {}, VAR, "as if the variance were divided by N instead of N - 1"),
+        ({}, {"rate": 0.2}, WEIGHT, "it moves 2 times as far as before"),
+        (
+            {},
+            {"rate": -0.1},
+            WEIGHT,
+            "it moves 1 times as far as before, in the opposite direction",
+        ),
     ],
 )
 def test_an_explanation_of_every_value_is_given(then, now, leaf, words):

@@ -181,8 +181,8 @@ def test_numpy_can_read_it(sample):
         ({}, {"a": np.array([object()])}, "'a' has dtype object"),
         ({}, {"a": np.array(["text"])}, "'a' has dtype str"),
         ({}, {"a": np.zeros(2, [("f", "f4")])}, "'a' has dtype void"),
-        ({}, {"manifest": np.zeros(2)}, "no array can be named 'manifest'"),
-        ({}, {"a\0b": np.zeros(2)}, "no array can be named"),
+        ({}, {"manifest": np.zeros(2)}, "'manifest' is not a valid array name"),
+        ({}, {"a\0b": np.zeros(2)}, "is not a valid array name"),
     ],
 )
 def test_content_that_cannot_be_read_back_is_rejected(tmp_path, manifest, arrays, message):
@@ -231,7 +231,7 @@ def test_a_huge_file_is_rejected_unread(tmp_path):
     """A sparse terabyte is cheap to create, but would take for ever to read."""
     with (tmp_path / "giant").open("wb") as file:
         file.truncate(2**40)
-    refused(tmp_path / "giant", "more than any recording takes")
+    refused(tmp_path / "giant", "exceeds that of any recording")
 
 
 def test_a_truncated_file_is_rejected(sample, tmp_path):
@@ -240,7 +240,7 @@ def test_a_truncated_file_is_rejected(sample, tmp_path):
     cut = tmp_path / "cut"
     for size in range(0, len(whole), 3):
         cut.write_bytes(whole[:size])
-        refused(cut, "truncated or altered")
+        refused(cut, "truncated, altered")
 
 
 def test_no_flipped_bit_changes_the_content(sample, tmp_path):
@@ -262,8 +262,8 @@ def test_no_flipped_bit_changes_the_content(sample, tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "truncated or altered"),
-        (b"PK\x03\x04", "truncated or altered"),
+        (b"", "truncated, altered"),
+        (b"PK\x03\x04", "truncated, altered"),
         (b"bnverify-recording 1 anything\n", "format 1; record again"),
     ],
 )
@@ -284,10 +284,10 @@ def test_a_zip_bomb_is_rejected_before_it_is_unpacked(tmp_path, monkeypatch):
     """The declared unpacked sizes are added up first."""
     forge(tmp_path / "r", MANIFEST, {**CONTENT, "a": np.zeros(2**20)})
     monkeypatch.setattr(recording, "MAX_ARRAYS", 2**20)
-    refused(tmp_path / "r", "bytes of arrays, of at most")
+    refused(tmp_path / "r", "bytes of arrays exceed the limit")
     forge(tmp_path / "r", b" " * 2**20)
     monkeypatch.setattr(recording, "MAX_JSON", 2**16)
-    refused(tmp_path / "r", "bytes of manifest, of at most")
+    refused(tmp_path / "r", "bytes of manifest exceed the limit")
 
 
 def test_repeated_or_differently_compressed_members_are_rejected(tmp_path):
@@ -299,7 +299,7 @@ def test_repeated_or_differently_compressed_members_are_rejected(tmp_path):
     forge(tmp_path / "r", MANIFEST)
     with zipfile.ZipFile(tmp_path / "r", "a", zipfile.ZIP_LZMA) as archive:
         archive.writestr("more.npy", b"x" * 100)
-    refused(tmp_path / "r", "compressed in an unknown way")
+    refused(tmp_path / "r", "unknown compression method")
 
 
 def npy(header: str, data: bytes = b"") -> bytes:
@@ -312,12 +312,15 @@ def npy(header: str, data: bytes = b"") -> bytes:
     ("content", "message"),
     [
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", b"1234"), "EOF"),
-        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}", b"12345"), "numbers alone"),
+        (
+            npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}", b"12345"),
+            "not purely numeric",
+        ),
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2**60,)}"), "cannot be read"),
         (npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**60},)}}"), "cannot be read"),
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}"), "cannot be read"),
         (npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", b"x"), "allow_pickle"),
-        (npy("{'descr': '|S9', 'fortran_order': False, 'shape': (0,)}"), "numbers alone"),
+        (npy("{'descr': '|S9', 'fortran_order': False, 'shape': (0,)}"), "not purely numeric"),
         (npy("{'descr': '|b1', 'fortran_order': False, 'shape': (1,)}", b"\2"), "other than 0 and"),
         (npy("[" * 5000), "cannot be read"),
         (npy("__import__('os').abort()"), "cannot be read"),
@@ -379,16 +382,16 @@ def test_an_inconsistent_manifest_is_rejected(tmp_path, change):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "manifest is not that of a recording"),
-        (b"[]", "manifest is not that of a recording"),
+        (b"", "manifest is invalid"),
+        (b"[]", "manifest is invalid"),
         (b"{}", "missing required field `content`"),
         (b'{"content": 99}', "version 99, not 2; record again"),
         (b'{"content": 2}', "missing required field"),
         (json.dumps(MANIFEST).encode()[:-1], "truncated"),
-        (json.dumps({**MANIFEST, "costs": {"a": float("nan")}}).encode(), "manifest is not"),
-        (b'{"content": 2, "seed": ' + b"9" * 9999 + b"}", "manifest is not"),
-        (b'{"content": 2, "a": ' + b"[" * 99_999, "manifest is not"),
-        (b'{"content": 2, "subject": "\xff"}', "manifest is not"),
+        (json.dumps({**MANIFEST, "costs": {"a": float("nan")}}).encode(), "manifest is invalid"),
+        (b'{"content": 2, "seed": ' + b"9" * 9999 + b"}", "manifest is invalid"),
+        (b'{"content": 2, "a": ' + b"[" * 99_999, "manifest is invalid"),
+        (b'{"content": 2, "subject": "\xff"}', "manifest is invalid"),
     ],
 )
 def test_an_invalid_manifest_is_rejected(tmp_path, text, message):

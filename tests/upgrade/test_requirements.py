@@ -66,7 +66,7 @@ def test_a_virtual_environment_is_named_by_its_directory_or_interpreter(tmp_path
         ("jax\n--index-url=x", "not a list of requirements"),
         ("absent.txt", "there is no file"),
         ("some/where", "there is no file"),
-        ("sub", "a directory and not a virtual environment"),
+        ("sub", "a directory but not a virtual environment"),
         ("binary.txt", "cannot read the requirements file"),
     ],
 )
