@@ -18,9 +18,9 @@ from packaging.version import Version
 
 from bnverify.errors import UsageError
 from bnverify.upgrade.compare import Comparison, compare
-from bnverify.upgrade.difference import KINDS
 from bnverify.upgrade.environments import Environment, Workspace, parse, resolve, workspace
 from bnverify.upgrade.gate import Recordings
+from bnverify.upgrade.policy import KINDS
 from bnverify.upgrade.recording import Recording
 from bnverify.upgrade.sources import locate
 

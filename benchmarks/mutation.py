@@ -83,7 +83,7 @@ FAULTS = (
     Fault(
         "a_branch_is_taken_as_if_it_were_certain",
         "bnverify/jaxpr/rounding.py",
-        "return [self.void(value, agreed) for value in outputs]",
+        "return [self.mark_unknown(value, agreed) for value in outputs]",
         "return outputs",
         ROUNDING,
     ),
@@ -133,8 +133,8 @@ FAULTS = (
     Fault(
         "the_way_of_a_leak_is_not_found",
         "bnverify/jaxpr/influence.py",
-        "if way is not None:\n                equations",
-        "if way is None:\n                equations",
+        "if path is not None:\n                equations",
+        "if path is None:\n                equations",
         ("tests/jaxpr/test_graph.py", "tests/jaxpr/test_step_influence.py"),
     ),
     Fault(
@@ -299,8 +299,8 @@ FAULTS = (
     Fault(
         "another_dtype_is_another_structure",
         "bnverify/upgrade/compare.py",
-        'return f"was {before[0]} and is {after[0]}", "dtype"',
-        'return f"was {before[0]} and is {after[0]}", "structure"',
+        'return f"was {before[0]}, is now {after[0]}", "dtype"',
+        'return f"was {before[0]}, is now {after[0]}", "structure"',
         COMPARE,
     ),
     Fault(

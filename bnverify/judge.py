@@ -10,7 +10,7 @@ import numpy as np
 from bnverify.case import Case
 from bnverify.jaxpr.rounding import Rounding, rounding
 from bnverify.jaxpr.slope import Slope, directional_derivative
-from bnverify.jaxpr.tracing import Abstract, Tracer, as_function
+from bnverify.jaxpr.tracing import Abstract, Tracer, TreeFunction
 from bnverify.laws import Law
 from bnverify.laws.arithmetic import wide
 from bnverify.laws.mismatch import Mismatch, not_finite, watching
@@ -124,11 +124,11 @@ class RoundingBounds:
         """Return the step, its evaluation and its layers' inputs as one function, of traces alone."""
         subject, trace = self._tracer.subject, self._tracer.trace
         step = trace("step", subject.step, before, x, y, lr)
-        evaluate = as_function(trace("evaluate", subject.evaluate, step.out[0], x, y))
+        evaluate = TreeFunction(trace("evaluate", subject.evaluate, step.out[0], x, y))
         inputs = None
         if with_inputs:
-            inputs = as_function(trace("layer_inputs", subject.layer_inputs, before, x, y))
-        stepped = as_function(step)
+            inputs = TreeFunction(trace("layer_inputs", subject.layer_inputs, before, x, y))
+        stepped = TreeFunction(step)
 
         def run(before: State, x: Any, y: Any, lr: Any) -> tuple[Outcome, Any]:
             after, info = stepped(before, x, y, lr)

@@ -17,7 +17,7 @@ import numpy as np
 from bnverify import compat
 from bnverify.case import Case
 from bnverify.errors import first_line
-from bnverify.jaxpr.tracing import Abstract, Program, Tracer, as_function
+from bnverify.jaxpr.tracing import Abstract, Program, Tracer, TreeFunction
 from bnverify.lazy import jax, jnp
 from bnverify.pytree import form, signature, stack, take
 from bnverify.reruns import (
@@ -253,7 +253,7 @@ class _Later:
 
 def _lowered(traced: Program, size: int | None) -> tuple[Any, Any]:
     """Return a traced program, lowered for ``size`` stacked cases, and the structure of its result."""
-    function = as_function(traced)
+    function = TreeFunction(traced)
     flat = jax.tree_util.tree_leaves(traced.args)
     lead = () if size is None else (size,)
     types = [Abstract((*lead, *leaf.shape), leaf.dtype, leaf.weak_type) for leaf in flat]

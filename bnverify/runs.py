@@ -14,7 +14,7 @@ from bnverify.case import Case, Domain
 from bnverify.clues import Clues, general_cases, read_clues
 from bnverify.errors import first_line
 from bnverify.evidence import Counterexample, Evidence, Status
-from bnverify.jaxpr.arithmetic import numbers, operations
+from bnverify.jaxpr.arithmetic import count_operations, count_values
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import READ_NEEDS, Judge, judged
 from bnverify.laws import LAWS, Law
@@ -242,7 +242,7 @@ class Runner:
                 batch = self._tracer.batch(rows, features)
                 given = state, batch.x, batch.y, batch.lr
                 jaxpr = self._tracer.trace("step", self.subject.step, *given).jaxpr
-                self._sizes[features] = operations(jaxpr) / rows, numbers(jaxpr) / rows
+                self._sizes[features] = count_operations(jaxpr) / rows, count_values(jaxpr) / rows
             except Exception:  # noqa: BLE001, S110 - a step may not take so few: its run will tell
                 pass
         return self._sizes[features]

@@ -21,8 +21,7 @@ from bnverify.mutants.substitution import Order
 from bnverify.mutants.transplant import TRANSPLANTS, faulty, get, put
 from bnverify.mutants.users_tests import audit_tests
 from bnverify.report import formats
-from bnverify.report.audit import killers, matrix, show
-from bnverify.report.audit_picture import draw
+from bnverify.report.audit import draw, killers, matrix, show
 from bnverify.report.formats import FORMATS
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "audited"

@@ -1,4 +1,4 @@
-"""The command line: exit statuses, one-line errors, JSON, and what is loaded for what."""
+"""The command line: exit statuses, one-line errors, JSON, and imports."""
 
 import importlib
 import json
@@ -38,7 +38,7 @@ wrong = replace(sgd, name="wrong", evaluate=lambda s, x, y: sgd.evaluate(s, x, y
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command line in this process: status, standard output, standard error."""
+    """Run the command line in this process; return status, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "steps.py").write_text(WRONG_SHAPE)
 
@@ -50,7 +50,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 
 
 def start(*argv: str, **options: object) -> "subprocess.Popen[str]":
-    """Start the command line in a process of its own."""
+    """Start the command line in its own process."""
     return subprocess.Popen(  # type: ignore[call-overload, no-any-return] # options vary
         [sys.executable, "-m", "bnverify", *argv],
         cwd=ROOT,
@@ -61,24 +61,24 @@ def start(*argv: str, **options: object) -> "subprocess.Popen[str]":
     )
 
 
-def test_status_0_where_all_hold(run: Run) -> None:
-    """The reference keeps the laws of structure, by proof."""
+def test_status_0_if_all_hold(run: Run) -> None:
+    """The reference satisfies the structural laws, by proof."""
     status, out, err = run("check", "--proofs", "--select", "structure", "--quiet")
     assert (status, err) == (0, "")
     assert "reference[sgd]: all hold" in out
 
 
-def test_status_1_where_a_law_is_violated(run: Run) -> None:
-    """The violated law is named, and the script loads the target by the name it was given."""
+def test_status_1_if_a_law_is_violated(run: Run) -> None:
+    """The violated law is named, and the script loads the target by its path and name."""
     status, out, err = run("check", "steps.py:wrong", "--proofs", "--select", "structure")
     assert status == 1
     assert "── ✗ eval_loss_has_shape_one ─" in out
-    assert f"bnverify.load('{Path.cwd() / 'steps.py'}:wrong')" in out  # from any directory
-    assert "violated: eval_loss_has_shape_one" in err  # as soon as it is known
+    assert f"bnverify.load('{Path.cwd() / 'steps.py'}:wrong')" in out  # works in any directory
+    assert "violated: eval_loss_has_shape_one" in err  # printed as soon as it is found
 
 
-def test_it_can_stop_at_the_first_violation(run: Run) -> None:
-    """A proof is the first there is: then nothing is run, and what was not says so."""
+def test_fail_fast_stops_at_the_first_violation(run: Run) -> None:
+    """A violation found in the trace comes first; nothing is run, and the other laws say so."""
     status, out, _ = run("check", "steps.py:wrong", "--fail-fast", "--json", "-")
     report = json.loads(out)
     reasons = {each["reason"] for each in report["results"] if each["status"] == "untriggered"}
@@ -86,8 +86,8 @@ def test_it_can_stop_at_the_first_violation(run: Run) -> None:
     assert reasons == {"stopped at a violation"}
 
 
-def test_a_variant_of_the_reference_can_be_named(run: Run) -> None:
-    """What the package itself holds is a target like any other."""
+def test_a_variant_of_the_reference_is_a_target(run: Run) -> None:
+    """Modules of bnverify can be targets, too."""
     status, out, _ = run(
         "check", "bnverify.reference:adam", "--proofs", "--select", "batch_stats_are_float32"
     )
@@ -104,12 +104,12 @@ UNUSABLE = {
     "check --seed -1": "argument --seed: must be a whole number of at least 0, got '-1'",
     "check --time-limit nan": "argument --time-limit: must be more than 0 seconds, got 'nan'",
     "check --time-limit 0": "argument --time-limit: must be more than 0 seconds, got '0'",
-    "check --format html --format json": "only one --format can go to standard output",
+    "check --format html --format json": "only one --format can go to stdout",
     "check --format htm": "--format 'htm' is none of terminal, json, junit, html, github, sarif; did",
     "check --output no/such/folder/x": "--output no/such/folder/x cannot be written",
-    "check --format json=x --output y": "--output y is for a --format without =FILE",
+    "check --format json=x --output y": "--output y needs a --format without =FILE",
     "check -q -v": "not allowed with argument",
-    "bisect --package jax --from 0.9.x --to 1": "give --from and --to as versions of jax, got '0.9",
+    "bisect --package jax --from 0.9.x --to 1": "--from and --to must be versions of jax, got '0.9",
     "gate --from a --to b --seed abc": "argument --seed: must be a whole number of at least 0, got",
     "audit --seed abc": "argument --seed: must be a whole number of at least 0, got 'abc'",
     "check --shard 3/2": "a shard is K/N with K in 1 to N, got '3/2'",
@@ -129,8 +129,8 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("line", UNUSABLE)
-def test_status_2_and_one_line_where_the_command_is_unusable(run: Run, line: str) -> None:
-    """A command or target that cannot be used gets one line on standard error, no traceback."""
+def test_status_2_and_one_line_if_the_command_is_unusable(run: Run, line: str) -> None:
+    """An unusable command or target gives one line on stderr, without a traceback."""
     status, _, err = run(*line.split())
     assert status == 2
     assert UNUSABLE[line] in err
@@ -141,7 +141,7 @@ def test_status_2_and_one_line_where_the_command_is_unusable(run: Run, line: str
 def test_a_step_that_hangs_while_it_is_checked_is_unusable(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The limit holds for every later call of the target too."""
+    """The time limit applies to later calls of the target as well."""
 
     def verify(*args: object, **options: object) -> None:
         raise deadline.OverTime("step of mine took more than 1 s")
@@ -152,7 +152,7 @@ def test_a_step_that_hangs_while_it_is_checked_is_unusable(
 
 
 def test_a_step_that_raises_on_some_input_is_unusable(run: Run, tmp_path: Path) -> None:
-    """What only a later call of the target raises is told like what the first one raises."""
+    """An exception in a later call is reported like one in the first call."""
     (tmp_path / "later.py").write_text(
         "from dataclasses import replace\n"
         "from bnverify import reference\n"
@@ -178,11 +178,11 @@ def test_a_step_that_raises_on_some_input_is_unusable(run: Run, tmp_path: Path) 
     assert err.count("\n") == 1
 
 
-def test_status_3_where_bnverify_itself_fails(
+def test_status_3_if_bnverify_itself_fails(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """An internal error is one line, and its traceback lies in the file that the line names."""
-    monkeypatch.setattr("bnverify.check.verify", None)  # to call it fails in our own code
+    """An internal error is one line that names the file with the traceback."""
+    monkeypatch.setattr("bnverify.check.verify", None)  # calling it raises inside bnverify
     monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "cache"))
     status, _, err = run("check")
     assert status == 3
@@ -193,10 +193,10 @@ def test_status_3_where_bnverify_itself_fails(
     assert "Traceback (most recent call last)" in file.read_text()
 
 
-def test_a_traceback_is_kept_where_the_cache_is_not_writeable(
+def test_the_traceback_is_kept_if_the_cache_is_not_writable(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Then it lies with the temporary files."""
+    """It is then saved among the temporary files."""
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(check, "_verify", lambda args: 1 / 0)
     monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "file"))
@@ -207,7 +207,7 @@ def test_a_traceback_is_kept_where_the_cache_is_not_writeable(
 
 
 def test_ctrl_c_ends_without_a_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted, the status is 130, as a shell expects."""
+    """The exit status is 130, as shells expect."""
 
     def interrupted(args: object) -> None:
         raise KeyboardInterrupt
@@ -218,7 +218,7 @@ def test_ctrl_c_ends_without_a_traceback(run: Run, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of this kind are POSIX's")
 def test_ctrl_c_during_a_long_check(tmp_path: Path) -> None:
-    """A real signal to a real process, while its target's import sleeps."""
+    """A real signal interrupts a real process while it imports its target."""
     (tmp_path / "sleeps.py").write_text(
         f"import time, pathlib\npathlib.Path({str(tmp_path / 'started')!r}).touch()\n"
         "time.sleep(60)\n"
@@ -232,8 +232,8 @@ def test_ctrl_c_during_a_long_check(tmp_path: Path) -> None:
     assert (process.returncode, out, err) == (130, "", "bnverify: interrupted\n")
 
 
-def test_ctrl_c_prints_what_is_known_so_far(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was proved before stands in the report; the other laws were not reached."""
+def test_ctrl_c_prints_the_results_so_far(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laws proved before are in the report; the others are untriggered."""
 
     def verify(*args: object, listener: Callable[[object], None], **options: object) -> None:
         listener(Started("mine", ("gradients_match_params", "eval_repeats_to_the_bit")))
@@ -251,8 +251,8 @@ def test_ctrl_c_prints_what_is_known_so_far(run: Run, monkeypatch: pytest.Monkey
     assert err.endswith("bnverify: interrupted\n")
 
 
-def test_a_flow_that_is_proved_missing_is_a_violation(run: Run, tmp_path: Path) -> None:
-    """A step that hands back its statistics needs no run to be wrong; the script shows it again."""
+def test_a_required_flow_that_is_missing_is_a_violation(run: Run, tmp_path: Path) -> None:
+    """A step that returns its statistics unchanged is found without running it; the script reproduces it."""
     (tmp_path / "kept.py").write_text(
         "from dataclasses import replace\n"
         "from bnverify import reference\n"
@@ -272,11 +272,11 @@ def test_a_flow_that_is_proved_missing_is_a_violation(run: Run, tmp_path: Path) 
     assert set(found) == {"inputs_reach_the_statistics", "step_moves_the_statistics"}
     for each in found.values():
         with pytest.raises(Violation, match="proved from the trace"):
-            exec(each["counterexample"])  # noqa: S102 - what a reader would paste
+            exec(each["counterexample"])  # noqa: S102 - as a user would paste it
 
 
 def test_one_report_in_every_format(run: Run, tmp_path: Path) -> None:
-    """Machines get the rule, the file and the line; a page loads nothing."""
+    """Machine-readable formats have the rule, file and line; the page is self-contained."""
     files = {name: tmp_path / name for name in ("junit", "html", "github", "terminal")}
     asked = [part for name in files for part in ("--format", f"{name}={name}")]
     laws = ("--select", "structure,influence")
@@ -303,7 +303,7 @@ def test_one_report_in_every_format(run: Run, tmp_path: Path) -> None:
 
 
 def test_defaults_are_read_from_the_projects_file(run: Run, tmp_path: Path) -> None:
-    """The command line overrides them, and every key that means nothing is named."""
+    """The command line overrides them, and unknown keys are reported."""
     (tmp_path / "pyproject.toml").write_text(
         '[tool.bnverify]\ntarget = "steps.py:wrong"\nselect = "structure"\n'
         'ignore = ["params_keep_their_tree"]\nformat = "json"\n'
@@ -324,8 +324,8 @@ def test_defaults_are_read_from_the_projects_file(run: Run, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes break so on POSIX")
-def test_a_reader_of_a_report_that_leaves_is_no_violation() -> None:
-    """`bnverify check | head -0` is not told from one that is read to its end by a status of 1."""
+def test_a_closed_pipe_is_not_a_violation() -> None:
+    """`bnverify check | head -0` does not exit with status 1."""
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "bnverify", "check", "--proofs", "--select", "structure", "-q"]
@@ -335,8 +335,8 @@ def test_a_reader_of_a_report_that_leaves_is_no_violation() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes break so on POSIX")
-def test_a_reader_that_leaves_is_no_error() -> None:
-    """`bnverify list | head -1` says nothing on standard error."""
+def test_a_closed_pipe_is_not_an_error() -> None:
+    """`bnverify list | head -1` prints nothing to stderr."""
     reading, writing = os.pipe()
     os.close(reading)
     process = subprocess.run(
@@ -352,7 +352,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 def test_json_has_the_documented_fields(run: Run, tmp_path: Path) -> None:
-    """The field names are a public contract."""
+    """The field names are public."""
     status, _, _ = run("check", "steps.py:wrong", "--proofs", "--json", "report.json")
     assert status == 1
     data = json.loads((tmp_path / "report.json").read_text())
@@ -370,8 +370,8 @@ def test_json_has_the_documented_fields(run: Run, tmp_path: Path) -> None:
     assert "leaves" not in data["influence"]
 
 
-def test_leaves_are_told_where_they_are_asked_for(run: Run, tmp_path: Path) -> None:
-    """Leaf by leaf, on the screen and in the JSON, and merged shards keep them."""
+def test_leaves_option(run: Run, tmp_path: Path) -> None:
+    """Dependencies are by leaf on the terminal and in JSON, and in merged shards."""
     parts = []
     for shard in ("1/2", "2/2"):
         parts.append(f"part-{shard[0]}.json")
@@ -383,8 +383,8 @@ def test_leaves_are_told_where_they_are_asked_for(run: Run, tmp_path: Path) -> N
     assert leaves["eval_batch_stats/BatchNorm_0/mean"] == ["batch_stats/BatchNorm_0/mean"]
 
 
-def test_a_disk_that_is_full_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What could be written before the check, and cannot after it, is one line too."""
+def test_a_full_disk_is_reported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was writable before the check and is not after it gives one line."""
 
     def write(*args: object) -> None:
         raise OSError(28, "No space left on device")
@@ -397,23 +397,23 @@ def test_a_disk_that_is_full_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) 
     )
 
 
-def test_json_on_standard_output_is_json_alone(run: Run) -> None:
-    """What the target prints and what people read goes to standard error then."""
+def test_json_on_stdout_is_pure_json(run: Run) -> None:
+    """What the target prints and the text report go to stderr."""
     _, out, err = run("check", "steps.py:wrong", "--proofs", "--json", "-")
     assert json.loads(out)["subject"] == "wrong"
     assert "the target prints" in err
     assert "1 of" in err
 
 
-def test_an_unusable_target_leaves_an_old_report_alone(run: Run, tmp_path: Path) -> None:
-    """The file is written whole, at the end, or not at all."""
+def test_an_unusable_target_does_not_touch_an_old_report(run: Run, tmp_path: Path) -> None:
+    """The file is written atomically at the end."""
     (tmp_path / "report.json").write_text("old")
     assert run("check", "nowhere.py:x", "--json", "report.json")[0] == 2
     assert (tmp_path / "report.json").read_text() == "old"
 
 
 def test_shards_cover_every_law_once(run: Run, tmp_path: Path) -> None:
-    """The shards of a selection are disjoint and together all of it, each saying which it is."""
+    """The shards are disjoint, together complete, and each is labelled."""
     seen: list[str] = []
     for shard in ("1/2", "2/2"):
         run("check", "--proofs", "--select", "structure", "--shard", shard, "--json", "part.json")
@@ -424,7 +424,7 @@ def test_shards_cover_every_law_once(run: Run, tmp_path: Path) -> None:
 
 
 def test_laws_are_selected_and_ignored_by_name_and_family(run: Run, tmp_path: Path) -> None:
-    """Several names are joined by commas or given one by one."""
+    """Several names are separated by commas or given by repeated options."""
     run("check", "--proofs", "--select", "structure,influence", "--select", "momentum_is_as_declared",
         "--ignore", "gradients_match_params", "--json", "report.json")  # fmt: skip
     data = json.loads((tmp_path / "report.json").read_text())
@@ -439,15 +439,15 @@ def test_laws_are_selected_and_ignored_by_name_and_family(run: Run, tmp_path: Pa
 
 
 def test_list_names_every_law(run: Run) -> None:
-    """Piped, it is one law a line: family, name, claim."""
+    """Piped, it has one law per line: family, name, claim."""
     _, out, _ = run("list")
     rows = [line.split("\t") for line in out.splitlines()]
     assert [name for _, name, _ in rows] == list(LAWS)
     assert all(LAWS[name].family == family for family, name, _ in rows)
 
 
-def test_list_is_for_people_in_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the claims are wrapped to its width."""
+def test_list_on_a_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The claims are wrapped to its width."""
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
     _, out, _ = run("list")
@@ -455,11 +455,11 @@ def test_list_is_for_people_in_a_terminal(run: Run, monkeypatch: pytest.MonkeyPa
     for name in LAWS:
         assert f"  {name}\n" in out
     step = sum(law.family != "parallel" for law in LAWS.values())
-    assert f"{step} laws, and {len(LAWS) - step} for a step on many" in " ".join(out.split())
+    assert f"{step} laws, and {len(LAWS) - step} for a step on several" in " ".join(out.split())
 
 
 def test_list_takes_a_family(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its laws alone, with their number; another name is refused."""
+    """Only its laws are listed, with their number; unknown families are errors."""
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     _, out, _ = run("list", "update")
     names = [name for name, law in LAWS.items() if law.family == "update"]
@@ -469,8 +469,8 @@ def test_list_takes_a_family(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", LAWS)
-def test_explain_tells_all_about_a_law(run: Run, name: str) -> None:
-    """Claim, source, and each mistake with its title."""
+def test_explain_a_law(run: Run, name: str) -> None:
+    """It has the claim, the source, and each mistake with its title."""
     status, out, _ = run("explain", name)
     text, law = " ".join(out.split()), LAWS[name]
     assert status == 0
@@ -479,8 +479,8 @@ def test_explain_tells_all_about_a_law(run: Run, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_explain_tells_all_about_a_mistake(run: Run, name: str) -> None:
-    """Title, looks, fix, source, the laws that notice it, and its code, line by line."""
+def test_explain_a_mistake(run: Run, name: str) -> None:
+    """It has title, looks, fix, source, the laws that notice it, and its code."""
     status, out, _ = run("explain", name)
     text, mistake = " ".join(out.split()), MISTAKES[name]
     assert status == 0
@@ -492,8 +492,8 @@ def test_explain_tells_all_about_a_mistake(run: Run, name: str) -> None:
         assert (f"  {law.name}\n" in out) == (name in law.mistakes)
 
 
-def test_explain_takes_the_beginning_of_a_name(run: Run) -> None:
-    """Of a law, a family or a mistake; where it begins several names, they are told."""
+def test_explain_takes_a_prefix(run: Run) -> None:
+    """If a prefix fits several laws, families or mistakes, they are listed."""
     assert run("explain", "wrong_si")[1] == run("explain", "wrong_sign")[1]
     assert run("explain", "evaluation")[1].startswith("evaluation (")
     assert run("explain", "metam")[1] == run("explain", "metamorphic")[1]
@@ -502,8 +502,8 @@ def test_explain_takes_the_beginning_of_a_name(run: Run) -> None:
     assert "3 names begin with 'wrong_': wrong_sign, wrong_gradient, wrong_moments" in err
 
 
-def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
-    """`bnverify --version` says which one runs, where it is installed."""
+def test_version_option(capsys: pytest.CaptureFixture[str]) -> None:
+    """`bnverify --version` prints the installed version and its location."""
     with pytest.raises(SystemExit) as end:
         main(["--version"])
     assert end.value.code == 0
@@ -514,7 +514,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 def test_a_shell_completes_commands_and_options(
     capsys: pytest.CaptureFixture[str], shell: str
 ) -> None:
-    """The script knows every command."""
+    """The completion script has every command."""
     with pytest.raises(SystemExit) as end:
         main(["--print-completion", shell])
     out = capsys.readouterr().out
@@ -522,8 +522,8 @@ def test_a_shell_completes_commands_and_options(
     assert all(module.name in out for module in iter_modules(commands.__path__))
 
 
-def test_help_list_and_explain_load_nothing_heavy() -> None:
-    """They answer at once: neither jax nor Hypothesis nor rich is imported for them."""
+def test_help_list_and_explain_import_nothing_heavy() -> None:
+    """Neither jax nor Hypothesis nor rich is imported."""
     code = (
         "import sys\n"
         "from bnverify.cli import SHELLS, main\n"
@@ -540,8 +540,8 @@ def test_help_list_and_explain_load_nothing_heavy() -> None:
     assert (done.returncode, done.stderr.splitlines()[1:]) == (0, [])
 
 
-def test_every_command_is_a_module_of_its_own() -> None:
-    """The table of commands is the folder: each module adds the parser of its own name."""
+def test_every_command_is_a_module() -> None:
+    """Each module in the folder adds the parser of its own name."""
     for module in iter_modules(commands.__path__):
         command = importlib.import_module(f"bnverify.commands.{module.name}")
         assert callable(command.add_parser)

@@ -1,4 +1,4 @@
-"""Diagnoses: from broken laws, flows and the numbers of a violation to the name of a mistake."""
+"""Diagnosis: from broken laws, flows and numbers to the name of a mistake."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def names(*broken: str, flows: Any = None, **clues: Any) -> list[str]:
 
 
 @pytest.mark.skipif(not BENCHMARK.exists(), reason="an installed package has no benchmarks")
-def test_nine_of_ten_faults_of_the_catalogue_are_first_called_by_their_own_mistake() -> None:
-    """From the recorded evidence of every fault that laws notice."""
+def test_nine_of_ten_faults_of_the_catalogue_are_diagnosed_correctly() -> None:
+    """The first diagnosis from the recorded evidence of each fault is the fault's own mistake."""
     naming = runpy.run_path(str(BENCHMARK))
     lines = naming["read"](naming["RECORDED"])
     noticed = [fault for fault in MUTANTS if lines.get(fault, {}).get("broken")]
@@ -46,22 +46,22 @@ def test_nine_of_ten_faults_of_the_catalogue_are_first_called_by_their_own_mista
     assert len(naming["misnamed"](lines)) <= 0.1 * len(noticed)
 
 
-def test_rules_name_mistakes_that_exist_and_that_laws_know() -> None:
-    """A rule whose mistake no law names would never be told."""
+def test_rules_name_mistakes_that_exist_and_that_laws_list() -> None:
+    """A rule for a mistake that no law lists would never apply."""
     ruled = {rule.mistake for rule in RULES}
     assert ruled <= set(MISTAKES)
     assert ruled <= {name for law in LAWS.values() for name in law.mistakes}
 
 
 def test_names_are_unique_across_laws_families_and_mistakes() -> None:
-    """`bnverify explain` takes any of them."""
+    """`bnverify explain` accepts any of them."""
     every = [*LAWS, *FAMILIES, *MISTAKES]
     assert len(every) == len(set(every))
 
 
 @pytest.mark.parametrize("found", MISTAKES.values(), ids=MISTAKES)
 def test_every_mistake_has_code_wrong_and_right(found: Mistake) -> None:
-    """Both are Python, differ, and fit side by side."""
+    """Both are valid Python, differ, and fit side by side."""
     assert found.looks.endswith(".")
     assert found.wrong != found.right
     for code in (found.wrong, found.right):
@@ -71,7 +71,7 @@ def test_every_mistake_has_code_wrong_and_right(found: Mistake) -> None:
 
 
 def test_a_mistake_has_one_entry() -> None:
-    """A second one of the same name is refused."""
+    """Registering a second one with the same name raises."""
     with pytest.raises(ValueError, match="two mistakes are named wrong_sign"):
         mistake("wrong_sign", "the sign is wrong", "change it")
 
@@ -93,10 +93,10 @@ def test_a_mistake_has_one_entry() -> None:
         ([MOMENTUM], {"average": "another momentum"}, "momentum_not_as_declared"),
     ],
 )
-def test_what_the_numbers_say_decides(
+def test_the_numbers_decide_between_mistakes(
     broken: list[str], clues: dict[str, Any], expected_name: str
 ) -> None:
-    """The same laws are broken by several mistakes, which the numbers tell apart."""
+    """Several mistakes break the same laws, but differ in their numbers."""
     assert names(*broken, **clues) == [expected_name]
 
 
@@ -127,15 +127,15 @@ def test_what_the_numbers_say_decides(
         (["schedule_counts_updates"], {}, "schedule_counts_batches"),
     ],
 )
-def test_a_law_about_one_mistake_decides_first(
+def test_a_law_specific_to_one_mistake_decides_first(
     broken: list[str], clues: dict[str, Any], expected_name: str
 ) -> None:
-    """What else the mistake breaks would lead to another name, and is explained by it."""
+    """The other broken laws alone would suggest another mistake."""
     assert names(*broken, **clues) == [expected_name]
 
 
-def test_what_the_trace_shows_decides() -> None:
-    """A learning rate that reaches nothing is ignored, whatever the factor is."""
+def test_the_trace_decides() -> None:
+    """A learning rate that reaches nothing is ignored, whatever the factor."""
     flows = {"params": ["params", "x", "y"]}
     assert (
         names(FOLLOW, SGD, flows=flows, params="scaled", factor=0.1)[0] == "learning_rate_ignored"
@@ -143,13 +143,13 @@ def test_what_the_trace_shows_decides() -> None:
 
 
 def test_two_mistakes_are_both_named() -> None:
-    """Each explains the laws that know it."""
+    """Each explains the laws that list it."""
     found = names(FOLLOW, MOMENTUM, params="opposite", average="reversed")
     assert found == ["wrong_sign", "momentum_reversed"]
 
 
-def test_the_number_that_decided_is_told() -> None:
-    """In the text of each law that the mistake explains, and of no other."""
+def test_the_deciding_number_is_reported() -> None:
+    """It is in the text of each law that the mistake explains, and of no other."""
     results = [
         evidence(FOLLOW, "violated", params="opposite", factor=-1.0),
         evidence(SGD, "violated"),
@@ -164,8 +164,8 @@ def test_the_number_that_decided_is_told() -> None:
     assert told[MODES] is None
 
 
-def test_a_law_without_a_rule_still_names_its_own_mistake() -> None:
-    """The first of its list; a diagnosis that is known already is kept."""
+def test_a_law_without_a_rule_names_its_first_mistake() -> None:
+    """A diagnosis that exists already is kept."""
     law = LAWS["jit_equals_eager"]
     assert names(law.name) == [law.mistakes[0]]
     known = Evidence(law.name, law.family, "violated", cause=Cause("wrong_sign"))
@@ -190,7 +190,7 @@ RECOGNISED = {
 
 @pytest.mark.parametrize("name", RECOGNISED)
 def test_the_numbers_of_a_step_are_recognised(name: str) -> None:
-    """On general cases of four rows, as a report reads them."""
+    """On random cases of four rows, as in reports."""
     subject = MUTANTS[name].make()
     tracer = Tracer(subject)
     calls = CompiledSubject(subject, "jit", tracer=tracer)
@@ -198,8 +198,8 @@ def test_the_numbers_of_a_step_are_recognised(name: str) -> None:
     assert RECOGNISED[name].items() <= found.items()
 
 
-def test_a_right_step_gives_no_clue() -> None:
-    """Nothing is recognised where nothing is wrong, whatever is asked about."""
+def test_a_correct_step_gives_no_clue() -> None:
+    """Nothing is recognised, whichever laws are assumed broken."""
     from bnverify import reference
 
     subject = reference.adamw()
@@ -216,8 +216,8 @@ FAULTS = [
 ]
 
 
-def test_expected_laws_are_those_of_every_audit() -> None:
-    """A law that noticed a fault once and not again is not expected to."""
+def test_expected_laws_noticed_the_fault_in_every_audit() -> None:
+    """A law that noticed a fault once but not again is not expected to notice it."""
     assert {law for mutant in MUTANTS.values() for law in mutant.expected} <= set(LAWS)
     again = [{"mutant": "momentum_reversed", "laws": ["variance_is_never_negative"]}]
     assert expected([FAULTS]) == {

@@ -217,7 +217,7 @@ def test_the_status_is_0_where_all_hold(folder: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("merge 1.json 1.json", "1.json is named twice"),
+        ("merge 1.json 1.json", "1.json is given twice"),
         ("merge nowhere.json", "nowhere.json cannot be read: No such file or directory"),
         ("merge 1.json --json no/such/x.json", "--json no/such/x.json cannot be written"),
         ("merge 1.json", "missing: shard 2/2"),

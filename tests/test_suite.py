@@ -1,4 +1,4 @@
-"""bnverify.suite and the pytest plugin, on reports made up for the purpose."""
+"""``bnverify.suite`` and the pytest plugin, with made-up reports."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
 
-# Loaded before any test runs: pytester forgets what is first imported inside it, and a second jax
-# in one process is refused.
+# Imported before any test runs: pytester unloads modules first imported inside it, and jax cannot
+# be imported twice in one process.
 from bnverify import Subject, check
 from bnverify.case import Case
 from bnverify.evidence import Call, Cause, Counterexample, Evidence, Report, Violation
@@ -28,7 +28,7 @@ pytest_plugins = ("pytester",)
 ROOT = Path(__file__).parents[1]
 PARALLEL = [name for name, law in LAWS.items() if law.family == "parallel"]
 TESTS = [name for name in LAWS if name not in PARALLEL]
-"""What a suite of a step for one device holds."""
+"""The laws in a suite of a step for one device."""
 
 VIOLATED, HELD, PROVED, UNTRIGGERED, EXEMPT, *_ = TESTS
 CASE = Case.of(seed=3, x=[[1.0, 2.0]], y=[0.5], lr=0.25, warmup=1)
@@ -63,7 +63,7 @@ FIVE = " or ".join(f"[{evidence.law}]" for evidence in EVIDENCE)
 
 
 class Stand:
-    """Stands in for the check: says what EVIDENCE says, and what it was asked."""
+    """Replaces the check: returns EVIDENCE, and records how it was called."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
@@ -99,7 +99,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Stand:
 
 
 def remembering(monkeypatch: pytest.MonkeyPatch, database: ExampleDatabase | None) -> None:
-    """Let the settings of Hypothesis name this database."""
+    """Make Hypothesis's settings use this example database."""
     named = settings(database=database)
     monkeypatch.setattr(memory, "settings", lambda: named)
 
@@ -109,22 +109,22 @@ Inner = Callable[..., pytest.RunResult]
 
 @pytest.fixture
 def inner(pytester: pytest.Pytester, request: pytest.FixtureRequest, made_up: Stand) -> Inner:
-    """Run pytest in this process, with the plugin, on a file with one suite."""
+    """A function that runs pytest in this process, with the plugin, on a file with one suite."""
     pytester.makepyfile(test_step=STEP)
     plugins = request.config.pluginmanager
-    # Installed, it is there by its entry point, and naming it again would be refused.
+    # If bnverify is installed, its entry point loads the plugin, which cannot be loaded twice.
     ours = () if plugins.has_plugin("bnverify") else ("-p", "bnverify.testing.plugin")
     return lambda *args: pytester.runpytest_inprocess(*ours, "-p", "no:randomly", *args)
 
 
-def test_a_suite_is_one_test_for_each_law(inner: Inner) -> None:
+def test_a_suite_has_one_test_for_each_law(inner: Inner) -> None:
     """The ids are the names of the laws."""
     result = inner("--collect-only", "-q")
     for law in TESTS:
         result.stdout.fnmatch_lines([f"test_step.py::test_mine[[]{law}[]]"])
 
 
-def test_a_tick_means_that_something_was_seen(inner: Inner) -> None:
+def test_outcomes_of_the_statuses(inner: Inner) -> None:
     """Proved and held pass, violated fails, untriggered and exempt are skipped with a reason."""
     result = inner("-k", FIVE, "-rs")
     result.assert_outcomes(passed=2, failed=1, skipped=2)
@@ -133,8 +133,8 @@ def test_a_tick_means_that_something_was_seen(inner: Inner) -> None:
     )
 
 
-def test_a_violation_says_what_it_is_and_nothing_else(inner: Inner) -> None:
-    """Claim, reason, diagnosis and counterexample; no traceback of bnverify's own."""
+def test_the_message_of_a_violation(inner: Inner) -> None:
+    """Claim, reason, diagnosis and counterexample, without a traceback of bnverify."""
     result = inner("-k", f"[{VIOLATED}]")
     text = str(result.stdout)
     for part in (LAWS[VIOLATED].claim, "off by 7", str(CAUSE), SHOWN.script.strip()):
@@ -144,14 +144,14 @@ def test_a_violation_says_what_it_is_and_nothing_else(inner: Inner) -> None:
     assert result.ret == 1
 
 
-def test_the_short_summary_says_what_was_seen(inner: Inner) -> None:
-    """The test's name has the law; beside it stand the leaf and the reason, not a class of ours."""
+def test_the_short_summary_has_the_leaf_and_the_reason(inner: Inner) -> None:
+    """The test's name has the law, so the summary needs neither it nor an exception class."""
     result = inner("-k", f"[{VIOLATED}]")
     result.stdout.fnmatch_lines([f"FAILED test_step.py::test_mine[[]{VIOLATED}[]] - off by 7*"])
 
 
-def test_a_family_is_selected_by_its_mark(inner: Inner, made_up: Stand) -> None:
-    """Under --strict-markers, too; -k takes the family's name as well."""
+def test_a_family_is_selected_by_its_marker(inner: Inner, made_up: Stand) -> None:
+    """It works with --strict-markers; -k accepts the family's name as well."""
     family = [name for name in TESTS if LAWS[name].family == "update"]
     for options in (("-m", "bnverify_update"), ("-k", "bnverify_update")):
         inner("--strict-markers", *options)
@@ -160,7 +160,7 @@ def test_a_family_is_selected_by_its_mark(inner: Inner, made_up: Stand) -> None:
 
 
 def test_junit_gets_the_same_message(inner: Inner, pytester: pytest.Pytester) -> None:
-    """The JUnit file of pytest itself carries the reason and the script."""
+    """The JUnit file of pytest itself has the reason and the script."""
     inner("-k", f"[{VIOLATED}]", "--junitxml=out.xml")
     text = (pytester.path / "out.xml").read_text()
     assert "off by 7" in text
@@ -168,27 +168,27 @@ def test_junit_gets_the_same_message(inner: Inner, pytester: pytest.Pytester) ->
 
 
 def test_the_check_runs_once(inner: Inner, made_up: Stand) -> None:
-    """All laws share one check, of the laws selected, by the profile of the suite."""
+    """All selected laws share one check with the suite's profile."""
     inner("-k", FIVE)
     (asked,) = made_up.asked
     assert asked["subject"] == "mine"
     assert asked["profile"] == "quick"
     assert asked["seed"] == 0
     assert asked["select"] == [evidence.law for evidence in EVIDENCE]
-    assert asked["target"] == f"{Path.cwd() / 'test_step.py'}:test_mine"  # from any directory
+    assert asked["target"] == f"{Path.cwd() / 'test_step.py'}:test_mine"  # works in any directory
 
 
-def test_options_take_the_place_of_the_suites_own(inner: Inner, made_up: Stand) -> None:
-    """--bnverify-profile and --bnverify-seed reach the engine."""
+def test_options_override_the_suite(inner: Inner, made_up: Stand) -> None:
+    """--bnverify-profile and --bnverify-seed are passed to the check."""
     inner("--bnverify-profile", "nightly", "--bnverify-seed", "11", "-k", f"[{HELD}]")
     (asked,) = made_up.asked
     assert (asked["profile"], asked["seed"]) == ("nightly", 11)
 
 
-def test_a_failing_check_is_told_by_every_law_and_made_once(
+def test_a_failing_check_runs_once_and_is_reported_by_every_law(
     inner: Inner, made_up: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the subject itself raises, the first law shows it, the others name it."""
+    """If the subject raises, the first test shows the traceback, the others the message."""
     tries = []
 
     def verify(*args: object, **options: object) -> None:
@@ -198,26 +198,26 @@ def test_a_failing_check_is_told_by_every_law_and_made_once(
     monkeypatch.setattr(check, "verify", verify)
     result = inner("-k", FIVE)
     result.assert_outcomes(failed=5)
-    named = [line for line in result.outlines if line.startswith("the check could not be made: ")]
-    assert named == ["the check could not be made: RuntimeError: the user's own"] * 4
+    named = [line for line in result.outlines if line.startswith("the check failed: ")]
+    assert named == ["the check failed: RuntimeError: the user's own"] * 4
     assert tries == [1]
 
 
-def test_a_failing_case_is_tried_first_next_time(inner: Inner, made_up: Stand) -> None:
-    """The next run replays the case, and as long as it fails needs no check."""
+def test_a_failing_case_is_replayed_first(inner: Inner, made_up: Stand) -> None:
+    """While the case still fails, the next run needs no check."""
     inner("-k", f"[{VIOLATED}]")
     assert made_up.replayed == []
     result = inner("-k", f"[{VIOLATED}]")
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*the case of the last run, tried first*"])
+    result.stdout.fnmatch_lines(["*replayed from the last run*"])
     assert len(made_up.asked) == 1
     (remembered,) = made_up.replayed
     assert (remembered.law, remembered.target) == (VIOLATED, SHOWN.target)
     assert remembered.script == SHOWN.script
 
 
-def test_a_mended_case_is_forgotten(inner: Inner, made_up: Stand) -> None:
-    """Once the case passes, the whole check decides, and the case is not tried again."""
+def test_a_fixed_case_is_forgotten(inner: Inner, made_up: Stand) -> None:
+    """Once the case passes, the check runs again, and the case is not replayed any more."""
     inner("-k", f"[{VIOLATED}]")
     made_up.fixed = True
     inner("-k", f"[{VIOLATED}]").assert_outcomes(passed=1)
@@ -229,7 +229,7 @@ def test_a_mended_case_is_forgotten(inner: Inner, made_up: Stand) -> None:
 def test_a_case_that_no_longer_fits_is_forgotten(
     inner: Inner, made_up: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A subject that has changed its shape makes the old case useless, not an error."""
+    """If the subject has changed its shape, the old case is ignored without an error."""
     inner("-k", f"[{VIOLATED}]")
 
     def replay(*args: object) -> None:
@@ -240,23 +240,23 @@ def test_a_case_that_no_longer_fits_is_forgotten(
     assert len(made_up.asked) == 2
 
 
-def test_without_a_database_nothing_is_remembered(
+def test_without_a_database_nothing_is_stored(
     inner: Inner, made_up: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hypothesis's own profile for CI has none."""
+    """Hypothesis's "ci" profile has none."""
     remembering(monkeypatch, None)
     for _ in range(2):
         inner("-k", f"[{VIOLATED}]").assert_outcomes(failed=1)
     assert made_up.replayed == []
 
 
-def test_a_subject_may_be_made_late(
+def test_a_subject_may_be_made_lazily(
     inner: Inner, made_up: Stand, pytester: pytest.Pytester
 ) -> None:
-    """A function that makes the subject is called when the first law runs, and once."""
+    """A function that makes the subject is called once, when the first test runs."""
     late = STEP.replace("bnverify.suite(mine", "bnverify.suite(make") + "\nmade = []\n"
     late += "def make():\n    made.append(1)\n    assert made == [1]\n    return mine\n"
-    # The function must be there when the suite is made.
+    # The function must exist when the suite is made.
     head, tail = late.split("test_mine = ")
     line, rest = tail.split("\n", 1)
     pytester.makepyfile(test_step=f"{head}{rest}\ntest_mine = {line}\n")
@@ -269,10 +269,8 @@ PARALLEL_STEP = STEP.replace(
 )
 
 
-def test_a_parallel_step_has_the_tests_of_many_devices(
-    inner: Inner, pytester: pytest.Pytester
-) -> None:
-    """They are collected beside the others; made late, it is refused: it would be too late for them."""
+def test_a_parallel_step_has_additional_tests(inner: Inner, pytester: pytest.Pytester) -> None:
+    """They are collected with the others, so a function that returns a Parallel is rejected."""
     pytester.makepyfile(test_step=PARALLEL_STEP.replace("suite(mine", "suite(many"))
     result = inner("--collect-only", "-q")
     for law in PARALLEL:
@@ -280,11 +278,11 @@ def test_a_parallel_step_has_the_tests_of_many_devices(
     pytester.makepyfile(test_step=PARALLEL_STEP.replace("suite(mine", "suite(lambda: many"))
     result = inner("-k", f"[{HELD}]")
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*bnverify.suite needs the Parallel itself*"])
+    result.stdout.fnmatch_lines(["*pass the Parallel itself*"])
 
 
 def test_shards_cover_every_test_once(inner: Inner) -> None:
-    """--bnverify-shard K/N: disjoint, and together all."""
+    """The shards of --bnverify-shard K/N are disjoint and together complete."""
     seen: list[str] = []
     for shard in ("1/3", "2/3", "3/3"):
         lines = inner("--collect-only", "-q", "--bnverify-shard", shard).outlines
@@ -292,8 +290,8 @@ def test_shards_cover_every_test_once(inner: Inner) -> None:
     assert sorted(seen) == sorted(f"test_step.py::test_mine[{law}]" for law in TESTS)
 
 
-def test_a_shard_that_is_none_is_refused(inner: Inner) -> None:
-    """One line, and pytest's own status for wrong use."""
+def test_an_invalid_shard_is_rejected(inner: Inner) -> None:
+    """It gives one line, and pytest's status for usage errors."""
     result = inner("--bnverify-shard", "4/3")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: --bnverify-shard: a shard is K/N with K in 1 to N*"])
@@ -302,7 +300,7 @@ def test_a_shard_that_is_none_is_refused(inner: Inner) -> None:
 def test_workers_share_one_check(
     pytester: pytest.Pytester, made_up: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What one worker of a run has made, another finds."""
+    """One worker finds the report that another has made."""
     monkeypatch.setenv("PYTEST_XDIST_TESTRUNUID", "of this run")
     (pytester.path / "gw0").mkdir()
 
@@ -317,15 +315,15 @@ def test_workers_share_one_check(
             return Factory()
 
     report = made_up.verify(Subject("mine", print, print, print), "quick", select=[HELD])
-    with shared(Request()) as share:  # type: ignore[arg-type] # as much as it needs
+    with shared(Request()) as share:  # type: ignore[arg-type] # a minimal request
         assert share.load() is None
         share.save(report)
-    with shared(Request()) as share:  # type: ignore[arg-type] # likewise
+    with shared(Request()) as share:  # type: ignore[arg-type] # a minimal request
         assert share.load() == report
 
 
-def test_the_script_names_a_suite(pytester: pytest.Pytester) -> None:
-    """What a counterexample of a suite loads is the subject of that suite."""
+def test_the_script_can_load_a_suite(pytester: pytest.Pytester) -> None:
+    """A counterexample of a suite loads the suite's subject."""
     pytester.makepyfile(test_step=STEP)
     with pytest.raises(ValueError, match=r"test_step.py:test_mine: init must return"):
         load("test_step.py:test_mine")
@@ -344,7 +342,7 @@ HISTORY = Counterexample(
 def test_a_counterexample_survives_json_and_memory(
     monkeypatch: pytest.MonkeyPatch, shown: Counterexample, residual: float | None
 ) -> None:
-    """A case, a history or neither: what is remembered is what was shown, as data and as a script."""
+    """A case, a history, or neither: data and script are restored as stored."""
     remembering(monkeypatch, InMemoryExampleDatabase())
     evidence = Evidence.of(shown.law, "violated", residual=residual, counterexample=shown)
     assert Counterexample.from_json(json.loads(json.dumps(shown.to_json()))).script == shown.script
@@ -360,8 +358,8 @@ def test_a_counterexample_survives_json_and_memory(
     assert kept.recall() is None
 
 
-def test_the_plugin_loads_nothing_heavy() -> None:
-    """It is loaded in every run of everybody's tests."""
+def test_the_plugin_imports_nothing_heavy() -> None:
+    """It is loaded in every pytest run."""
     code = (
         "import sys, bnverify.testing.plugin\n"
         "heavy = {'jax', 'numpy', 'flax', 'hypothesis', 'rich', 'bnverify.laws'} & set(sys.modules)\n"
@@ -370,8 +368,8 @@ def test_the_plugin_loads_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_collecting_a_suite_loads_no_jax(pytester: pytest.Pytester) -> None:
-    """Where the subject is made late, collection is as quick as without bnverify."""
+def test_collecting_a_suite_imports_no_jax(pytester: pytest.Pytester) -> None:
+    """With a lazily made subject, collection is as fast as without bnverify."""
     pytester.makepyfile(
         test_step="import bnverify, sys\n"
         "def make():\n    import jax\n"
@@ -383,7 +381,7 @@ def test_collecting_a_suite_loads_no_jax(pytester: pytest.Pytester) -> None:
 
 
 def outer(folder: Path, *args: str) -> "subprocess.CompletedProcess[str]":
-    """Run pytest in a process of its own, with the plugin."""
+    """Run pytest in its own process, with the plugin."""
     installed = any(entry.name == "bnverify" for entry in entry_points(group="pytest11"))
     ours = () if installed else ("-p", "bnverify.testing.plugin")
     return subprocess.run(
@@ -418,7 +416,7 @@ def pytest_collection_modifyitems(items):
 
 
 def verdicts(folder: Path, workers: str, order: str) -> list[str]:
-    """Return the outcomes of the laws of structure on a step that is really checked."""
+    """Return the outcomes of the structural laws of a step that is really checked."""
     (folder / "test_step.py").write_text(WRONG)
     (folder / "conftest.py").write_text(ORDER)
     laws = " or ".join(f"[{law}]" for law in STRUCTURE)
@@ -429,8 +427,8 @@ def verdicts(folder: Path, workers: str, order: str) -> list[str]:
     return sorted(line.split(" - ")[0] for line in lines if line[:6] in OUTCOMES)
 
 
-def test_a_suite_of_a_wrong_step_fails_where_it_is_wrong(tmp_path: Path) -> None:
-    """In a process of its own with a worker: one law fails, the others pass."""
+def test_a_suite_of_a_wrong_step_fails_at_the_right_law(tmp_path: Path) -> None:
+    """In its own process with a worker, one law fails and the others pass."""
     wrong = "eval_loss_has_shape_one"
     passed = [f"PASSED test_step.py::test_mine[{law}]" for law in STRUCTURE if law != wrong]
     assert verdicts(tmp_path, "1", "FORWARDS") == sorted(
@@ -440,7 +438,7 @@ def test_a_suite_of_a_wrong_step_fails_where_it_is_wrong(tmp_path: Path) -> None
 
 @pytest.mark.nightly
 def test_workers_and_orders_give_the_same_verdicts(tmp_path: Path) -> None:
-    """With -n 0, with -n 2 and backwards, the same laws fail."""
+    """The same laws fail with -n 0, with -n 2 and in reverse order."""
     runs = [("0", "FORWARDS"), ("2", "FORWARDS"), ("0", "BACKWARDS")]
     first, *others = (verdicts(tmp_path, *run) for run in runs)
     assert others == [first, first]

@@ -1,4 +1,4 @@
-"""What a person sees of a report: the verdict first, in 80 columns, without colour, in ASCII too."""
+"""Reports on a terminal: verdict first, 80 columns, without colour, in ASCII too."""
 
 import io
 import json
@@ -74,14 +74,14 @@ LEAVES = {
 
 
 class Terminal(io.StringIO):
-    """A file that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def __init__(self, encoding: str = "utf-8") -> None:
         super().__init__()
         self._encoding = encoding
 
     @property
-    def encoding(self) -> str:  # type: ignore[override] # None in io.StringIO, whose place it takes
+    def encoding(self) -> str:  # type: ignore[override] # None in io.StringIO
         return self._encoding
 
     def isatty(self) -> bool:
@@ -113,7 +113,7 @@ def plain(text: str) -> str:
 
 
 def test_each_status_has_a_word_and_a_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without colour the five statuses still differ, by a word and by a sign."""
+    """The five statuses can be told apart without colour."""
     text = plain(shown(monkeypatch, verbosity=terminal.VERBOSE))
     for signs in (UNICODE, ASCII):
         assert len({signs.status[status] for status in STYLES}) == len(STYLES)
@@ -122,18 +122,18 @@ def test_each_status_has_a_word_and_a_sign(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_no_line_but_a_script_is_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """80 columns are enough; the script to paste is the one thing that is never wrapped."""
+    """80 columns are enough; only the script to paste is not wrapped."""
     for line in plain(shown(monkeypatch, verbosity=terminal.VERBOSE)).splitlines():
         assert len(line) <= 80 or line in SHOWN.script.splitlines()
 
 
 def test_the_script_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The counterexample stands there to the letter: no indent, no wrapping, no markup."""
+    """The counterexample is printed literally, without indent, wrapping or markup."""
     assert SHOWN.script in shown(monkeypatch)
 
 
-def test_a_violation_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claim, leaf and entry, what it was and should be, in how many cases, the cause and the fix."""
+def test_a_violation_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has claim, leaf and entry, actual and expected value, number of cases, cause and fix."""
     lines = plain(shown(monkeypatch)).splitlines()
     text = " ".join(" ".join(lines).split())
     assert LAWS["variance_is_never_negative"].claim in text
@@ -145,8 +145,8 @@ def test_a_violation_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"Fix: {known.fix}." in text
 
 
-def test_a_violation_is_at_most_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the size of the case: long arrays are written as what makes them."""
+def test_a_violation_fits_on_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long arrays are written as the expression that makes them."""
     case = Case.of(seed=0, x=np.zeros((2, 64)), y=[0.0, 0.0], lr=0.1)
     found = replace(REPORT.results[0], counterexample=replace(SHOWN, case=case))
     lines = shown(monkeypatch, replace(REPORT, results=(found,), influence={})).splitlines()
@@ -154,8 +154,8 @@ def test_a_violation_is_at_most_a_screen(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(lines) <= 30
 
 
-def test_violations_with_one_cause_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cause and one script, with all the laws; what nobody knows a cause of stands alone."""
+def test_violations_with_one_cause_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group has the cause once, one script and all its laws; a violation without cause is alone."""
     first = REPORT.results[0]
     second = replace(first, law="momentum_is_as_declared", shape=(4, 1))
     unknown = replace(first, law="statistics_stay_finite", cause=None)
@@ -163,12 +163,12 @@ def test_violations_with_one_cause_are_told_once(monkeypatch: pytest.MonkeyPatch
     assert "Most likely cause (explains 2 of 3 violations): ema_applied_twice" in text
     assert text.count("Likely cause: ") == 1
     assert "── ✗ ema_applied_twice: 2 laws violated ─" in text
-    assert "To reproduce momentum_is_as_declared:" in text  # the smaller case
+    assert "To reproduce momentum_is_as_declared:" in text  # it has the smaller case
     assert "── ✗ statistics_stay_finite ─" in text
 
 
-def test_machines_get_the_same_grouping() -> None:
-    """GitHub gets one error a cause; SARIF and JUnit keep one a law, and name the cause of each."""
+def test_machine_formats_have_the_same_groups() -> None:
+    """GitHub gets one error per cause; SARIF and JUnit keep one per law, with the cause's name."""
     first = REPORT.results[0]
     second = replace(first, law="momentum_is_as_declared", shape=(4, 1))
     other = replace(first, law="statistics_stay_finite", cause=None)
@@ -193,7 +193,7 @@ def test_machines_get_the_same_grouping() -> None:
 
 
 def test_a_cause_is_data_and_reads_back() -> None:
-    """The JSON has the mistake, what showed it, title, fix and source, and the text besides."""
+    """The JSON has the mistake, its evidence, title, fix and source as fields, and the text."""
     known = MISTAKES["ema_applied_twice"]
     told = json.loads(REPORT.to_json())["results"][0]
     assert told["cause"] == {
@@ -210,8 +210,8 @@ def test_a_cause_is_data_and_reads_back() -> None:
         Cause("slip")
 
 
-def test_what_never_happened_is_told_with_what_was_changed() -> None:
-    """A law that wants a case to show something says what was changed and what never moved."""
+def test_a_witness_law_reports_what_was_changed_and_what_never_moved() -> None:
+    """Its violation has no mismatch of values."""
     law = LAWS["inputs_reach_the_statistics"]
     assert never(law, 256) == "Changing x never changed the new batch_stats in 256 cases"
     for each in LAWS.values():
@@ -239,15 +239,15 @@ def test_what_never_happened_is_told_with_what_was_changed() -> None:
     ],
     ids=lambda value: value.leaf if isinstance(value, Mismatch) else "",
 )
-def test_a_mismatch_is_told_in_a_line(mismatch: Mismatch, text: str) -> None:
-    """With digits enough to tell the values apart, and no tolerance where it is none."""
+def test_a_mismatch_is_one_line(mismatch: Mismatch, text: str) -> None:
+    """It has enough digits to tell the values apart, and no tolerance if there is none."""
     assert str(mismatch) == text
     again = Mismatch.from_json(json.loads(json.dumps(mismatch.to_json(), allow_nan=False)))
     assert repr(again) == repr(mismatch)
 
 
-def test_the_summary_says_how_much_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first lines give the verdict, the cause, the counts, the cases, the time, the settings."""
+def test_the_summary_has_the_scope_of_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first lines have the verdict, cause, counts, cases, time and settings."""
     end = " ".join(plain(shown(monkeypatch, verbosity=terminal.VERBOSE)).splitlines()[:5])
     for part in (
         "my step: 1 of 5 laws violated",
@@ -260,15 +260,17 @@ def test_the_summary_says_how_much_was_seen(monkeypatch: pytest.MonkeyPatch) -> 
         assert part in end
 
 
-def test_a_law_that_was_not_reached_is_no_clean_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is violated but something was not exercised, the verdict says so."""
+def test_an_untriggered_law_is_not_a_clean_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If nothing is violated but a law was not exercised, the verdict says so."""
     report = replace(REPORT, results=REPORT.results[1:])
     assert "my step: none violated, 1 not reached" in shown(monkeypatch, report)
     assert "my step: all hold" in shown(monkeypatch, replace(REPORT, results=REPORT.results[1:4]))
 
 
-def test_green_is_a_line_a_family_and_quiet_is_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is listed law by law unless it is asked for."""
+def test_normal_has_a_line_per_family_and_quiet_only_the_verdict(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Laws are only listed with -v."""
     report = replace(REPORT, results=REPORT.results[1:4], influence={}, notes=())
     lines = plain(shown(monkeypatch, report)).splitlines()
     assert lines[-2:] == [" ■ structure    1 proved", " ✓ statistics   1 held, 1 exempt"]
@@ -280,7 +282,7 @@ def test_green_is_a_line_a_family_and_quiet_is_the_verdict(monkeypatch: pytest.M
 def test_laws_that_need_runs_are_counted_where_none_are_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A check of proofs lists neither of them, and says that they need cases."""
+    """A check with --proofs counts these laws, and says that they need cases."""
     laws = [name for name, law in LAWS.items() if law.family == "statistics"]
     results = tuple(Evidence.of(name, "untriggered", reason=READ_ONLY) for name in laws)
     text = plain(shown(monkeypatch, replace(REPORT, results=results), verbosity=terminal.VERBOSE))
@@ -289,8 +291,8 @@ def test_laws_that_need_runs_are_counted_where_none_are_made(
     assert not any(name in text for name in laws)
 
 
-def test_a_printed_report_is_its_verdict() -> None:
-    """What a notebook or a script prints is short, and names what is violated."""
+def test_str_of_a_report_is_its_verdict() -> None:
+    """It is short, and names the violated laws."""
     assert str(REPORT).splitlines() == [
         "my step: 1 of 5 laws violated",
         "1 proved, 1 held, 1 violated, 1 untriggered, 1 exempt; 1,234,567 cases in 12.3 s",
@@ -302,7 +304,7 @@ def test_a_printed_report_is_its_verdict() -> None:
 
 
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NO_COLOR removes every colour, and nothing else."""
+    """NO_COLOR removes every colour and nothing else."""
     coloured, without = shown(monkeypatch, no_color=False), shown(monkeypatch)
     assert "\x1b[1;31m" in coloured
     assert "\x1b[1;31m" not in without
@@ -310,20 +312,20 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_ascii_terminal_gets_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the encoding has no other letters, none are used."""
+    """No other characters are used if the encoding cannot represent them."""
     text = shown(monkeypatch, encoding="ascii", verbosity=terminal.VERBOSE)
     assert text.isascii()
     assert " X violated" in text
     assert "expected 0 +- 1e-07" in text
 
 
-def test_notes_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notes_are_printed_literally(monkeypatch: pytest.MonkeyPatch) -> None:
     """Square brackets in a note are text, not markup."""
     assert "note: primitives read conservatively: [weird]" in plain(shown(monkeypatch))
 
 
-def test_the_matrix_tells_which_entries_matter() -> None:
-    """A forbidden flow leaks, a needed one is missing, a forbidden one that is absent is kept out."""
+def test_the_matrix_marks_the_entries_that_matter() -> None:
+    """A forbidden flow leaks, a required one may be missing, and an absent forbidden one is kept out."""
     entries = matrix(FLOWS)
     cell = {
         (output, source): kind
@@ -342,32 +344,32 @@ def test_the_matrix_tells_which_entries_matter() -> None:
 
 
 def test_the_matrix_leaves_out_trees_without_leaves() -> None:
-    """Plain SGD keeps no state, so it has neither a row nor a column."""
+    """Plain SGD has no optimizer state, so it has neither a row nor a column."""
     entries = matrix(FLOWS)
     assert "opt_state" not in entries.inputs
     assert not {"opt_state", "eval_opt_state"} & set(entries.rows)
 
 
-def test_the_matrix_is_drawn_with_its_scope(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scope is named, and what matters is a word, not only a sign."""
+def test_the_matrix_is_printed_with_its_scope(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Important entries have a word as well as a sign."""
     open_laws = ("training_is_free_of_old_statistics", "inputs_reach_the_statistics")
     results = (*REPORT.results, *(Evidence.of(law, "untriggered") for law in open_laws))
     report = replace(REPORT, results=results)
     text = plain(shown(monkeypatch, report, verbosity=terminal.VERBOSE))
-    assert "read from the traced step, for all values, every N and D" in text
+    assert "from the traced step, for all values, every N and D" in text
     assert f"✗ leaks    {LEGEND['leaks']}" in text
     assert f"✗ missing  {LEGEND['missing']}" in text
 
 
 def test_nothing_leaks_where_all_laws_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flow that is by design, or was seen to cancel, is no leak: its law is exempt, or held."""
+    """A flow that is intended or cancels is not a leak: its law is exempt, or held."""
     text = plain(shown(monkeypatch))
     assert "leaks" not in text
     assert "missing" not in text
 
 
-def test_a_leaf_that_leaks_is_told_from_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where leaves are asked for, each has a row, and what must not reach its tree leaks there."""
+def test_leaks_are_shown_by_leaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --leaves each leaf has a row, and a forbidden flow leaks in the leaf's row only."""
     rows = matrix(LEAVES).rows
     inputs = matrix(LEAVES).inputs
     assert inputs == ("params", "batch_stats", "x")
@@ -384,14 +386,14 @@ def test_a_leaf_that_leaks_is_told_from_its_neighbours(monkeypatch: pytest.Monke
     ("number", "text"), [(0, "0"), (1034, "1,034"), (12_345, "12k"), (3_140_000, "3.1M")]
 )
 def test_counts_are_short(number: int, text: str) -> None:
-    """Five characters at most."""
+    """They have at most five characters."""
     assert terminal.count(number) == text
 
 
-def test_progress_is_a_line_a_phase_where_no_terminal_is(
+def test_progress_without_a_terminal_is_a_line_per_phase(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """A log is never silent: what is done, how far it has come, and each violation as it is known."""
+    """A log shows the phase, the progress, and each violation as soon as it is found."""
     with progress("my step") as listener:
         listener(PhaseStarted("tracing", 0))
         for evidence in REPORT.results[:2]:
@@ -407,8 +409,8 @@ def test_progress_is_a_line_a_phase_where_no_terminal_is(
     ]
 
 
-def test_progress_shows_what_is_done_and_clears_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a terminal there are the doing, the cases and the part done; a violation stays."""
+def test_progress_on_a_terminal_is_a_bar_that_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows the phase, the cases and the fraction done; violations stay."""
     file = Terminal()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")

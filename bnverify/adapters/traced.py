@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from bnverify.jaxpr.graph import Graph
+from bnverify.jaxpr.graph import Graph, source_line
 from bnverify.jaxpr.interpreter import Body, called_jaxpr, inner_jaxprs, open_jaxpr, read
-from bnverify.jaxpr.source import source_line
 from bnverify.subject import LayerInput
 
 PREFIX = "bnverify:"

@@ -1,13 +1,13 @@
-"""What the numbers of a violating case say: what a step has done in place of what it should.
+"""Recognise known mistakes in the numbers of a case that violates a law.
 
-A law says that something is off. A person then looks at the numbers: the update is -1 times what it
-should be, the recorded variance is N / (N - 1) times the batch's. So does this module. On a few cases
-of a step that breaks a law it runs the step and the evaluation some more times, with the programs that are
-compiled already, and compares what came out with what known mistakes would give. What it recognises it
-returns as plain data, from which ``bnverify.diagnose`` concludes the mistake.
+A person who debugs a violation looks at the numbers: the update is -1 times the expected one, the
+recorded variance is N / (N - 1) times the batch's. This package does the same: on a few cases of a step
+that breaks a law it runs the step and the evaluation again with modified inputs, using the compiled
+functions, and compares the results with those of known mistakes. It returns what it recognises as plain
+data, from which ``bnverify.diagnose`` derives the mistake.
 
-Each reader returns what it recognised, or nothing; the first possibility that fits is told. Only steps
-that break a law are read, so a clue never accuses anybody by itself.
+Each reader returns the first possibility that fits, or nothing. Only steps that break a law are read,
+so a clue alone never reports anything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from bnverify.case import Case
 from bnverify.clues.average import average, recorded_moments
 from bnverify.clues.modes import modes, row_order
-from bnverify.clues.seen import NEEDS, Clues, Seen
+from bnverify.clues.observed import NEEDS, Clues, ObservedCase
 from bnverify.clues.update import gradient, optimizer_state, update, update_of_another_trace
 from bnverify.judge import RoundingBounds
 from bnverify.lazy import jax
@@ -44,7 +44,7 @@ MODE_LAWS = frozenset(
 )
 GRADIENT_LAWS = frozenset({"gradients_are_gradients_of_the_loss"})
 
-READERS: dict[Callable[[Seen], Clues], frozenset[str]] = {
+READERS: dict[Callable[[ObservedCase], Clues], frozenset[str]] = {
     update_of_another_trace: frozenset({DOUBLING}),
     update: frozenset(),
     optimizer_state: OPTIMIZER_LAWS,
@@ -54,44 +54,44 @@ READERS: dict[Callable[[Seen], Clues], frozenset[str]] = {
     modes: MODE_LAWS,
     gradient: GRADIENT_LAWS,
 }
-"""Each reader -> the laws that it bears on; none: any."""
+"""Reader -> the laws that it is relevant to; empty: all laws."""
 
 
 def read_clues(
     calls: CompiledSubject, bounds: RoundingBounds, cases: Iterable[Case], broken: Collection[str]
 ) -> Clues:
-    """Return what is recognised in some cases: of each reader, in the first that tells it anything.
+    """Return what each reader recognises, in the first case in which it recognises anything.
 
-    What a general case leaves open, a special one would only seem to settle.
+    Cases are in order of generality, because a special case could suggest more than is true.
 
     Args:
-        calls: the subject's functions.
-        bounds: reads the traced step in float64; of the same subject.
-        cases: single cases, the most telling first.
-        broken: the names of the broken laws: what has no bearing on them is not read.
+        calls: the subject's compiled functions.
+        bounds: the rounding bounds of the same subject.
+        cases: single cases, the most general first.
+        broken: the names of the broken laws; readers that are not relevant to them are skipped.
     """
-    told: dict[str, Clues] = {}
+    recognised: dict[str, Clues] = {}
     for case in cases:
         one = stack([case])
         doubled = DOUBLING in broken and case.shape[0] <= FEW_ROWS
         needs = {*NEEDS, "step:doubled_batch"} if doubled else {*NEEDS}
-        seen = Seen(calls, bounds, one, observe(calls, one, needs))
+        observed = ObservedCase(calls, bounds, one, observe(calls, one, needs))
         for read, laws in READERS.items():
-            if told.get(read.__name__) or (laws and laws.isdisjoint(broken)):
+            if recognised.get(read.__name__) or (laws and laws.isdisjoint(broken)):
                 continue
             try:
                 with np.errstate(all="ignore"):
-                    told[read.__name__] = read(seen)
-            except Exception:  # noqa: BLE001 - whatever a user's code raises for other inputs
-                told[read.__name__] = {}
-    return {name: value for found in told.values() for name, value in found.items()}
+                    recognised[read.__name__] = read(observed)
+            except Exception:  # noqa: BLE001 - user code may raise anything for modified inputs
+                recognised[read.__name__] = {}
+    return {name: value for found in recognised.values() for name, value in found.items()}
 
 
 def general_cases(shape: tuple[int, int]) -> list[Case]:
-    """Return cases of a shape in which nothing is special, at the first step and at a later one.
+    """Return random cases of a shape, at the first step and at a later one.
 
-    What is wrong is told by numbers best where no feature is constant and no gradient 0, as they are in
-    the smallest counterexample.
+    A smallest counterexample often has constant features or gradients of 0, which fit many mistakes; a
+    random case does not.
     """
     rng = np.random.default_rng(0)
     rows, features = shape
@@ -100,10 +100,10 @@ def general_cases(shape: tuple[int, int]) -> list[Case]:
 
 
 def tree_clues(t: Transition) -> Clues:
-    """Return how the trees of a step differ in their leaves from what they should be.
+    """Return how the leaves of a step's result differ from those expected.
 
     Args:
-        t: a transition, of which shapes are enough.
+        t: a transition; only its tree structures matter.
     """
     found: Clues = {}
     if t.info.grads is not None:
@@ -117,7 +117,7 @@ def tree_clues(t: Transition) -> Clues:
 
 
 def _compared(actual: Any, expected: Any) -> tuple[str, list[str]]:
-    """Return in what way a tree's leaves differ from the expected ones, and which do."""
+    """Return how a tree's leaves differ from the expected ones ("" if they do not), and which."""
     one, other = (
         [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
         for tree in (actual, expected)

@@ -1,4 +1,4 @@
-"""What average the statistics keep, and what enters it."""
+"""Recognise what a running average does wrong, and what is averaged."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from bnverify.clues.seen import (
+from bnverify.clues.observed import (
     LOOSE,
     Clues,
     Leaves,
-    Seen,
+    ObservedCase,
     U,
     equal,
     floats,
@@ -26,12 +26,12 @@ from bnverify.pytree import form
 from bnverify.reruns import huge, old_weight, other_statistic, own_weight, with_statistics
 
 ROUNDED_SUM = 4e-6
-"""Relative to the largest mean square: what a moment of many rows may be off by."""
+"""The tolerance of a moment over many rows, relative to the largest mean square."""
 
 
-def average(seen: Seen) -> Clues:
-    """What average the statistics keep."""
-    t = seen.t
+def average(observed: ObservedCase) -> Clues:
+    """Return how the average of the statistics differs from an exponential moving average."""
+    t = observed.t
     if form(t.after.batch_stats) != form(t.before.batch_stats):
         return {}
     old, new = floats(t.before.batch_stats), floats(t.after.batch_stats)
@@ -52,41 +52,41 @@ def average(seen: Seen) -> Clues:
     entries = [f"{n}{np.argwhere(rests)[0].tolist()}" for n, rests in idle.items() if rests.any()]
     if entries:
         return {"average": "partly unchanged", "idle": entries}
-    return _weights(seen, old, new, zero, high, weight)
+    return _weights(observed, old, new, zero, high, weight)
 
 
 def _weights(
-    seen: Seen, old: Leaves, new: Leaves, zero: Leaves, high: Leaves, weight: Leaves
+    observed: ObservedCase, old: Leaves, new: Leaves, zero: Leaves, high: Leaves, weight: Leaves
 ) -> Clues:
-    """Recognise an average by the weight of the old value, leaf by leaf."""
+    """Recognise an average by the weight of the old value in each leaf."""
     if all(equal(m, 0.0, 1.0) for m in weight.values()):
         return {"average": "forgets"}
     raws = [
         raw(tree)
         for tree in (
-            seen.t.before.batch_stats,
-            seen.t.after.batch_stats,
-            seen.t.reruns["zero_statistics"].state.batch_stats,
-            seen.t.reruns["huge_statistics"].state.batch_stats,
+            observed.t.before.batch_stats,
+            observed.t.after.batch_stats,
+            observed.t.reruns["zero_statistics"].state.batch_stats,
+            observed.t.reruns["huge_statistics"].state.batch_stats,
         )
     ]
-    others = raw(with_statistics(seen.t.before, other_statistic).batch_stats)
-    rerun = raw(seen.t.reruns["other_statistics"].state.batch_stats)
-    bent = []
+    others = raw(with_statistics(observed.t.before, other_statistic).batch_stats)
+    rerun = raw(observed.t.reruns["other_statistics"].state.batch_stats)
+    nonlinear = []
     for name in old:
         was, became, low, top = (tree[name] for tree in raws)
         again = folded(others[name], rerun[name], low, top)
         if max(float(folded(was, became, low, top)[0]), float(again[0])) > 1:
-            bent.append(name)
-    if bent:
-        # An average of deviations is straight in the roots.
-        for name in bent:
+            nonlinear.append(name)
+    if nonlinear:
+        # An average of standard deviations is linear in the square roots.
+        for name in nonlinear:
             root = (np.sqrt(high[name]) - np.sqrt(zero[name])) / np.sqrt(huge(raws[0][name].dtype))
             straight = root * np.sqrt(old[name]) + np.sqrt(zero[name])
             if equal(np.sqrt(new[name]), straight, straight, 1e-4) and "mean" not in name:
-                return {"average": "of roots", "bent": bent}
-        return {"average": "bent", "bent": bent, "momentum": _median(weight[bent[0]])}
-    declared = seen.calls.subject.momentum
+                return {"average": "of roots", "bent": nonlinear}
+        return {"average": "bent", "bent": nonlinear, "momentum": _median(weight[nonlinear[0]])}
+    declared = observed.calls.subject.momentum
     common = _median(np.concatenate([np.ravel(m) for m in weight.values()]))
     expected = common if declared is None else declared
     wrong = {n: _median(m) for n, m in weight.items() if not equal(m, expected, 1.0, 8 * U)}
@@ -108,13 +108,13 @@ def _median(values: Any) -> float:
     return float(np.median(values))
 
 
-def recorded_moments(seen: Seen) -> Clues:
-    """What is recorded in place of the mean and the variance of a layer's input."""
-    if seen.calls.subject.layer_inputs is None:
+def recorded_moments(observed: ObservedCase) -> Clues:
+    """Return what is recorded instead of the mean and variance of a layer's input."""
+    if observed.calls.subject.layer_inputs is None:
         return {}
-    known = seen.bounds(seen.t.before, seen.case, {"layer_inputs"})
-    zero = raw(seen.t.reruns["zero_statistics"].state.batch_stats)
-    high = raw(seen.t.reruns["huge_statistics"].state.batch_stats)
+    known = observed.bounds(observed.t.before, observed.case, {"layer_inputs"})
+    zero = raw(observed.t.reruns["zero_statistics"].state.batch_stats)
+    high = raw(observed.t.reruns["huge_statistics"].state.batch_stats)
     layers = {}
     for path, given in known.layer_inputs.items():
         names = [f"{path}/mean", f"{path}/var"]
@@ -122,22 +122,22 @@ def recorded_moments(seen: Seen) -> Clues:
             layers[path] = _Layer.of(given, *((zero[name][0], high[name][0]) for name in names))
     for path, layer in layers.items():
         others = {name: other for name, other in layers.items() if name != path}
-        if found := layer.recognised(others, seen.rows):
+        if found := layer.recognised(others, observed.rows):
             return {"moments_of": path, **found}
     return {}
 
 
 @dataclass
 class _Layer:
-    """One normalisation: what it was given and what it recorded, in float64.
+    """One normalisation layer: its input and what it recorded, in float64.
 
     Attributes:
-        given: (R, *features).
-        mean: of it, (*features).
-        var: of it, biased.
-        recorded: the recorded mean and variance: what enters the average over its weight.
-        entered: what the step made of statistics of 0: weight times moment.
-        kept: the measured weight of the old mean and variance.
+        given: the input, (R, *features).
+        mean: its mean, (*features).
+        var: its biased variance, (*features).
+        recorded: the recorded mean and variance: what was added to the average, over its weight.
+        entered: the new statistics from old statistics of 0: weight times moment.
+        kept: the measured weights of the old mean and variance.
     """
 
     given: Any
@@ -149,7 +149,7 @@ class _Layer:
 
     @classmethod
     def of(cls, given: Any, *measured: tuple[Any, Any]) -> _Layer:
-        """Return it, from its input and what the step makes of statistics of 0 and huge ones."""
+        """Return the layer, from its input and the results of the step for statistics 0 and huge."""
         own = moments(given)
         recorded, entered, kept = [], [], []
         for low, high in measured:
@@ -163,17 +163,17 @@ class _Layer:
 
     @property
     def size(self) -> tuple[Any, Any]:
-        """In units of which rounding moves the mean and the variance."""
+        """The scales of rounding errors in the mean and the variance."""
         square = np.max(self.var + self.mean**2)
         return np.sqrt(square), square
 
     def is_recorded(self, mean: Any, var: Any, places: float = LOOSE) -> bool:
-        """Return whether these are the recorded moments."""
+        """Return whether these are the recorded mean and variance."""
         pairs = zip(self.recorded, (mean, var), self.size, strict=True)
-        return all(equal(seen, value, size, places) for seen, value, size in pairs)
+        return all(equal(got, value, size, places) for got, value, size in pairs)
 
     def recognised(self, others: Mapping[str, _Layer], batch: int) -> Clues:
-        """Return what is recorded, where it is not the input's mean and variance."""
+        """Return what is recorded, if it is not the input's mean and variance."""
         if self.is_recorded(self.mean, self.var, ROUNDED_SUM):
             return {}
         kinds = (self._factors, self._rounding, self._other_variance, self._rows)
@@ -202,7 +202,7 @@ class _Layer:
         return float(np.mean(self.given)), float(np.var(self.given))
 
     def _factors(self) -> Clues:
-        """The moments themselves, by another weight than 1 - m."""
+        """Recognise the right moments with another weight than 1 - momentum."""
         rows, sums, factors = len(self.given), {}, {}
         for name, entered, kept, own, size in zip(
             ("mean", "variance"), self.entered, self.kept, self._own, self.size, strict=True
@@ -226,7 +226,7 @@ class _Layer:
         return {"moments": "weights", "moments_sum": next(iter(sums.values())), **found}
 
     def _rounding(self) -> Clues:
-        """Moments of few digits."""
+        """Recognise moments rounded to a narrower dtype."""
         for recorded, own, size in zip(self.recorded, self._own, self.size, strict=True):
             if equal(recorded, own, size, LOOSE):
                 continue
@@ -237,7 +237,7 @@ class _Layer:
         return {}
 
     def _other_variance(self) -> Clues:
-        """The right mean, or at least moments, and something else in the variance's place."""
+        """Recognise the right mean with another quantity instead of the variance."""
         (mean, var), (of_mean, of_var) = self.recorded, self.size
         if equal(mean, self.var, of_var, LOOSE) and equal(var, self.mean, of_mean, LOOSE):
             return {"moments": "another quantity", "quantity": "the batch's mean"}
@@ -264,7 +264,7 @@ class _Layer:
         return {"moments": "another quantity", "quantity": "another quantity than the batch's"}
 
     def _rows(self) -> Clues:
-        """The moments of a part of the rows, or of more rows than the batch has."""
+        """Recognise the moments of some of the rows, or of a batch padded with zeros."""
         rows = len(self.given)
         for count in range(1, rows):
             for first in (0, rows - count):

@@ -1,6 +1,6 @@
-"""Training beside evaluation: at the batch's own moments they compute one loss.
+"""Compare training and evaluation: at the batch's own moments they compute the same loss.
 
-Where they do not, evaluation is changed until they do: what had to be changed is the difference.
+If they do not, the inputs of evaluation are changed until they do; the change names the mistake.
 """
 
 from __future__ import annotations
@@ -11,51 +11,53 @@ from typing import Any
 
 import numpy as np
 
-from bnverify.clues.seen import LOOSE, Clues, Seen, raw
+from bnverify.clues.observed import LOOSE, Clues, ObservedCase, raw
 from bnverify.lazy import jax, jnp
 from bnverify.pytree import is_floating, path_name
 from bnverify.reruns import other_statistic, reverse_rows, with_statistics
 from bnverify.subject import State
 
 MOST_ROWS = 64
-"""Up to so many rows each is trained on by itself."""
+"""Up to this many rows, each row is also trained on separately."""
 
 
-def row_order(seen: Seen) -> Clues:
-    """Whether the training loss depends on the order of the rows, by more than rounding."""
-    backwards = seen.calls.step(seen.t.before, reverse_rows(seen.case)).info.loss
-    loss, other = float(np.ravel(seen.t.info.loss)[0]), float(np.ravel(backwards)[0])
+def row_order(observed: ObservedCase) -> Clues:
+    """Return whether the training loss depends on the order of the rows by more than rounding."""
+    reversed_rows = reverse_rows(observed.case)
+    backwards = observed.calls.step(observed.t.before, reversed_rows).info.loss
+    loss, other = float(np.ravel(observed.t.info.loss)[0]), float(np.ravel(backwards)[0])
     return {} if _same(loss, other) else {"row_order": "matters"}
 
 
-def modes(seen: Seen) -> Clues:
-    """Which change of the evaluation makes it the training loss."""
-    loss, size = np.ravel(seen.t.info.loss), np.ravel(seen.t.eval_loss)
+def modes(observed: ObservedCase) -> Clues:
+    """Return which change of evaluation makes its loss equal the training loss."""
+    loss, size = np.ravel(observed.t.info.loss), np.ravel(observed.t.eval_loss)
     if loss.size != 1 or size.size != 1:
         return {}
-    kind = str(np.asarray(seen.t.eval_loss).dtype)
+    kind = str(np.asarray(observed.t.eval_loss).dtype)
     if kind in {"bfloat16", "float16"}:
         return {"modes": "rounded loss", "modes_type": kind}
-    train, own = float(loss[0]), seen.loss_of(seen.own)
+    train, own = float(loss[0]), observed.loss_of(observed.own)
     if not np.isfinite(train) or not np.isfinite(own) or _same(own, train):
         return {}
     found: Clues = {"modes_ratio": own / train} if train else {}
-    return {**found, "modes": next(iter(_alike(seen, train, own)), "differ")}
+    return {**found, "modes": next(iter(_explanations(observed, train, own)), "differ")}
 
 
-def _alike(seen: Seen, train: float, own: float) -> Iterator[str]:
-    """Yield the names of changes that make the evaluation the training loss, the surest first."""
-    if seen.rows > 1 and (_same(own, train * seen.rows) or _same(train, own * seen.rows)):
+def _explanations(observed: ObservedCase, train: float, own: float) -> Iterator[str]:
+    """Yield the changes that make evaluation give the training loss, most certain first."""
+    rows = observed.rows
+    if rows > 1 and (_same(own, train * rows) or _same(train, own * rows)):
         yield "sum in evaluation" if own > train else "sum in training"
-    if seen.rows > 1 and len(np.unique(seen.case.y)) > 1:
-        yield from _alike_for_other_targets(seen, train, own)
-    yield from _alike_in_fewer_digits(seen, train, own)
+    if rows > 1 and len(np.unique(observed.case.y)) > 1:
+        yield from _with_other_targets(observed, train, own)
+    yield from _with_rounding(observed, train, own)
     if _same(own**2, train):
         yield "root in evaluation"
-    yield from _alike_at_other_moments(seen, train, own)
-    if _same(_mean_of_rows(seen), train):
+    yield from _with_other_moments(observed, train, own)
+    if _same(_mean_of_rows(observed), train):
         yield "rows by themselves"
-    if seen.loss_of(with_statistics(seen.own, other_statistic)) == own:
+    if observed.loss_of(with_statistics(observed.own, other_statistic)) == own:
         yield "evaluation ignores the statistics here"
 
 
@@ -63,39 +65,40 @@ def _same(value: float, expected: float) -> bool:
     return abs(value - expected) <= LOOSE * max(abs(value), abs(expected))
 
 
-def _alike_for_other_targets(seen: Seen, train: float, own: float) -> Iterator[str]:
-    """Yield by which targets evaluation gives the training loss."""
-    y = seen.case.y
+def _with_other_targets(observed: ObservedCase, train: float, own: float) -> Iterator[str]:
+    """Yield which other targets make evaluation give the training loss."""
+    y = observed.case.y
     orders = [y[..., ::-1], *(np.roll(y, by, axis=-1) for by in (1, -1))]
-    moved = [seen.loss_of(seen.own, y=order) for order in orders]
+    moved = [observed.loss_of(observed.own, y=order) for order in orders]
     if any(_same(loss, train) for loss in moved):
         yield "targets moved"
     mean = np.broadcast_to(y.mean(axis=-1, keepdims=True), y.shape).astype(y.dtype)
-    at_mean, spread = seen.loss_of(seen.own, y=mean), float(np.var(np.asarray(y, np.float64)))
-    # Over all pairs, the mean squared error is that from the mean target and the targets' variance.
+    at_mean = observed.loss_of(observed.own, y=mean)
+    spread = float(np.var(np.asarray(y, np.float64)))
+    # The mean squared error over all pairs of rows is that for the mean target plus the targets' variance.
     if spread > 1e-3 * abs(train) and _same(train, at_mean + spread):
         yield "broadcast in training"
     if all(_same(loss, own) for loss in moved):
         yield "broadcast in evaluation"
-    if _same(at_mean, train) or _same(seen.loss_of(seen.own, y=np.zeros_like(y)), train):
+    if _same(at_mean, train) or _same(observed.loss_of(observed.own, y=np.zeros_like(y)), train):
         yield "targets replaced"
 
 
-def _alike_in_fewer_digits(seen: Seen, train: float, own: float) -> Iterator[str]:
-    """Yield what has to be rounded for the evaluation to give the training loss."""
-    x, y = seen.case.x, seen.case.y
+def _with_rounding(observed: ObservedCase, train: float, own: float) -> Iterator[str]:
+    """Yield which rounded values make evaluation give the training loss."""
+    x, y = observed.case.x, observed.case.y
     for change in (np.trunc, np.round, np.floor):
-        if np.any(change(y) != y) and _same(seen.loss_of(seen.own, y=change(y)), train):
+        if np.any(change(y) != y) and _same(observed.loss_of(observed.own, y=change(y)), train):
             yield "rounded targets"
     for kind in (np.float16, jnp.bfloat16):
         rounded = x.astype(kind).astype(np.float32)
-        # What follows is not rounded alike to the last place: most of the difference is enough.
-        left = abs(seen.loss_of(seen.own, x=rounded) - train)
+        # Later operations round differently, so it is enough to explain most of the difference.
+        left = abs(observed.loss_of(observed.own, x=rounded) - train)
         if np.any(rounded != x) and left <= 0.02 * abs(own - train):
             yield "rounded inputs"
-        narrow = _changed(seen, partial(_rounded, kind))
-        reads = seen.loss_of(with_statistics(seen.own, other_statistic)) != own
-        if reads and seen.loss_of(narrow) == own:
+        narrow = _changed(observed, partial(_rounded, kind))
+        reads = observed.loss_of(with_statistics(observed.own, other_statistic)) != own
+        if reads and observed.loss_of(narrow) == own:
             yield "rounded statistics in evaluation"
 
 
@@ -104,34 +107,34 @@ def _rounded(kind: Any, name: str, value: Any) -> Any:
     return value.astype(kind)
 
 
-def _changed(seen: Seen, change: Callable[[str, Any], Any]) -> State:
-    """Return the state at the batch's own moments, each changed by ``change`` of its name and value."""
+def _changed(observed: ObservedCase, change: Callable[[str, Any], Any]) -> State:
+    """Return the state with the batch's moments as statistics, changed by ``change(name, value)``."""
 
     def leaf(path: Any, value: Any) -> Any:
         return change(path_name(path), value).astype(value.dtype) if is_floating(value) else value
 
-    stats = jax.tree_util.tree_map_with_path(leaf, seen.own.batch_stats)
-    return seen.own._replace(batch_stats=stats)
+    stats = jax.tree_util.tree_map_with_path(leaf, observed.own.batch_stats)
+    return observed.own._replace(batch_stats=stats)
 
 
-def _alike_at_other_moments(seen: Seen, train: float, own: float) -> Iterator[str]:
-    """Yield at which moments evaluation gives the training loss."""
+def _with_other_moments(observed: ObservedCase, train: float, own: float) -> Iterator[str]:
+    """Yield which other moments make evaluation give the training loss."""
 
     def near(state: State) -> bool:
-        left = abs(seen.loss_of(state) - train)
+        left = abs(observed.loss_of(state) - train)
         return left <= max(LOOSE * abs(train), 1e-3 * abs(own - train)) < abs(own - train)
 
-    if seen.rows > 1:
-        scale = seen.rows / (seen.rows - 1)
-        if near(_changed(seen, lambda name, v: v * scale if name.endswith("var") else v)):
+    if observed.rows > 1:
+        scale = observed.rows / (observed.rows - 1)
+        if near(_changed(observed, lambda name, v: v * scale if name.endswith("var") else v)):
             yield "sample variance"
-    if near(_one_moment(seen)):
+    if near(_one_moment(observed)):
         yield "one moment for all channels"
 
 
-def _one_moment(seen: Seen) -> State:
-    """Return the state whose every channel has the mean and variance of all channels together."""
-    leaves = raw(seen.own.batch_stats)
+def _one_moment(observed: ObservedCase) -> State:
+    """Return the state in which every channel has the mean and variance over all channels."""
+    leaves = raw(observed.own.batch_stats)
 
     def change(name: str, value: Any) -> Any:
         if name.endswith("mean"):
@@ -140,17 +143,17 @@ def _one_moment(seen: Seen) -> State:
         means = leaves.get(f"{layer}/mean", np.zeros(1))
         return np.full_like(value, np.mean(value) + np.var(means))
 
-    return _changed(seen, change)
+    return _changed(observed, change)
 
 
-def _mean_of_rows(seen: Seen) -> float:
-    """Return the mean of the training losses of batches that repeat one row; NaN of many rows."""
-    if not 1 < seen.rows <= MOST_ROWS:
+def _mean_of_rows(observed: ObservedCase) -> float:
+    """Return the mean training loss of batches that repeat one row; NaN if there are too many rows."""
+    if not 1 < observed.rows <= MOST_ROWS:
         return np.nan
     losses = []
-    for row in range(seen.rows):
-        x = np.broadcast_to(seen.case.x[:, row : row + 1], seen.case.x.shape)
-        y = np.broadcast_to(seen.case.y[:, row : row + 1], seen.case.y.shape)
-        info = seen.calls.step(seen.t.before, seen.case._replace(x=x, y=y)).info
+    for row in range(observed.rows):
+        x = np.broadcast_to(observed.case.x[:, row : row + 1], observed.case.x.shape)
+        y = np.broadcast_to(observed.case.y[:, row : row + 1], observed.case.y.shape)
+        info = observed.calls.step(observed.t.before, observed.case._replace(x=x, y=y)).info
         losses.append(float(np.ravel(info.loss)[0]))
     return float(np.mean(losses))

@@ -1,4 +1,4 @@
-"""What becomes of the params, of the optimizer's state and of the gradient."""
+"""Recognise what happens to the params, the optimizer's state and the gradient."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from bnverify.clues.seen import (
+from bnverify.clues.observed import (
     FEW,
     LOOSE,
     Clues,
     Leaves,
-    Seen,
+    ObservedCase,
     U,
     all_equal,
     equal,
@@ -27,19 +27,19 @@ from bnverify.reruns import other_param, with_params
 from bnverify.transition import Outcome
 
 
-def update(seen: Seen) -> Clues:
-    """What became of the params in place of the optimizer's update."""
-    before, after = floats(seen.t.before.params), floats(seen.t.after.params)
+def update(observed: ObservedCase) -> Clues:
+    """Return what happened to the params instead of the optimizer's update."""
+    before, after = floats(observed.t.before.params), floats(observed.t.after.params)
     if before.keys() != after.keys():
         return {}
     found: Clues = {}
-    rest = _factor(before, floats(seen.t.reruns["zero_lr"].state.params))
+    rest = _factor(before, floats(observed.t.reruns["zero_lr"].state.params))
     if rest is not None and abs(rest - 1) > LOOSE:
         found["factor_at_rate_zero"] = rest
-    if "expected_update" not in seen.t.facts:
-        rests = seen.rate > 0 and all_equal(after, before)
+    if "expected_update" not in observed.t.facts:
+        rests = observed.rate > 0 and all_equal(after, before)
         return found | ({"params": "unchanged"} if rests else {})
-    expected = floats(seen.expected.params)
+    expected = floats(observed.expected.params)
     if all_equal(after, expected, before, expected):
         return found
     step = {name: expected[name] - before[name] for name in before}
@@ -57,21 +57,23 @@ def update(seen: Seen) -> Clues:
     if still and rest_follows:
         everything = all(np.all(each == 0) for each in moved.values())
         return found | {"params": "unchanged" if everything else "partly unchanged", "still": still}
-    return found | _other_update(seen, before, after, step, moved)
+    return found | _other_update(observed, before, after, step, moved)
 
 
-def _other_update(seen: Seen, before: Leaves, after: Leaves, step: Leaves, moved: Leaves) -> Clues:
-    """Recognise params that moved, and not as the optimizer says."""
+def _other_update(
+    observed: ObservedCase, before: Leaves, after: Leaves, step: Leaves, moved: Leaves
+) -> Clues:
+    """Recognise params that moved in another way than the optimizer's update."""
     size = {name: np.abs(before[name]) + np.abs(after[name]) for name in before}
-    grads = floats(seen.t.info.grads)
+    grads = floats(observed.t.info.grads)
     along = _factor(grads, moved, size) if grads.keys() == before.keys() else None
     factor = _factor(step, moved, size)
     expected = {name: before[name] + step[name] for name in before}
-    possible = _at_other_inputs(seen, before, after)
+    possible = _at_other_inputs(observed, before, after)
     if factor is not None:
-        possible = _of_the_update(factor, seen.rate)
+        possible = _of_the_update(factor, observed.rate)
     elif along is not None:
-        possible = _of_the_gradient(along, seen.rate)
+        possible = _of_the_gradient(along, observed.rate)
     elif decays := _decays(before, after, expected):
         return {"params": "decayed", "decayed": decays}
     if along is not None and _near(along, 1):
@@ -84,7 +86,7 @@ def _near(factor: float, expected: float) -> bool:
 
 
 def _of_the_update(factor: float, rate: float) -> Iterator[Clues]:
-    """Yield what it is to move by the optimizer's update times a factor."""
+    """Yield what it means to move by the optimizer's update times a factor."""
     if _near(factor, -1):
         yield {"params": "opposite", "factor": factor}
     if _near(factor, 2):
@@ -95,31 +97,33 @@ def _of_the_update(factor: float, rate: float) -> Iterator[Clues]:
 
 
 def _of_the_gradient(factor: float, rate: float) -> Iterator[Clues]:
-    """Yield what it is to move by the gradient times a factor, where the optimizer says otherwise."""
+    """Yield what it means to move by the gradient times a factor instead of the optimizer's update."""
     if rate and _near(factor, -rate):
         yield {"params": "plain descent"}
 
 
-def _at_other_inputs(seen: Seen, before: Leaves, after: Leaves) -> Iterator[Clues]:
-    """Yield what the params were updated from, where it is not the state that was given."""
-    if all_equal(after, floats(seen.twice.params), before, after):
+def _at_other_inputs(observed: ObservedCase, before: Leaves, after: Leaves) -> Iterator[Clues]:
+    """Yield which other params or optimizer state the update started from."""
+    if all_equal(after, floats(observed.twice.params), before, after):
         yield {"params": "two updates"}
-    if all_equal(after, floats(seen.fresh.params), before, after):
+    if all_equal(after, floats(observed.fresh.params), before, after):
         yield {"params": "fresh optimizer"}
-    rest = seen.case._replace(lr=np.zeros_like(seen.case.lr))
-    still = floats(seen.t.reruns["zero_lr"].state.params)
-    elsewhere = floats(seen.calls.step(with_params(seen.t.before, other_param), rest).state.params)
+    rest = observed.case._replace(lr=np.zeros_like(observed.case.lr))
+    still = floats(observed.t.reruns["zero_lr"].state.params)
+    elsewhere = floats(
+        observed.calls.step(with_params(observed.t.before, other_param), rest).state.params
+    )
     if all_equal(still, elsewhere, still) and not all_equal(still, before, before):
         yield {"params": "another start"}
 
 
 def _factor(base: Leaves, actual: Leaves, size: Leaves | None = None) -> float | None:
-    """Return the one number k with ``actual`` = k ``base`` in all leaves; None where there is none.
+    """Return the number k with ``actual`` = k ``base`` in all leaves, or None.
 
     Args:
-        base: what is scaled.
-        actual: what came out.
-        size: in units of which it is rounded; itself, where None.
+        base: the expected values.
+        actual: the actual values.
+        size: the scale of rounding errors; None: that of the values.
     """
     square = sum(float(np.sum(base[name] ** 2)) for name in base)
     if not square or not np.isfinite(square):
@@ -130,13 +134,13 @@ def _factor(base: Leaves, actual: Leaves, size: Leaves | None = None) -> float |
         equal(actual[n], factor * base[n], FEW * size[n] + LOOSE * np.abs(factor * base[n]), 1.0)
         for n in base
     )
-    # A movement that rounding hides in the params fits any factor.
-    seen = any(np.any(np.abs(actual[n]) + np.abs(base[n]) > 64 * U * size[n]) for n in base)
-    return factor if fits and seen else None
+    # A movement smaller than the rounding of the params would fit any factor.
+    visible = any(np.any(np.abs(actual[n]) + np.abs(base[n]) > 64 * U * size[n]) for n in base)
+    return factor if fits and visible else None
 
 
 def _decays(before: Leaves, after: Leaves, expected: Leaves) -> dict[str, float]:
-    """Return leaf -> the factor of itself by which it was moved besides; nothing where some was not."""
+    """Return leaf -> the multiple of itself that was added to the update; {} if others were added."""
     found = {}
     for name, old in before.items():
         extra = after[name] - expected[name]
@@ -151,40 +155,44 @@ def _decays(before: Leaves, after: Leaves, expected: Leaves) -> dict[str, float]
     return found
 
 
-def update_of_another_trace(seen: Seen) -> Clues:
-    """A batch of every row twice: the same gradient, and yet another update."""
-    doubled: Outcome = seen.t.reruns["doubled_batch"]
-    before, after = floats(seen.t.before.params), floats(seen.t.after.params)
+def update_of_another_trace(observed: ObservedCase) -> Clues:
+    """Recognise a doubled batch that has the same gradient but a different update."""
+    doubled: Outcome = observed.t.reruns["doubled_batch"]
+    before, after = floats(observed.t.before.params), floats(observed.t.after.params)
     other = floats(doubled.state.params)
-    grads, others = floats(seen.t.info.grads), floats(doubled.info.grads)
+    grads, others = floats(observed.t.info.grads), floats(doubled.info.grads)
     once = {name: after[name] - before[name] for name in before}
     again = {name: other[name] - before[name] for name in before}
     size = {name: np.abs(before[name]) + np.abs(after[name]) for name in before}
     factor = _factor(once, again, size)
-    alike = all(equal(others[n], grads[n], LOOSE * np.max(np.abs(grads[n])), 100.0) for n in grads)
-    if alike and factor is not None and abs(factor - 1) > 1e-3:
+    same_gradient = all(
+        equal(others[n], grads[n], LOOSE * np.max(np.abs(grads[n])), 100.0) for n in grads
+    )
+    if same_gradient and factor is not None and abs(factor - 1) > 1e-3:
         return {"update_of_another_trace": factor}
     return {}
 
 
-def optimizer_state(seen: Seen) -> Clues:
-    """What becomes of the optimizer's state in place of the one that its update returns.
+def optimizer_state(observed: ObservedCase) -> Clues:
+    """Return what happens to the optimizer's state instead of its update.
 
-    Told is what a step makes of a state whose leaves are neither initial ones nor those after one update:
-    of these, nobody could say whether they were kept or made anew.
+    The step starts from a state that differs from the initial one and from that after one update, so that
+    keeping, clearing and recreating it can be told apart.
     """
-    once = seen.expected.opt_state
-    if form(once) != form(seen.t.before.opt_state):
+    once = observed.expected.opt_state
+    if form(once) != form(observed.t.before.opt_state):
         return {}
     old = jax.tree_util.tree_map(lambda v: (1.5 * v).astype(v.dtype) if is_floating(v) else v, once)
-    new = seen.calls.step(seen.t.before._replace(opt_state=old), seen.case).state.opt_state
-    expected = seen.update(seen.t.before.params, old)
-    twice = seen.update(expected.params, expected.opt_state).opt_state
-    trees = [old, new, expected.opt_state, twice, seen.initial.opt_state]
+    new = observed.calls.step(
+        observed.t.before._replace(opt_state=old), observed.case
+    ).state.opt_state
+    expected = observed.update(observed.t.before.params, old)
+    twice = observed.update(expected.params, expected.opt_state).opt_state
+    trees = [old, new, expected.opt_state, twice, observed.initial.opt_state]
     if len({str(form(tree)) for tree in trees}) > 1:
         return {}
     leaves = [jax.tree_util.tree_leaves(take(tree, 0)) for tree in trees]
-    fresh = jax.tree_util.tree_leaves(take(seen.fresh.opt_state, 0))
+    fresh = jax.tree_util.tree_leaves(take(observed.fresh.opt_state, 0))
     wrong: list[tuple[list[Any], float]] = []
     for row in zip(*leaves, fresh, strict=True):
         values = [np.asarray(leaf, np.float64) for leaf in row]
@@ -202,9 +210,9 @@ def optimizer_state(seen: Seen) -> Clues:
     return {"opt_state": "rounded", "opt_state_type": kind} if kind else {"opt_state": "other"}
 
 
-def gradient(seen: Seen) -> Clues:
-    """By which factor the gradient of each leaf differs from the slope of the reported loss."""
-    grads, params = seen.t.info.grads, seen.t.before.params
+def gradient(observed: ObservedCase) -> Clues:
+    """Return by which factor the gradient of each leaf differs from the slope of the reported loss."""
+    grads, params = observed.t.info.grads, observed.t.before.params
     if form(grads) != form(params):
         return {}
     leaves, structure = jax.tree_util.tree_flatten(params)
@@ -218,7 +226,7 @@ def gradient(seen: Seen) -> Clues:
     ]
     factors: dict[str, float] = {}
     noise = LOOSE * largest(floats(grads))
-    slopes = seen.bounds.slopes(seen.t.before, seen.case, directions)
+    slopes = observed.bounds.slopes(observed.t.before, observed.case, directions)
     for name, grad, direction, slope in zip(
         names, jax.tree_util.tree_leaves(grads), along, slopes, strict=True
     ):
@@ -226,7 +234,7 @@ def gradient(seen: Seen) -> Clues:
         want, allowed = float(slope.value[0]), float(slope.allowed[0])
         allowed += LOOSE * float(np.max(np.abs(grad[0]))) * direction.size
         if not bool(slope.reliable[0]) or max(abs(got), abs(want)) <= noise:
-            continue  # nothing to compare: such as the bias before a normalisation
+            continue  # nothing to compare, as for a bias before a normalisation
         right = abs(got - want) <= allowed
         factors[name] = 1.0 if right else got / (want or allowed)
     wrong = {name: factor for name, factor in factors.items() if factor != 1}

@@ -1,4 +1,4 @@
-"""``bnverify audit``: which faults the laws notice, or which a user's own tests would miss."""
+"""``bnverify audit``: which faults the laws notice, or which faults a user's own tests would miss."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "audit",
         help="find the faults that the laws, or your own tests, would miss",
-        description="Hold every fault of the catalogue to the laws; with --tests, run your own "
-        "tests once for each fault put into your own step as it is imported.",
+        description="Check that the laws notice every fault of the catalogue; with --tests, run your "
+        "own tests once for each fault, inserted into your own step at import.",
     )
     parser.add_argument(
         "--select",
-        dest="faults",  # a project's file selects laws, which these are not
+        dest="faults",  # not "select", which a project's settings use for laws
         metavar="NAME",
         action="append",
         default=[],
-        help="only this fault or family; several: commas, or the option again",
+        help="only this fault or family; for several use commas or repeat the option",
     )
     arguments.add_profile(parser)
     arguments.add_seed(parser)
     arguments.add_report(parser)
-    parser.add_argument("--shard", metavar="K/N", help="only the K-th of N parts of the faults")
-    parser.add_argument("--picture", metavar="FILE", help="draw the matrix to FILE as SVG")
+    parser.add_argument("--shard", metavar="K/N", help="only part K of N of the faults")
+    parser.add_argument("--picture", metavar="FILE", help="write the matrix to FILE as SVG")
     parser.add_argument(
         "--tests", metavar="CMD", help="a command that runs your tests, such as 'pytest my_tests'"
     )
@@ -53,16 +53,16 @@ def add_parser(subparsers: Any) -> None:
         default=[],
         dest="targets",
         help="with --tests: module:name or path/file.py:name of your step, evaluation, or "
-        "bnverify.Subject; several: the option again",
+        "bnverify.Subject; repeatable",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Audit, show what was found and return 1 where a fault was missed, else 0."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
+    """Audit, report, and return 1 if a fault was missed, else 0."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # all results are about the CPU backend
     arguments.settle(args)
     if args.tests is None and args.targets:
-        raise UsageError("--target says where --tests are to meet faults; there is no --tests")
+        raise UsageError("--target needs --tests: it says where in your code the faults go")
     return _users_tests(args) if args.tests is not None else _catalogue(args)
 
 
@@ -75,7 +75,7 @@ def _catalogue(args: argparse.Namespace) -> int:
     chosen = [m for m in MUTANTS.values() if not names or {m.name, m.family} & set(names)]
     mine = _mine(args, chosen)
     if not mine:
-        raise UsageError("no fault is left to audit")
+        raise UsageError("no fault is left to audit; widen --select or --shard")
     outputs = arguments.outputs(args)
     found: Audit = audit.audit(
         mine,
@@ -85,9 +85,7 @@ def _catalogue(args: argparse.Namespace) -> int:
     )
     _write(args, outputs, found, chosen)
     if args.picture:
-        from bnverify.report import audit_picture
-
-        formats.save(Path(args.picture), audit_picture.draw(found), "--picture")
+        formats.save(Path(args.picture), screen.draw(found), "--picture")
     return 1 if found.unexplained or found.lost else 0
 
 
@@ -100,12 +98,12 @@ def _users_tests(args: argparse.Namespace) -> int:
         raise UsageError("--tests needs --target: where in your code the faults go")
     for target in args.targets:
         if ":" not in target:
-            raise UsageError(f"a target is module:name or path/file.py:name, got {target!r}")
+            raise UsageError(f"--target {target!r} is not module:name or path/file.py:name")
     names = _names(args.faults, TRANSPLANTS)
     chosen = [fault for name, fault in TRANSPLANTS.items() if not names or name in names]
     mine = _mine(args, chosen)
     if args.picture:
-        raise UsageError("--picture draws faults and laws; --tests has no laws")
+        raise UsageError("--picture cannot be used with --tests: it draws faults and laws")
     outputs = arguments.outputs(args)
     found: TestsAudit = audit_tests(
         args.tests,
@@ -118,7 +116,7 @@ def _users_tests(args: argparse.Namespace) -> int:
 
 
 def _mine(args: argparse.Namespace, faults: list[T]) -> list[T]:
-    """Return the faults of this shard."""
+    """Return the part of the faults that belongs to ``--shard``."""
     return Shard.parse(args.shard).take(faults) if args.shard else faults
 
 
@@ -128,7 +126,7 @@ def _write(
     found: Audit | TestsAudit,
     faults: Sequence[Mutant | Transplant],
 ) -> None:
-    """Write the findings; the JSON of a shard with what `bnverify merge` needs."""
+    """Write the findings; the JSON of a shard includes what `bnverify merge` needs."""
     text = found.to_json()
     if args.shard:
         from bnverify.check import versions

@@ -1,4 +1,4 @@
-"""``bnverify bisect``: since which release of a package does a training step differ?"""
+"""``bnverify bisect``: find the release of a package that changed a training step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from bnverify import arguments
 from bnverify.commands.compare import add_report_arguments
 from bnverify.commands.gate import add_upgrade_arguments, project_directory
 from bnverify.errors import UsageError
-from bnverify.upgrade.difference import KINDS
+from bnverify.upgrade.policy import KINDS
 
 if TYPE_CHECKING:
-    from bnverify.upgrade.bisect import Found, Tried
+    from bnverify.upgrade.bisect import Bisection, Trial
 
 
 def add_parser(subparsers: Any) -> None:
@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
         "bisect",
         help="find the release of a package that changed a training step",
         description="Find the first release of a package between two versions that changes the "
-        "gate's verdict, in as few environments as possible. Exit status 1 where there is one.",
+        "gate's verdict, with as few environments as possible. Exit status 1 if there is one.",
     )
     add_upgrade_arguments(parser)
     parser.add_argument(
@@ -29,17 +29,17 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--with",
-        dest="beside",
+        dest="extra",
         metavar="REQ",
         action="append",
         default=[],
-        help="a requirement to hold, as flax==0.12.6; repeatable",
+        help="a requirement for every environment, such as flax==0.12.6; repeatable",
     )
     parser.add_argument(
         "--class",
         dest="kind",
         choices=KINDS,
-        help="find the first difference of this class; default: whatever the policy forbids",
+        help="find the first difference of this class; default: any that the policy rejects",
     )
     add_report_arguments(parser)
 
@@ -52,26 +52,27 @@ def run(args: argparse.Namespace) -> int:
     project = project_directory(args)
     policy = arguments.settle(args, file=args.policy)
     outputs = arguments.outputs(args)
-    with arguments.lines(args) as tell:
+    with arguments.lines(args) as progress:
         found = bisect(
             args.target,
             args.package,
             _version(args.old, args.package),
             _version(args.new, args.package),
             policy,
-            beside=args.beside,
+            extra=args.extra,
             kind=args.kind,
             project=project,
             seed=args.seed,
             time_limit=args.time_limit,
-            tell=tell,
+            progress=progress,
         )
     if found is None:
-        print(f"{args.package} {args.new} changes nothing that was asked for")
+        what = f"{args.kind} difference" if args.kind else "difference that the policy rejects"
+        print(f"no {what} between {args.package} {args.old} and {args.new}")
         return 0
     assert found.first.judgement is not None
     if any(each.format == "terminal" and each.file is None for each in outputs):
-        _tell(found)
+        _print(found)
     formats.write([found.first.judgement], outputs, arguments.verbosity(args))
     return 1
 
@@ -81,7 +82,7 @@ def _version(text: str, package: str) -> str:
     name, sign, version = text.rpartition("==")
     from packaging.version import InvalidVersion, Version
 
-    wrong = UsageError(f"give --from and --to as versions of {package}, got {text!r}")
+    wrong = UsageError(f"--from and --to must be versions of {package}, got {text!r}")
     if sign and name.strip() != package:
         raise wrong
     try:
@@ -91,21 +92,21 @@ def _version(text: str, package: str) -> str:
     return version.strip()
 
 
-def _tell(found: Found) -> None:
+def _print(found: Bisection) -> None:
     count = len(found.releases)
-    print(f"{found.package}: {count} releases, {len(found.tried)} tried beside the oldest")
-    for tried in found.tried:
-        print(f"  {tried.version:12} {_outcome(tried)}")
-    print(f"unchanged up to {found.last}, changed from {found.first.version} on")
+    print(f"{found.package}: {count} releases, {len(found.tried)} compared with the oldest")
+    for trial in found.tried:
+        print(f"  {trial.version:12} {_outcome(trial)}")
+    print(f"unchanged up to {found.last}, changed since {found.first.version}")
     if found.between:
         print(f"unavailable between them: {', '.join(found.between)}")
     print()
 
 
-def _outcome(tried: Tried) -> str:
-    if tried.judgement is None:
-        return f"passed over: {' '.join(tried.why.split())[:160]}"
-    word = "changed" if tried.changed else "unchanged"
-    versions = tried.judgement.comparison.new["versions"]
-    beside = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "optax"))
-    return f"{word}: {tried.judgement.headline()} ({beside})"
+def _outcome(trial: Trial) -> str:
+    if trial.judgement is None:
+        return f"unavailable: {' '.join(trial.why.split())[:160]}"
+    word = "changed" if trial.changed else "unchanged"
+    versions = trial.judgement.comparison.new["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "optax"))
+    return f"{word}: {trial.judgement.headline()} ({named})"

@@ -1,4 +1,4 @@
-"""``bnverify check``: hold a training step to the laws."""
+"""``bnverify check``: check a training step against the laws."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "check",
-        help="hold a training step to the laws",
-        description="Hold a training step to the laws.",
+        help="check a training step against the laws",
+        description="Check a training step against the laws.",
     )
     arguments.add_target(parser)
     arguments.add_profile(parser)
     arguments.add_report(parser)
-    for option, verb in (("--select", "check only"), ("--ignore", "leave out")):
+    for option, verb in (("--select", "check only"), ("--ignore", "skip")):
         parser.add_argument(
             option,
             metavar="LAW",
             action="append",
             default=[],
-            help=f"{verb} this law or family; several: commas, or the option again",
+            help=f"{verb} this law or family; for several use commas or repeat the option",
         )
     arguments.add_seed(parser)
     parser.add_argument(
         "--proofs",
         action="store_true",
-        help="read the traced step and run nothing: takes a second or two",
+        help="only read the traced step, without running it: takes a second or two",
     )
     parser.add_argument("--fail-fast", action="store_true", help="stop after the first violation")
     parser.add_argument(
-        "--leaves", action="store_true", help="tell dependencies leaf by leaf, not tree by tree"
+        "--leaves", action="store_true", help="report dependencies by leaf instead of by tree"
     )
-    parser.add_argument("--shard", metavar="K/N", help="check only the K-th of N parts of the laws")
+    parser.add_argument("--shard", metavar="K/N", help="check only part K of N of the laws")
     what = "importing the target, or one call of its Python code,"
     arguments.add_time_limit(parser, arguments.TIME_LIMIT, what)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the target, show what was seen and return the exit status."""
+    """Check the target, report, and return the exit status."""
     arguments.settle(args)
     outputs = arguments.outputs(args)
-    # What a target prints must not end up in a report that is read by a machine.
+    # Keep what the target prints out of machine-readable output.
     plain = all(each.format == "terminal" or each.file for each in outputs)
     with contextlib.nullcontext() if plain else contextlib.redirect_stdout(sys.stderr):
         report, whole, interrupted = _verify(args)
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> tuple[Report, list[str], bool]:
-    """Return the report, the names of all that its shards are about, and whether it was cut short."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
+    """Return the report, the names of the laws of all shards, and whether it was interrupted."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # all results are about the CPU backend
     from bnverify import compat
 
     compat.compile_quickly()
@@ -94,10 +94,10 @@ def _verify(args: argparse.Namespace) -> tuple[Report, list[str], bool]:
             raise UsageError(str(error)) from None
         own = Shard.parse(args.shard).take(laws) if args.shard else laws
         if not own:
-            raise UsageError("no law is left to check")
-        shown = contextlib.nullcontext(_ignore) if args.quiet else progress(what.name)
+            raise UsageError("no law is left to check; widen --select, --ignore or --shard")
+        shown = contextlib.nullcontext(_discard) if args.quiet else progress(what.name)
         with shown as listener:
-            known = _Known(listener)
+            partial = _PartialReport(listener)
             try:
                 report = verify(
                     guarded(what, args.time_limit),
@@ -107,33 +107,33 @@ def _verify(args: argparse.Namespace) -> tuple[Report, list[str], bool]:
                     proofs_only=args.proofs,
                     fail_fast=args.fail_fast,
                     target=target.anywhere(args.target),
-                    listener=known.listen,
+                    listener=partial.listen,
                 )
             except KeyboardInterrupt:
-                if not known.evidence:
+                if not partial.evidence:
                     raise
-                return known.report(what.name, args), laws, True
+                return partial.report(what.name, args), laws, True
             except deadline.OverTime as error:
                 raise target.TargetError(str(error)) from None
             except Exception as error:
-                if target.user_line(error):  # it comes out of the target's code, not out of ours
+                if target.user_line(error):  # raised by the target's code, not by bnverify
                     raise target.refused(error, args.target) from None
                 raise
     return report, laws, False
 
 
-def _ignore(event: Event) -> None:
-    """Tell nobody."""
+def _discard(event: Event) -> None:
+    """Ignore the event."""
 
 
-class _Known:
-    """Keeps what a check has found so far, for where it is interrupted.
+class _PartialReport:
+    """Collects the results of a check, in case it is interrupted.
 
     Args:
-        listener: who is told of everything besides.
+        listener: receives every event as well.
 
     Attributes:
-        evidence: law -> what is known about it.
+        evidence: law -> its evidence so far.
     """
 
     def __init__(self, listener: Listener) -> None:
@@ -143,7 +143,7 @@ class _Known:
         self._cases, self._begun = 0, time.perf_counter()
 
     def listen(self, event: Event) -> None:
-        """Take one event."""
+        """Handle one event."""
         from bnverify.check import LawJudged, PhaseStarted, Started
 
         if isinstance(event, Started):
@@ -155,14 +155,14 @@ class _Known:
         self._listener(event)
 
     def report(self, name: str, args: argparse.Namespace) -> Report:
-        """Return a report of what is known; the other laws were not reached."""
+        """Return a report of the results so far; the other laws are untriggered."""
         from bnverify.check import versions
         from bnverify.diagnose import diagnosed
         from bnverify.evidence import Evidence, Report
 
-        missing = "interrupted"
+        reason = "interrupted"
         results = [
-            self.evidence.get(law) or Evidence.of(law, "untriggered", reason=missing)
+            self.evidence.get(law) or Evidence.of(law, "untriggered", reason=reason)
             for law in self._laws
         ]
         return Report(
@@ -173,5 +173,5 @@ class _Known:
             self._cases,
             time.perf_counter() - self._begun,
             versions(),
-            notes=("interrupted: this is what was known by then",),
+            notes=("interrupted: these are the results up to then",),
         )

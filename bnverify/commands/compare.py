@@ -1,4 +1,4 @@
-"""``bnverify compare``: what changed between a recording and its replay."""
+"""``bnverify compare``: report what changed between a recording and its replay."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "compare",
         help="report what changed between a recording and its replay",
-        description="Class every difference between a recording and its replay: api, structure, "
-        "dtype, initialisation, rounding or meaning. Exit status 1 where the policy forbids one.",
+        description="Classify every difference between a recording and its replay: api, structure, "
+        "dtype, initialisation, rounding or meaning. Exit status 1 if the policy rejects one.",
     )
     parser.add_argument("old", metavar="OLD", help="from bnverify record -o OLD")
     parser.add_argument("new", metavar="NEW", help="from bnverify record --replay OLD -o NEW")
@@ -23,12 +23,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what all commands that judge an upgrade take."""
+    """Add the arguments of all commands that judge an upgrade."""
     arguments.add_report(parser)
     parser.add_argument(
         "--policy",
         metavar="FILE",
-        help="what is accepted; default: bnverify.toml or pyproject.toml in the current directory",
+        help="accepted differences; default: bnverify.toml or pyproject.toml in the current directory",
     )
 
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from bnverify.report import formats
     from bnverify.upgrade import recording
     from bnverify.upgrade.compare import compare
-    from bnverify.upgrade.judgement import judge
+    from bnverify.upgrade.policy import judge
 
     started = time.perf_counter()
     policy = arguments.settle(args, file=args.policy)

@@ -1,4 +1,4 @@
-"""``bnverify explain NAME``: what a law claims, what a family holds, or how a mistake is made and fixed."""
+"""``bnverify explain NAME``: describe a law, a family of laws, or a mistake and its fix."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from bnverify.mistakes import Mistake
 
 HOW = {
-    "structure": "proved from the traced step where it traces for every size, else read at a few",
-    "residual": "an error in units of the error allowed, over generated cases",
-    "witness": "some generated case must show it",
-    "life": "in lives from a script and drawn from the seed: steps, evaluations, saves, restores, "
-    "copies and resumptions, beside a twin that only trains",
-    "parallel": "on four simulated devices beside one, within the rounding of the step on one",
+    "structure": "proved from the traced step if it traces for every size, else read at a few sizes",
+    "residual": "error in units of the tolerance, over generated cases",
+    "witness": "at least one generated case must show the effect",
+    "life": "on fixed and random sequences of steps, evaluations, saves, restores, copies and "
+    "resumptions, compared with a state that is only trained",
+    "parallel": "on four simulated devices, compared with one device within its rounding",
 }
 
 
@@ -31,29 +31,29 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "explain",
         help="explain a law, a family of laws, or a mistake",
-        description="Say what a law claims and which mistakes break it, which laws a family has, or what "
-        "a mistake looks like and how it is fixed, with code.",
+        description="Describe what a law claims and which mistakes break it, which laws a family has, "
+        "or what a mistake looks like and how to fix it, with code.",
     )
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="a law, a family or a mistake, as `bnverify list` and reports name them, or the "
-        "beginning of one",
+        help="the name of a law, family or mistake, as in reports and `bnverify list`, or the "
+        "beginning of the name",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what one name stands for."""
+    """Print the description of a name."""
     width = min(shutil.get_terminal_size().columns, 100)
     print("\n".join(_Page(width).lines(args.name)))
     return 0
 
 
 def found(name: str, known: Iterable[str]) -> str:
-    """Return the known name that ``name`` is, or that alone begins with it.
+    """Return the known name that equals ``name``, or the only one that begins with it.
 
     Raises:
-        UsageError: there is none, or there are several.
+        UsageError: no name matches, or several do.
     """
     names = list(dict.fromkeys(known))
     if name in names:
@@ -69,17 +69,17 @@ def found(name: str, known: Iterable[str]) -> str:
 
 
 class _Page:
-    """Text of a width.
+    """Descriptions as text.
 
     Args:
-        width: in characters.
+        width: the line width in characters.
     """
 
     def __init__(self, width: int) -> None:
         self._width = width
 
     def lines(self, name: str) -> Iterator[str]:
-        """Yield the lines that explain a law, a family or a mistake, by its name or its beginning."""
+        """Yield the lines that describe a law, family or mistake, given its name or a prefix of it."""
         from bnverify.laws import FAMILIES, LAWS
         from bnverify.mistakes import MISTAKES
 
@@ -115,9 +115,7 @@ class _Page:
         yield self._wrapped(f"Source: {law.source}", hang="  ")
         if law.mistakes:
             yield ""
-            yield self._wrapped(
-                "Mistakes that break it; `bnverify explain MISTAKE` shows how each is fixed:"
-            )
+            yield self._wrapped("Mistakes that break it; `bnverify explain MISTAKE` shows the fix:")
         for name in law.mistakes:
             yield self._wrapped(f"{name}: {MISTAKES[name].title}", "  ", "  ")
 
@@ -150,7 +148,7 @@ class _Page:
             yield self._wrapped(f"Seen at {mistake.source}")
 
     def _code(self, mistake: Mistake) -> Iterator[str]:
-        """Yield the wrong and the right code, side by side where both fit."""
+        """Yield the wrong and the right code, side by side if they fit."""
         wrong, right = (["Wrong:", *_indented(text)] for text in (mistake.wrong, mistake.right))
         right[0] = "Right:"
         column = max(map(len, wrong)) + 3
@@ -169,13 +167,13 @@ def _indented(code: str) -> list[str]:
 
 
 def _checked(law: Law) -> Iterator[str]:
-    """Yield how a law is checked, and what must be there for it."""
+    """Yield how a law is checked, and what the subject must provide for it."""
     how = HOW[law.kind]
     if law.must_not_reach:
-        how = f"proved where the traced step has no such flow, else {how}"
+        how = f"proved if the traced step has no such data flow, else {how}"
     yield f"Checked: {how}"
     if law.must_not_reach:
         flows = ", ".join(f"{source} -> {output}" for output, source in law.must_not_reach)
         yield f"Forbidden: {flows}"
     if law.capabilities:
-        yield f"Needs, of the subject: {', '.join(law.capabilities)}"
+        yield f"Needs from the subject: {', '.join(law.capabilities)}"

@@ -1,4 +1,4 @@
-"""``bnverify gate``: does an upgrade of jax, flax or optax change the training step?"""
+"""``bnverify gate``: check whether an upgrade of jax, flax or optax changes the training step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bnverify import arguments
 from bnverify.commands.compare import add_report_arguments
 from bnverify.errors import UsageError
 
-_REQUIREMENT = "a requirements file, a list as jax==0.9.2,flax==0.12.6, installed, or latest"
+_REQUIREMENT = "a requirements file, a list such as jax==0.9.2,flax==0.12.6, installed, or latest"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,15 +18,15 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "gate",
         help="report what an upgrade of jax, flax or optax does to a training step",
-        description="Make two environments, record the step in one, replay it in the other, and "
-        "say what changed. Exit status 1 if the policy forbids it.",
+        description="Create two environments, record the step in one, replay it in the other, and "
+        "report what changed. Exit status 1 if the policy rejects it.",
     )
     add_upgrade_arguments(parser)
     add_report_arguments(parser)
 
 
 def add_upgrade_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the gate and the bisection both take."""
+    """Add the arguments shared by gate and bisect."""
     arguments.add_target(parser)
     parser.add_argument(
         "--from", dest="old", metavar="REQ", required=True, help=f"the old releases: {_REQUIREMENT}"
@@ -35,17 +35,17 @@ def add_upgrade_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--project",
         metavar="DIR",
-        help="the project to install with both; default: the one that TARGET lies in",
+        help="the project to install in both; default: the one that contains TARGET",
     )
     arguments.add_seed(parser)
     arguments.add_time_limit(parser, 1800.0, "one recording")
 
 
 def project_directory(args: argparse.Namespace) -> Path | None:
-    """Return the directory of ``--project``; None where it was not given.
+    """Return the directory given by ``--project``, or None.
 
     Raises:
-        UsageError: it is no directory.
+        UsageError: it is not a directory.
     """
     if args.project is None:
         return None
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     project = project_directory(args)
     policy = arguments.settle(args, file=args.policy)
     outputs = arguments.outputs(args)
-    with arguments.lines(args) as tell:
+    with arguments.lines(args) as progress:
         judgement = gate(
             args.target,
             args.old,
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             project=project,
             seed=args.seed,
             time_limit=args.time_limit,
-            tell=tell,
+            progress=progress,
         )
     formats.write([judgement], outputs, arguments.verbosity(args))
     return 0 if judgement.ok else 1

@@ -15,11 +15,11 @@ def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "list",
-        help="name the laws and what each claims",
-        description="Name the laws, by family, and what each claims. Piped: one law a line.",
+        help="list the laws and their claims",
+        description="List the laws by family, with their claims. Piped: one law per line.",
     )
     parser.add_argument(
-        "family", metavar="FAMILY", nargs="?", help="only this family; default: all of them"
+        "family", metavar="FAMILY", nargs="?", help="only this family; default: all"
     )
 
 
@@ -45,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"  {law.name}")
             print(textwrap.fill(law.claim, width, initial_indent="    ", subsequent_indent="    "))
         print()
-    many = sum(law.family == "parallel" for law in laws)
-    total = f"{len(laws) - many} laws" if len(laws) > many else ""
-    devices = f"{many} for a step on many devices, bnverify.Parallel" if many else ""
+    parallel = sum(law.family == "parallel" for law in laws)
+    total = f"{len(laws) - parallel} laws" if len(laws) > parallel else ""
+    devices = f"{parallel} for a step on several devices (bnverify.Parallel)" if parallel else ""
     print(textwrap.fill(", and ".join(filter(None, (total, devices))), width))
-    print("More on one of them: bnverify explain LAW")
+    print("For details of one: bnverify explain LAW")
     return 0

@@ -1,4 +1,4 @@
-"""``bnverify merge``: one report of the shards of a check or an audit."""
+"""``bnverify merge``: merge the shards of a check or an audit into one report."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ def add_parser(subparsers: Any) -> None:
         "merge",
         help="merge the shard reports of a check or an audit into one",
         description="Merge the JSON files of all shards of one `check`, or of one `audit`, into one "
-        "report; exits as an unsharded run would.",
+        "report; the exit status is that of an unsharded run.",
     )
-    parser.add_argument("files", metavar="FILE", nargs="+", help="what --shard K/N --json wrote")
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", help="written by --shard K/N --json FILE"
+    )
     arguments.add_report(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Merge the files, show the whole and return the exit status."""
+    """Merge the files, report, and return the exit status."""
     from bnverify.merge import merge
     from bnverify.report import formats
 
@@ -42,13 +44,13 @@ def _texts(names: Sequence[str]) -> dict[str, str]:
     texts = {}
     for name in names:
         if name in texts:
-            raise UsageError(f"{name} is named twice")
+            raise UsageError(f"{name} is given twice")
         try:
             texts[name] = Path(name).read_text(encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{name} cannot be read: {cause(error)}") from None
         except UnicodeDecodeError:
-            raise UsageError(f"{name} is not JSON: not UTF-8") from None
+            raise UsageError(f"{name} is not JSON: it is not UTF-8") from None
     return texts
 
 

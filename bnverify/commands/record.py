@@ -1,4 +1,4 @@
-"""``bnverify record``: a recording of a training step, or the replay of one."""
+"""``bnverify record``: record a training step, or replay a recording."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ def add_parser(subparsers: Any) -> None:
     """Add the command's parser."""
     parser = subparsers.add_parser(
         "record",
-        help="record a training step, to compare it with after an upgrade",
-        description="Record a training step's cases, states and outputs in a file; or replay a "
-        "recording made in another environment in this one.",
+        help="record a training step for comparison after an upgrade",
+        description="Record a training step's cases, states and results in a file, or replay a "
+        "recording from another environment in this one.",
     )
     arguments.add_target(parser)
-    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the recording")
-    parser.add_argument("--replay", metavar="OLD", help="a recording to run again here")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the file to write")
+    parser.add_argument("--replay", metavar="OLD", help="the recording to replay")
     arguments.add_seed(parser)
     parser.add_argument(
-        "--costs", action="store_true", help="measure times too; every recording differs then"
+        "--costs", action="store_true", help="also measure times, which differ from run to run"
     )
-    parser.add_argument("--no-laws", action="store_true", help="leave the laws' verdicts out")
+    parser.add_argument("--no-laws", action="store_true", help="do not judge the laws")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the recording and return the exit status."""
+    """Write the recording, and return the exit status."""
     from bnverify.upgrade import recording
     from bnverify.upgrade.record import record
 
-    if args.target is None:  # the gate names one, and needs no project's file
+    if args.target is None:  # the gate gives a target, and needs no settings
         arguments.settle(args)
     if not Path(args.output).resolve().parent.is_dir():
         raise UsageError(f"--output {args.output} cannot be written: no such directory")

@@ -1,4 +1,4 @@
-"""Reading a traced step: its shapes, what reaches what, and how far it rounds."""
+"""Read a traced step: shapes, data flow between leaves, rounding error, slopes."""
 
 from bnverify.jaxpr.influence import INPUTS, Influence, Link, influence
 from bnverify.jaxpr.rounding import Rounded, Rounding, rounding

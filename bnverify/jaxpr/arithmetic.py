@@ -1,22 +1,25 @@
-"""What each primitive does to the digits of its inputs: tables, and a few rules.
+"""How each primitive rounds: tables, and a few rules.
 
-A primitive that is in none of them is taken to round its floating-point outputs once, which is
-what IEEE arithmetic does.
+A primitive in none of the tables rounds its floating-point outputs once, as IEEE arithmetic does.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from bnverify import compat
-from bnverify.jaxpr.interpreter import inner_jaxprs
+from bnverify.jaxpr.interpreter import called_jaxpr, inner_jaxprs, open_jaxpr
 from bnverify.jaxpr.values import is_float, limits
 
-# Moves values about, or picks among them: no new digits, so no rounding.
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Moves values or selects among them, so nothing is rounded.
 _EXACT = frozenset(
     {
         "abs",
@@ -68,8 +71,7 @@ _EXACT = frozenset(
     }
 )
 
-# Computed by polynomial, table or iteration rather than correctly rounded: a few units in the
-# last place.
+# Computed by a polynomial, a table or iteration, so the result is off by a few ulps.
 _APPROXIMATE = frozenset(
     {
         "acos",
@@ -108,8 +110,8 @@ _APPROXIMATE_UNITS = 4.0
 
 ADDITIONS = frozenset({"add", "add_any", "sub"})
 
-# Each element of the output is made of one element of each input, or of one moved here. A closed
-# list: what is not on it may add elements up.
+# Each output element depends on one element of each input. The list is closed: a primitive that is
+# not on it may sum elements.
 BY_ELEMENT = (
     _EXACT
     | _APPROXIMATE - {"cumlogsumexp"}
@@ -133,7 +135,7 @@ BY_ELEMENT = (
     }
 )
 
-# Makes large or small numbers of moderate ones.
+# May produce large or small numbers from moderate ones.
 _SCALING = frozenset(
     {
         "conv_general_dilated",
@@ -157,20 +159,20 @@ _SCALING = frozenset(
 )
 
 PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
-"""Sums of products, in which each factor enters many outputs."""
+"""Sums of products, in which each factor contributes to many outputs."""
 
 # Step functions of a real number.
 STEPS = frozenset({"argmax", "argmin", "ceil", "floor", "round"})
 
 NEAR = 1e3
-"""The most by which a literal scales a value whose range is then not looked at."""
+"""A literal between 1/NEAR and NEAR scales a value without a range check."""
 
-# The bits of a float are the point: these run in the original dtype.
+# Depend on the bits of the program's own dtype, so they run in it.
 BITWISE = frozenset({"bitcast_convert_type", "nextafter", "reduce_precision"})
 
 
 def terms(eqn: Any) -> int:
-    """Return how many numbers each output of a sum or product takes in; 1 where it is neither."""
+    """Return how many terms each output of a sum or product has; 1 if it is neither."""
     name, params = eqn.primitive.name, eqn.params
     shapes = [atom.aval.shape for atom in eqn.invars]
     count: Any = 1
@@ -186,15 +188,15 @@ def terms(eqn: Any) -> int:
     elif name == "reduce_window_sum":
         count = math.prod(params["window_dimensions"])
     elif name in {"scatter-add", "scatter-mul", "scatter_mul"}:
-        count = math.prod(shapes[1][:-1])  # every update may hit one place
+        count = math.prod(shapes[1][:-1])  # all updates may hit one element
     return max(int(count), 1)
 
 
 def growth(eqn: Any) -> float:
-    """Return how many roundings an equation's result is worth.
+    """Return how many roundings, in ulps of the result, an equation amounts to.
 
-    A sum of n numbers rounds n - 1 partial sums: errors at random add up to sqrt(n) roundings,
-    equal numbers, whose errors agree, to a fraction of n.
+    A sum of n numbers rounds n - 1 partial sums. Independent errors add up to sqrt(n) roundings; those
+    of equal numbers agree, and add up to a fraction of n.
     """
     name = eqn.primitive.name
     if name in _APPROXIMATE:
@@ -206,14 +208,14 @@ def growth(eqn: Any) -> float:
 
 
 def summed_in(dtype: Any, eqn: Any) -> Any:
-    """Return the dtype in which terms of ``dtype`` are added up."""
+    """Return the dtype in which terms of ``dtype`` are accumulated."""
     products = eqn.primitive.name in {"dot_general", "conv_general_dilated"}
-    # Products of 16-bit numbers are accumulated in 32 bits, and rounded once at the end.
+    # Products of 16-bit numbers are accumulated in float32 and rounded once at the end.
     return np.dtype(np.float32) if products and limits(dtype).bits < 32 else dtype
 
 
 def is_exact(eqn: Any) -> bool:
-    """Return whether an equation's result needs no rounding."""
+    """Return whether an equation does not round its result."""
     name = eqn.primitive.name
     if name in _EXACT or (name == "integer_pow" and eqn.params["y"] == 1):
         return True
@@ -224,7 +226,7 @@ def is_exact(eqn: Any) -> bool:
 
 
 def _leaves_digits(eqn: Any, position: int) -> bool:
-    """Return whether an input is a literal 0 to add or a power of two to scale by."""
+    """Return whether the input is a literal 0 that is added or a power of two that scales."""
     name, atom = eqn.primitive.name, eqn.invars[position]
     number = compat.literal(atom)
     if number is None or number.ndim or not is_float(atom.aval.dtype):
@@ -237,33 +239,36 @@ def _leaves_digits(eqn: Any, position: int) -> bool:
 
 
 def is_wide(dtype: Any) -> bool:
-    """Return whether values of ``dtype`` are seldom near the ends of its range: not float16's."""
+    """Return whether ``dtype`` has the exponent range of float32, unlike float16."""
     return int(limits(dtype).nexp) >= 8
 
 
 def faint(dtype: Any) -> float:
-    """Return the magnitude below which values of ``dtype`` may stem from what underflowed.
+    """Return the magnitude below which values of ``dtype`` may be the result of an underflow.
 
-    XLA flushes subnormal numbers of 32 bits to zero. It computes those of float16 in 32 bits, where
-    they only lose digits, and each rounding of the rows loses as many.
+    XLA flushes subnormal float32 numbers to zero. float16 is computed in float32, so its subnormal
+    numbers only lose digits, and rounding the rows loses as many.
     """
     info = limits(dtype)
     return float(info.tiny) * 2**16 if is_wide(dtype) else float(info.smallest_subnormal)
 
 
 def leaves_range(eqn: Any) -> bool:
-    """Return whether an equation may take values out of a dtype's range that were well in it."""
+    """Return whether an equation may overflow or underflow from values well within the range."""
     if eqn.primitive.name == "convert_element_type":
         old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
         return is_float(old) and int(limits(new).maxexp) < int(limits(old).maxexp)
     literals = [compat.literal(atom) for atom in eqn.invars]
     near = any(n is not None and n.ndim == 0 and 1 / NEAR <= abs(n) <= NEAR for n in literals)
-    spared = near and len(eqn.invars) == 2 and is_wide(eqn.outvars[0].aval.dtype)
-    return eqn.primitive.name in _SCALING and not spared
+    harmless = near and len(eqn.invars) == 2 and is_wide(eqn.outvars[0].aval.dtype)
+    return eqn.primitive.name in _SCALING and not harmless
 
 
 def pole(eqn: Any) -> int | None:
-    """Return which input must itself have digits for the result to have some; None: no input."""
+    """Return the index of the input at which the primitive has a pole, or None.
+
+    If that input has lost all its digits, so has the result.
+    """
     name = eqn.primitive.name
     if name in {"div", "rem"}:
         return 1
@@ -275,24 +280,81 @@ def pole(eqn: Any) -> int | None:
     return 0 if np.ndim(exponent) == 0 and exponent < 0 else None
 
 
-def operations(jaxpr: Any) -> float:
-    """Return how many operations a program takes, roughly: a term of a sum is one."""
+def count_operations(jaxpr: Any) -> float:
+    """Return the approximate number of floating-point operations; each term of a sum counts one."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0.0
     for eqn in inner.eqns:
         bodies = inner_jaxprs(eqn)
         turns = eqn.params.get("length", 1)  # of a scan
-        total += turns * sum(map(operations, bodies))
+        total += turns * sum(map(count_operations, bodies))
         if not bodies:
             total += terms(eqn) * sum(math.prod(var.aval.shape) for var in eqn.outvars)
     return total
 
 
-def numbers(jaxpr: Any) -> int:
-    """Return how many numbers the equations of a program make, those of each body once."""
+def count_values(jaxpr: Any) -> int:
+    """Return how many values the equations of a program produce; loop bodies count once."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     made = 0
     for eqn in inner.eqns:
         made += sum(math.prod(var.aval.shape) for var in eqn.outvars)
-        made += sum(map(numbers, inner_jaxprs(eqn)))
+        made += sum(map(count_values, inner_jaxprs(eqn)))
     return made
+
+
+def additions_after(jaxpr: Any) -> dict[int, float]:
+    """Return, for each equation, how many numbers may later be added to its result.
+
+    Errors that agree matter where elements are added: n equal errors sum to n times one, n independent
+    errors to sqrt(n). Results that are not added up any more, as in most of an optimizer, need no
+    agreeing errors.
+
+    Args:
+        jaxpr: closed or open, as returned by ``jax.make_jaxpr``.
+
+    Returns:
+        ``id(eqn)`` -> count, including equations within calls, loops and branches. The count is the
+        largest product of the lengths of the sums on any path to an output, plus one for each
+        addition of two; 1 if there are none. It is infinite within and before a loop, and before a
+        primitive that is not known to act element by element.
+    """
+    found: dict[int, float] = {}
+    _count_additions(jaxpr, [1.0] * len(open_jaxpr(jaxpr)[0].outvars), found)
+    return found
+
+
+def _count_additions(jaxpr: Any, ends: Sequence[float], found: dict[int, float]) -> list[float]:
+    """Return the counts at the inputs, given ``ends`` at the outputs; fill ``found``."""
+    inner, _ = open_jaxpr(jaxpr)
+    most: defaultdict[int, float] = defaultdict(lambda: 1.0)
+    for atom, end in zip(inner.outvars, ends, strict=True):
+        most[id(atom)] = max(most[id(atom)], end)
+    for eqn in reversed(inner.eqns):
+        after = [most[id(var)] for var in eqn.outvars]
+        # One jaxpr may be called from several places.
+        found[id(eqn)] = max([found.get(id(eqn), 1.0), *after])
+        for atom, count in zip(eqn.invars, _counts_before(eqn, after, found), strict=True):
+            most[id(atom)] = max(most[id(atom)], count)
+    return [most[id(var)] for var in inner.invars]
+
+
+def _counts_before(eqn: Any, after: list[float], found: dict[int, float]) -> list[float]:
+    """Return the counts at an equation's inputs, given ``after`` at its outputs."""
+    if eqn.primitive.name == "cond":
+        branches = [_count_additions(branch, after, found) for branch in eqn.params["branches"]]
+        return [math.inf, *(max(counts) for counts in zip(*branches, strict=True))]
+    called = called_jaxpr(eqn)
+    if called is not None:
+        return _count_additions(called, after, found)
+    for body in inner_jaxprs(eqn):
+        _count_additions(body, [math.inf] * len(open_jaxpr(body)[0].outvars), found)
+    most = max(after, default=1.0)
+    name, count = eqn.primitive.name, terms(eqn)
+    if count > 1:
+        most *= count
+    elif name in ADDITIONS:
+        most += 1
+    elif name not in BY_ELEMENT:
+        most = math.inf
+    return [most] * len(eqn.invars)

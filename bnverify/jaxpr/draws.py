@@ -1,4 +1,4 @@
-"""What chance decides in a coarse row: relative errors of root mean square 1, and sides of a kink."""
+"""The random choices of each row: relative errors, and which side of a kink it takes."""
 
 from __future__ import annotations
 
@@ -11,90 +11,91 @@ import numpy as np
 from bnverify.jaxpr.values import Array, limits, per_row
 
 _SMALL = 512
-"""Elements up to which each has its own draw; beyond, each index of each axis has."""
+"""Up to this size every element has its own draw; larger arrays have one sign per axis index."""
 
-_MANTISSA = 23  # bits of a float32 after the leading one
-_SCALE = 1.0408  # the root mean square of a size between 0.5 and 1.5
-_REMEMBERED = 2**24  # bytes of draws
+_MANTISSA = 23  # stored bits of a float32's fraction
+_SCALE = 1.0408  # root mean square of the uniform distribution on 0.5 to 1.5
+_CACHE_BYTES = 2**24
 
 
 @dataclass(frozen=True)
 class Sides:
-    """Which side of a kink each row takes that may take either.
+    """Which side of a kink each row in doubt takes.
 
     Attributes:
-        seed: another for each equation.
-        count: how many rows there are.
+        seed: distinct for each equation.
+        count: the number of rows.
     """
 
     seed: int
     count: int
 
-    def mixed(self, shape: tuple[int, ...]) -> Array:
+    def bits(self, shape: tuple[int, ...]) -> Array:
         """Return random 32-bit integers, (rows, 1, *shape)."""
         draws = np.random.default_rng(self.seed).integers(2**32, size=1 + self.count, dtype="u4")
         place = np.arange(math.prod(shape), dtype=np.uint32) + draws[0]
         mixed = (place * (draws[1:, None] | 1) ^ (place >> 3)) * np.uint32(0x9E3779B1)
         return np.reshape(mixed, (self.count, 1, *shape))
 
-    def coins(self, shape: tuple[int, ...]) -> Array:
-        """Return random booleans, (rows, 1, *shape), but in each fourth row all alike.
+    def choices(self, shape: tuple[int, ...]) -> Array:
+        """Return random booleans, (rows, 1, *shape); all equal within every fourth row.
 
-        There it is not left to chance that all elements take one side, or all the other.
+        Those rows make sure that "all elements on one side" occurs, whatever the random draws.
         """
-        tossed = self.mixed(shape) >> np.uint32(31) == 1
-        return np.where(per_row(alike(self.count), tossed), per_row(up(self.count), tossed), tossed)
+        random = self.bits(shape) >> np.uint32(31) == 1
+        uniform, upper = uniform_rows(self.count), upper_rows(self.count)
+        return np.where(per_row(uniform, random), per_row(upper, random), random)
 
 
-def alike(count: int) -> Array:
-    """Return in which rows all elements take the same side of a kink."""
+def uniform_rows(count: int) -> Array:
+    """Return, for each row, whether all its elements take the same side of a kink, (rows,)."""
     return np.asarray(np.arange(count) % 4 == 3)
 
 
-def up(count: int) -> Array:
-    """Return in which of these rows it is the upper side."""
+def upper_rows(count: int) -> Array:
+    """Return, for each of the uniform rows, whether that is the upper side, (rows,)."""
     return np.asarray(np.arange(count) % 8 == 3)
 
 
 class Draws:
-    """Random relative errors: signs and sizes, of root mean square 1, for each row and element.
+    """Random relative errors with root mean square 1, for each row and element.
 
-    What is drawn depends on the seed and the shape alone, and is remembered.
+    Draws depend on the seed and the shape only, and are cached.
 
     Args:
-        count: how many rows there are; the first has no errors.
+        count: the number of rows; row 0 has no errors.
 
     Attributes:
-        by_digits: (rows,), the half of the rows in which values of equal digits err equally. Not
-            those that take a side of a kink: what cancels here would not reach it.
+        tied: (rows,), the half of the rows in which values with equal digits get equal errors. These
+            are not the rows that force a side of a kink, so that both effects are seen.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         numbers = np.arange(count)
-        self.by_digits = (numbers % 4 < 2) & (numbers > 0)
-        self._remembered: dict[Any, Array] = {}
-        self._room = _REMEMBERED
+        self.tied = (numbers % 4 < 2) & (numbers > 0)
+        self._cache: dict[Any, Array] = {}
+        self._room = _CACHE_BYTES
 
     def sides(self, seed: int) -> Sides:
-        """Return which sides of a kink the rows take; another seed for each equation."""
+        """Return which side of a kink each row takes; ``seed`` is distinct for each equation."""
         return Sides(seed, self.count)
 
     def independent(self, seed: int, shape: tuple[int, ...]) -> Array:
-        """Return draws that have nothing to do with each other, (rows, 1, *shape); 0 in row 0.
+        """Return independent draws, (rows, 1, *shape); 0 in row 0.
 
         Args:
-            seed: another for each equation.
-            shape: of the value that errs, in one case.
+            seed: distinct for each equation.
+            shape: the shape of the rounded value, without rows and cases.
         """
         key = seed, shape
-        if key not in self._remembered:
+        if key not in self._cache:
             draw = self._independent(seed, shape)
             if draw.nbytes > self._room:
                 return draw
             self._room -= draw.nbytes
-            self._remembered[key] = draw
-        return self._remembered[key]
+            self._cache[key] = draw
+        return self._cache[key]
 
     def _independent(self, seed: int, shape: tuple[int, ...]) -> Array:
         rng = np.random.default_rng(seed)
@@ -107,7 +108,7 @@ class Draws:
             draw = normal(self.count, 1, *shape)
             draw[0] = 0
             return draw
-        # Signs that multiply: independent in pairs, and as many numbers as the axes are long.
+        # A product of one random sign per axis index: pairwise independent, and cheap to draw.
         draw = normal(self.count, 1, *[1] * len(shape))
         draw[0] = 0
         for axis, size in enumerate(shape):
@@ -116,26 +117,26 @@ class Draws:
             draw = draw * (2.0 * rng.integers(0, 2, (self.count, 1, *others)) - 1)
         return draw
 
-    def alike(self, seed: int, exact: Array, dtype: Any, scale: float, *, out: Array) -> None:
-        """Overwrite the rows ``by_digits`` of ``out``, (rows, cases, *shape), with ``scale`` times draws.
+    def tie(self, seed: int, exact: Array, dtype: Any, scale: float, *, out: Array) -> None:
+        """Overwrite the ``tied`` rows of ``out``, (rows, cases, *shape), with ``scale`` times draws.
 
-        Values of equal digits err equally, whatever their sign and power of two, as they do when
-        they are rounded. A batch of n equal rows errs n-fold in a sum, where independent errors add
-        up to sqrt(n). In 32 bits the difference drowns in what a sum of few terms is allowed anyway;
-        in 16 it does not.
+        Values with equal digits get equal errors, whatever their sign and exponent, as in real
+        rounding. A sum over a batch of n equal rows then has n times the error, where independent
+        errors add up to sqrt(n). In float32 the difference is small compared with the tolerance of a
+        short sum; in 16-bit dtypes it is not.
 
         Args:
-            seed: another for each equation.
+            seed: distinct for each equation.
             exact: the values without rounding, (cases, *shape).
-            dtype: that they are rounded to.
-            scale: what the draws are multiplied by.
-            out: of errors.
+            dtype: the dtype they are rounded to.
+            scale: a factor for the draws.
+            out: the errors to overwrite.
         """
         rng = np.random.default_rng(seed)
         odd = rng.integers(-(2**30), 2**30, self.count, np.int32) * 2 + 1
         size = scale * (rng.uniform(0.5, 1.5, self.count) / _SCALE)
-        # As the program holds them: what float64 tells apart in its last places is equal there. The
-        # top bit of a product with an odd number takes every bit into account, and is its sign.
+        # Hash the digits that the program holds, so values that differ in float64 only are equal. The
+        # top bit of the product with an odd number depends on every bit; it becomes the error's sign.
         held = exact.astype(np.float32).view(np.int32)
         dropped = _MANTISSA - int(limits(dtype).nmant)
         if dropped > 0:  # to the nearest, ties to even
@@ -143,7 +144,7 @@ class Draws:
             held = held & ~np.int32(2**dropped - 1)
         digits = held & np.int32(2**_MANTISSA - 1) | np.int32(2**_MANTISSA)
         mixed = np.empty_like(digits)
-        for row in np.flatnonzero(self.by_digits):
+        for row in np.flatnonzero(self.tied):
             np.multiply(digits, np.int32(odd[row]), out=mixed)
-            # The sign of a float32 is the top bit, too.
+            # The top bit is also the sign bit of a float32.
             np.copysign(size[row], mixed.view(np.float32), out=out[row])

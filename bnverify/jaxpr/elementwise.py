@@ -1,4 +1,4 @@
-"""One element of each input makes one element of the output: with XLA's semantics, in NumPy.
+"""Elementwise primitives in NumPy, with XLA's semantics.
 
 Floats are float64; integers wrap around. Inputs broadcast against each other.
 
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special  # type: ignore[import-untyped]  # it carries no annotations
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from bnverify.jaxpr.values import Array
 
 
 def _divide(x: Array, y: Array) -> Array:
-    """Divide; integers toward zero, and by zero with all bits set."""
+    """Divide; integers truncate toward zero, and division by zero sets all bits."""
     if x.dtype.kind == "f":
         return np.divide(x, y)
     quotient = np.floor_divide(x, y)
@@ -28,7 +28,7 @@ def _divide(x: Array, y: Array) -> Array:
 
 
 def _remainder(x: Array, y: Array) -> Array:
-    """Return what division toward zero leaves; of integers divided by zero all."""
+    """Return the remainder of division toward zero; integers modulo zero are returned unchanged."""
     remainder = np.fmod(x, y)
     return remainder if x.dtype.kind == "f" else np.where(y == 0, x, remainder)
 
@@ -46,7 +46,7 @@ def _unsigned(x: Array) -> Array:
 
 
 def _shift(function: Callable[..., Array], x: Array, by: Array) -> Array:
-    """Shift; by as many bits as there are, or more, to zero. Counts are read as unsigned."""
+    """Shift; by the bit width or more gives zero. Shift counts are read as unsigned."""
     x, by = _unsigned(x), _unsigned(by)
     inside = by < x.dtype.itemsize * 8
     return np.where(inside, function(x, np.where(inside, by, 0).astype(x.dtype)), x.dtype.type(0))
@@ -81,7 +81,7 @@ def _count_leading_zeros(x: Array) -> Array:
 def _multiply_high(x: Array, y: Array) -> Array:
     size = x.dtype.itemsize
     if size == 8:
-        raise NotImplementedError("mulhi of 64-bit integers has no NumPy form")
+        raise NotImplementedError("mulhi of 64-bit integers is not implemented")
     wide = np.dtype(f"{x.dtype.kind}{2 * size}")
     high: Array = x.astype(wide) * y.astype(wide) >> (8 * size)
     return high.astype(x.dtype)
@@ -186,13 +186,13 @@ def integer_power(base: Array, exponent: int) -> Array:
 
 
 def round_away(x: Array) -> Array:
-    """Round to the nearest whole number, halves away from zero."""
+    """Round to the nearest integer, halves away from zero."""
     whole = np.trunc(x)
     return np.where(np.abs(x - whole) >= 0.5, whole + np.copysign(1, x), whole)
 
 
 def convert(x: Array, dtype: np.dtype[Any]) -> Array:
-    """Convert as XLA does: floats to integers toward zero, to the nearest that there is; NaN: 0."""
+    """Convert as XLA does: floats to integers truncate and saturate, and NaN becomes 0."""
     if x.dtype == dtype:
         return x
     if dtype.kind == "b":
@@ -206,9 +206,9 @@ def convert(x: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def reduce_precision(x: Array, exponent_bits: int, mantissa_bits: int) -> Array:
-    """Round floats of any dtype to fewer bits of exponent and fraction; the dtype stays.
+    """Round floats to fewer exponent and mantissa bits; the dtype stays.
 
-    The fraction is rounded to nearest even; then too large is infinite, too small is zero.
+    The mantissa is rounded to nearest even; then overflow gives infinity and underflow zero.
     """
     info, unsigned = jnp.finfo(x.dtype), np.dtype(f"u{x.dtype.itemsize}")
     bits, one = x.view(unsigned), unsigned.type(1)

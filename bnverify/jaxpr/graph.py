@@ -1,21 +1,25 @@
-"""A program as a graph of what can reach what; a sound one, for all values at once.
+"""The data-flow graph of a jaxpr: a sound over-approximation of what can reach what.
 
-A node is a value, or all outputs of one equation. Its parents are the values it is computed
-from. Labels flow from sources along the edges, round loops as often as need be. Whatever an
-equation does with its inputs, its outputs can depend on nothing else: so "every input reaches
-every output" is right for any pure equation, known or not. What an equation may also do:
+A node is an input, a constant, or all outputs of one equation; its parents are the values it is
+computed from. Labels flow from sources along the edges, around loops until nothing changes. A pure
+equation's outputs depend only on its inputs, so "every input reaches every output" is sound for
+any primitive. Two kinds of effect need more:
 
-- write to a mutable array (a Ref): the Ref's node gets the written values as parents;
-- talk to the world outside (``io_callback``): its outputs may hold anything, so every source
-  is their parent.
+- Writing to a mutable array (a Ref): the Ref's node gets the written values as parents.
+- Input from outside (``io_callback``): the outputs may hold anything, so every source is a parent.
 
-Both, and equations that hide a program or a Python function which is not entered, are named in
-``unknown``. Not seen: whether a loop ends, and which error is raised.
+Such equations, and those that carry a jaxpr or a Python function that is not entered, are listed in
+``unknown``. Not modelled: whether a loop terminates, and which error is raised.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import deque
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnverify.jaxpr.interpreter import hides_code
@@ -25,14 +29,14 @@ if TYPE_CHECKING:
 
     from bnverify.jaxpr.interpreter import Body
 
-# One output for each input, value for value, so identity survives them.
+# Output i is input i, so a value keeps its node.
 _PASS_THROUGH = frozenset({"copy", "copy_p", "optimization_barrier"})
 
-# These carry a program, yet what they do with it is known: combine values of their own inputs.
+# These carry a jaxpr, but are known to only combine values of their own inputs.
 _COMBINERS = frozenset({"reduce", "reduce_window", "custom_linear_solve"})
 _COMBINER_FAMILIES = ("scatter", "select_and_scatter")
 
-# Effects that move no value into an output: axis names, printing, and Refs (followed apart).
+# Effects that move no value into an output; Refs are handled separately.
 _HARMLESS_EFFECTS = frozenset(
     {
         "NamedAxisEffect",
@@ -65,10 +69,10 @@ class Graph:
 
     Attributes:
         parents: for each node, the nodes it is computed from.
-        equations: for each node, its equation, after the calls around it, outermost first;
+        equations: for each node, the enclosing calls, outermost first, then its equation;
             empty for inputs and constants.
         sources: the nodes of the program's inputs.
-        unknown: names of primitives read conservatively, without an idea of what they do.
+        unknown: names of primitives that are handled conservatively.
     """
 
     def __init__(self, inputs: int) -> None:
@@ -84,13 +88,13 @@ class Graph:
         return len(self.parents) - 1
 
     def constant(self, _value: Any, aval: Any, /) -> int:
-        """Return a node that nothing reaches."""
-        if _is_ref(aval):  # it outlives the step: what this one writes, the next one reads
+        """Return a node without parents."""
+        if _is_ref(aval):  # it outlives the step, so one step may read what another wrote
             self.unknown.add("captured Ref")
         return self._node(())
 
     def equation(self, eqn: Any, inputs: Sequence[int]) -> Sequence[int]:
-        """Let every input reach every output, and every Ref among the inputs."""
+        """Connect every input to every output, and to every Ref among the inputs."""
         if eqn.primitive.name in _PASS_THROUGH and len(inputs) == len(eqn.outvars):
             return inputs
         parents = list(inputs)
@@ -106,7 +110,7 @@ class Graph:
         return [node] * len(eqn.outvars)
 
     def call(self, eqn: Any, inputs: Sequence[int], body: Body[int]) -> Sequence[int]:
-        """Enter it."""
+        """Interpret the called jaxpr."""
         self._calls += (eqn,)
         outputs = body(inputs)
         self._calls = self._calls[:-1]
@@ -115,7 +119,7 @@ class Graph:
     def scan(
         self, eqn: Any, split: tuple[int, int], inputs: Sequence[int], body: Body[int]
     ) -> Sequence[int]:
-        """Close the loop over the carry."""
+        """Connect the body's outputs back to the carry."""
         consts, rest = split[0], sum(split)
         carry = [self._node([value], eqn) for value in inputs[consts:rest]]
         slices = [self._node([value], eqn) for value in inputs[rest:]]
@@ -126,7 +130,7 @@ class Graph:
     def while_loop(
         self, eqn: Any, inputs: Sequence[int], predicate: Body[int], body: Body[int]
     ) -> Sequence[int]:
-        """Close the loop; the predicate reaches every value that the body changes."""
+        """Connect the body's outputs and the predicate back to the carry."""
         first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         starts = inputs[first + second :]
         carry = [self._node([value], eqn) for value in starts]
@@ -139,7 +143,7 @@ class Graph:
     ) -> list[int]:
         closed = []
         for node, start, end in zip(carry, starts, ends, strict=True):
-            if node == end:  # the body hands it on untouched
+            if node == end:  # the body returns it unchanged
                 closed.append(start)
             else:
                 self.parents[node] += [end, *also]
@@ -147,17 +151,17 @@ class Graph:
         return closed
 
     def cond(self, eqn: Any, inputs: Sequence[int], branches: Sequence[Body[int]]) -> Sequence[int]:
-        """Join the branches; the predicate reaches every output."""
+        """Connect each branch's outputs and the index to the outputs."""
         outputs = [branch(inputs[1:]) for branch in branches]
         return [self._node([*values, inputs[0]], eqn) for values in zip(*outputs, strict=True)]
 
     def labels(self) -> list[int]:
-        """Return, for each node, the bit set of the sources that can reach it."""
+        """Return, for each node, the bit set of sources that can reach it."""
         reached = [0] * len(self.parents)
         for bit, source in enumerate(self.sources):
             reached[source] = 1 << bit
         changed = True
-        while changed:  # parents come first but for loops and Refs: seldom more than a few rounds
+        while changed:  # only loops and Refs have edges backwards, so a few rounds are enough
             changed = False
             for node, parents in enumerate(self.parents):
                 bits = reached[node]
@@ -168,19 +172,69 @@ class Graph:
         return reached
 
     def shortest(self, starts: Sequence[int], ends: Sequence[int]) -> list[int] | None:
-        """Return the nodes of a shortest way from one of ``starts`` to one of ``ends``."""
+        """Return the nodes of a shortest path from one of ``starts`` to one of ``ends``, or None."""
         goals, towards = set(starts), {end: end for end in ends}
         queue = deque(ends)
         while queue:
             node = queue.popleft()
             if node in goals:
-                way = [node]
+                path = [node]
                 while towards[node] != node:
                     node = towards[node]
-                    way.append(node)
-                return way
+                    path.append(node)
+                return path
             for parent in self.parents[node]:
                 if parent not in towards:
                     towards[parent] = node
                     queue.append(parent)
         return None
+
+
+# ---- Where in the user's code an equation was written.
+
+# Frames in these files are not the user's code. Other frames of bnverify count as the user's, because
+# the reference step and the adapters' losses are there.
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "chex")
+_WATCHING = ("adapters/watch.py", "adapters/traced.py")
+
+
+@cache
+def _library_folders() -> tuple[str, ...]:
+    here = Path(__file__).parent
+    folders = [str(here)]
+    for name in _LIBRARIES:
+        spec = find_spec(name)
+        folders += (spec.submodule_search_locations or []) if spec else []
+    watching = (str(here.parent / name) for name in _WATCHING)
+    return (*(f"{folder}{os.sep}" for folder in folders), *watching, contextlib.__file__)
+
+
+def _user_frames(eqn: Any) -> list[str]:
+    """Return ``path:line (function)`` of every frame outside the libraries, innermost first."""
+    try:
+        frames = list(eqn.source_info.traceback.frames)
+        named = [(frame.file_name, frame.line_num, frame.function_name) for frame in frames]
+    except (AttributeError, TypeError):  # not a public API
+        return []
+    return [
+        f"{path}:{line} ({function.rsplit('.', 1)[-1]})"
+        for path, line, function in named
+        if not path.startswith(("<", *_library_folders()))
+    ]
+
+
+def source_line(equations: Sequence[Any]) -> str | None:
+    """Return ``path:line (function)`` of the user's code that made an equation, if known.
+
+    Args:
+        equations: the enclosing calls, outermost first, then the equation. A function under
+            ``jax.jit`` is traced once and its jaxpr reused with the lines of the first call, so an
+            inner line counts only if its outer frames are those of the enclosing call; otherwise
+            the call's own line is returned.
+    """
+    around: list[str] = []
+    for eqn in equations:
+        frames = _user_frames(eqn)
+        if frames and frames[len(frames) - len(around) :] == around:
+            around = frames
+    return around[0] if around else None

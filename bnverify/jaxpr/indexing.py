@@ -1,6 +1,6 @@
-"""Slices, gathers and scatters at indices that are data, of stacked arrays.
+"""Slices, gathers and scatters of stacked arrays at dynamic indices.
 
-Every array has two leading axes (rows, cases), each of its full size or of size 1.
+Every array has two leading axes (rows, cases), each of full size or of size 1.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from bnverify.jaxpr.values import Array
 
 
 def dynamic_slice(array: Array, starts: Sequence[Array], sizes: Sequence[int]) -> Array:
-    """Return ``jax.lax.dynamic_slice``: a start too low or too high is moved inside.
+    """Return ``jax.lax.dynamic_slice``: starts out of bounds are clamped.
 
     Args:
         array: (rows or 1, cases or 1, *shape).
-        starts: (rows or 1, cases or 1) for each axis of ``shape``.
-        sizes: of the slice, along each axis.
+        starts: for each axis of ``shape``, an array (rows or 1, cases or 1).
+        sizes: the slice's size along each axis.
     """
     firsts = _clamped(starts, array.shape[2:], sizes)
     if all(first.size == 1 for first in firsts):
@@ -29,7 +29,7 @@ def dynamic_slice(array: Array, starts: Sequence[Array], sizes: Sequence[int]) -
 
 
 def dynamic_update_slice(array: Array, update: Array, starts: Sequence[Array]) -> Array:
-    """Return ``jax.lax.dynamic_update_slice``; like :func:`dynamic_slice`."""
+    """Return ``jax.lax.dynamic_update_slice``; arguments as for :func:`dynamic_slice`."""
     sizes = update.shape[2:]
     firsts = _clamped(starts, array.shape[2:], sizes)
     lead = np.broadcast_shapes(
@@ -59,7 +59,7 @@ def _box(firsts: Sequence[Array], sizes: Sequence[int]) -> tuple[slice, ...]:
 def _places(
     firsts: Sequence[Array], sizes: Sequence[int], lead: Sequence[int]
 ) -> tuple[Array, ...]:
-    """Return an index for each axis, rows and cases first, which broadcast to what is picked."""
+    """Return an index array for each axis, rows and cases first; together they broadcast."""
     rank = len(sizes)
     ones = (1,) * rank
     rows = np.arange(lead[0]).reshape(-1, 1, *ones)
@@ -86,9 +86,9 @@ def gather(
         operand: (rows or 1, cases or 1, *shape).
         indices: (rows or 1, cases or 1, *batch, index depth).
         numbers: a ``jax.lax.GatherDimensionNumbers``.
-        sizes: of a slice, along each axis of ``shape``.
-        clip: whether slices beyond an end are moved inside; else they are ``fill``.
-        fill: what they are then.
+        sizes: the slice's size along each axis of ``shape``.
+        clip: whether to clamp slices that are out of bounds; otherwise they are ``fill``.
+        fill: the value out of bounds.
     """
     batching = dict(
         zip(
@@ -103,7 +103,7 @@ def gather(
     table = table.reshape(-1, math.prod(where.full_shape))
     picked = table[where.linear(operand.shape[:2])]
     picked = picked.reshape(picked.shape[:-1] + where.full_shape)
-    # (batch, partial, full) -> batch and window as the dimension numbers want them.
+    # (batch, partial, full) -> the axis order that the dimension numbers ask for.
     batch_rank, window = indices.ndim - 3, [*where.partial, *where.full]
     offsets = dict(zip(numbers.offset_dims, sorted(window), strict=True))
     batch = iter(range(2, 2 + batch_rank))
@@ -131,15 +131,15 @@ def scatter(
     clip: bool,
     unique: bool,
 ) -> Array:
-    """Return a scatter of ``jax.lax``.
+    """Return one of the scatter operations of ``jax.lax``.
 
     Args:
-        combine: of what is there and an update; None: the update, the last one of several.
+        combine: how to combine an element with an update; None: the last update wins.
         operand: (rows or 1, cases or 1, *shape).
         indices: (rows or 1, cases or 1, *batch, index depth).
         updates: (rows or 1, cases or 1, *batch and window).
         numbers: a ``jax.lax.ScatterDimensionNumbers``.
-        clip: whether updates beyond an end are moved inside; else they are dropped.
+        clip: whether to clamp updates that are out of bounds; otherwise they are dropped.
         unique: whether no element is updated twice.
     """
     batching = dict(
@@ -161,7 +161,7 @@ def scatter(
     shape = lead + tuple([operand.shape[2 + axis] for axis in order])
     width = math.prod(where.full_shape)
     count = math.prod(shape) // width if width else 0
-    out = np.empty((count + 1, width), operand.dtype)  # what is dropped goes to the last line
+    out = np.empty((count + 1, width), operand.dtype)  # the last line takes dropped updates
     out[:-1].reshape(shape)[...] = operand.transpose(0, 1, *(2 + axis for axis in order))
     batch = [axis for axis in range(updates.ndim - 2) if axis not in numbers.update_window_dims]
     of_axis = dict(zip(window, numbers.update_window_dims, strict=True))
@@ -189,14 +189,14 @@ def scatter(
 
 
 class _Placement:
-    """Where the slices of a gather or scatter lie in its operand.
+    """Where the slices of a gather or scatter lie in the operand.
 
     Attributes:
         full: axes of the operand that every slice spans.
         full_shape: their sizes.
-        indexed: all others.
-        partial: those of them along which a slice has an extent, and so has the result.
-        inside: whether a slice is inside the operand, (rows or 1, cases or 1, *batch).
+        indexed: all other axes.
+        partial: the indexed axes along which a slice has an extent, and so has the result.
+        inside: whether each slice is in bounds, (rows or 1, cases or 1, *batch).
     """
 
     def __init__(
@@ -236,9 +236,9 @@ class _Placement:
             self._index[place] = self._index[place] + offset
 
     def linear(self, lead: tuple[int, int]) -> Array:
-        """Return which line of the operand, as (lead, indexed) by (full), each element is.
+        """Return each element's line number in the operand reshaped to (lead * indexed, full).
 
-        (rows or 1, cases or 1, *batch, *partial), where ``lead`` is the operand's.
+        The result is (rows or 1, cases or 1, *batch, *partial); ``lead`` is the operand's.
         """
         place = np.arange(lead[0] * lead[1]).reshape(*lead, *(1,) * self._rank)
         for size, index in zip(self._shape, self._index, strict=True):

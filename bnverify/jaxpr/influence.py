@@ -1,8 +1,8 @@
 """Which parts of the old state and of the batch can reach which results of a step.
 
-``influence`` reads the traced step and evaluation as graphs. What is *not* in its matrix is a
-proof, for all values and for every size in ``scope``: that input cannot change that output.
-What is in the matrix may flow; whether it does is for a run to show.
+``influence`` reads the traced step and evaluation as graphs. A pair that is *absent* from its matrix
+is proved: that input cannot change that output, for all values and every size in ``scope``. A pair
+that is present may flow; only running the step can show whether it does.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bnverify.jaxpr.graph import Graph
+from bnverify.jaxpr.graph import Graph, source_line
 from bnverify.jaxpr.interpreter import read
-from bnverify.jaxpr.source import source_line
 from bnverify.jaxpr.tracing import Program, leaf_names
 
 if TYPE_CHECKING:
@@ -25,11 +24,11 @@ INPUTS = ("params", "batch_stats", "opt_state", "extra", "x", "y", "lr")
 
 @dataclass(frozen=True)
 class Link:
-    """One equation on the way from an input to an output.
+    """One equation on a path from an input to an output.
 
     Attributes:
-        primitive: its name.
-        source: ``path:line (function)`` in the user's code, where JAX knows it.
+        primitive: the primitive's name.
+        source: ``path:line (function)`` in the user's code, if JAX recorded it.
     """
 
     primitive: str
@@ -40,8 +39,8 @@ class Link:
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """One program as a graph, with the leaves' names on its ends."""
+class _ProgramGraph:
+    """The graph of one program, with the names of its input and output leaves."""
 
     graph: Graph
     inputs: dict[str, int]
@@ -50,21 +49,21 @@ class _Reading:
 
 @dataclass(frozen=True)
 class Influence:
-    """What can reach what.
+    """Which input trees and leaves can reach which output trees and leaves.
 
-    Outputs are "params", "batch_stats", "opt_state" (the new ones), "extra" where there is any,
-    "loss", "grads", "eval_loss", and, where the subject shows the state that evaluation leaves,
-    "eval_params" and so on. Inputs are "params", "batch_stats", "opt_state", "extra" (the old
-    ones; for evaluation, those passed in), "x", "y", "lr".
+    Outputs are the new "params", "batch_stats", "opt_state" and "extra" (if any), "loss", "grads",
+    "eval_loss", and "eval_params" etc. if the subject returns the state after evaluation. Inputs are
+    the old "params", "batch_stats", "opt_state" and "extra" (for evaluation, those passed in), "x",
+    "y" and "lr".
 
     Attributes:
-        matrix: output tree -> the input trees that may reach it. A tree that the subject hides
-            (None) is missing.
+        matrix: output tree -> the input trees that may reach it. Trees that the subject does not
+            return (None) are missing.
         leaves: output leaf -> the input leaves that may reach it; names like
             ``params/Dense_0/kernel``.
-        unchanged: output leaf -> the input leaf whose very value it is.
-        unknown: names of primitives read without knowing what they do.
-        scope: what was quantified over.
+        unchanged: output leaf -> the input leaf that it is returned from unmodified.
+        unknown: names of primitives that are handled conservatively.
+        scope: the sizes for which this holds.
         proved: see ``bnverify.jaxpr.shapes.Traces``.
     """
 
@@ -74,32 +73,32 @@ class Influence:
     unknown: tuple[str, ...]
     scope: str
     proved: bool
-    _readings: tuple[_Reading, ...]
+    _graphs: tuple[_ProgramGraph, ...]
 
     def path(self, source: str, output: str) -> tuple[Link, ...] | None:
-        """Return the equations on a shortest way from ``source`` to ``output``.
+        """Return the equations on a shortest path from ``source`` to ``output``.
 
         Args:
             source: an input tree or leaf: "batch_stats", "params/Dense_0/kernel".
             output: an output tree or leaf.
 
         Returns:
-            The links in the order of computation, empty where the output is the input itself;
-            None where no way exists.
+            The links in the order of computation, empty if the output is the input itself, or
+            None if there is no path.
         """
-        for reading in self._readings:
-            way = reading.graph.shortest(
-                _under(source, reading.inputs), _under(output, reading.outputs)
+        for program in self._graphs:
+            path = program.graph.shortest(
+                _under(source, program.inputs), _under(output, program.outputs)
             )
-            if way is not None:
-                equations = (reading.graph.equations[node] for node in way[1:])
+            if path is not None:
+                equations = (program.graph.equations[node] for node in path[1:])
                 return tuple(Link(eqns[-1].primitive.name, source_line(eqns)) for eqns in equations)
         return None
 
     def steps(self, source: str, output: str) -> tuple[str, ...]:
-        """Return that path in words, from ``source`` to ``output``; empty where there is none.
+        """Return that path as text, from ``source`` to ``output``; empty if there is none.
 
-        Operations that follow each other on one line of the user's code are one step.
+        Consecutive equations from one line of the user's code form one step.
         """
         path = self.path(source, output)
         if path is None:
@@ -113,22 +112,22 @@ class Influence:
         return (source, *steps, output)
 
     def explain(self, source: str, output: str) -> str:
-        """Return the same in one line."""
+        """Return the path from ``source`` to ``output`` as one line of text."""
         steps = self.steps(source, output)
         if not steps:
-            return f"nothing leads from {source} to {output}"
-        return " -> ".join(steps) if len(steps) > 2 else f"{source} is {output}, unchanged"
+            return f"no data flows from {source} to {output}"
+        return " -> ".join(steps) if len(steps) > 2 else f"{output} is {source}, unchanged"
 
 
 def _under(name: str, leaves: dict[str, int]) -> list[int]:
     return [node for leaf, node in leaves.items() if leaf == name or leaf.startswith(f"{name}/")]
 
 
-def _read(program: Program, inputs: Sequence[str], outputs: Sequence[str]) -> _Reading:
+def _read(program: Program, inputs: Sequence[str], outputs: Sequence[str]) -> _ProgramGraph:
     graph = Graph(len(inputs))
     results = read(program.jaxpr, graph, graph.sources)
     ends = dict(zip(outputs, results, strict=True))
-    return _Reading(graph, dict(zip(inputs, graph.sources, strict=True)), ends)
+    return _ProgramGraph(graph, dict(zip(inputs, graph.sources, strict=True)), ends)
 
 
 def _state_names(state: Any, prefix: str = "") -> list[str]:
@@ -136,7 +135,7 @@ def _state_names(state: Any, prefix: str = "") -> list[str]:
     return [name for tree, value in named for name in leaf_names(value, prefix + tree)]
 
 
-def _readings(run: Run) -> Iterable[_Reading]:
+def _program_graphs(run: Run) -> Iterable[_ProgramGraph]:
     batch = [*_state_names(run.before), "x", "y"]
     info = leaf_names(run.info.loss, "loss") + leaf_names(run.info.grads, "grads")
     step = _read(run.programs["step"], [*batch, "lr"], _state_names(run.after) + info)
@@ -150,7 +149,7 @@ def _readings(run: Run) -> Iterable[_Reading]:
 
 def _output_trees(run: Run) -> list[str]:
     trees = ["params", "batch_stats", "opt_state"]
-    trees += ["extra"] if leaf_names(run.before.extra) else []  # most subjects have nothing there
+    trees += ["extra"] if leaf_names(run.before.extra) else []
     info = [name for name in ("loss", "grads") if getattr(run.info, name) is not None]
     after = [f"eval_{tree}" for tree in trees] if run.after_eval is not None else []
     return [*trees, *info, "eval_loss", *after]
@@ -161,21 +160,21 @@ def _tree(leaf: str) -> str:
 
 
 def influence(traces: Traces) -> Influence:
-    """Return what can reach what in a traced subject.
+    """Return which inputs can reach which outputs of a traced subject.
 
     Args:
-        traces: the subject as ``bnverify.jaxpr.shapes.trace_subject`` traced it. Where it took
-            several runs to cover the scope, what may flow in one of them may flow.
+        traces: the result of ``bnverify.jaxpr.shapes.trace_subject``. A flow in any of its runs
+            counts.
     """
-    readings = [reading for run in traces.runs for reading in _readings(run)]
+    graphs = [graph for run in traces.runs for graph in _program_graphs(run)]
     matrix: dict[str, set[str]] = {name: set() for name in _output_trees(traces.runs[0])}
     leaves: dict[str, set[str]] = {}
     unchanged: dict[str, set[str | None]] = {}
-    for reading in readings:
-        labels = reading.graph.labels()
-        named = {node: name for name, node in reading.inputs.items()}
-        for leaf, node in reading.outputs.items():
-            reached = {name for bit, name in enumerate(reading.inputs) if labels[node] >> bit & 1}
+    for program in graphs:
+        labels = program.graph.labels()
+        named = {node: name for name, node in program.inputs.items()}
+        for leaf, node in program.outputs.items():
+            reached = {name for bit, name in enumerate(program.inputs) if labels[node] >> bit & 1}
             leaves.setdefault(leaf, set()).update(reached)
             matrix[_tree(leaf)].update(map(_tree, reached))
             unchanged.setdefault(leaf, set()).add(named.get(node))
@@ -187,8 +186,8 @@ def influence(traces: Traces) -> Influence:
             for leaf, (origin, *others) in unchanged.items()
             if origin is not None and not others
         },
-        unknown=tuple(sorted(set().union(*(reading.graph.unknown for reading in readings)))),
+        unknown=tuple(sorted(set().union(*(program.graph.unknown for program in graphs)))),
         scope=traces.scope,
         proved=traces.proved,
-        _readings=tuple(readings),
+        _graphs=tuple(graphs),
     )

@@ -1,12 +1,11 @@
-"""One loop over the equations of a jaxpr, with a pluggable reading of what they mean.
+"""Interpret a jaxpr: one loop over its equations, with a pluggable ``Reading``.
 
-``read`` walks a traced program. What a value is (a set of labels, a node of a graph, a float64
-array with its rounding error) is up to the ``Reading``. Calls are entered here; loops and
-branches are handed to the reading with their bodies as functions; everything else is a plain
-equation.
+The ``Reading`` decides what a value is: a set of labels, a graph node, a float64 array with its
+rounding error. ``read`` enters calls, hands loops and branches to the reading with their bodies
+as functions, and treats everything else as a plain equation.
 
-Jaxprs are read by their attributes alone (``eqns``, ``invars``, ``params``), because their
-classes have moved between releases while those attributes have not.
+Only attributes of jaxprs are used (``eqns``, ``invars``, ``params``): their classes have moved
+between JAX releases, these attributes have not.
 
 Source: https://docs.jax.dev/en/latest/jaxpr.html
 """
@@ -23,9 +22,8 @@ V = TypeVar("V")
 
 Body = Callable[[Sequence[V]], list[V]]
 
-# Equations that mean "run the inner program once on exactly these inputs". A closed list: a
-# primitive that merely carries a jaxpr (``reduce``, some fixed-point loop yet to come) may run
-# it many times, and entering it once would claim too much.
+# Primitives that run their inner jaxpr exactly once on exactly these inputs. The list is closed: an
+# unknown primitive that carries a jaxpr may run it many times, as ``reduce`` does.
 CALLS = frozenset(
     {
         "jit",
@@ -39,58 +37,58 @@ CALLS = frozenset(
         "custom_jvp_call",
         "custom_vjp_call",
         "custom_vjp_call_jaxpr",  # jax < 0.5
-        "custom_vmap_call",  # its rule counts under vmap alone
+        "custom_vmap_call",  # its rule applies under vmap only
         "composite",
         "shard_map",
         "xla_pmap",
     }
 )
 
-# Foreign code without a Python callable to give it away.
+# Foreign code whose parameters hold no Python callable.
 _FOREIGN = frozenset({"ffi_call", "custom_call", "tpu_custom_call", "infeed", "outfeed"})
 
 
 class Reading(Protocol[V]):
-    """What a program's values and equations mean."""
+    """How values and equations of a program are interpreted."""
 
     def constant(self, value: Any, aval: Any, /) -> V:
         """Read a literal or a captured array."""
 
     def equation(self, eqn: Any, inputs: Sequence[V]) -> Sequence[V]:
-        """Read one equation without a body to enter; one value for each of its outputs."""
+        """Read an equation without an inner jaxpr; return one value for each output."""
 
     def call(self, eqn: Any, inputs: Sequence[V], body: Body[V]) -> Sequence[V]:
-        """Read a call; ``body(inputs)`` enters it."""
+        """Read a call; ``body(inputs)`` interprets the called jaxpr."""
 
     def scan(
         self, eqn: Any, split: tuple[int, int], inputs: Sequence[V], body: Body[V]
     ) -> Sequence[V]:
-        """Read a scan; ``body`` maps consts, carry and slices to carry and slices.
+        """Read a scan; ``body`` maps (consts, carry, slices of xs) to (carry, slices of ys).
 
-        ``split`` says how many of the inputs are consts, and how many after them the carry.
+        ``split`` is (number of consts, number of carries); the rest of the inputs are xs.
         """
 
     def while_loop(
         self, eqn: Any, inputs: Sequence[V], predicate: Body[V], body: Body[V]
     ) -> Sequence[V]:
-        """Read a while loop; both bodies take their own consts, then the carry."""
+        """Read a while loop; ``predicate`` and ``body`` each take their own consts, then the carry."""
 
     def cond(self, eqn: Any, inputs: Sequence[V], branches: Sequence[Body[V]]) -> Sequence[V]:
-        """Read a branch; ``inputs[0]`` picks, the rest are every branch's inputs."""
+        """Read a branch; ``inputs[0]`` is the index, the rest are inputs of every branch."""
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """Return a jaxpr's equations' owner and its captured constants, closed or not."""
+    """Return the open jaxpr and its constants, for a jaxpr that may be closed or open."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
 def is_jaxpr(value: Any) -> bool:
-    """Return whether a parameter of an equation is a program."""
+    """Return whether ``value`` is a jaxpr, closed or open."""
     return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
 
 
 def inner_jaxprs(eqn: Any) -> list[Any]:
-    """Return every program among an equation's parameters."""
+    """Return every jaxpr among an equation's parameters."""
     found: list[Any] = []
     for value in eqn.params.values():
         candidates = value if isinstance(value, (tuple, list)) else (value,)
@@ -99,13 +97,13 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
 
 
 def hides_code(eqn: Any) -> bool:
-    """Return whether ``eqn`` carries a program or a Python function, or calls foreign code."""
+    """Return whether ``eqn`` carries a jaxpr or a Python callback, or calls foreign code."""
     callback = any(callable(value) and "callback" in key for key, value in eqn.params.items())
     return callback or eqn.primitive.name in _FOREIGN or bool(inner_jaxprs(eqn))
 
 
 def called_jaxpr(eqn: Any) -> Any | None:
-    """Return the program that ``eqn`` calls exactly once, or None where it is no plain call."""
+    """Return the jaxpr that ``eqn`` calls exactly once, or None if it is not a plain call."""
     if eqn.primitive.name not in CALLS:
         return None
     bodies = inner_jaxprs(eqn)
@@ -117,7 +115,7 @@ def called_jaxpr(eqn: Any) -> Any | None:
 
 
 def live(jaxpr: Any, output: int) -> Any:
-    """Return what of a program makes one of its outputs, which is then its only one."""
+    """Return ``jaxpr`` reduced to the equations that output number ``output`` depends on."""
     inner, consts = open_jaxpr(jaxpr)
     outvars = [inner.outvars[output]]
     needed = set(map(id, outvars))
@@ -133,15 +131,15 @@ def live(jaxpr: Any, output: int) -> Any:
 
 
 def read(jaxpr: Any, reading: Reading[V], inputs: Sequence[V]) -> list[V]:
-    """Return what ``reading`` makes of a program's outputs.
+    """Interpret a jaxpr and return the values of its outputs.
 
     Args:
-        jaxpr: closed or open, as ``jax.make_jaxpr`` gives it or an equation carries it.
-        reading: what values and equations mean.
+        jaxpr: closed or open, as returned by ``jax.make_jaxpr`` or carried by an equation.
+        reading: how values and equations are interpreted.
         inputs: one value for each input of ``jaxpr``.
 
     Raises:
-        ValueError: the number of inputs is not the program's.
+        ValueError: ``inputs`` has the wrong length.
     """
     inner, consts = open_jaxpr(jaxpr)
     if len(inputs) != len(inner.invars):
@@ -151,7 +149,7 @@ def read(jaxpr: Any, reading: Reading[V], inputs: Sequence[V]) -> list[V]:
         env[var] = reading.constant(const, var.aval)
 
     def look_up(atom: Any) -> V:
-        if hasattr(atom, "val"):  # a literal; variables have no value
+        if hasattr(atom, "val"):  # a literal
             return reading.constant(atom.val, atom.aval)
         return env[atom]
 
@@ -159,13 +157,13 @@ def read(jaxpr: Any, reading: Reading[V], inputs: Sequence[V]) -> list[V]:
     for number, eqn in enumerate(inner.eqns):
         outputs = _read_equation(eqn, reading, [look_up(atom) for atom in eqn.invars])
         env.update(zip(eqn.outvars, outputs, strict=True))
-        for var in last.get(number, ()):  # values of large models would fill the memory
+        for var in last.get(number, ()):  # keep memory bounded for large models
             env.pop(var, None)
     return [look_up(atom) for atom in inner.outvars]
 
 
 def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
-    """Return number of an equation -> the variables that nothing after it reads."""
+    """Return equation number -> the variables whose last use it is."""
     seen = {id(atom) for atom in jaxpr.outvars}
     found: dict[int, list[Any]] = {}
     for number in range(len(jaxpr.eqns) - 1, -1, -1):

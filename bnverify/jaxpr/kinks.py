@@ -1,18 +1,18 @@
 """Where rounding does more than move a result a little: kinks and poles.
 
-Near a kink (``max``, a comparison, ``sign``) rounding decides which side is taken. A row whose
-distance from row 0, times FLIP, exceeds row 0's own distance from the kink is in doubt. In a
-comparison it takes a side of its own, and in ``max`` and ``min`` the noisy side: so the consequence,
-together with everything else that a row may hold, becomes part of the rows' spread. A comparison
-whose noise alone exceeds the distance has no known outcome. Which side differs between rows, since the many elements of an
-array may flip one by one or together (all rows of a batch share the error of their mean): half of
-the rows toss a coin for each element, a quarter goes FLIP times as far as its own noise went, a
-quarter puts all elements on one side.
+Near a kink (``max``, a comparison, ``sign``) rounding decides which side is taken. A row is in doubt
+if FLIP times its distance from row 0 exceeds row 0's distance from the kink. In a comparison such a
+row takes a side independently of row 0; in ``max`` and ``min`` it takes the noisy operand. The
+consequences thus become part of the spread of the rows. If a row's noise itself exceeds the distance,
+the outcome of the comparison is unknown. The elements of an array may flip one by one or together
+(all rows of a batch share the error of their mean), so rows choose differently: half of them draw a
+side for each element, a quarter moves FLIP times as far as its own noise, a quarter puts all elements
+on one side.
 
-Near a pole (a denominator, the argument of ``log``) a few rows say little about the worst. Where
-a row is further from row 0 than a POLE-th of its value, it becomes NaN: what depends on it has no
-known error. To let NaN pass through decisions, a truth value with rows is a float here: 0, 1, or
-NaN for one that is not known.
+Near a pole (a denominator, the argument of ``log``) a few rows are too small a sample for the worst
+case. A row that differs from row 0 by more than a POLE-th of its value becomes NaN, so results that
+depend on it have no known error. Booleans that depend on rounding are *soft*: floats 0 or 1, or NaN if
+unknown, so that NaN passes through decisions.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "ne": operator.ne,
 }
 
-# These act on a truth value's place alone, so they act on a NaN as on any other.
+# Primitives that only move elements, so that a soft boolean can pass through as a float.
 _MOVES = frozenset(
     {
         "broadcast_in_dim",
@@ -63,22 +63,22 @@ _MOVES = frozenset(
 
 
 def in_doubt(distance: Array, dtype: Any, times: float = FLIP) -> Array:
-    """Return for each row whether ``times`` its rounding could take it to the other side of 0.
+    """Return for each row whether ``times`` its rounding could take it across 0.
 
-    It could, too, where the distance is as small as what underflows, but not 0. Row 0 has no
-    rounding, and is where it is.
+    Also true if the distance is so small that it may be an underflow, but not 0. Row 0 is not rounded
+    and never in doubt.
     """
     return _exceeds(_moved(distance), distance[:1], dtype, times)
 
 
 def _moved(distance: Array) -> Array:
-    """Return how far each row is from row 0; NaN, which exceeds nothing, between two infinities."""
+    """Return each row's distance from row 0; NaN, which compares false, if both are infinite."""
     moved: Array = distance - distance[:1]
     return np.abs(moved, out=moved)
 
 
 def _exceeds(moved: Array, exact: Array, dtype: Any, times: float) -> Array:
-    """Return where a row moved ``times`` as far as row 0 is from 0; see ``in_doubt``."""
+    """Return where a row moved at least 1/``times`` of row 0's distance from 0; see ``in_doubt``."""
     faint = np.where(exact == 0, 0, arithmetic.faint(dtype))
     doubt = moved > np.abs(exact) / times - faint
     doubt[0] = False
@@ -86,36 +86,36 @@ def _exceeds(moved: Array, exact: Array, dtype: Any, times: float) -> Array:
 
 
 def aligned(*values: Array) -> list[Array]:
-    """Return values whose axes broadcast: where lax allows one to be a scalar, it gets axes of size 1."""
+    """Return ``values`` with equal rank: operands that lax allows to be scalars get axes of size 1."""
     rank = max(value.ndim for value in values)
     return [value.reshape(value.shape + (1,) * (rank - value.ndim)) for value in values]
 
 
 def compare(name: str, left: Array, right: Array, dtype: Any, sides: Sides) -> Array:
-    """Return a comparison; in rows where it is in doubt, on a side of their own."""
+    """Return a comparison as a soft boolean; rows in doubt take a side of their own."""
     distance = left - right
     decided = COMPARISONS[name](left, right)
     moved = _moved(distance)
     doubt = _exceeds(moved, distance[:1], dtype, FLIP)
-    # Nearer to the kink than its own noise all that follows hangs on that noise, for a batch of
-    # equal rows in all of them at once: nothing is known.
+    # If the noise exceeds the distance, everything downstream depends on it, for a batch of equal
+    # rows in all of them at once, so the outcome is unknown.
     lost = np.isnan(left) | np.isnan(right) | _exceeds(moved, distance[:1], dtype, 1.0)
     if doubt.any():
         further = distance[:1] + FLIP * (distance - distance[:1])
         goes_on = per_row(np.arange(sides.count) % 4 == 2, distance)
-        coins = sides.coins(distance.shape[2:])
-        side = np.where(goes_on, COMPARISONS[name](further, 0.0), coins)
+        choices = sides.choices(distance.shape[2:])
+        side = np.where(goes_on, COMPARISONS[name](further, 0.0), choices)
         decided = np.where(doubt, side, decided)
     return np.where(lost, np.nan, decided.astype(np.float64))
 
 
 def extreme(sign: int, left: Array, right: Array, dtype: Any, sides: Sides) -> Array:
-    """Return max (``sign`` 1) or min (-1); in rows where it is in doubt, what noise makes.
+    """Return max (``sign`` 1) or min (-1); rows in doubt take the noisy operand.
 
-    Clipped at a bound without noise, all rows on one side would say the same, and their spread
-    would be 0: there they say how far beyond the bound they are. But not exactly: of two values
-    with the bound in their middle, as normalising two rows makes them, one alone is beyond it, and
-    what follows may hang on their difference.
+    If all rows were clipped to a bound that has no noise, their spread would be 0. Rows in doubt
+    instead move beyond the bound by a random share of their distance from it. The share is random
+    because two values symmetric about the bound, as in a normalised batch of two rows, must not both
+    be beyond it by the same amount: later arithmetic may cancel their difference.
     """
     plain: Array = (np.maximum if sign > 0 else np.minimum)(left, right)
     if has_rows(left) == has_rows(right):
@@ -125,48 +125,50 @@ def extreme(sign: int, left: Array, right: Array, dtype: Any, sides: Sides) -> A
     beyond = in_doubt(distance, dtype) & np.isfinite(distance)
     if not beyond.any():
         return plain
-    # From 0 to the root of 3: of root mean square 1.
-    share = math.sqrt(3) * 2.0**-32 * sides.mixed(distance.shape[2:])
+    # Uniform on 0 to sqrt(3), so that the root mean square is 1.
+    share = math.sqrt(3) * 2.0**-32 * sides.bits(distance.shape[2:])
     return np.where(beyond, bound + sign * share * np.abs(distance), plain)
 
 
 def signed(value: Array, dtype: Any, sides: Sides) -> Array:
-    """Return a value whose sign counts; in rows where that is in doubt, of a sign that a coin says."""
+    """Return ``value`` with a random sign in the rows where its sign is in doubt."""
     exact = value[:1]
-    turned = np.where(sides.coins(value.shape[2:]), -1.0, 1.0)
-    # Turned away from row 0, not from what noise made of it: twice turned is not turned at all.
+    turned = np.where(sides.choices(value.shape[2:]), -1.0, 1.0)
+    # Signs are relative to row 0, so that applying this twice does not restore the sign.
     side = np.where(exact == 0, turned * value, turned * np.sign(exact) * np.abs(value))
     return np.where(in_doubt(value, dtype), side, value)
 
 
 def amplified(value: Array) -> Array:
-    """Return a value that a step function is taken of, each row FLIP times as far from row 0."""
+    """Return the input of a step function with each row FLIP times as far from row 0."""
     moved = FLIP * (value - value[:1])
-    alike, up = (per_row(which(len(value)), value) for which in (draws.alike, draws.up))
-    far = value[:1] + np.where(alike, np.where(up, 1.0, -1.0) * np.abs(moved), moved)
+    uniform, upper = (
+        per_row(rows(len(value)), value) for rows in (draws.uniform_rows, draws.upper_rows)
+    )
+    far = value[:1] + np.where(uniform, np.where(upper, 1.0, -1.0) * np.abs(moved), moved)
     return np.where(np.isfinite(far), far, value)
 
 
 def near_pole(value: Array) -> Array:
-    """Return a value that must keep its digits, with NaN in the rows where it lost them."""
+    """Return a denominator or similar, with NaN in the rows that have lost all digits."""
     exact = value[:1]
     lost = POLE * np.abs(value - exact) > np.abs(exact)
     return np.where(lost, np.nan, value)
 
 
 def is_soft(value: Array, dtype: Any) -> bool:
-    """Return whether a value of the program's ``dtype`` is a truth value that may be NaN."""
+    """Return whether a value of the program's ``dtype`` is a soft boolean."""
     return bool(dtype == np.bool_ and is_float(value.dtype))
 
 
 def harden(value: Array) -> Array:
-    """Return a truth value as a boolean; where it is not known, other than in the exact row."""
+    """Return a soft boolean as bool; unknown entries become the opposite of row 0."""
     exact = value[:1] > 0.5
     return np.where(np.isnan(value), ~exact, value > 0.5)
 
 
 def decide(eqn: Any, inputs: Sequence[Array]) -> list[Array]:
-    """Return an equation some of whose inputs are truth values that may be NaN."""
+    """Return the outputs of an equation that has soft booleans among its inputs."""
     name, first = eqn.primitive.name, inputs[0]
     out = eqn.outvars[0].aval.dtype
     if name in _MOVES:

@@ -1,16 +1,15 @@
-"""Every primitive of a training step as a NumPy function over stacked arrays.
+"""The primitives of a training step as NumPy functions on stacked arrays.
 
-:func:`apply` runs one equation of a jaxpr on arrays with two extra leading axes, (rows, cases),
-each of its full size or of size 1, which broadcast between the inputs. Nothing is compiled.
+:func:`apply` runs one equation of a jaxpr on arrays with two extra leading axes, (rows, cases), each
+of full size or of size 1, which broadcast between the inputs. Nothing is compiled.
 
-Floating-point values are held in float64 and computed in float64, whatever the program's dtype;
-integers and truth values keep the program's dtype, with XLA's semantics (wrap-around, division by
-zero, out-of-range indices). A PRNG key is held as its uint32 key data, with one more axis at the
-end.
+Floats are stored and computed in float64, whatever the program's dtype. Integers and booleans keep
+the program's dtype, with XLA's semantics (wrap-around, division by zero, out-of-bounds indices). A
+PRNG key is stored as its uint32 key data, with one more axis at the end.
 
-A function of the table takes the equation and its inputs and returns the one output, or the list
-of all of them. It expands a leading axis of size 1 only where it has to, and may return a view of
-an input, so that nobody may write into what it returns.
+A function in the table takes the equation and its inputs and returns its one output, or a list of
+outputs. It expands a leading axis of size 1 only where necessary. It may return a view of an input,
+so callers must not write into the result.
 
 Sources: https://openxla.org/xla/operation_semantics and the docstrings of ``jax.lax``.
 """
@@ -35,40 +34,36 @@ from bnverify.jaxpr.elementwise import (
 )
 from bnverify.jaxpr.interpreter import open_jaxpr
 from bnverify.jaxpr.products import dot_general
-from bnverify.jaxpr.values import is_float, is_key
+from bnverify.jaxpr.values import Array, is_float, is_key
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Inputs = Sequence[Array]
 Form = Callable[[Any, Inputs], Array | list[Array]]
 
 FORMS: dict[str, Form] = {}
-"""The name of a primitive -> its NumPy form."""
+"""Primitive name -> its NumPy implementation."""
 
 LEAD = 2
-"""How many leading axes every array has: rows and cases."""
-
-BITWISE = frozenset({"bitcast_convert_type", "nextafter", "reduce_precision"})
-"""Primitives whose meaning depends on the bits of the program's own dtype."""
+"""The number of leading axes of every array: rows and cases."""
 
 
 def apply(eqn: Any, inputs: Inputs) -> list[Array]:
-    """Run one equation that has no body (no call, loop or branch).
+    """Run one equation without an inner jaxpr.
 
     Args:
         eqn: the equation.
         inputs: an array for each input, (rows or 1, cases or 1, *aval.shape).
 
     Returns:
-        An array for each output, (rows or 1, cases or 1, *aval.shape): a leading axis is of
-        size 1 where it is in all the inputs that this output depends on.
+        An array for each output, (rows or 1, cases or 1, *aval.shape): a leading axis has size 1
+        if it has size 1 in all inputs of this output.
 
     Raises:
-        NotImplementedError: the primitive has no NumPy form, or none for these dtypes or
+        NotImplementedError: the primitive is not implemented, or not for these dtypes or
             parameters.
     """
     form = FORMS.get(eqn.primitive.name)
     if form is None:
-        raise NotImplementedError(f"primitive {eqn.primitive.name!r} has no NumPy form")
+        raise NotImplementedError(f"primitive {eqn.primitive.name!r} has no NumPy implementation")
     for array, atom in zip(inputs, eqn.invars, strict=True):
         if array.ndim != LEAD + len(atom.aval.shape) and not eqn.primitive.name.startswith(
             "random_"
@@ -78,23 +73,11 @@ def apply(eqn: Any, inputs: Inputs) -> list[Array]:
     return outputs if isinstance(outputs, list) else [outputs]
 
 
-def apply_in_own_dtype(eqn: Any, inputs: Inputs) -> list[Array]:
-    """Run one equation of ``BITWISE`` on floats rounded to the program's dtype.
-
-    :func:`apply` does the same for these primitives, which have no float64 form.
-
-    Raises:
-        NotImplementedError: the primitive is none of ``BITWISE``.
-    """
-    if eqn.primitive.name not in BITWISE:
-        raise NotImplementedError(f"primitive {eqn.primitive.name!r} is computed in float64")
-    return apply(eqn, inputs)
-
-
 def through_jax(eqn: Any, inputs: Inputs) -> list[Array]:
-    """Run one equation with JAX, in the program's own dtypes, for lack of a NumPy form.
+    """Run one equation with JAX, in the program's own dtypes.
 
-    No 64-bit type is enabled for it, so its result is rounded as the program's is.
+    For primitives without a NumPy implementation. 64-bit types stay disabled, so the result is
+    rounded as in the program.
 
     Raises:
         NotImplementedError: the primitive has no batching rule.
@@ -118,12 +101,12 @@ def through_jax(eqn: Any, inputs: Inputs) -> list[Array]:
             array if each else array.squeeze(axis)
             for array, each in zip(arrays, stacked, strict=True)
         ]
-    given = [release(array, atom.aval) for array, atom in zip(arrays, eqn.invars, strict=True)]
-    return [np.expand_dims(hold(output)[0, 0], missing) for output in run(*given)]
+    given = [to_jax(array, atom.aval) for array, atom in zip(arrays, eqn.invars, strict=True)]
+    return [np.expand_dims(from_jax(output)[0, 0], missing) for output in run(*given)]
 
 
-def hold(value: Any) -> Array:
-    """Return a JAX or NumPy array as this module holds it, (1, 1, *shape).
+def from_jax(value: Any) -> Array:
+    """Return a JAX or NumPy array in this module's representation, (1, 1, *shape).
 
     Raises:
         NotImplementedError: its dtype is complex, or an integer of less than 8 bits.
@@ -131,11 +114,11 @@ def hold(value: Any) -> Array:
     dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
     if is_key(dtype):
         return np.asarray(jax.random.key_data(value))[None, None]
-    return np.asarray(value).astype(held_dtype(dtype), copy=False)[None, None]
+    return np.asarray(value).astype(stored_dtype(dtype), copy=False)[None, None]
 
 
-def release(array: Array, aval: Any) -> Any:
-    """Return an array that this module holds as JAX has it, in ``aval.dtype``."""
+def to_jax(array: Array, aval: Any) -> Any:
+    """Return an array of this module as a JAX array of dtype ``aval.dtype``; inverse of ``from_jax``."""
     if is_key(aval.dtype):
         tag = str(aval.dtype).removeprefix("key<").removesuffix(">")
         return jax.random.wrap_key_data(jnp.asarray(array), impl=_KEY_TYPES[tag])
@@ -146,8 +129,8 @@ _KEY_TYPES = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
 
 
 @functools.cache
-def held_dtype(dtype: Any) -> np.dtype[Any]:
-    """Return the dtype in which values of a program's ``dtype`` are held.
+def stored_dtype(dtype: Any) -> np.dtype[Any]:
+    """Return the dtype that stores values of a program's ``dtype``.
 
     Raises:
         NotImplementedError: the dtype is complex, or an integer of less than 8 bits.
@@ -159,24 +142,24 @@ def held_dtype(dtype: Any) -> np.dtype[Any]:
     numpy_dtype: np.dtype[Any] = np.dtype(dtype)
     if numpy_dtype.kind in "biu":
         return numpy_dtype
-    raise NotImplementedError(f"values of dtype {dtype} have no NumPy form")
+    raise NotImplementedError(f"values of dtype {dtype} have no NumPy representation")
 
 
 def form(*names: str) -> Callable[[Form], Form]:
-    """Enter the decorated function under these names of primitives."""
+    """Register the decorated function as the implementation of these primitives."""
 
-    def enter(function: Form) -> Form:
+    def register(function: Form) -> Form:
         for name in names:
             if name in FORMS:
-                raise ValueError(f"primitive {name!r} has a NumPy form already")
+                raise ValueError(f"primitive {name!r} already has a NumPy implementation")
             FORMS[name] = function
         return function
 
-    return enter
+    return register
 
 
 def _level(inputs: Inputs) -> Inputs:
-    """Give all inputs the same rank: a scalar operand of an array gets axes of size 1."""
+    """Return the inputs with equal rank: a scalar operand gets axes of size 1."""
     rank = max([array.ndim for array in inputs])
     return [
         array
@@ -187,12 +170,12 @@ def _level(inputs: Inputs) -> Inputs:
 
 
 def _lead(inputs: Inputs) -> tuple[int, int]:
-    """Return the leading axes that the inputs broadcast to."""
+    """Return the leading shape that the inputs broadcast to."""
     return max([a.shape[0] for a in inputs]), max([a.shape[1] for a in inputs])
 
 
 def _onto(array: Array, lead: tuple[int, ...]) -> Array:
-    """Return ``array`` with the leading axes ``lead``, as a view."""
+    """Return ``array`` broadcast to the leading shape ``lead``, as a view."""
     if array.shape[:LEAD] == lead:
         return array
     return np.broadcast_to(array, lead + array.shape[LEAD:])
@@ -203,7 +186,7 @@ def _axes(axes: Sequence[int]) -> tuple[int, ...]:
 
 
 def _move_keys(form: Form, eqn: Any, inputs: Inputs) -> list[Array]:
-    """Run an equation that moves PRNG keys about: each key is one element, of opaque bytes."""
+    """Run an equation that only moves PRNG keys: each key is one element of opaque bytes."""
     is_key = [
         array.ndim > LEAD + len(atom.aval.shape)
         for array, atom in zip(inputs, eqn.invars, strict=True)
@@ -223,7 +206,7 @@ def _move_keys(form: Form, eqn: Any, inputs: Inputs) -> list[Array]:
     ]
 
 
-# ---- One element of each input makes one element of the output.
+# ---- Elementwise.
 
 
 def _by_element(function: Callable[..., Array]) -> Form:
@@ -250,7 +233,7 @@ def _round(eqn: Any, inputs: Inputs) -> Array:
 
 @form("convert_element_type")
 def _convert_element_type(eqn: Any, inputs: Inputs) -> Array:
-    return convert(inputs[0], held_dtype(eqn.params["new_dtype"]))
+    return convert(inputs[0], stored_dtype(eqn.params["new_dtype"]))
 
 
 @form("select_n")
@@ -284,7 +267,7 @@ def _identity(eqn: Any, inputs: Inputs) -> list[Array]:
     return list(inputs)
 
 
-# ---- In the program's own dtype, bit by bit.
+# ---- Bitwise, in the program's own dtype.
 
 
 def _narrow(array: Array, atom: Any) -> Array:
@@ -293,8 +276,8 @@ def _narrow(array: Array, atom: Any) -> Array:
 
 
 def _widen(array: Array, atom: Any) -> Array:
-    """Return an output as it is held."""
-    return array.astype(held_dtype(atom.aval.dtype), copy=False)
+    """Return an output in the dtype that stores it."""
+    return array.astype(stored_dtype(atom.aval.dtype), copy=False)
 
 
 @form("nextafter")
@@ -321,7 +304,7 @@ def _reduce_precision(eqn: Any, inputs: Inputs) -> Array:
     return _widen(reduce_precision(x, *bits), eqn.outvars[0])
 
 
-# ---- Shapes: nothing is computed, most results are views.
+# ---- Shape changes; most results are views.
 
 
 @form("broadcast_in_dim")
@@ -396,19 +379,19 @@ def _iota(eqn: Any, inputs: Inputs) -> Array:
     shape, dimension = eqn.outvars[0].aval.shape, eqn.params["dimension"]
     sizes = [1] * len(shape)
     sizes[dimension] = shape[dimension]
-    numbers = np.arange(shape[dimension]).astype(held_dtype(eqn.params["dtype"]))
+    numbers = np.arange(shape[dimension]).astype(stored_dtype(eqn.params["dtype"]))
     return np.broadcast_to(numbers.reshape(1, 1, *sizes), (1, 1, *shape))
 
 
 @form("empty", "empty2")
 def _empty(eqn: Any, inputs: Inputs) -> Array:
     aval = eqn.outvars[0].aval
-    return np.zeros((1, 1, *aval.shape), held_dtype(aval.dtype))
+    return np.zeros((1, 1, *aval.shape), stored_dtype(aval.dtype))
 
 
 @form("platform_index")
 def _platform_index(eqn: Any, inputs: Inputs) -> Array:
-    """Pick what the CPU runs, or, where nothing is made for it, what any other platform does."""
+    """Return the index of the branch for the CPU, or of the default branch if there is none."""
     platforms = eqn.params["platforms"]
     ours = [i for i, names in enumerate(platforms) if names is not None and "cpu" in names]
     index = (ours or [i for i, names in enumerate(platforms) if names is None])[0]
@@ -428,13 +411,13 @@ def _reduction(ufunc: np.ufunc) -> Form:
 
 
 def _reduce(ufunc: np.ufunc, x: Array, axes: tuple[int, ...]) -> Array:
-    """Reduce in the dtype of ``x``; over no element: to what the reduction starts from."""
+    """Reduce in the dtype of ``x``; an empty reduction gives the identity."""
     if x.size == 0:
         empty: Array = ufunc.reduce(
             x, axis=axes, dtype=x.dtype, initial=_identity_of(ufunc, x.dtype)
         )
         return empty
-    if ufunc is np.add and x.dtype.kind == "f":  # the same sum in a fourth of the time
+    if ufunc is np.add and x.dtype.kind == "f":  # einsum is four times as fast
         every = range(x.ndim)
         total: Array = np.einsum(x, [*every], [axis for axis in every if axis not in axes])
         return total
@@ -443,7 +426,7 @@ def _reduce(ufunc: np.ufunc, x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _identity_of(ufunc: np.ufunc, dtype: np.dtype[Any]) -> Any:
-    """Return the element that changes no other one, of ``dtype``."""
+    """Return the identity element of ``ufunc`` for ``dtype``."""
     if ufunc in {np.maximum, np.minimum}:
         low, high = _range(dtype)
         return low if ufunc is np.maximum else high
@@ -472,13 +455,13 @@ for _name, _ufunc in _REDUCTIONS.items():
 
 
 def _over_axes(ufunc: np.ufunc) -> Form:
-    """Return a collective over axes of the arrays themselves, as ``jax.vmap`` makes them."""
+    """Implement a collective over positional axes, as ``jax.vmap`` produces them."""
 
     def run(eqn: Any, inputs: Inputs) -> list[Array]:
         axes, groups = eqn.params["axes"], eqn.params["axis_index_groups"]
         if groups is not None or not all(isinstance(axis, int) for axis in axes):
             name = eqn.primitive.name
-            raise NotImplementedError(f"{name} over named axes {axes} has no NumPy form")
+            raise NotImplementedError(f"{name} over named axes {axes} is not implemented")
         return [_reduce(ufunc, x, _axes(axes)) for x in inputs]
 
     return run
@@ -523,7 +506,7 @@ for _name, _ufunc in _SCANS.items():
 @form("dot_general")
 def _dot_general(eqn: Any, inputs: Inputs) -> Array:
     contracting, batch = eqn.params["dimension_numbers"]
-    dtype = held_dtype(eqn.outvars[0].aval.dtype)
+    dtype = stored_dtype(eqn.outvars[0].aval.dtype)
     a, b = (convert(x, dtype) for x in inputs)
     return dot_general(a, b, contracting, batch)
 
@@ -531,7 +514,7 @@ def _dot_general(eqn: Any, inputs: Inputs) -> Array:
 @form("conv_general_dilated")
 def _conv_general_dilated(eqn: Any, inputs: Inputs) -> Array:
     params = eqn.params
-    dtype = held_dtype(eqn.outvars[0].aval.dtype)
+    dtype = stored_dtype(eqn.outvars[0].aval.dtype)
     numbers = params["dimension_numbers"]
     lhs, rhs = (convert(x, dtype) for x in inputs)
     return windows.convolve(
@@ -551,7 +534,7 @@ def _conv_general_dilated(eqn: Any, inputs: Inputs) -> Array:
 
 
 def _window(params: Any, *, dilations: bool = True) -> dict[str, Any]:
-    """Return how the windows of an equation lie."""
+    """Return the window parameters of an equation as keyword arguments."""
     names = ("base_dilation", "window_dilation") if dilations else ()
     return {
         "window": params["window_dimensions"],
@@ -589,10 +572,10 @@ _COMBINES = {
 
 
 def _combination(eqn: Any) -> np.ufunc:
-    """Return what combines the elements of a general reduction of one operand.
+    """Return the ufunc that a general reduction of one operand applies.
 
     Raises:
-        NotImplementedError: it is more than one of the usual operations.
+        NotImplementedError: its jaxpr is not one of the usual binary operations.
     """
     jaxpr, _ = open_jaxpr(eqn.params["jaxpr"])
     if len(jaxpr.invars) == 2 and len(jaxpr.eqns) == 1:
@@ -601,7 +584,7 @@ def _combination(eqn: Any) -> np.ufunc:
         name = only.primitive.name
         if both and only.outvars == jaxpr.outvars and name in _COMBINES:
             return _COMBINES[name]
-    raise NotImplementedError(f"{eqn.primitive.name} with {jaxpr} has no NumPy form")
+    raise NotImplementedError(f"{eqn.primitive.name} with {jaxpr} is not implemented")
 
 
 def _literal(eqn: Any) -> bool:
@@ -618,7 +601,7 @@ def _general_reduce(eqn: Any, inputs: Inputs) -> list[Array]:
 @form("reduce_window")
 def _reduce_window(eqn: Any, inputs: Inputs) -> list[Array]:
     ufunc, (x, initial) = _combination(eqn), inputs
-    # Where a window is padded, nothing is combined: it starts from the initial value anyway.
+    # Pad with the identity: each window starts from the initial value anyway.
     identity = _identity_of(ufunc, x.dtype)
     reduced = windows.reduce_window(ufunc, x, identity, **_window(eqn.params))
     return [ufunc(*_level([initial, reduced]))]
@@ -662,7 +645,7 @@ def _dynamic_update_slice(eqn: Any, inputs: Inputs) -> Array:
 
 
 def _fill_value(dtype: np.dtype[Any]) -> Any:
-    """Return what a gather gives out of bounds where the program does not say it."""
+    """Return the out-of-bounds value of a gather that does not specify one."""
     if dtype.kind == "f":
         return np.nan
     low, high = _range(dtype)
@@ -673,7 +656,7 @@ def _fill_value(dtype: np.dtype[Any]) -> Any:
 def _gather(eqn: Any, inputs: Inputs) -> Array:
     operand, indices = inputs
     params = eqn.params
-    # A promise to stay in bounds that is broken is kept by XLA, which moves slices inside.
+    # XLA also clamps with PROMISE_IN_BOUNDS if the promise is broken.
     clip = params["mode"] != jax.lax.GatherScatterMode.FILL_OR_DROP
     fill = params["fill_value"]
     if fill is None and not clip:
@@ -688,7 +671,7 @@ def _scatter_with(ufunc: np.ufunc | None) -> Form:
         if ufunc is None and params.get("update_jaxpr") is not None:
             jaxpr, _ = open_jaxpr(params["update_jaxpr"])
             if jaxpr.outvars[0] is not jaxpr.invars[1]:
-                raise NotImplementedError("scatter with a function of its own has no NumPy form")
+                raise NotImplementedError("scatter with a custom function is not implemented")
         return indexing.scatter(
             ufunc,
             operand,
@@ -722,7 +705,7 @@ for _name, _scattered in {
 
 @form("sort")
 def _sort(eqn: Any, inputs: Inputs) -> list[Array]:
-    """Sort all operands by the first ``num_keys``; NaN last, zeros alike; always stable."""
+    """Sort all operands by the first ``num_keys``: NaN last, -0 equal to 0, always stable."""
     axis, keys = LEAD + eqn.params["dimension"], inputs[: eqn.params["num_keys"]]
     if len(inputs) == 1:
         return [np.sort(inputs[0], axis=axis, kind="stable")]
@@ -736,9 +719,9 @@ def _sort(eqn: Any, inputs: Inputs) -> list[Array]:
 
 @form("top_k")
 def _top_k(eqn: Any, inputs: Inputs) -> list[Array]:
-    """Pick the largest, the first of equal ones first; floats in the total order of IEEE 754.
+    """Return the k largest, equal ones in order of index; floats in the total order of IEEE 754.
 
-    It has -0 below 0, and NaN at the end that its sign says.
+    In that order -0 is below 0, and NaN is at the end given by its sign bit.
     """
     x, k, axis = (
         inputs[0],
@@ -749,7 +732,7 @@ def _top_k(eqn: Any, inputs: Inputs) -> list[Array]:
     if x.dtype.kind == "f":
         bits = np.ascontiguousarray(x).view(np.int64)
         key = np.where(bits < 0, bits ^ np.iinfo(np.int64).max, bits)
-    # Reversed, sorted in ascending order and reversed again: stable the other way round.
+    # A stable descending sort: reverse, sort ascending, reverse again.
     order = np.flip(np.argsort(np.flip(key, axis), axis=axis, kind="stable"), axis)
     best = x.shape[axis] - 1 - np.take(order, np.arange(k), axis=axis)
     return [np.take_along_axis(x, best, axis), best.astype(eqn.outvars[1].aval.dtype)]
@@ -760,7 +743,9 @@ def _top_k(eqn: Any, inputs: Inputs) -> list[Array]:
 
 def _threefry_only(dtype: Any) -> None:
     if str(dtype) != "key<fry>":
-        raise NotImplementedError(f"random keys of type {dtype} have no NumPy form")
+        raise NotImplementedError(
+            f"PRNG keys of type {dtype} are not implemented, only threefry2x32"
+        )
 
 
 @form("random_bits")

@@ -1,19 +1,18 @@
-"""Products of stacked matrices, as few and as large ones as the stacking allows.
+"""Products of stacked matrices, batched into as few matmuls as possible.
 
-Every array has two leading axes (rows, cases), each of its full size or of size 1. Where only one
-of two matrices varies along a leading axis, that axis becomes part of the matrix: one large
-product, not many small ones.
+Every array has two leading axes (rows, cases), each of full size or of size 1. Where only one of
+two matrices varies along a leading axis, that axis is folded into the matrix: one large product
+instead of many small ones.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from bnverify.jaxpr.values import Array
 
 
 def product(a: Array, b: Array) -> Array:
@@ -36,7 +35,7 @@ def product(a: Array, b: Array) -> Array:
 
 
 def _fold(a: Array, alone: Sequence[int]) -> tuple[Array, list[int]]:
-    """Make leading axes part of the matrices' rows; return their sizes too."""
+    """Fold the leading axes ``alone`` into the matrices' rows; also return their sizes."""
     sizes = [a.shape[axis] for axis in alone]
     if not alone:
         return a, sizes
@@ -53,7 +52,7 @@ def _unfold(
     b_alone: Sequence[int],
     b_sizes: Sequence[int],
 ) -> Array:
-    """Undo ``_fold``: of the matrices' rows for ``a_alone``, of their columns for ``b_alone``."""
+    """Undo ``_fold``: ``a_alone`` from the matrices' rows, ``b_alone`` from their columns."""
     stack, (m, n) = out.shape[:-2], out.shape[-2:]
     m, n = m // math.prod(a_sizes), n // math.prod(b_sizes)
     out = out.reshape(*stack, *a_sizes, m, *b_sizes, n)
@@ -72,7 +71,7 @@ def _matmul(a: Array, b: Array) -> Array:
 
 
 def _for_blas(a: Array) -> Array:
-    """Return ``a`` with matrices that BLAS takes as they lie; others NumPy multiplies slowly."""
+    """Return ``a`` in a memory layout that BLAS accepts; NumPy is slow for others."""
     size, (rows, columns), (down, along) = a.itemsize, a.shape[-2:], a.strides[-2:]
     straight = along == size and down >= size * columns
     turned = down == size and along >= size * rows
@@ -90,8 +89,8 @@ def dot_general(
     Args:
         a: (rows or 1, cases or 1, *shape).
         b: likewise.
-        contracting: the axes of either that are summed over, the stack's not counted.
-        batch: the axes of either that are paired, likewise.
+        contracting: for each operand, the axes to sum over, not counting the leading two.
+        batch: for each operand, the batch axes, not counting the leading two.
     """
     left, a_free = _matrices(a, batch[0], contracting[0])
     right, b_free = _matrices(b, batch[1], contracting[1])

@@ -1,32 +1,33 @@
-"""How far the arithmetic of a traced program may take its results from the exact ones.
+"""A bound on the rounding error of a traced program's results.
 
-The program is evaluated in float64 once exactly and ``ROWS`` times with coarser rounding, by walking
-its jaxpr in NumPy: nothing is compiled. The distance of the coarse rows from the exact one is the
-tolerance of each number. Nothing is assumed about the model, and an ill-conditioned input widens its
-own tolerance.
+The program is evaluated in float64 by walking its jaxpr in NumPy (nothing is compiled): once exactly,
+and ``ROWS`` times with random rounding. The spread of these rows about the exact one is the tolerance
+of each number. The method assumes nothing about the model, and an ill-conditioned input widens its own
+tolerance.
 
-Every value is an array (rows, cases, *shape). Row 0 is the exact run. Each other row is a run in which
-every equation's result is multiplied by 1 + e, with e drawn anew for each row, equation and element,
-somewhat larger than a rounding of the program's dtype: one thing that its arithmetic could have made of
-the same numbers. An axis of size 1 stands for values that are alike in all rows (nothing has rounded
-yet) or in all cases (constants).
+Every value is an array (rows, cases, *shape). Row 0 is the exact run. In every other row each
+equation's result is multiplied by 1 + e, with e drawn for each row, equation and element, somewhat
+larger than a rounding error of the program's dtype: one possible outcome of the program's arithmetic.
+An axis of size 1 stands for values that are equal in all rows (nothing was rounded yet) or in all
+cases (constants).
 
-Draws are independent, because compiled arithmetic is no function of the values alone: sums are
-reordered, and a product may be fused into the sum that takes it, so that equal terms need not cancel.
-But mostly it is one, so that the errors of tied values agree and add up: where that counts, half of the
-rows draw equally for equal digits. What rounding can do:
+Draws are mostly independent, because the error of compiled arithmetic is not a function of the values
+alone: sums are reordered, and a product may be fused with the addition that uses it, so equal terms
+need not cancel. But often it is such a function, and then the errors of equal values agree and add up.
+Where that matters, half of the rows draw equal errors for equal digits. The error model:
 
-- A result errs by a unit of its dtype; a function that is approximated, by a few.
-- A sum of n terms errs by its partial sums: as many units of it as ``arithmetic.growth`` says, and where
-  terms cancel, as many of each term.
-- A product that a sum takes is rounded, or it is not, where the two become one fused multiply-add. A
-  compiler may decide it anew for each use of the sum, and of what is made of it element by element.
-  Where the sum cancels, its uses then differ by the product's rounding, and need not cancel each other.
-- What overflows in the program's dtype is infinite in its rows, so that its error is, too.
-- Inputs, and what is only moved about, do not round.
+- A result is off by an ulp of its dtype; an approximated function, by a few.
+- A sum of n terms also rounds its partial sums: ``arithmetic.growth`` ulps of the sum, and where terms
+  cancel, as many ulps of each term.
+- A product that is added may or may not be rounded, because the compiler may use a fused multiply-add.
+  It may decide differently for each use of the sum and of values computed from it elementwise. If the
+  sum cancels the product, its uses differ by the product's rounding error and need not cancel.
+- Overflow in the program's dtype makes a row infinite, and so the tolerance.
+- Inputs, and operations that only move data, do not round.
 
-Random rounding as a probe of stability is due to La Porte and Vignes (CESTAC) and to Parker (Monte
-Carlo arithmetic, 1997). The claim is tested against float32 runs: ``benchmarks/rounding_soundness.py``.
+Random rounding as a test of numerical stability is due to La Porte and Vignes (CESTAC) and to Parker
+(Monte Carlo arithmetic, 1997). ``benchmarks/rounding_soundness.py`` compares the bounds with float32
+runs.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ import numpy as np
 
 from bnverify.jaxpr import arithmetic, draws, kinks, numeric, tracing
 from bnverify.jaxpr.interpreter import hides_code, read
-from bnverify.jaxpr.sums import added
 from bnverify.jaxpr.values import Array, has_rows, is_complex, is_float, limits, per_row, widen
 
 if TYPE_CHECKING:
@@ -54,53 +54,53 @@ if TYPE_CHECKING:
 ROWS = 12
 SAFETY = 1.25
 SIZE = 0.8
-"""The root mean square of e in units of rounding; that of a real error is near 0.4."""
+"""The root mean square of e in ulps; that of a real rounding error is about 0.4."""
 
 MANY = 16
-"""Terms of a sum from which on n errors that agree stand out from sqrt(n) that do not."""
+"""From this many terms, n equal errors in a sum differ noticeably from sqrt(n) independent ones."""
 
 CANCELLED = 1 / 8
-"""A sum is this much smaller than a product in it where the product's rounding outweighs its own."""
+"""Below this fraction of a product in it, a sum's own rounding is smaller than the product's."""
 
 BYTES = 2**26
-"""The most that the values of one portion of the cases may take up, all equations together."""
+"""The most memory for one chunk of cases, over all equations."""
 
-_POINTS = 2**32  # more than a program has: the draws of two seeds have nothing in common
-_BODY = 2**16  # more than a branch or a loop's body has
-_TURNS = 8  # turns of a loop that draw anew; later ones repeat them
+_DRAWS_PER_SEED = 2**32  # more than any program uses, so seeds share no draws
+_BODY = 2**16  # more draws than the body of a branch or loop uses
+_ITERATIONS = 8  # iterations of a loop with draws of their own; later ones repeat them
 
-# A product is still one behind these.
+# A moved or negated product can still be fused.
 _MOVES = frozenset({"broadcast_in_dim", "neg", "reshape", "squeeze", "transpose"})
 
-# They leave the program, and may not be called for each row.
+# Host callbacks, which must not be called once for each row.
 _CALLBACKS = frozenset({"debug_callback", "debug_print", "io_callback", "pure_callback"})
 
 
 class Rounded(NamedTuple):
-    """A program's results without rounding, and how far rounding may move them.
+    """A program's exact results and their rounding tolerances.
 
     Attributes:
-        exact: the results in float64; integers and booleans as they are.
-        noise: like ``exact``: the tolerance of each number, infinite where nothing is known.
+        exact: the results without rounding: floats in float64, integers and booleans unchanged.
+        noise: a pytree like ``exact``: the tolerance of each number, infinite if unknown.
     """
 
     exact: Any
     noise: Any
 
 
-class Rows:
-    """The reading that evaluates a program exactly and with random rounding.
+class RoundingReading:
+    """Evaluates a program exactly in row 0 and with random rounding in all other rows.
 
     Args:
-        seed: of the draws.
-        added: how many numbers are added to what an equation makes, by its id
-            (``bnverify.jaxpr.sums``); any number to what is not listed.
-        count: how many rows there are, the exact one included.
-        drawn: remembers draws; readings of one program with one seed may share it.
+        seed: of the random draws.
+        added: ``id(eqn)`` -> how many numbers may later be added to its result, see
+            ``bnverify.jaxpr.arithmetic.additions_after``; infinite for equations not listed.
+        count: the number of rows, including the exact one.
+        drawn: the cache of draws; readings of one program with one seed may share it.
 
     Attributes:
-        unknown: names of primitives that cannot be evaluated coarsely: what depends on them has no
-            known error, and NaN in its rows.
+        unknown: names of primitives that cannot be evaluated with rounding. Results that depend on
+            them have no known error: NaN in their rounded rows.
     """
 
     def __init__(
@@ -113,19 +113,20 @@ class Rows:
         self.count = count
         self.unknown: set[str] = set()
         self._added = added or {}
-        self._point = seed * _POINTS
+        self._draw_index = seed * _DRAWS_PER_SEED
         self._draws = drawn or draws.Draws(count)
-        # By the id of a variable: products; how far the uses of a sum are apart; sums used once.
+        # Keyed by id(variable): products; errors between the uses of a sum with a fused product; such
+        # sums that have been used.
         self._products: set[int] = set()
-        self._apart: dict[int, Array] = {}
+        self._fma_errors: dict[int, Array] = {}
         self._used: set[int] = set()
 
     def constant(self, value: Any, aval: Any, /) -> Array:
-        """Return a literal or captured array: exact, and the same in all cases."""
+        """Return a literal or captured array: exact, and equal in all cases."""
         return widen(value, aval.dtype)[None, None]
 
-    def void(self, value: Array, known: Any) -> Array:
-        """Return ``value`` with its error unknown, NaN in its rows, where not ``known``."""
+    def mark_unknown(self, value: Array, known: Any) -> Array:
+        """Return ``value`` with NaN in all rounded rows where ``known`` is False."""
         if not is_float(value.dtype):
             return value
         first = per_row(np.arange(self.count) == 0, value)
@@ -134,58 +135,56 @@ class Rows:
         return np.where(first | known, value, np.nan)
 
     def round(self, value: Array, dtype: Any, units: float, added: float) -> Array:
-        """Round every row but the first as ``dtype`` does.
+        """Round every row but row 0 as ``dtype`` does.
 
         Args:
             value: what to round.
-            dtype: of the program.
-            units: how many times over.
-            added: how many numbers are added to each of these afterwards.
+            dtype: the program's dtype.
+            units: the size of the error in ulps.
+            added: how many numbers may later be added to each element.
         """
         shape, info = value.shape[2:], limits(dtype)
         errors = self._errors(value, dtype, units, added)
         errors += 1
         rounded = np.multiply(value, errors, out=errors if errors.shape[1] > 1 else None)
-        if not arithmetic.is_wide(dtype):  # float16: values of every day are subnormal
+        if not arithmetic.is_wide(dtype):  # float16: moderate values can be subnormal
             step = float(info.smallest_subnormal) * units
-            self._point += 1
-            below = step * self._draws.independent(self._point, shape)
+            self._draw_index += 1
+            below = step * self._draws.independent(self._draw_index, shape)
             rounded = np.where(value == 0, rounded, rounded + below)
         return rounded
 
     def _errors(self, value: Array, dtype: Any, units: float, added: float) -> Array:
-        """Return the relative errors that rounding a value makes, to be overwritten; 0 in row 0.
+        """Return relative rounding errors in a new array; 0 in row 0. Arguments as for ``round``.
 
-        An array like ``value``, or with an axis of size 1 where all cases err equally. For the
-        arguments see ``round``.
+        The shape is that of ``value``, or has a case axis of size 1 if all cases share the errors.
         """
         shape, info = value.shape[2:], limits(dtype)
         size = units * SIZE * float(info.eps) / 2
-        self._point += 1
-        independent: Array = size * self._draws.independent(self._point, shape)
+        self._draw_index += 1
+        independent: Array = size * self._draws.independent(self._draw_index, shape)
         if info.bits >= 32 and min(added, max(shape, default=0)) < MANY:
             return independent
         errors = np.empty((self.count, *value.shape[1:]))
         errors[:] = independent
-        self._draws.alike(self._point, value[0], dtype, size, out=errors)
+        self._draws.tie(self._draw_index, value[0], dtype, size, out=errors)
         return errors
 
-    def confine(self, value: Array, dtype: Any, room: float = 4) -> Array:
-        """Return ``value`` in the range of ``dtype``: beyond it infinite, below it 0.
+    def clip_to_range(self, value: Array, dtype: Any, room: float = 4) -> Array:
+        """Return ``value`` as ``dtype`` can hold it: overflow becomes infinite, underflow 0.
 
-        But in row 0, which is exact. Near the lower end every other row loses what the rest keep:
-        what is lost in all of them may cancel again. Cases that are well in the range, as nearly all
-        are, stay as they are.
+        Row 0 stays exact. Near underflow only every other row is flushed: if all were, the loss could
+        cancel later. Cases well within the range, which is nearly all, are returned unchanged.
 
         Args:
-            value: what to confine.
-            dtype: of the program.
-            room: how much larger than a sum its partial sums may be.
+            value: what to clip.
+            dtype: the program's dtype.
+            room: how much larger than the sum the partial sums may be.
         """
         info, wide = limits(dtype), arithmetic.is_wide(dtype)
-        # A literal may scale what is then not confined.
+        # Scaling by a literal up to NEAR is not checked again.
         most = float(info.max) / room / (arithmetic.NEAR if wide else 1)
-        # float16 is computed in 32 bits, where its subnormal numbers are normal: none is flushed.
+        # float16 is computed in float32, where its subnormal numbers are normal and not flushed.
         tiny = float(info.tiny) if wide else 0.0
         exact = np.abs(value[:1])
         near_zero = (exact < tiny * arithmetic.NEAR**2) & (exact > 0)
@@ -198,69 +197,74 @@ class Rows:
         largest = np.full(odd.shape, most)
         least = tiny * np.where(odd, arithmetic.NEAR, 1 / arithmetic.NEAR)
         largest[0], least[0] = np.inf, 0
-        confined = np.broadcast_to(value, (self.count, *value.shape[1:])).copy()
-        some = confined[:, cases]
+        clipped = np.broadcast_to(value, (self.count, *value.shape[1:])).copy()
+        some = clipped[:, cases]
         size = np.abs(some)
         some[size < per_row(least, some)] = 0
         some[size > per_row(largest, some)] = np.inf
-        confined[:, cases] = some
-        return confined
+        clipped[:, cases] = some
+        return clipped
 
-    def _outside(self, eqn: Any) -> list[Array]:
-        """Return what Python or the world gives: values of which nothing is known."""
+    def _unknown_outputs(self, eqn: Any) -> list[Array]:
+        """Return outputs of unknown value, such as those of a host callback."""
         self.unknown.add(eqn.primitive.name)
-        # The row without errors is a number: NaN in all of them would be a NaN known exactly.
+        # Row 0 is 0, since NaN in all rows would stand for a result that is known to be NaN.
         return [
-            self.void(widen(np.zeros(var.aval.shape), var.aval.dtype)[None, None], known=False)
+            self.mark_unknown(
+                widen(np.zeros(var.aval.shape), var.aval.dtype)[None, None], known=False
+            )
             for var in eqn.outvars
         ]
 
-    def _give_up(self, eqn: Any, inputs: Sequence[Array]) -> list[Array]:
-        """Return an equation's outputs with no known error."""
+    def _without_tolerance(self, eqn: Any, inputs: Sequence[Array]) -> list[Array]:
+        """Return an equation's exact outputs with unknown error."""
         self.unknown.add(eqn.primitive.name)
         exact = [value[:1] for value in inputs]
         try:
             outputs = numeric.through_jax(eqn, exact)
-        except Exception:  # noqa: BLE001 - whatever a primitive raises out of its place
-            return self._outside(eqn)
-        return [self.void(value, known=False) for value in outputs]
+        except Exception:  # noqa: BLE001 - a primitive may raise anything outside its usual context
+            return self._unknown_outputs(eqn)
+        return [self.mark_unknown(value, known=False) for value in outputs]
 
     def equation(self, eqn: Any, inputs: Sequence[Array]) -> Sequence[Array]:
-        """Evaluate one equation on every row, and round what it makes."""
-        inputs = self._as_used(eqn, inputs)
-        outputs = self._evaluated(eqn, inputs)
-        self._note_fusable(eqn, inputs, outputs)
+        """Evaluate one equation on every row and round its outputs."""
+        inputs = self._vary_fused(eqn, inputs)
+        outputs = self._evaluate(eqn, inputs)
+        self._track_fma(eqn, inputs, outputs)
         return outputs
 
-    def _as_used(self, eqn: Any, inputs: Sequence[Array]) -> Sequence[Array]:
-        """Return the inputs of an equation; a sum that may be fused anew, as this use may find it."""
-        if self._apart.keys().isdisjoint(map(id, eqn.invars)):
+    def _vary_fused(self, eqn: Any, inputs: Sequence[Array]) -> Sequence[Array]:
+        """Return the inputs; each further use of a sum with a fused product gets its own error."""
+        if self._fma_errors.keys().isdisjoint(map(id, eqn.invars)):
             return inputs
-        ready = list(inputs)
+        varied = list(inputs)
         for place, (value, atom) in enumerate(zip(inputs, eqn.invars, strict=True)):
-            if id(atom) in self._apart and id(atom) in self._used:
-                self._point += 1
-                drawn = self._draws.independent(self._point, value.shape[2:])
-                ready[place] = value + self._apart[id(atom)] * drawn
+            if id(atom) in self._fma_errors and id(atom) in self._used:
+                self._draw_index += 1
+                drawn = self._draws.independent(self._draw_index, value.shape[2:])
+                varied[place] = value + self._fma_errors[id(atom)] * drawn
             self._used.add(id(atom))
-        return ready
+        return varied
 
-    def _note_fusable(self, eqn: Any, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
-        """Keep in mind a product, and how far the uses of a sum that cancels one may be apart."""
+    def _track_fma(self, eqn: Any, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
+        """Record products, and by how much the uses of a sum that cancels one may differ."""
         name, out = eqn.primitive.name, eqn.outvars[0]
-        self._apart.pop(id(out), None)  # of an earlier turn or call
+        self._fma_errors.pop(id(out), None)  # left by an earlier iteration or call
         self._used.discard(id(out))
         if name == "mul" or (name in _MOVES and id(eqn.invars[0]) in self._products):
             self._products.add(id(out))
-        apart = [*self._carried_apart(eqn, inputs), *self._newly_apart(eqn, inputs, outputs)]
-        if apart:
-            most = functools.reduce(np.maximum, kinks.aligned(*apart))
-            self._apart[id(out)] = np.broadcast_to(most, (*most.shape[:2], *out.aval.shape))
+        errors = [
+            *self._inherited_fma_errors(eqn, inputs),
+            *self._new_fma_errors(eqn, inputs, outputs),
+        ]
+        if errors:
+            most = functools.reduce(np.maximum, kinks.aligned(*errors))
+            self._fma_errors[id(out)] = np.broadcast_to(most, (*most.shape[:2], *out.aval.shape))
 
-    def _newly_apart(
+    def _new_fma_errors(
         self, eqn: Any, inputs: Sequence[Array], outputs: Sequence[Array]
     ) -> Iterator[Array]:
-        """Yield a product's rounding where a sum cancels it, (1, cases, *shape)."""
+        """Yield the rounding error of a product that a sum cancels, (1, cases, *shape)."""
         dtype = eqn.outvars[0].aval.dtype
         if eqn.primitive.name not in arithmetic.ADDITIONS or not is_float(dtype):
             return
@@ -269,7 +273,7 @@ class Rows:
             for value, atom in zip(inputs, eqn.invars, strict=True)
             if id(atom) in self._products
         ]
-        if not products or limits(dtype).bits < 32:  # 16 bits are rounded before they are added
+        if not products or limits(dtype).bits < 32:  # 16-bit products are rounded before addition
             return
         *products, total = kinks.aligned(*products, np.abs(outputs[0][:1]))
         largest = functools.reduce(np.maximum, products)
@@ -277,45 +281,45 @@ class Rows:
         if cancels.any():
             yield np.where(cancels, largest, 0) * (SIZE * float(limits(dtype).eps) / 2)
 
-    def _carried_apart(self, eqn: Any, inputs: Sequence[Array]) -> Iterator[Array]:
-        """Yield how far apart an output's uses are since those of its inputs are: all is fused."""
+    def _inherited_fma_errors(self, eqn: Any, inputs: Sequence[Array]) -> Iterator[Array]:
+        """Yield by how much the uses of an output may differ because those of its inputs do."""
         name = eqn.primitive.name
         for place, atom in enumerate(eqn.invars):
-            apart = self._apart.get(id(atom))
-            if apart is None:
+            error = self._fma_errors.get(id(atom))
+            if error is None:
                 continue
             if name in _MOVES:
-                yield np.abs(numeric.apply(eqn, [apart])[0])
+                yield np.abs(numeric.apply(eqn, [error])[0])
             elif name in arithmetic.ADDITIONS:
-                yield apart
+                yield error
             elif name == "mul" or (name == "div" and place == 0):
-                apart, other = kinks.aligned(apart, np.abs(inputs[1 - place][:1]))
-                yield apart * other if name == "mul" else apart / other
+                error, other = kinks.aligned(error, np.abs(inputs[1 - place][:1]))
+                yield error * other if name == "mul" else error / other
 
-    def _evaluated(self, eqn: Any, inputs: Sequence[Array]) -> Sequence[Array]:
+    def _evaluate(self, eqn: Any, inputs: Sequence[Array]) -> Sequence[Array]:
         name = eqn.primitive.name
         if name in _CALLBACKS:
-            return self._outside(eqn)
+            return self._unknown_outputs(eqn)
         atoms = (*eqn.invars, *eqn.outvars)
         if any(is_complex(atom.aval.dtype) for atom in atoms) or (
             name not in numeric.FORMS and hides_code(eqn)
         ):
-            return self._give_up(eqn, inputs)
+            return self._without_tolerance(eqn, inputs)
         if name in arithmetic.BITWISE:
-            return numeric.apply_in_own_dtype(eqn, inputs)
+            return numeric.apply(eqn, inputs)
         pairs = list(zip(inputs, eqn.invars, strict=True))
         if any(kinks.is_soft(value, atom.aval.dtype) for value, atom in pairs):
             return kinks.decide(eqn, inputs)
         noisy = [has_rows(value) and is_float(value.dtype) for value in inputs]
         if any(noisy):
-            done = self._at_kink(eqn, inputs)
-            if done is not None:
-                return [done]
-            inputs = self._steady(eqn, inputs, noisy)
+            decided = self._decide(eqn, inputs)
+            if decided is not None:
+                return [decided]
+            inputs = self._guard(eqn, inputs, noisy)
         return self._arithmetic(eqn, inputs)
 
-    def _at_kink(self, eqn: Any, inputs: Sequence[Array]) -> Array | None:
-        """Return an equation that may take either of two sides; None where it is another."""
+    def _decide(self, eqn: Any, inputs: Sequence[Array]) -> Array | None:
+        """Return the output of a comparison, max, min or clamp; None for other primitives."""
         name = eqn.primitive.name
         dtype = eqn.invars[-1].aval.dtype
         if name in kinks.COMPARISONS:
@@ -323,29 +327,29 @@ class Rows:
             return self._compare(name, left, right, dtype)
         if name in {"max", "min"}:
             left, right = kinks.aligned(*inputs)
-            return self._pick(1 if name == "max" else -1, left, right, dtype)
+            return self._extreme(1 if name == "max" else -1, left, right, dtype)
         if name == "clamp":
             low, value, high = kinks.aligned(*inputs)
-            return self._pick(-1, self._pick(1, value, low, dtype), high, dtype)
+            return self._extreme(-1, self._extreme(1, value, low, dtype), high, dtype)
         return None
 
     def _compare(self, name: str, left: Array, right: Array, dtype: Any) -> Array:
-        self._point += 1
-        return kinks.compare(name, left, right, dtype, self._draws.sides(self._point))
+        self._draw_index += 1
+        return kinks.compare(name, left, right, dtype, self._draws.sides(self._draw_index))
 
-    def _pick(self, sign: int, left: Array, right: Array, dtype: Any) -> Array:
-        self._point += 1
-        return kinks.extreme(sign, left, right, dtype, self._draws.sides(self._point))
+    def _extreme(self, sign: int, left: Array, right: Array, dtype: Any) -> Array:
+        self._draw_index += 1
+        return kinks.extreme(sign, left, right, dtype, self._draws.sides(self._draw_index))
 
-    def _steady(self, eqn: Any, inputs: Sequence[Array], noisy: list[bool]) -> list[Array]:
-        """Return the inputs, made fit for step functions and poles."""
+    def _guard(self, eqn: Any, inputs: Sequence[Array], noisy: list[bool]) -> list[Array]:
+        """Return the inputs, adjusted for step functions, ``sign`` and poles; see ``kinks``."""
         name, pole, ready = eqn.primitive.name, arithmetic.pole(eqn), list(inputs)
         to_integer = name == "convert_element_type" and not is_float(eqn.outvars[0].aval.dtype)
         if noisy[0] and (to_integer or name in arithmetic.STEPS):
             ready[0] = kinks.amplified(inputs[0])
         if noisy[0] and name == "sign":
-            self._point += 1
-            sides = self._draws.sides(self._point)
+            self._draw_index += 1
+            sides = self._draws.sides(self._draw_index)
             ready[0] = kinks.signed(inputs[0], eqn.invars[0].aval.dtype, sides)
         if pole is not None and noisy[pole]:
             ready[pole] = kinks.near_pole(inputs[pole])
@@ -353,18 +357,18 @@ class Rows:
 
     def _arithmetic(self, eqn: Any, inputs: Sequence[Array]) -> list[Array]:
         units, terms = arithmetic.growth(eqn), arithmetic.terms(eqn)
-        more = self._added.get(id(eqn), math.inf)
+        added = self._added.get(id(eqn), math.inf)
         name = eqn.primitive.name
-        given = inputs
+        unrounded = inputs
         if terms > 1:
-            # Half of a product's error comes from its factors, half from each output's own sum.
+            # Half of a product's error is in its factors, half in each output's own partial sums.
             share = math.sqrt(0.5) if name in arithmetic.PRODUCTS else 1.0
             inputs = [
                 self.round(
                     value,
                     arithmetic.summed_in(atom.aval.dtype, eqn),
                     units * share,
-                    more * terms,
+                    added * terms,
                 )
                 if is_float(atom.aval.dtype)
                 else value
@@ -375,32 +379,32 @@ class Rows:
         except NotImplementedError:
             try:
                 outputs = numeric.through_jax(eqn, inputs)
-            except Exception:  # noqa: BLE001 - whatever a primitive raises out of its place
-                return self._give_up(eqn, inputs)
-            units += 2  # the exact row was rounded, too
+            except Exception:  # noqa: BLE001 - a primitive may raise anything outside its usual context
+                return self._without_tolerance(eqn, inputs)
+            units += 2  # row 0 was rounded, too
         exact = arithmetic.is_exact(eqn)
         if name in arithmetic.PRODUCTS and terms > 1:
-            outputs = [self._summed(eqn, given, outputs[0], units, more)]
+            outputs = [self._round_partial_sums(eqn, unrounded, outputs[0], units, added)]
         rounded = [
-            self._finish(eqn, value, var.aval.dtype, units, more, exact=exact)
+            self._round_output(eqn, value, var.aval.dtype, units, added, exact=exact)
             if is_float(var.aval.dtype)
             else value
             for value, var in zip(outputs, eqn.outvars, strict=True)
         ]
-        spared = None if exact else _spared(eqn, inputs)
-        if spared is not None:
-            spared = kinks.aligned(spared, outputs[0])[0]
-            return [np.where(spared, outputs[0], rounded[0])]
+        unrounded_where = None if exact else _exact_where(eqn, inputs)
+        if unrounded_where is not None:
+            unrounded_where = kinks.aligned(unrounded_where, outputs[0])[0]
+            return [np.where(unrounded_where, outputs[0], rounded[0])]
         return rounded
 
-    def _summed(
-        self, eqn: Any, inputs: Sequence[Array], output: Array, units: float, more: float
+    def _round_partial_sums(
+        self, eqn: Any, inputs: Sequence[Array], output: Array, units: float, added: float
     ) -> Array:
-        """Return a sum of products with a rounding of its partial sums that is each output's own.
+        """Return a sum of products with an error in its partial sums, independent for each output.
 
-        The errors of the factors are shared by all outputs that a factor enters, and where these
-        cancel, they do, too. Each of n terms errs besides, by as many units as the whole: together by
-        the root of the sum of their squares.
+        The errors of the factors are shared by all outputs that use a factor, so they cancel wherever
+        these outputs cancel. In addition each of the n terms has an error of its own, as many ulps as
+        the whole sum; together these are the root of the sum of their squares.
         """
         made = eqn.outvars[0].aval.dtype
         if not is_float(made):
@@ -408,98 +412,102 @@ class Rows:
         dtype = arithmetic.summed_in(made, eqn)
         squares = numeric.apply(eqn, [value[:1] * value[:1] for value in inputs])[0]
         length = np.sqrt(squares)
-        errors = self._errors(output, dtype, units, more)
+        errors = self._errors(output, dtype, units, added)
         summed: Array = output + np.where(np.isfinite(length), length, 0.0) * errors
         return summed
 
-    def _finish(
-        self, eqn: Any, value: Array, dtype: Any, units: float, more: float, *, exact: bool
+    def _round_output(
+        self, eqn: Any, value: Array, dtype: Any, units: float, added: float, *, exact: bool
     ) -> Array:
-        finished = value if exact else self.round(value, dtype, units, more)
+        rounded = value if exact else self.round(value, dtype, units, added)
         if arithmetic.leaves_range(eqn):
-            return self.confine(finished, dtype, room=1 if exact else 4)
-        return finished
+            return self.clip_to_range(rounded, dtype, room=1 if exact else 4)
+        return rounded
 
     def call(self, eqn: Any, inputs: Sequence[Array], body: Body[Array]) -> Sequence[Array]:
-        """Enter it; a program spread over devices only as one whose error is not known."""
-        inputs = self._as_used(eqn, inputs)
+        """Enter the call; the error of a program that is mapped over devices is unknown."""
+        inputs = self._vary_fused(eqn, inputs)
         if eqn.primitive.name in {"shard_map", "xla_pmap"}:
-            return self._give_up(eqn, inputs)
+            return self._without_tolerance(eqn, inputs)
         return body(inputs)
 
     def scan(
         self, eqn: Any, split: tuple[int, int], inputs: Sequence[Array], body: Body[Array]
     ) -> Sequence[Array]:
-        """Run a scan turn by turn."""
+        """Run a scan iteration by iteration."""
         consts, rest = split[0], sum(split)
         carry, xs = list(inputs[consts:rest]), inputs[rest:]
-        turns: list[int] = list(range(eqn.params["length"]))
+        iterations: list[int] = list(range(eqn.params["length"]))
         ys: dict[int, list[Array]] = {}
-        begun = self._point
-        for done, turn in enumerate(reversed(turns) if eqn.params["reverse"] else turns):
-            self._point = begun + done % _TURNS * _BODY
-            slices = [x[:, :, turn] for x in xs]
+        first_draw = self._draw_index
+        for done, index in enumerate(reversed(iterations) if eqn.params["reverse"] else iterations):
+            self._draw_index = first_draw + done % _ITERATIONS * _BODY
+            slices = [x[:, :, index] for x in xs]
             outputs = body([*inputs[:consts], *carry, *slices])
-            carry, ys[turn] = outputs[: len(carry)], outputs[len(carry) :]
-        self._point = begun + _TURNS * _BODY
-        if not turns:
+            carry, ys[index] = outputs[: len(carry)], outputs[len(carry) :]
+        self._draw_index = first_draw + _ITERATIONS * _BODY
+        if not iterations:
             stacked = eqn.outvars[len(carry) :]
-            empty = [np.zeros((1, 1, *var.aval.shape), _held(var.aval.dtype)) for var in stacked]
+            types = [np.float64 if is_float(v.aval.dtype) else v.aval.dtype for v in stacked]
+            empty = [
+                np.zeros((1, 1, *var.aval.shape), dtype)
+                for var, dtype in zip(stacked, types, strict=True)
+            ]
             return [*carry, *empty]
-        columns = zip(*(ys[turn] for turn in turns), strict=True)
+        columns = zip(*(ys[index] for index in iterations), strict=True)
         return [*carry, *(np.stack(np.broadcast_arrays(*column), axis=2) for column in columns)]
 
     def while_loop(
         self, eqn: Any, inputs: Sequence[Array], predicate: Body[Array], body: Body[Array]
     ) -> Sequence[Array]:
-        """Run a loop as often as each case's exact row asks."""
+        """Run a while loop in each case for as many iterations as its exact row takes."""
         first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         carry = list(inputs[first + second :])
         known: Any = True
-        begun = self._point
+        first_draw = self._draw_index
         for done in itertools.count():
-            turn = begun + done % _TURNS * 2 * _BODY
-            self._point = turn
-            going, agreed = _decided(predicate([*inputs[:first], *carry])[0])
+            iteration_draw = first_draw + done % _ITERATIONS * 2 * _BODY
+            self._draw_index = iteration_draw
+            going, agreed = _decision(predicate([*inputs[:first], *carry])[0])
             known = known & agreed
             if not going.any():
                 break
-            self._point = turn + _BODY
+            self._draw_index = iteration_draw + _BODY
             after = body([*inputs[first : first + second], *carry])
             carry = [
                 new if going.all() else np.where(_trailing(going, new), new, old)
                 for new, old in zip(after, carry, strict=True)
             ]
-        # What follows draws anew, however often the loop turned.
-        self._point = begun + _TURNS * 2 * _BODY
-        return [self.void(value, known) if has_rows(value) else value for value in carry]
+        # Later equations get draws that do not depend on the number of iterations.
+        self._draw_index = first_draw + _ITERATIONS * 2 * _BODY
+        return [self.mark_unknown(value, known) if has_rows(value) else value for value in carry]
 
     def cond(
         self, eqn: Any, inputs: Sequence[Array], branches: Sequence[Body[Array]]
     ) -> Sequence[Array]:
-        """Take in each case the exact row's branch for all rows."""
+        """Take, in each case, the branch that the exact row takes, for all rows."""
         del eqn
-        index, agreed = _decided(inputs[0])
+        index, agreed = _decision(inputs[0])
         index = np.clip(index.astype(np.int64), 0, len(branches) - 1)
-        begun = self._point
+        first_draw = self._draw_index
         outputs: list[Array] = []
         for number in np.unique(index):
             # A case's draws do not depend on the branches that other cases take.
-            self._point = begun + int(number) * _BODY
+            self._draw_index = first_draw + int(number) * _BODY
             taken = branches[number](inputs[1:])
             outputs = [
                 np.where(_trailing(index == number, other), other, value)
                 for value, other in zip(outputs or taken, taken, strict=True)
             ]
-        self._point = begun + len(branches) * _BODY
+        self._draw_index = first_draw + len(branches) * _BODY
         if not has_rows(inputs[0]):
             return outputs
-        return [self.void(value, agreed) for value in outputs]
+        return [self.mark_unknown(value, agreed) for value in outputs]
 
 
-def _spared(eqn: Any, inputs: Sequence[Array]) -> Array | None:
-    """Return where the values themselves spare an equation its rounding; None: nowhere."""
-    if eqn.primitive.name == "pow":  # Adam's bias corrections in its first step
+def _exact_where(eqn: Any, inputs: Sequence[Array]) -> Array | None:
+    """Return where these input values make an equation exact; None: nowhere."""
+    if eqn.primitive.name == "pow":  # x**1, as in Adam's bias correction in the first step
         return np.asarray(inputs[1] == 1)
     old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
     counts = jnp.issubdtype(old, jnp.integer) and is_float(new)
@@ -509,59 +517,55 @@ def _spared(eqn: Any, inputs: Sequence[Array]) -> Array | None:
     return None
 
 
-def _decided(value: Array) -> tuple[Array, Array]:
-    """Return the exact row of a decision, (1, cases), and in which cases all rows share it."""
-    exact = value[:1] > 0.5 if is_float(value.dtype) else value[:1]  # a truth value may be NaN
+def _decision(value: Array) -> tuple[Array, Array]:
+    """Return the exact row of a predicate or index, (1, cases), and whether all rows agree with it."""
+    exact = value[:1] > 0.5 if is_float(value.dtype) else value[:1]  # soft booleans are floats
     return exact, np.all(value == exact, axis=0, keepdims=True)
 
 
 def _trailing(mask: Array, value: Array) -> Array:
-    """Return a mask (1, cases) to broadcast against ``value``."""
+    """Return a mask, (1, cases), reshaped to broadcast against ``value``."""
     return mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
 
 
-def _held(dtype: Any) -> Any:
-    return np.float64 if is_float(dtype) else dtype
-
-
 class Rounding:
-    """The rounding of one traced program.
+    """The rounding error of one traced program.
 
     Args:
-        program: what was traced, on arguments of concrete shapes.
-        seed: of the draws.
+        program: traced on arguments of concrete shapes.
+        seed: of the random draws.
 
     Attributes:
         program: as given.
-        unknown: names of primitives whose rounding is not known; filled by ``evaluate``.
+        unknown: names of primitives whose rounding is unknown; filled by ``evaluate``.
     """
 
     def __init__(self, program: tracing.Program, seed: int = 0) -> None:
         self.program = program
         self.unknown: frozenset[str] = frozenset()
         self._seed = seed
-        self._added = added(program.jaxpr)
+        self._added = arithmetic.additions_after(program.jaxpr)
         self._drawn = draws.Draws(1 + ROWS)
 
     def evaluate(self, *args: Any) -> Rounded:
-        """Return what the program gives on stacked arguments, and its rounding noise.
+        """Return the program's results on stacked arguments, and their rounding tolerances.
 
         Args:
-            *args: trees like those the program was traced on, every leaf with a leading axis over
-                the cases, (K, ...).
+            *args: pytrees like those the program was traced on, every leaf with a leading axis over
+                the K cases.
 
         Returns:
-            Trees like the program's result, every leaf (K, ...).
+            ``Rounded``, two pytrees like the program's result, every leaf (K, ...).
 
         Raises:
-            TypeError: the trees are not those of the trace.
+            TypeError: the tree structures differ from those of the trace.
         """
         leaves = _leaves(self.program, args)
         cases = len(leaves[0]) if leaves else 1
-        portion = portion_of(self.program)
+        chunk = cases_per_chunk(self.program)
         parts = [
-            self._portion([leaf[start : start + portion] for leaf in leaves])
-            for start in range(0, cases, portion)
+            self._evaluate_chunk([leaf[start : start + chunk] for leaf in leaves])
+            for start in range(0, cases, chunk)
         ]
         whole = [np.concatenate(column) for column in zip(*parts, strict=True)]
         structure = jax.tree_util.tree_structure(self.program.out)
@@ -571,18 +575,18 @@ class Rounding:
             jax.tree_util.tree_unflatten(structure, whole[half:]),
         )
 
-    def _portion(self, leaves: list[Array]) -> list[Array]:
-        """Return the exact results of some cases, then their noises."""
+    def _evaluate_chunk(self, leaves: list[Array]) -> list[Array]:
+        """Return the exact results of a chunk of cases, followed by their tolerances."""
         cases = len(leaves[0]) if leaves else 1
-        reading = Rows(self._seed, self._added, drawn=self._drawn)
+        reading = RoundingReading(self._seed, self._added, drawn=self._drawn)
         with np.errstate(all="ignore"):
             results = read(self.program.jaxpr, reading, [leaf[None] for leaf in leaves])
             self.unknown = self.unknown | reading.unknown
             exacts, noises = [], []
             types = jax.tree_util.tree_leaves(self.program.out)
             for result, aval in zip(results, types, strict=True):
-                hard = kinks.is_soft(result, aval.dtype)
-                value = kinks.harden(result) if hard else result
+                soft = kinks.is_soft(result, aval.dtype)
+                value = kinks.harden(result) if soft else result
                 whole = np.broadcast_to(value, (len(value), cases, *value.shape[2:]))
                 exacts.append(whole[0])
                 noises.append(_noise(whole, aval.dtype))
@@ -590,42 +594,42 @@ class Rounding:
 
 
 def evaluate(program: tracing.Program, *args: Any) -> Any:
-    """Return what a program gives on one case without rounding: floats in float64, nothing compiled.
+    """Evaluate a program on one case without rounding: floats in float64, nothing compiled.
 
     Args:
-        program: what was traced.
-        *args: trees of arrays like those it was traced on.
+        program: the traced program.
+        *args: pytrees of arrays like those it was traced on.
 
     Raises:
-        TypeError: the trees are not those of the trace.
+        TypeError: the tree structures differ from those of the trace.
     """
     leaves = [leaf[None, None] for leaf in _leaves(program, args)]
     with np.errstate(all="ignore"):
-        results = read(program.jaxpr, Rows(count=1), leaves)
+        results = read(program.jaxpr, RoundingReading(count=1), leaves)
     structure = jax.tree_util.tree_structure(program.out)
     return jax.tree_util.tree_unflatten(structure, [result[0, 0] for result in results])
 
 
-def portion_of(program: tracing.Program) -> int:
-    """Return how many cases of a program are read at once, so that they fit in ``BYTES``."""
-    return max(1, int(BYTES / (8 * (1 + ROWS) * max(arithmetic.numbers(program.jaxpr), 1))))
+def cases_per_chunk(program: tracing.Program) -> int:
+    """Return how many cases of a program to evaluate at once so that they fit in ``BYTES``."""
+    return max(1, int(BYTES / (8 * (1 + ROWS) * max(arithmetic.count_values(program.jaxpr), 1))))
 
 
 def _leaves(program: tracing.Program, args: Any) -> list[Array]:
     expected: Any = jax.tree_util.tree_structure(program.args)
     given: Any = jax.tree_util.tree_structure(args)
     if given != expected:
-        raise TypeError(f"traced on {expected}, called with {given}")
+        raise TypeError(f"the program was traced on {expected}, but called with {given}")
     abstract = jax.tree_util.tree_leaves(program.args)
     leaves = jax.tree_util.tree_leaves(args)
     return [widen(leaf, aval.dtype) for leaf, aval in zip(leaves, abstract, strict=True)]
 
 
 def _noise(value: Array, dtype: Any) -> Array:
-    """Return how far the rows of a result are from the exact one, times ``SAFETY``.
+    """Return the distance of a result's rows from the exact one, times ``SAFETY``.
 
-    The length of the vector of the rows' distances is steadier than the largest of them, and never
-    below it, so that a jump which only one row made counts in full.
+    Rows are combined by their Euclidean norm: it varies less than the maximum and is never below it,
+    so a jump in a single row counts in full.
     """
     exact = value[0]
     if not has_rows(value):
@@ -638,11 +642,11 @@ def _noise(value: Array, dtype: Any) -> Array:
 
 
 def rounding(function: Callable[..., Any], *args: Any, seed: int = 0) -> Rounding:
-    """Return the rounding of ``function``, traced on arguments of these types.
+    """Return the rounding error of ``function``, traced on these argument types.
 
     Args:
         function: anything that traces under ``jax.jit``.
-        *args: trees of ``Abstract``, ``jax.ShapeDtypeStruct`` or arrays, of concrete shapes.
-        seed: of the draws.
+        *args: pytrees of ``Abstract``, ``jax.ShapeDtypeStruct`` or arrays, of concrete shapes.
+        seed: of the random draws.
     """
     return Rounding(tracing.trace(function, *args), seed)

@@ -1,12 +1,12 @@
-"""Trace a subject for every batch size and feature size at once, or as widely as it allows.
+"""Trace a subject for every batch size and feature size at once, or as widely as possible.
 
-Tracing under ``jax.export.symbolic_shape`` runs the subject's Python once with sizes that are
-names, so what is read off the result (tree structures, shapes, dtypes, who reaches whom) holds
-for every size. Nothing is compiled.
+Under ``jax.export.symbolic_shape`` the subject's Python code runs once with symbolic sizes, so
+whatever is read from the trace (tree structures, shapes, dtypes, data flow) holds for every size.
+Nothing is compiled.
 
-Not everything traces so. The claim is then narrowed, step by step, and says what is left of it:
-every N and D; N in multiples of 24 (a step that splits its batch); every N at the sizes D that
-the subject declares, or at a few; one concrete shape.
+If a subject does not trace with symbolic sizes, the claim is narrowed step by step, and ``scope``
+says what remains: every N and D; N a multiple of 24 (for a step that splits its batch); every N at
+the feature sizes that the subject declares, or at a few; one concrete shape.
 
 Source: https://docs.jax.dev/en/latest/export/shape_poly.html
 """
@@ -28,33 +28,31 @@ from bnverify.jaxpr.tracing import Abstract, Program, Tracer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-# Used where a symbolic D is refused: 1, because broadcasting hides there, and two others, far
-# apart. Three also tell whether a parameter's size is affine in D.
+# Used if D cannot be symbolic: 1, because broadcasting can hide errors there, and two others. Three
+# sizes are also enough to tell whether a parameter's size is affine in D.
 SIZES = (1, 3, 8)
 CONCRETE = (4, 3)
 CORNERS = ((1, 1), (2, 2))
 
 
 class TraceError(Exception):
-    """A subject that does not trace at any size; the message says where, the cause says why."""
+    """The subject does not trace at any size; the message names the function."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A subject traced at one pair of sizes.
+    """A subject traced at one batch size and feature size; all leaves are ``Abstract``.
 
     Attributes:
         n: the batch size, an int or symbolic.
-        d: the feature size, likewise.
-        before: the State that ``init`` makes, and from which the step was traced.
+        d: the feature size, an int or symbolic.
+        before: the State that ``init`` makes and the step starts from.
         after: the State after the step.
         info: the StepInfo: loss and gradients.
         eval_loss: what ``evaluate`` returns.
-        after_eval: the State evaluation leaves, where the subject shows it; else None.
-        programs: "init", "step", "evaluate" and perhaps "after_eval" -> the traced function.
-            "init" is missing where its State was inferred from other sizes.
-
-    All leaves are ``Abstract``.
+        after_eval: the State after evaluation, or None if the subject does not return it.
+        programs: "init", "step", "evaluate" and, if present, "after_eval" -> the traced function.
+            "init" is missing if ``before`` was inferred from other sizes.
     """
 
     n: Any
@@ -69,15 +67,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Traces:
-    """A subject traced as widely as it allows.
+    """A subject traced as widely as possible.
 
     Attributes:
-        runs: together they cover ``scope``; last those of the smallest sizes on their own, where
-            Python code may take other turns.
-        scope: what was quantified over, in words: "every N and D".
-        proved: whether the batch size was symbolic, so that ``scope`` speaks of every N (or of
-            every multiple). If not, ``runs`` are examples and prove nothing beyond their shapes.
-        narrowed: why the scope is not wider; empty where it is the widest.
+        runs: together they cover ``scope``; the smallest sizes come last, separately, because
+            Python code may branch on them.
+        scope: the sizes covered, as text: "every N and D".
+        proved: whether the batch size was symbolic, so that ``scope`` holds for every N (or every
+            multiple). If False, ``runs`` are examples and prove nothing beyond their shapes.
+        narrowed: why the scope is not wider; empty if it is the widest.
     """
 
     runs: tuple[Run, ...]
@@ -89,19 +87,18 @@ class Traces:
 def _stage(tracer: Tracer, stage: str, *args: Any) -> Program:
     try:
         return tracer.trace(stage, getattr(tracer.subject, stage), *args)
-    except Exception as error:  # whatever a user's code raises on sizes it cannot take
+    except Exception as error:  # the user's code may raise anything
         raise TraceError(f"{stage} does not trace: {first_line(error)}") from error
 
 
 def trace_at(tracer: Tracer, n: Any, d: Any, before: Any = None) -> Run:
-    """Return a subject traced at one pair of sizes.
+    """Trace a subject at one batch size and feature size.
 
     Args:
-        tracer: of the subject; only init, step, evaluate and, where there is one, after_eval are
-            used.
+        tracer: traces init, step, evaluate and, if present, after_eval of the subject.
         n: the batch size, an int or symbolic.
-        d: the feature size, likewise.
-        before: the state to step from; None traces ``init`` for it.
+        d: the feature size, an int or symbolic.
+        before: the state to step from; None traces ``init`` to get it.
 
     Raises:
         TraceError: one of the functions does not trace at these sizes.
@@ -121,31 +118,31 @@ def trace_at(tracer: Tracer, n: Any, d: Any, before: Any = None) -> Run:
 
 
 def _lift_size(sizes: Sequence[Any], dims: Sequence[int], d: Any) -> Any:
-    """Return the size as an affine function of ``d``, from its values at three of ``dims``."""
+    """Return ``sizes``, known at each of ``dims``, as an affine function of ``d``."""
     if len(set(sizes)) == 1:
         return sizes[0]
     if not all(isinstance(size, int) for size in sizes):
-        raise TraceError("a parameter's size depends on N and on D")
+        raise TraceError("the size of a parameter depends on both N and D")
     slope, rest = divmod(sizes[1] - sizes[0], dims[1] - dims[0])
     offset = sizes[0] - slope * dims[0]
     if rest or any(size != slope * dim + offset for size, dim in zip(sizes, dims, strict=True)):
-        raise TraceError("a parameter's size is no affine function of D")
+        raise TraceError("the size of a parameter is not an affine function of D")
     return slope * d + offset
 
 
 def lift_state(states: Sequence[Any], dims: Sequence[int], d: Any) -> Any:
-    """Return the state at the symbolic feature size ``d``, from the states at three known ones.
+    """Return the state at symbolic feature size ``d``, from the states at three concrete ones.
 
     Raises:
-        TraceError: the trees differ, or a size is no affine function of D.
+        TraceError: the tree structures differ, or a size is not an affine function of D.
     """
     flat: list[tuple[Any, Any]] = [jax.tree_util.tree_flatten(state) for state in states]
     if any(treedef != flat[0][1] for _, treedef in flat):
-        raise TraceError("init makes another tree at another D")
+        raise TraceError("init returns a different tree structure for different D")
     lifted = []
     for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
         if len({(len(leaf.shape), leaf.dtype, leaf.weak_type) for leaf in leaves}) != 1:
-            raise TraceError("init makes other types at another D")
+            raise TraceError("init returns different dtypes or ranks for different D")
         shape = tuple(
             _lift_size(sizes, dims, d)
             for sizes in zip(*(leaf.shape for leaf in leaves), strict=True)
@@ -154,40 +151,40 @@ def lift_state(states: Sequence[Any], dims: Sequence[int], d: Any) -> Any:
     return jax.tree_util.tree_unflatten(flat[0][1], lifted)
 
 
-def _listed(dims: Sequence[int]) -> str:
+def _format_dims(dims: Sequence[int]) -> str:
     return f"D = {dims[0]}" if len(dims) == 1 else f"D in {tuple(dims)}"
 
 
 def _attempts(tracer: Tracer) -> Iterator[tuple[str, Callable[[], tuple[Run, ...]]]]:
-    """Yield (scope, how to trace it), the widest first."""
+    """Yield (scope, function that traces it), the widest scope first."""
     features = tuple(tracer.subject.features or ())
     n, d = jax.export.symbolic_shape("n, d")
     multiple, _ = jax.export.symbolic_shape("24*n, d")
     if not features:
         yield "every N and D", lambda: (trace_at(tracer, n, d),)
         yield (
-            f"every N and D, from states shaped as init makes them at {_listed(SIZES)}",
+            f"every N and D, with the state's shapes extrapolated from {_format_dims(SIZES)}",
             lambda: (_trace_lifted(tracer, n, d),),
         )
         yield "every N divisible by 24, every D", lambda: (trace_at(tracer, multiple, d),)
     dims = features or SIZES
     for size, every in ((n, "every N"), (multiple, "every N divisible by 24")):
-        scope = f"{every}, {_listed(dims)}"
+        scope = f"{every}, {_format_dims(dims)}"
         yield scope, partial(_trace_each, tracer, size, dims)
 
 
 def _corners(tracer: Tracer) -> Iterator[Run]:
-    """Yield runs at sizes where Python code takes turns that a symbolic size does not show.
+    """Yield runs at the smallest sizes, where Python code may branch differently.
 
-    To JAX ``n == 1`` and ``n == d`` are plainly false for symbolic sizes, so a branch on them
-    goes unseen. What is read must hold there too; a size that no trace takes is left out.
+    ``n == 1`` and ``n == d`` are false for symbolic sizes, so a symbolic trace misses the other
+    branch. Sizes that do not trace are skipped.
     """
     for n, d in CORNERS:
         features = tracer.subject.features
         size = min(features) if features else d
         try:
             yield trace_at(tracer, n, size)
-        except TraceError:  # running will tell
+        except TraceError:  # running the step reports it
             continue
 
 
@@ -208,17 +205,16 @@ def trace_subject(
     tracer: Tracer | None = None,
     corners: bool = True,
 ) -> Traces:
-    """Return ``subject`` traced for as many sizes as it allows, without compiling anything.
+    """Trace ``subject`` for as many sizes as possible, without compiling anything.
 
     Args:
         subject: see ``bnverify.subject.Subject``.
-        concrete: (N, D) to fall back to where no size may be symbolic; D gives way to the
-            subject's own ``features``.
-        tracer: of the subject, to share its traces; told whether ``init`` needs the batch.
-        corners: whether to trace the smallest sizes on their own, too.
+        concrete: the (N, D) to use if no size can be symbolic; ``subject.features`` overrides D.
+        tracer: the subject's tracer, to share its traces; its ``init_is_free`` is set.
+        corners: whether to also trace the smallest sizes.
 
     Raises:
-        TraceError: it does not trace even there.
+        TraceError: the subject does not trace even at ``concrete``.
     """
     tracer = tracer or Tracer(subject)
     narrowed = ""
@@ -237,14 +233,14 @@ def trace_subject(
 
 
 def _init_is_free(run: Run) -> bool:
-    """Return whether the state that ``init`` makes depends on neither the batch nor its size."""
+    """Return whether the state that ``init`` makes is independent of the batch and its size."""
     program = run.programs.get("init")
     if program is None:
         return False
     graph = Graph(len(program.jaxpr.jaxpr.invars))
     ends = read(program.jaxpr, graph, graph.sources)
     labels = graph.labels()
-    batch = 1 << len(graph.sources) - 1  # the last of its inputs
+    batch = 1 << len(graph.sources) - 1  # x is the last input
     named = str(run.n)
     sizes = {str(size) for leaf in jax.tree_util.tree_leaves(program.out) for size in leaf.shape}
     return not any(labels[node] & batch for node in ends) and not any(named in s for s in sizes)

@@ -1,4 +1,4 @@
-"""The Threefry-2x32 random bits of ``jax.random``, bit for bit, in NumPy.
+"""The Threefry-2x32 generator of ``jax.random`` in NumPy, bit for bit.
 
 A key is its key data, (..., 2) uint32. All functions are vectorised over the leading axes of the
 keys.
@@ -11,12 +11,11 @@ on ``jax.config.jax_threefry_partitionable``.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from bnverify.jaxpr.values import Array
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
@@ -26,7 +25,7 @@ def threefry2x32(key1: Array, key2: Array, count1: Array, count2: Array) -> tupl
     """Hash two uint32 counters under two uint32 key words; all four arrays broadcast."""
     keys = (key1, key2, key1 ^ key2 ^ _PARITY)
     x, y = count1 + keys[0], count2 + keys[1]
-    x, y = (np.array(part) for part in np.broadcast_arrays(x, y))  # own memory, written below
+    x, y = (np.array(part) for part in np.broadcast_arrays(x, y))  # copies, modified in place below
     spare = np.empty_like(y)
     for turn in range(5):
         for rotation in _ROTATIONS[turn % 2]:
@@ -41,16 +40,16 @@ def threefry2x32(key1: Array, key2: Array, count1: Array, count2: Array) -> tupl
 
 
 def seed(numbers: Array) -> Array:
-    """Return the key of each integer seed, (*shape, 2): its high and its low 32 bits."""
+    """Return the key of each integer seed, (*shape, 2): its high and low 32 bits."""
     wide = numbers.astype(np.int64 if numbers.dtype.kind == "i" else np.uint64)
     high = wide >> 32 if numbers.dtype.itemsize == 8 else np.zeros_like(wide)
     return np.stack([high, wide], axis=-1).astype(np.uint32)
 
 
 def fold_in(key1: Array, key2: Array, data: Array) -> Array:
-    """Return a new key for each key, given by its two words, and uint32 number; they broadcast.
+    """Fold a uint32 number into each key, given by its two words; all arguments broadcast.
 
-    The counters are the key that the number would seed: (0, number).
+    The hashed counters are (0, number), the key data of that number as a seed.
     """
     return np.stack(threefry2x32(key1, key2, np.zeros_like(data), data), axis=-1)
 
@@ -88,7 +87,7 @@ def random_bits(keys: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
             high, low = np.split(bits, 2, axis=-1)
             bits = high.astype(dtype) << dtype.type(32) | low
         elif bit_width < 32:
-            # Each word gives its low bits first, whatever the byte order of the machine.
+            # Each word is split starting with its low bits, on machines of either byte order.
             parts = np.arange(0, 32, bit_width, dtype=np.uint32)
             bits = (bits[..., None] >> parts).astype(dtype)
             bits = bits.reshape(*keys.shape[:-1], -1)[..., :size]
@@ -96,7 +95,7 @@ def random_bits(keys: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
 
 
 def _is_partitionable() -> bool:
-    # Its options are no attributes that a type checker can see.
+    # A type checker does not see the options of jax.config as attributes.
     return bool(getattr(jax.config, "jax_threefry_partitionable"))  # noqa: B009
 
 

@@ -1,4 +1,4 @@
-"""Trace a function to a program whose inputs and outputs know their places in the trees."""
+"""Trace a function to a jaxpr together with the pytrees of its arguments and result."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Abstract:
-    """An array's type without its values; a leaf of the trees that tracing gives.
+    """Shape and dtype of an array: the leaf type of traced pytrees.
 
     Attributes:
-        shape: a tuple of ints, or of symbolic sizes.
-        dtype: the dtype; a PRNG key's is an extended one.
-        weak_type: whether it gives way to the other operand's dtype, as a Python scalar does.
+        shape: a tuple of ints or symbolic sizes.
+        dtype: the dtype; PRNG keys have an extended dtype.
+        weak_type: whether the other operand's dtype wins in promotion, as for Python scalars.
     """
 
     shape: tuple[Any, ...]
@@ -31,7 +31,7 @@ class Abstract:
 
     @classmethod
     def of(cls, value: Any) -> Abstract:
-        """Return the type of an array, of a ``jax.ShapeDtypeStruct`` or of an abstract value."""
+        """Return the shape and dtype of an array, ``jax.ShapeDtypeStruct`` or abstract value."""
         weak = bool(getattr(value, "weak_type", False))
         return cls(tuple(value.shape), value.dtype, weak)
 
@@ -46,8 +46,8 @@ class Program:
 
     Attributes:
         jaxpr: the closed jaxpr.
-        args: its arguments, a tuple of trees of ``Abstract``.
-        out: its result, a tree of ``Abstract``.
+        args: its arguments, a tuple of pytrees of ``Abstract``.
+        out: its result, a pytree of ``Abstract``.
     """
 
     jaxpr: Any
@@ -56,11 +56,11 @@ class Program:
 
 
 def trace(function: Callable[..., Any], *args: Any) -> Program:
-    """Return ``function`` traced on arguments of these types, without running or compiling it.
+    """Trace ``function`` without running or compiling it.
 
     Args:
         function: anything that traces under ``jax.jit``.
-        *args: trees of ``Abstract``, ``jax.ShapeDtypeStruct`` or arrays. Sizes may be symbolic.
+        *args: pytrees of ``Abstract``, ``jax.ShapeDtypeStruct`` or arrays. Sizes may be symbolic.
     """
     abstract = jax.tree_util.tree_map(Abstract.of, args)
     jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*abstract)
@@ -70,34 +70,34 @@ def trace(function: Callable[..., Any], *args: Any) -> Program:
 
 
 class TreeFunction:
-    """A traced program as a function of the trees that it was traced on; it runs no user code."""
+    """A traced program as a function on pytrees; calling it does not call the traced Python code."""
 
     def __init__(self, program: Program) -> None:
         self._run = jax.extend.core.jaxpr_as_fun(program.jaxpr)
         self._structure = jax.tree_util.tree_structure(program.out)
 
     def __call__(self, *args: Any) -> Any:
-        """Return the program's result."""
+        """Call the program with pytrees shaped like ``Program.args``."""
         out = self._run(*jax.tree_util.tree_leaves(args))
         return jax.tree_util.tree_unflatten(self._structure, out)
 
     def flat(self, *leaves: Any) -> list[Any]:
-        """Return the leaves of the program's result, for the leaves of its arguments."""
+        """Call the program with the flat list of argument leaves; return the result's leaves."""
         return list(self._run(*leaves))
 
 
 class Tracer:
-    """A subject's functions, each traced once for each signature of its arguments.
+    """Traces a subject's functions once for each signature of their arguments.
 
-    What is proved, compiled and read for rounding are the same traces.
+    Proofs, compilation and rounding bounds all use the same traces.
 
     Args:
         subject: see ``bnverify.subject.Subject``.
 
     Attributes:
         subject: as given.
-        init_is_free: whether ``init`` is proved to depend on neither the batch nor its size: then it
-            is traced at one size for each D.
+        init_is_free: whether ``init`` is proved independent of the batch and its size, so that one
+            batch size for each D is enough.
     """
 
     def __init__(self, subject: Any) -> None:
@@ -107,12 +107,12 @@ class Tracer:
         self._rows_of_init: dict[int, int] = {}
 
     def trace(self, name: str, function: Callable[..., Any], *args: Any) -> Program:
-        """Return ``function`` traced on arguments of these types; see :func:`trace`.
+        """Return ``function`` traced on these argument types, from the cache where possible.
 
         Args:
-            name: tells functions apart.
+            name: the cache key of ``function``.
             function: anything that traces under ``jax.jit``.
-            *args: trees of ``Abstract`` or arrays, of single cases.
+            *args: pytrees of ``Abstract`` or arrays, without a case axis.
         """
         abstract = jax.tree_util.tree_map(Abstract.of, args)
         leaves, structure = jax.tree_util.tree_flatten(abstract)
@@ -123,21 +123,21 @@ class Tracer:
 
     @staticmethod
     def batch(rows: Any, features: Any) -> Case:
-        """Return the types of a case of one shape; sizes may be symbolic."""
+        """Return an abstract case with these sizes, which may be symbolic."""
         single, whole = np.dtype(np.float32), np.dtype(np.int32)
         x, y = Abstract((rows, features), single), Abstract((rows,), single)
         return Case(Abstract((), whole), x, y, Abstract((), single), Abstract((), whole))
 
     def state(self, rows: int, features: int) -> Any:
-        """Return the types of the state that ``init`` makes at one shape, none of them weak."""
+        """Return the abstract state that ``init`` makes for these sizes, without weak types."""
         case = self.batch(rows, features)
         made = self.trace("init", self.subject.init, case.seed, self.init_batch(case.x)).out
         return jax.tree_util.tree_map(lambda leaf: Abstract(leaf.shape, leaf.dtype), made)
 
     def init_batch(self, x: Any) -> Any:
-        """Return the batch that ``init`` is called with for one like ``x``, (..., N, D).
+        """Return the batch to call ``init`` with, given ``x`` of shape (..., N, D).
 
-        It is ``x`` itself unless ``init_is_free``: then one of always the same N for each D.
+        This is ``x`` unless ``init_is_free``; then a batch of zeros with one fixed N for each D.
         """
         *stack, rows, features = x.shape
         if not self.init_is_free:
@@ -148,11 +148,6 @@ class Tracer:
         return np.zeros((*stack, rows, features), x.dtype)
 
 
-def as_function(program: Program) -> TreeFunction:
-    """Return a traced program as a function again."""
-    return TreeFunction(program)
-
-
 def _key(entry: Any) -> str:
     for attribute in ("key", "name", "idx"):
         if hasattr(entry, attribute):
@@ -161,7 +156,7 @@ def _key(entry: Any) -> str:
 
 
 def leaf_names(tree: Any, prefix: str = "") -> list[str]:
-    """Return the path of every leaf, joined by "/": ``params/Dense_0/kernel``."""
+    """Return each leaf's path joined by "/", e.g. ``params/Dense_0/kernel``."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     heads = [prefix] if prefix else []
     return ["/".join([*heads, *(_key(entry) for entry in path)]) for path, _ in paths]

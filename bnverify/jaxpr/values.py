@@ -1,4 +1,4 @@
-"""What a program's values are while it is evaluated in NumPy: arrays (rows, cases, *shape)."""
+"""Arrays of a program evaluated in NumPy: shape (rows, cases, *shape), and their dtypes."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ Array: TypeAlias = npt.NDArray[Any]
 
 @functools.cache
 def limits(dtype: Any) -> Any:
-    """Return ``jnp.finfo`` of a dtype, which is slow to make for each equation of a program."""
+    """Return ``jnp.finfo(dtype)``, cached: building it for each equation is slow."""
     return jnp.finfo(dtype)
 
 
 @functools.cache
 def is_float(dtype: Any) -> bool:
-    """Return whether a dtype is a real floating-point one."""
+    """Return whether ``dtype`` is a real floating-point dtype."""
     return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 @functools.cache
 def is_complex(dtype: Any) -> bool:
-    """Return whether a dtype is a complex one."""
+    """Return whether ``dtype`` is complex."""
     return bool(jnp.issubdtype(dtype, jnp.complexfloating))
 
 
 @functools.cache
 def is_key(dtype: Any) -> bool:
-    """Return whether a dtype is that of PRNG keys."""
+    """Return whether ``dtype`` is a PRNG key dtype."""
     return bool(jnp.issubdtype(dtype, jax.dtypes.extended))
 
 
 def has_rows(value: Array) -> bool:
-    """Return whether rounding has touched a value: its rows then differ."""
+    """Return whether ``value`` has been rounded, so that its rows differ."""
     return bool(value.shape[0] > 1)
 
 
 def per_row(numbers: Array, value: Array) -> Array:
-    """Return what is known of each row, (rows,), to broadcast against ``value``."""
+    """Return ``numbers``, one per row, shape (rows,), reshaped to broadcast against ``value``."""
     return numbers.reshape(-1, *[1] * (value.ndim - 1))
 
 
 def widen(value: Any, dtype: Any) -> Array:
-    """Return ``value`` as a program holds it in ``dtype``, but floats in float64.
+    """Convert ``value`` to ``dtype``, then to float64 where it is a float.
 
-    A subnormal number is 0, as XLA reads it on a CPU; but not of float16, which is computed in
-    float32, where it is normal. A PRNG key is held as its key data, unsigned integers with an axis
-    more.
+    Subnormal numbers become 0, as XLA flushes them on CPU. Those of float16 stay: XLA computes
+    float16 in float32, where they are normal. A PRNG key becomes its key data, unsigned integers
+    with one more axis.
     """
     if is_key(dtype):
         if isinstance(value, np.ndarray):

@@ -1,8 +1,8 @@
-"""Padding, convolutions and reductions over windows, of stacked arrays.
+"""Padding, convolutions and window reductions of stacked arrays.
 
-Every array has two leading axes (rows, cases), each of its full size or of size 1. A window is
-seen as more axes of the array that it slides over, without a copy; a convolution copies these
-patches once, in the order in which they lie in memory, and is then one product of matrices.
+Every array has two leading axes (rows, cases), each of full size or of size 1. Windows are extra
+axes of a strided view; a convolution copies these patches once, in memory order, and multiplies
+them with the kernel in one matmul.
 
 Source: https://openxla.org/xla/operation_semantics
 """
@@ -18,11 +18,10 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from bnverify.jaxpr.products import product
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from bnverify.jaxpr.values import Array
 
 PATCHES = 2**22
-"""Bytes: how large the patches of a convolution may be that are in memory at once."""
+"""The most bytes of patches that a convolution holds in memory at once."""
 
 
 def pad(array: Array, value: Array, config: Sequence[tuple[int, int, int]]) -> Array:
@@ -68,16 +67,16 @@ def convolve(
     """Return ``jax.lax.conv_general_dilated`` of two stacked arrays of one dtype.
 
     Args:
-        lhs: the batch, in any layout.
+        lhs: the batch.
         rhs: the kernel.
-        strides: of the window, for each spatial axis.
-        padding: (before, after) for each spatial axis; negative: cut off.
-        lhs_dilation: for each spatial axis of the batch.
-        rhs_dilation: for each spatial axis of the kernel.
-        specs: where batch and feature axes are, then the spatial ones: of ``lhs``, of ``rhs``
-            (output features, input features), of the result.
-        feature_groups: into how many groups the features fall.
-        batch_groups: into how many groups the batch falls.
+        strides: the window's stride along each spatial axis.
+        padding: (before, after) for each spatial axis; negative values crop.
+        lhs_dilation: the batch's dilation along each spatial axis.
+        rhs_dilation: the kernel's dilation along each spatial axis.
+        specs: the axis numbers of ``lhs`` (batch, feature, *spatial), of ``rhs`` (output feature,
+            input feature, *spatial) and of the result (batch, feature, *spatial).
+        feature_groups: the number of groups of features.
+        batch_groups: the number of groups of the batch.
     """
     (n_axis, c_axis, *space_axes), (o_axis, i_axis, *window_axes), out_spec = specs
     config = [(0, 0, 0)] * (lhs.ndim - 2)
@@ -100,7 +99,7 @@ def convolve(
     for i, axis in enumerate(space_axes):
         axes[f"s{i}"] = (space[i], step[axis] * strides[i])
         axes[f"w{i}"] = (window[i], step[axis] * rhs_dilation[i])
-    # They are copied in the order in which they lie in memory, the longest run innermost.
+    # Patches are copied in memory order, with the longest contiguous run innermost.
     places = sorted(
         (name for name in axes if name[0] in "ns"), key=lambda name: -abs(axes[name][1])
     )
@@ -111,7 +110,7 @@ def convolve(
     jumps = tuple([axes[name][1] for name in order])
     rows = math.prod([axes[name][0] for name in places])
     depth = math.prod([axes[name][0] for name in taps])
-    # The kernel, (rows, cases, groups, depth, o), its taps in the patches' order.
+    # The kernel as (rows, cases, groups, depth, o), with its taps in the order of the patches.
     place_of = {"c": i_axis} | {f"w{i}": axis for i, axis in enumerate(window_axes)}
     kernel = np.moveaxis(rhs, 2 + o_axis, 2)
     now = [axis - (axis > o_axis) for axis in (place_of[name] for name in taps)]
@@ -136,7 +135,7 @@ def convolve(
         for part in parts:
             _at(out, part)[...] = multiply(_at(lhs, part), _at(kernel, part))
     out = out.reshape(*lead, groups, *(axes[name][0] for name in places), o)
-    # (g, places, o) -> n, (g, o), space -> the layout asked for.
+    # (g, places, o) -> n, (g, o), space -> the requested layout.
     position = {name: 3 + i for i, name in enumerate(places)}
     spatial = [position[f"s{i}"] for i in range(len(space))]
     out = out.transpose(0, 1, position["n"], 2, out.ndim - 1, *spatial)
@@ -145,7 +144,7 @@ def convolve(
 
 
 def _run(axes: dict[str, tuple[int, int]], names: Sequence[str]) -> int:
-    """Return how many elements of the innermost axes lie next to each other in memory."""
+    """Return the number of contiguous elements along the innermost axes."""
     length, expected = 1, None
     for name in reversed(names):
         size, stride = axes[name]
@@ -158,21 +157,21 @@ def _run(axes: dict[str, tuple[int, int]], names: Sequence[str]) -> int:
 
 
 def _parts(lead: tuple[int, ...], each: int) -> list[tuple[slice, slice]]:
-    """Divide rows and cases into parts of which the patches, of ``each`` bytes, fit in PATCHES."""
+    """Split rows and cases so that each part's patches, ``each`` bytes per case, fit in PATCHES."""
     rows, cases = lead
     fit = max(PATCHES // max(each, 1), 1)
     return list(itertools.product(_cut(rows, fit // cases), _cut(cases, fit)))
 
 
 def _cut(length: int, most: int) -> list[slice]:
-    """Return slices of a leading axis; one of size 1 is all there is, however large another's."""
+    """Return slices of at most ``most`` elements; the full slice if one is enough."""
     if length <= max(most, 1):
         return [slice(None)]
     return [slice(at, at + max(most, 1)) for at in range(0, length, max(most, 1))]
 
 
 def _at(array: Array, part: tuple[slice, slice]) -> Array:
-    """Return a part of the rows and cases; all of an axis along which the array is the same."""
+    """Return a part of the rows and cases, and all of a leading axis of size 1."""
     rows, cases = (
         which if size > 1 else slice(None)
         for which, size in zip(part, array.shape[:2], strict=True)
@@ -181,12 +180,12 @@ def _at(array: Array, part: tuple[slice, slice]) -> Array:
 
 
 def _inside(slices: Sequence[slice]) -> tuple[slice, ...]:
-    """Return an index of all rows and cases, and of ``slices`` of the other axes."""
+    """Return an index of all rows and cases, and ``slices`` of the other axes."""
     return (slice(None), slice(None), *slices)
 
 
 def count_windows(length: int, size: int, stride: int, dilation: int) -> int:
-    """Return how many windows there are along an axis."""
+    """Return the number of windows along an axis."""
     return max((length - (size - 1) * dilation - 1) // stride + 1, 0) if size else 0
 
 
@@ -232,7 +231,7 @@ def _padded(
 def _reduce_along(
     combine: np.ufunc, array: Array, axis: int, size: int, stride: int, by: int
 ) -> Array:
-    """Reduce windows along one axis; all others stay as they are."""
+    """Reduce windows along one axis."""
     count = count_windows(array.shape[axis], size, stride, by)
     if size == 1 and stride == 1:
         return array
@@ -256,7 +255,7 @@ def _take(array: Array, axis: int, part: slice) -> Array:
 def _taps(
     window: Sequence[int], dilation: Sequence[int], count: Sequence[int], strides: Sequence[int]
 ) -> Iterator[tuple[slice, ...]]:
-    """Yield for each element of a window, in row-major order, where all windows have theirs."""
+    """Yield, for each element of a window in row-major order, its positions over all windows."""
     for place in itertools.product(*map(range, window)):
         steps = zip(place, dilation, count, strides, strict=True)
         yield tuple([_every(at * by, n, stride) for at, by, n, stride in steps])
@@ -276,14 +275,14 @@ def select_and_scatter_add(
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
 ) -> Array:
-    """Add each element of ``source`` where its window of ``operand`` has its selected element.
+    """Add each element of ``source`` at the selected element of its window of ``operand``.
 
     Args:
-        selects: whether what was selected so far stays, given that and the next element.
+        selects: ``selects(best, candidate)``: whether ``best`` stays selected.
         source: (rows or 1, cases or 1, *number of windows along each axis).
-        operand: (rows or 1, cases or 1, *shape). What it is padded with is never selected.
-        window: its size along each axis of ``shape``.
-        strides: of the window, for each axis.
+        operand: (rows or 1, cases or 1, *shape). Padding is never selected.
+        window: the window's size along each axis of ``shape``.
+        strides: the window's stride along each axis.
         padding: (before, after) for each axis.
     """
     ones = [1] * len(window)
@@ -321,14 +320,14 @@ def select_and_gather_add(
     """Return the tangent at the selected element of each window of ``operand``.
 
     Args:
-        selects: whether what was selected so far stays, given that and the next element.
+        selects: ``selects(best, candidate)``: whether ``best`` stays selected.
         tangents: (rows or 1, cases or 1, *shape).
-        operand: (rows or 1, cases or 1, *shape). It is padded with what is selected last.
-        window: its size along each axis of ``shape``.
-        strides: of the window, for each axis.
+        operand: (rows or 1, cases or 1, *shape). Padding is selected last.
+        window: the window's size along each axis of ``shape``.
+        strides: the window's stride along each axis.
         padding: (before, after) for each axis.
-        base_dilation: of the array, for each axis.
-        window_dilation: of the window, for each axis.
+        base_dilation: the operand's dilation along each axis.
+        window_dilation: the window's dilation along each axis.
     """
     worst = -np.inf if selects(np.array(1), np.array(0)) else np.inf
     keys = _padded(operand, worst, padding, base_dilation)

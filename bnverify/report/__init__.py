@@ -1,1 +1,1 @@
-"""What a person sees of a report. Nothing here decides anything."""
+"""How reports are presented: formats, pages, terminals. Nothing here decides anything."""

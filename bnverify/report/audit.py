@@ -1,4 +1,4 @@
-"""An audit in a terminal: the matrix of faults and laws, and what was missed, readable plain."""
+"""An audit's report on a terminal and as a picture: the matrix of faults and laws, and the survivors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
+from xml.sax.saxutils import escape
 
 from rich.console import Console
 from rich.text import Text
@@ -25,7 +26,7 @@ VERDICTS: dict[Verdict, str] = {"noticed": "green", "missed": "bold red", "not r
 
 
 def progress(total: int) -> Callable[[Finding], None]:
-    """Return a listener that tells on standard error of each finding."""
+    """Return a listener that prints each finding to stderr."""
     done = iter(range(1, total + 1))
 
     def listener(finding: Finding) -> None:
@@ -36,36 +37,36 @@ def progress(total: int) -> Callable[[Finding], None]:
 
 
 def tests_progress(total: int) -> Callable[[TestsFinding], None]:
-    """Return a listener that tells on standard error of each run of the tests."""
+    """Return a listener that prints each run of the tests to stderr."""
     done = iter(range(1, total + 1))
 
     def listener(finding: TestsFinding) -> None:
-        told = f"{next(done)}/{total} {finding.fault}: {finding.verdict}"
-        print(told, file=sys.stderr, flush=True)
+        line = f"{next(done)}/{total} {finding.fault}: {finding.verdict}"
+        print(line, file=sys.stderr, flush=True)
 
     return listener
 
 
 def show(audit: Audit | TestsAudit, file: TextIO | None = None) -> None:
-    """Print an audit; see :func:`render`."""
+    """Print an audit to ``file`` or stdout; see :func:`render`."""
     out = file or sys.stdout
     out.write(render(audit, out))
 
 
 def render(audit: Audit | TestsAudit, stream: TextIO | None = None, verbosity: int = 0) -> str:
-    """Return the summary, and what was noticed and missed.
+    """Return the summary, and which faults were noticed and missed.
 
     Args:
         audit: of the laws, or of a user's own tests.
-        stream: where it is to go; None: a file.
-        verbosity: -1: the summary alone.
+        stream: the destination, for its width and encoding; None: a file.
+        verbosity: -1: the summary only.
     """
     from bnverify.mutants.audit import Audit
 
-    told = io.StringIO()
-    # What a closed pipe raises must reach the command line, so rich writes to memory.
+    out = io.StringIO()
+    # Through memory, because rich would swallow the error of a closed pipe.
     console = Console(
-        file=told,
+        file=out,
         force_terminal=stream.isatty() if stream is not None else False,
         width=None if stream is not None else 100,
         highlight=False,
@@ -81,11 +82,11 @@ def render(audit: Audit | TestsAudit, stream: TextIO | None = None, verbosity: i
             _faults(console, audit, sign)
         else:
             _tests(console, audit)
-    return told.getvalue() if sign.unicode else in_ascii(told.getvalue())
+    return out.getvalue() if sign.unicode else in_ascii(out.getvalue())
 
 
 def _faults(console: Console, audit: Audit, sign: Symbols) -> None:
-    """Print the matrix, what each law alone notices, and the survivors."""
+    """Print the matrix, the faults that only one law notices, and the survivors."""
     laws = killers(audit)
     console.print(Text("faults and the laws that notice them", "bold"))
     for line in matrix(audit, laws, hit=sign.flow["may"], miss=sign.flow["cannot"]):
@@ -104,7 +105,7 @@ def _faults(console: Console, audit: Audit, sign: Symbols) -> None:
 
 
 def killers(audit: Audit) -> list[str]:
-    """Return the laws that notice any fault, those that notice most first."""
+    """Return the laws that notice any fault, most faults first."""
     kills: dict[str, int] = {}
     for finding in audit.findings:
         for law in finding.laws:
@@ -113,7 +114,7 @@ def killers(audit: Audit) -> list[str]:
 
 
 def matrix(audit: Audit, laws: list[str], *, hit: str, miss: str) -> Iterator[str]:
-    """Yield the lines of the matrix: a column for each law, its number written downwards."""
+    """Yield the lines of the matrix: one column per law, headed by its number written vertically."""
     numbers = [f"{number:>2}" for number in range(1, len(laws) + 1)]
     for digit in range(2):
         yield " " * (NAME + 2) + "".join(number[digit] for number in numbers).rstrip()
@@ -142,13 +143,13 @@ def _survivors(console: Console, audit: Audit) -> None:
 
 
 def reason_of(finding: Finding) -> str:
-    """Return why no law notices a fault."""
+    """Return why no law notices the fault."""
     failed = f"the check itself failed: {finding.failure}" if finding.failure else ""
-    return finding.survives or failed or "a gap: no law notices it"
+    return finding.survives or failed or "unexplained: no law notices it"
 
 
 def summary(audit: Audit) -> str:
-    """Return the counts in one line."""
+    """Return the counts as one line."""
     total, lost = len(audit.findings), len(audit.survivors)
     seconds = statistics.median(finding.seconds for finding in audit.findings)
     named = sum(finding.diagnosed for finding in audit.findings)
@@ -159,13 +160,13 @@ def summary(audit: Audit) -> str:
 
 
 def tests_summary(audit: TestsAudit) -> str:
-    """Return the counts in one line."""
+    """Return the counts as one line."""
     counts = ", ".join(f"{len(audit.of(verdict))} {verdict}" for verdict in VERDICTS)
     return f"{counts}; one run takes {audit.seconds:.1f} s"
 
 
 def _tests(console: Console, audit: TestsAudit) -> None:
-    """Print what a user's tests notice, and of what they miss what was wrong and how to fix it."""
+    """Print which faults a user's tests notice, and for those they miss, what is wrong and the fix."""
     console.print(Text(f"{audit.command}, faults in {', '.join(audit.targets)}", "bold"))
     for finding in audit.findings:
         line = Text(f" {finding.verdict:<12}", VERDICTS[finding.verdict]) + Text(finding.fault)
@@ -178,3 +179,63 @@ def _tests(console: Console, audit: TestsAudit) -> None:
         mistake = MISTAKES[finding.mistake]
         console.print(Text(f"  {finding.fault}: {finding.sentence}"), soft_wrap=True)
         console.print(Text(f"    Fix: {mistake.fix}.", "dim"), soft_wrap=True)
+
+
+# The matrix as a picture: self-contained SVG.
+
+CELL = 9
+LEFT, TOP = 320, 300
+INK, HIT, ALONE, MISS, GAP = "#222222", "#3b6ea8", "#c2410c", "#eef1f5", "#b91c1c"
+
+
+def draw(audit: Audit) -> str:
+    """Return the matrix as SVG: a row for each fault, a column for each law that notices any.
+
+    A square is filled if the law notices the fault, and crossed if no other law does. The row of a
+    survivor is struck through. Colours only repeat what the shapes say.
+    """
+    laws = killers(audit)
+    rows = sorted(audit.findings, key=lambda finding: (finding.family, -len(finding.laws)))
+    width, height = LEFT + CELL * len(laws) + 20, TOP + CELL * len(rows) + 40
+    parts = [
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+            f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="8" '
+            f'fill="{INK}">'
+        ),
+        f"<title>{escape(summary(audit))}</title>",
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<text x="10" y="20" font-size="12">{escape(summary(audit))}</text>',
+    ]
+    for column, law in enumerate(laws):
+        x = LEFT + CELL * column + CELL - 2
+        parts.append(f'<text transform="translate({x},{TOP - 4}) rotate(-90)">{escape(law)}</text>')
+    for row, finding in enumerate(rows):
+        y = TOP + CELL * row
+        parts.append(
+            f'<text x="{LEFT - 6}" y="{y + CELL - 2}" text-anchor="end">'
+            f"{escape(finding.mutant)}</text>"
+        )
+        parts += [
+            _cell(LEFT + CELL * column, y, hit=law in finding.laws, alone=len(finding.laws) == 1)
+            for column, law in enumerate(laws)
+        ]
+        if not finding.killed:
+            middle = y + CELL / 2
+            parts.append(
+                f'<line x1="{LEFT}" y1="{middle}" x2="{LEFT + CELL * len(laws)}" y2="{middle}" '
+                f'stroke="{GAP}"/>'
+            )
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _cell(x: int, y: int, *, hit: bool, alone: bool) -> str:
+    fill = (ALONE if alone else HIT) if hit else MISS
+    square = f'<rect x="{x}" y="{y}" width="{CELL - 1}" height="{CELL - 1}" fill="{fill}"/>'
+    if not (hit and alone):
+        return square
+    end = CELL - 2
+    return (
+        f'{square}<path d="M{x + 1} {y + 1} L{x + end} {y + end} M{x + end} {y + 1} '
+        f'L{x + 1} {y + end}" stroke="#ffffff"/>'
+    )

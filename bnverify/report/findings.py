@@ -1,45 +1,112 @@
-"""What any report says, one finding a rule, for the formats that machines read.
+"""The content of any report as a list of findings, for machine-readable formats.
 
-A rule is a law of a check, a class of change of an upgrade, a fault of an audit.
+A finding is about a rule: a law of a check, a class of difference of an upgrade, a fault of an audit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from bnverify import target as targets
 from bnverify.laws import LAWS
-from bnverify.report.violations import groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bnverify.evidence import Evidence, Report
+    from bnverify.evidence import Cause, Counterexample, Evidence, Report
     from bnverify.mutants.audit import Audit
     from bnverify.mutants.users_tests import TestsAudit
-    from bnverify.report.formats import Told
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.report.formats import AnyReport
+    from bnverify.upgrade.policy import Judgement
+
+
+# The violations of a check by likely cause: one mistake usually breaks several laws.
+
+
+@dataclass(frozen=True)
+class Group:
+    """Violations with one likely cause.
+
+    Attributes:
+        cause: the mistake; None if unknown, in a group of one violation.
+        violations: at least one, in the order of the laws.
+    """
+
+    cause: Cause | None
+    violations: tuple[Evidence, ...]
+
+    @property
+    def title(self) -> str:
+        """The law's name; for several laws, the cause and their number."""
+        if self.cause is None or len(self.violations) == 1:
+            return self.violations[0].law
+        return f"{self.cause.mistake}: {len(self.violations)} laws violated"
+
+    @property
+    def shown(self) -> Counterexample | None:
+        """The counterexample with the simplest case."""
+        simplest = self._simplest
+        return simplest.counterexample if simplest is not None else None
+
+    @property
+    def line(self) -> str | None:
+        """The first known line of the user's code among the violations."""
+        return next((each.line for each in self.violations if each.line), None)
+
+    @property
+    def which(self) -> str:
+        """The law that the counterexample is for, to append to a heading; empty if there is one law."""
+        simplest = self._simplest
+        return f" {simplest.law}" if simplest is not None and len(self.violations) > 1 else ""
+
+    @property
+    def _simplest(self) -> Evidence | None:
+        shown = [each for each in self.violations if each.counterexample is not None]
+        return min(shown, key=_simplicity, default=None)
+
+
+def _simplicity(evidence: Evidence) -> tuple[bool, bool, int]:
+    """Return a sort key that puts a shrunk case first, and a small one.
+
+    The counterexamples of witness and structural laws are arbitrary cases.
+    """
+    shape = evidence.shape
+    return evidence.mismatch is None, shape is None, prod(shape or ())
+
+
+def groups(report: Report) -> list[Group]:
+    """Return the violations grouped by cause, the cause with most violations first."""
+    found: dict[str, list[Evidence]] = {}
+    for evidence in report.violated:
+        name = evidence.cause.mistake if evidence.cause is not None else f"law {evidence.law}"
+        found.setdefault(name, []).append(evidence)
+    ordered = sorted(found.values(), key=len, reverse=True)
+    return [Group(violations[0].cause, tuple(violations)) for violations in ordered]
+
+
+# Any report as findings.
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is known about one rule, or one thing that breaks it.
+    """What is known about one rule, or one violation of it.
 
     Attributes:
-        rule: its name.
-        group: what it belongs to: a family of laws.
-        outcome: "failed" where it should stop a build, "skipped" where nothing is known.
-        message: what was found, in one line.
-        leaf: of which leaf; may be empty.
-        claim: what the rule says; may be empty.
+        rule: the rule's name.
+        group: the group of the rule, such as a family of laws.
+        outcome: "failed" if it should fail a build, "skipped" if nothing is known.
+        message: the result, in one line.
+        leaf: the leaf concerned; may be empty.
+        claim: what the rule states; may be empty.
         details: more about a failure.
-        cause: the name of the likely mistake; empty where none is known.
-        remedy: what was done and how to fix it; likewise.
-        script: what shows it; may be empty.
-        place: the file and the line that it leads to; None: unknown.
-        noted: whether it is worth telling although it did not fail.
+        cause: the name of the likely mistake; empty if unknown.
+        remedy: the likely cause and its fix, as text; empty if unknown.
+        script: a script that reproduces it; may be empty.
+        place: the file and line in the user's code; None if unknown.
+        noted: whether to report it although it did not fail.
     """
 
     rule: str
@@ -58,15 +125,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Findings:
-    """A report.
+    """A report as findings.
 
     Attributes:
-        name: what was looked at.
-        verdict: in one line.
+        name: what was checked.
+        verdict: the verdict, in one line.
         ok: whether nothing failed.
-        version: of bnverify.
-        seconds: that it took.
-        all: the findings; those with one likely cause follow each other.
+        version: the version of bnverify.
+        seconds: the time taken.
+        all: the findings; those with the same likely cause are adjacent.
     """
 
     name: str
@@ -78,24 +145,24 @@ class Findings:
 
     @property
     def failures(self) -> list[list[Finding]]:
-        """The findings that should stop a build, those with one likely cause together."""
+        """The failed findings, grouped by likely cause."""
         failed = [finding for finding in self.all if finding.outcome == "failed"]
-        # Those with one cause follow each other; one without a known cause stands alone.
+        # Findings with one cause are adjacent; one without a known cause is its own group.
         runs = groupby(enumerate(failed), lambda each: each[1].cause or each[0])
         return [[finding for _, finding in run] for _, run in runs]
 
 
-def findings(told: Told) -> Findings:
-    """Return the findings of a report of any kind."""
+def findings(report: AnyReport) -> Findings:
+    """Return the findings of any report."""
     from bnverify.evidence import Report
     from bnverify.mutants.audit import Audit
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.upgrade.policy import Judgement
 
-    if isinstance(told, Report):
-        return _of_check(told)
-    if isinstance(told, Judgement):
-        return _of_upgrade(told)
-    return _of_audit(told) if isinstance(told, Audit) else _of_tests(told)
+    if isinstance(report, Report):
+        return _of_check(report)
+    if isinstance(report, Judgement):
+        return _of_upgrade(report)
+    return _of_audit(report) if isinstance(report, Audit) else _of_tests(report)
 
 
 def _of_check(report: Report) -> Findings:
@@ -113,7 +180,7 @@ def _of_check(report: Report) -> Findings:
 
 
 def _of_law(evidence: Evidence, line: str | None = None) -> Finding:
-    """Return the finding of a law; ``line`` is where its cause leads to, if it has no line itself."""
+    """Return the finding of a law; ``line`` is that of its cause, used if it has none of its own."""
     claim = LAWS[evidence.law].claim if evidence.law in LAWS else ""
     if evidence.status != "violated":
         passed = evidence.status in {"proved", "held"}
@@ -159,10 +226,10 @@ def _of_upgrade(judgement: Judgement) -> Findings:
 
 
 def _of_differences(judgement: Judgement) -> Iterator[Finding]:
-    from bnverify.upgrade.difference import KINDS
+    from bnverify.upgrade.policy import KINDS
 
-    told = judgement.comparison.new.get("target")
-    place = targets.line(told) if told else None
+    target = judgement.comparison.new.get("target")
+    place = targets.line(target) if target else None
     seen: set[str] = set()
     for mark, difference, why in judgement.marked():
         seen.add(difference.kind)
@@ -176,15 +243,15 @@ def _of_differences(judgement: Judgement) -> Iterator[Finding]:
             difference.leaf or "",
             script=difference.witness or "",
             place=place,
-            noted=difference.kind != "rounding",  # one a leaf would bury the others
+            noted=difference.kind != "rounding",  # one for each leaf would hide the others
         )
     for cost, ratio, bound in judgement.verdict.exceeded:
         seen.add("cost")
-        message = f"{cost} is {ratio:.2f} times the old, the bound is {bound:g}"
+        message = f"{cost} is {ratio:.2f}x the old value, above the bound of {bound:g}x"
         yield Finding("cost", "upgrade", "failed", message, place=place)
     for kind in (*KINDS, "cost"):
         if kind not in seen:
-            yield Finding(kind, "upgrade", "passed", "nothing differs")
+            yield Finding(kind, "upgrade", "passed", "no difference")
 
 
 def _of_audit(audit: Audit) -> Findings:

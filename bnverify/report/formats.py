@@ -1,4 +1,4 @@
-"""The formats that every report comes in, and where each is written."""
+"""The formats of reports, and where each report is written."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from bnverify.evidence import Report
     from bnverify.mutants.audit import Audit
     from bnverify.mutants.users_tests import TestsAudit
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.upgrade.policy import Judgement
 
-    Told: TypeAlias = Report | Judgement | Audit | TestsAudit
+    AnyReport: TypeAlias = Report | Judgement | Audit | TestsAudit
 
 FORMATS = ("terminal", "json", "junit", "html", "github", "sarif")
 
 
 @dataclass(frozen=True)
 class Output:
-    """One place for a report.
+    """One destination of a report.
 
     Attributes:
         format: one of ``FORMATS``.
-        file: where it is written; None: to a stream.
-        option: how the command line asked for it.
-        error: whether that stream is standard error, where the standard output holds JSON.
+        file: the file to write; None: a standard stream.
+        option: the command-line option that asked for it.
+        error: whether the stream is stderr, because stdout is used for JSON.
     """
 
     format: str
@@ -44,15 +44,15 @@ class Output:
 def parse(
     requests: Sequence[str], *, output: str | None = None, json: str | None = None
 ) -> list[Output]:
-    """Return where the report goes.
+    """Parse the report options of the command line.
 
     Args:
-        requests: each ``FORMAT`` or ``FORMAT=FILE``; empty: the terminal's.
-        output: the file for the format that names none.
-        json: one more file, for JSON; "-": standard output, which moves the text to standard error.
+        requests: each ``FORMAT`` or ``FORMAT=FILE``; empty: terminal.
+        output: the file for the format without one.
+        json: another file, for JSON; "-": stdout, which moves the text to stderr.
 
     Raises:
-        UsageError: an unknown format, a file that cannot be written, or two for standard output.
+        UsageError: a format is unknown, a file is not writable, or two reports go to stdout.
     """
     found = []
     for request in requests or ("terminal",):
@@ -63,19 +63,17 @@ def parse(
         found.append(Output(name, _writable(file, "--format") if file else None))
     to_stream = [each for each in found if each.file is None]
     if len(to_stream) > 1:
-        raise UsageError(
-            "only one --format can go to standard output; give the others as FORMAT=FILE"
-        )
+        raise UsageError("only one --format can go to stdout; write the others as FORMAT=FILE")
     if output is not None:
         if not to_stream:
             raise UsageError(
-                f"--output {output} is for a --format without =FILE, and there is none"
+                f"--output {output} needs a --format without =FILE, but every one has a file"
             )
         file_ = _writable(output, "--output")
         found = [Output(e.format, e.file or file_, "--output") for e in found]
     if json == "-":
         if any(each.file is None and each.format != "terminal" for each in found):
-            raise UsageError("--json - and --format cannot both go to standard output")
+            raise UsageError("--json - and --format cannot both go to stdout; give one a file")
         found = [Output(e.format, e.file, e.option, error=True) for e in found]
         found.append(Output("json", option="--json"))
     elif json is not None:
@@ -84,29 +82,31 @@ def parse(
 
 
 def _writable(file: str, option: str) -> Path:
-    """Refuse a file that cannot be written before an hour of checking, not after."""
+    """Return the path; fail before a long check if it cannot be written."""
     path = Path(file)
     if path.is_dir():
-        raise UsageError(f"{option} {file} is a directory")
+        raise UsageError(f"{option} {file} is a directory; give a file")
     if not os.access(path.resolve().parent, os.W_OK):
-        raise UsageError(f"{option} {file} cannot be written: no such directory, or not yours")
+        raise UsageError(
+            f"{option} {file} cannot be written: its directory is missing or read-only"
+        )
     return path
 
 
 def write(
-    told: Sequence[Told],
+    reports: Sequence[AnyReport],
     outputs: Sequence[Output],
     verbosity: int = 0,
     *,
     json: str | None = None,
 ) -> None:
-    """Write the report in every format asked for.
+    """Write reports in every requested format.
 
     Args:
-        told: what to report; several upgrades stand beside each other.
-        outputs: see :func:`parse`.
-        verbosity: of the text for terminals, see ``bnverify.report.terminal``.
-        json: the JSON text, where it says more than the report itself.
+        reports: the reports; several upgrades are shown side by side.
+        outputs: from :func:`parse`.
+        verbosity: of text for terminals, see ``bnverify.report.terminal``.
+        json: the JSON text, if it contains more than the report.
 
     Raises:
         UsageError: a file cannot be written.
@@ -116,7 +116,7 @@ def write(
         if output.format == "json" and json is not None:
             text = json
         else:
-            text = render(told, output.format, stream, verbosity)
+            text = render(reports, output.format, stream, verbosity)
         if stream is not None:
             stream.write(text)
         else:
@@ -124,14 +124,14 @@ def write(
             save(output.file, text, output.option)
         page = os.environ.get("GITHUB_STEP_SUMMARY")
         if output.format == "github" and page:
-            _append(page, render(told, "github summary"))
+            _append(page, render(reports, "github summary"))
 
 
 def save(file: Path, text: str, option: str) -> None:
-    """Write a file, whole or not at all.
+    """Write a file atomically.
 
     Raises:
-        UsageError: it cannot be written; the message names the option that asked for it.
+        UsageError: it cannot be written; the message names ``option``.
     """
     from bnverify import atomic_file
 
@@ -150,28 +150,28 @@ def _append(page: str, text: str) -> None:
 
 
 def render(
-    told: Sequence[Told], name: str, stream: TextIO | None = None, verbosity: int = 0
+    reports: Sequence[AnyReport], name: str, stream: TextIO | None = None, verbosity: int = 0
 ) -> str:
-    """Return the text of reports in one format.
+    """Return reports as text in one format.
 
     Args:
-        told: what to report.
+        reports: the reports.
         name: one of ``FORMATS``, or "github summary".
-        stream: where it is to go, for what depends on a terminal; None: a file.
-        verbosity: likewise.
+        stream: the destination, for the terminal format; None: a file.
+        verbosity: of the terminal format.
     """
     if name == "terminal":
-        return "\n".join(_terminal(each, stream, verbosity) for each in told)
+        return "\n".join(_terminal(each, stream, verbosity) for each in reports)
     if name == "json":
-        return _json(told)
+        return _json(reports)
     if name == "html":
         from bnverify.report import html
 
-        return html.page(told)
+        return html.page(reports)
     from bnverify.report import github, junit, sarif
     from bnverify.report.findings import findings
 
-    found = [findings(each) for each in told]
+    found = [findings(each) for each in reports]
     writers = {
         "junit": junit.junit,
         "github": github.messages,
@@ -181,27 +181,27 @@ def render(
     return writers[name](found)
 
 
-def _json(told: Sequence[Told]) -> str:
+def _json(reports: Sequence[AnyReport]) -> str:
     from json import dumps
 
-    if len(told) == 1 and isinstance(text := told[0].to_json(), str):
+    if len(reports) == 1 and isinstance(text := reports[0].to_json(), str):
         return text
-    data = [each.to_json() for each in told]
+    data = [each.to_json() for each in reports]
     return dumps(data[0] if len(data) == 1 else data, indent=2, allow_nan=False) + "\n"
 
 
-def _terminal(told: Told, stream: TextIO | None, verbosity: int) -> str:
+def _terminal(report: AnyReport, stream: TextIO | None, verbosity: int) -> str:
     from bnverify.evidence import Report
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.upgrade.policy import Judgement
 
-    if isinstance(told, Report):
+    if isinstance(report, Report):
         from bnverify.report import terminal
 
-        return terminal.render(told, stream, verbosity)
-    if isinstance(told, Judgement):
+        return terminal.render(report, stream, verbosity)
+    if isinstance(report, Judgement):
         from bnverify.report import upgrade
 
-        return upgrade.render(told, stream, verbosity)
+        return upgrade.render(report, stream, verbosity)
     from bnverify.report import audit
 
-    return audit.render(told, stream, verbosity)
+    return audit.render(report, stream, verbosity)

@@ -1,4 +1,4 @@
-"""Reports as GitHub annotations; and in full on the job's summary page."""
+"""Reports as GitHub annotations, and as Markdown for the job summary."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
     from bnverify.report.findings import Finding, Findings
 
-_SIZE = 60_000  # characters of scripts; a summary takes a megabyte
+_SIZE = 60_000  # characters of scripts; a summary may have 1 MB
 
 
 def messages(reports: Sequence[Findings]) -> str:
-    """Return workflow commands, one a line: an error for what fails, a notice for the rest."""
+    """Return workflow commands, one per line: errors for failures, notices for the rest."""
     return "".join(f"{line}\n" for report in reports for line in _messages(report))
 
 
@@ -30,7 +30,7 @@ def _messages(report: Findings) -> Iterator[str]:
 
 
 def _message(level: str, findings: Sequence[Finding]) -> str:
-    """Return one annotation: of a finding, or of several with one cause, which is told once."""
+    """Return one annotation for a finding, or for several findings with one cause."""
     first, *more = findings
     title = (
         f"{first.cause}: {len(findings)} laws violated" if more else f"{first.rule} {first.leaf}"
@@ -40,21 +40,24 @@ def _message(level: str, findings: Sequence[Finding]) -> str:
     if place is not None:
         path, line = place
         where += f",file={_property(relative(path))},line={line}"
-    told = []
+    lines = []
     for finding in findings:
-        told += [f"{finding.rule}: {finding.message}" if more else finding.message, finding.details]
-    text = "\n".join(filter(None, (*told, first.remedy)))
+        lines += [
+            f"{finding.rule}: {finding.message}" if more else finding.message,
+            finding.details,
+        ]
+    text = "\n".join(filter(None, (*lines, first.remedy)))
     return f"::{level} {where}::{_data(text)}"
 
 
 def relative(path: str) -> str:
-    """Return a path as the repository's own, from the directory the command runs in."""
+    """Return ``path`` relative to the working directory if it is inside it."""
     inside = Path.cwd() in Path(path).resolve().parents
     return Path(os.path.relpath(path)).as_posix() if inside else Path(path).as_posix()
 
 
 def summary(reports: Sequence[Findings]) -> str:
-    """Return the Markdown for the file that ``GITHUB_STEP_SUMMARY`` names."""
+    """Return Markdown for the file named by ``GITHUB_STEP_SUMMARY``."""
     return "\n".join(line for report in reports for line in _summary(report)) + "\n"
 
 
@@ -81,7 +84,7 @@ def _summary(report: Findings) -> Iterator[str]:
             left -= len(finding.script)
             yield f"<details><summary>Script: {_cell(finding.leaf or finding.rule)}</summary>"
             yield ""
-            # Four backticks: no Python holds so many in a row by accident.
+            # Four backticks, because a script may contain three.
             yield f"````python\n{finding.script.rstrip()}\n````"
             yield "</details>"
             yield ""

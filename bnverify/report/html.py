@@ -1,7 +1,7 @@
-"""Reports as one HTML page each, which needs nothing else, nor colour, nor a large screen.
+"""Reports as self-contained HTML pages that do not rely on colour or a large screen.
 
-What a page says is put together here, as plain data; how it looks is in ``templates``. Every value is
-escaped by the templates' engine.
+This module assembles the content as plain data; ``templates`` has the layout. The template engine
+escapes every value.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import jinja2
 
 from bnverify.evidence import Status
 from bnverify.laws import FAMILIES, LAWS
+from bnverify.report.findings import groups
 from bnverify.report.matrix import LEGEND, legend, matrix, scope
 from bnverify.report.symbols import UNICODE
-from bnverify.report.violations import groups
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -27,18 +27,17 @@ if TYPE_CHECKING:
     from bnverify.evidence import Counterexample, Evidence, Report
     from bnverify.mutants.audit import Audit
     from bnverify.mutants.users_tests import TestsAudit
-    from bnverify.report.formats import Told
-    from bnverify.upgrade.difference import Difference
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.report.formats import AnyReport
+    from bnverify.upgrade.policy import Difference, Judgement
 
 _OK, _BAD = UNICODE.status["held"], UNICODE.status["violated"]
 _MARKS = {"failing": f"{_BAD} fails", "accepted": f"{_OK} accepted", "reported": f"{_OK} reported"}
-_SHOWN = 8  # differences in the open; the rest folds
-_DECADES = (-3, 9)  # of a ruler, in units of the tolerance
-_LARGEST = 6.0  # decades beyond the tolerance at which a shade is full
-_HIGHEST = 12  # decades of an axis; what lies beyond has a bar of full length
-_TICKS = 6  # labels on an axis, about
-_FEW = 16  # bars in the open; the rest folds
+_SHOWN = 8  # differences shown; the rest is collapsed
+_DECADES = (-3, 9)  # range of a ruler, in decades of the tolerance
+_LARGEST = 6.0  # decades beyond the tolerance with the darkest shade
+_HIGHEST = 12  # largest decade of an axis; larger values get a bar of full length
+_TICKS = 6  # approximate number of labels on an axis
+_FEW = 16  # bars shown; the rest is collapsed
 _MOST = 8  # rows and columns of a counterexample's table
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _UNITS = {"compile_time": "s", "run_time": "s", "program_size": "instructions"}
@@ -55,23 +54,23 @@ def _templates() -> jinja2.Environment:
     )
 
 
-def page(told: Sequence[Told]) -> str:
-    """Return the page of one report, or of several upgrades beside each other."""
+def page(reports: Sequence[AnyReport]) -> str:
+    """Return the page of one report, or of several upgrades side by side."""
     from bnverify.evidence import Report
     from bnverify.mutants.audit import Audit
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.upgrade.policy import Judgement
 
-    first = told[0]
+    first = reports[0]
     if isinstance(first, Report):
         return _render("check.html", _of_check(first))
     if isinstance(first, Judgement):
-        upgrades = [each for each in told if isinstance(each, Judgement)]
+        upgrades = [each for each in reports if isinstance(each, Judgement)]
         return _render("upgrade.html", _of_upgrades(upgrades))
     return _render("audit.html", _of_audit(first) if isinstance(first, Audit) else _of_tests(first))
 
 
 def fragment(report: Report) -> str:
-    """Return what a notebook shows of a check: the page, in a frame that keeps its style apart."""
+    """Return a check's page for a notebook, in an iframe that isolates its style."""
     frame = "width:100%;height:32rem;border:0"
     return f'<iframe title="bnverify" style="{frame}" srcdoc="{escape(page([report]))}"></iframe>'
 
@@ -84,7 +83,7 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
 
 
 def _of_check(report: Report) -> dict[str, Any]:
-    seen = Counter(each.status for each in report.results)
+    statuses = Counter(each.status for each in report.results)
     families = []
     for family in FAMILIES:
         results = [evidence for evidence in report.results if evidence.family == family]
@@ -107,7 +106,7 @@ def _of_check(report: Report) -> dict[str, Any]:
         "counts": report.counts,
         "settings": f"profile {report.profile}, seed {report.seed}",
         "statuses": [
-            {"name": name, "sign": UNICODE.status[name], "count": seen[name]}
+            {"name": name, "sign": UNICODE.status[name], "count": statuses[name]}
             for name in get_args(Status)
         ],
         "groups": [{"of": group, "table": _table(group.shown)} for group in groups(report)],
@@ -130,7 +129,7 @@ def _with(report: Report, *statuses: Status) -> list[str]:
 
 
 def _paths(report: Report) -> list[dict[str, Any]]:
-    """Return the paths of dependencies that must not be, each with the laws that forbid it."""
+    """Return the paths of forbidden dependencies, each with the laws that forbid it."""
     found: dict[tuple[str, ...], list[str]] = {}
     for evidence in report.violated:
         if evidence.path:
@@ -139,7 +138,7 @@ def _paths(report: Report) -> list[dict[str, Any]]:
 
 
 def _residuals(report: Report) -> dict[str, Any] | None:
-    """Return the bars of the laws whose error was measured, the largest first."""
+    """Return a bar for each law with a measured error, largest first."""
     known = [(each, size) for each in report.results if (size := _worst(each)) is not None]
     known.sort(key=lambda pair: (pair[0].status == "violated", pair[1]), reverse=True)
     rows = [
@@ -153,14 +152,14 @@ def _residuals(report: Report) -> dict[str, Any] | None:
         if size > 0
     ]
     exact = [evidence.law for evidence, size in known if size == 0]
-    return _bars(rows, "tolerance", f"Without any error: {', '.join(exact)}." if exact else "")
+    return _bars(rows, "tolerance", f"Error 0: {', '.join(exact)}." if exact else "")
 
 
 def _worst(evidence: Evidence) -> float | None:
-    """Return the largest error that was seen, in units of the tolerance; None where none is measured.
+    """Return the largest error in units of the tolerance; None if the law measures no error.
 
-    A law that asks for some case to show something measures no error. The counterexample was looked
-    for after the cases were counted, and may be the worst.
+    A witness law has no error. The counterexample was found after the cases were counted, so its error
+    may be the largest.
     """
     if evidence.law not in LAWS or LAWS[evidence.law].kind == "witness":
         return None
@@ -173,7 +172,7 @@ def _times(size: float) -> str:
 
 
 def _table(shown: Counterexample | None) -> dict[str, Any] | None:
-    """Return a counterexample as a table: a batch row by row, or a history call by call."""
+    """Return a counterexample as a table: a batch by rows, or a history by calls."""
     if shown is None:
         return None
     if shown.history:
@@ -182,15 +181,15 @@ def _table(shown: Counterexample | None) -> dict[str, Any] | None:
             for number, (name, argument) in enumerate(shown.history, 1)
         ]
         return {
-            "caption": "The history",
-            "head": ["", "call", "with"],
+            "caption": "History",
+            "head": ["", "call", "argument"],
             "rows": calls,
             "css": "calls",
         }
     case = shown.case
     if case is None:
         return None
-    caption = f"The batch; seed {int(case.seed)}, lr {float(case.lr):.6g}"
+    caption = f"Batch; seed {int(case.seed)}, lr {float(case.lr):.6g}"
     if case.warmup:
         caption += f", after {int(case.warmup)} steps on the same batch"
     rows, features = case.shape
@@ -226,13 +225,13 @@ def _law(evidence: Evidence) -> dict[str, Any]:
         "status": evidence.status,
         "sign": UNICODE.status[evidence.status],
         "cases": f"{evidence.cases:,} case{'s' * (evidence.cases > 1)}" if evidence.cases else "",
-        "reason": f"at most {worst:.2g} times the tolerance"
+        "reason": f"at most {worst:.2g}x the tolerance"
         if worst and evidence.status == "held"
         else evidence.reason,
     }
 
 
-# Bars on a logarithmic axis, in units of what is allowed.
+# Bars on a logarithmic axis, in units of the bound.
 
 
 def _bar(name: str, label: str, size: float, *, bad: bool) -> dict[str, Any]:
@@ -240,12 +239,12 @@ def _bar(name: str, label: str, size: float, *, bad: bool) -> dict[str, Any]:
 
 
 def _bars(rows: Sequence[dict[str, Any]], unit: str, note: str = "") -> dict[str, Any] | None:
-    """Return the bars of some sizes, each in units of its bound, on one axis.
+    """Return bars for sizes in units of their bounds, on one axis.
 
     Args:
-        rows: see ``_bar``; a size of 0 has no bar.
-        unit: what a size of 1 is called.
-        note: what stands below.
+        rows: from ``_bar``; a size of 0 has no bar.
+        unit: the name of the unit.
+        note: text below the bars.
     """
     if not rows:
         return None
@@ -277,13 +276,13 @@ def _power(decade: int) -> str:
 
 
 def _ruler(size: float, unit: str) -> dict[str, str]:
-    """Return where an error lies on a logarithmic bar of tolerances, and in words."""
+    """Return an error's position on a logarithmic ruler, and as text."""
     low, high = _DECADES
     at = min(max((math.log10(size) - low) / (high - low), 0.0), 1.0) if math.isfinite(size) else 1.0
     return {
         "at": f"{100 * at:.1f}%",
         "edge": f"{100 * -low / (high - low):.1f}%",
-        "label": f"{size:.2g} times the {unit}",
+        "label": f"{size:.2g}x the {unit}",
         "unit": unit,
     }
 
@@ -313,7 +312,7 @@ def _influence(
             cells.append({"mark": mark, "css": css, "title": LEGEND[kind]})
         rows.append({"name": output, "cells": cells})
     lines = legend(shown.kinds(), UNICODE.flow)
-    lines += ["≠  differs from the other side"] if other else []
+    lines += ["≠  differs from the other environment"] if other else []
     return {"inputs": shown.inputs, "rows": rows, "scope": scope(flows), "legend": lines}
 
 
@@ -333,7 +332,7 @@ def _of_upgrades(judgements: Sequence[Judgement]) -> dict[str, Any]:
 
 
 def _upgrade(judgement: Judgement, title: str) -> dict[str, Any]:
-    from bnverify.upgrade.difference import KINDS
+    from bnverify.upgrade.policy import KINDS
 
     comparison, verdict = judgement.comparison, judgement.verdict
     failing = {d.kind for d in verdict.failing}
@@ -351,7 +350,7 @@ def _upgrade(judgement: Judgement, title: str) -> dict[str, Any]:
         "verdict": judgement.headline(),
         "old": judgement.old,
         "new": judgement.new,
-        "moved": judgement.moved(),
+        "moved": judgement.changed_versions(),
         "classes": [
             {
                 "name": kind,
@@ -375,9 +374,9 @@ def _upgrade(judgement: Judgement, title: str) -> dict[str, Any]:
 
 
 def _cards(judgement: Judgement) -> dict[str, Any]:
-    """Return the differences; those that say the same of several leaves share a card.
+    """Return the differences as cards; leaves with the same difference share one.
 
-    Rounding folds: the table of leaves has its numbers.
+    Rounding differences are collapsed: the table of leaves shows their sizes.
     """
     grouped: dict[tuple[str, str, str, str], list[Difference]] = {}
     for mark, difference, why in judgement.marked():
@@ -392,7 +391,7 @@ def _cards(judgement: Judgement) -> dict[str, Any]:
     return {
         "shown": shown,
         "rest": rest,
-        "rest_title": f"{leaves} by rounding alone" if rounding else f"and {count} more",
+        "rest_title": f"{leaves} by rounding only" if rounding else f"and {count} more",
         "nothing_beyond": not beyond and bool(cards),
     }
 
@@ -406,7 +405,7 @@ def _card(
         distance = judgement.comparison.distances.get(first.leaf or "")
         place = distance.simplest if distance is not None else None
         ruler = _ruler(first.size, "rounding noise") if first.size else None
-    said = first.explanation
+    explanation = first.explanation
     return {
         "kind": first.kind,
         "failing": failing,
@@ -415,8 +414,8 @@ def _card(
         "was": f"{place.old:.5g}" if place is not None else "",
         "now": f"{place.new:.5g}" if place is not None else "",
         "ruler": ruler,
-        "explanation": said[:1].upper() + said[1:],
-        "text": first.text.removesuffix(f"; {said}") if said else first.text,
+        "explanation": explanation[:1].upper() + explanation[1:],
+        "text": first.text.removesuffix(f"; {explanation}") if explanation else first.text,
         "why": why,
     }
 
@@ -443,7 +442,7 @@ def _costs(judgement: Judgement) -> list[dict[str, str]]:
     ]
 
 
-# The heat map of upgrades: leaves and laws down, releases across, in units of rounding noise.
+# The heat map of upgrades: one row per leaf or law, one column per release, in units of the noise.
 
 
 def _heat(judgements: Sequence[Judgement]) -> dict[str, Any] | None:
@@ -451,16 +450,17 @@ def _heat(judgements: Sequence[Judgement]) -> dict[str, Any] | None:
     leaves = list(dict.fromkeys(leaf for column in columns for leaf in column))
     if not leaves:
         return None
-    told = [judgement.comparison.new["laws"] for judgement in judgements]
-    laws = list(dict.fromkeys(law for laws in told for law in laws))
-    broken = [law for law in laws if any(_status(each, law) == "violated" for each in told)]
+    verdicts = [judgement.comparison.new["laws"] for judgement in judgements]
+    laws = list(dict.fromkeys(law for laws in verdicts for law in laws))
+    broken = [law for law in laws if any(_status(each, law) == "violated" for each in verdicts)]
 
     def row(law: str) -> dict[str, Any]:
-        return {"name": law.replace("_", " "), "cells": [_law_cell(each.get(law)) for each in told]}
+        cells = [_law_cell(each.get(law)) for each in verdicts]
+        return {"name": law.replace("_", " "), "cells": cells}
 
     if len(judgements) == 1:
         bars = [_heat_bar(leaf, columns[0][leaf]) for leaf in leaves]
-        bars += [_heat_bar(law, _law_cell(told[0][law])) for law in broken]
+        bars += [_heat_bar(law, _law_cell(verdicts[0][law])) for law in broken]
         plot = _bars(bars, "rounding noise")
     else:
         plot = None
@@ -490,10 +490,10 @@ def _status(laws: Mapping[str, Any], law: str) -> str:
     return str(laws[law]["status"]) if law in laws else ""
 
 
-def _law_cell(told: Mapping[str, Any] | None) -> dict[str, Any]:
-    if told is None:
+def _law_cell(verdict: Mapping[str, Any] | None) -> dict[str, Any]:
+    if verdict is None:
         return _cell("")
-    status, residual = str(told["status"]), told["residual"]
+    status, residual = str(verdict["status"]), verdict["residual"]
     number = f" {residual:.2g}" if isinstance(residual, float) and residual else ""
     sign = UNICODE.status.get(status, "?")
     size = residual if isinstance(residual, float) else 0.0
@@ -501,15 +501,15 @@ def _law_cell(told: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _sizes(judgement: Judgement) -> dict[str, dict[str, Any]]:
-    """Return leaf -> its cell."""
+    """Return leaf -> its cell in the heat map."""
     cells = {}
     for leaf, distance in judgement.comparison.distances.items():
         size = distance.worst.size if distance.worst else 0.0
         cells[leaf] = _size_cell(size) if distance.compared else _cell("?")
     for difference in judgement.comparison.differences:
         if difference.leaf and difference.leaf.startswith("init/"):
-            moved = difference.kind == "meaning"
-            cells[difference.leaf] = _cell(_BAD if moved else "~", bad=moved)
+            bad = difference.kind == "meaning"
+            cells[difference.leaf] = _cell(_BAD if bad else "~", bad=bad)
         elif difference.kind in {"structure", "dtype"} and difference.leaf:
             cells[difference.leaf] = _cell(f"{_BAD} {difference.kind}", bad=True)
     return cells

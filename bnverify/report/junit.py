@@ -15,7 +15,7 @@ _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit(reports: Sequence[Findings]) -> str:
-    """Return the XML text of some reports, one test suite each."""
+    """Return reports as XML text, one test suite for each."""
     root = ET.Element("testsuites")
     for report in reports:
         _suite(root, report)
@@ -38,7 +38,7 @@ def _suite(root: ET.Element, report: Findings) -> None:
             failure = ET.SubElement(case, "failure", message=_clean(_line(failed[0])))
             if failed[0].cause:
                 failure.set("type", failed[0].cause)
-            failure.text = _clean("\n\n".join(map(_told, failed)))
+            failure.text = _clean("\n\n".join(map(_text, failed)))
         elif all(finding.outcome == "skipped" for finding in found):
             skipped += 1
             ET.SubElement(case, "skipped", message=_clean(found[0].message))
@@ -55,7 +55,7 @@ def _line(finding: Finding) -> str:
     return " ".join(f"{leaf} {finding.message}".split())
 
 
-def _told(finding: Finding) -> str:
+def _text(finding: Finding) -> str:
     parts = (finding.claim, _line(finding), finding.details, finding.remedy, finding.script)
     return "\n".join(filter(None, parts))
 

@@ -1,4 +1,4 @@
-"""The influence matrix of a report: which entries there are, and which of them matter."""
+"""The influence matrix of a report: its entries, and which of them matter."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from bnverify.laws import LAWS
 INPUTS = ("params", "batch_stats", "opt_state", "extra", "x", "y", "lr")
 
 LEGEND = {
-    "shown": "a dependency that is required; a case shows it",
-    "may": "may depend on it",
+    "shown": "required dependency, observed in a case",
+    "may": "possible dependency",
     "cannot": "no dependency",
     "kept out": "no dependency, as required",
-    "leaks": "may depend on it, but must not",
+    "leaks": "possible dependency, but forbidden",
     "missing": "no dependency, but one is required",
 }
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """The matrix, ready to be drawn.
+    """The influence matrix for display.
 
     Attributes:
         inputs: the columns.
@@ -33,7 +33,7 @@ class Matrix:
     rows: dict[str, tuple[str, ...]]
 
     def kinds(self) -> list[str]:
-        """Return which kinds of entry occur, in the order of the legend."""
+        """Return the kinds of entry that occur, in the order of the legend."""
         found = {kind for row in self.rows.values() for kind in row}
         return [kind for kind in LEGEND if kind in found]
 
@@ -43,15 +43,15 @@ def matrix(
     held: Collection[str] = (),
     unsettled: Collection[str] | None = None,
 ) -> Matrix:
-    """Return the matrix of ``report.influence["matrix"]``, or of its "leaves": a row for each.
+    """Return the matrix for ``report.influence["matrix"]`` or ``report.influence["leaves"]``.
 
-    Trees that nothing reaches and that reach nothing are left out: they have no leaves.
+    Inputs and outputs without any dependency are left out, as they have no leaves.
 
     Args:
         flows: output -> the inputs that may reach it.
-        held: the names of the laws that hold: of what some demand a case was seen.
-        unsettled: the names of the laws that are violated, or were not judged: only what one of
-            these forbids leaks, and only what one demands is missing. None: all laws.
+        held: the names of the laws that hold: their required dependencies were observed in a case.
+        unsettled: the names of the laws that are violated or were not judged: only these can be the
+            reason that an entry leaks or is missing. None: all laws.
     """
     reached = {output: {_tree(source) for source in sources} for output, sources in flows.items()}
     busy = {_tree(output) for output, sources in reached.items() if sources}
@@ -60,16 +60,16 @@ def matrix(
     forbidden = {pair for law in LAWS.values() for pair in law.must_not_reach}
     judged = LAWS if unsettled is None else unsettled
     leaking = {pair for name in judged if name in LAWS for pair in LAWS[name].must_not_reach}
-    wanting = {pair for name in judged if name in LAWS for pair in LAWS[name].must_reach}
-    shown = {pair for name in held if name in LAWS for pair in LAWS[name].must_reach}
+    required = {pair for name in judged if name in LAWS for pair in LAWS[name].must_reach}
+    observed = {pair for name in held if name in LAWS for pair in LAWS[name].must_reach}
 
     def kind(output: str, source: str) -> str:
         kept_out = (_tree(output), source) in forbidden
         if source in reached[output]:
             if (_tree(output), source) in leaking:
                 return "leaks"
-            return "shown" if (output, source) in shown else "may"
-        if (output, source) in wanting:
+            return "shown" if (output, source) in observed else "may"
+        if (output, source) in required:
             return "missing"
         return "kept out" if kept_out else "cannot"
 
@@ -83,12 +83,12 @@ def _tree(leaf: str) -> str:
 
 
 def scope(influence: Mapping[str, Any]) -> str:
-    """Return for which sizes the matrix speaks, in words."""
+    """Return for which sizes the matrix holds, as text."""
     claim = "for all values" if influence.get("proved") else "as an example"
-    return f"read from the traced step, {claim}, {influence.get('scope', '')}"
+    return f"from the traced step, {claim}, {influence.get('scope', '')}"
 
 
 def legend(kinds: Sequence[str], signs: Mapping[str, str]) -> list[str]:
-    """Return a line for each kind of entry: its sign and what that means."""
+    """Return a line for each kind of entry: its sign and its meaning."""
     width = max((len(signs[kind]) for kind in kinds), default=0)
     return [f"{signs[kind]:<{width}}  {LEGEND[kind]}" for kind in kinds]

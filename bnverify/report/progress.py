@@ -1,4 +1,4 @@
-"""What a check is doing, on standard error: a bar on a terminal, one line a phase elsewhere."""
+"""The progress of a check on stderr: a bar on a terminal, otherwise one line per phase."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ if TYPE_CHECKING:
     from bnverify.check import Event, Listener, PhaseStarted
 
 SILENCE = 20.0
-"""Seconds after which a phase that goes on says so, where no bar shows it."""
+"""Seconds after which a phase that continues is printed again, if there is no bar."""
 
 
 @contextmanager
 def progress(name: str) -> Iterator[Listener]:
-    """Show what a check of a subject is doing.
+    """Show the progress of a check.
 
     Args:
-        name: of the subject.
+        name: the subject's name.
 
     Yields:
-        What to give to ``verify`` as its listener.
+        The listener to pass to ``verify``.
     """
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal or console.is_dumb_terminal:
-        yield _Told(lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True)).listen
+        yield _EventPrinter(
+            lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True)
+        ).listen
         return
     columns = (
         TextColumn("{task.description}"),
@@ -45,35 +47,35 @@ def progress(name: str) -> Iterator[Listener]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(escape(name), total=1.0)
 
-        def doing(phase: str, done: float) -> None:
+        def show_phase(phase: str, done: float) -> None:
             bar.update(task, description=escape(f"{name}: {phase}"), completed=done)
 
         def line(text: str) -> None:
             style = STYLES["violated"] if text.startswith("violated") else ""
             bar.console.print(text, style=style, markup=False)
 
-        yield _Told(line, doing).listen
+        yield _EventPrinter(line, show_phase).listen
 
 
-class _Told:
-    """Turns the events of a check into lines, and into how far it has come.
+class _EventPrinter:
+    """Turns the events of a check into lines and progress.
 
     Args:
-        line: prints one.
-        doing: shows the phase and the part that is done, of 1; None: that is a line, too.
+        line: prints a line.
+        phase: shows the phase and the fraction done; None: print these as lines, too.
     """
 
     def __init__(
-        self, line: Callable[[str], None], doing: Callable[[str, float], None] | None = None
+        self, line: Callable[[str], None], phase: Callable[[str, float], None] | None = None
     ) -> None:
-        self._line, self._doing = line, doing
-        self._phase, self._told = "", time.monotonic()
+        self._line, self._show_phase = line, phase
+        self._phase, self._printed = "", time.monotonic()
         self._proved: int | None = 0
         self._violated: set[str] = set()
 
     def listen(self, event: Event) -> None:
-        """Take one event."""
-        from bnverify.check import LawJudged, PhaseStarted  # loads jax, which --help does without
+        """Handle one event."""
+        from bnverify.check import LawJudged, PhaseStarted  # imports jax
 
         if isinstance(event, PhaseStarted):
             self._start(event)
@@ -91,10 +93,10 @@ class _Told:
                 f"{self._proved} {'law' if self._proved == 1 else 'laws'} proved from the trace"
             )
             self._proved = None
-        seen = f", {event.cases:,} cases so far" if event.cases else ""
-        if self._doing is not None:
-            self._doing(f"{event.phase}{seen}", event.done)
-        elif event.phase != self._phase or time.monotonic() - self._told > SILENCE:
-            self._line(f"{event.done:4.0%} {event.phase}{seen}")
-            self._told = time.monotonic()
+        cases = f", {event.cases:,} cases so far" if event.cases else ""
+        if self._show_phase is not None:
+            self._show_phase(f"{event.phase}{cases}", event.done)
+        elif event.phase != self._phase or time.monotonic() - self._printed > SILENCE:
+            self._line(f"{event.done:4.0%} {event.phase}{cases}")
+            self._printed = time.monotonic()
         self._phase = event.phase

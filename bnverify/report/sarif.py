@@ -1,6 +1,6 @@
-"""Reports as SARIF 2.1.0, which code scanning reads: rules, and results with file and line.
+"""Reports as SARIF 2.1.0 for code scanning: rules, and failures with file and line.
 
-The format: https://docs.oasis-open.org/sarif/sarif/v2.1.0/
+Source: https://docs.oasis-open.org/sarif/sarif/v2.1.0/
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 
 def sarif(reports: Sequence[Findings]) -> str:
-    """Return the JSON text of some reports, one run each. What passed is not in it."""
+    """Return reports as JSON text, one run for each, with failures only."""
     data = {"$schema": SCHEMA, "version": "2.1.0", "runs": [_run(report) for report in reports]}
     return json.dumps(data, indent=2) + "\n"
 
@@ -31,12 +31,12 @@ def _run(report: Findings) -> dict[str, Any]:
     driver: dict[str, Any] = {"name": "bnverify", "rules": [_rule(each) for each in rules.values()]}
     if report.version and report.version != "unknown":
         driver["version"] = report.version
-    told = [finding for failures in report.failures for finding in failures]
+    failed = [finding for failures in report.failures for finding in failures]
     return {
         "tool": {"driver": driver},
         "automationDetails": {"id": f"bnverify/{report.name}"},
         "invocations": [{"executionSuccessful": True}],
-        "results": [_result(finding, order.index(finding.rule)) for finding in told],
+        "results": [_result(finding, order.index(finding.rule)) for finding in failed],
         "properties": {"verdict": report.verdict},
     }
 
@@ -70,7 +70,7 @@ def _result(finding: Finding, index: int) -> dict[str, Any]:
         location["logicalLocations"] = [{"fullyQualifiedName": finding.leaf, "kind": "member"}]
     if location:
         result["locations"] = [location]
-    shown = {"cause": finding.cause, "counterexample": finding.script}
-    if properties := {name: text for name, text in shown.items() if text}:
+    extra = {"cause": finding.cause, "counterexample": finding.script}
+    if properties := {name: text for name, text in extra.items() if text}:
         result["properties"] = properties
     return result

@@ -1,4 +1,4 @@
-"""The signs a report is drawn with: told apart without colour, and on an ASCII terminal too."""
+"""The signs used in reports, distinguishable without colour, in Unicode and in ASCII."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Symbols:
     """One set of signs.
 
     Attributes:
-        status: status -> its sign.
-        flow: what a cell of the influence matrix says -> its sign.
-        rule: what a line is drawn with.
-        unicode: whether other text may hold letters beyond ASCII.
+        status: status -> sign.
+        flow: kind of entry in the influence matrix -> sign.
+        rule: the character that lines are drawn with.
+        unicode: whether other text may contain non-ASCII characters.
     """
 
     status: dict[str, str]
@@ -63,7 +63,7 @@ ASCII = Symbols(
 
 
 def symbols(encoding: str) -> Symbols:
-    """Return the signs that text in ``encoding`` can carry."""
+    """Return the signs that ``encoding`` can represent."""
     return UNICODE if encoding.lower().replace("-", "").startswith("utf") else ASCII
 
 
@@ -71,6 +71,6 @@ _ASCII: dict[int, str] = {ord("±"): "+-", ord("…"): "...", ord("→"): "->", 
 
 
 def in_ascii(text: str) -> str:
-    """Return text without letters beyond ASCII; those that have no equivalent are escaped."""
+    """Return ``text`` in ASCII; characters without an equivalent are escaped."""
     plain = text.translate(_ASCII)
     return plain.encode("ascii", "backslashreplace").decode()

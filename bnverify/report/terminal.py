@@ -1,4 +1,4 @@
-"""A report as text for a terminal: 80 columns do, and colour only repeats what signs and words say."""
+"""A report as text for a terminal, at least 80 columns wide; colour only repeats signs and words."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rich.text import Text
 
 from bnverify.evidence import READ_ONLY, Status
 from bnverify.laws import FAMILIES, LAWS
+from bnverify.report.findings import Group, groups
 from bnverify.report.matrix import legend, matrix, scope
 from bnverify.report.symbols import STYLES, Symbols, in_ascii, symbols
-from bnverify.report.violations import Group, groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from bnverify.evidence import Evidence, Report
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
-"""How much is told: the verdict; the families and the violations; every law."""
+"""Verbosity: the verdict; also families and violations; also every law."""
 
 ALIKE = 3
-"""So many laws of a family that share a reason are told one by one; more, by their number."""
+"""Up to this many untriggered laws of a family with one reason are listed; more are counted."""
 
 IN_FULL = 3
-"""So many violations with one cause are told in full, the others by their names."""
+"""Up to this many violations with one cause are shown in full; of the rest, only the names."""
 
 
 def show(report: Report, file: TextIO | None = None, verbosity: int = NORMAL) -> None:
@@ -39,7 +39,7 @@ def show(report: Report, file: TextIO | None = None, verbosity: int = NORMAL) ->
 
     Args:
         report: what to print.
-        file: where; None: standard output.
+        file: the destination; None: stdout.
         verbosity: ``QUIET``, ``NORMAL`` or ``VERBOSE``.
     """
     out = file or sys.stdout
@@ -47,11 +47,11 @@ def show(report: Report, file: TextIO | None = None, verbosity: int = NORMAL) ->
 
 
 def render(report: Report, stream: TextIO | None = None, verbosity: int = NORMAL) -> str:
-    """Return the text of ``report`` for a stream, whose width, colours and encoding count.
+    """Return ``report`` as text for a stream, with its width, colours and encoding.
 
     Args:
         report: what to print.
-        stream: where it is to go; None: a file, 80 columns wide.
+        stream: the destination; None: a file, 80 columns wide.
         verbosity: ``QUIET``, ``NORMAL`` or ``VERBOSE``.
     """
     return Screen(stream).report(report, verbosity)
@@ -67,16 +67,16 @@ def count(number: int) -> str:
 
 
 class Screen:
-    """A place that reports are written for.
+    """Renders reports for one stream.
 
     Args:
-        stream: where they are to go; None: a file.
+        stream: the destination; None: a file.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._out = io.StringIO()
-        # What a closed pipe raises must reach the command line, so rich writes to memory. No
-        # highlighting: colours are for statuses, not for every number.
+        # Through memory, because rich would swallow the error of a closed pipe. Without highlighting,
+        # because only statuses are coloured.
         self._console = Console(
             file=self._out,
             force_terminal=stream.isatty() if stream is not None else False,
@@ -89,7 +89,7 @@ class Screen:
         self._symbols: Symbols = symbols(encoding)
 
     def report(self, report: Report, verbosity: int) -> str:
-        """Return the verdict first, then the families or the laws, then what is violated."""
+        """Return the verdict, then the families or laws, then the violations."""
         self._verdict(report, verbosity)
         if verbosity > QUIET:
             self._print()
@@ -129,7 +129,7 @@ class Screen:
             self._print(", ".join(versions), style="dim")
 
     def _families(self, report: Report) -> None:
-        """Print one line for each family: the sign of what matters most, and the counts."""
+        """Print a line for each family: the sign of its worst status, and the counts."""
         width = max(map(len, FAMILIES))
         for family in FAMILIES:
             seen = Counter(each.status for each in report.results if each.family == family)
@@ -164,18 +164,18 @@ class Screen:
             self._print(f" {sign} {status:<12}{_MEANING[status]}", style="dim")
 
     def _law(self, evidence: Evidence) -> None:
-        """Print one line, and what the status rests on beside it where that fits, else below."""
+        """Print a law; what its status is based on goes beside it if that fits, else below."""
         style = STYLES[evidence.status]
         sign = self._symbols.status[evidence.status]
         line = Text.assemble((f" {sign} {evidence.status:<12}", style), evidence.law)
-        rests_on = _rests_on(evidence)
+        basis = _basis(evidence)
         room = self._console.width - line.cell_len - 2
-        if rests_on and len(rests_on) <= room:
-            line.append(f"{rests_on:>{room + 1}}", "dim")
-            rests_on = ""
+        if basis and len(basis) <= room:
+            line.append(f"{basis:>{room + 1}}", "dim")
+            basis = ""
         self._print(line)
-        if rests_on:
-            self._print(rests_on, style="dim", indent=15)
+        if basis:
+            self._print(basis, style="dim", indent=15)
 
     def _influence(self, report: Report) -> None:
         held = [evidence.law for evidence in report.results if evidence.status == "held"]
@@ -197,7 +197,7 @@ class Screen:
             self._print(line, style="dim", indent=1)
 
     def _violations(self, group: Group) -> None:
-        """Print all that one mistake breaks: the cause once, then each law, then one script."""
+        """Print the violations with one cause: the cause once, then each law, then one script."""
         sign, rule = self._symbols.status["violated"], self._symbols.rule
         self._print()
         title = f"{rule * 2} {sign} {group.title} "
@@ -216,7 +216,7 @@ class Screen:
             self._print()
             self._print(f"To reproduce{group.which}:")
             self._print()
-            # Neither wrapped nor indented: it must still run when pasted.
+            # Not wrapped or indented, so that it can be pasted and run.
             self._console.print(Text(group.shown.script.rstrip()), soft_wrap=True)
 
     def _violation(self, evidence: Evidence, *, named: bool) -> None:
@@ -234,10 +234,10 @@ class Screen:
 
 
 _MEANING: dict[Status, str] = {
-    "proved": "for every value, from the traced step alone",
-    "held": "in the cases run; worst: the largest error, in units of the tolerance",
+    "proved": "for all values, from the traced step",
+    "held": "in all cases run; worst: the largest error, in units of the tolerance",
     "violated": "in at least one case",
-    "untriggered": "no case reached its precondition, or none was run: never a pass",
+    "untriggered": "not exercised by any case, so not a pass",
     "exempt": "does not apply to this step",
 }
 
@@ -249,28 +249,30 @@ def _counts(seen: Counter[Status]) -> str:
 
 
 def _flows_matter(report: Report) -> bool:
-    """Return whether the table of dependencies explains what is violated, or is all there is."""
-    read = any(each.reason == READ_ONLY for each in report.results)
+    """Return whether the influence matrix explains a violation, or is the only result."""
+    read_only = any(each.reason == READ_ONLY for each in report.results)
     asked = "leaves" in report.influence
     broken = [LAWS[each.law] for each in report.violated if each.law in LAWS]
     wrong = {"leaks", "missing"} & set(matrix(report.influence["matrix"]).kinds())
     return (
-        read or asked or bool(wrong and any(law.must_not_reach or law.must_reach for law in broken))
+        read_only
+        or asked
+        or bool(wrong and any(law.must_not_reach or law.must_reach for law in broken))
     )
 
 
 def near(line: str) -> str:
-    """Return ``path:line`` with the path as it is found from here."""
+    """Return ``path:line`` with the path relative to the working directory if it is inside it."""
     path, _, number = line.rpartition(":")
     here = Path.cwd()
     return f"{os.path.relpath(path)}:{number}" if here in Path(path).parents else line
 
 
-def _rests_on(evidence: Evidence) -> str:
+def _basis(evidence: Evidence) -> str:
     if evidence.status != "held":
         return evidence.reason
     text = f"{count(evidence.cases)} case{'s' if evidence.cases > 1 else ''}"
-    if evidence.residual and evidence.residual >= 0.005:  # or it would read 0.00
+    if evidence.residual and evidence.residual >= 0.005:  # smaller ones would print as 0.00
         text += f", worst {evidence.residual:.2f}"
     return text
 

@@ -1,40 +1,40 @@
-"""What an upgrade changed, in a terminal: plain text, signs and words, colour where there is one."""
+"""An upgrade's report as plain text for a terminal."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, TextIO
 
 from bnverify.report.symbols import in_ascii, symbols
-from bnverify.upgrade.difference import KINDS
+from bnverify.upgrade.policy import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bnverify.upgrade.judgement import Judgement
+    from bnverify.upgrade.policy import Judgement
 
 EXPLAINED = {
     "api": "code that no longer runs",
-    "structure": "trees or shapes",
-    "dtype": "types of leaves",
-    "initialisation": "initial values of the same seed",
-    "rounding": "values within the rounding noise of either side",
-    "meaning": "values beyond it",
+    "structure": "tree structures or shapes",
+    "dtype": "dtypes of leaves",
+    "initialisation": "initial values from the same seed",
+    "rounding": "values, within the rounding noise of both sides",
+    "meaning": "values, beyond the rounding noise; or laws",
 }
-_SHOWN = 8  # differences of one class; the rest is counted
+_SHOWN = 8  # differences of one class; the rest is only counted
 
 
 def render(judgement: Judgement, stream: TextIO | None = None, verbosity: int = 0) -> str:
-    """Return what changed and whether it may pass, the verdict first.
+    """Return the verdict, and what changed.
 
     Args:
-        judgement: what to tell.
-        stream: where it is to go, for its encoding; None: a file.
-        verbosity: -1: the verdict alone; 1: with the script that shows the first difference.
+        judgement: the upgrade's judgement.
+        stream: the destination, for its encoding; None: a file.
+        verbosity: -1: the verdict only; 1: with the script that reproduces the first difference.
     """
     signs = symbols(getattr(stream, "encoding", None) or "utf-8")
     ok, bad = signs.status["held"], signs.status["violated"]
-    told = list(lines(judgement, ok=ok, bad=bad, script=verbosity > 0))
-    text = "\n".join(told[:1] if verbosity < 0 else told) + "\n"
+    text_lines = list(lines(judgement, ok=ok, bad=bad, script=verbosity > 0))
+    text = "\n".join(text_lines[:1] if verbosity < 0 else text_lines) + "\n"
     return text if signs.unicode else in_ascii(text)
 
 
@@ -42,17 +42,17 @@ def lines(judgement: Judgement, ok: str, bad: str, *, script: bool) -> Iterator[
     """Yield the report's lines.
 
     Args:
-        judgement: what to tell.
-        ok: the sign for what may pass.
-        bad: the sign for what may not.
-        script: whether the script that shows the first difference is among them.
+        judgement: the upgrade's judgement.
+        ok: the sign for accepted differences.
+        bad: the sign for failing ones.
+        script: whether to include the script that reproduces the first difference.
     """
     comparison, verdict = judgement.comparison, judgement.verdict
     yield f"{ok if judgement.ok else bad} {comparison.subject}: {judgement.headline()}"
     yield f"  from {judgement.old} to {judgement.new}"
-    moved = judgement.moved()
+    versions = judgement.changed_versions()
     yield "  " + (
-        ", ".join(f"{name} {a} -> {b}" for name, (a, b) in moved.items()) or "the same releases"
+        ", ".join(f"{name} {a} -> {b}" for name, (a, b) in versions.items()) or "the same releases"
     )
     failing = {id(d) for d in verdict.failing}
     accepted = {id(d): entry for d, entry in verdict.accepted}
@@ -80,27 +80,27 @@ def lines(judgement: Judgement, ok: str, bad: str, *, script: bool) -> Iterator[
     for entry in verdict.stale:
         yield f"accepted, but no longer occurs: {entry.kind} {entry.leaf or ''}: {entry.reason}"
     for entry in verdict.expired:
-        yield f"accepted until {entry.expires}, which is past: {entry.kind}: {entry.reason}"
+        yield f"acceptance expired on {entry.expires}: {entry.kind}: {entry.reason}"
     for note in comparison.notes:
         yield f"note: {note}"
     shown = next((d for d in verdict.failing if d.witness), None)
     if shown is not None and shown.witness:
         yield ""
         if script:
-            yield f"To see {shown.leaf or 'it'} for yourself, save this and run it on both sides:"
+            yield f"To reproduce {shown.leaf or 'it'}, save this script and run it on both sides:"
             yield ""
             yield shown.witness.rstrip()
         else:
-            yield f"A script that shows {shown.leaf or 'it'} on both sides: -v, or --format html"
+            yield f"For a script that reproduces {shown.leaf or 'it'}, use -v or --format html"
 
 
 def _rounding(judgement: Judgement) -> str:
     found = judgement.comparison.of("rounding")
     sized = [d for d in found if d.size is not None]
     if not sized:
-        return f"{len(found)} leaves, in the last places"
+        return f"{len(found)} leaves, by a few ulps"
     worst = max(sized, key=lambda d: d.size or 0.0)
-    return f"{len(found)} leaves, at most {worst.size:.2g} times the noise ({worst.leaf})"
+    return f"{len(found)} leaves, at most {worst.size:.2g}x the noise ({worst.leaf})"
 
 
 def _costs(judgement: Judgement) -> Iterator[str]:
@@ -110,6 +110,6 @@ def _costs(judgement: Judgement) -> Iterator[str]:
         return
     yield ""
     for cost, ratio in judgement.comparison.costs.items():
-        beyond = f", beyond the bound of {bounds[cost]:g}" if cost in bounds else ""
+        beyond = f", above the bound of {bounds[cost]:g}x" if cost in bounds else ""
         name = cost.replace("_", " ")
-        yield f"{name}: {old[cost]:.3g} -> {new[cost]:.3g}, {ratio:.2f} times{beyond}"
+        yield f"{name}: {old[cost]:.3g} -> {new[cost]:.3g}, {ratio:.2f}x{beyond}"

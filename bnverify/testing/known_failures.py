@@ -1,7 +1,7 @@
-"""Known failures: which law fails on which subject, why, where that is tracked, and on which releases.
+"""Known failures: which law fails on which subject and releases, why, and where it is tracked.
 
-They are the `[[failure]]` entries of a policy file, see `bnverify.upgrade.policy`. No field may be
-missing: a failure without a reason, an address or an end is one that stays.
+They are the `[[failure]]` entries of a policy file, see `bnverify.upgrade.policy`. All fields are
+required.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def read(path: Path) -> tuple[KnownFailure, ...]:
     """Return the known failures in a policy file.
 
     Raises:
-        UsageError: it cannot be read, an entry is not as it should be, or names no law.
+        UsageError: the file cannot be read, or an entry is invalid or names an unknown law.
     """
     failures = load(path).failure
     for number, entry in enumerate(failures):
@@ -36,10 +36,10 @@ def read(path: Path) -> tuple[KnownFailure, ...]:
 def stale(
     entries: Collection[KnownFailure], collected: Collection[tuple[str, str]]
 ) -> list[KnownFailure]:
-    """Return the entries for these versions whose law and subject no test was about.
+    """Return the entries that match the installed versions but none of the collected tests.
 
     Args:
-        entries: what is known.
+        entries: the known failures.
         collected: (law, subject name) of every test of a full run.
     """
     return [

@@ -1,4 +1,4 @@
-"""The pytest plugin. pytest loads it in every run, so it imports neither jax nor hypothesis."""
+"""The pytest plugin. pytest loads it in every run, so it imports neither jax nor Hypothesis."""
 
 from __future__ import annotations
 
@@ -23,40 +23,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--bnverify-target",
         metavar="TARGET",
-        help="what bnverify's own properties are run on: module:name or path/file.py:name",
+        help="the target of bnverify's own properties: module:name or path/file.py:name",
     )
     group.addoption(
         "--bnverify-profile",
         metavar="NAME",
         choices=["quick", "ci", "nightly"],
-        help="how much every bnverify.suite does, in the place of its own profile",
+        help="the profile of every bnverify.suite, instead of its own",
     )
     group.addoption(
         "--bnverify-seed",
         metavar="N",
         type=int,
         default=0,
-        help="the seed of all cases of every bnverify.suite; default: 0",
+        help="the seed of the cases of every bnverify.suite; default: 0",
     )
     group.addoption(
         "--bnverify-known-failures",
         metavar="FILE",
         help="a TOML file of known failures: law, subject, reason, issue, versions",
     )
-    group.addoption(
-        "--bnverify-shard", metavar="K/N", help="run only the K-th of N parts of all tests"
-    )
+    group.addoption("--bnverify-shard", metavar="K/N", help="run only part K of N of all tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marks and read the file of known failures."""
+    """Register the markers and read the known failures."""
     config.addinivalue_line(
-        "markers", "bnverify(law, subject): a test of one law on one subject, by bnverify.suite"
+        "markers", "bnverify(law, subject): tests one law on one subject (from bnverify.suite)"
     )
     for family in FAMILIES:
-        text = f"bnverify_{family}: a test of a law of the family {family!r}, by bnverify.suite"
+        text = f"bnverify_{family}: tests a law of the family {family!r} (from bnverify.suite)"
         config.addinivalue_line("markers", text)
-    config.addinivalue_line("markers", "xdist_group(name): tests for one worker of pytest-xdist")
+    config.addinivalue_line("markers", "xdist_group(name): tests for one pytest-xdist worker")
     config.stash[STALE] = []
     config.stash[ENTRIES] = ()
     file = config.getoption("bnverify_known_failures")
@@ -73,13 +71,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def claim(item: pytest.Item) -> tuple[str, str] | None:
-    """Return (law, subject name) of a test about one law; None for any other test."""
+    """Return (law, subject name) for a test of one law, else None."""
     mark = item.get_closest_marker("bnverify")
     if mark is None:
         return None
     try:
         return mark.kwargs["law"], mark.kwargs["subject"].name
-    except Exception:  # noqa: BLE001 - a function that should make a subject; its tests will tell
+    except Exception:  # noqa: BLE001 - the function that makes the subject failed; its tests report it
         return None
 
 
@@ -87,9 +85,9 @@ def claim(item: pytest.Item) -> tuple[str, str] | None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None, None, None]:
-    """Mark known failures, look for stale ones, then keep this shard's part of what is left."""
+    """Mark known failures, find stale ones, then select this shard's tests."""
     entries = config.stash[ENTRIES]
-    if entries:  # before -k and -m: what they leave out is not stale
+    if entries:  # before -k and -m, so that tests they deselect do not make entries stale
         _mark_known(items, entries)
         if _is_full_run(config):
             _find_stale(config, items, entries)
@@ -121,12 +119,12 @@ def _mark_known(items: list[pytest.Item], entries: tuple[KnownFailure, ...]) -> 
         if entry is not None:
             reason = f"{entry.reason} ({entry.issue})"
             item.stash[KNOWN] = reason
-            # Only a violation is known; strict: one that no longer happens is news.
+            # strict: an expected violation that does not occur is a failure.
             item.add_marker(pytest.mark.xfail(raises=Violation, strict=True, reason=reason))
 
 
 def _is_full_run(config: pytest.Config) -> bool:
-    """Return whether everything was collected that a plain `pytest` collects."""
+    """Return whether the run collects everything that a plain `pytest` would."""
     options = config.option
     narrowed = options.ignore or options.ignore_glob or options.bnverify_target
     return config.args_source is not pytest.Config.ArgsSource.ARGS and not narrowed
@@ -139,40 +137,40 @@ def _find_stale(
 
     claims = {found for item in items if (found := claim(item))}
     config.stash[STALE] = [str(entry) for entry in stale(entries, claims)]
-    if hasattr(config, "workeroutput"):  # a worker of pytest-xdist: the controller reports
+    if hasattr(config, "workeroutput"):  # in a pytest-xdist worker; the controller reports
         config.workeroutput["bnverify_stale"] = config.stash[STALE]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """Take over what a worker of pytest-xdist found; all of them find the same."""
+    """Take over the stale entries from a pytest-xdist worker; all workers find the same."""
     found = getattr(node, "workeroutput", {}).get("bnverify_stale", [])
     if found:
         node.config.stash[STALE] = found
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail a run in which a known failure is about no test."""
+    """Fail the run if a known failure matches no test."""
     if session.config.stash.get(STALE, None) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Name the known failures that are about no test."""
+    """List the known failures that match no test."""
     found = config.stash.get(STALE, [])
     if found:
         terminalreporter.section("stale known failures", red=True, bold=True)
         for entry in found:
-            terminalreporter.line(f"no test is about {entry}: delete the entry")
+            terminalreporter.line(f"no test matches {entry}: delete the entry")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, Any, Any]:
-    """Show of a violation what it says: its traceback is bnverify's own.
+    """Show a violation by its message only, since its traceback is inside bnverify.
 
-    In the short summary, where the test's name has the law, that is the leaf and the reason.
+    The short summary shows the leaf and the reason; the test's name already has the law.
     """
     report = yield
     mark = item.get_closest_marker("bnverify")
@@ -180,8 +178,8 @@ def pytest_runtest_makereport(
         from bnverify.evidence import Violation
 
         if isinstance(call.excinfo.value, Violation):
-            told: Any = call.excinfo.getrepr(style="value")
-            if told.reprcrash is not None:
-                told.reprcrash.message = call.excinfo.value.evidence.seen
-            report.longrepr = told
+            representation: Any = call.excinfo.getrepr(style="value")
+            if representation.reprcrash is not None:
+                representation.reprcrash.message = call.excinfo.value.evidence.seen
+            report.longrepr = representation
     return report

@@ -1,4 +1,4 @@
-"""The laws as pytest tests of a user's own: ``test_my_step = bnverify.suite(subject)``."""
+"""The laws as pytest tests: ``test_my_step = bnverify.suite(subject)``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bnverify.testing.memory import Memory
 
 KNOWN = pytest.StashKey[str]()
-"""Set on an item whose law is known to fail: why."""
+"""Set on an item whose law is known to fail: the reason."""
 
 _GROUPS = itertools.count(1)
 
@@ -33,24 +33,24 @@ _GROUPS = itertools.count(1)
 def suite(
     subject: Target | Callable[[], Target], profile: ProfileName | Profile = "ci"
 ) -> Callable[..., None]:
-    """Return a pytest test, to be assigned to a ``test_*`` name, that is one test for each law.
+    """Return a parametrized pytest test, one test for each law, to assign to a ``test_*`` name.
 
-    A law that is proved or held passes. A violated one fails with its reason, its counterexample
-    and the likely mistake. One that no case reached, or that does not apply, is skipped with its
-    reason: a tick means that something was seen. The check runs once, for all the laws selected.
-    ``-m bnverify_statistics``, or ``-k statistics``, selects a family.
+    A law that is proved or held passes. A violated law fails with its reason, counterexample and the
+    likely mistake. An untriggered or exempt law is skipped with its reason, so a pass always means
+    that the law was exercised. The check runs once, for all selected laws. ``-m bnverify_statistics``
+    or ``-k statistics`` selects a family.
 
     Args:
-        subject: the training step, a CheckpointedSubject or a Parallel; or a function that makes it, called
-            when a test first runs. The claims about many devices are among the tests where a
-            Parallel itself is given.
-        profile: how much to do; ``--bnverify-profile`` takes its place.
+        subject: the training step, a CheckpointedSubject or a Parallel; or a function that returns a
+            training step or CheckpointedSubject, called when a test first runs. The laws about several
+            devices are included only if a Parallel is given.
+        profile: how many cases to check; ``--bnverify-profile`` overrides it.
 
     Raises:
-        ValueError: it is neither a subject nor a function.
+        ValueError: ``subject`` is neither a subject nor a function.
     """
     if flax_module.kind(subject) or not callable(subject):
-        subject_of(subject)  # type: ignore[arg-type] # refuses what is none
+        subject_of(subject)  # type: ignore[arg-type] # raises for anything else
     check = Check(subject, profile)
     # With --dist loadgroup, all laws of one suite go to one worker.
     group = pytest.mark.xdist_group(f"bnverify-{next(_GROUPS)}")
@@ -73,17 +73,17 @@ def suite(
         __tracebackhide__ = True
         check.hold(law, request)
 
-    test.bnverify_suite = check  # type: ignore[attr-defined] # how bnverify.load finds the subject
+    test.bnverify_suite = check  # type: ignore[attr-defined] # for bnverify.load
     return test
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line of pytest says about checks.
+    """The pytest options for checks.
 
     Attributes:
-        profile: takes the place of every suite's own; None: it does not.
-        seed: from which all cases are drawn.
+        profile: overrides every suite's own, unless None.
+        seed: the seed of all cases.
     """
 
     profile: ProfileName | None
@@ -91,12 +91,12 @@ class Settings:
 
     @classmethod
     def of(cls, config: pytest.Config) -> Settings:
-        """Return the settings of this run."""
+        """Return the options of this run."""
         return cls(config.getoption("bnverify_profile"), config.getoption("bnverify_seed"))
 
 
 class Check:
-    """One subject and its one report, made when the first law asks for it."""
+    """One subject and its report, made when the first test needs it."""
 
     def __init__(
         self, subject: Target | Callable[[], Target], profile: ProfileName | Profile = "ci"
@@ -104,30 +104,30 @@ class Check:
         self._given = subject
         self._profile = profile
         self._report: Report | None = None
-        self._failed = ""  # why there is none; the first test that asked shows the traceback
+        self._failed = ""  # why there is no report; the first test shows the traceback
 
     @cached_property
     def subject(self) -> Target:
-        """The subject itself."""
+        """The subject, made on first use."""
         given = self._given
         if isinstance(given, Subject | CheckpointedSubject | Parallel):
             return given
         made = given()
         if isinstance(made, Parallel):
-            # Its further tests would have had to be collected before it was made.
+            # Its additional tests would have to be collected before it is made.
             raise TypeError(
-                "bnverify.suite needs the Parallel itself, not a function that makes it"
+                "bnverify.suite got a function that returns a Parallel; pass the Parallel itself"
             )
-        subject_of(made)  # refuses what is none
+        subject_of(made)  # raises for anything else
         return made
 
     @property
     def name(self) -> str:
-        """The name of the subject."""
+        """The subject's name."""
         return self.subject.name
 
     def hold(self, law: str, request: pytest.FixtureRequest) -> None:
-        """Pass, skip or fail the test that is running as the evidence for ``law`` says.
+        """Pass, skip or fail the running test according to the evidence for ``law``.
 
         Raises:
             Violation: the law is violated.
@@ -139,13 +139,13 @@ class Check:
         memory = Memory(request.node.nodeid)
         evidence = self._replay(memory)
         if evidence is not None:
-            note = "(the case of the last run, tried first; it fails as before)"
+            note = "(replayed from the last run, where it failed, too)"
             raise Violation(evidence, note)
         evidence = self._checked(request)[law]
         if evidence.status in {"untriggered", "exempt"}:
             reason = f"{evidence.status}: {evidence.reason}"
             if request.node.get_closest_marker("xfail") is not None:
-                pytest.fail(f"known to fail, but {reason}", pytrace=False)
+                pytest.fail(f"expected a known failure, but {reason}", pytrace=False)
             pytest.skip(reason)
         if evidence.status == "violated":
             if evidence.family != "parallel":  # a replay would need four devices
@@ -153,7 +153,7 @@ class Check:
             raise Violation(evidence)
 
     def _replay(self, memory: Memory) -> Evidence | None:
-        """Return what was remembered of the last run, if its case still violates the law."""
+        """Return the stored evidence of the last run if its case still violates the law."""
         from bnverify import compile_cache
         from bnverify.check import show_again
         from bnverify.evidence import Violation
@@ -166,7 +166,7 @@ class Check:
             show_again(self.subject, remembered.counterexample)
         except Violation:
             return remembered
-        except Exception:  # noqa: BLE001 - a case for a subject that has since changed its shape
+        except Exception:  # noqa: BLE001 - the subject has changed, and the case does not fit
             memory.forget()
         else:
             memory.forget()
@@ -174,7 +174,7 @@ class Check:
 
     def _checked(self, request: pytest.FixtureRequest) -> Report:
         if self._failed:
-            pytest.fail(f"the check could not be made: {self._failed}", pytrace=False)
+            pytest.fail(f"the check failed: {self._failed}", pytrace=False)
         if self._report is None:
             try:
                 with shared(request) as share:
@@ -200,6 +200,6 @@ class Check:
         )
 
     def _selected(self, items: Sequence[pytest.Item]) -> list[str]:
-        """Return the laws that this run asks about: what -k leaves out costs nothing."""
+        """Return the laws whose tests are selected in this run."""
         marks = (item.get_closest_marker("bnverify") for item in items)
         return [mark.kwargs["law"] for mark in marks if mark and mark.kwargs["subject"] is self]

@@ -1,4 +1,4 @@
-"""One check for all workers of a pytest-xdist run."""
+"""Share one check between the workers of a pytest-xdist run."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ if TYPE_CHECKING:
 
 
 class Share:
-    """A report that the workers of one pytest-xdist run share, so that one of them makes it."""
+    """A report shared by the workers of a pytest-xdist run, made by one of them."""
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
 
     def load(self) -> Report | None:
-        """Return the report if a worker has made it."""
+        """Return the report, or None if no worker has made it yet."""
         if self._file is None or not self._file.exists():
             return None
-        report: Report = pickle.loads(self._file.read_bytes())  # noqa: S301 - this run's own folder
+        report: Report = pickle.loads(self._file.read_bytes())  # noqa: S301 - from this run's folder
         return report
 
     def save(self, report: Report) -> None:
-        """Let the other workers have it."""
+        """Save the report for the other workers."""
         if self._file is not None:
             self._file.write_bytes(pickle.dumps(report))
 
 
 @contextmanager
 def shared(request: pytest.FixtureRequest) -> Iterator[Share]:
-    """Hold the lock on the report of this test's suite; outside pytest-xdist there is none.
+    """Yield the share of this test's suite, locked; without pytest-xdist it is not shared.
 
-    The kernel gives the lock of a worker that dies to the next, which finds no report and makes it.
+    If a worker dies, the kernel releases its lock, and the next worker makes the report.
     """
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     try:
         import fcntl
-    except ImportError:  # not POSIX: every worker makes its own
+    except ImportError:  # not POSIX: every worker makes its own report
         run = None
     if run is None:
         yield Share(None)
         return
     nodeid = request.node.nodeid.partition("[")[0]
     name = hashlib.sha256(f"{run} {nodeid}".encode()).hexdigest()[:16]
-    # Each worker has a folder of its own in the one of the run.
+    # Each worker has its own folder inside the run's folder.
     folder = request.getfixturevalue("tmp_path_factory").getbasetemp().parent
     with (folder / f"bnverify-{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

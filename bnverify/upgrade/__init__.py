@@ -1,6 +1,6 @@
-"""Between two library versions: what moved, and whether it is rounding or meaning.
+"""What changed between two sets of library versions, and whether it is rounding or meaning.
 
-The data's way: `environments` (what `--from` and `--to` name, made by `uv`) -> `record` in each, by
-`gate` or `bisect` -> `recording` (the file) -> `compare` -> `policy` -> `judgement`. Only `record` and
-what it calls import jax; nothing is imported here.
+Data flow: `environments` (what `--from` and `--to` name, created by `uv`) -> `record` in each, run by
+`gate` or `bisect` -> `recording` (the file) -> `compare` -> `policy` (the judgement). Only `record` and
+the modules it uses import jax; nothing is imported here.
 """

@@ -1,10 +1,9 @@
-"""Since which release? The first one of a package that changes the verdict, in few environments.
+"""Find the first release of a package that changes the verdict, with few environments.
 
-    found = bisect("steps.py:make", "jax", "0.4.38", "0.10.2", policy)
+    result = bisect("steps.py:make", "jax", "0.4.38", "0.10.2", policy)
 
-Releases come from the index that uv is set to use, asked as a resolver asks: the newest below this
-one, again and again. So yanked releases, pre-releases and those for other Pythons are left out, as
-an installation would leave them out.
+Releases are listed by asking uv to resolve the newest release below the last one, repeatedly. This
+leaves out yanked releases, pre-releases and releases for other Pythons, as an installation would.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from bnverify.upgrade import environments, uv
 from bnverify.upgrade.compare import compare
 from bnverify.upgrade.environments import parse, resolve, workspace
 from bnverify.upgrade.gate import TIME_LIMIT, Recordings
-from bnverify.upgrade.judgement import judge
+from bnverify.upgrade.policy import judge
 from bnverify.upgrade.sources import locate
 
 if TYPE_CHECKING:
@@ -28,21 +27,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bnverify.upgrade.environments import Environment, Workspace
-    from bnverify.upgrade.judgement import Judgement
-    from bnverify.upgrade.policy import Policy
+    from bnverify.upgrade.policy import Judgement, Policy
 
-_MOST = 400  # releases; a range that holds more is a mistake
+_MAX_RELEASES = 400  # a longer range is a mistake
 
 
 @dataclass(frozen=True)
-class Tried:
-    """One release, tried.
+class Trial:
+    """The result for one release.
 
     Attributes:
-        version: of the package.
-        judgement: against the old release; None where it is unavailable.
-        why: why it is.
-        changed: whether it changes the verdict; None where it is unavailable.
+        version: the release.
+        judgement: compared with the old release; None if the release is unavailable.
+        why: why it is unavailable.
+        changed: whether it changes the verdict; None if it is unavailable.
     """
 
     version: str
@@ -52,23 +50,23 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The outcome of a bisection.
+class Bisection:
+    """The result of a bisection.
 
     Attributes:
-        package: which package.
-        last: the newest release known to leave the verdict as it is.
-        first: the oldest known to change it.
-        releases: all from old to new.
-        tried: in the order they were tried.
-        between: releases between `last` and `first` that are unavailable.
+        package: the package.
+        last: the newest release known not to change the verdict.
+        first: the oldest release known to change it.
+        releases: all releases, oldest first.
+        tried: the trials in order.
+        between: releases between `last` and `first`, which are unavailable.
     """
 
     package: str
     last: str
-    first: Tried
+    first: Trial
     releases: tuple[str, ...]
-    tried: tuple[Tried, ...]
+    tried: tuple[Trial, ...]
     between: tuple[str, ...]
 
 
@@ -76,13 +74,13 @@ def releases_between(package: str, old: str, new: str, work: Workspace) -> list[
     """Return the releases of a package from `old` to `new`, both included, oldest first.
 
     Raises:
-        UsageError: the index cannot be asked, or holds no such range.
+        UsageError: the index cannot be queried, or `old` is not older than `new`.
     """
     if Version(old) >= Version(new):
-        raise UsageError(f"--from {old} is not older than --to {new}")
+        raise UsageError(f"--from {old} is not older than --to {new}; swap them")
     pythons = list(uv.pythons())
     found = [new]
-    while Version(found[-1]) > Version(old) and len(found) < _MOST:
+    while Version(found[-1]) > Version(old) and len(found) < _MAX_RELEASES:
         older = environments.newest(package, f">={old},<{found[-1]}", pythons, work)
         if older is None:
             break
@@ -93,14 +91,14 @@ def releases_between(package: str, old: str, new: str, work: Workspace) -> list[
 def first_changed(
     releases: Sequence[str], changed: Callable[[str], bool | None]
 ) -> tuple[int, int]:
-    """Return the indices of the newest release known unchanged and of the oldest known changed.
+    """Return the indices of the newest release known unchanged and the oldest known changed.
 
-    The first is unchanged, the last changed. An unavailable release is passed over for its nearest
-    neighbour, so that releases of which nothing is known may lie between the two.
+    The first release must be unchanged and the last changed. If a release is unavailable, its nearest
+    neighbour is tried instead, so unavailable releases may lie between the two.
 
     Args:
         releases: oldest first.
-        changed: tries one; None where it is unavailable.
+        changed: tries a release; returns None if it is unavailable.
     """
     low, high = 0, len(releases) - 1
     unknown: set[int] = set()
@@ -126,42 +124,42 @@ def bisect(
     new: str,
     policy: Policy,
     *,
-    beside: Sequence[str] = (),
+    extra: Sequence[str] = (),
     kind: str | None = None,
     project: Path | None = None,
     seed: int = 0,
     time_limit: float = TIME_LIMIT,
-    tell: Callable[[str], None] = lambda doing: None,
-) -> Found | None:
-    """Return the first release of a package that changes the verdict; None where the newest does not.
+    progress: Callable[[str], None] = lambda message: None,
+) -> Bisection | None:
+    """Return the first release of a package that changes the verdict; None if `new` does not.
 
     Args:
         target: as on the command line.
-        package: whose releases to try.
-        old: its version to compare with.
+        package: the package whose releases are tried.
+        old: the version to compare with.
         new: the newest version to try.
         policy: what is accepted.
-        beside: requirements that hold for every release tried, as `flax==0.12.6`.
-        kind: the class of difference to look for; None: whatever the policy forbids.
+        extra: further requirements for every environment, such as `flax==0.12.6`.
+        kind: the class of difference to look for; None: any that the policy rejects.
         project: see `sources.locate`.
-        seed: of the cases.
-        time_limit: seconds that one recording may take.
-        tell: told what is being done.
+        seed: the seed of the cases.
+        time_limit: the limit for one recording, in seconds.
+        progress: called with a message before each step.
 
     Raises:
-        UsageError: the range is empty, or the target does not run with its ends.
+        UsageError: the range is empty, or the target does not run with `old` or `new`.
     """
     package = canonicalize_name(package)
     where = locate(target, project)
-    tried: list[Tried] = []
+    tried: list[Trial] = []
 
     def environment(version: str, work: Workspace) -> Environment:
-        tell(f"{package} {version}")
-        text = ",".join([f"{package}=={version}", *beside])
+        progress(f"{package} {version}")
+        text = ",".join([f"{package}=={version}", *extra])
         return resolve(parse(text), work, where.project)
 
     with workspace() as work:
-        tell(f"asking for the releases of {package}")
+        progress(f"listing the releases of {package}")
         releases = releases_between(package, old, new, work)
         recordings = Recordings(where, work, seed=seed, time_limit=time_limit)
         recorded = recordings.record(environment(old, work))
@@ -176,10 +174,10 @@ def bisect(
                     new=f"{package} {version}",
                 )
             except UsageError as error:
-                tried.append(Tried(version, why=str(error)))
+                tried.append(Trial(version, why=str(error)))
                 return None
             found = judgement.comparison.of(kind) if kind else not judgement.ok
-            tried.append(Tried(version, judgement, changed=bool(found)))
+            tried.append(Trial(version, judgement, changed=bool(found)))
             return bool(found)
 
         answer = changed(new)
@@ -188,7 +186,7 @@ def bisect(
         if not answer:
             return None
         low, high = first_changed(releases, changed)
-    return Found(
+    return Bisection(
         package=package,
         last=releases[low],
         first=next(each for each in tried if each.version == releases[high]),

@@ -1,8 +1,8 @@
-"""What changed between a recording and its replay: each difference, with its class.
+"""Compare a recording with its replay: each difference and its class.
 
     comparison = compare(read("old.bnv"), read("new.bnv"))
 
-Imports no jax: a comparison needs none of the environments compared.
+Imports no jax: comparing needs neither of the two environments.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from bnverify.errors import UsageError
 from bnverify.upgrade import witness
-from bnverify.upgrade.difference import KINDS, Difference
+from bnverify.upgrade.policy import KINDS, Difference
 from bnverify.upgrade.values import distances, explanation
 
 if TYPE_CHECKING:
@@ -30,30 +30,30 @@ GOOD = ("proved", "held")
 _TREES = ("state", "after", "loss", "grads", "eval_loss")
 
 SIGMAS = 6.0
-"""How many standard errors apart two means over seeds are called different: by chance, 1 in 5e8."""
+"""Two means over seeds differ if they are this many standard errors apart (chance: 1 in 5e8)."""
 
 LAST_PLACES = 16
-"""Units in the last place of the leaf's largest value within which an initial value is the same.
+"""Initial values agree within this many ulps of the leaf's largest value.
 
-A random bit pattern becomes a number by a dozen elementary functions, each good to a place or two.
+A random bit pattern becomes a number through a dozen elementary functions, each accurate to one or two ulps.
 """
 
 _AVERAGES = ("mean", "mean square", "mean fourth power")
-_SEEDS = 512  # as many as `record.SEEDS`; importing that would import jax
+_SEEDS = 512  # equals `record.SEEDS`, which cannot be imported without jax
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two recordings side by side.
+    """Two recordings compared.
 
     Attributes:
-        subject: what was recorded.
-        old: the first recording's manifest.
-        new: the replay's.
-        differences: what changed, in the order of `KINDS`, the largest first.
-        distances: leaf -> how far apart its values are.
-        costs: new / old of each cost that both sides measured.
-        notes: what a reader should know besides.
+        subject: the recorded subject's name.
+        old: the recording's manifest.
+        new: the replay's manifest.
+        differences: what changed, in the order of `KINDS`, largest first.
+        distances: leaf -> how far its values are apart.
+        costs: new / old for each cost measured on both sides.
+        notes: further information for the reader.
     """
 
     subject: str
@@ -73,7 +73,7 @@ def compare(old: Recording, new: Recording) -> Comparison:
     """Return what changed from `old` to `new`, its replay.
 
     Raises:
-        UsageError: they are not a recording and its replay, so values cannot be compared.
+        UsageError: `new` is not a replay of `old`, so values cannot be compared.
     """
     _check(old, new)
     far = distances(old, new) if new.manifest["shapes"] else {}
@@ -100,12 +100,10 @@ def _check(old: Recording, new: Recording) -> None:
     ):
         return
     if old.manifest["replays"] == new.digest:
-        raise UsageError(
-            f"{old.source} is a replay of {new.source}: compare them the other way round"
-        )
+        raise UsageError(f"{old.source} is a replay of {new.source}; swap the two files")
     raise UsageError(
-        f"{new.source} is not a replay of {old.source}; make one in the new environment with "
-        f"bnverify record --replay {old.source} -o {new.source}"
+        f"{new.source} is not a replay of {old.source}; make one in the new environment: "
+        f"bnverify record TARGET --replay {old.source} -o {new.source}"
     )
 
 
@@ -125,7 +123,7 @@ def _api(new: Recording) -> Iterator[Difference]:
 
 
 def _trees(old: Recording, new: Recording) -> Iterator[Difference]:
-    """Yield leaves that came, went or changed type, each once, whatever the shape."""
+    """Yield leaves that are new, missing or of another shape or dtype; each leaf once."""
     subject, seen = new.manifest["subject"], set()
     for index in range(len(new.manifest["trees"])):
         for tree in _TREES:
@@ -147,7 +145,7 @@ def _trees(old: Recording, new: Recording) -> Iterator[Difference]:
 
 
 def _containers(old: str | None, new: str | None) -> str:
-    """Return which kinds of container became more or fewer, or that they were arranged otherwise."""
+    """Return which containers there are more or fewer of; if none, the old and the new nesting."""
     then, now = (Counter(re.findall(r"\w+(?=\()", text or "")) for text in (old, new))
     names = [name for name in {**then, **now} if then[name] != now[name]]
     counts = ", ".join(f"{name} {then[name]} -> {now[name]}" for name in names)
@@ -156,26 +154,26 @@ def _containers(old: str | None, new: str | None) -> str:
 
 def _leaf_change(before: Any, after: Any) -> tuple[str, Any]:
     if after is None:
-        return "is gone", "structure"
+        return "is missing", "structure"
     if before is None:
         return "is new", "structure"
     if before[1] != after[1]:
-        return f"had shape {list(before[1])} and has {list(after[1])}", "structure"
+        return f"had shape {list(before[1])}, now has {list(after[1])}", "structure"
     if before[0] != after[0]:
-        return f"was {before[0]} and is {after[0]}", "dtype"
+        return f"was {before[0]}, is now {after[0]}", "dtype"
     return "", "structure"
 
 
 def _initial_values(old: Recording, new: Recording) -> Iterator[Difference]:
-    """Yield what changed in the states that `init` makes from the same seeds."""
+    """Yield differences between the states that `init` makes from the same seeds."""
     subject = new.manifest["subject"]
     for leaf in _initial_leaves(old, new):
-        apart, units = _initially_apart(old, new, leaf, "init")
-        if not apart:
+        differs, ulps = _initial_difference(old, new, leaf, "init")
+        if not differs:
             continue
         name = f"init/{leaf}"
-        if units <= LAST_PLACES:
-            text = f"initial values agree to {units:.0f} units in the last place"
+        if ulps <= LAST_PLACES:
+            text = f"initial values agree within {ulps:.0f} ulps"
             yield Difference(kind="rounding", subject=subject, leaf=name, text=text)
             continue
         changed = _distribution(old, new, leaf)
@@ -186,7 +184,7 @@ def _initial_values(old: Recording, new: Recording) -> Iterator[Difference]:
                 subject=subject,
                 leaf=name,
                 size=size,
-                text=f"initial values are drawn from another distribution: {text}",
+                text=f"initial values have a different distribution: {text}",
                 witness=witness.of_draws(old, new, leaf, moment, _SEEDS, SIGMAS),
             )
             continue
@@ -202,9 +200,11 @@ def _initial_leaves(old: Recording, new: Recording) -> list[str]:
     return [leaf for leaf in before if leaf in after]
 
 
-def _initially_apart(old: Recording, new: Recording, leaf: str, which: str) -> tuple[bool, float]:
-    """Return whether any initial value differs, and by how many units of the leaf's last place."""
-    units, apart = 0.0, False
+def _initial_difference(
+    old: Recording, new: Recording, leaf: str, which: str
+) -> tuple[bool, float]:
+    """Return whether any initial value differs, and by how many ulps of the leaf's largest value."""
+    ulps, differs = 0.0, False
     for shape in range(len(new.manifest["shapes"])):
         before = old.arrays[f"shape{shape}/init/{leaf}"]
         after = new.arrays.get(f"shape{shape}/{which}/{leaf}")
@@ -214,43 +214,43 @@ def _initially_apart(old: Recording, new: Recording, leaf: str, which: str) -> t
         same = (left == right) | (np.isnan(left) & np.isnan(right))
         if same.all():
             continue
-        apart = True
+        differs = True
         if before.dtype.kind != "f" or not np.isfinite(left - right).all():
             return True, np.inf
-        last = np.finfo(before.dtype).eps * max(np.abs(left).max(), np.finfo(before.dtype).tiny)
-        units = max(units, float(np.abs(left - right).max() / last))
-    return apart, units
+        ulp = np.finfo(before.dtype).eps * max(np.abs(left).max(), np.finfo(before.dtype).tiny)
+        ulps = max(ulps, float(np.abs(left - right).max() / ulp))
+    return differs, ulps
 
 
 def _distribution(old: Recording, new: Recording, leaf: str) -> tuple[float, int, str] | None:
-    """Return how many standard errors apart the draws are, in which average, and how in words."""
+    """Return by how many standard errors the averages over seeds differ, which one, and as text."""
     before, after = old.arrays.get(f"draws/{leaf}"), new.arrays.get(f"draws/{leaf}")
     if before is None or after is None or before.shape != (2, 3) or after.shape != (2, 3):
         return None
     means, spread = (before[0], after[0]), before[1] + after[1]
     with np.errstate(all="ignore"):
         error = np.sqrt(spread / _SEEDS)
-        # Constants (zeros, ones) have no spread: there any change beyond rounding is one.
+        # Constant initialisers have no spread, so any change beyond rounding counts.
         floor = 2.0**-20 * np.maximum(np.abs(before[0]), np.abs(after[0]))
         apart = np.abs(means[0] - means[1]) / np.maximum(np.maximum(error, floor), 1e-300)
     worst = int(np.nanargmax(apart))
     if not apart[worst] > SIGMAS:
         return None
-    words = f"{_AVERAGES[worst]} {means[0][worst]:.4g} became {means[1][worst]:.4g}"
+    words = f"{_AVERAGES[worst]} was {means[0][worst]:.4g}, is now {means[1][worst]:.4g}"
     return None if not np.isfinite(apart[worst]) else (float(apart[worst]), worst, words)
 
 
 def _why_initial(old: Recording, new: Recording, leaf: str) -> str:
     flag = "jax_threefry_partitionable"
     then, now = old.manifest["flags"].get(flag), new.manifest["flags"].get(flag)
-    text = "other random numbers from the same seed, of the same distribution"
+    text = "different random numbers from the same seed, with the same distribution"
     recorded = any(
         f"shape{s}/same_stream/{leaf}" in new.arrays for s in range(len(new.manifest["shapes"]))
     )
     if then != now and recorded:
-        apart, units = _initially_apart(old, new, leaf, "same_stream")
-        if not apart or units <= LAST_PLACES:
-            return f"{text}: {flag} was {then}, is {now}, and is all that changed"
+        differs, ulps = _initial_difference(old, new, leaf, "same_stream")
+        if not differs or ulps <= LAST_PLACES:
+            return f"{text}; the only cause is {flag}, which was {then} and is now {now}"
     return text
 
 
@@ -266,18 +266,18 @@ def _values(old: Recording, new: Recording, far: Mapping[str, Distance]) -> Iter
                 subject=subject,
                 leaf=leaf,
                 size=place.size,
-                text=f"differs by at most {place.size:.2g} times the rounding noise",
+                text=f"differs by at most {place.size:.2g}x the rounding noise",
             )
             continue
         shown = distance.simplest
         at = list(shown.element) if shown.element else ""
         far_apart = (
-            "beyond any rounding" if math.isinf(place.size) else f"{place.size:.3g} times the noise"
+            "more than any rounding" if math.isinf(place.size) else f"{place.size:.3g}x the noise"
         )
         rows, features = old.manifest["shapes"][shown.shape]
         text = (
-            f"{leaf}{at} was {shown.old:.9g} and is {shown.new:.9g}, allowed {shown.allowed:.2g} "
-            f"(step {shown.step + 1} of a batch of {rows} x {features}); at worst {far_apart}"
+            f"{leaf}{at}: was {shown.old:.9g}, is now {shown.new:.9g}, allowed +- {shown.allowed:.2g} "
+            f"(step {shown.step + 1}, batch of {rows} x {features}); at worst {far_apart}"
         )
         moves = leaf in old.before(shown.shape, shown.step)
         words = explanation(old, new, leaf) if moves else ""
@@ -298,18 +298,18 @@ def _laws(old: Recording, new: Recording) -> Iterator[Difference]:
         if then is None or then["status"] not in GOOD or now["status"] != "violated":
             continue
         residual = now["residual"]
-        off = f", the error is {residual:.3g}x the tolerance" if residual else ""
+        off = f"; the error is {residual:.3g}x the tolerance" if residual else ""
         yield Difference(
             kind="meaning",
             subject=new.manifest["subject"],
             leaf=None,
             size=residual,
-            text=f"the law {law} was {then['status']} and is violated{off}",
+            text=f"law {law} was {then['status']}, is now violated{off}",
         )
 
 
 def _influence(old: Recording, new: Recording) -> Iterator[Difference]:
-    """Yield what reaches what anew, or no longer, where both sides know it for all values."""
+    """Yield data flows that are new or gone, if both sides have proved theirs."""
     sides = [each.manifest["influence"] for each in (old, new)]
     if not all(side.get("proved") and not side.get("unknown") for side in sides):
         return
@@ -339,14 +339,14 @@ def _notes(old: Recording, new: Recording, far: Mapping[str, Distance]) -> Itera
         for note in recorded.manifest["notes"]:
             yield f"{side}: {note}"
     if old.manifest["machine"] != new.manifest["machine"]:
-        yield "recorded on two kinds of processor, which may round differently"
+        yield "recorded on different kinds of processor, which may round differently"
     for flag, then in old.manifest["flags"].items():
         now = new.manifest["flags"].get(flag)
         if now != then and None not in {now, then}:
-            yield f"{flag} was {then}, is {now}"
+            yield f"{flag} was {then}, is now {now}"
     unknown = sum(distance.unknown for distance in far.values())
     if unknown:
-        yield f"{unknown} values differ where neither side's rounding could be read; not judged"
+        yield f"{unknown} values differ whose rounding noise is unknown on both sides; not judged"
     blind = [leaf for leaf, d in far.items() if d.total and not d.compared]
     if blind:
-        yield "no case left digits to compare in " + ", ".join(blind)
+        yield "rounding noise leaves nothing to compare in " + ", ".join(blind)

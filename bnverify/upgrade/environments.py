@@ -1,13 +1,13 @@
-"""The environments of an upgrade: what `--from` and `--to` name, resolved, made and run by uv.
+"""The environments of an upgrade: what `--from` and `--to` name, resolved, created and run by uv.
 
     with workspace() as work:
         new = resolve(parse("jax==0.10.2"), work)
         new.run(["-c", "import jax; print(jax.__version__)"], work)
 
-`uv pip compile` turns a requirement into exact pins on a Python that they support, and `uv run`
-makes the environment of these pins, or finds it in uv's cache, which is locked and never holds half
-an environment. bnverify itself and the user's project come in by PYTHONPATH and are not part of the
-environment, so that an edit of either makes no new one.
+`uv pip compile` turns a requirement into exact pins for a Python that supports them. `uv run` creates
+the environment of these pins or finds it in uv's cache, which is locked and never holds an incomplete
+environment. bnverify itself and the user's project are added through PYTHONPATH, so editing either
+needs no new environment.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 OWN = ("msgspec",)
-"""What bnverify needs of its own dependencies to record."""
+"""The dependencies of bnverify that recording needs."""
 
 NEEDED = ("jax", "jaxlib", "flax", "optax", *OWN)
-"""What every environment must hold; what a requirement does not name is resolved to its newest."""
+"""The packages of every environment; those that a requirement does not name are the newest."""
 
-_UNUSED = 60 * 24 * 3600  # seconds after which a kept recording that nobody used is removed
+_UNUSED = 60 * 24 * 3600  # seconds after which an unused recording is removed from the cache
 _PACKAGE = Path(__file__).parents[1]
 
-# Packages that take minutes and compilers to build: a Python without a wheel of them will not do.
+# Building these takes minutes and compilers, so a Python without wheels for them is not used.
 _WHEELS_ONLY = ("dm-tree", "jaxlib", "ml-dtypes", "numpy", "scipy", "tensorstore")
 
-# As an override: nobody's requirement installs a bnverify, because the running one records.
+# As an override: no requirement installs bnverify, because the running one records.
 _NO_BNVERIFY = 'bnverify ; python_version < "0"'
 
 _FILE_SUFFIXES = {".txt", ".in", ".lock", ".pip", ".toml", ".cfg"}
@@ -64,19 +64,19 @@ _LINE = re.compile(
 )
 
 
-# What --from and --to name
+# What --from and --to name.
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """One side of an upgrade; without Python, file and specifiers, the newest releases.
+    """One side of an upgrade; without python, file and specifiers, the newest releases.
 
     Attributes:
         text: as the user wrote it, for messages.
-        directory: what relative paths in a file or a list are relative to.
-        python: the interpreter of an environment that exists already.
+        directory: the base of relative paths in a file or list.
+        python: the interpreter of an existing environment.
         file: a requirements file.
-        specifiers: of a list, as `jax==0.10.2`.
+        specifiers: a list of requirements, such as `jax==0.10.2`.
     """
 
     text: str
@@ -86,20 +86,20 @@ class Requirement:
     specifiers: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """Return the requirement lines, as written in the file or the list."""
+        """Return the requirement lines of the file or list."""
         if self.file:
             return self.file.read_text(encoding="utf-8").splitlines()
         return list(self.specifiers)
 
     def pinned(self) -> set[str]:
-        """Return the packages that a file pins, where every line pins one; else nothing."""
+        """Return the packages that a requirements file pins if every line is a pin, else none."""
         lines = [line for line in self.lines() if line.strip() and not line.startswith("#")]
         names = _names(lines)
         exact = self.file and all(_names([line]) and None not in names.values() for line in lines)
         return set(names) if exact else set()
 
     def constraints(self) -> list[str]:
-        """Return bounds on what the requirement does not name, where metadata promise too much."""
+        """Return constraints for unnamed packages whose metadata allow versions that do not work."""
         names = _names(self.lines())
         version = names.get("jax")
         if version and "flax" not in names and Version(version) < Version("0.4.33"):
@@ -108,13 +108,13 @@ class Requirement:
 
 
 def parse(text: str, directory: Path | None = None) -> Requirement:
-    """Return the requirement that `--from` or `--to` names.
+    """Parse the argument of `--from` or `--to`.
 
     Args:
-        text: `installed` for the running interpreter; `latest` for the newest releases; a virtual
-            environment's directory or its interpreter; a requirements file; or a list such as
+        text: `installed` for the running interpreter; `latest` for the newest releases; the path of a
+            virtual environment or its interpreter; a requirements file; or a list such as
             `jax==0.9.2,flax==0.12.6`.
-        directory: what relative paths are relative to; by default the current directory.
+        directory: the base of relative paths; by default the current directory.
 
     Raises:
         UsageError: it is none of these.
@@ -131,7 +131,7 @@ def parse(text: str, directory: Path | None = None) -> Requirement:
         if (path / "pyvenv.cfg").is_file() and python.exists():
             return Requirement(text, directory, python=python)
         raise UsageError(
-            f"{text!r} is a directory and not a virtual environment; give its requirements file"
+            f"{text!r} is a directory but not a virtual environment; give its requirements file"
         )
     if asked and path.exists() and path.name.startswith("python"):
         return Requirement(text, directory, python=path)
@@ -141,19 +141,21 @@ def parse(text: str, directory: Path | None = None) -> Requirement:
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot read the requirements file {path}: {cause(error)}") from None
         return Requirement(text, directory, file=path)
-    like_a_file = "@" not in asked and ("/" in asked or Path(asked).suffix in _FILE_SUFFIXES)
-    specifiers = () if like_a_file else _split(asked)
+    looks_like_file = "@" not in asked and ("/" in asked or Path(asked).suffix in _FILE_SUFFIXES)
+    specifiers = () if looks_like_file else _split(asked)
     if not specifiers:
-        found = f"there is no file {path}" if like_a_file else "it is not a list of requirements"
+        found = (
+            f"there is no file {path}" if looks_like_file else "it is not a list of requirements"
+        )
         raise UsageError(
-            f"{text!r} names no environment: {found}; give a requirements file, a list such as"
+            f"{text!r} is not an environment: {found}; give a requirements file, a list such as"
             " jax==0.9.2,flax==0.12.6, a virtual environment, installed, or latest"
         )
     return Requirement(text, directory, specifiers=specifiers)
 
 
 def _split(text: str) -> tuple[str, ...]:
-    """Split at the commas between requirements, not those within extras or version ranges."""
+    """Split at commas between requirements, but not within extras or version ranges."""
     pieces = re.split(r",(?![^\[]*\])(?!\s*[<>=!~])", text)
     try:
         return tuple(str(Specifier(piece.strip())) and piece.strip() for piece in pieces)
@@ -162,37 +164,37 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def _names(lines: Sequence[str]) -> dict[str, str | None]:
-    """Return package -> the version it is pinned to, or None, of the lines that name one."""
+    """Return package -> pinned version, or None if not pinned, for the lines that name a package."""
     found = (_LINE.match(line) for line in lines)
     return {canonicalize_name(match[1]): match[2] for match in found if match}
 
 
-# A directory for one run
+# The directory of one run.
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """The files of one run of bnverify, removed when it ends.
+    """The temporary files of one run, removed at its end.
 
     Attributes:
         path: the directory.
-        kept: where recordings are kept from run to run.
+        kept: the directory of cached recordings.
     """
 
     path: Path
     kept: Path
 
     def write(self, name: str, lines: Sequence[str]) -> Path:
-        """Write lines to a file, and return its path."""
+        """Write lines to a file and return its path."""
         path = self.path / name
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return path
 
     @functools.cached_property
     def bnverify(self) -> Path:
-        """A directory to import the running bnverify from, and nothing else.
+        """A directory from which only the running bnverify can be imported.
 
-        Its site-packages on PYTHONPATH would bring its jax along.
+        Its site-packages on PYTHONPATH would also provide its jax.
         """
         place = self.path / "bnverify"
         place.mkdir()
@@ -205,27 +207,27 @@ class Workspace:
 
 @contextlib.contextmanager
 def workspace() -> Iterator[Workspace]:
-    """Make a workspace in bnverify's cache; remove what killed runs left there.
+    """Create a workspace in bnverify's cache, and remove those that killed runs left there.
 
     Raises:
-        UsageError: the cache cannot be written, or this is Windows.
+        UsageError: the cache is not writable, or the platform is Windows.
     """
     try:
         import fcntl
     except ImportError:  # pragma: no cover -- Windows has neither flock nor killpg
-        raise UsageError("environments are made on Linux and macOS; on Windows use WSL") from None
+        raise UsageError("environments need Linux or macOS; on Windows use WSL") from None
     root = compile_cache.cache_root().absolute() / "upgrade"
     try:
-        # 0o700: who can write here can run code in every process that uses it.
+        # 0o700: anyone who can write here can run code in every process that uses the cache.
         for directory in (root, root / "work", root / "recordings"):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (root / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # nobody may remove a workspace before it is locked
-            _remove_what_nobody_uses(root)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a new workspace must be locked before it can be seen
+            _remove_unused(root)
             place = root / "work" / secrets.token_hex(8)
             place.mkdir()
             used = (place / "lock").open("w")
-            fcntl.flock(used, fcntl.LOCK_EX)  # the system unlocks it when its holder dies
+            fcntl.flock(used, fcntl.LOCK_EX)  # released by the system if this process dies
         with used:
             try:
                 yield Workspace(place, root / "recordings")
@@ -233,17 +235,17 @@ def workspace() -> Iterator[Workspace]:
                 shutil.rmtree(place, ignore_errors=True)
     except OSError as error:
         raise UsageError(
-            f"the cache {root} cannot be used: {error}; let BNVERIFY_CACHE name a directory on a"
-            " local disk with room"
+            f"the cache {root} cannot be used: {error}; set BNVERIFY_CACHE to a directory on a"
+            " local disk with free space"
         ) from None
 
 
-def _remove_what_nobody_uses(root: Path) -> None:
+def _remove_unused(root: Path) -> None:
     import fcntl
 
     for place in (root / "work").iterdir():
         with contextlib.suppress(OSError), (place / "lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError where it is in use
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError if it is in use
             shutil.rmtree(place, ignore_errors=True)
     for file in (root / "recordings").iterdir():
         with contextlib.suppress(OSError):
@@ -258,22 +260,22 @@ def _version() -> str:
         return "0"
 
 
-# From a requirement to an environment
+# From a requirement to an environment.
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A Python with exact releases, which uv makes where it is first used.
+    """A Python with exact releases, which uv creates on first use.
 
     Attributes:
         requirement: as the user wrote it.
-        python: the interpreter; of an environment that exists already, that environment's.
-        pins: requirement lines that name exact releases; None of an existing environment.
-        options: command-line options for uv that a requirements file holds: its indexes.
-        builds: directories and wheels of this machine, to install without their dependencies.
-        paths: directories to import from as they lie.
-        hashed: a requirements file with hashes that what is installed must match.
-        key: a hash of everything that decides what is imported; None where it may change in place.
+        python: the interpreter; that of the environment if it already exists.
+        pins: requirement lines with exact releases; None for an existing environment.
+        options: uv options from a requirements file, such as its indexes.
+        builds: local directories and wheels, installed without their dependencies.
+        paths: directories added to PYTHONPATH.
+        hashed: a requirements file with hashes that the installed files must match.
+        key: a hash of everything that determines what is imported; None if it may change in place.
     """
 
     requirement: str
@@ -288,19 +290,20 @@ class Environment:
     def run(
         self, arguments: Sequence[str], work: Workspace, timeout: float | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run the environment's Python in the workspace; return its status and what it printed.
+        """Run the environment's Python in the workspace; return its status and output.
 
-        It sees its own releases, bnverify and the project; not the user's site-packages, nor this
-        process's PYTHONPATH or current directory. What configures jax passes through.
+        It can import its own releases, bnverify and the project, but not the user's site-packages,
+        nor anything on this process's PYTHONPATH or in the current directory. Variables that
+        configure jax are passed on.
 
         Args:
-            arguments: of Python, as `["-m", "bnverify", ...]`.
-            work: made by `workspace`.
-            timeout: seconds for the command, once the environment is there.
+            arguments: arguments of Python, such as `["-m", "bnverify", ...]`.
+            work: from `workspace`.
+            timeout: the limit in seconds, not counting the creation of the environment.
 
         Raises:
-            UsageError: uv cannot make the environment.
-            subprocess.TimeoutExpired: the command ran for longer.
+            UsageError: uv cannot create the environment.
+            subprocess.TimeoutExpired: the command took longer.
         """
         try:
             layer = self._prepared(work)
@@ -314,7 +317,7 @@ class Environment:
         )
 
     def _command(self, work: Workspace) -> list[str]:
-        """Return the command that makes the environment, or finds it in uv's cache, and runs it."""
+        """Return the uv command that creates the environment, or finds it in the cache, and runs it."""
         if self.pins is None:
             made = [f"--with={name}" for name in OWN]
         else:
@@ -329,14 +332,14 @@ class Environment:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     def _prepared(self, work: Workspace) -> list[Path]:
-        """Make the environment, and return the directories to import from before it."""
+        """Create the environment; return the directories to put before it on PYTHONPATH."""
         place = work.path / f"site-{self._name}"
         if not place.exists():
             rough = work.path / f"rough-{self._name}"
             rough.mkdir()
             install = ["pip", "install", "--no-deps", "--python", str(self.python), "--target"]
             if self.hashed:
-                # `uv run` checks no hashes; it takes the wheels that this leaves in uv's cache.
+                # `uv run` checks no hashes, but uses the checked wheels that this puts into uv's cache.
                 pins = work.write(f"hashed-{self._name}.txt", self.pins or ())
                 hashes = ["--constraint", str(self.hashed), "--verify-hashes", "-r", str(pins)]
                 uv.run([*install, str(rough / "checked"), *self.options, *hashes], work.path)
@@ -349,17 +352,16 @@ class Environment:
 
 
 def resolve(requirement: Requirement, work: Workspace, project: Path | None = None) -> Environment:
-    """Return the environment that a requirement asks for; nothing is installed yet.
+    """Resolve a requirement to an environment; nothing is installed yet.
 
     Args:
         requirement: from `parse`.
-        work: made by `workspace`.
-        project: a directory with a pyproject.toml or setup.py, to build and import from; its
-            dependencies are added, the requirement's releases overriding its own bounds on them.
-            Any other directory is imported from as it lies.
+        work: from `workspace`.
+        project: a directory to import from. If it has a pyproject.toml or setup.py it is built, and
+            its dependencies are added; the requirement's releases override its bounds on them.
 
     Raises:
-        UsageError: it does not resolve on any Python that was found, in the resolver's words.
+        UsageError: the requirement does not resolve on any available Python; includes uv's message.
     """
     try:
         return _resolve(requirement, work, project)
@@ -414,8 +416,8 @@ def _resolve(requirement: Requirement, work: Workspace, project: Path | None) ->
 def _pins(requirement: Requirement, work: Workspace) -> tuple[uv.Python, list[str]]:
     """Return the first Python on which the requirement resolves, and the pins there.
 
-    `latest` is the newest jax, flax and optax of any Python found: the running one may be too old
-    for them, and would resolve to older releases without a word.
+    For `latest`, the Python with the newest jax, flax and optax: the running Python may be too old
+    for them and would silently resolve to older releases.
     """
     named = requirement.file or work.write("list.in", requirement.lines())
     compiled = [str(named), str(work.write("needed.in", NEEDED))]
@@ -437,22 +439,22 @@ def _pins(requirement: Requirement, work: Workspace) -> tuple[uv.Python, list[st
     if not resolved:
         assert first_error is not None  # the running Python is always tried
         raise first_error
-    return max(resolved, key=lambda found: _newness(found[1]))  # the first of equals
+    return max(resolved, key=lambda found: _newness(found[1]))  # the first if equal
 
 
 def newest(
     package: str, versions: str, pythons: Sequence[uv.Python], work: Workspace
 ) -> str | None:
-    """Return the newest release of a package in a range, on any Python; None where there is none.
+    """Return the newest release of a package in a range, on any Python; None if there is none.
 
     Args:
         package: its normalised name.
-        versions: the range, as `>=0.4.30,<0.5`.
-        pythons: from `uv.pythons`; each may know releases that the others do not.
-        work: made by `workspace`.
+        versions: the range, such as `>=0.4.30,<0.5`.
+        pythons: from `uv.pythons`; each may support releases that the others do not.
+        work: from `workspace`.
 
     Raises:
-        UsageError: the index cannot be asked.
+        UsageError: the index cannot be queried.
     """
     asked = Requirement(package, work.path, specifiers=(f"{package}{versions}",))
     source = str(work.write("range.in", asked.lines()))
@@ -475,7 +477,7 @@ def _compile(
 ) -> list[str]:
     """Return the exact pins that requirements resolve to on a Python, and the options among them.
 
-    A file that pins everything means the same every day, so that uv's cache may answer alone.
+    If a file pins everything, the result cannot change, so uv's cache is tried before the network.
     """
     command = ["pip", "compile", "--no-header", "--no-annotate", "--python", str(python.path)]
     command += ["--emit-index-url", "--emit-find-links", *arguments]
@@ -493,10 +495,9 @@ def _compile(
 def _dependencies(
     project: Path, pins: list[str], python: uv.Python, requirement: Requirement, work: Workspace
 ) -> list[str]:
-    """Return pins of what the project needs besides the given ones.
+    """Return pins for the project's dependencies that are not pinned already.
 
-    These override what the project asks of the same packages: they are under test, and the
-    project's own bounds are what an upgrade is about to change.
+    The given pins override the project's own bounds, because they are what is tested.
     """
     source = next(path for name in sources.PROJECT if (path := project / name).exists())
     named = {_name(pin): pin for pin in pins if _EXACT.match(pin)}
@@ -504,11 +505,11 @@ def _dependencies(
     return [pin for pin in found if not pin.startswith("--") and _name(pin) not in named]
 
 
-# Requirement lines that name a file or a directory of this machine: their content counts
+# Requirement lines that name a local file or directory: their content is part of the key.
 
 
 def _local(pin: str, directory: Path) -> Path | None:
-    """Return the file or directory that a pin names, where it names one."""
+    """Return the local file or directory that a pin names, or None."""
     target = re.sub(r"^(-e|--editable)[\s=]+|^[A-Za-z0-9._-]+(\[[^\]]*\])?\s+@\s+", "", pin)
     target = re.split(r"\s|#|\[", target, maxsplit=1)[0]
     if target.startswith("file://"):
@@ -517,9 +518,9 @@ def _local(pin: str, directory: Path) -> Path | None:
 
 
 def _copied(path: Path, work: Workspace) -> tuple[Path, str]:
-    """Return a new copy of a file or of a directory's sources, and its hash.
+    """Copy a file or a directory's sources; return the copy and its hash.
 
-    A copy, because some back ends write where they build, and so that the hash is that of the build.
+    Some build back ends write into the source directory, and the hash must be that of what is built.
     """
     place = Path(tempfile.mkdtemp(prefix="copy-", dir=work.path)) / path.name
     if not path.is_dir():
@@ -541,4 +542,4 @@ def _newness(pins: list[str]) -> list[Version]:
 
 def _unavailable(requirement: str, error: uv.UvError | sources.TreeError) -> UsageError:
     said = f"uv says\n{error}\nLikely fix: {error.fix}" if isinstance(error, uv.UvError) else error
-    return UsageError(f"cannot make the environment {requirement}: {said}")
+    return UsageError(f"cannot create the environment {requirement}: {said}")

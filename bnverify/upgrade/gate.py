@@ -1,10 +1,11 @@
-"""Did this upgrade change the training step? Two environments, a recording, its replay, a verdict.
+"""Did this upgrade change the training step? Record in one environment, replay in another, judge.
 
     judgement = gate("steps.py:make", "pins/old.txt", "pins/new.txt", policy)
 
-A recording is kept in the cache under a hash of everything that decides it: the exact releases and
-the Python, bnverify's sources, the target's and its project's, the seed, the processor, and what
-configures jax. One made in an environment that exists already is not kept: that may change in place.
+Recordings are cached under a hash of everything that determines them: the exact releases and the
+Python, the sources of bnverify, of the target and of its project, the seed, the processor, and the
+variables that configure jax. Recordings made in an existing environment are not cached, because it may
+change in place.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from bnverify.errors import UsageError
 from bnverify.upgrade import recording
 from bnverify.upgrade.compare import compare
 from bnverify.upgrade.environments import parse, resolve, workspace
-from bnverify.upgrade.judgement import judge
+from bnverify.upgrade.policy import judge
 from bnverify.upgrade.sources import locate
 
 if TYPE_CHECKING:
@@ -32,15 +33,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bnverify.upgrade.environments import Environment, Workspace
-    from bnverify.upgrade.judgement import Judgement
-    from bnverify.upgrade.policy import Policy
+    from bnverify.upgrade.policy import Judgement, Policy
     from bnverify.upgrade.recording import Recording
     from bnverify.upgrade.sources import Target
 
 TIME_LIMIT = 1800.0
-_WORDS = 5  # lines of a failed recording's last words
-_DECISIVE = ("JAX_", "XLA_")  # environment variables that change what a step computes
-_NO_IMPORT = 64  # exit status where jax, flax or optax does not import; none of bnverify's own
+_ERROR_LINES = 5  # how many of the last lines on stderr a message quotes
+_JAX_VARIABLES = ("JAX_", "XLA_")  # prefixes of variables that change what a step computes
+_NO_IMPORT = 64  # exit status if jax, flax or optax cannot be imported; bnverify does not use it
 
 _RECORD = f"""
 import sys, traceback
@@ -58,10 +58,10 @@ class Recordings:
     """Makes recordings of a target in environments, or finds them in the cache.
 
     Args:
-        target: what to record.
-        work: where.
-        seed: of the cases.
-        time_limit: seconds that one recording may take.
+        target: the target to record.
+        work: from `workspace`.
+        seed: the seed of the cases.
+        time_limit: the limit for one recording, in seconds.
         laws: whether to judge the laws, which takes a third of the time.
     """
 
@@ -81,25 +81,25 @@ class Recordings:
         """Return a recording of the target in an environment.
 
         Raises:
-            UsageError: the environment cannot be made, or the target does not run there.
+            UsageError: the environment cannot be created, or the target does not run in it.
         """
         return self._get(environment, None)
 
     def replay(self, environment: Environment, old: Recording) -> Recording:
-        """Return the replay of a recording in an environment, whatever fails in it.
+        """Return the replay of a recording in an environment; errors of the target are part of it.
 
         Raises:
-            UsageError: the environment cannot be made, or bnverify itself does not run there.
+            UsageError: the environment cannot be created, or bnverify itself does not run in it.
         """
         try:
             made = self._get(environment, old)
-        except _DiedError as error:
-            return self._dead(environment, old, str(error))
-        # Witnesses name the target as the user does.
+        except _CrashError as error:
+            return self._crashed_replay(environment, old, str(error))
+        # Witness scripts name the target as the user did.
         return replace(made, manifest={**made.manifest, "target": self._target.text})
 
     def _get(self, environment: Environment, old: Recording | None) -> Recording:
-        """Return what is kept, or make it; either way it is read from a file of this run's own."""
+        """Return the cached recording, or make it; the file read is always in the workspace."""
         key = self._key(environment, old)
         kept = self._work.kept / f"{key}.bnv"
         file = self._work.path / f"{key}.bnv"
@@ -116,7 +116,7 @@ class Recordings:
         return made
 
     def _key(self, environment: Environment, old: Recording | None) -> str:
-        settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_DECISIVE)}
+        settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(_JAX_VARIABLES)}
         decisive = [
             *(environment.key or environment.requirement, recording.CONTENT, machine(), settings),
             *(self._target.absolute, self._target.digest, self._options, old and old.digest),
@@ -130,24 +130,25 @@ class Recordings:
             done = environment.run(command, self._work, self._limit)
         except subprocess.TimeoutExpired:
             raise UsageError(
-                f"recording {self._target.text} with {where} takes longer than {self._limit:g} s"
+                f"recording {self._target.text} with {where} took longer than {self._limit:g} s; "
+                "raise the limit with --time-limit"
             ) from None
         lines = [line for line in done.stderr.strip().splitlines() if "<frozen" not in line]
-        words = "\n".join(lines[-_WORDS:])
+        words = "\n".join(lines[-_ERROR_LINES:])
         if done.returncode == _NO_IMPORT:
             raise UsageError(
-                f"with {where}, jax, flax and optax do not import:\n{words}\nLikely fix: pin them,"
-                " numpy and scipy to releases of the same months; some sets resolve and do not work"
+                f"with {where}, jax, flax and optax cannot be imported:\n{words}\nLikely fix: pin them,"
+                " numpy and scipy to releases of the same months"
             )
-        if done.returncode == 2:  # the command's own refusal
+        if done.returncode == 2:  # a UsageError there
             raise UsageError(f"with {where}: {words.rpartition('bnverify: ')[2]}")
         if done.returncode > 128:
-            raise _DiedError(f"the process died of signal {done.returncode - 128}: {words}")
+            raise _CrashError(f"the process was killed by signal {done.returncode - 128}: {words}")
         if done.returncode:
             raise UsageError(f"bnverify cannot record with {where}: {words}")
 
-    def _dead(self, environment: Environment, old: Recording, message: str) -> Recording:
-        """Return a replay in which the target killed its process."""
+    def _crashed_replay(self, environment: Environment, old: Recording, message: str) -> Recording:
+        """Return a replay in which the target crashed the process."""
         manifest = recording.without_values(old.manifest)
         packages = list(manifest["versions"])
         asked = environment.run(["-c", _VERSIONS, *packages], self._work, self._limit)
@@ -165,8 +166,8 @@ print(platform.python_version(), *map(version, sys.argv[1:]))
 """
 
 
-class _DiedError(UsageError):
-    """The target took its process with it."""
+class _CrashError(UsageError):
+    """The target crashed its process."""
 
 
 def gate(
@@ -178,32 +179,32 @@ def gate(
     project: Path | None = None,
     seed: int = 0,
     time_limit: float = TIME_LIMIT,
-    tell: Callable[[str], None] = lambda doing: None,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> Judgement:
-    """Return what moving from one set of releases to another does to a training step.
+    """Return the judgement on moving a training step from one set of releases to another.
 
     Args:
         target: as on the command line.
         old: a requirement, see `environments.parse`.
-        new: likewise.
+        new: a requirement, see `environments.parse`.
         policy: what is accepted.
         project: see `sources.locate`.
-        seed: of the cases.
-        time_limit: seconds that one recording may take.
-        tell: told what is being done.
+        seed: the seed of the cases.
+        time_limit: the limit for one recording, in seconds.
+        progress: called with a message before each step.
 
     Raises:
-        UsageError: an environment cannot be made, or the target does not run in the old one.
+        UsageError: an environment cannot be created, or the target does not run in the old one.
     """
     started = time.perf_counter()
     where = locate(target, project)
     with workspace() as work:
-        tell("resolving both requirements")
+        progress("resolving both requirements")
         sides = [resolve(parse(text), work, where.project) for text in (old, new)]
         recordings = Recordings(where, work, seed=seed, time_limit=time_limit)
-        tell(f"recording with {old}")
+        progress(f"recording with {old}")
         first = recordings.record(sides[0])
-        tell(f"replaying with {new}")
+        progress(f"replaying with {new}")
         second = recordings.replay(sides[1], first)
     seconds = time.perf_counter() - started
     return judge(compare(first, second), policy, old=old, new=new, seconds=seconds)

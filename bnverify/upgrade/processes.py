@@ -1,9 +1,9 @@
-"""Running a command that never outlives bnverify, however bnverify ends.
+"""Run a command that never outlives bnverify, however bnverify ends.
 
-`run` starts this file as a program, the supervisor, which starts the command in a session of its
-own. The supervisor's standard input is a pipe that `run` holds open. When the pipe closes (the
-command took too long, Ctrl-C, or bnverify was killed by a signal that no program can handle), the
-supervisor ends the command and everything it started. uv does not do this for what it runs.
+`run` starts this file as a program, the supervisor, which starts the command in its own session. The
+supervisor's stdin is a pipe that `run` keeps open. When the pipe closes (time limit, Ctrl-C, or
+bnverify was killed by SIGKILL), the supervisor ends the command and everything it started. uv does
+not do this for the commands it runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-_POLITE = 3.0  # seconds between SIGTERM, on which uv removes its temporary files, and SIGKILL
+_GRACE = 3.0  # seconds between SIGTERM, on which uv removes its temporary files, and SIGKILL
 
 
 def run(
@@ -30,19 +30,19 @@ def run(
     cwd: Path | None = None,
     timeout: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, and return its status and what it printed.
+    """Run a command; return its status and output.
 
-    The status is the command's own, 128 + n where signal n ended it, or 127 where there is no such
-    command. The command reads nothing: its standard input is empty.
+    The status is the command's own, 128 + n if it was killed by signal n, or 127 if it cannot be run.
+    The command's stdin is empty.
 
     Args:
         command: the program and its arguments.
-        env: its whole environment.
-        cwd: the directory to run it in.
-        timeout: seconds.
+        env: the complete environment.
+        cwd: the working directory.
+        timeout: the limit in seconds.
 
     Raises:
-        subprocess.TimeoutExpired: it ran for longer, and was ended.
+        subprocess.TimeoutExpired: the command took longer, and was ended.
     """
     read, write = os.pipe()
     with (
@@ -57,7 +57,7 @@ def run(
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            start_new_session=True,  # Ctrl-C in a terminal reaches bnverify alone, which decides
+            start_new_session=True,  # so that Ctrl-C reaches only bnverify
         ) as supervisor,
     ):
         try:
@@ -83,16 +83,16 @@ def _supervise(command: list[str]) -> int:
     def end_when_input_closes() -> None:
         os.read(0, 1)
         end(signal.SIGTERM)
-        threading.Timer(_POLITE, end, [signal.SIGKILL]).start()
+        threading.Timer(_GRACE, end, [signal.SIGKILL]).start()
 
     signal.signal(signal.SIGTERM, lambda *_: end(signal.SIGTERM))
     threading.Thread(target=end_when_input_closes, daemon=True).start()
     status = child.wait()
-    end(signal.SIGKILL)  # whatever the command left running in its group
+    end(signal.SIGKILL)  # what the command left running in its process group
     return status if status >= 0 else 128 - status
 
 
 if __name__ == "__main__":
     code = _supervise(sys.argv[1:])
     sys.stderr.flush()
-    os._exit(code)  # not sys.exit: the thread may still be reading
+    os._exit(code)  # sys.exit would wait for the thread that reads stdin

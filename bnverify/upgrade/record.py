@@ -1,18 +1,18 @@
-"""Recording a training step: its cases, its states, everything that comes out, how far it rounds.
+"""Record a training step: its cases, states, results, and the rounding noise of each.
 
-    recording = record("steps.py:make")           # in the old environment
+    recording = record("steps.py:make")              # in the old environment
     replay = record("steps.py:make", old=recording)  # in the new one
 
-Cases are drawn by NumPy from a seed, the same everywhere. A recording starts each case from the
-state that `init` makes and goes on for a few steps. A replay takes the cases *and the state before
-every step* from the recording: so a changed random stream is told apart from a changed step, and an
-error made in one step is not carried into the next. It also records what its own `init` makes of the
-same seeds.
+Cases are drawn by NumPy from a seed, so they are the same everywhere. A recording starts each case
+from the state that `init` makes and takes a few steps. A replay uses the cases *and the state before
+every step* from the recording, so that a changed random stream does not look like a changed step, and
+a difference in one step does not carry over to the next. It also records what its own `init` makes
+from the same seeds.
 
-For initial values as a distribution, whatever the random stream, each of `SEEDS` seeds gives three
-averages over each leaf: of h, of h^2 and of h^4. They tell initialisers apart by their mean, their
-spread and their tails. Recorded are the averages' mean and variance over the seeds; `initials`
-compares two recordings of them as two samples.
+To compare initial values as distributions, whatever the random stream, `SEEDS` seeds each give three
+averages over each leaf h: of h, h^2 and h^4. These tell initialisers apart by mean, spread and tails.
+The recording has their mean and variance over the seeds; `compare` tests two recordings as two
+samples.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 ROWS = (2, 5, 32)
-DIVISIBLE_ROWS = (24, 48, 96)  # for a step that splits its batch
+DIVISIBLE_ROWS = (24, 48, 96)  # for steps that split the batch
 FEATURES = (1, 3, 8)
 STEPS = 3
 CASES = 12
-SEEDS = 512  # for initial values as a distribution
+SEEDS = 512  # for the distribution of initial values
 POWERS = (1, 2, 4)
-BUDGET = 24 * 2**20  # bytes of values in a recording; a large model has fewer cases
+BUDGET = 24 * 2**20  # bytes of values in a recording; large models get fewer cases
 TIMED_CALLS = 40
 FLAGS = (
     "jax_enable_x64",
@@ -73,19 +73,19 @@ def record(
     costs: bool = False,
     laws: bool = True,
 ) -> Recording:
-    """Return a recording of a target, or the replay of one.
+    """Record a target, or replay a recording of it.
 
     Args:
         target: as on the command line; see `bnverify.target.load`.
-        seed: from which the cases are drawn; a replay takes the old one's.
-        old: the recording to replay. What fails in a replay is part of it.
-        costs: whether to measure times, which differ from run to run.
+        seed: the seed of the cases; a replay uses that of `old`.
+        old: the recording to replay. Errors of a replay are recorded in it.
+        costs: whether to measure times, which vary from run to run.
         laws: whether to judge the laws.
 
     Raises:
         UsageError: the target cannot be loaded or does not run.
     """
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # recordings are of the CPU backend
     name = target
     made = _Recorder(seed if old is None else old.manifest["seed"], old)
     with importable(targets.directory(target)):
@@ -129,7 +129,7 @@ def record(
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return package -> its installed version, or "unknown"."""
+    """Return package -> installed version, or "unknown"."""
     found = {}
     for name in packages:
         try:
@@ -140,13 +140,13 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def flags() -> dict[str, bool | int | str | None]:
-    """Return the settings of jax that decide what a step computes."""
+    """Return the jax settings that affect what a step computes."""
     found = {name: getattr(jax.config, name, None) for name in FLAGS}
     return {name: v if isinstance(v, (bool, int, str)) else None for name, v in found.items()}
 
 
-class _Failed(Exception):
-    """One of the subject's functions raised; the recording says which and what."""
+class _CallError(Exception):
+    """One of the subject's functions raised an exception."""
 
     def __init__(self, function: str, error: BaseException) -> None:
         super().__init__(function)
@@ -155,11 +155,11 @@ class _Failed(Exception):
 
 
 class _Recorder:
-    """A recording in the making.
+    """A recording while it is made.
 
     Args:
-        seed: from which the cases are drawn.
-        old: the recording to replay.
+        seed: the seed of the cases.
+        old: the recording to replay, if any.
     """
 
     subject: Subject | None = None
@@ -179,7 +179,7 @@ class _Recorder:
         self._noise: dict[str, Noise] = {}
 
     def run(self, *, costs: bool, laws: bool) -> None:
-        """Record everything; what the subject raises is kept in `errors`."""
+        """Record everything; errors of the subject's functions go into `errors`."""
         assert self.subject is not None
         for name in ("init", "step", "evaluate"):
             function = getattr(self.subject, name)
@@ -187,13 +187,13 @@ class _Recorder:
         try:
             for index, case in enumerate(self._cases()):
                 self._record(index, case)
-        except _Failed as failure:
+        except _CallError as failure:
             self.errors[failure.function] = failure.message
         else:
             self._record_subject(costs=costs, laws=laws)
 
     def _cases(self) -> list[Case]:
-        """Return the stacked cases of each shape; of a replay, the old ones."""
+        """Return the stacked cases of each shape; in a replay, the recorded ones."""
         if self._old is not None:
             self.cases, self.steps = self._old.manifest["cases"], self._old.manifest["steps"]
             recorded = (
@@ -205,21 +205,23 @@ class _Recorder:
         return [stacked_cases(rng, shape, self.cases, Domain()) for shape in shapes]
 
     def _choose_shapes(self) -> list[tuple[int, int]]:
-        """Return the shapes to record, and settle how many cases fit in the budget."""
+        """Return the shapes to record; reduce the number of cases if the state is large."""
         assert self.subject is not None
         own = self.subject.features
         widths = tuple(own[min(i, len(own) - 1)] for i in range(3)) if own else FEATURES
-        shapes = list(zip(ROWS, widths, strict=False))  # a test may record fewer
+        shapes = list(zip(ROWS, widths, strict=False))  # tests may use fewer
         try:
             self._try(shapes[0])
-        except _Failed as failure:
+        except _CallError as failure:
             divisible = list(zip(DIVISIBLE_ROWS, widths, strict=True))
             try:
                 self._try(divisible[0])
-            except _Failed:
+            except _CallError:
                 raise failure from None
             rows = shapes[0][0]
-            self.notes.append(f"batches of {DIVISIBLE_ROWS} rows; with {rows}, {failure.message}")
+            self.notes.append(
+                f"batches of {DIVISIBLE_ROWS} rows, because with {rows}: {failure.message}"
+            )
             shapes = divisible
         state = self._try(shapes[-1])
         a_step = 5 * sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(state))
@@ -227,7 +229,9 @@ class _Recorder:
         if fits < CASES * STEPS:
             self.steps = max(1, min(STEPS, fits // 2))
             self.cases = max(1, fits // self.steps)
-            self.notes.append(f"a large state: {self.cases} cases of {self.steps} steps a shape")
+            self.notes.append(
+                f"large state: only {self.cases} cases of {self.steps} steps per shape"
+            )
         return shapes
 
     def _try(self, shape: tuple[int, int]) -> State:
@@ -239,11 +243,11 @@ class _Recorder:
     def _call(self, name: str, *args: Any) -> Any:
         try:
             return self._functions[name](*args)
-        except Exception as error:  # whatever a user's code raises
-            raise _Failed(name, error) from error
+        except Exception as error:  # user code may raise anything
+            raise _CallError(name, error) from error
 
     def _each(self, name: str, *stacked: Any) -> Any:
-        """Return the results of a function for each case, stacked."""
+        """Return a function's results for all cases, stacked."""
         cases = range(self.cases)
         return stack([self._call(name, *(take(part, i) for part in stacked)) for i in cases])
 
@@ -251,7 +255,7 @@ class _Recorder:
         self.arrays.update({f"{home}/{name}": value for name, value in values.items()})
 
     def _record(self, index: int, case: Case) -> None:
-        """Record all the cases of one shape."""
+        """Record all cases of one shape."""
         home = f"shape{index}"
         self._keep(f"{home}/case", {"seed": case.seed, "x": case.x, "y": case.y, "lr": case.lr})
         before = self._each("init", case.seed, case.x)
@@ -261,15 +265,15 @@ class _Recorder:
         for step in range(self.steps):
             if self._old is not None:
                 try:
-                    before, alike = fill(before, self._old.before(index, step))
-                except UnlikeError as error:
+                    before, same_paths = fill(before, self._old.before(index, step))
+                except TreeMismatchError as error:
                     self.notes.append(f"not replayed: {error}")
                     break
-                if not alike and index == step == 0:
-                    self.notes.append("paths of the state changed; leaves were matched in order")
+                if not same_paths and index == step == 0:
+                    self.notes.append("paths of the state changed; leaves were matched by position")
             after = self._record_step(index, step, before, case, trees)
             if _described(take(after, 0), "") != trees["state"]:
-                self.steps = min(self.steps, step + 1)  # the laws of structure say so
+                self.steps = min(self.steps, step + 1)  # the structural laws report it
                 break
             before = after
         self.trees.append(trees)
@@ -278,10 +282,10 @@ class _Recorder:
     def _record_step(
         self, index: int, step: int, before: Any, case: Case, trees: dict[str, Tree]
     ) -> Any:
-        """Record one step from the states `before`, and evaluation after it; return the states."""
+        """Record a step from the states `before` and the evaluation after it; return the new states."""
         home = f"shape{index}/step{step}"
         after, info = self._each("step", before, case.x, case.y, case.lr)
-        # Evaluation starts from the recorded states too: only its own changes show in it.
+        # Evaluation also starts from the recorded states, so that only its own changes count.
         given = after if self._old is None else self._recorded_after(index, step, after)
         eval_loss = self._each("evaluate", given, case.x, case.y)
         read = self._noise["step"](before, case.x, case.y, case.lr)
@@ -303,34 +307,34 @@ class _Recorder:
         values = self._old.under(f"shape{index}/step{step}/value")
         try:
             return fill(after, {path: values[path] for path in self._old.leaves(index, "after")})[0]
-        except (UnlikeError, KeyError):
-            return after  # reported as a structure that changed
+        except (TreeMismatchError, KeyError):
+            return after  # reported as a structural change
 
     def _record_subject(self, *, costs: bool, laws: bool) -> None:
-        """Record what describes the subject as a whole: draws, the old stream, laws, costs."""
+        """Record what is not about single cases: draws, the old random stream, laws, costs."""
         assert self.subject is not None
         rows, features = self.shapes[min(1, len(self.shapes) - 1)]
         x = np.zeros((rows, features), np.float32)
-        if self.cases == CASES:  # not for a large state
+        if self.cases == CASES:  # too slow for a large state
             self._keep("draws", _draws(self._functions["init"], x))
         self._record_same_stream()
         for name, function in self._functions.items():
             if function.eager:
-                self.notes.append(f"{name} run without jit: {function.eager}")
+                self.notes.append(f"{name} was run without jit: {function.eager}")
         for name, noise in self._noise.items():
             if noise.unread:
-                self.notes.append(f"rounding of {name} not read: {noise.unread}")
+                self.notes.append(f"rounding of {name} is unknown: {noise.unread}")
         zeros = np.zeros((rows,), np.float32)
         given = (self._functions["init"](np.int32(0), x), x, zeros, np.float32(0.5))
         self.costs = _costs(self.subject.step, given, times=costs)
         if laws:
             try:
                 self.laws, self.influence = verdicts(self.subject, (rows, features), self.seed)
-            except Exception as error:  # noqa: BLE001 - a comparison of values does without
+            except Exception as error:  # noqa: BLE001 - values can be compared without laws
                 self.notes.append(f"laws not judged: {first_line(error)}")
 
     def _record_same_stream(self) -> None:
-        """Record what `init` makes with the old recording's way of drawing random bits."""
+        """Record what `init` makes with the old recording's setting for random bits."""
         if self._old is None or self.subject is None:
             return
         now, then = flags()[_STREAM], self._old.manifest["flags"].get(_STREAM)
@@ -350,7 +354,7 @@ class _Recorder:
 
 
 def _draws(init: Callable[..., Any], x: Any) -> dict[str, Any]:
-    """Return leaf -> (2, 3) float64: mean and variance over the seeds of the three averages.
+    """Return leaf -> (2, 3) float64: mean and variance of the three averages over the seeds.
 
     Args:
         init: (seed, x) -> State.
@@ -359,7 +363,7 @@ def _draws(init: Callable[..., Any], x: Any) -> dict[str, Any]:
     found: dict[str, list[list[float]]] = {}
     for seed in range(SEEDS):
         for path, leaf in named(init(np.int32(seed), x)).items():
-            if leaf.dtype.kind in "fV" and leaf.size:  # V: bfloat16 and its kin
+            if leaf.dtype.kind in "fV" and leaf.size:  # V: bfloat16 and other ml_dtypes
                 wide = np.asarray(leaf, np.float64)
                 found.setdefault(path, []).append([float(np.mean(wide**p)) for p in POWERS])
     return {
@@ -368,29 +372,29 @@ def _draws(init: Callable[..., Any], x: Any) -> dict[str, Any]:
     }
 
 
-# Running the subject case by case, as a user would, and what that costs
+# Calling the subject case by case, as a user would, and the costs of that.
 
 
 class _Compiled:
-    """A function compiled as a user compiles it; called as it is where it does not trace.
+    """A jitted function; called without jit if it does not trace.
 
     Attributes:
-        eager: why it is not compiled; empty where it is.
+        eager: why it is not compiled; empty if it is.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._jitted = jax.jit(partial(function))  # another function to jax: a cache of its own
+        self._jitted = jax.jit(partial(function))  # partial: its own entry in jax's cache
         self.eager = ""
 
     def __call__(self, *args: Any) -> Any:
-        """Return the function's result as a tree of NumPy arrays."""
+        """Return the function's result as a pytree of NumPy arrays."""
         if self.eager:
             return _on_host(self._function(*args))
         try:
             return _on_host(self._jitted(*args))
-        except Exception as error:  # noqa: BLE001 - whatever a user's code raises under jit
-            # If it fails without jit too, that error is the one to report.
+        except Exception as error:  # noqa: BLE001 - user code may raise anything under jit
+            # If it raises without jit too, report that error.
             result = self._function(*args)
             self.eager = first_line(error)
             return _on_host(result)
@@ -401,10 +405,10 @@ def _on_host(tree: Any) -> Any:
 
 
 def _costs(function: Callable[..., Any], args: tuple[Any, ...], *, times: bool) -> dict[str, float]:
-    """Return the instructions of the compiled function and, if asked, the seconds it takes.
+    """Return the number of instructions of the compiled function and, if asked, times in seconds.
 
-    `compile_time` is the time to compile, `run_time` that of the fastest call. Empty where the
-    function does not compile.
+    `compile_time` is the time to compile, `run_time` that of the fastest call. Empty if the function
+    does not compile.
     """
     started = time.perf_counter()
     try:
@@ -415,7 +419,7 @@ def _costs(function: Callable[..., Any], args: tuple[Any, ...], *, times: bool) 
         if not times:
             return found
         jax.block_until_ready(program(*args))
-    except Exception:  # noqa: BLE001 - informational; what does not run is reported elsewhere
+    except Exception:  # noqa: BLE001 - costs are informational; errors are reported elsewhere
         return {}
     taken = []
     for _ in range(TIMED_CALLS):
@@ -425,31 +429,31 @@ def _costs(function: Callable[..., Any], args: tuple[Any, ...], *, times: bool) 
     return {**found, "compile_time": compiled, "run_time": min(taken)}
 
 
-# Pytrees as named leaves, so that a tree recorded in one environment is made again in another
+# Pytrees as named leaves, to rebuild a tree recorded in one environment in another.
 
 
-class UnlikeError(ValueError):
-    """A recorded tree and the one to fill have other leaves; the message names the first."""
+class TreeMismatchError(ValueError):
+    """A recorded tree does not fit the tree to fill; the message names the first mismatch."""
 
 
 def named(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return path -> leaf, in the order of flattening: `params/Dense_0/kernel`.
+    """Return path -> leaf, in flattening order: `params/Dense_0/kernel`.
 
     Raises:
-        UnlikeError: two leaves have the same path, as those of keys 1 and "1" do.
+        TreeMismatchError: two leaves have the same path, such as those of keys 1 and "1".
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     heads = [prefix] if prefix else []
     found = {"/".join([*heads, *filter(None, [path_name(path)])]): leaf for path, leaf in flat}
     if len(found) != len(flat):
-        raise UnlikeError(f"two leaves of {prefix or 'a tree'} have the same path")
+        raise TreeMismatchError(f"two leaves of {prefix or 'a tree'} have the same path")
     return found
 
 
 def containers(tree: Any) -> str:
-    """Return how the tree is nested, in the names of its containers: `dict(FrozenDict(*, *))`.
+    """Return the nesting of the tree's containers: `dict(FrozenDict(*, *))`.
 
-    Not `str(treedef)`, which is written differently from one jax to the next.
+    Unlike `str(treedef)` it does not depend on the jax release.
     """
 
     def describe(treedef: Any) -> str:
@@ -463,7 +467,7 @@ def containers(tree: Any) -> str:
 
 
 def _described(tree: Any, prefix: str) -> Tree:
-    """Return what a recording's manifest says of a tree."""
+    """Return the manifest's description of a tree."""
     leaves = [
         (path, str(np.dtype(leaf.dtype)), [int(size) for size in leaf.shape])
         for path, leaf in named(tree, prefix).items()
@@ -474,24 +478,24 @@ def _described(tree: Any, prefix: str) -> Tree:
 def fill(tree: Any, values: Mapping[str, Any]) -> tuple[Any, bool]:
     """Return `tree` with other values in its leaves, and whether their paths agreed.
 
-    Where paths do not agree but the leaves' shapes do, one by one in order, the order decides: a
-    release that renames a path is reported as such, and does not hide what else it changed.
+    If the paths differ but the shapes agree one by one, leaves are matched by position: a renamed path
+    is reported, and does not hide other changes.
 
     Args:
         tree: gives the structure and the dtypes.
-        values: path -> value, in the order of flattening.
+        values: path -> value, in flattening order.
 
     Raises:
-        UnlikeError: the leaves are others.
+        TreeMismatchError: the number of leaves or their shapes differ.
     """
     leaves, treedef = jax.tree_util.tree_flatten(tree)
     paths = list(named(tree))
-    alike = set(paths) == set(values)
-    chosen = [values[path] for path in paths] if alike else list(values.values())
+    same_paths = set(paths) == set(values)
+    chosen = [values[path] for path in paths] if same_paths else list(values.values())
     if len(chosen) != len(leaves):
-        raise UnlikeError(f"{len(values)} leaves were recorded, and there are {len(leaves)} now")
+        raise TreeMismatchError(f"{len(values)} leaves were recorded, now there are {len(leaves)}")
     for path, leaf, value in zip(paths, leaves, chosen, strict=True):
         if tuple(leaf.shape) != tuple(value.shape):
-            raise UnlikeError(f"{path} was recorded as {value.shape} and is {leaf.shape} now")
+            raise TreeMismatchError(f"{path} had shape {value.shape}, now has {leaf.shape}")
     cast = [np.asarray(v).astype(leaf.dtype) for leaf, v in zip(leaves, chosen, strict=True)]
-    return jax.tree_util.tree_unflatten(treedef, cast), alike
+    return jax.tree_util.tree_unflatten(treedef, cast), same_paths

@@ -1,6 +1,6 @@
-"""The laws' verdicts on a subject, without Hypothesis: proofs, and stacked cases of one shape.
+"""Verdicts of the laws without Hypothesis: proofs, and stacked cases of one shape.
 
-This is the only place where the gate judges laws.
+The only place where recordings judge laws.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ BLOCK = 128
 
 
 def verdicts(subject: Any, shape: tuple[int, int], seed: int) -> tuple[dict[str, Any], Any]:
-    """Return law -> {"status", "residual"}, and the influence as reports show it.
+    """Return law -> {"status", "residual"}, and the influence as in reports.
 
     Args:
-        subject: what is recorded.
+        subject: the recorded subject.
         shape: (N, D) of the stacked cases.
-        seed: they are drawn from it.
+        seed: the seed of the cases.
 
     Raises:
-        Exception: whatever keeps the laws from running here; the recording goes without.
+        Exception: anything that prevents judging the laws; the caller records a note.
     """
     from bnverify import proof
     from bnverify.laws import STEP_LAWS
@@ -67,7 +67,7 @@ def verdicts(subject: Any, shape: tuple[int, int], seed: int) -> tuple[dict[str,
 def _stacked(
     reading: proof.Reading, laws: list[Law], shape: tuple[int, int], seed: int
 ) -> dict[str, Any]:
-    # Not by bnverify.runs, which needs Hypothesis to shrink what it finds.
+    # bnverify.runs needs Hypothesis to shrink, which the recorded environment may not have.
     from bnverify.judge import READ_NEEDS, Judge, judged
     from bnverify.observe import VOLUME, CompiledSubject, observe
     from bnverify.stacks import stacked_cases

@@ -1,18 +1,18 @@
-"""A recording: one file that holds what a training step was given and what came out of it.
+"""A recording: a file with the inputs of a training step and its results.
 
     write("step.bnv", manifest, arrays)
     recording = read("step.bnv")
 
-The file is an `.npz` archive, to be read by `numpy.load` too. Its member `manifest` is the bytes of
-a JSON text that fits `Manifest`; every other member is an array with one row a case:
+The file is an `.npz` archive, also readable with `numpy.load`. Its member `manifest` is JSON text
+described by `Manifest`; every other member is an array with a leading axis of cases:
 
     shape0/case/x, shape0/init/LEAF, shape0/same_stream/LEAF,
     shape0/step1/value/LEAF and shape0/step1/noise/LEAF; and draws/LEAF, see `record`.
 
-NumPy has no bfloat16 and no float8: such an array is written as the integers of its bits, and the
-manifest names its dtype. A recording may come from anybody. Reading one runs no code of its own
-(`allow_pickle=False`), takes no more memory than the limits below, and checks everything that a
-comparison relies on.
+NumPy has no bfloat16 or float8: such arrays are stored as unsigned integers with the same bits, and
+the manifest names their dtypes. A recording may come from an untrusted source. Reading one executes
+none of its content (`allow_pickle=False`), uses no more memory than the limits below, and checks
+everything that a comparison relies on.
 """
 
 from __future__ import annotations
@@ -41,33 +41,33 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CONTENT = 2
-"""The version of the format; 1 was another container."""
+"""The version of the format; version 1 was not an `.npz` archive."""
 
 MAX_JSON = 32 * 2**20  # bytes
 MAX_ARRAYS = 256 * 2**20  # bytes, uncompressed
-MAX_MEMBERS = 65_535  # what an archive without zip64 holds
+MAX_MEMBERS = 65_535  # the limit of an archive without zip64
 
 _BITS = {1: np.uint8, 2: np.uint16}
 _ML_DTYPE = re.compile(r"bfloat16|u?int[24]|float[468]_e[0-9]m[0-9](b11)?(fn|fnuz|fnu)?")
-_AGAIN = "record again, or copy the file anew from where it was made"
+_AGAIN = "record again, or copy the original file again"
 
 
 class Tree(TypedDict):
-    """A pytree: how its containers are nested, and [path, dtype, shape] of each leaf, in order."""
+    """A pytree: the nesting of its containers, and [path, dtype, shape] of each leaf, in order."""
 
     containers: str
     leaves: list[tuple[str, str, list[int]]]
 
 
 class LawVerdict(TypedDict):
-    """What is known of a law; the residual is None where it is not a finite number."""
+    """The status of a law; the residual is None if it is not a finite number."""
 
     status: str
     residual: float | None
 
 
 class Influence(TypedDict, total=False):
-    """What reaches what, as reports show it; empty where it was not read."""
+    """The influence matrix as in reports; empty if the step was not traced."""
 
     scope: str
     proved: bool
@@ -76,7 +76,7 @@ class Influence(TypedDict, total=False):
 
 
 class Manifest(TypedDict):
-    """What a recording says of itself. A file must not decide how long it takes to read."""
+    """The description of a recording. Counts are limited, so that no file takes long to read."""
 
     content: int
     bnverify: str
@@ -105,15 +105,15 @@ class _Version(TypedDict):
 
 
 class RecordingError(UsageError):
-    """A recording cannot be read or written: which file, what is wrong, and the likely fix."""
+    """A recording cannot be read or written; the message names the file, the problem and a fix."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A recording's content.
+    """The content of a recording.
 
     Attributes:
-        manifest: what it says of itself.
+        manifest: its description.
         arrays: name -> array, see the module.
         source: the file it was read from.
     """
@@ -124,8 +124,8 @@ class Recording:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all the content, the same however it was compressed."""
-        total = hashlib.sha256(_text({**self.manifest, "dtypes": {}}))  # the arrays have theirs
+        """A hash of the content, independent of compression."""
+        total = hashlib.sha256(_text({**self.manifest, "dtypes": {}}))  # arrays include dtypes
         for name in sorted(self.arrays):
             array = np.ascontiguousarray(self.arrays[name])
             total.update(f"{name} {array.dtype.name} {array.shape}".encode())
@@ -133,7 +133,7 @@ class Recording:
         return total.hexdigest()
 
     def under(self, prefix: str) -> dict[str, Any]:
-        """Return the arrays whose names begin with `prefix/`, by the rest of their names."""
+        """Return the arrays named `prefix/REST`, by REST."""
         head = f"{prefix}/"
         return {name[len(head) :]: a for name, a in self.arrays.items() if name.startswith(head)}
 
@@ -151,19 +151,19 @@ class Recording:
 
 
 def write(path: str | os.PathLike[str], manifest: Manifest, arrays: Mapping[str, Any]) -> None:
-    """Write a recording; whatever interrupts it, the old file or the new one is there, whole.
+    """Write a recording atomically: the file is complete, old or new, even if interrupted.
 
-    Where the file already holds the same content it is left alone: compressed bytes differ between
-    zlib and zlib-ng, and a recording under version control must not change when nothing did.
+    A file with the same content is left alone: compressed bytes differ between zlib and zlib-ng, and a
+    recording under version control should only change if its content does.
 
     Args:
         path: the file; its directory must exist.
-        manifest: what `dtypes` says in it is replaced. A float that may be NaN belongs in an array.
-        arrays: name -> what `np.asarray` takes, of any shape; its dtype is bool or a number of
-            NumPy's or ml_dtypes's.
+        manifest: the description; its `dtypes` is replaced. Floats that may be NaN must be arrays.
+        arrays: name -> anything that `np.asarray` accepts, of any shape, with a bool or numeric dtype
+            of NumPy or ml_dtypes.
 
     Raises:
-        RecordingError: a value has no place in a recording, or the file cannot be written.
+        RecordingError: a value cannot be stored, or the file cannot be written.
     """
     try:
         kept = {name: _portable(name, value) for name, value in sorted(arrays.items())}
@@ -186,24 +186,23 @@ def write(path: str | os.PathLike[str], manifest: Manifest, arrays: Mapping[str,
 
 
 def read(path: str | os.PathLike[str]) -> Recording:
-    """Return the recording in a file, its arrays writeable.
+    """Read a recording; its arrays are writeable.
 
     Raises:
-        RecordingError: the file is missing, damaged, of another format, hostile, or its parts do not
-            fit together.
+        RecordingError: the file is missing, damaged, in another format, malicious, or inconsistent.
     """
     try:
         manifest, arrays = _unpack(Path(path))
         recording = Recording(manifest, arrays, str(path))
-        if manifest["shapes"] or not manifest["replays"]:  # without, the target did not run there
+        if manifest["shapes"] or not manifest["replays"]:  # no shapes: the target did not run
             _check_arrays(recording)
     except OSError as error:
         problem = cause(error)
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError) as error:
-        problem = f"it is truncated or altered, or no recording ({error}); {_AGAIN}"
+        problem = f"it is truncated, altered or not a recording ({error}); {_AGAIN}"
     except (ValueError, TypeError, KeyError, MemoryError, msgspec.MsgspecError) as error:
-        problem = f"its parts do not fit together ({error}); {_AGAIN}"
-        if isinstance(error, _RefusedError):
+        problem = f"it is inconsistent ({error}); {_AGAIN}"
+        if isinstance(error, _InvalidError):
             problem = str(error)
     else:
         return recording
@@ -219,8 +218,8 @@ def without_values(manifest: Manifest) -> Manifest:
     return bare
 
 
-class _RefusedError(ValueError):
-    """The text says all."""
+class _InvalidError(ValueError):
+    """The message is complete, with the fix."""
 
 
 def _text(manifest: Any) -> bytes:
@@ -231,22 +230,24 @@ def _portable(name: str, value: Any) -> np.ndarray[Any, Any]:
     """Return a little-endian array of a dtype that a recording can hold."""
     array = np.asarray(value)
     if name == "manifest" or "\0" in name:
-        raise _RefusedError(f"no array can be named {name!r}")
+        raise _InvalidError(f"{name!r} is not a valid array name")
     if array.dtype.kind not in "biufc" and not _extended(array.dtype):
-        raise _RefusedError(f"{name!r} has dtype {array.dtype.name}; it must be bool or a number")
+        raise _InvalidError(f"{name!r} has dtype {array.dtype.name}; it must be bool or numeric")
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
     return np.ascontiguousarray(array).reshape(array.shape)
 
 
 def _extended(dtype: np.dtype[Any]) -> bool:
-    """Return whether a dtype is one of ml_dtypes's."""
+    """Return whether a dtype is from ml_dtypes."""
     return _ML_DTYPE.fullmatch(dtype.name) is not None and dtype.itemsize in _BITS
 
 
 def _limit(what: str, size: int, most: int) -> None:
     if size > most:
-        raise _RefusedError(f"{size} bytes of {what}, of at most {most}; record fewer cases")
+        raise _InvalidError(
+            f"{size} bytes of {what} exceed the limit of {most}; record fewer cases"
+        )
 
 
 def _holds(path: str | os.PathLike[str], digest: str) -> bool:
@@ -257,21 +258,21 @@ def _holds(path: str | os.PathLike[str], digest: str) -> bool:
 
 
 def _unpack(path: Path) -> tuple[Manifest, dict[str, Any]]:
-    """Return the manifest and the arrays of a file, each checked by itself."""
+    """Return the manifest and the arrays of a file, each checked on its own."""
     status = path.stat()  # before opening it: a pipe would block
     if not stat.S_ISREG(status.st_mode):
-        raise _RefusedError("it is not a regular file")
+        raise _InvalidError("it is not a regular file")
     if status.st_size > MAX_JSON + MAX_ARRAYS + 2**20:
-        raise _RefusedError(f"its {status.st_size} bytes are more than any recording takes")
+        raise _InvalidError(f"its size, {status.st_size} bytes, exceeds that of any recording")
     with path.open("rb") as file:
         if file.read(18) == b"bnverify-recording":
-            raise _RefusedError("an earlier bnverify wrote it, in format 1; record again")
+            raise _InvalidError("it was written by an earlier bnverify, in format 1; record again")
     with zipfile.ZipFile(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         if len(members) != len(archive.infolist()) or len(members) > MAX_MEMBERS:
-            raise _RefusedError("its members are repeated, or too many")
+            raise _InvalidError("it has repeated members, or too many")
         if "manifest" not in members:
-            raise _RefusedError("it is not a recording; `bnverify record -o FILE` makes one")
+            raise _InvalidError("it is not a recording; `bnverify record -o FILE` makes one")
         described = members.pop("manifest")
         _limit("manifest", described.file_size, MAX_JSON)
         _limit("arrays", sum(info.file_size for info in members.values()), MAX_ARRAYS)
@@ -279,26 +280,26 @@ def _unpack(path: Path) -> tuple[Manifest, dict[str, Any]]:
         arrays = {name: _array(archive, info) for name, info in members.items()}
     for name, dtype in manifest["dtypes"].items():
         if name not in arrays or not _ML_DTYPE.fullmatch(dtype):
-            raise _RefusedError(f"array {name!r:.80} has the unknown dtype {dtype!r:.80}")
+            raise _InvalidError(f"array {name!r:.80} has the unknown dtype {dtype!r:.80}")
         arrays[name] = arrays[name].view(_ml_dtype(dtype))
     return manifest, arrays
 
 
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray[Any, Any]:
-    """Return one array; its checksum is checked, and so is that nothing follows it."""
+    """Return one array; its checksum must match, and nothing may follow it."""
     if member.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-        raise _RefusedError(f"array {member.filename!r:.80} is compressed in an unknown way")
+        raise _InvalidError(f"array {member.filename!r:.80} has an unknown compression method")
     content = io.BytesIO(archive.read(member))
     array: np.ndarray[Any, Any]
     try:
         array = np.lib.format.read_array(content, allow_pickle=False)
-    except Exception as error:  # noqa: BLE001 - whatever NumPy's parser makes of a hostile header
-        raise _RefusedError(f"array {member.filename!r:.80} cannot be read: {error}") from None
+    except Exception as error:  # noqa: BLE001 - NumPy may raise anything on a malicious header
+        raise _InvalidError(f"array {member.filename!r:.80} cannot be read: {error}") from None
     if content.read(1) or array.dtype.kind not in "biufc":
-        raise _RefusedError(f"array {member.filename!r:.80} is not of numbers alone")
+        raise _InvalidError(f"array {member.filename!r:.80} is not purely numeric")
     if array.dtype == np.bool_ and (array.view(np.uint8) > 1).any():
-        raise _RefusedError(
-            f"array {member.filename!r:.80} is bool, with a byte other than 0 and 1"
+        raise _InvalidError(
+            f"array {member.filename!r:.80} is bool, but has a byte other than 0 and 1"
         )
     return array
 
@@ -307,28 +308,28 @@ def _manifest(text: bytes) -> Manifest:
     try:
         version = msgspec.json.decode(text, type=_Version)["content"]
         if version != CONTENT:
-            raise _RefusedError(f"its content is of version {version}, not {CONTENT}; record again")
+            raise _InvalidError(f"its format is version {version}, not {CONTENT}; record again")
         manifest: Manifest = msgspec.json.decode(text, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise _RefusedError(f"its manifest is not that of a recording: {error}; {_AGAIN}") from None
+        raise _InvalidError(f"its manifest is invalid: {error}; {_AGAIN}") from None
     return manifest
 
 
 def _ml_dtype(name: str) -> np.dtype[Any]:
-    import ml_dtypes  # comes with jax; only a recording that holds such an array needs it
+    import ml_dtypes  # a dependency of jax; only needed for arrays with such dtypes
 
     if not hasattr(ml_dtypes, name):
-        raise _RefusedError(f"it holds {name}: reading that needs a newer ml_dtypes")
+        raise _InvalidError(f"it contains {name}, which needs a newer ml_dtypes")
     dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
     return dtype
 
 
 def _check_arrays(recording: Recording) -> None:
-    """Raise where an array that the manifest speaks of is missing or has another shape."""
+    """Raise if an array described by the manifest is missing or has another shape."""
     manifest = recording.manifest
     count = manifest["cases"]
     if len(manifest["trees"]) != len(manifest["shapes"]) or not manifest["shapes"]:
-        raise _RefusedError("its manifest describes no trees, or not one a shape")
+        raise _InvalidError("its manifest does not describe the trees of each shape")
     for index, (rows, features) in enumerate(manifest["shapes"]):
         case = recording.under(f"shape{index}/case")
         expected = {"x": (count, rows, features), "y": (count, rows), "lr": (count,)}
@@ -350,4 +351,4 @@ def _check_arrays(recording: Recording) -> None:
 
 def _expect(name: str, array: Any, shape: tuple[int, ...]) -> None:
     if array.shape != shape:
-        raise _RefusedError(f"{name} has shape {array.shape}, not {shape}; {_AGAIN}")
+        raise _InvalidError(f"{name} has shape {array.shape}, not {shape}; {_AGAIN}")

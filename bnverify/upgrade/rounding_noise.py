@@ -1,9 +1,9 @@
-"""The rounding noise of what is recorded: how far float32 may take each value from the exact one.
+"""The rounding noise of recorded values: how far float32 arithmetic may take them from the exact ones.
 
-Each value's noise is one of three things: a finite number; infinity, where rounding leaves no digits
-to compare; NaN, where it is not known, because the program holds something that cannot be read.
+The noise of a value is finite; infinite, if rounding leaves no digits to compare; or NaN, if it is
+unknown because the program contains something that cannot be evaluated.
 
-This is the only place where the gate reads rounding.
+The only place where recordings compute rounding.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class Noise:
-    """Reads the rounding of one function, traced for each shape of its arguments.
+    """Computes the rounding noise of one function, traced once for each shape of its arguments.
 
     Attributes:
-        unread: why nothing is known; empty where something is.
+        unread: why it cannot be computed; empty if it can.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -33,14 +33,14 @@ class Noise:
         self.unread = ""
 
     def __call__(self, *stacked: Any) -> Any:
-        """Return a tree like the function's result, of noise; None where none can be read.
+        """Return the noise as a pytree like the function's result, or None if it is unknown.
 
         Args:
             *stacked: the function's arguments, with a leading axis of cases on every leaf.
         """
         try:
             return self._read(stacked)
-        except Exception as error:  # noqa: BLE001 - a step that runs and cannot be read is no fault
+        except Exception as error:  # noqa: BLE001 - a step that runs but does not trace is not an error
             self.unread = first_line(error)
             return None
 
@@ -59,9 +59,9 @@ class Noise:
 
 
 def _float32(bound: Any, unknown: bool) -> Any:
-    """Return a bound as float32, half a unit too large rather than too small.
+    """Return a bound as float32, rounded up.
 
-    Where the program holds something unknown, infinity may come from that, and so is not known.
+    If the program contains something unknown, an infinite bound may stem from it, so it becomes NaN.
     """
     with np.errstate(over="ignore"):
         narrow = (np.asarray(bound, np.float64) * (1 + 2.0**-23)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What a target is made of: where it lies, its project, which files are sources, and their hash."""
+"""The files a target consists of: its location, its project, which files are sources, their hash."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 PROJECT = ("pyproject.toml", "setup.py")
-"""A directory that holds one of these says how to build itself."""
+"""The files that make a directory a buildable project."""
 
 _OWN = Path(__file__).resolve().parents[2]  # a checkout of bnverify is not a user's project
 _NOT_SOURCES = {"__pycache__", "node_modules", "build", "dist"}
-_LIMIT = 500 * 2**20  # bytes; sources are less, data sets and checkpoints are more
-_MOST = 2000  # files beside a target; more are not a package but somebody's home directory
+_LIMIT = 500 * 2**20  # bytes; sources are smaller, data sets and checkpoints larger
+_MAX_FILES = 2000  # next to a target; more suggest a home directory rather than a package
 
 
 class TreeError(Exception):
-    """A directory holds too much to be sources."""
+    """A directory is too large to consist of sources."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A target, ready for another environment.
+    """A target, located for use in another environment.
 
     Attributes:
         text: as the user wrote it.
-        absolute: the same from any directory.
-        project: the directory to build or import from; None where the target needs none.
-        digest: a hash of the target's file and of the Python files beside it; "" for a module, which
-            is part of the project.
+        absolute: the same, independent of the working directory.
+        project: the directory to build or import from; None if none is needed.
+        digest: a hash of the target's file and the Python files next to it; "" for a module, whose
+            hash is that of the project.
     """
 
     text: str
@@ -47,12 +47,12 @@ class Target:
 
 
 def locate(target: str, project: Path | None = None) -> Target:
-    """Return where a target lies.
+    """Locate a target.
 
     Args:
         target: `package.module:name` or `path/file.py:name`.
-        project: the user's choice; by default the nearest directory above the file, or above the
-            current directory for a module, that says how to build itself.
+        project: the user's choice; by default the nearest buildable directory above the file or, for
+            a module, above the working directory.
 
     Raises:
         UsageError: there is no such file.
@@ -62,17 +62,18 @@ def locate(target: str, project: Path | None = None) -> Target:
     if source.split(".")[0] == "bnverify" and not path.is_file():
         return Target(target, target, project, "")
     if not source.endswith(".py") and not path.is_file():
-        return Target(target, target, project or _above(Path.cwd()) or Path.cwd(), "")
+        return Target(target, target, project or _project_above(Path.cwd()) or Path.cwd(), "")
     if not path.is_file():
-        raise UsageError(f"no file {source}")
+        raise UsageError(f"there is no file {source}")
     path = path.resolve()
     beside = sorted({path, *_modules(path.parent)})
     names = [each.relative_to(path.parent) for each in beside]
-    hashed = digest(path.parent, names if len(names) <= _MOST else [Path(path.name)])
-    return Target(target, f"{path}:{name}", project or _above(path.parent), f"{path} {hashed}")
+    hashed = digest(path.parent, names if len(names) <= _MAX_FILES else [Path(path.name)])
+    project = project or _project_above(path.parent)
+    return Target(target, f"{path}:{name}", project, f"{path} {hashed}")
 
 
-def _above(directory: Path) -> Path | None:
+def _project_above(directory: Path) -> Path | None:
     for each in (directory, *directory.parents):
         if any((each / name).is_file() for name in PROJECT):
             return None if each == _OWN else each
@@ -80,7 +81,7 @@ def _above(directory: Path) -> Path | None:
 
 
 def _modules(directory: Path) -> Iterator[Path]:
-    """Yield what can be imported from a directory: its modules, and its packages' modules."""
+    """Yield the files that can be imported from a directory: modules, and modules of packages."""
     for entry in directory.iterdir():
         if entry.suffix == ".py" and entry.is_file():
             yield entry
@@ -89,27 +90,27 @@ def _modules(directory: Path) -> Iterator[Path]:
 
 
 def files(directory: Path) -> list[Path]:
-    """Return the files that are the directory's sources, relative to it, in order.
+    """Return the source files of a directory, relative to it, sorted.
 
-    Under git, those it tracks and those it does not ignore; elsewhere all but hidden directories,
-    virtual environments, byte code and build products.
+    In a git repository: files that are tracked or not ignored. Elsewhere: all files except in hidden
+    directories and virtual environments, byte code and build products.
 
     Raises:
-        TreeError: together they are too large.
+        TreeError: their total size exceeds the limit.
     """
     found = _git_files(directory)
     names = sorted(set(found if found is not None else _walk(directory)))
     size = sum((directory / name).lstat().st_size for name in names)
     if size > _LIMIT:
         raise TreeError(
-            f"{directory} holds {size >> 20} MiB of files, more than sources do; let .gitignore"
-            " name the data, or give the package's own directory"
+            f"{directory} holds {size >> 20} MiB of files, above the limit of {_LIMIT >> 20} MiB for"
+            " sources; list the data in .gitignore, or give the package's own directory"
         )
     return names
 
 
 def digest(directory: Path, names: Iterable[Path]) -> str:
-    """Return a hash of the files' names and contents; a link counts as the name it points to."""
+    """Return a hash of the files' names and contents; of a symlink, its target's name."""
     total = hashlib.sha256()
     for name in names:
         path = directory / name
@@ -120,15 +121,15 @@ def digest(directory: Path, names: Iterable[Path]) -> str:
 
 
 def copy(directory: Path, names: Iterable[Path], place: Path) -> None:
-    """Copy files of a directory to a new directory, links as links."""
+    """Copy files to a new directory, keeping symlinks."""
     for name in names:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(directory / name, place / name, follow_symlinks=False)
 
 
 def _git_files(directory: Path) -> list[Path] | None:
-    """Return what git considers sources; None where the directory is not under git."""
-    # A git hook sets GIT_DIR and others, perhaps for another repository.
+    """Return the files that git does not ignore, or None outside a repository."""
+    # In a git hook, GIT_DIR and other variables may refer to another repository.
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     listing = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
@@ -143,7 +144,7 @@ def _git_files(directory: Path) -> list[Path] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     names = [directory / os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
-    # Deleted files that are still in the index, and submodules, are not files.
+    # Skip files deleted but still in the index, and submodules.
     return [p.relative_to(directory) for p in names if p.is_symlink() or p.is_file()] or None
 
 

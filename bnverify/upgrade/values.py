@@ -1,6 +1,6 @@
-"""How far apart the values of two recordings are, in units of rounding noise, and what explains it.
+"""The distance between the values of two recordings in units of rounding noise, and what explains it.
 
-Imports no jax: a comparison needs neither environment.
+Imports no jax: comparing needs neither of the two environments.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a recording a value stands.
+    """One value in two recordings.
 
     Attributes:
-        shape: index of the shape.
-        step: index of the step.
-        case: index of the case.
+        shape: the index of the shape.
+        step: the index of the step.
+        case: the index of the case.
         leaf: the leaf's path.
-        element: its index in the leaf.
-        old: the value recorded.
-        new: the value replayed.
-        allowed: how far apart rounding may take them.
-        size: how far apart they are in units of `allowed`; infinite where one is not finite.
+        element: the index in the leaf.
+        old: the recorded value.
+        new: the replayed value.
+        allowed: how much they may differ because of rounding.
+        size: their distance in units of `allowed`; infinite if one is not finite.
     """
 
     shape: int
@@ -48,14 +48,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far apart two recordings are in one leaf.
+    """The distance between two recordings in one leaf.
 
     Attributes:
-        worst: the place where they are farthest apart; None where all values are equal.
-        simplest: the place to show: in the smallest case that is beyond the noise; else None.
-        compared: how many values have digits to compare on both sides, or are equal.
+        worst: the place with the largest distance; None if all values are equal.
+        simplest: the simplest case that exceeds the noise, to report; None if there is none.
+        compared: how many values can be compared or are equal.
         total: how many values there are.
-        unknown: how many differ where neither side knows its noise.
+        unknown: how many values differ whose noise is unknown on both sides.
     """
 
     worst: Place | None
@@ -68,10 +68,10 @@ class Distance:
 def allowed(
     old: Floats, new: Floats, old_noise: Floats | None, new_noise: Floats | None, tiny: float
 ) -> Floats:
-    """Return how far apart rounding may take values: each side may err by its own noise.
+    """Return how much values may differ because of rounding: the sum of both sides' noise.
 
-    Where one side's noise is not known (NaN, or None for all), the other's stands for both. The
-    smallest normal number is always allowed: below it releases flush to zero, or do not.
+    If one side's noise is unknown (NaN, or None for all), the other's is used for both. The smallest
+    normal number is always allowed, because releases differ in whether they flush subnormal numbers.
     """
     nowhere = np.full(np.shape(old), np.nan)
     left = nowhere if old_noise is None else old_noise.astype(np.float64)
@@ -82,21 +82,21 @@ def allowed(
 
 
 def sizes(old: Floats, new: Floats, bound: Floats) -> Floats:
-    """Return the distances in units of `bound`: NaN where nothing can be compared, 0 if equal."""
+    """Return distances in units of `bound`: 0 where equal, NaN where they cannot be compared."""
     with np.errstate(all="ignore"):
         distance = np.abs(old - new)
         distance = np.where(np.isfinite(distance), distance, np.inf)
         ratio = np.where(bound > 0, distance / bound, np.inf)
-        # Infinite noise: no digits to compare. NaN: not known.
+        # An infinite bound leaves no digits to compare; NaN is unknown.
         ratio = np.where(np.isinf(bound) | np.isnan(bound), np.nan, ratio)
     found: Floats = np.where((old == new) | (np.isnan(old) & np.isnan(new)), 0.0, ratio)
     return found
 
 
 def distances(old: Recording, new: Recording) -> dict[str, Distance]:
-    """Return leaf -> how far apart its values are, over all shapes, steps and cases.
+    """Return leaf -> distance of its values, over all shapes, steps and cases.
 
-    Leaves that are not on both sides, or of another shape there, are left out.
+    Leaves that are missing on one side, or have another shape there, are left out.
     """
     leaves: dict[str, list[tuple[int, int, Floats, Floats, Floats]]] = {}
     for shape in range(len(new.manifest["shapes"])):
@@ -112,7 +112,7 @@ Side = tuple["Mapping[str, Any]", "Mapping[str, Any]"]
 
 
 def rows(old: Side, new: Side) -> dict[str, tuple[Floats, Floats, Floats]]:
-    """Return leaf -> (old values, new values, how far apart rounding may take them)."""
+    """Return leaf -> (old values, new values, how much they may differ because of rounding)."""
     rows = {}
     for leaf, before in old[0].items():
         after = new[0].get(leaf)
@@ -126,7 +126,7 @@ def rows(old: Side, new: Side) -> dict[str, tuple[Floats, Floats, Floats]]:
 
 
 def _wide(array: Any) -> Floats:
-    if array.dtype.kind == "c":  # no step of ours has complex leaves; their size is compared
+    if array.dtype.kind == "c":  # complex leaves are compared by absolute value
         array = np.abs(array)
     wide: Floats = array.astype(np.float64)
     return wide
@@ -137,7 +137,7 @@ def _tiny(dtype: Any) -> float:
         return 0.0
     try:
         return float(np.finfo(dtype).tiny)
-    except ValueError:  # bfloat16 and its kin: the exponents of float32, or fewer
+    except ValueError:  # an ml_dtypes dtype; its exponent has at most float32's range
         return float(np.finfo(np.float32).tiny)
 
 
@@ -169,7 +169,7 @@ def _distance(
 
 
 def _complexity(old: Recording, shape: int, case: int) -> tuple[float, ...]:
-    """Return how hard a case is to read: its size, how many numbers it takes, how extreme."""
+    """Return sort keys for how hard a case is to read: size, distinct numbers, magnitude."""
     x, y = (old.arrays[f"shape{shape}/case/{name}"][case] for name in ("x", "y"))
     numbers = np.concatenate([x.ravel(), y.ravel()])
     magnitude = float(np.max(np.abs(numbers), initial=0.0))
@@ -177,25 +177,25 @@ def _complexity(old: Recording, shape: int, case: int) -> tuple[float, ...]:
     return float(x.size), float(len(np.unique(numbers))), round(extreme, 3)
 
 
-# How a leaf moves since: as far as before, so many times as far, or not at all.
+# What explains a change: each step moves the leaf r times as far, or not at all, or the variance is
+# divided by N - 1 instead of N.
 #
-# A step takes a leaf from s to o in the old environment and, from the same s, to n in the new one.
-# Two sentences explain most changes of a training step, and both are tested on every value:
+# A step takes a leaf from s to o in the old environment and, from the same s, to n in the new one. Two
+# hypotheses explain most changes of a training step, and both are tested on every value:
 #
-#     n - s = r (o - s)         each step moves it r times as far: another momentum, or rate
-#     n - k o = m (1 - k) s     the batch's part is k times what it was, with a momentum m;
-#                               k = N / (N - 1): variance is divided by N - 1 where it was by N
+#     n - s = r (o - s)         each step moves it r times as far: another momentum or learning rate
+#     n - k o = m (1 - k) s     the batch's contribution is k times as large, with momentum m;
+#                               k = N / (N - 1): the variance is divided by N - 1 instead of N
 #
-# A sentence is given only where no value contradicts it: what is left over lies within the rounding
-# noise of both sides, everywhere. r and m are fitted by least squares, in units of that noise.
+# A hypothesis is reported only if no value contradicts it: the residual is within the rounding noise
+# of both sides everywhere. r and m are fitted by least squares, weighted by that noise.
 
 _DIGITS = 1e3
-"""How many times the noise a term must be, in the root of its sum of squares, for its factor to be
-known to three digits."""
+"""A factor is known to three digits if its term is this many times the noise (Euclidean norms)."""
 
 
 def explanation(old: Recording, new: Recording, leaf: str) -> str:
-    """Return in words how the leaf moves since; "" where neither sentence explains every value.
+    """Return what explains the change of a leaf, or "" if neither hypothesis fits every value.
 
     Args:
         old: a recording.
@@ -218,10 +218,10 @@ def explanation(old: Recording, new: Recording, leaf: str) -> str:
     if count.min() < 2:
         return ""
     for k, words in (
-        (count / (count - 1), "N - 1 where it was by N"),
-        ((count - 1) / count, "N where it was by N - 1"),
+        (count / (count - 1), "N - 1 instead of N"),
+        ((count - 1) / count, "N instead of N - 1"),
     ):
-        # With no s to speak of, no m is asked for: then k alone must explain the values.
+        # If s is too small to fit m, this is None, and k alone does not explain the values.
         momentum = _factor((1 - k) * before, now - k * then, (1 + k) * noise)
         if momentum is not None and 0 <= momentum <= 1:
             return f"in every case as if the variance were divided by {words}"
@@ -229,7 +229,7 @@ def explanation(old: Recording, new: Recording, leaf: str) -> str:
 
 
 def _four(old: Recording, new: Recording, leaf: str, shape: int) -> Floats:
-    """Return (4, n): before, after in the old environment, in the new one, noise; where it is known."""
+    """Return (4, n): s, o, n and noise of all values whose noise is known."""
     found = [np.empty((4, 0))]
     for step in range(min(old.manifest["steps"], new.manifest["steps"])):
         home = f"shape{shape}/step{step}"
@@ -243,20 +243,20 @@ def _four(old: Recording, new: Recording, leaf: str, shape: int) -> Floats:
 
 
 def _factor(then: Floats, now: Floats, noise: Floats) -> float | None:
-    """Return r where now = r then within the noise everywhere, and the values tell r; else None."""
-    known, told = then / noise, now / noise
+    """Return r if now = r * then within the noise everywhere and r is well determined, else None."""
+    known, changed = then / noise, now / noise
     weight = float(np.sum(known**2))
     if not np.isfinite(weight) or weight < _DIGITS**2:
         return None
-    factor = float(np.sum(known * told)) / weight
-    holds = bool((np.abs(told - factor * known) <= 1 + abs(factor)).all())
+    factor = float(np.sum(known * changed)) / weight
+    holds = bool((np.abs(changed - factor * known) <= 1 + abs(factor)).all())
     return factor if holds else None
 
 
 def _moves(factor: float, averaged: bool) -> str:
     if abs(factor) < 1 / _DIGITS:
-        return "in every case it stays what it was before the step"
+        return "in every case the step leaves it unchanged"
     if averaged:
-        return f"in every case the batch weighs {factor:.4g} times what it did: another momentum"
-    way = ", the other way" if factor < 0 else ""
-    return f"in every case it moves {abs(factor):.4g} times as far as it did{way}"
+        return f"in every case the batch has {factor:.4g} times the weight it had: another momentum"
+    direction = ", in the opposite direction" if factor < 0 else ""
+    return f"in every case it moves {abs(factor):.4g} times as far as before{direction}"

@@ -1,8 +1,8 @@
-"""Standalone scripts that show a difference: jax, flax, NumPy and the user's own code, no bnverify.
+"""Standalone scripts that reproduce a difference with jax, flax, NumPy and the user's code, no bnverify.
 
-A script holds the state before the step and the batch, runs one function of the target in whatever
-environment it is started in, prints the recorded and the present value, and exits with 1 where they
-are farther apart than rounding explains.
+A script contains the state before the step and the batch, runs one function of the target in the
+environment it is started in, prints the recorded and the current value, and exits with status 1 if
+they differ by more than rounding explains.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bnverify.upgrade.recording import Recording
     from bnverify.upgrade.values import Place
 
-_LITERAL = 64  # elements; longer arrays are packed
+_LITERAL = 64  # elements; longer arrays are compressed
 
 _LOAD = '''\
 import base64, importlib, importlib.util, inspect, os, pathlib, sys, zlib
@@ -114,16 +114,16 @@ sys.exit(0 if abs(new - old) <= allowed else 1)
 
 
 def of_error(target: str, features: int = 3) -> str:
-    """Return a script that runs the target's three functions, and so shows what one raises."""
+    """Return a script that runs the target's three functions and so reproduces an exception."""
     return _LOAD.format(target=target) + _ERROR.format(features=features)
 
 
 def of_value(old: Recording, new: Recording, place: Place) -> str | None:
-    """Return a script that shows one value beyond the noise; None where the state cannot be made.
+    """Return a script that reproduces one value beyond the noise; None if the state cannot be rebuilt.
 
     Args:
-        old: the recording, whose state before the step is put into the script.
-        new: the replay, whose order of leaves the script meets.
+        old: the recording; the script contains its state before the step.
+        new: the replay, which gives the order of the leaves.
         place: the value.
     """
     home = f"shape{place.shape}"
@@ -148,7 +148,7 @@ def of_value(old: Recording, new: Recording, place: Place) -> str | None:
     )
     at = f"{place.leaf}{list(place.element) if place.element else ''}"
     return (
-        # A literal, not text between quotes: a recording from elsewhere names its own leaves.
+        # Written as a literal, because the leaf's name may come from an untrusted recording.
         repr(f"{at} differs from what was recorded.")
         + "\n\n"
         + _LOAD.format(target=new.manifest["target"])
@@ -174,15 +174,15 @@ def of_value(old: Recording, new: Recording, place: Place) -> str | None:
 def of_draws(
     old: Recording, new: Recording, leaf: str, moment: int, seeds: int, sigmas: float
 ) -> str | None:
-    """Return a script that shows a leaf's initial values to be of another distribution.
+    """Return a script that reproduces the changed distribution of a leaf's initial values.
 
     Args:
-        old: the recording, whose averages are put into the script.
+        old: the recording, whose averages the script contains.
         new: the replay.
         leaf: the leaf's path.
-        moment: index of the average that differs; the powers are 1, 2 and 4.
-        seeds: how many seeds the averages are over.
-        sigmas: how many standard errors chance is given.
+        moment: the index of the average that differs; the powers are 1, 2 and 4.
+        seeds: the number of seeds averaged over.
+        sigmas: the number of standard errors attributed to chance.
     """
     shapes = new.manifest["shapes"]
     paths = list(new.leaves(min(1, len(shapes) - 1), "state"))
@@ -190,7 +190,7 @@ def of_draws(
         return None
     mean, variance = (float(row[moment]) for row in old.arrays[f"draws/{leaf}"])
     return (
-        repr(f"The initial values of {leaf} are not distributed as was recorded.")
+        repr(f"The distribution of the initial values of {leaf} differs from the recorded one.")
         + "\n\n"
         + _LOAD.format(target=new.manifest["target"])
         + _DRAWS.format(
@@ -214,7 +214,7 @@ def _versions(recording: Recording) -> str:
 
 
 def _find(new: Recording, place: Place) -> tuple[str, int]:
-    """Return in which tree of the result the leaf stands, and at which index."""
+    """Return the expression for the result tree that contains the leaf, and the leaf's index."""
     for tree, expression in (
         ("after", "after"),
         ("loss", "info.loss"),
@@ -232,7 +232,7 @@ def _number(value: float) -> str:
 
 
 def _array(array: Any) -> str:
-    """Return an expression for an array: its digits, or its bytes where they would be many."""
+    """Return an expression for an array: a literal, or compressed bytes if it is long."""
     if array.size <= _LITERAL and array.dtype.kind in "fiub" and np.isfinite(array).all():
         return f"np.array({array.tolist()!r}, np.{array.dtype.name})"
     packed = base64.b85encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 9)).decode()

@@ -1,4 +1,4 @@
-"""The canonical step with one fault each, as the laws of influence must see it."""
+"""The reference step with one fault each, for the tests of data flow."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def step_with(loss_fn):
 
 
 def eval_mode_in_training() -> Subject:
-    """Return a step that normalises by the running statistics and leaves them as they are."""
+    """Return a step that trains with the running statistics and does not update them."""
 
     def loss_fn(params, batch_stats, x, y):
         out, stats = apply(params, batch_stats, x, train=False)
@@ -45,7 +45,7 @@ def eval_mode_in_training() -> Subject:
 
 
 def loss_reads_old_statistics() -> Subject:
-    """Return a step whose loss has a term in the old statistics times a parameter."""
+    """Return a step whose loss depends on the old statistics."""
 
     def loss_fn(params, batch_stats, x, y):
         out, stats = apply(params, batch_stats, x, train=True)
@@ -56,7 +56,7 @@ def loss_reads_old_statistics() -> Subject:
 
 
 def statistics_in_the_optimizer() -> Subject:
-    """Return a step whose optimizer trains the statistics with everything else."""
+    """Return a step whose optimizer also trains the statistics."""
     optimizer = lambda lr: optax.sgd(lr, momentum=0.9)  # noqa: E731
 
     def init(seed, x):
@@ -80,7 +80,7 @@ def statistics_in_the_optimizer() -> Subject:
 
 
 def evaluation_writes() -> Subject:
-    """Return a step whose evaluation runs in train mode and keeps the statistics it makes."""
+    """Return a step whose evaluation runs in train mode and keeps the updated statistics."""
 
     def evaluate(state, x, y):
         out, _ = apply(state.params, state.batch_stats, x, train=True)

@@ -1,7 +1,7 @@
-"""Small programs over the primitives that occur in training steps, drawn by Hypothesis.
+"""Random programs of primitives that occur in training steps, drawn by Hypothesis.
 
-A program is a list of operations on arrays of one shape. Every operation is jitted once for the
-whole run, so that a program runs without compiling anything and traces to nested calls.
+A program is a list of operations on arrays of one shape. Every operation is jitted once for the test
+session, so running a program compiles nothing, and tracing it gives nested calls.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _swap(x, y):
 
 
 def _count(body, x, y):
-    # How often the loop turns depends on y; what it changes, on x.
+    # The number of iterations depends on y, the result on x.
     limit = jnp.clip(jnp.abs(y[0]), 0, 3)
     return jax.lax.while_loop(
         lambda state: state[0] < limit, lambda state: (state[0] + 1, body(state[1], x)), (0.0, x)
@@ -90,19 +90,19 @@ WRAPPERS: dict[str, Callable[..., Any]] = {
     "while": _count,
     "vmap": lambda body, x, y: jax.vmap(lambda t: body(x, jnp.full(SHAPE, t)))(y)[1],
 }
-SMOOTH = ("add", "mul", "dot", "first", "mean", "stop")  # what may be differentiated twice
+SMOOTH = ("add", "mul", "dot", "first", "mean", "stop")  # twice differentiable
 
 
 @cache
 def operation(wrapper: str, name: str) -> Callable[..., Any]:
-    """Return an operation of two arrays, jitted."""
+    """Return the named operation on two arrays, jitted within ``wrapper``."""
     if wrapper == "":
         return jax.jit(PLAIN[name])
     return jax.jit(lambda x, y: WRAPPERS[wrapper](PLAIN[name], x, y))
 
 
 class Step(NamedTuple):
-    """One line of a program: apply an operation to two earlier values."""
+    """One line of a program: an operation applied to two earlier values."""
 
     wrapper: str
     name: str
@@ -114,7 +114,7 @@ Program = list[Step]
 
 
 def run(program: Program, *inputs: Any) -> list[Any]:
-    """Return every value that a program makes."""
+    """Return every value that a program computes."""
     values = list(inputs)
     for step in program:
         values.append(operation(step.wrapper, step.name)(values[step.left], values[step.right]))
@@ -123,7 +123,7 @@ def run(program: Program, *inputs: Any) -> list[Any]:
 
 @st.composite
 def programs(draw: st.DrawFn) -> Program:
-    """Programs of one to eight operations on four inputs; shrinks to a single addition."""
+    """Generate programs of one to eight operations on four inputs; shrinks to a single addition."""
     program: Program = []
     for number in range(draw(st.integers(1, 8))):
         wrapper = draw(st.sampled_from(["", *WRAPPERS]))

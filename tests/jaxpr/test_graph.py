@@ -1,4 +1,4 @@
-"""What the graph does with equations that hide something."""
+"""``Graph``: callbacks, unknown primitives, Refs, and ``live``."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ FLOAT = jax.ShapeDtypeStruct((), jnp.float32)
 
 
 def graph_of(function, inputs):
-    """Return the graph, and the labels of the outputs."""
+    """Return the graph of ``function`` and the labels of its outputs."""
     graph = Graph(inputs)
     outputs = read(trace(function, *[NUMBER] * inputs).jaxpr, graph, graph.sources)
     labels = graph.labels()
     return graph, [labels[node] for node in outputs]
 
 
-def test_a_pure_callback_is_entered_by_its_inputs_only_and_named():
-    """Opaque code that promises to be pure depends on what it is given."""
+def test_a_pure_callback_depends_on_its_inputs_only():
+    """The outputs of ``pure_callback`` depend on its inputs; the primitive is listed as unknown."""
     graph, labels = graph_of(lambda x, y: (jax.pure_callback(np.sin, FLOAT, x), y), 2)
     assert labels == [0b01, 0b10]
     assert graph.unknown == {"pure_callback"}
 
 
-def test_a_callback_with_effects_may_know_everything():
-    """Code that talks to the outside may return what it was told before."""
+def test_a_callback_with_effects_depends_on_everything():
+    """An ``io_callback`` may return data that it received earlier, so every source reaches it."""
     graph, labels = graph_of(lambda x, y: (io_callback(np.sin, FLOAT, x), y), 2)
     assert labels == [0b11, 0b10]
     assert graph.unknown == {"io_callback"}
 
 
-def test_printing_is_no_flow():
-    """jax.debug.print sees values and hands none on."""
+def test_debug_print_is_not_a_flow():
+    """``jax.debug.print`` receives values and returns none."""
 
     def function(x, y):
         jax.debug.print("{}", x)
@@ -50,8 +50,8 @@ def test_printing_is_no_flow():
     assert graph.unknown == set()
 
 
-def test_an_unknown_primitive_with_a_program_is_not_entered():
-    """A primitive that may run its program more than once mixes all its inputs, and is named."""
+def test_an_unknown_primitive_with_a_jaxpr_is_not_entered():
+    """A primitive that may run its jaxpr several times mixes all its inputs and is listed as unknown."""
     from jax.extend.core import Primitive
 
     strange = Primitive("run_until_stable")
@@ -63,9 +63,9 @@ def test_an_unknown_primitive_with_a_program_is_not_entered():
     assert graph.unknown == {"run_until_stable"}
 
 
-def test_a_reduction_by_a_program_is_known():
-    """lax.reduce carries its combining program, and that is no secret."""
-    add = lambda x, y: x + y  # noqa: E731  reduce wants a function of two
+def test_lax_reduce_is_known():
+    """``lax.reduce`` carries its combining jaxpr and is not listed as unknown."""
+    add = lambda x, y: x + y  # noqa: E731  reduce needs a Python function
 
     def function(x, y):
         return jax.lax.reduce(jnp.stack([x, y]), jnp.float32(0), add, (0,))
@@ -75,8 +75,8 @@ def test_a_reduction_by_a_program_is_known():
     assert graph.unknown == set()
 
 
-def test_what_is_written_to_a_mutable_array_reaches_its_readers():
-    """A Ref is followed, though no output of the write carries it."""
+def test_values_written_to_a_ref_reach_its_readers():
+    """Data flows through a Ref although the write has no output."""
     make = getattr(jax, "new_ref", None) or getattr(jax.extend.core, "mutable_array", None)
     if make is None:
         pytest.skip("no public mutable arrays in this release")
@@ -91,16 +91,16 @@ def test_what_is_written_to_a_mutable_array_reaches_its_readers():
     assert labels[1] == 0b10
 
 
-def test_a_wrong_number_of_inputs_is_refused():
-    """A program of one input is not read with two."""
+def test_a_wrong_number_of_inputs_raises():
+    """``read`` raises for two inputs of a jaxpr with one."""
     jaxpr = trace(lambda x: x, NUMBER).jaxpr
     with pytest.raises(ValueError, match="takes 1 inputs, got 2"):
         read(jaxpr, Graph(2), [0, 1])
 
 
 @pytest.mark.parametrize(("output", "left"), [(0, ["sin"]), (1, ["cos", "add"])])
-def test_live_drops_what_an_output_does_not_need(output, left):
-    """Only equations on the way to that output are left, and it is the only one."""
+def test_live_keeps_only_what_an_output_needs(output, left):
+    """Only equations that the output depends on are left, and it is the only output."""
     jaxpr = trace(lambda x: (jnp.sin(x), jnp.cos(x) + 1), NUMBER).jaxpr
     kept = live(jaxpr, output).jaxpr
     assert [eqn.primitive.name for eqn in kept.eqns] == left

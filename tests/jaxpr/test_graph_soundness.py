@@ -1,4 +1,4 @@
-"""What the graph calls independent does not move, whatever the program."""
+"""Soundness: an input that cannot reach an output according to ``Graph`` never changes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ARRAY = Abstract(SHAPE, np.dtype(np.float32))
 
 
 def reached(program) -> list[int]:
-    """Return, for each value of ``program``, the bit set of inputs that may reach it."""
+    """Return, for each value of ``program``, the bit set of the inputs that may reach it."""
     graph = Graph(INPUTS)
     outputs = read(
         trace(lambda *xs: run(program, *xs), *[ARRAY] * INPUTS).jaxpr, graph, graph.sources
@@ -28,8 +28,8 @@ def reached(program) -> list[int]:
 
 @settings(max_examples=250)
 @given(program=programs(), seed=st.integers(0, 2**32 - 1))
-def test_an_input_called_independent_changes_no_bit(program, seed):
-    """Changing an input leaves every output alone that the graph says it cannot reach."""
+def test_an_unreachable_output_never_changes(program, seed):
+    """Changing an input leaves every output bit-identical that it cannot reach in the graph."""
     rng = np.random.default_rng(seed)
     inputs = [rng.normal(size=SHAPE).astype(np.float32) * 2 for _ in range(INPUTS)]
     labels = reached(program)
@@ -44,8 +44,8 @@ def test_an_input_called_independent_changes_no_bit(program, seed):
                     np.testing.assert_array_equal(old, now)
 
 
-def test_programs_reach_independence_through_every_kind_of_body():
-    """The property above is no empty one: outputs free of an input occur, in long programs too."""
+def test_random_programs_contain_independent_outputs():
+    """The property above is not vacuous: long programs, too, have outputs free of some input."""
 
     def is_free(program) -> bool:
         return len(program) > 4 and any(
@@ -55,8 +55,8 @@ def test_programs_reach_independence_through_every_kind_of_body():
     find(programs(), is_free, settings=settings(max_examples=2000, database=None))
 
 
-def test_the_graph_is_no_coarser_than_the_program_where_it_need_not_be():
-    """Bodies are entered: a loop's invariant, zeros and a shape carry nothing."""
+def test_the_graph_enters_bodies():
+    """Loop invariants, zeros and shapes carry no flow."""
     free = {
         "zeros": 0b0000,
         "first": 0b0001,
@@ -71,8 +71,8 @@ def test_the_graph_is_no_coarser_than_the_program_where_it_need_not_be():
     assert reached([Step("while", "add", 0, 1)]) == [0b11]
 
 
-def test_a_loop_that_swaps_mixes_its_carry():
-    """A fixed point is reached: two values that change places reach each other's output."""
+def test_a_loop_that_swaps_its_carry_mixes_it():
+    """The fixed point is reached: two values that swap places reach each other's output."""
 
     def swap(x, y):
         return jax.lax.fori_loop(0, 3, lambda _, pair: (pair[1], pair[0]), (x, y))

@@ -1,4 +1,4 @@
-"""The claimed noise covers the true error, knows kinks and poles, and admits what it cannot tell."""
+"""The noise covers the true error, handles kinks and poles, and is infinite where it is unknown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from bnverify import compat, reference
 from bnverify.jaxpr import draws
 from bnverify.jaxpr.arithmetic import pole
-from bnverify.jaxpr.rounding import portion_of, rounding
+from bnverify.jaxpr.rounding import cases_per_chunk, rounding
 from bnverify.observe import QUICK
 
 CASES = 256
@@ -21,12 +21,12 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape, scale=1.0, offset=0.0):
-    """Return float32 numbers."""
+    """Return normal float32 numbers."""
     return (RNG.normal(size=shape) * scale + offset).astype(np.float32)
 
 
 def claim(function, *stacked, seed=0):
-    """Return what ``function`` gives in its own dtypes, and what is claimed, on stacked inputs."""
+    """Return ``function``'s results in its own dtypes, and its ``Rounded``, on stacked inputs."""
     reading = rounding(function, *jax.tree_util.tree_map(lambda leaf: leaf[0], stacked), seed=seed)
     actual = jax.jit(jax.vmap(function))(*stacked)
     exact, noise = reading.evaluate(*stacked)
@@ -35,12 +35,12 @@ def claim(function, *stacked, seed=0):
 
 
 def equal_but_for_sums(one, other):
-    """Assert that two arrays are equal but for the order in which NumPy sums in float64."""
+    """Assert equality up to the order in which NumPy sums in float64."""
     np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-30)
 
 
 def worst(actual, exact, noise):
-    """Return the largest error over noise, of a tree."""
+    """Return the largest ratio of error to noise over a pytree."""
     ratios = [0.0]
     for a, e, n in zip(*map(jax.tree_util.tree_leaves, (actual, exact, noise)), strict=True):
         some = (a != e) & np.isfinite(n)
@@ -51,7 +51,7 @@ def worst(actual, exact, noise):
 
 
 def steps(subject):
-    """Return a function that takes a step and evaluates before it."""
+    """Return a function that evaluates and then takes a step."""
 
     def run(state, x, y, lr):
         return *subject.step(state, x, y, lr), subject.evaluate(state, x, y)
@@ -60,7 +60,7 @@ def steps(subject):
 
 
 def batches(subject, n, d, scale, offset):
-    """Return stacked arguments of ``steps(subject)``."""
+    """Return stacked arguments for ``steps(subject)``."""
     x = normal(CASES, n, d) * scale + offset
     state = jax.jit(jax.vmap(subject.init))(np.arange(CASES, dtype=np.int32), x)
     return state, x.astype(np.float32), normal(CASES, n), np.full(CASES, 0.1, np.float32)
@@ -68,7 +68,7 @@ def batches(subject, n, d, scale, offset):
 
 @pytest.mark.parametrize("make", [reference.sgd, reference.adamw], ids=["sgd", "adamw"])
 def test_noise_covers_the_error_of_the_step(make):
-    """Over six decades with offsets to 1e4, no number of a step is beyond its noise."""
+    """For scales over six decades and offsets to 1e4, every error of a step is within the noise."""
     scale = 10.0 ** RNG.uniform(-3, 3, (CASES, 1, 1))
     offset = 10.0 ** RNG.uniform(-2, 4, (CASES, 1, 2)) * RNG.choice([-1, 0, 1], (CASES, 1, 2))
     arguments = batches(make(), 4, 2, scale, offset)
@@ -79,10 +79,10 @@ def test_noise_covers_the_error_of_the_step(make):
     assert 0.5 < known.mean() < 1
 
 
-def test_faults_of_a_ten_thousandth_stand_out_of_the_noise():
-    """On ordinary cases 1e-4 of a statistic, a gradient or the eval loss is beyond twice the noise.
+def test_relative_faults_of_a_ten_thousandth_exceed_the_noise():
+    """A fault of 1e-4 in a statistic, gradient or eval loss exceeds twice the noise in every case.
 
-    And 1e-5 is on most; near 3e-6 is the limit.
+    A fault of 1e-5 does in most cases; the limit is near 3e-6.
     """
     arguments = batches(reference.sgd(), 8, 3, 1.0, 0.5)
     _, exact, noise, _ = claim(steps(reference.sgd()), *arguments)
@@ -100,8 +100,8 @@ def test_faults_of_a_ten_thousandth_stand_out_of_the_noise():
             assert (size * fault > 1).mean() >= caught, (name, fault)
 
 
-def test_what_is_only_moved_about_has_no_noise():
-    """Inputs, their picks, signs and doubles are exact."""
+def test_moving_data_makes_no_noise():
+    """Inputs, selections, negation and multiplication by 2 are exact."""
 
     def function(x, y):
         parts = jnp.concatenate([x[::-1], -y]), jnp.where(x > y, x, y), jnp.sort(2 * x)
@@ -149,13 +149,13 @@ OPERATIONS = {
 
 
 def test_noise_covers_the_error_of_every_operation():
-    """Whatever a model is made of, its error is within the noise."""
+    """The error of each operation that models use is within the noise."""
 
     def function(x, y):
         return {name: operation(x, y) for name, operation in OPERATIONS.items()}
 
     actual, exact, noise, unknown = claim(function, normal(CASES, 4), normal(CASES, 4))
-    assert "fft" in unknown  # of complex numbers nothing is known
+    assert "fft" in unknown  # complex numbers are not supported
     for name in OPERATIONS:
         assert worst(actual[name], exact[name], noise[name]) <= 1, name
         finite = np.mean([np.isfinite(n).mean() for n in jax.tree_util.tree_leaves(noise[name])])
@@ -165,15 +165,15 @@ def test_noise_covers_the_error_of_every_operation():
 @pytest.mark.parametrize(
     ("dtype", "unit"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8), (jnp.float16, 2.0**-11)]
 )
-def test_the_unit_of_rounding_is_the_dtypes_own(dtype, unit):
-    """A product has a tolerance of a few units of its dtype, relative to its value."""
+def test_the_noise_is_a_few_ulps_of_the_dtype(dtype, unit):
+    """A product has a tolerance of a few ulps of its dtype."""
     x = jnp.asarray(normal(CASES, offset=10), dtype)
     _, exact, noise, _ = claim(lambda x: x * x, x)
     assert 1 < np.median(noise / exact) / unit < 6
 
 
 def test_equal_terms_need_not_cancel():
-    """E[h^2] - E[h]^2 of a single row is 0 on paper; fused, it is a rounding of h^2."""
+    """E[h^2] - E[h]^2 of one row is 0 in exact arithmetic; with an FMA it is the rounding of h^2."""
 
     def variance(x):
         h = x * 1.1
@@ -186,9 +186,9 @@ def test_equal_terms_need_not_cancel():
 
 
 def test_the_uses_of_a_sum_that_cancels_a_product_need_not_cancel():
-    """Each may fuse the product or round it: they differ by its rounding, however small the sum is.
+    """A use may or may not fuse the product, so two uses differ by the product's rounding.
 
-    Two normalisations of two rows, one behind the other, have gradients that are nothing else.
+    The gradients through two successive normalisations of two rows consist of such differences.
     """
 
     def function(a, b, c):
@@ -204,8 +204,8 @@ def test_the_uses_of_a_sum_that_cancels_a_product_need_not_cancel():
     assert np.all(ordinary < 10 * unit)
 
 
-def test_a_kink_that_rounding_may_pass_counts_on_both_sides():
-    """Where relu's input is within rounding of 0, its gradient may be 0 or 1."""
+def test_both_sides_of_a_kink_within_rounding_are_allowed():
+    """If relu's input is within rounding of 0, its gradient may be 0 or 1."""
     x = normal(CASES)
     near = (x * np.float32(1.1)).astype(np.float32)
 
@@ -233,7 +233,7 @@ def test_a_kink_that_rounding_may_pass_counts_on_both_sides():
     ids=["max", "min", "where", "sign", "clip"],
 )
 def test_at_a_kink_the_exact_run_stays_exact(kinked, dtype):
-    """However near to it a value lies, what rounding may do is for the other rows to say."""
+    """Row 0 has no noise, however close a value is to a kink."""
     x = normal(CASES, 1) * np.float32(10.0) ** RNG.integers(-9, 1, (CASES, 1)).astype(np.float32)
 
     def function(x):
@@ -244,8 +244,8 @@ def test_at_a_kink_the_exact_run_stays_exact(kinked, dtype):
 
 
 @pytest.mark.parametrize("step", [jnp.sign, jnp.floor], ids=["sign", "floor"])
-def test_which_side_rounding_takes_is_not_left_to_luck(step):
-    """Of many values nearer to a step than their noise, each is allowed the step's height."""
+def test_noise_at_a_step_is_at_least_its_height(step):
+    """For many values closer to a step than their noise, each tolerance is at least the step."""
     x = normal(20_000, 16)
     x = np.concatenate([x, -x], axis=1)
 
@@ -256,8 +256,8 @@ def test_which_side_rounding_takes_is_not_left_to_luck(step):
     assert noise.min() >= 1
 
 
-def test_an_exact_zero_is_no_kink_to_rounding():
-    """A unit that is off because its input is 0 stays off, whatever the rounding."""
+def test_an_exact_zero_is_not_in_doubt():
+    """A relu unit that is off because its input is exactly 0 stays off in all rows."""
     _, exact, noise, _ = claim(
         lambda x, y: jax.grad(lambda z: jax.nn.relu(z * y) * 3.0)(x),
         normal(CASES),
@@ -267,8 +267,8 @@ def test_an_exact_zero_is_no_kink_to_rounding():
     np.testing.assert_array_equal(noise < 1e-30, True)
 
 
-def test_clipped_at_zero_the_noise_is_not_lost():
-    """A variance within rounding of 0 has a tolerance, even if no coarse run makes it positive."""
+def test_clipping_at_zero_keeps_the_noise():
+    """A variance within rounding of 0 has a tolerance, even if no rounded row is positive."""
     x = normal(CASES, 16, scale=1e-3, offset=1000)
     actual, exact, noise, _ = claim(
         lambda x: jnp.maximum(jnp.mean(x * x) - jnp.mean(x) ** 2, 0.0), x
@@ -277,8 +277,8 @@ def test_clipped_at_zero_the_noise_is_not_lost():
     assert worst(actual, exact, noise) <= 1
 
 
-def test_a_denominator_without_digits_makes_no_claim():
-    """A quotient by what rounding left of a difference has no known error."""
+def test_a_denominator_without_digits_has_infinite_noise():
+    """A quotient whose denominator is a rounding error has no known error."""
     x = normal(CASES, offset=3)
     near = (x * np.float32(1.1)).astype(np.float32)
     _, _, noise, unknown = claim(lambda x, y: (1 / (x * 1.1 - y), x + y), x, near)
@@ -287,16 +287,16 @@ def test_a_denominator_without_digits_makes_no_claim():
     assert unknown == frozenset()
 
 
-def test_what_overflows_makes_no_claim():
-    """An intermediate result beyond the dtype's range spoils what depends on it, and no more."""
+def test_overflow_has_infinite_noise():
+    """An overflowing intermediate result makes the noise infinite where it is used, and only there."""
     x = normal(CASES, scale=0.1, offset=1) * np.float32(1e25)
     _, _, noise, _ = claim(lambda x: (jnp.sqrt(x * x), x * 1.1), x)
     assert np.isinf(noise[0]).all()
     assert np.isfinite(noise[1]).all()
 
 
-def test_what_underflows_is_allowed_to_vanish():
-    """A product below the dtype's range may be 0, and its multiples with it."""
+def test_underflow_to_zero_is_within_the_noise():
+    """A product below the dtype's range may be 0, and so may its multiples."""
     x = normal(CASES, scale=0.1, offset=1) * np.float32(1e-25)
     actual, exact, noise, _ = claim(lambda x: (x * x) * 1e30, x)
     assert (exact > 0).all()
@@ -304,8 +304,8 @@ def test_what_underflows_is_allowed_to_vanish():
     assert worst(actual, exact, noise) <= 1
 
 
-def test_what_a_literal_moves_out_of_range_is_noticed():
-    """Half of a number just in range may vanish, as BatchNorm's var**-1.5 does; thrice overflows."""
+def test_scaling_by_a_literal_out_of_range_is_detected():
+    """Half of a number just in range may become 0, as in BatchNorm's var**-1.5; three times overflows."""
     x = np.abs(normal(CASES, scale=0.05)) + np.float32(1)
     small = claim(lambda x, y: (x * x) * 0.5 * y, x * np.float32(1.2e-19), x * np.float32(1e37))
     assert (small[1] > 0).all()
@@ -315,8 +315,8 @@ def test_what_a_literal_moves_out_of_range_is_noticed():
     assert np.isinf(noise).all()
 
 
-def test_what_may_vanish_errs_where_it_does_not():
-    """Multiples of a number just in range cancel: if it were lost in all rows, no error were left."""
+def test_an_underflow_that_cancels_keeps_its_noise():
+    """If a number near underflow were flushed in all rows, its multiples would cancel without noise."""
     x = np.abs(normal(CASES, scale=0.05)) + np.float32(1)
     y = np.abs(normal(CASES, scale=0.05)) + np.float32(1)
 
@@ -328,8 +328,8 @@ def test_what_may_vanish_errs_where_it_does_not():
     assert worst(actual, exact, noise) <= 1
 
 
-def test_a_loop_whose_length_rounding_decides_makes_no_claim():
-    """Rows that disagree on how often to turn have nothing in common."""
+def test_a_loop_length_that_depends_on_rounding_has_infinite_noise():
+    """If rows disagree on the number of iterations, the error is unknown."""
 
     def function(x, y):
         return jax.lax.while_loop(lambda s: s * 1.1 < y, lambda s: s * 1.1, x)
@@ -342,8 +342,8 @@ def test_a_loop_whose_length_rounding_decides_makes_no_claim():
 
 
 @pytest.mark.parametrize("loop", ["scan", "while"])
-def test_the_errors_of_two_turns_do_not_cancel(loop):
-    """A sum over turns whose values nearly cancel errs by the roundings of both."""
+def test_errors_of_two_iterations_do_not_cancel(loop):
+    """A sum over iterations whose values nearly cancel has the rounding errors of both."""
 
     def function(x):
         values = jnp.stack([x * 1.1, x * -1.1001])
@@ -360,12 +360,12 @@ def test_the_errors_of_two_turns_do_not_cancel(loop):
     x = normal(CASES, 4, scale=0.1, offset=1.0)
     actual, exact, noise, _ = claim(function, x)
     assert worst(actual, exact, noise) <= 1
-    # A sine errs by four units, the sum by one.
+    # The sine is off by four ulps, the sum by one.
     assert np.median(noise) > 5 * np.finfo(np.float32).eps
 
 
-def test_what_follows_a_loop_draws_anew():
-    """A quotient by what one turn made: if both erred by one factor, no error would be left."""
+def test_equations_after_a_loop_have_their_own_draws():
+    """A quotient by a value from the loop: if both had the same error, it would cancel."""
 
     def function(x):
         _, made = jax.lax.while_loop(
@@ -377,8 +377,8 @@ def test_what_follows_a_loop_draws_anew():
     assert worst(actual, exact, noise) <= 1
 
 
-def test_a_branch_that_rounding_decides_makes_no_claim():
-    """Rows that disagree on the branch have nothing in common."""
+def test_a_branch_that_depends_on_rounding_has_infinite_noise():
+    """If rows disagree on the branch, the error is unknown."""
 
     def function(x, y):
         return jax.lax.cond(x * 1.1 > y, lambda: x * 3, lambda: x - 1)
@@ -389,8 +389,8 @@ def test_a_branch_that_rounding_decides_makes_no_claim():
     assert np.isfinite(claim(jax.jit(function), x, near + np.float32(1))[2]).all()
 
 
-def test_foreign_code_makes_no_claim_and_is_named():
-    """Nobody knows how a Python callback rounds."""
+def test_foreign_code_has_infinite_noise_and_is_listed():
+    """The rounding of a Python callback is unknown."""
 
     def function(x):
         out = jax.ShapeDtypeStruct((), jnp.float32)
@@ -402,26 +402,26 @@ def test_foreign_code_makes_no_claim_and_is_named():
     assert [bool(np.isfinite(each).all()) for each in noise] == [False, True]
 
 
-@pytest.mark.parametrize("portion", [1, 3, 256])
-def test_cases_that_do_not_fit_into_memory_are_read_in_portions(monkeypatch, portion):
-    """Each case is told what the whole stack tells it, however the stack divides."""
+@pytest.mark.parametrize("chunk", [1, 3, 256])
+def test_chunking_does_not_change_the_results(monkeypatch, chunk):
+    """Each case has the same results whatever the chunk size."""
     subject = reference.adam()
     arguments = batches(subject, 4, 2, 1.0, 0.0)
     some = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf)[:7], arguments)
     reading = rounding(steps(subject), *jax.tree_util.tree_map(lambda leaf: leaf[0], some))
     whole = reading.evaluate(*some)
     module = sys.modules[rounding.__module__]
-    size = module.BYTES / portion_of(reading.program)
-    monkeypatch.setattr(module, "BYTES", (portion + 0.5) * size)
-    assert portion_of(reading.program) == portion
+    size = module.BYTES / cases_per_chunk(reading.program)
+    monkeypatch.setattr(module, "BYTES", (chunk + 0.5) * size)
+    assert cases_per_chunk(reading.program) == chunk
     jax.tree_util.tree_map(equal_but_for_sums, reading.evaluate(*some), whole)
 
 
-def test_of_two_values_around_a_kink_one_is_beyond_it():
-    """Two rows less their mean are a and -a: relu leaves one of them, and their difference counts."""
+def test_of_two_values_symmetric_about_a_kink_one_is_beyond_it():
+    """Two rows minus their mean are a and -a: relu keeps one of them, so their difference counts."""
 
     def function(x):
-        rows = jnp.square(jnp.sqrt(x)) / x - 1  # rounding, and nothing else
+        rows = jnp.square(jnp.sqrt(x)) / x - 1  # nothing but rounding error
         return jnp.diff(jax.nn.relu(rows - jnp.mean(rows)))[0]
 
     actual, exact, noise, _ = claim(function, np.abs(normal(CASES, 2)))
@@ -429,15 +429,15 @@ def test_of_two_values_around_a_kink_one_is_beyond_it():
     assert worst(actual, exact, noise) <= 1
 
 
-def test_other_arguments_than_traced_are_refused():
-    """A tree of another structure is told from the one that was traced."""
+def test_arguments_of_another_structure_raise():
+    """Arguments must have the tree structure that was traced."""
     reading = rounding(lambda x: x["a"], {"a": np.float32(1)})
     with pytest.raises(TypeError, match="traced on"):
         reading.evaluate({"b": np.ones(1, np.float32)})
 
 
-def test_draws_of_large_arrays_are_independent_in_pairs():
-    """One sign for each index of each axis makes uncorrelated errors, without a draw for each."""
+def test_draws_of_large_arrays_are_pairwise_independent():
+    """Random signs for each index of each axis give uncorrelated errors."""
     draw = draws.Draws(401).independent(0, (40, 30))[:, 0]
     assert draw.shape == (401, 40, 30)
     np.testing.assert_array_equal(draw[0], 0)
@@ -446,8 +446,8 @@ def test_draws_of_large_arrays_are_independent_in_pairs():
     assert abs(correlation) < 0.2
 
 
-def test_poles_are_where_digits_are_needed():
-    """Denominators and arguments of logarithms, and of powers that go to infinity at 0."""
+def test_poles():
+    """Denominators, arguments of logarithms, and bases of negative powers."""
 
     def poles(function, *args):
         return [pole(eqn) for eqn in jax.make_jaxpr(function)(*args).jaxpr.eqns]
@@ -463,8 +463,8 @@ def test_poles_are_where_digits_are_needed():
     assert poles(jax.lax.pow, one, one) == [None]
 
 
-def test_adam_at_a_gradient_that_is_noise_makes_no_claim_there_alone():
-    """The bias before a normalisation has no gradient: Adam makes lr of its rounding, or -lr."""
+def test_adam_has_infinite_noise_only_where_the_gradient_is_noise():
+    """The bias before a normalisation has gradient 0: Adam turns its rounding into lr or -lr."""
     subject = reference.make_subject(optax.adam)
     actual, exact, noise, _ = claim(steps(subject), *batches(subject, 8, 3, 1.0, 0.0))
     params = noise[0].params
@@ -473,8 +473,8 @@ def test_adam_at_a_gradient_that_is_noise_makes_no_claim_there_alone():
     assert worst(actual, exact, noise) <= 1
 
 
-def test_equal_rows_of_16_bits_err_alike():
-    """In bfloat16 equal values make equal errors, which add up in a sum and do not average out."""
+def test_equal_rows_in_16_bits_have_equal_errors():
+    """In bfloat16 equal values have equal errors, which add up in a sum instead of averaging out."""
 
     def function(x):
         rows = jnp.broadcast_to(x, (64,))
@@ -482,37 +482,37 @@ def test_equal_rows_of_16_bits_err_alike():
         return jnp.sum((far - near).astype(jnp.float32))
 
     actual, exact, noise, _ = claim(function, normal(CASES))
-    assert worst(actual, exact, noise) <= 2  # what laws allow; sqrt(64) times as much without
+    assert worst(actual, exact, noise) <= 2  # the laws' limit; 8 times this with independent errors
 
 
-def test_many_equal_rows_of_32_bits_err_alike():
-    """In a long sum errors that agree stand out in 32 bits, too, and most where terms cancel."""
+def test_many_equal_rows_in_32_bits_have_equal_errors():
+    """In a long sum equal errors are visible in float32 too, above all where terms cancel."""
 
     def function(x):
         root = jnp.sqrt(x)
         return jnp.sum(root * root - x)
 
     actual, exact, noise, _ = claim(function, np.repeat(np.abs(normal(CASES, 1)) + 0.1, 1024, 1))
-    assert worst(actual, exact, noise) <= 1  # 9 without
+    assert worst(actual, exact, noise) <= 1  # 9 with independent errors
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
     "values", [(1.129, -1.129, 2.258, -2.258), (1.0121, 1.0126, 1.0131, 1.0135)]
 )
-def test_equal_digits_of_16_bits_err_alike(values, seed):
-    """Numbers that differ by sign or a power of two, or round to one number, err by one factor."""
+def test_equal_digits_in_16_bits_have_equal_errors(values, seed):
+    """Numbers that differ by sign or a power of two, or round to one number, have one relative error."""
     x = np.float32(np.tile(values, (1, 16)))
 
     def function(x):
         return jnp.sum(jnp.square(x.astype(jnp.bfloat16).astype(jnp.float32)))
 
     actual, exact, noise, _ = claim(function, x, seed=seed)
-    assert worst(actual, exact, noise) <= 2  # what laws allow
+    assert worst(actual, exact, noise) <= 2  # the laws' limit
 
 
-def test_the_subnormal_numbers_of_float16_keep_their_errors():
-    """They are computed in 32 bits: what cancels among them leaves the errors of its terms."""
+def test_float16_subnormals_keep_their_errors():
+    """float16 is computed in float32: differences of subnormal numbers keep the terms' errors."""
 
     def function(x):
         half = x.astype(jnp.float16)
@@ -523,16 +523,16 @@ def test_the_subnormal_numbers_of_float16_keep_their_errors():
     assert (noise > 1e-10).all()
 
 
-def test_a_conversion_to_fewer_bits_may_overflow():
-    """What float16 cannot hold is infinite in it, so nothing is claimed of what depends on it."""
+def test_conversion_to_a_narrower_dtype_may_overflow():
+    """A value beyond float16's range becomes infinite, so the noise is infinite, too."""
     x = normal(CASES, 3, scale=1e3, offset=1e6)
     _, _, noise, _ = claim(lambda x: (x.astype(jnp.float16), x.astype(jnp.bfloat16)), x)
     assert np.isinf(noise[0]).all()
     assert np.isfinite(noise[1]).all()
 
 
-def test_what_a_power_of_two_scales_may_overflow():
-    """It keeps its digits, but beyond the range of float16 nothing is claimed of it."""
+def test_scaling_by_a_power_of_two_may_overflow():
+    """It does not round, but the noise is infinite beyond the range of float16."""
     x = normal(CASES, 3, scale=10, offset=500)
 
     def scaled(x):
@@ -545,7 +545,7 @@ def test_what_a_power_of_two_scales_may_overflow():
 
 
 LOWER_RANK = {
-    # x has 4 elements, y is a single number; the program computes what it uses of both.
+    # x has 4 elements, y is a scalar.
     "a power": lambda x, y: (jnp.abs(x) + 0.5) ** (y * 1.1),
     "a power of a scalar": lambda x, y: jax.lax.pow(jnp.abs(y) * 1.1 + 0.5, x * 1.1),
     "an exponent of 1": lambda x, y: jax.lax.pow(jnp.abs(x) + 0.5, y * 0 + 1),
@@ -570,11 +570,11 @@ LOWER_RANK = {
 }
 
 
-def test_operands_of_lower_rank_are_read_as_lax_runs_them():
-    """A scalar beside an array, as a bound, an exponent or a predicate, with rounding of its own."""
+def test_scalar_operands_beside_arrays():
+    """Scalar bounds, exponents and predicates that lax accepts beside arrays, with noise of their own."""
 
     def allowed(operation):
-        """Return whether lax takes these operands in this release."""
+        """Return whether this JAX release accepts the operands."""
         try:
             jax.eval_shape(operation, jnp.zeros(4), jnp.float32(1))
         except TypeError:
@@ -595,8 +595,8 @@ def test_operands_of_lower_rank_are_read_as_lax_runs_them():
         assert np.isfinite(noise[name]).mean() > 0.9, name
 
 
-def test_a_scalar_decision_within_rounding_makes_no_claim():
-    """A predicate that rounding decides leaves nothing of the array that it picks."""
+def test_a_scalar_predicate_within_rounding_has_infinite_noise():
+    """If rounding decides a scalar predicate, the error of the selected array is unknown."""
 
     def picked(x, y):
         return jax.lax.select(y * 1.1 > jax.lax.stop_gradient(y * 1.1), x, 2 * x)
@@ -612,8 +612,8 @@ def test_a_scalar_decision_within_rounding_makes_no_claim():
     assert np.isfinite(exact).all()
 
 
-def test_a_focal_loss_whose_exponent_is_an_argument_is_read():
-    """-(1 - p)^gamma log p: gamma is one number, p a batch; the gradient takes p^(gamma - 1)."""
+def test_focal_loss_with_gamma_as_an_argument():
+    """-(1 - p)^gamma log p with scalar gamma and batched p; its gradient has p^(gamma - 1)."""
 
     def focal(logits, y, gamma):
         p = jax.nn.sigmoid(logits * jnp.sign(y))
@@ -657,8 +657,8 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_each_case_decides_for_itself(name):
-    """Where the cases of a stack branch or turn differently, each is read as if it were alone."""
+def test_each_case_takes_its_own_branch(name):
+    """Stacked cases that branch or iterate differently give the same results as each case alone."""
     x, y = normal(CASES, 4), normal(CASES)
     actual, exact, noise, unknown = claim(LOOPS[name], x, y)
     assert unknown == frozenset()
@@ -667,12 +667,12 @@ def test_each_case_decides_for_itself(name):
     reading = rounding(LOOPS[name], x[0], y[0])
     for case in range(3):
         alone = reading.evaluate(x[case : case + 1], y[case : case + 1])
-        whole = jax.tree_util.tree_map(lambda leaf: leaf[case : case + 1], (exact, noise))  # noqa: B023 - called at once
+        whole = jax.tree_util.tree_map(lambda leaf: leaf[case : case + 1], (exact, noise))  # noqa: B023 - called immediately
         jax.tree_util.tree_map(equal_but_for_sums, tuple(alone), whole)
 
 
-def test_the_errors_of_embeddings_of_equal_rows_do_not_cancel():
-    """A gradient through rows normalised to length 1 and compared with each other, most of them equal.
+def test_errors_of_embeddings_of_equal_rows_do_not_cancel():
+    """The gradient of similarities between rows normalised to length 1, most of them equal.
 
     The errors of the factors cancel over the batch, those of the products do not.
     """
@@ -693,7 +693,7 @@ def test_the_errors_of_embeddings_of_equal_rows_do_not_cancel():
 
 
 def test_a_subnormal_input_is_zero():
-    """As XLA reads it on a CPU: a step function of -1e-40 is that of 0, but of float16 it is none."""
+    """XLA on CPU flushes -1e-40 to zero before a step function, but not float16 subnormals."""
     x = np.full((2, 1), -1e-40, np.float32)
     _, exact, _, _ = claim(jnp.floor, x)
     np.testing.assert_array_equal(exact, 0)
@@ -702,11 +702,11 @@ def test_a_subnormal_input_is_zero():
 
 
 @pytest.mark.parametrize("scale", [1, 3, 10, 20])
-def test_what_a_compiler_computes_twice_may_differ(scale):
-    """Saturated tanh after a normalisation of two rows: the gradient cancels between two consumers.
+def test_a_value_computed_twice_may_differ(scale):
+    """Saturated tanh after normalising two rows: the gradient cancels between two consumers.
 
-    XLA computes the cotangent, c + c * tanh(z), for each of them, in one with a fused multiply-add.
-    Near tanh(z) = -1 the two have no digit in common.
+    XLA computes the cotangent, c + c * tanh(z), once for each consumer, in one of them with an FMA.
+    Near tanh(z) = -1 the two results have no digit in common.
     """
     params = {
         "kernel": normal(CASES, 3, 3),
@@ -726,4 +726,4 @@ def test_what_a_compiler_computes_twice_may_differ(scale):
     _, exact, noise, _ = claim(jax.grad(loss), *arguments)
     lowered = jax.jit(jax.vmap(jax.grad(loss))).lower(*arguments)
     actual = jax.tree_util.tree_map(np.float64, compat.compiled(lowered, QUICK)(*arguments))
-    assert worst(actual, exact, noise) <= 1  # 2e5 for the kernel at a scale of 10 without
+    assert worst(actual, exact, noise) <= 1  # 2e5 for the kernel at scale 10 without per-use errors

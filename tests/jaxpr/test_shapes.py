@@ -1,4 +1,4 @@
-"""A subject is traced as widely as it allows, and the scope says how widely."""
+"""``trace_subject``: which sizes a subject is traced for, and what ``scope`` says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bnverify.subject import State, StepInfo, Subject
 
 
 def linear(features=None, shape=lambda d: (d,), step=None) -> Subject:
-    """Return linear regression in plain JAX, which takes any symbolic size."""
+    """Return linear regression in plain JAX, which traces with any symbolic size."""
 
     def init(seed, x):
         params = {"w": jax.random.normal(jax.random.PRNGKey(seed), shape(x.shape[1]))}
@@ -38,12 +38,12 @@ def linear(features=None, shape=lambda d: (d,), step=None) -> Subject:
 
 
 def takes_symbolic_features() -> bool:
-    """Return whether Flax's default initialiser takes a symbolic size here (jax 0.11 ended it)."""
+    """Return whether Flax's default initialiser accepts a symbolic size (jax < 0.11)."""
     return tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
 
 
 def test_the_reference_is_traced_for_every_batch_size():
-    """Every N and D; from jax 0.11, where initialisers refuse a symbolic D, every N."""
+    """Scope is every N and D; from jax 0.11, where initialisers reject a symbolic D, every N."""
     traces = trace_subject(reference.adam())
     assert traces.proved
     if takes_symbolic_features():
@@ -56,7 +56,7 @@ def test_the_reference_is_traced_for_every_batch_size():
 
 
 def test_the_structure_of_the_reference():
-    """The state is a fixed point of the step in structure, shape, dtype and weak type."""
+    """The step keeps the structure, shapes, dtypes and weak types of the state."""
     for run in trace_subject(reference.adam()).runs:
         assert run.after == run.before
         assert run.info.grads == run.before.params
@@ -68,30 +68,30 @@ def test_the_structure_of_the_reference():
 
 
 def test_plain_code_is_traced_for_every_size_on_every_release():
-    """What divides no size traces with both sizes symbolic."""
+    """A step that does not depend on sizes traces with both sizes symbolic."""
     traces = trace_subject(linear())
     assert traces.scope == "every N and D"
     assert str(traces.runs[0].before.params["w"]) == "float32[d]"
 
 
-def test_a_declared_feature_size_is_kept():
-    """A subject that takes D = 5 alone is traced for every N."""
+def test_a_declared_feature_size_is_used():
+    """A subject that declares D = 5 is traced for every N."""
     traces = trace_subject(linear(features=(5,)))
     assert traces.scope == "every N, D = 5"
     assert traces.proved
     assert traces.runs[0].before.params["w"].shape == (5,)
 
 
-def test_states_are_inferred_where_only_init_refuses():
-    """An init that needs a concrete D leaves step and evaluation to be traced for every D."""
+def test_the_state_is_extrapolated_if_only_init_needs_concrete_sizes():
+    """If init needs a concrete D, step and evaluation are still traced for every D."""
 
     def init(seed, x):
-        if x.shape[1] > 2**20:  # a symbolic size is neither
+        if x.shape[1] > 2**20:  # undecidable for a symbolic size
             raise ValueError("too wide")
         return linear().init(seed, x)
 
     traces = trace_subject(replace(linear(shape=lambda d: (2 * d + 1,)), init=init))
-    assert traces.scope.startswith("every N and D, from states shaped as init makes them at D in")
+    assert traces.scope.startswith("every N and D, with the state's shapes extrapolated from D in")
     assert "init" not in traces.runs[0].programs
     assert "init does not trace: " in traces.narrowed
 
@@ -99,8 +99,8 @@ def test_states_are_inferred_where_only_init_refuses():
 @pytest.mark.parametrize(
     "shape", [lambda d: (d * d,), lambda d: (d,) * (1 if d < 4 else 2)], ids=["square", "rank"]
 )
-def test_states_are_not_inferred_where_they_follow_no_rule(shape):
-    """A size that is no affine function of D, or a rank that changes, narrows the claim."""
+def test_the_state_is_not_extrapolated_if_sizes_are_not_affine(shape):
+    """A size that is not affine in D, or a rank that changes, narrows the scope."""
 
     def init(seed, x):
         if x.shape[1] > 2**20:
@@ -113,7 +113,7 @@ def test_states_are_not_inferred_where_they_follow_no_rule(shape):
 
 
 def test_a_split_batch_is_traced_for_every_multiple():
-    """A step that accumulates over micro-batches of a quarter is traced in multiples of 24."""
+    """A step that accumulates gradients over quarter batches is traced for N divisible by 24."""
 
     def step(state, x, y, lr):
         if x.shape[0] % 4 != 0:
@@ -126,7 +126,7 @@ def test_a_split_batch_is_traced_for_every_multiple():
 
 
 def test_shape_dependent_code_falls_back_to_one_shape_and_says_so():
-    """Python that loops over the rows is traced at one shape, which proves nothing for others."""
+    """Python code that loops over the rows is traced at one shape and proves nothing for others."""
 
     def step(state, x, y, lr):
         for _ in range(int(x.shape[0])):
@@ -139,8 +139,8 @@ def test_shape_dependent_code_falls_back_to_one_shape_and_says_so():
     assert "step does not trace" in traces.narrowed
 
 
-def test_what_traces_nowhere_is_refused_by_name():
-    """A step that needs concrete values names itself and the reason."""
+def test_a_subject_that_does_not_trace_raises():
+    """The error names the function and the reason."""
 
     def step(state, x, y, lr):
         if float(lr) > 0:
@@ -151,8 +151,8 @@ def test_what_traces_nowhere_is_refused_by_name():
         trace_subject(linear(step=step))
 
 
-def test_weak_types_are_seen():
-    """A statistic that becomes a Python scalar's array is no longer like the old one."""
+def test_weak_types_are_recorded():
+    """A statistic computed from a Python scalar alone becomes weakly typed."""
 
     def step(state, x, y, lr):
         after, info = linear().step(state, x, y, lr)
@@ -167,14 +167,14 @@ def test_weak_types_are_seen():
 
 
 def test_leaf_names_are_paths():
-    """Dictionaries, tuples and named tuples give one kind of path."""
+    """Paths through dicts, tuples and named tuples look the same."""
     tree = {"a": (1, {"b": 2}), "c": StepInfo(3, None)}
     assert leaf_names(tree, "t") == ["t/a/0", "t/a/1/b", "t/c/loss"]
     assert leaf_names(1, "t") == ["t"]
 
 
-def test_a_branch_on_a_size_of_one_is_seen():
-    """`n == 1` is false of a symbolic N: the smallest sizes are read on their own."""
+def test_a_branch_on_a_size_of_one_is_traced():
+    """``n == 1`` is false for a symbolic N, so the smallest sizes are traced separately."""
 
     def step(state, x, y, lr):
         after, info = linear().step(state, x, y, lr)

@@ -1,4 +1,4 @@
-"""The slope of a loss is its derivative where there is one."""
+"""``directional_derivative`` is the derivative of the loss wherever there is one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape):
-    """Return float32 numbers."""
+    """Return normal float32 numbers."""
     return RNG.normal(size=shape).astype(np.float32)
 
 
 def slopes(loss, params, *rest, direction):
-    """Return the slope, what is allowed it, and whether it is reliable, of stacked cases."""
+    """Return ``Slope`` of a loss on stacked cases."""
     first = jax.tree_util.tree_map(lambda leaf: leaf[0], (params, *rest))
     reading = rounding(loss, *first)
 
@@ -71,7 +71,7 @@ def _is_max(values):
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_the_slope_is_the_derivative(name):
-    """On every smooth piece, to about ten digits, and within what is allowed."""
+    """On smooth pieces it agrees to about ten digits, and within ``allowed``."""
     loss, derivative = SMOOTH[name]
     p, x, v = normal(CASES, 3), normal(CASES, 3), normal(3)
     value, allowed, reliable = slopes(loss, p, x, direction=v)
@@ -82,8 +82,8 @@ def test_the_slope_is_the_derivative(name):
 
 
 @pytest.mark.parametrize("sharp", [1e3, 1e5, 1e6, 1e7])
-def test_what_bends_within_the_distance_is_allowed_for(sharp):
-    """Further out the differences agree with each other, and not with the slope at the point."""
+def test_curvature_within_the_distance_is_allowed_for(sharp):
+    """The larger differences agree with each other, but not with the slope at the point."""
     p, v = normal(CASES, 2), normal(2)
     scale = np.float32(1 / sharp)
     value, allowed, reliable = slopes(
@@ -93,8 +93,8 @@ def test_what_bends_within_the_distance_is_allowed_for(sharp):
     assert (np.abs(value - 2 * v.sum(axis=-1)) <= allowed + 1e-4 * np.abs(v).sum(axis=-1)).all()
 
 
-def test_on_a_kink_there_is_no_slope():
-    """At relu(0), abs(0) or a tie of two maxima, the result says that it is not reliable."""
+def test_on_a_kink_the_slope_is_not_reliable():
+    """relu(0), abs(0) and a tie of two maxima."""
     zero, v = np.zeros((CASES, 2), np.float32), normal(2)
     for loss in (
         lambda p: jnp.sum(jnp.maximum(p, 0)),
@@ -104,8 +104,8 @@ def test_on_a_kink_there_is_no_slope():
         assert not slopes(loss, zero, direction=v)[2].any()
 
 
-def test_a_unit_that_is_off_for_good_is_no_kink():
-    """relu(0 * p) is 0 on both sides."""
+def test_a_unit_that_is_always_off_is_not_a_kink():
+    """relu(0 * p) has slope 0 on both sides."""
     zero, v = np.zeros((CASES, 2), np.float32), normal(2)
     value, _, reliable = slopes(
         lambda p, x: jnp.sum(jax.nn.relu(p * x)) + p[0], normal(CASES, 2), zero, direction=v
@@ -115,7 +115,7 @@ def test_a_unit_that_is_off_for_good_is_no_kink():
 
 
 def test_the_reference_reports_the_gradient_of_its_loss():
-    """Its float32 gradient is the slope within noise; a gradient wrong by 1e-4 is not."""
+    """The float32 gradient agrees with the slope within noise; a relative fault of 1e-4 does not."""
     subject = reference.sgd()
     x, y = normal(CASES, 8, 3), normal(CASES, 8)
     state = jax.jit(jax.vmap(subject.init))(np.arange(CASES, dtype=np.int32), x)
@@ -141,8 +141,8 @@ def test_the_reference_reports_the_gradient_of_its_loss():
     assert (np.abs(slope * (1 + 1e-4) - value) > bound)[reliable].mean() > 0.8
 
 
-def test_a_stack_that_does_not_fit_into_memory_is_read_in_portions(monkeypatch):
-    """Each case has the slope that it has in the whole stack."""
+def test_chunking_does_not_change_the_slopes(monkeypatch):
+    """Each case has the same slope whatever the chunk size."""
     loss, _ = SMOOTH["tanh"]
     p, x, v = normal(CASES, 3), normal(CASES, 3), normal(3)
     whole = slopes(loss, p, x, direction=v)

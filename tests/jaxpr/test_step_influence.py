@@ -1,4 +1,4 @@
-"""The influence of the canonical step, and of faulty ones, is exactly what it is."""
+"""The data flow of the reference step and of faulty steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from bnverify import proof, reference, verify
 from bnverify.adapters.linen import linen
 from bnverify.jaxpr import influence, trace_subject
-from bnverify.jaxpr.source import source_line
+from bnverify.jaxpr.graph import source_line
 from bnverify.laws import STEP_LAWS
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -30,7 +30,7 @@ def read(subject):
 
 @pytest.fixture
 def compilations():
-    """The names of the programs that XLA has compiled since the test began."""
+    """Yield the list of programs that XLA compiles during the test."""
     seen = []
 
     def listen(event, _duration, **_):
@@ -43,8 +43,8 @@ def compilations():
 
 
 @pytest.mark.parametrize("make", reference.VARIANTS, ids=lambda make: make.__name__)
-def test_the_canonical_step_flows_as_the_guide_says(make):
-    """Statistics depend on params, x and themselves; all else is free of them but evaluation."""
+def test_the_flows_of_the_reference_step(make):
+    """Statistics depend on params, x and themselves; only evaluation depends on the statistics."""
     stateful = set() if make is reference.sgd else {"opt_state"}
     flows = read(make())
     assert flows.proved
@@ -62,8 +62,8 @@ def test_the_canonical_step_flows_as_the_guide_says(make):
     }
 
 
-def test_leaves_are_told_apart():
-    """Each statistic follows its own old value, and only the layers before it."""
+def test_flows_are_known_for_each_leaf():
+    """Each statistic depends on its own old value and on the layers before it."""
     leaves = read(reference.momentum()).leaves
     assert leaves["batch_stats/BatchNorm_0/mean"] == {
         "batch_stats/BatchNorm_0/mean",
@@ -75,8 +75,8 @@ def test_leaves_are_told_apart():
     assert leaves["loss"] >= {"params/Dense_1/kernel", "x", "y"}
 
 
-def test_evaluation_hands_its_state_on_untouched():
-    """What evaluation leaves behind is, value for value, what it was given."""
+def test_evaluation_returns_its_state_unchanged():
+    """Each leaf of the state after evaluation is the input leaf."""
     unchanged = read(reference.sgd()).unchanged
     assert unchanged["eval_batch_stats/BatchNorm_0/var"] == "batch_stats/BatchNorm_0/var"
     assert "batch_stats/BatchNorm_0/var" not in unchanged
@@ -84,14 +84,14 @@ def test_evaluation_hands_its_state_on_untouched():
 
 @pytest.mark.parametrize("make", reference.VARIANTS, ids=lambda make: make.__name__)
 def test_proofs_compile_nothing_and_trace_few_steps(make, compilations):
-    """All that is said of the canonical step without a run takes no compiler, and six traces."""
+    """All proofs about the reference step take six traces and no compilation."""
     subject, traced = make(), []
 
     def step(*args):
         traced.append(args)
         return subject.step(*args)
 
-    jnp.zeros(3)  # the listener hears a compilation
+    jnp.zeros(3)  # make sure that the listener records compilations
     assert len(compilations) >= 1
     compilations.clear()
     report = verify(dataclasses.replace(subject, step=step), "quick", proofs_only=True)
@@ -103,18 +103,18 @@ def test_proofs_compile_nothing_and_trace_few_steps(make, compilations):
         for law in STEP_LAWS.values()
         if (law.kind == "structure" and "look" not in law.observes) or law.must_not_reach
     }
-    assert proved == read | {"eval_writes_nothing"}  # it hands on the very leaves it was given
+    assert proved == read | {"eval_writes_nothing"}  # evaluation returns the leaves unchanged
 
 
 def here(text: str) -> str:
-    """Return ``path:line`` of the only line of faults.py that contains ``text``."""
+    """Return ``path:line`` of the only line of faults.py containing ``text``."""
     path = Path(faults.__file__)
     (number,) = [n for n, line in enumerate(path.read_text().splitlines(), 1) if text in line]
     return f"{path}:{number}"
 
 
-def test_a_step_in_eval_mode_is_seen_and_explained():
-    """With train=False the statistics stand still, and the old ones reach params."""
+def test_a_step_in_eval_mode_is_explained():
+    """With train=False the statistics stay unchanged, and the old ones reach params."""
     flows = read(faults.eval_mode_in_training())
     assert flows.matrix["batch_stats"] == {"batch_stats"}
     assert flows.unchanged["batch_stats/BatchNorm_0/mean"] == "batch_stats/BatchNorm_0/mean"
@@ -125,16 +125,16 @@ def test_a_step_in_eval_mode_is_seen_and_explained():
     assert "reference.py" in why
 
 
-def test_a_loss_that_reads_old_statistics_is_seen_and_explained():
-    """The way from the old statistics to the params leads through the line that reads them."""
+def test_a_loss_that_reads_old_statistics_is_explained():
+    """The path from the old statistics to the params names the line that reads them."""
     flows = read(faults.loss_reads_old_statistics())
     assert "batch_stats" in flows.matrix["params"] & flows.matrix["loss"] & flows.matrix["grads"]
     assert here("jnp.sum(old * params") in flows.explain("batch_stats", "loss")
     assert here("jnp.sum(old * params") in flows.explain("batch_stats", "params")
 
 
-def test_the_path_of_a_violation_is_told_step_by_step():
-    """From the input to the output that must not depend on it; a law that is kept has none."""
+def test_the_path_of_a_violation_has_one_step_per_line():
+    """It leads from the input to the output; a law that holds has no path."""
     reading = proof.read(faults.loss_reads_old_statistics())
     law = STEP_LAWS["training_is_free_of_old_statistics"]
     path = proof.offending_path(law, reading)
@@ -150,16 +150,16 @@ def test_the_path_of_a_violation_is_told_step_by_step():
     )
 
 
-def test_statistics_in_the_optimizer_are_seen_and_explained():
-    """Statistics that an optimizer moves depend on lr, on its state and, by it, on y."""
+def test_statistics_in_the_optimizer_are_explained():
+    """Statistics that the optimizer updates depend on lr, on its state and, through it, on y."""
     flows = read(faults.statistics_in_the_optimizer())
     assert flows.matrix["batch_stats"] >= {"lr", "opt_state"}
     assert here("optimizer(lr).update") in flows.explain("lr", "batch_stats")
     assert "opt_state/0/trace/batch_stats/BatchNorm_0/mean" in flows.leaves
 
 
-def test_evaluation_that_writes_is_seen_and_explained():
-    """An evaluation in train mode ignores the statistics and overwrites them from x."""
+def test_evaluation_that_writes_is_explained():
+    """Evaluation in train mode ignores the statistics and overwrites them from x."""
     flows = read(faults.evaluation_writes())
     assert "batch_stats" not in flows.matrix["eval_loss"]
     assert "x" in flows.matrix["eval_batch_stats"]
@@ -167,23 +167,23 @@ def test_evaluation_that_writes_is_seen_and_explained():
         "reference.py" in flows.explain("x", "eval_batch_stats")
     )
     assert flows.explain("batch_stats", "eval_loss") == (
-        "nothing leads from batch_stats to eval_loss"
+        "no data flows from batch_stats to eval_loss"
     )
 
 
 def test_paths_are_shortest_and_in_the_order_of_computation():
-    """The learning rate reaches params by a product and a sum."""
+    """The learning rate reaches params through a product and a sum."""
     flows = read(reference.sgd())
     assert [link.primitive for link in flows.path("lr", "params")] == ["mul", "mul", "add"]
     assert flows.path("batch_stats", "eval_batch_stats") == ()
     assert flows.explain("batch_stats", "eval_batch_stats") == (
-        "batch_stats is eval_batch_stats, unchanged"
+        "eval_batch_stats is batch_stats, unchanged"
     )
     assert flows.path("y", "batch_stats") is None
 
 
-def test_a_cached_function_is_not_placed_where_it_was_first_used():
-    """jax.jit traces relu once; its second user is told of its own line, not of the first."""
+def test_a_cached_function_is_located_at_its_caller():
+    """jax.jit traces relu once; the path of its second caller names that caller's line."""
 
     def first(x):
         return jax.nn.relu(x)
@@ -203,8 +203,8 @@ def test_a_cached_function_is_not_placed_where_it_was_first_used():
     assert "(second)" in lines[1]
 
 
-def test_an_equation_without_source_is_still_named():
-    """Source lines are a courtesy of JAX."""
+def test_an_equation_without_source_info_is_named():
+    """JAX does not promise source lines; without them a link is the primitive's name."""
 
     class Bare:
         source_info = None
@@ -212,8 +212,8 @@ def test_an_equation_without_source_is_still_named():
     assert source_line([Bare()]) is None
 
 
-def test_what_is_carried_besides_has_a_name_too():
-    """A key in State.extra reaches the next key and the training loss, and no evaluation."""
+def test_extra_state_has_named_leaves():
+    """A key in State.extra reaches the next key and the training loss, but not evaluation."""
 
     class Dropping(nn.Module):
         @nn.compact

@@ -1,4 +1,4 @@
-"""How many numbers are added to what an equation makes."""
+"""``additions_after``: how many numbers are added to an equation's result."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import optax
 import pytest
 
 from bnverify import reference
+from bnverify.jaxpr.arithmetic import additions_after
 from bnverify.jaxpr.interpreter import inner_jaxprs
-from bnverify.jaxpr.sums import added
 
 X = np.ones((4, 8), np.float32)
 
 
 def by_name(function, *args):
-    """Return the largest count of each primitive's equations, wherever in the program."""
+    """Return the largest count for each primitive, over all nested jaxprs."""
     jaxpr = jax.make_jaxpr(function)(*args)
-    counts = added(jaxpr)
+    counts = additions_after(jaxpr)
     found: dict[str, float] = {}
 
     def gather(inner):
@@ -34,22 +34,22 @@ def by_name(function, *args):
     return found
 
 
-def test_the_terms_of_sums_multiply():
-    """What is summed over 4 rows and then over 8 features is one of 32 terms."""
+def test_lengths_of_nested_sums_multiply():
+    """A value summed over 4 rows and then over 8 features is one of 32 terms."""
     counts = by_name(lambda x: jnp.sum(jnp.exp(jnp.sum(jnp.sin(x), 0))), X)
     assert counts["sin"] == 32
     assert counts["exp"] == 8
     assert counts["reduce_sum"] == 8
 
 
-def test_a_product_of_matrices_is_a_sum():
+def test_a_matrix_product_is_a_sum():
     """Both of its factors are terms."""
     counts = by_name(lambda x: jnp.sin(x) @ jnp.cos(x).T, X)
     assert counts == {"sin": 8, "cos": 8, "transpose": 8, "dot_general": 1}
 
 
 def test_each_addition_counts():
-    """Sixteen microbatches added up one by one are sixteen terms."""
+    """Sixteen microbatches added one by one are sixteen terms."""
 
     def total(x):
         results = [jnp.sin(x * k) for k in range(1, 17)]
@@ -59,7 +59,7 @@ def test_each_addition_counts():
 
 
 def test_calls_and_branches_are_entered():
-    """What is added after a call, or a branch, is added to what was made in it."""
+    """Additions after a call or a branch count for the equations within it."""
 
     def branch(x):
         return jax.lax.cond(x[0, 0] > 0, jnp.sin, jax.jit(jnp.cos), x)
@@ -81,13 +81,13 @@ def test_calls_and_branches_are_entered():
     ],
     ids=["scan", "while_loop", "fori_loop", "reduce", "fft"],
 )
-def test_ahead_of_a_loop_or_of_anything_unknown_any_number_is_added(loop):
-    """It may add from turn to turn, or inside."""
+def test_before_a_loop_or_unknown_primitive_the_count_is_infinite(loop):
+    """It may add in every iteration."""
     assert by_name(lambda x: loop(jnp.sin(x)), X)["sin"] == math.inf
 
 
-def test_an_optimizer_adds_to_no_sum():
-    """Adam's roots and moments stay with their own element; the step's deviations do not."""
+def test_an_optimizer_adds_few_numbers():
+    """Adam's moments are added to nothing else; the step's deviations from the mean are."""
     subject = reference.make_subject(optax.adam)
     state = jax.eval_shape(subject.init, np.int32(0), X)
     counts = by_name(subject.step, state, X, X[:, :1], np.float32(0.1))

@@ -1,11 +1,11 @@
-"""A small training step whose behaviour a test can alter, as an upgrade would."""
+"""A small training step whose behaviour a test can alter, as an upgrade might."""
 
 from __future__ import annotations
 
 import json
 
 SOURCE = '''
-"""Linear, normalised, linear; what ALTERED names behaves otherwise."""
+"""Linear, normalised, linear; ALTERED names what behaves differently."""
 
 import os
 import jax
@@ -66,14 +66,14 @@ def make():
 
 
 def write(directory, name="steps.py"):
-    """Write the step to a file of the directory, and return the target that names it."""
+    """Write the step to a file in the directory, and return its target."""
     path = directory / name
     path.write_text(SOURCE, encoding="utf-8")
     return f"{path}:make"
 
 
 def alter(directory, **altered):
-    """Let the step in the directory behave otherwise from now on."""
+    """Change the behaviour of the step in the directory."""
     directory.mkdir(exist_ok=True)
     text = f"import json\nALTERED = json.loads({json.dumps(altered)!r})\n"
     (directory / "side.py").write_text(text, encoding="utf-8")

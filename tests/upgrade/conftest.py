@@ -1,4 +1,4 @@
-"""What the tests of real environments need and a machine may lack: uv, an index that answers."""
+"""Skip tests of real environments where uv or a package index is missing."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ REAL = {"test_altered_flax", "test_real_environments"}
 
 @functools.cache
 def lacking() -> str | None:
-    """Return why no environment can be made here; asked once a process, in seconds."""
+    """Return why no environment can be created here, or None; determined once per process."""
     try:
         program = uv.program()
     except UsageError as missing:
         return str(missing)
     if os.environ.get("UV_OFFLINE"):
-        return None  # as asked: what uv keeps must do
+        return None  # offline on purpose: uv uses its cache
     done = subprocess.run(
         [program, "pip", "compile", "--quiet", "--no-cache", "-"],
         input="iniconfig\n",
@@ -40,14 +40,14 @@ def lacking() -> str | None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    # Before any fixture: those of a module make environments.
+    # Before any fixture: module fixtures create environments.
     if item.path.stem in REAL and (why := lacking()):
         pytest.skip(why)
 
 
 @pytest.fixture(scope="package", autouse=True)
 def _flags_of_no_release() -> Iterator[None]:
-    """Leave XLA_FLAGS unset: what compiles quickly here may end the process of another release."""
+    """Unset XLA_FLAGS: other releases may not know the flags used here, and abort."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("XLA_FLAGS", raising=False)
         yield

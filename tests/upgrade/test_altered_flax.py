@@ -1,4 +1,4 @@
-"""One line of the installed BatchNorm is another, the versions are the same: the gate finds it."""
+"""The gate finds one altered line in the installed BatchNorm, although the versions are equal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PINS = Path(__file__).parents[2] / "pins" / "jax-0.10.2.txt"
 pytestmark = pytest.mark.nightly
 
 TARGET = '''
-"""Dense, BatchNorm as it comes, ReLU, Dense, written as a user writes it."""
+"""Dense, BatchNorm, ReLU, Dense, in ordinary user code."""
 
 import flax.linen as nn
 import jax
@@ -66,7 +66,7 @@ UNBIASED = f"n = x.size // mu.size; {VARIANCE[:-1]} * (n / max(n - 1, 1)))"
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """An environment of pinned releases, made as a user makes one; a directory."""
+    """A virtual environment with pinned releases, created as a user would; its directory."""
     place = tmp_path_factory.mktemp("installed") / "venv"
     exe, python = uv.program(), sys.executable
     env = {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}
@@ -78,13 +78,13 @@ def installed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """One cache for all, for the unaltered side is the same."""
+    """One cache for all tests, because the unaltered side is the same."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def alter(installed):
-    """A function that edits one file of the installed flax, for the time of a test."""
+    """A function that edits one file of the installed flax for the duration of the test."""
     kept = {}
     (flax,) = installed.glob("lib/python3*/site-packages/flax")
 
@@ -95,7 +95,7 @@ def alter(installed):
         write(path, text.replace(old, new))
 
     def write(path, text):
-        path.unlink()  # a hard link into uv's cache
+        path.unlink()  # it is a hard link into uv's cache
         path.write_text(text, encoding="utf-8")
 
     yield edit
@@ -105,9 +105,9 @@ def alter(installed):
 
 @pytest.fixture
 def gate(installed, cache, tmp_path, monkeypatch, capsys):
-    """A function from a model's name and its two sides to the exit status and the JSON."""
+    """A function from a model's name and two sides to the exit status and the JSON report."""
     monkeypatch.setenv("BNVERIFY_CACHE", str(cache))
-    target = cache / "steps.py"  # one file for all: a recording is of a file
+    target = cache / "steps.py"  # the same file for all tests, so that recordings are reused
     target.write_text(TARGET, encoding="utf-8")
 
     def judged(make, old=str(PINS), new=str(installed)):
@@ -119,7 +119,7 @@ def gate(installed, cache, tmp_path, monkeypatch, capsys):
 
 
 def witnessed(difference, python, tmp_path):
-    """Return the exit status of a difference's witness in an environment."""
+    """Run a difference's witness script in an environment, and return its exit status."""
     script = tmp_path / "witness.py"
     script.write_text(difference["witness"], encoding="utf-8")
     env = uv.variables([Path(__file__).parents[2]])
@@ -138,7 +138,7 @@ def witnessed(difference, python, tmp_path):
     ids=["epsilon", "momentum", "divisor", "stop_gradient", "nnx epsilon"],
 )
 def test_one_altered_line_is_found(gate, alter, installed, tmp_path, make, file, old, new, leaf):
-    """A change of meaning, at the leaf that shows it, with a script that fails there alone."""
+    """It is a change of meaning, at the right leaf, with a script that fails only there."""
     alter(file, old, new)
     status, told = gate(make)
     assert status == 1
@@ -148,12 +148,12 @@ def test_one_altered_line_is_found(gate, alter, installed, tmp_path, make, file,
     shown = next(d for d in found if d["witness"] and leaf in d["leaf"])
     python = installed / "bin" / "python"
     assert witnessed(shown, python, tmp_path) == 1
-    alter(file, "", "")  # as it was
+    alter(file, "", "")  # undo
     assert witnessed(shown, python, tmp_path) == 0
 
 
 def test_a_gradient_no_longer_stopped_is_found(gate, alter, installed):
-    """From a BatchNorm that stops the gradient of the mean to the released one: other gradients."""
+    """Upgrading from a BatchNorm that stops the gradient of the mean changes the gradients."""
     alter(LINEN, MEAN, STOPPED)
     status, told = gate("make_linen", old=str(installed), new=str(PINS))
     assert status == 1
@@ -162,9 +162,9 @@ def test_a_gradient_no_longer_stopped_is_found(gate, alter, installed):
     assert "loss" not in leaves
 
 
-def test_a_line_that_does_nothing_is_no_difference(gate, alter):
-    """The gradient of the statistics is stopped, in nnx, for array references alone."""
+def test_a_line_without_effect_is_no_difference(gate, alter):
+    """In nnx the gradient of the statistics is only stopped for array references."""
     alter(NNX, "stop_gradient = jax.lax.stop_gradient", "stop_gradient = lambda x: x")
     status, told = gate("make_nnx")
-    # Nor did the recordings of the tests before serve here, though the versions are the same.
+    # The recordings of earlier tests must not be reused, although the versions are equal.
     assert (status, told["differences"]) == (0, [])

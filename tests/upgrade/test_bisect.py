@@ -1,4 +1,4 @@
-"""Bisection: the right release, few tries, and honesty about what could not be tried."""
+"""Bisection: the right release, few trials, and unavailable releases reported."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bnverify.upgrade.environments import Workspace
 
 
 @given(st.integers(2, 200).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1))))
-def test_the_first_changed_release_is_found_in_logarithmically_many_tries(drawn):
-    """Wherever it lies."""
+def test_the_first_changed_release_is_found_in_logarithmically_many_trials(drawn):
+    """It is found wherever it is."""
     count, first = drawn
     releases = [str(i) for i in range(count)]
     tried = []
@@ -39,8 +39,8 @@ def test_the_first_changed_release_is_found_in_logarithmically_many_tries(drawn)
         )
     )
 )
-def test_releases_that_cannot_be_tried_are_passed_over_and_told(drawn):
-    """What is left between the two ends is exactly what could not be had."""
+def test_unavailable_releases_are_skipped_and_reported(drawn):
+    """The releases left between the two ends are exactly the unavailable ones."""
     count, first, missing = drawn
     releases = [str(i) for i in range(count)]
     missing.discard(count - 1)
@@ -55,7 +55,7 @@ def test_releases_that_cannot_be_tried_are_passed_over_and_told(drawn):
 
 @pytest.fixture
 def index(monkeypatch):
-    """An index of one package, where the newest releases want another Python."""
+    """An index with one package, whose newest releases need another Python."""
     releases = ("1.9", "1.10", "2.0", "2.1")
     needs = {"2.1": "new"}
 
@@ -72,7 +72,7 @@ def index(monkeypatch):
 
 
 def test_releases_are_listed_oldest_first_by_version(index, tmp_path):
-    """1.10 comes after 1.9, both ends are there, and so are those for another Python."""
+    """1.10 comes after 1.9; both ends and releases for another Python are included."""
     work = Workspace(tmp_path, tmp_path)
     assert releases_between("thing", "1.9", "2.1", work) == ["1.9", "1.10", "2.0", "2.1"]
     assert releases_between("thing", "1.9.5", "2.2", work) == ["1.9.5", "1.10", "2.0", "2.1", "2.2"]
@@ -80,8 +80,8 @@ def test_releases_are_listed_oldest_first_by_version(index, tmp_path):
         releases_between("thing", "2.0", "2.0", work)
 
 
-def test_the_command_refuses_what_is_no_version(capsys):
-    """Requirements files belong to the gate."""
+def test_the_command_rejects_invalid_versions(capsys):
+    """Requirements files are for the gate only."""
     asked = ["bisect", "--package", "jax", "--to", "0.5.0", "--from"]
     assert main([*asked, "pins/old.txt"]) == 2
     assert "versions of jax" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Comparison: every change is found, classed, and shown by a script that fails on its own."""
+"""Comparison: every change is found and classified, with a script that reproduces it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bnverify.upgrade import record as recorder
 from bnverify.upgrade import recording, values
 from bnverify.upgrade.compare import _distribution, compare
 
-# What it compares are NumPy arrays from a file; test_recording.py makes such files on every release.
+# Compares NumPy arrays from files; test_recording.py makes such files with every release.
 
 FLOATS = hnp.arrays(np.float64, 4, elements=st.floats(-1e6, 1e6))
 
@@ -34,7 +34,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def record(home):
-    """Record the small step as altered, once for each alteration."""
+    """A function that records the altered step, once for each alteration."""
     known = {}
 
     def call(old=None, laws=False, **altered):
@@ -54,13 +54,13 @@ def record(home):
 
 @pytest.fixture(scope="module")
 def old(record):
-    """The step as it was."""
+    """The recording of the unaltered step."""
     return record()
 
 
 @pytest.fixture(scope="module")
 def changes(record, old):
-    """Return what an alteration is told to have changed: class -> leaves."""
+    """A function from an alteration to the reported changes: class -> leaves."""
 
     def call(**altered):
         found = {}
@@ -71,8 +71,8 @@ def changes(record, old):
     return call
 
 
-def test_the_same_step_differs_in_nothing(changes):
-    """In the same environment a replay equals its recording to the bit."""
+def test_the_same_step_has_no_differences(changes):
+    """In the same environment a replay is bit-identical with its recording."""
     assert changes() == {}
 
 
@@ -86,7 +86,7 @@ def test_the_same_step_differs_in_nothing(changes):
     ids=["momentum", "variance divisor", "epsilon"],
 )
 def test_a_changed_layer_is_a_change_of_meaning(changes, altered, leaves):
-    """With the leaf it is in; and it is not called a change of initial values."""
+    """The right leaves are named, and it is not classified as initialisation."""
     found = changes(**altered)
     assert leaves <= found["meaning"]
     assert "initialisation" not in found
@@ -94,42 +94,42 @@ def test_a_changed_layer_is_a_change_of_meaning(changes, altered, leaves):
         assert found == {"meaning": leaves}
 
 
-def test_other_random_bits_are_initialisation(changes):
-    """The same distribution from another stream: the step is not to blame, and nor is the law."""
+def test_different_random_bits_are_initialisation(changes):
+    """A different random stream with the same distribution is neither meaning nor a violated law."""
     assert changes(seed=1000) == {"initialisation": {"init/params/kernel"}}
 
 
 def test_another_initialiser_is_a_change_of_meaning(changes):
-    """Spread or constant: other than by chance."""
+    """A different spread or constant cannot be explained by chance."""
     assert changes(scale=2.0) == {"meaning": {"init/params/kernel"}}
 
 
-def test_last_places_are_rounding(changes):
-    """A factor of one unit in the last place, in front of the loss."""
+def test_one_ulp_is_rounding(changes):
+    """The loss is multiplied by 1 plus an ulp."""
     found = changes(last_places=True)
     assert set(found) == {"rounding"}
     assert "loss" in found["rounding"]
 
 
-def test_another_type_is_told_as_such(changes):
-    """With the leaf; what its fewer digits change in values is told beside."""
+def test_another_dtype_is_reported_as_dtype(changes):
+    """The leaf is named; the effect of fewer digits on values is reported as well."""
     assert changes(dtype="bfloat16")["dtype"] == {"batch_stats/var"}
 
 
 def test_another_leaf_is_structure(changes):
-    """With its path."""
+    """The path is named."""
     assert "params/new" in changes(leaf=True)["structure"]
 
 
 def test_code_that_no_longer_runs_is_api(record, old):
-    """With the exception's words and the user's line."""
+    """The difference has the exception's message and the line in the user's code."""
     (difference,) = compare(old, record(old, raises=True)).differences
     assert difference.kind == "api"
     assert "gone since" in difference.text
 
 
 def test_a_law_that_held_and_is_violated_is_a_change_of_meaning(record):
-    """A variance by n - 1 changes when the batch is doubled."""
+    """A variance divided by n - 1 changes when the batch is doubled."""
     old = record(laws=True)
     new = record(old, laws=True, ddof=1)
     texts = [d.text for d in compare(old, new).differences if d.leaf is None]
@@ -140,7 +140,7 @@ def test_a_law_that_held_and_is_violated_is_a_change_of_meaning(record):
 def test_the_witness_fails_where_the_step_differs_and_passes_where_it_does_not(
     home, record, old, altered
 ):
-    """A script by itself: it needs no bnverify beyond what the target imports."""
+    """The script needs no bnverify, unless the target imports it."""
     compared = compare(old, record(old, **altered))
     script = next(d.witness for d in compared.differences if d.witness)
     assert "from bnverify" not in script
@@ -154,8 +154,8 @@ def test_the_witness_fails_where_the_step_differs_and_passes_where_it_does_not(
         assert "recorded:" in done.stdout
 
 
-def test_a_leaf_of_a_hostile_name_is_no_code_in_the_witness(record, old):
-    """A recording from elsewhere names its leaves; its script runs only what we wrote."""
+def test_a_malicious_leaf_name_is_not_executed_in_the_witness(record, old):
+    """A recording from an untrusted source may contain any leaf names."""
     from bnverify.upgrade import witness
 
     new = record(old, momentum=0.99)
@@ -180,34 +180,34 @@ def test_a_leaf_of_a_hostile_name_is_no_code_in_the_witness(record, old):
         assert raised == []
 
 
-def test_what_is_no_replay_is_refused(record, old):
-    """Values from different states say nothing about the step."""
+def test_recordings_that_are_not_replays_are_rejected(record, old):
+    """Values from different states cannot be compared."""
     with pytest.raises(UsageError, match="not a replay"):
         compare(old, record(momentum=0.5))
     claims = record(old)
     more = {name: claims.manifest[name] * 2 for name in ("shapes", "trees")}
     with pytest.raises(UsageError, match="not a replay"):
         compare(old, recording.Recording({**claims.manifest, **more}, claims.arrays))
-    with pytest.raises(UsageError, match="other way round"):
+    with pytest.raises(UsageError, match="swap the two files"):
         compare(record(old, momentum=0.99), old)
 
 
 def test_comparing_imports_no_jax():
-    """Neither of the environments compared is needed."""
+    """Neither of the two environments is needed."""
     code = "import sys, bnverify.upgrade.compare; assert not {'jax', 'flax'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @given(FLOATS, FLOATS)
-def test_equal_values_are_nothing_apart_and_others_are(old, new):
-    """Zero exactly where equal, whatever is allowed."""
+def test_the_distance_is_zero_only_for_equal_values(old, new):
+    """This holds whatever is allowed."""
     sizes = values.sizes(old, new, np.full(4, 0.5))
     assert np.array_equal(sizes == 0, old == new)
     assert np.array_equal(sizes > 1, np.abs(old - new) > 0.5)
 
 
-def test_what_has_no_digits_is_not_compared_and_what_is_not_known_is_told():
-    """Infinite noise hides a difference; NaN on one side takes the other's."""
+def test_infinite_noise_is_not_compared_and_unknown_noise_is_counted():
+    """Infinite noise hides a difference; NaN on one side is replaced by the other side's noise."""
     one, two = np.zeros(1), np.ones(1)
     noise = np.full(1, 0.1, np.float32)
     hidden = values.allowed(one, two, noise, np.full(1, np.inf, np.float32), 0.0)
@@ -221,8 +221,8 @@ def test_what_has_no_digits_is_not_compared_and_what_is_not_known_is_told():
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_chance_is_not_taken_for_another_initialiser(seed):
-    """Two sets of draws from one distribution are alike."""
+def test_chance_is_not_another_initialiser(seed):
+    """Two samples from one distribution do not differ."""
     rng = np.random.default_rng(seed)
     sides = []
     for _ in range(2):
@@ -233,10 +233,10 @@ def test_chance_is_not_taken_for_another_initialiser(seed):
     assert _distribution(*sides, "w") is None
 
 
-def test_the_command_tells_and_exits_by_the_policy(
+def test_the_command_reports_and_exits_by_the_policy(
     home, record, old, tmp_path, monkeypatch, capsys
 ):
-    """0, 1 or 2; a policy can accept what would fail."""
+    """The exit status is 0, 1 or 2; a policy can accept a failing difference."""
     from bnverify.cli import main
 
     files = [str(tmp_path / name) for name in ("old.bnv", "new.bnv")]

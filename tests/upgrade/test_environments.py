@@ -1,4 +1,4 @@
-"""Environments, made by the real uv from an index of a few hundred bytes: no network is needed."""
+"""Environments, created by the real uv from a tiny local index without network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PINS = "jax==1.0\njaxlib==1.0\nflax==1.0\noptax==1.0\n"
 
 @pytest.fixture
 def index(tmp_path, monkeypatch) -> Path:
-    """Let uv find two releases of everything in a directory, and nothing anywhere else."""
+    """Make uv use a directory with two releases of every package, and nothing else."""
     path = tmp_path / "index"
     path.mkdir()
     for version in ("1.0", "2.0"):
@@ -51,7 +51,7 @@ def index(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A workspace in a cache of the test's own."""
+    """A workspace in a cache used by this test only."""
     monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "cache"))
     with workspace() as made:
         yield made
@@ -59,14 +59,14 @@ def work(tmp_path, monkeypatch):
 
 @pytest.fixture
 def build(tmp_path, index, work):
-    """Resolve in the test's own cache."""
+    """A function that resolves a requirement in the test's cache."""
     assert index.is_dir()
     return lambda text, project=None: resolve(parse(text, tmp_path), work, project)
 
 
 @pytest.fixture
 def shows(work):
-    """A function that returns what an expression is in an environment."""
+    """A function that evaluates an expression in an environment."""
 
     def call(environment, expression: str) -> str:
         done = environment.run(["-c", f"import sys, os\nprint({expression})"], work)
@@ -78,7 +78,7 @@ def shows(work):
 
 @pytest.fixture
 def versions(shows):
-    """A function that returns the releases of an environment."""
+    """A function that returns the releases in an environment."""
     code = (
         "__import__('json').dumps({d.metadata['Name']: d.version"
         " for d in __import__('importlib.metadata').metadata.distributions()})"
@@ -95,11 +95,11 @@ def newer() -> uv.Python:
     return found[0]
 
 
-# What is asked for is what is there
+# An environment has the requested releases.
 
 
-def test_a_list_gets_its_releases_and_what_is_needed_beside(build, versions, shows):
-    """Releases not named come at the newest that goes with those named."""
+def test_a_list_gets_its_releases_and_the_required_packages(build, versions, shows):
+    """Packages that are not named get the newest compatible release."""
     environment = build("jax==1.0")
     found = versions(environment)
     assert {**found, "jax": "1.0", "jaxlib": "1.0", "flax": "1.0", "optax": "2.0"} == found
@@ -107,13 +107,13 @@ def test_a_list_gets_its_releases_and_what_is_needed_beside(build, versions, sho
 
 
 def test_latest_is_the_newest(build, versions):
-    """Of jax, flax and optax."""
+    """This applies to jax, flax and optax."""
     found = versions(build("latest"))
     assert {**found, "jax": "2.0", "flax": "2.0", "optax": "2.0"} == found
 
 
-def test_an_existing_environment_is_taken_as_it_is(build, shows, tmp_path, index):
-    """One altered by hand can be a side; bnverify and what it needs come in from outside."""
+def test_an_existing_environment_is_not_changed(build, shows, tmp_path, index):
+    """A manually altered environment can be a side; bnverify and its dependency are added from outside."""
     venv = tmp_path / "venv"
     command = [uv.program(), "--quiet", "venv", "--python", sys.executable, str(venv)]
     subprocess.run(command, check=True)
@@ -121,7 +121,7 @@ def test_an_existing_environment_is_taken_as_it_is(build, shows, tmp_path, index
     install = [uv.program(), "--quiet", "pip", "install", "--python", str(venv), "--no-deps"]
     subprocess.run([*install, next(tmp_path.glob("jax-*.whl"))], check=True)
     environment = build(str(venv))
-    assert environment.key is None  # no recording of it is kept
+    assert environment.key is None  # its recordings are not cached
     assert shows(environment, "__import__('jax').altered") == "True"
     assert shows(environment, "__import__('msgspec').version") == "0.1"
     assert shows(environment, "__import__('bnverify').__name__") == "bnverify"
@@ -129,8 +129,8 @@ def test_an_existing_environment_is_taken_as_it_is(build, shows, tmp_path, index
     assert done.returncode == 1  # nothing was installed there
 
 
-def test_a_requirement_for_bnverify_is_passed_over(build, versions, shows, tmp_path):
-    """A team lists bnverify beside jax, and the running one is what records, on both sides."""
+def test_a_requirement_for_bnverify_is_ignored(build, versions, shows, tmp_path):
+    """A requirements file may list bnverify, but the running bnverify records on both sides."""
     (tmp_path / "dev.txt").write_text(PINS + "bnverify==0.0.1\n")
     environment = build("dev.txt")
     assert not any(pin.startswith("bnverify") for pin in environment.pins)
@@ -139,7 +139,7 @@ def test_a_requirement_for_bnverify_is_passed_over(build, versions, shows, tmp_p
 
 
 def test_hashes_in_a_file_are_checked(build, work, shows, tmp_path, index):
-    """A wheel that is not what the file was made from does not get in."""
+    """A wheel with another hash is not installed."""
     lines = [
         f"{name}==1.0 --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
         for name in ("jax", "jaxlib", "flax", "optax")
@@ -154,8 +154,8 @@ def test_hashes_in_a_file_are_checked(build, work, shows, tmp_path, index):
         build("hashed.txt").run(["-c", ""], work)
 
 
-def test_an_index_named_in_a_file_serves_the_install(build, shows, tmp_path):
-    """As pip would have it."""
+def test_an_index_in_a_requirements_file_is_used(build, shows, tmp_path):
+    """It is used for installing as well, as in pip."""
     (tmp_path / "more").mkdir()
     wheel(tmp_path / "more", "einops", "7.0")
     (tmp_path / "reqs.txt").write_text(f"--find-links {tmp_path / 'more'}\n{PINS}einops\n")
@@ -163,8 +163,8 @@ def test_an_index_named_in_a_file_serves_the_install(build, shows, tmp_path):
 
 
 @pytest.mark.parametrize("line", ["flax @ {uri}", "-e {path}", "{path}"])
-def test_what_lies_on_this_machine_counts_by_its_content(build, shows, tmp_path, line):
-    """A patched wheel or directory of the same name is another environment; it stays clean."""
+def test_local_files_and_directories_count_by_content(build, shows, tmp_path, line):
+    """A patched wheel or directory of the same name gives another environment, and is not modified."""
     seen = []
     for patch in (1, 2):
         if line.startswith("flax"):
@@ -187,7 +187,7 @@ def test_what_lies_on_this_machine_counts_by_its_content(build, shows, tmp_path,
 
 @pytest.fixture
 def server(tmp_path, index, monkeypatch):
-    """Serve the index as a package index on this machine; uv keeps what such a one answers."""
+    """Serve the index over HTTP on this machine; uv caches the answers."""
     for path in index.iterdir():
         page = tmp_path / "simple" / path.name.partition("-")[0] / "index.html"
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -204,14 +204,14 @@ def server(tmp_path, index, monkeypatch):
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves files and prints nothing."""
+    """An HTTP handler without output."""
 
     def log_message(self, *_):
-        """Print nothing."""
+        """Discard the message."""
 
 
-def test_what_pins_everything_needs_no_index_again(build, server, shows, tmp_path):
-    """A gate that ran once runs again without a network; an open list asks every time."""
+def test_fully_pinned_requirements_need_the_index_only_once(build, server, shows, tmp_path):
+    """A gate that ran once runs again without a network; an open list always needs it."""
     (tmp_path / "old.txt").write_text(PINS)
     first = build("old.txt")
     assert shows(first, "__import__('jax').version") == "1.0"
@@ -220,24 +220,24 @@ def test_what_pins_everything_needs_no_index_again(build, server, shows, tmp_pat
     server.server_close()
     assert build("old.txt") == first
     assert shows(build("old.txt"), "__import__('jax').version") == "1.0"
-    with pytest.raises(UsageError, match="the package index can be reached"):
+    with pytest.raises(UsageError, match="the package index is reachable"):
         build("jax==2.0")
 
 
-# The Python that it needs
+# The Python of an environment.
 
 
-def test_the_python_is_the_one_that_the_releases_need(build, shows, index, newer):
-    """Where the running one is refused, another that was found takes its place."""
+def test_the_python_is_one_that_the_releases_support(build, shows, index, newer):
+    """If they do not support the running Python, another installed one is used."""
     wheel(index, "jax", "3.0", python=f"py3{newer.minor[1]}")
-    for text in ("jax==3.0,flax", "latest"):  # `latest` would resolve to less, without a word
+    for text in ("jax==3.0,flax", "latest"):  # here `latest` would resolve to older releases
         environment = build(text)
         assert shows(environment, "sys.version_info[:2]") == str(newer.minor)
         assert shows(environment, "__import__('jax').version") == "3.0"
 
 
 def test_the_running_python_comes_first_then_the_nearest():
-    """One of each minor version that bnverify runs on, and none through a shim that may fail."""
+    """There is one for each supported minor version, and none is a pyenv shim, which may fail."""
     first, *rest = uv.pythons()
     assert first.path == Path(sys.executable)
     minors = [python.minor for python in (first, *rest)]
@@ -251,11 +251,11 @@ def test_the_running_python_comes_first_then_the_nearest():
         assert done.stdout.strip() == str(python.minor)
 
 
-# The user's project
+# The user's project.
 
 
 def test_a_project_is_built_and_its_dependencies_are_added(build, shows, versions, tmp_path):
-    """What it asks of the releases under test is overridden; its tree stays as it was."""
+    """Its bounds on the tested releases are overridden, and its directory is not modified."""
     directory = project(tmp_path / "mine", "jax<2", "flax<2", "einops", "bnverify>=7")
     before = sorted(directory.rglob("*"))
     environment = build("jax==2.0,flax==2.0", directory)
@@ -264,8 +264,8 @@ def test_a_project_is_built_and_its_dependencies_are_added(build, shows, version
     assert sorted(directory.rglob("*")) == before
 
 
-def test_an_edit_of_the_project_makes_no_environment_anew(build, tmp_path):
-    """Its code is a layer of its own: the releases stay, their byte code too."""
+def test_editing_the_project_needs_no_new_environment(build, tmp_path):
+    """Its code is a separate layer: the installed releases and their byte code stay."""
     first = build("jax==1.0", project(tmp_path / "mine", code="edit = 1"))
     second = build("jax==1.0", project(tmp_path / "mine", code="edit = 2"))
     assert first.pins == second.pins
@@ -273,14 +273,14 @@ def test_an_edit_of_the_project_makes_no_environment_anew(build, tmp_path):
 
 
 def test_a_directory_that_does_not_build_is_imported_from(build, shows, tmp_path):
-    """A few files and no pyproject.toml are a project too."""
+    """A few files without a pyproject.toml can be a project, too."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "step.py").write_text("here = True")
     assert shows(build("jax==1.0", tmp_path / "mine"), "__import__('step').here") == "True"
 
 
-def test_a_project_that_does_not_build_is_said(build, work, tmp_path):
-    """The back end's words, not a traceback of ours."""
+def test_a_project_that_does_not_build_is_reported(build, work, tmp_path):
+    """The message is that of the build back end, without a traceback of bnverify."""
     directory = project(tmp_path / "mine")
     (directory / "backend.py").write_text("raise SystemExit('cannot do it')")
     with pytest.raises(UsageError, match="cannot do it"):
@@ -290,8 +290,8 @@ def test_a_project_that_does_not_build_is_said(build, work, tmp_path):
 # Isolation
 
 
-def test_it_sees_nothing_of_this_process(build, work, shows, tmp_path, monkeypatch):
-    """No PYTHONPATH, user site, virtual environment or current directory; jax's settings pass."""
+def test_environments_are_isolated_from_this_process(build, work, shows, tmp_path, monkeypatch):
+    """PYTHONPATH, user site, virtual environment and working directory are hidden; jax's settings pass."""
     (tmp_path / "leak").mkdir()
     (tmp_path / "leak" / "jax.py").write_text("version = 'leaked'")
     for name in ("PYTHONPATH", "PYTHONUSERBASE", "VIRTUAL_ENV", "PYTHONHOME"):
@@ -305,10 +305,10 @@ def test_it_sees_nothing_of_this_process(build, work, shows, tmp_path, monkeypat
     assert shows(environment, "__import__('jax').version") == "1.0"
     assert shows(environment, "os.environ['JAX_PLATFORMS']") == "cpu"
     done = environment.run(["-c", "import numpy"], work)
-    assert "No module named 'numpy'" in done.stderr  # it is installed beside this test
+    assert "No module named 'numpy'" in done.stderr  # although it is installed for this test
 
 
-# When it is unavailable
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -321,8 +321,8 @@ def test_it_sees_nothing_of_this_process(build, work, shows, tmp_path, monkeypat
         ("bad.txt", r"bad\.txt.*Likely fix: correct"),
     ],
 )
-def test_the_resolvers_last_words_are_told(build, index, tmp_path, text, message):
-    """With the requirement and the likely fix, and without a traceback."""
+def test_the_resolvers_message_is_reported(build, index, tmp_path, text, message):
+    """The error has the requirement and the likely fix, without a traceback."""
     wheel(index, "jax", "3.0", python="py399")
     (tmp_path / "bad.txt").write_text("jax==1.0\nno such thing ==\n")
     with pytest.raises(UsageError, match=f"(?s){message}") as caught:
@@ -330,34 +330,34 @@ def test_the_resolvers_last_words_are_told(build, index, tmp_path, text, message
     assert "Traceback" not in str(caught.value)
 
 
-def test_a_wheel_that_is_broken_is_told_by_uv(build, work, index):
-    """What resolves may still not install."""
+def test_a_broken_wheel_is_reported(build, work, index):
+    """What resolves may still fail to install."""
     path = index / "flax-3.0-py3-none-any.whl"
     wheel(index, "flax", "3.0", code="x = 1\n" * 1000)
     content = path.read_bytes()
     path.write_bytes(content.replace(b"x = 1", b"x = 2", 1))
     environment = build("jax==2.0,flax==3.0")
-    with pytest.raises(UsageError, match=r"(?s)cannot make the environment.*uv says.*flax"):
+    with pytest.raises(UsageError, match=r"(?s)cannot create the environment.*uv says.*flax"):
         environment.run(["-c", ""], work)
 
 
-def test_a_cache_that_cannot_be_written_is_said(monkeypatch, tmp_path):
-    """With the variable that names another."""
+def test_an_unwritable_cache_is_reported(monkeypatch, tmp_path):
+    """The error names the variable that sets another directory."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UsageError, match="let BNVERIFY_CACHE name"), workspace():
+    with pytest.raises(UsageError, match="set BNVERIFY_CACHE to"), workspace():
         pass
 
 
-def test_without_uv_it_is_said_how_to_get_it(build, monkeypatch):
-    """Somebody uninstalled it."""
+def test_a_missing_uv_is_reported(build, monkeypatch):
+    """The error says how to install it."""
     monkeypatch.setitem(sys.modules, "uv", None)
     with pytest.raises(UsageError, match="pip install uv"):
         build("jax==1.0")
 
 
-def test_a_uv_that_hangs_is_ended(build, monkeypatch, tmp_path):
-    """After a time it is given up, and said."""
+def test_a_hanging_uv_is_killed(build, monkeypatch, tmp_path):
+    """The error has the time limit."""
     (tmp_path / "slow-uv").write_text("#!/bin/sh\nsleep 600\n")
     (tmp_path / "slow-uv").chmod(0o755)
     monkeypatch.setattr(uv, "program", lambda: str(tmp_path / "slow-uv"))
@@ -406,27 +406,27 @@ SAID = {
     ],
 )
 def test_each_failure_has_its_fix(said, fix):
-    """The advice fits what went wrong; another Python is tried only where that may help."""
+    """The advice fits the message; another Python is tried only if that may help."""
     error = uv.UvError(SAID[said])
     assert fix in error.fix
     assert error.wants_another_python == (said in {"python", "wheels"})
 
 
-def test_the_last_words_are_what_follows_the_warnings():
-    """The reason, whole if it is short, its two ends if it is not."""
-    assert uv._last_words("warning: x\nerror: no\n  cause: y\n") == "error: no\n  cause: y"
-    assert uv._last_words("words without the word") == "words without the word"
+def test_the_error_message_is_what_follows_the_warnings():
+    """It is complete if it is short, otherwise shortened in the middle."""
+    assert uv._error_message("warning: x\nerror: no\n  cause: y\n") == "error: no\n  cause: y"
+    assert uv._error_message("words without the word") == "words without the word"
     long = "error: " + "a" * 5000 + "end"
-    assert uv._last_words(long).startswith("error: a")
-    assert uv._last_words(long).endswith("end")
-    assert len(uv._last_words(long)) < 2100
+    assert uv._error_message(long).startswith("error: a")
+    assert uv._error_message(long).endswith("end")
+    assert len(uv._error_message(long)) < 2100
 
 
-# Two at once, interrupted, killed
+# Concurrent, interrupted and killed runs.
 
 
-def test_two_at_once_do_not_disturb_each_other(index, tmp_path):
-    """Both get the environment that they asked for."""
+def test_concurrent_runs_do_not_interfere(index, tmp_path):
+    """Both get the requested environments."""
     wheel(index, "flax", "3.0", code="import time; time.sleep(0.3)")
     command, env = started(tmp_path, "at-once")
     both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for _ in range(2)]
@@ -434,8 +434,8 @@ def test_two_at_once_do_not_disturb_each_other(index, tmp_path):
     assert list((tmp_path / "cache" / "upgrade" / "work").iterdir()) == []
 
 
-def test_a_workspace_in_use_is_left_alone(work):
-    """Another run removes what killed runs left, and nothing else."""
+def test_a_workspace_in_use_is_not_removed(work):
+    """Another run removes the workspaces of killed runs only."""
     (work.path.parent / "killed").mkdir()
     with workspace() as other:
         assert work.path.exists()
@@ -446,7 +446,7 @@ def test_a_workspace_in_use_is_left_alone(work):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_recordings_that_nobody_used_in_sixty_days_are_removed(work):
+def test_recordings_unused_for_sixty_days_are_removed(work):
     """Others stay."""
     for name, days in (("old", 61), ("kept", 59)):
         (work.kept / name).touch()
@@ -456,8 +456,8 @@ def test_recordings_that_nobody_used_in_sixty_days_are_removed(work):
         assert [path.name for path in work.kept.iterdir()] == ["kept"]
 
 
-def test_others_may_not_write_there(work):
-    """Who can write to the cache can run code in whoever uses it."""
+def test_the_cache_is_not_writable_for_others(work):
+    """Anyone who can write to the cache can run code in processes that use it."""
     assert work.kept.stat().st_mode & 0o077 == 0
 
 
@@ -475,14 +475,14 @@ TOLD = b"3.0 2.0\n3.0 1.0\n"
 
 
 def started(tmp_path, name) -> tuple[list[str], dict[str, str]]:
-    """Return the command that makes two environments, and its variables, with a mark in them."""
+    """Return a command that creates two environments, and its environment with a mark."""
     directory = project(tmp_path / "mine", "einops")
     env = {**os.environ, "BNVERIFY_CACHE": str(tmp_path / "cache"), "MARK": f"{os.getpid()}-{name}"}
     return [sys.executable, "-c", RUN, str(directory)], env
 
 
-def test_interrupted_it_cleans_up(index, tmp_path):
-    """Ctrl-C leaves no process, and nothing in the workspace."""
+def test_an_interrupted_run_cleans_up(index, tmp_path):
+    """Ctrl-C leaves no process, and no workspace."""
     wheel(index, "flax", "3.0", code="import time; time.sleep(600)")
     command, env = started(tmp_path, "interrupted")
     work = tmp_path / "cache" / "upgrade" / "work"
@@ -495,8 +495,8 @@ def test_interrupted_it_cleans_up(index, tmp_path):
     assert list(work.iterdir()) == []
 
 
-def test_killed_at_any_moment_the_next_run_gives_the_same(index, tmp_path):
-    """SIGKILL ten times over: no process remains, nothing is half there, the answer is one."""
+def test_after_a_kill_at_any_moment_the_next_run_succeeds(index, tmp_path):
+    """After each of ten SIGKILLs no process and no incomplete file remains, and results are equal."""
     wheel(index, "flax", "3.0", code="import time; time.sleep(0.2)")
     command, env = started(tmp_path, "killed")
     begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""The gate: two environments, a verdict, and nothing left behind, whatever interrupts it."""
+"""The gate: two environments and a verdict; nothing is left behind if it is interrupted."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ OLD, NEW = "old", "new"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache of this test alone."""
+    """A cache for this test only."""
     monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def target(tmp_path):
-    """The small step in a file; each side imports how it behaves from a directory of its own."""
+    """The small step in a file; each side imports its behaviour from a directory of its own."""
     home = tmp_path / "home"
     home.mkdir()
     return altered_step.write(home)
@@ -41,7 +41,7 @@ def target(tmp_path):
 
 @pytest.fixture
 def sides(tmp_path, cache, monkeypatch):
-    """Two environments around the running interpreter, which differ in what `side` says."""
+    """Two environments with the running interpreter that differ in `side`."""
 
     def resolve(requirement, work, project=None):
         del work, project
@@ -67,7 +67,7 @@ def gate(target):
     return gates.gate(target, OLD, NEW, Policy())
 
 
-def test_the_gate_tells_a_changed_step_and_then_answers_from_its_cache(
+def test_a_changed_step_is_reported_and_then_answered_from_the_cache(
     target, sides, cache, monkeypatch
 ):
     """The changed leaves fail it; the next run reads the cache, and records a damaged file again."""
@@ -108,8 +108,8 @@ def test_the_gate_tells_a_changed_step_and_then_answers_from_its_cache(
 
 
 @pytest.mark.nightly
-def test_a_step_that_kills_its_process_is_an_api_change(target, sides):
-    """On the new side it is the upgrade's doing, with the releases that it happened on."""
+def test_a_step_that_crashes_its_process_is_an_api_change(target, sides):
+    """On the new side this is a result of the upgrade, reported with the releases."""
     sides(dies=True)
     judgement = gate(target)
     (difference,) = judgement.verdict.failing
@@ -119,23 +119,23 @@ def test_a_step_that_kills_its_process_is_an_api_change(target, sides):
     assert sides[0]["versions"] == sides[1]["versions"]
 
 
-def test_releases_that_do_not_import_are_refused(target, sides, tmp_path):
-    """They resolve, they install, and they do not work: that is said, with what may help."""
+def test_releases_that_cannot_be_imported_are_reported(target, sides, tmp_path):
+    """They resolve and install, but do not work; the error suggests a fix."""
     altered_step.alter(tmp_path / OLD)
     (tmp_path / OLD / "optax.py").write_text("import numpy.absent_module")
     with pytest.raises(UsageError, match=r"(?s)old.* do not import.*absent_module.*same months"):
         gate(target)
 
 
-def test_a_recording_that_takes_too_long_is_given_up(target, sides, tmp_path):
-    """A hanging import is no hanging gate."""
+def test_a_recording_that_exceeds_the_time_limit_is_stopped(target, sides, tmp_path):
+    """A hanging import does not hang the gate."""
     (tmp_path / OLD / "optax.py").write_text("import time; time.sleep(600)")
     with pytest.raises(UsageError, match="with old takes longer than 3 s"):
         gates.gate(target, OLD, NEW, Policy(), time_limit=3.0)
 
 
-def test_what_cannot_be_had_is_told_in_one_line(cache, target, capsys):
-    """A requirement that names nothing, a target that is not there: status 2, no traceback."""
+def test_unusable_arguments_are_reported_in_one_line(cache, target, capsys):
+    """An invalid requirement or a missing target gives status 2 without a traceback."""
     assert main(["gate", target, "--from", "nonsense !", "--to", "installed"]) == 2
     assert "names no environment" in capsys.readouterr().err
     assert main(["gate", "--from", "installed", "--to", "installed", "--project", "none"]) == 2
@@ -143,8 +143,8 @@ def test_what_cannot_be_had_is_told_in_one_line(cache, target, capsys):
     assert main(["gate", "--from", "installed", "--to", "installed", "--time-limit", "0"]) == 2
 
 
-def test_a_target_that_does_not_run_in_the_old_environment_is_refused(sides, cache, tmp_path):
-    """Nothing can be compared with it."""
+def test_a_target_that_does_not_run_in_the_old_environment_is_rejected(sides, cache, tmp_path):
+    """There would be nothing to compare with."""
     with pytest.raises(UsageError, match="no file"):
         gate(f"{tmp_path / 'nowhere.py'}:make")
     (tmp_path / "empty.py").touch()
@@ -154,10 +154,9 @@ def test_a_target_that_does_not_run_in_the_old_environment_is_refused(sides, cac
 
 @pytest.fixture(scope="module")
 def judgement(tmp_path_factory):
-    """A judgement with a hostile leaf and a failing difference, made without any recording."""
+    """A judgement with a malicious leaf name and a failing difference, made without recordings."""
     from bnverify.upgrade.compare import Comparison
-    from bnverify.upgrade.difference import Difference
-    from bnverify.upgrade.judgement import judge
+    from bnverify.upgrade.policy import Difference, judge
 
     manifest = {
         "bnverify": "0",
@@ -182,8 +181,8 @@ def judgement(tmp_path_factory):
     return judge(Comparison("<s>", manifest, new, found, {}, {}), Policy(), old="a", new="b")
 
 
-def test_junit_is_xml_whatever_a_leaf_is_called(judgement):
-    """One case for each class; the failing one has its text and witness."""
+def test_junit_is_valid_xml_for_any_leaf_name(judgement):
+    """There is one test case for each class; the failing one has its text and witness."""
     from bnverify.report.findings import findings
     from bnverify.report.junit import junit
 
@@ -195,7 +194,7 @@ def test_junit_is_xml_whatever_a_leaf_is_called(judgement):
 
 
 def test_github_commands_are_one_line_each(judgement):
-    """A leaf or a message with line breaks or colons injects no command of its own."""
+    """Line breaks or colons in a leaf or message cannot inject a command."""
     from bnverify.report.findings import findings
     from bnverify.report.github import messages, summary
 
@@ -208,8 +207,8 @@ def test_github_commands_are_one_line_each(judgement):
     assert "<script>" not in page.split("````")[0]
 
 
-def test_formats_go_where_they_are_asked_to(judgement, tmp_path, capsys, monkeypatch):
-    """One to the screen, the others to files; GitHub's summary page beside its messages."""
+def test_formats_go_to_their_destinations(judgement, tmp_path, capsys, monkeypatch):
+    """One goes to stdout, the others to files; the GitHub format also writes the job summary."""
     from bnverify.report import formats
 
     page = tmp_path / "page.md"
@@ -230,7 +229,7 @@ def test_formats_go_where_they_are_asked_to(judgement, tmp_path, capsys, monkeyp
 
 
 def descendants(marker: str) -> list[str]:
-    """Return the command lines of living processes that hold a marker, but for this one."""
+    """Return the command lines of other living processes that contain a marker."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -245,8 +244,8 @@ def descendants(marker: str) -> list[str]:
 @pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_at_any_moment_it_leaves_nothing_and_can_be_run_again(tmp_path, cache, how):
-    """No process goes on, no half-written recording is taken for one, the verdict is the same."""
+def test_after_a_kill_at_any_moment_the_gate_can_run_again(tmp_path, cache, how):
+    """No process remains, no incomplete recording is used, and the verdict is the same."""
     home = tmp_path / "killed_gate"
     home.mkdir()
     altered_step.alter(home)
@@ -266,5 +265,5 @@ def test_killed_at_any_moment_it_leaves_nothing_and_can_be_run_again(tmp_path, c
         assert left == []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "nothing changed, to the last bit" in done.stdout
+    assert "nothing changed; all values are bit-identical" in done.stdout
     assert not list((cache / "upgrade" / "work").iterdir())

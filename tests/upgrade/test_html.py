@@ -1,4 +1,4 @@
-"""The page: verdict first, nothing loaded, nothing run, readable at any width."""
+"""HTML pages: verdict first, self-contained, readable at any width."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from bnverify.laws.mismatch import Mismatch
 from bnverify.mistakes import MISTAKES
 from bnverify.report.html import _of_check, page
 from bnverify.upgrade.compare import Comparison
-from bnverify.upgrade.difference import Difference
-from bnverify.upgrade.judgement import judge
-from bnverify.upgrade.policy import Policy
+from bnverify.upgrade.policy import Difference, Policy, judge
 from bnverify.upgrade.values import Distance, Place
 
 LOOK = """
@@ -43,7 +41,7 @@ onload = () => {
   document.body.dataset.seen = JSON.stringify({width, window: window_, texts: count, unseen});
 };
 """
-"""Says of the page in the frame how wide it is, and which of its text is not to be seen."""
+"""Reports the width of the page in the frame, and which of its text is not visible."""
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "params/<img src=x onerror=alert(1)>/\"'&" + "very_long_name" * 12
@@ -96,7 +94,7 @@ def text():
 
 
 class Reader(HTMLParser):
-    """Collects tags and checks that they close in order."""
+    """Collects tags and checks that they are closed in order."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +110,7 @@ class Reader(HTMLParser):
 
 
 def test_the_page_is_well_formed_and_loads_nothing(text):
-    """No script, no image, no link, no style sheet from elsewhere; hostile names are text."""
+    """No script, image, link or external style sheet; malicious names are shown as text."""
     reader = Reader()
     reader.feed(text)
     assert reader.open == []
@@ -124,14 +122,14 @@ def test_the_page_is_well_formed_and_loads_nothing(text):
     assert "@import" not in text
 
 
-def test_the_verdict_comes_first_and_all_parts_are_there(text):
-    """Verdict, differences, heat map, matrices, witness, costs; told by signs, not by colour."""
+def test_the_verdict_comes_first_and_all_sections_are_there(text):
+    """Verdict, differences, heat map, matrices, witness, costs; marked by signs as well as colour."""
     parts = [
         "not accepted",
         "What changed",
         "Leaves and laws",
         "What depends on what",
-        "See it",
+        "To reproduce",
         "Costs",
     ]
     places = [text.index(part) for part in parts]
@@ -145,22 +143,22 @@ def test_the_verdict_comes_first_and_all_parts_are_there(text):
 
 
 def test_a_page_without_differences_says_so():
-    """And several upgrades share one heat map."""
+    """Several upgrades share one heat map."""
     same = Comparison(
         "s", manifest("1"), manifest("1"), (), {"loss": Distance(None, None, 1, 1, 0)}, {}
     )
     made = judge(same, Policy(), old="a", new="b")
-    assert "nothing changed, to the last bit" in page([made])
+    assert "nothing changed; all values are bit-identical" in page([made])
     assert page([made, made]).count("<thead>") >= 1
 
 
-def test_a_green_page_explains_itself():
-    """Where all that differs is rounding, that is said, and nothing reads like a failure."""
+def test_a_page_with_only_rounding_says_so():
+    """Nothing on it looks like a failure."""
     found = (Difference(kind="rounding", subject="s", leaf="loss", size=0.5, text="differs"),)
     same = Comparison("s", manifest("1"), manifest("2"), found, {}, {})
     made = page([judge(same, Policy(), old="a", new="b")])
     assert "No value, shape or dtype differs beyond rounding." in made
-    assert "1 leaf differs by rounding alone" in made
+    assert "1 leaf differs by rounding only" in made
     assert "✗ 0.5" not in made
 
 
@@ -170,7 +168,7 @@ PATH = ("batch_stats", f"mul at /home/you/{'long_name/' * 12}steps.py:3 (<step>)
 
 
 def checked():
-    """Return the report of a check with one of everything."""
+    """Return a check's report with one of everything."""
     x = np.linspace(-1, 1, 12 * 11, dtype=np.float32).reshape(12, 11)
     found = Evidence.of(
         LAW,
@@ -205,8 +203,8 @@ def checked():
     return Report("<my step>", "quick", 0, results, 12, 0.1, {"jax": "1"}, leak, ("<b>",))
 
 
-def test_the_page_of_a_check_has_all_of_the_report_and_loads_nothing():
-    """Cause, fix, values, script, path, every law with its residual; hostile names are text."""
+def test_the_page_of_a_check_is_complete_and_self_contained():
+    """Cause, fix, values, script, path, every law with its residual; malicious names are text."""
     report = checked()
     made = page([report])
     reader = Reader()
@@ -216,39 +214,37 @@ def test_the_page_of_a_check_has_all_of_the_report_and_loads_nothing():
     fix = MISTAKES["sample_variance"].fix
     for part in ("is <wrong>).", fix, HOSTILE, "-0.25", "in 7 of 12 cases", "<b>", *PATH):
         assert html.escape(part).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in made
-    assert "at most 0.25 times the tolerance" in made
+    assert "at most 0.25x the tolerance" in made
     assert all(evidence.law in made for evidence in report.results)
     frame = report._repr_html_()
     assert frame.startswith("<iframe")
     assert "<script" not in frame
 
 
-def test_a_bar_ends_where_its_error_lies():
-    """One axis for all: half of the way from 1e-3 to 1e7 is 1e2; the bound is at 1, in every bar."""
+def test_the_length_of_a_bar_is_its_error():
+    """On the shared axis 1e2 is halfway between 1e-3 and 1e7; the bound is at 1 in every bar."""
     context = _of_check(checked())
     bars = context["bars"]
     rows = {row["name"]: row for row in bars["rows"] + bars["rest"]}
     assert [row["name"] for row in bars["rows"]][:2] == [LIFE, LAW]
     assert (rows[LIFE]["width"], rows[LIFE]["label"]) == ("100.0%", "✗ ∞")
-    # What the counterexample shows is worse than what was counted: 0.25 / 1e-7 = 2.5e6.
+    # The counterexample's error exceeds the residual of the cases: 0.25 / 1e-7 = 2.5e6.
     assert (rows[LAW]["label"], bars["bound"]) == ("✗ 2.5e+06", "30.0%")
     assert float(rows[LAW]["width"][:-1]) == pytest.approx(10 * (3 + np.log10(2.5e6)), abs=0.05)
     assert float(rows[HELD]["width"][:-1]) == pytest.approx(10 * (3 + np.log10(0.25)), abs=0.05)
     assert "gradients_are_gradients_of_the_loss" in bars["note"]
-    assert (
-        "targets_reach_the_params" not in bars["note"]
-    )  # it asks for a case, and measures nothing
+    assert "targets_reach_the_params" not in bars["note"]  # a witness law measures no error
 
 
 def test_a_counterexample_is_a_small_table():
-    """A batch row by row, a history call by call; what is large is cut."""
+    """A batch has a row for each example, a history a row for each call; large ones are cut."""
     batch, history = (each["table"] for each in _of_check(checked())["groups"])
     assert batch["head"] == ["row", *(f"x[{d}]" for d in range(8)), "…", "y"]
     assert len(batch["rows"]) == 9
     assert batch["rows"][0][:2] == ["0", "-1"]
     assert batch["rows"][0][-2:] == ["…", "-1"]
     assert batch["caption"] == (
-        "The batch; seed 0, lr 0.1, after 2 steps on the same batch, x of shape (12, 11)"
+        "Batch; seed 0, lr 0.1, after 2 steps on the same batch, x of shape (12, 11)"
     )
     assert history["rows"] == [
         ["1", "begin", "a batch of shape (1, 1), lr 0.5"],
@@ -261,8 +257,8 @@ def test_a_counterexample_is_a_small_table():
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here to look at the page with")
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("of", ["check", "upgrade"])
-def test_a_browser_shows_all_of_it_without_sideways_scrolling(text, tmp_path, of, width):
-    """The page is as wide as the window, and so is all text but what scrolls inside it."""
+def test_a_browser_shows_all_text_without_horizontal_scrolling(text, tmp_path, of, width):
+    """The page fits the window, except for elements that scroll by themselves."""
     shown = text if of == "upgrade" else page([checked()])
     frame = tmp_path / "frame.html"
     frame.write_text(

@@ -1,4 +1,4 @@
-"""How a leaf moves since: in words where they explain every value, and none where they do not."""
+"""``explanation``: what explains a change of a leaf, if it explains every value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STATE = [[path, "float32", [4]] for path in (MEAN, VAR, WEIGHT)]
 
 
 def recording(old=None, *, rounding=0, **how):
-    """Three steps of three leaves, with rounding errors within the noise; of ``old``, a replay."""
+    """Three steps of three leaves, with rounding errors within the noise; a replay of ``old``."""
     batches, errors = np.random.default_rng(0), np.random.default_rng(rounding)
     trees = [{"state": {"leaves": STATE, "containers": ""}} for _ in SHAPES]
     made = Recording({"shapes": SHAPES, "steps": 3, "trees": trees}, {}, "made here")
@@ -43,24 +43,34 @@ def moved(state, batch, rows, momentum=0.9, divisor=0, rate=0.1, shift=0.0):
 @pytest.mark.parametrize(
     ("then", "now", "leaf", "words"),
     [
-        ({}, {"momentum": 0.99}, MEAN, "the batch weighs 0.1 times what it did: another momentum"),
-        ({}, {"momentum": 0.1}, VAR, "the batch weighs 9 times what it did: another momentum"),
-        ({}, {"momentum": 1.0}, VAR, "it stays what it was before the step"),
-        ({}, {"divisor": 1}, VAR, "as if the variance were divided by N - 1 where it was by N"),
-        ({"divisor": 1}, {}, VAR, "as if the variance were divided by N where it was by N - 1"),
-        ({}, {"rate": 0.2}, WEIGHT, "it moves 2 times as far as it did"),
-        ({}, {"rate": -0.1}, WEIGHT, "it moves 1 times as far as it did, the other way"),
+        (
+            {},
+            {"momentum": 0.99},
+            MEAN,
+            "the batch has 0.1 times the weight it had: another momentum",
+        ),
+        ({}, {"momentum": 0.1}, VAR, "the batch has 9 times the weight it had: another momentum"),
+        ({}, {"momentum": 1.0}, VAR, "the step leaves it unchanged"),
+        ({}, {"divisor": 1}, VAR, "as if the variance were divided by N - 1 instead of N"),
+        ({"divisor": 1}, {}, VAR, "as if the variance were divided by N instead of N - 1"),
+        ({}, {"rate": 0.2}, WEIGHT, "it moves 2 times as far as before"),
+        (
+            {},
+            {"rate": -0.1},
+            WEIGHT,
+            "it moves 1 times as far as before, in the opposite direction",
+        ),
     ],
 )
-def test_what_explains_every_value_is_said(then, now, leaf, words):
-    """Momentum, divisor and rate are told apart, each by the values alone."""
+def test_an_explanation_of_every_value_is_given(then, now, leaf, words):
+    """Momentum, divisor and learning rate are recognised by the values alone."""
     old = recording(**then)
     assert explanation(old, recording(old, rounding=1, **now), leaf) == f"in every case {words}"
 
 
 @pytest.mark.parametrize("leaf", [MEAN, VAR, WEIGHT])
-def test_what_explains_some_values_is_not_said(leaf):
-    """A term that was added is neither sentence; nor are two changes at once."""
+def test_an_explanation_of_some_values_is_not_given(leaf):
+    """Neither an added term nor two changes at once fit a hypothesis."""
     old = recording()
     assert explanation(old, recording(old, rounding=1, shift=1e-3), leaf) == ""
     if leaf == VAR:
@@ -68,8 +78,8 @@ def test_what_explains_some_values_is_not_said(leaf):
         assert explanation(old, both, leaf) == ""
 
 
-def test_one_value_that_disagrees_silences_it():
-    """Not most values: every one."""
+def test_one_value_that_disagrees_rules_an_explanation_out():
+    """It must explain every value."""
     old = recording()
     new = recording(old, rounding=1, momentum=0.99)
     assert explanation(old, new, MEAN)
@@ -77,8 +87,8 @@ def test_one_value_that_disagrees_silences_it():
     assert explanation(old, new, MEAN) == ""
 
 
-def test_noise_hides_what_cannot_be_known():
-    """Where rounding leaves no digits, or nothing moves, nothing is claimed."""
+def test_noise_rules_an_explanation_out():
+    """If rounding leaves no digits, or nothing changes, no explanation is given."""
     old = recording()
     new = recording(old, rounding=1, momentum=0.99)
     for name in [name for name in new.arrays if "/noise/" in name]:

@@ -1,4 +1,4 @@
-"""Which changes may pass: every difference is judged once, every entry accounted for."""
+"""Policies: every difference is judged once, and every entry is used, stale or expired."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnverify.errors import UsageError
-from bnverify.upgrade.difference import KINDS, Difference
-from bnverify.upgrade.policy import FAILING, Acceptance, Bounds, Policy, Verdict, apply, find, load
+from bnverify.upgrade.policy import (
+    FAILING,
+    KINDS,
+    Acceptance,
+    Bounds,
+    Difference,
+    Policy,
+    Verdict,
+    apply,
+    find,
+    load,
+)
 
 TODAY = dt.date(2026, 6, 15)
 TOMORROW = TODAY + dt.timedelta(days=1)
@@ -49,7 +59,7 @@ def acceptance(**changes) -> Acceptance:
 
 @given(policies, st.lists(differences, max_size=5))
 def test_every_difference_is_judged_exactly_once(policy, found):
-    """Failing, accepted and reported hold all differences, none twice."""
+    """Failing, accepted and reported together contain each difference once."""
     verdict = apply(policy, found, TODAY)
     judged = [*verdict.failing, *(d for d, _ in verdict.accepted), *verdict.reported]
     assert sorted(map(repr, judged)) == sorted(map(repr, found))
@@ -57,7 +67,7 @@ def test_every_difference_is_judged_exactly_once(policy, found):
 
 @given(policies, st.lists(differences, max_size=5))
 def test_every_entry_is_used_stale_or_expired(policy, found):
-    """No entry goes unaccounted for: it covers something, or is named."""
+    """An entry matches something, or is reported."""
     verdict = apply(policy, found, TODAY)
     for entry in policy.accept:
         used = any(entry.covers(d) for d in found) and not entry.expired(TODAY)
@@ -66,7 +76,7 @@ def test_every_entry_is_used_stale_or_expired(policy, found):
 
 @given(policies, st.lists(differences, max_size=5))
 def test_only_failing_classes_fail(policy, found):
-    """What fails is of a failing class, and no valid entry covers it."""
+    """A failing difference has a failing class, and no valid entry matches it."""
     verdict = apply(policy, found, TODAY)
     assert verdict.ok == (verdict.failing == ())
     for failing in verdict.failing:
@@ -76,7 +86,7 @@ def test_only_failing_classes_fail(policy, found):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_by_default_initialisation_and_rounding_are_only_reported(kind):
-    """A changed random stream and a changed last place fail no upgrade by themselves."""
+    """A changed random stream or last digit does not fail an upgrade."""
     verdict = apply(Policy(), [difference(kind)], TODAY)
     assert verdict.ok == (kind in {"initialisation", "rounding"})
     assert len(verdict.reported) == verdict.ok
@@ -100,19 +110,19 @@ def test_by_default_initialisation_and_rounding_are_only_reported(kind):
     ],
 )
 def test_a_leaf_pattern_covers(pattern, leaf, covered):
-    """* is any text and ? one character; everything else stands for itself, brackets too."""
+    """* matches any text and ? one character; everything else, including brackets, is literal."""
     assert acceptance(leaf=pattern).covers(difference(leaf=leaf)) == covered
 
 
 def test_an_entry_covers_its_class_and_subject_only():
-    """An acceptance is no wider than it says."""
+    """Other classes and subjects are not accepted."""
     assert acceptance(subject="my_*").covers(difference(subject="my_model"))
     assert not acceptance(subject="my_*").covers(difference(subject="reference"))
     assert not acceptance().covers(difference("structure"))
 
 
-def test_an_entry_holds_through_its_last_day():
-    """On the day it expires it holds; on the next it does not, and is named."""
+def test_an_entry_is_valid_through_its_last_day():
+    """On the next day it has expired, and is reported."""
     policy = Policy(accept=(acceptance(expires=TODAY),))
     assert apply(policy, [difference()], TODAY).ok
     after = apply(policy, [difference()], TOMORROW)
@@ -123,7 +133,7 @@ def test_an_entry_holds_through_its_last_day():
     ("ratio", "ok"), [(1.4, True), (1.5, True), (1.6, False), (math.nan, False)]
 )
 def test_a_cost_fails_only_beyond_its_bound(ratio, ok):
-    """Costs without a bound inform; with one they fail above it."""
+    """Costs without a bound never fail."""
     policy = Policy(bounds=Bounds(run_time=1.5))
     verdict = apply(policy, [], TODAY, {"run_time": ratio, "compile_time": 9.0})
     assert verdict.ok == ok
@@ -131,7 +141,7 @@ def test_a_cost_fails_only_beyond_its_bound(ratio, ok):
 
 
 def test_a_difference_has_a_public_json_form():
-    """The class is called class there, as in the policy file."""
+    """The class is called ``class``, as in the policy file."""
     assert difference().to_json() == {
         "class": "meaning",
         "subject": "reference",
@@ -143,7 +153,7 @@ def test_a_difference_has_a_public_json_form():
     }
 
 
-# Reading it from a file
+# Reading files.
 
 WHOLE = """
 fail = ["meaning", "rounding"]
@@ -167,8 +177,8 @@ program_size = 2
 ENTRY = '[[accept]]\nclass = "api"\nreason = "r"\nexpires = 2027-01-31\n'
 
 
-def test_a_whole_policy_is_read(tmp_path):
-    """Every key of the documentation means what it says."""
+def test_a_complete_policy_is_read(tmp_path):
+    """Every documented key has its documented meaning."""
     path = tmp_path / "bnverify.toml"
     path.write_text(WHOLE)
     assert load(path) == Policy(
@@ -190,14 +200,14 @@ def test_a_whole_policy_is_read(tmp_path):
 
 
 def test_an_empty_policy_is_the_default(tmp_path):
-    """What is not said is as if there were no file."""
+    """Missing keys have their default values."""
     path = tmp_path / "bnverify.toml"
     path.touch()
     assert load(path) == Policy(fail=frozenset(FAILING))
 
 
-def test_a_pyproject_holds_the_same_policy_under_its_table(tmp_path):
-    """[tool.bnverify] is the file bnverify.toml."""
+def test_a_pyproject_holds_the_policy_in_its_table(tmp_path):
+    """[tool.bnverify] has the same content as bnverify.toml."""
     own = tmp_path / "bnverify.toml"
     own.write_text(ENTRY)
     expected = load(own)
@@ -210,18 +220,18 @@ def test_a_pyproject_holds_the_same_policy_under_its_table(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[tool]", "tool = 1", "[tool.other]\na = 1"])
-def test_without_a_policy_the_default_holds(tmp_path, text):
-    """No file, or a pyproject.toml that does not mention bnverify, is no error."""
+def test_without_a_policy_the_default_is_used(tmp_path, text):
+    """No file, or a pyproject.toml without the table, is not an error."""
     assert find(tmp_path) == Policy()
     (tmp_path / "pyproject.toml").write_text(text)
     assert find(tmp_path) == Policy()
 
 
-def test_two_policies_are_refused(tmp_path):
-    """One of them would be ignored in silence."""
+def test_two_policies_are_rejected(tmp_path):
+    """One of them would silently be ignored."""
     (tmp_path / "bnverify.toml").touch()
     (tmp_path / "pyproject.toml").write_text("[tool.bnverify]")
-    with pytest.raises(UsageError, match="are two policies; keep one"):
+    with pytest.raises(UsageError, match="have settings; keep one"):
         find(tmp_path)
     (tmp_path / "pyproject.toml").write_text("[tool.other]")
     (tmp_path / "bnverify.toml").write_text('fail = ["api"]')
@@ -241,7 +251,7 @@ def test_two_policies_are_refused(tmp_path):
             "zzz = 1",
             "unknown key zzz; allowed are target, profile, select, ignore, format, fail, accept, bounds, failure$",
         ),
-        ('fail = "api"', "fail = 'api' is not allowed: Expected a list, got text"),
+        ('fail = "api"', "fail = 'api' is not allowed: Expected a list, got a string"),
         ('fail = ["apis"]', r"fail\[0\] = 'apis' is not allowed.* not one of api, structure"),
         ("fail = [[]]", r"fail\[0\] = '\[\]' is not allowed"),
         ("accept = 1", "accept = '1' is not allowed: Expected a list"),
@@ -257,7 +267,7 @@ def test_two_policies_are_refused(tmp_path):
         (ENTRY.replace("2027-01-31", '"soon"'), r"expires = 'soon' is not allowed: .*2027-01-31"),
         (ENTRY.replace("2027-01-31", "2027-01-31T00:00:00"), r"expires = .*: Expected a date"),
         (ENTRY.replace("2027-01-31", "20270131"), r"expires = '20270131' is not allowed"),
-        (ENTRY + "leaf = 3", r"accept\[0\]\.leaf = '3' is not allowed: Expected text"),
+        (ENTRY + "leaf = 3", r"accept\[0\]\.leaf = '3' is not allowed: Expected a string"),
         (ENTRY + 'subject = ""', r"accept\[0\]\.subject = '' is not allowed: .*empty"),
         ("bounds = 1", "bounds = '1' is not allowed: Expected a table"),
         ("[bounds]\nruntime = 1.0", r"unknown key bounds\.runtime.*did you mean 'run_time'"),
@@ -268,8 +278,8 @@ def test_two_policies_are_refused(tmp_path):
         ('[bounds]\nrun_time = "2"', "Expected a number"),
     ],
 )
-def test_a_doubtful_policy_is_refused(tmp_path, text, message):
-    """The one message names the file, the key, the value and what is allowed."""
+def test_an_invalid_policy_is_rejected(tmp_path, text, message):
+    """The message names the file, the key, the value and what is allowed."""
     path = tmp_path / "bnverify.toml"
     path.write_text(text)
     with pytest.raises(UsageError, match=message) as caught:
@@ -277,8 +287,8 @@ def test_a_doubtful_policy_is_refused(tmp_path, text, message):
     assert str(path) in str(caught.value)
 
 
-def test_a_table_that_is_none_is_refused(tmp_path):
-    """In a pyproject.toml the whole policy may be of the wrong type."""
+def test_a_policy_that_is_not_a_table_is_rejected(tmp_path):
+    """In a pyproject.toml the whole value may have the wrong type."""
     path = tmp_path / "pyproject.toml"
     path.write_text("[tool]\nbnverify = 1")
     with pytest.raises(UsageError, match=r"tool\.bnverify = '1' is not allowed: Expected a table"):
@@ -286,7 +296,7 @@ def test_a_table_that_is_none_is_refused(tmp_path):
 
 
 def test_a_missing_or_unreadable_file_is_one_message(tmp_path):
-    """No traceback for a wrong path or a wrong encoding."""
+    """There is no traceback for a wrong path or encoding."""
     with pytest.raises(UsageError, match=r"cannot read the policy .*absent"):
         load(tmp_path / "absent")
     (tmp_path / "latin.toml").write_bytes(b"# \xe9\n")

@@ -1,4 +1,4 @@
-"""Real releases from the package index: both ends of what can be recorded, and the gate between."""
+"""Real releases from the package index: recording with the oldest and newest, and the gate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.nightly
 
 
 def test_the_ends_of_the_matrix_can_record(cache, monkeypatch, tmp_path):
-    """The oldest release and the newest hold what was asked for, and what they record is read here."""
+    """The oldest and the newest release are installed as requested, and their recordings can be read."""
     monkeypatch.setenv("BNVERIFY_CACHE", str(cache))
     for name in ("jax-0.4.30.txt", "jax-0.12.0.1.txt"):
         side = parse(str(PINS / name))
@@ -35,13 +35,13 @@ def test_the_ends_of_the_matrix_can_record(cache, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """One cache for the tests of this file: the environments are the same."""
+    """One cache for the tests of this file, because the environments are the same."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def judged(cache, monkeypatch, capsys):
-    """A function from the gate's target to the exit status and the JSON, from jax 0.4.38 to 0.10.2."""
+    """A function that gates a target from jax 0.4.38 to 0.10.2: exit status and JSON report."""
     monkeypatch.setenv("BNVERIFY_CACHE", str(cache))
 
     def judge(*target):
@@ -53,7 +53,7 @@ def judged(cache, monkeypatch, capsys):
 
 
 def test_between_real_releases_the_reference_keeps_its_meaning(judged):
-    """Other random numbers, told as such; values within rounding; the upgrade may pass."""
+    """Different random numbers are reported as such, values differ by rounding, and it passes."""
     status, told = judged()
     assert status == 0
     assert {d["class"] for d in told["differences"]} == {"initialisation", "rounding"}
@@ -71,7 +71,7 @@ def test_between_real_releases_the_reference_keeps_its_meaning(judged):
     ids=["momentum", "divisor", "initialiser"],
 )
 def test_a_step_that_changes_with_the_release_is_found(judged, tmp_path, altered, leaves):
-    """Momentum, divisor of the variance, initial weights: each named by its leaf, exit status 1."""
+    """Momentum, variance divisor, initial weights: each is found at its leaf, with exit status 1."""
     altered_step.alter(tmp_path, **altered)
     side = tmp_path / "side.py"
     switch = "\nimport jax\nif jax.__version_info__ < (0, 10): ALTERED = {}\n"

@@ -1,4 +1,4 @@
-"""Recording: what a step gave is kept to the bit, and can be given to it again."""
+"""Recording: results are kept bit for bit, and can be replayed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 from bnverify.errors import UsageError
 from bnverify.upgrade import record as recorder
 from bnverify.upgrade import recording
-from bnverify.upgrade.record import UnlikeError, containers, fill, named
+from bnverify.upgrade.record import TreeMismatchError, containers, fill, named
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    """Record the small step as altered, on one small shape: it compiles sooner."""
+    """A function that records the altered step, with one small shape to compile less."""
     home = tmp_path_factory.mktemp("step")
     target = altered_step.write(home)
 
@@ -35,17 +35,17 @@ def record(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(record):
-    """The step as it is."""
+    """The recording of the unaltered step."""
     return record()
 
 
 def test_the_same_step_gives_the_same_recording(record, made):
-    """Two recordings are equal to the bit, so a file under version control stays as it is."""
+    """Recordings are bit-identical, so a file under version control does not change."""
     assert record().digest == made.digest
 
 
 def test_a_recording_holds_every_output_of_every_step(record, tmp_path):
-    """States, losses, gradients, with a noise each, of every shape; and the file reads back."""
+    """States, losses and gradients of every shape have a noise, and can be read from the file."""
     made = record(rows=(2, 5))
     recording.write(tmp_path / "step.bnv", made.manifest, made.arrays)
     read = recording.read(tmp_path / "step.bnv")
@@ -60,7 +60,7 @@ def test_a_recording_holds_every_output_of_every_step(record, tmp_path):
 
 
 def test_each_step_starts_where_the_last_one_ended(made):
-    """A first recording follows its own states."""
+    """A recording that is not a replay follows its own states."""
     after = made.under("shape0/step0/value")
     before = made.before(0, 1)
     assert list(before) == list(made.leaves(0, "state"))
@@ -68,7 +68,7 @@ def test_each_step_starts_where_the_last_one_ended(made):
 
 
 def test_a_replay_starts_each_step_from_the_recorded_state(record, made):
-    """A changed momentum shows in every step by one step's worth, not by the sum of them."""
+    """A changed momentum shows in every step by one step's effect, without accumulation."""
     old = made
     new = record(old, momentum=0.5)
     before = old.before(0, 2)["batch_stats/mean"].astype(float)
@@ -79,7 +79,7 @@ def test_a_replay_starts_each_step_from_the_recorded_state(record, made):
     assert new.manifest["replays"] == old.digest
 
 
-def test_the_laws_are_judged_where_they_can_be(record):
+def test_the_laws_are_judged_where_possible(record):
     """Verdicts and the influence matrix are part of the recording."""
     made = record(laws=True)
     assert made.manifest["laws"]["batch_stats_keep_their_tree"]["status"] == "proved"
@@ -87,8 +87,8 @@ def test_the_laws_are_judged_where_they_can_be(record):
     assert "batch_stats" not in made.manifest["influence"]["matrix"]["params"]
 
 
-def test_a_step_that_does_not_run_is_refused_at_first_and_kept_in_a_replay(record, made):
-    """The old side must run; what fails on the new side is what the comparison is about."""
+def test_a_step_that_does_not_run_raises_in_a_recording_but_not_in_a_replay(record, made):
+    """The old side must run; errors on the new side are a result."""
     with pytest.raises(UsageError, match="gone since"):
         record(raises=True)
     replayed = record(made, raises=True)
@@ -96,7 +96,7 @@ def test_a_step_that_does_not_run_is_refused_at_first_and_kept_in_a_replay(recor
     assert replayed.arrays == {}
 
 
-def test_a_state_of_other_leaves_is_not_replayed_but_described(record, made):
+def test_a_state_with_other_leaves_is_described_but_not_replayed(record, made):
     """The new tree is recorded, so that the comparison can name the leaf."""
     replayed = record(made, leaf=True)
     assert "params/new" in replayed.leaves(0, "state")
@@ -105,14 +105,14 @@ def test_a_state_of_other_leaves_is_not_replayed_but_described(record, made):
 
 
 def test_a_large_state_has_fewer_cases(record):
-    """The file stays small, whatever the model."""
+    """The file stays small for any model."""
     made = record(budget=1500)
     assert made.manifest["cases"] < 4
     assert any("large state" in note for note in made.manifest["notes"])
 
 
-def test_trees_are_filled_by_path_or_in_order():
-    """A renamed path is matched in order where shapes allow, and told; other leaves are refused."""
+def test_trees_are_filled_by_path_or_by_position():
+    """Renamed paths are matched by position if shapes allow, and reported; other leaves raise."""
     tree = {"a": np.zeros(2, np.float32), "b": (np.zeros(3, np.float32),)}
     assert containers(tree) == "dict(*, tuple(*))"
     values = {path: leaf + 1 for path, leaf in named(tree).items()}
@@ -123,14 +123,14 @@ def test_trees_are_filled_by_path_or_in_order():
     same, alike = fill(tree, renamed)
     assert not alike
     assert np.array_equal(same["a"], np.ones(2))
-    with pytest.raises(UnlikeError):
+    with pytest.raises(TreeMismatchError):
         fill(tree, {"a": np.zeros(2)})
-    with pytest.raises(UnlikeError):
+    with pytest.raises(TreeMismatchError):
         fill(tree, {"a": np.zeros(3), "b/0": np.zeros(3)})
 
 
-def test_recording_needs_no_more_than_the_gate_installs():
-    """Of bnverify's own dependencies an environment has msgspec alone, and no tool of the suite."""
+def test_recording_needs_only_the_packages_the_gate_installs():
+    """Of bnverify's dependencies an environment has msgspec only."""
     code = (
         "import sys\n"
         "for name in ('hypothesis', 'pytest', 'xdist', 'packaging', 'uv'): sys.modules[name] = None\n"
@@ -143,8 +143,8 @@ def test_recording_needs_no_more_than_the_gate_installs():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_command_writes_a_file_and_refuses_in_one_line(tmp_path, monkeypatch):
-    """Status 0 with a file, status 2 with a line."""
+def test_the_command_writes_a_file_or_reports_an_error_in_one_line(tmp_path, monkeypatch):
+    """The status is 0 with a file, or 2 with a line."""
     from bnverify.cli import main
 
     monkeypatch.setattr(recorder, "ROWS", (2,))

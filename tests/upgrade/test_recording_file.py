@@ -1,4 +1,4 @@
-"""A recording's file: what goes in comes out to the bit, and nothing else comes out."""
+"""Recording files: content survives bit for bit, and anything else is rejected."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ CONTENT = {
 
 @pytest.fixture
 def sample(tmp_path):
-    """A small recording of every kind of content."""
+    """A small recording with every kind of content."""
     path = tmp_path / "sample.bnv"
     more = {
         "shape0/step0/value/batch_stats/mean": np.arange(3).astype(ml_dtypes.bfloat16),
@@ -81,7 +81,7 @@ def sample(tmp_path):
 
 
 def forge(path: Path, manifest: object, arrays: dict | None = None, **members: bytes) -> None:
-    """Write a file by other means, as somebody would who wants more than to be read."""
+    """Write a file without bnverify, as an attacker might."""
     text = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
     named = {
         "manifest": np.frombuffer(text, np.uint8),
@@ -96,12 +96,12 @@ def forge(path: Path, manifest: object, arrays: dict | None = None, **members: b
             archive.writestr(f"{name}.npy", content)
 
 
-# What goes in comes out
+# Round trips.
 
 
 @given(st.dictionaries(NAMES, ARRAYS, max_size=4))
-def test_arrays_survive_the_round_trip_to_the_bit(tmp_path_factory, arrays):
-    """Every name, dtype, shape and bit pattern is read back as it was written."""
+def test_arrays_survive_the_round_trip_bit_for_bit(tmp_path_factory, arrays):
+    """Every name, dtype, shape and bit pattern is preserved."""
     path = tmp_path_factory.getbasetemp() / "round_trip.bnv"
     arrays = {f"more/{name}": array for name, array in arrays.items()}
     write(path, MANIFEST, {**CONTENT, **arrays})
@@ -116,15 +116,15 @@ def test_arrays_survive_the_round_trip_to_the_bit(tmp_path_factory, arrays):
 
 
 def as_read():
-    """Return the parts of the manifest that are tuples once they are read."""
+    """Return the parts of the manifest that become tuples when read."""
     leaves = [tuple(row) for row in STATE["leaves"]]
     state = {**STATE, "leaves": leaves}
     return {"shapes": [(4, 2)], "trees": [{"state": state, "after": state}]}
 
 
 @pytest.mark.parametrize("dtype", EXTENDED)
-def test_the_dtypes_of_ml_dtypes_survive(tmp_path, dtype):
-    """bfloat16 and its kin keep their dtype and their bits, not-a-number among them."""
+def test_ml_dtypes_survive(tmp_path, dtype):
+    """bfloat16 and other ml_dtypes keep their dtype and bits, including NaN."""
     array = np.array([0, 1, -2, 3.5, np.nan if dtype is not ml_dtypes.int4 else 0]).astype(dtype)
     more = {"a": array, "scalar": array[1], "empty": array[:0]}
     write(tmp_path / "r", MANIFEST, {**CONTENT, **more})
@@ -135,15 +135,15 @@ def test_the_dtypes_of_ml_dtypes_survive(tmp_path, dtype):
     assert back["empty"].shape == (0,)
 
 
-def test_not_a_number_keeps_its_payload(tmp_path):
-    """NaNs differ in their bits, and a comparison to the bit must see it."""
+def test_a_nan_keeps_its_payload(tmp_path):
+    """NaNs may differ in their bits, which a bitwise comparison must see."""
     bits = np.array([0x7FC00001, 0xFFC12345, 0x80000000], np.uint32)
     write(tmp_path / "r", MANIFEST, {**CONTENT, "a": bits.view(np.float32)})
     assert read(tmp_path / "r").arrays["a"].view(np.uint32).tolist() == bits.tolist()
 
 
-def test_the_same_content_is_the_same_bytes(tmp_path):
-    """Neither the clock, the order of names, nor the layout in memory is in the file."""
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    """The file does not depend on the time, the order of names or the memory layout."""
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
     a = {**CONTENT, "x": array.T[::2]}
     b = {"x": np.ascontiguousarray(array.T[::2]).astype(">f4"), **CONTENT}
@@ -152,8 +152,8 @@ def test_the_same_content_is_the_same_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_file_of_the_same_content_is_left_alone(tmp_path):
-    """Another zlib compresses to other bytes; under version control that must be no change."""
+def test_a_file_with_the_same_content_is_not_rewritten(tmp_path):
+    """Another zlib compresses differently; under version control that must not be a change."""
     path = tmp_path / "r"
     forge(path, MANIFEST)
     other = path.read_bytes()
@@ -163,14 +163,14 @@ def test_a_file_of_the_same_content_is_left_alone(tmp_path):
     assert path.read_bytes() != other
 
 
-def test_numpy_reads_it_alone(sample):
+def test_numpy_can_read_it(sample):
     """Without bnverify a recording is an archive of arrays."""
     with np.load(sample) as archive:
         assert archive["shape0/case/x"].shape == (3, 4, 2)
         assert json.loads(archive["manifest"].tobytes())["subject"] == "made by hand"
 
 
-# What cannot be recorded
+# Invalid content when writing.
 
 
 @pytest.mark.parametrize(
@@ -181,70 +181,70 @@ def test_numpy_reads_it_alone(sample):
         ({}, {"a": np.array([object()])}, "'a' has dtype object"),
         ({}, {"a": np.array(["text"])}, "'a' has dtype str"),
         ({}, {"a": np.zeros(2, [("f", "f4")])}, "'a' has dtype void"),
-        ({}, {"manifest": np.zeros(2)}, "no array can be named 'manifest'"),
-        ({}, {"a\0b": np.zeros(2)}, "no array can be named"),
+        ({}, {"manifest": np.zeros(2)}, "'manifest' is not a valid array name"),
+        ({}, {"a\0b": np.zeros(2)}, "is not a valid array name"),
     ],
 )
-def test_what_would_not_read_back_is_refused_in_writing(tmp_path, manifest, arrays, message):
-    """The message names the file and the value, and no file appears."""
+def test_content_that_cannot_be_read_back_is_rejected(tmp_path, manifest, arrays, message):
+    """The message names the file and the value, and no file is written."""
     with pytest.raises(RecordingError, match=f"cannot write the recording .*{message}"):
         write(tmp_path / "r", {**MANIFEST, **manifest}, arrays)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_limits_hold_in_writing(tmp_path, monkeypatch):
-    """A recording that could not be read again is not written."""
+def test_limits_apply_when_writing(tmp_path, monkeypatch):
+    """A recording too large to be read is not written."""
     monkeypatch.setattr(recording, "MAX_ARRAYS", 1000)
-    with pytest.raises(RecordingError, match="1600 bytes of arrays, of at most 1000"):
+    with pytest.raises(RecordingError, match="1600 bytes of arrays exceed the limit of 1000"):
         write(tmp_path / "r", MANIFEST, {"a": np.zeros(100), "b": np.zeros(100)})
 
 
 def test_a_missing_directory_is_one_message(tmp_path):
-    """The operating system's words become the reason, with the file's name."""
+    """It has the file's name and the operating system's message."""
     with pytest.raises(RecordingError, match=r"cannot write the recording .*absent/r: .*No such"):
         write(tmp_path / "absent" / "r", MANIFEST, {})
 
 
-# What is refused in reading
+# Invalid files when reading.
 
 
 def refused(path: Path, message: str = ".") -> None:
-    """Assert that reading a file is refused in one line that names it."""
+    """Assert that reading a file raises one line that names it."""
     with pytest.raises(RecordingError, match=message) as caught:
         read(path)
     assert str(caught.value).startswith(f"cannot read the recording {path}: ")
 
 
 def test_a_missing_file_is_one_message(tmp_path):
-    """The operating system's words become the reason, with the file's name."""
+    """It has the file's name and the operating system's message."""
     refused(tmp_path / "absent", "No such file")
 
 
-def test_what_is_not_a_file_is_refused_at_once(tmp_path):
-    """A named pipe would block for ever, a device would never end."""
+def test_a_path_that_is_not_a_regular_file_is_rejected_at_once(tmp_path):
+    """A named pipe would block for ever, and a device would never end."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
         refused(path, "not a regular file")
 
 
-def test_a_giant_file_is_refused_unread(tmp_path):
-    """A sparse terabyte costs nothing to make and everything to read."""
+def test_a_huge_file_is_rejected_unread(tmp_path):
+    """A sparse terabyte is cheap to create, but would take for ever to read."""
     with (tmp_path / "giant").open("wb") as file:
         file.truncate(2**40)
-    refused(tmp_path / "giant", "more than any recording takes")
+    refused(tmp_path / "giant", "exceeds that of any recording")
 
 
-def test_truncation_is_refused(sample, tmp_path):
-    """A file cut anywhere is refused."""
+def test_a_truncated_file_is_rejected(sample, tmp_path):
+    """A file cut at any position is rejected."""
     whole = sample.read_bytes()
     cut = tmp_path / "cut"
     for size in range(0, len(whole), 3):
         cut.write_bytes(whole[:size])
-        refused(cut, "truncated or altered")
+        refused(cut, "truncated, altered")
 
 
 def test_no_flipped_bit_changes_the_content(sample, tmp_path):
-    """A file with one bit of it flipped is refused, or still reads as the same recording."""
+    """A file with one flipped bit is rejected, or still reads as the same recording."""
     whole, content = sample.read_bytes(), read(sample).digest
     flipped = tmp_path / "flipped"
     count = 0
@@ -256,42 +256,42 @@ def test_no_flipped_bit_changes_the_content(sample, tmp_path):
             assert read(flipped).digest == content
         except RecordingError:
             count += 1
-    assert count > 600  # the rest are dates, attributes and the like
+    assert count > 600  # the others are in dates, attributes and similar fields
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "truncated or altered"),
-        (b"PK\x03\x04", "truncated or altered"),
+        (b"", "truncated, altered"),
+        (b"PK\x03\x04", "truncated, altered"),
         (b"bnverify-recording 1 anything\n", "format 1; record again"),
     ],
 )
-def test_what_is_no_archive_is_refused(tmp_path, data, message):
-    """Each refusal says what the file is instead."""
+def test_files_that_are_not_archives_are_rejected(tmp_path, data, message):
+    """The message says what the file is instead."""
     (tmp_path / "r").write_bytes(data)
     refused(tmp_path / "r", message)
 
 
-def test_an_archive_of_something_else_is_refused(tmp_path):
-    """It says what makes a recording."""
+def test_other_archives_are_rejected(tmp_path):
+    """The message says how to make a recording."""
     with zipfile.ZipFile(tmp_path / "r", "w") as archive:
         archive.writestr("hello.txt", "hello")
     refused(tmp_path / "r", "bnverify record -o FILE")
 
 
-def test_a_bomb_is_refused_before_it_grows(tmp_path, monkeypatch):
-    """What a small file unpacks to is declared in it, and counted before anything is unpacked."""
+def test_a_zip_bomb_is_rejected_before_it_is_unpacked(tmp_path, monkeypatch):
+    """The declared unpacked sizes are added up first."""
     forge(tmp_path / "r", MANIFEST, {**CONTENT, "a": np.zeros(2**20)})
     monkeypatch.setattr(recording, "MAX_ARRAYS", 2**20)
-    refused(tmp_path / "r", "bytes of arrays, of at most")
+    refused(tmp_path / "r", "bytes of arrays exceed the limit")
     forge(tmp_path / "r", b" " * 2**20)
     monkeypatch.setattr(recording, "MAX_JSON", 2**16)
-    refused(tmp_path / "r", "bytes of manifest, of at most")
+    refused(tmp_path / "r", "bytes of manifest exceed the limit")
 
 
-def test_members_that_are_repeated_or_packed_otherwise_are_refused(tmp_path):
-    """Another reader would take the other one, or not read it at all."""
+def test_repeated_or_differently_compressed_members_are_rejected(tmp_path):
+    """Other readers might read another member, or none."""
     forge(tmp_path / "r", MANIFEST)
     with zipfile.ZipFile(tmp_path / "r", "a") as archive:
         archive.writestr("manifest", b"")
@@ -299,11 +299,11 @@ def test_members_that_are_repeated_or_packed_otherwise_are_refused(tmp_path):
     forge(tmp_path / "r", MANIFEST)
     with zipfile.ZipFile(tmp_path / "r", "a", zipfile.ZIP_LZMA) as archive:
         archive.writestr("more.npy", b"x" * 100)
-    refused(tmp_path / "r", "compressed in an unknown way")
+    refused(tmp_path / "r", "unknown compression method")
 
 
 def npy(header: str, data: bytes = b"") -> bytes:
-    """Return an array's bytes with any header."""
+    """Return an .npy file with the given header."""
     text = f"{header}\n".encode("latin1")
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
 
@@ -312,26 +312,29 @@ def npy(header: str, data: bytes = b"") -> bytes:
     ("content", "message"),
     [
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", b"1234"), "EOF"),
-        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}", b"12345"), "numbers alone"),
+        (
+            npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}", b"12345"),
+            "not purely numeric",
+        ),
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2**60,)}"), "cannot be read"),
         (npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**60},)}}"), "cannot be read"),
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-1,)}"), "cannot be read"),
         (npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", b"x"), "allow_pickle"),
-        (npy("{'descr': '|S9', 'fortran_order': False, 'shape': (0,)}"), "numbers alone"),
+        (npy("{'descr': '|S9', 'fortran_order': False, 'shape': (0,)}"), "not purely numeric"),
         (npy("{'descr': '|b1', 'fortran_order': False, 'shape': (1,)}", b"\2"), "other than 0 and"),
         (npy("[" * 5000), "cannot be read"),
         (npy("__import__('os').abort()"), "cannot be read"),
         (b"not an array", "cannot be read"),
     ],
 )
-def test_a_forged_array_is_refused(tmp_path, content, message):
-    """No code, no objects, no more and no fewer bytes than declared."""
+def test_a_forged_array_is_rejected(tmp_path, content, message):
+    """No code, no objects, and exactly as many bytes as declared."""
     forge(tmp_path / "r", MANIFEST, more=content)
     refused(tmp_path / "r", message)
 
 
 def test_pickled_objects_are_not_loaded(tmp_path):
-    """A recording runs none of its maker's code."""
+    """Reading a recording executes none of its content."""
 
     class Evil:
         def __reduce__(self):
@@ -370,8 +373,8 @@ def test_pickled_objects_are_not_loaded(tmp_path):
     ],
     ids=str,
 )
-def test_a_manifest_that_lies_is_refused(tmp_path, change):
-    """Nothing that is not a recording of a step reaches the comparison."""
+def test_an_inconsistent_manifest_is_rejected(tmp_path, change):
+    """Only recordings of a step reach the comparison."""
     forge(tmp_path / "r", {**MANIFEST, **change})
     refused(tmp_path / "r")
 
@@ -379,34 +382,34 @@ def test_a_manifest_that_lies_is_refused(tmp_path, change):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "manifest is not that of a recording"),
-        (b"[]", "manifest is not that of a recording"),
+        (b"", "manifest is invalid"),
+        (b"[]", "manifest is invalid"),
         (b"{}", "missing required field `content`"),
         (b'{"content": 99}', "version 99, not 2; record again"),
         (b'{"content": 2}', "missing required field"),
         (json.dumps(MANIFEST).encode()[:-1], "truncated"),
-        (json.dumps({**MANIFEST, "costs": {"a": float("nan")}}).encode(), "manifest is not"),
-        (b'{"content": 2, "seed": ' + b"9" * 9999 + b"}", "manifest is not"),
-        (b'{"content": 2, "a": ' + b"[" * 99_999, "manifest is not"),
-        (b'{"content": 2, "subject": "\xff"}', "manifest is not"),
+        (json.dumps({**MANIFEST, "costs": {"a": float("nan")}}).encode(), "manifest is invalid"),
+        (b'{"content": 2, "seed": ' + b"9" * 9999 + b"}", "manifest is invalid"),
+        (b'{"content": 2, "a": ' + b"[" * 99_999, "manifest is invalid"),
+        (b'{"content": 2, "subject": "\xff"}', "manifest is invalid"),
     ],
 )
-def test_a_manifest_that_is_none_is_refused(tmp_path, text, message):
-    """It must be JSON, and have every part."""
+def test_an_invalid_manifest_is_rejected(tmp_path, text, message):
+    """It must be JSON and complete."""
     forge(tmp_path / "r", text)
     refused(tmp_path / "r", message)
 
 
 @given(st.binary(max_size=200))
-def test_no_manifest_escapes_the_one_exception(tmp_path_factory, text):
-    """Whatever the bytes, the answer is a recording or a RecordingError."""
+def test_any_manifest_gives_a_recording_or_a_recording_error(tmp_path_factory, text):
+    """No other exception is raised, whatever the bytes."""
     path = tmp_path_factory.getbasetemp() / "noise.bnv"
     forge(path, text)
     refused(path)
 
 
-def test_the_module_loads_without_jax():
-    """Recordings are read where no jax is, and quickly."""
+def test_the_module_imports_no_jax():
+    """Recordings can be read quickly, and where jax is not installed."""
     code = "import sys, bnverify.upgrade.recording; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -1,4 +1,4 @@
-"""What `--from` and `--to` may say, and what is understood by it."""
+"""What `--from` and `--to` accept, and how it is parsed."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ PINS = Path(__file__).parents[2] / "pins"
     ],
 )
 def test_a_list_is_split_between_requirements(text, specifiers):
-    """Commas inside a version range or extras do not separate."""
+    """Commas within version ranges or extras do not separate."""
     requirement = parse(text)
     assert requirement.specifiers == specifiers
 
 
-def test_the_words_have_their_meaning():
-    """`installed` is this interpreter, `latest` is open."""
+def test_installed_and_latest():
+    """`installed` is this interpreter, `latest` has no pins."""
     assert parse("installed").python == Path(sys.executable)
     latest = parse("latest")
     assert latest == Requirement("latest", latest.directory)
 
 
-def test_a_file_is_found_from_the_directory_given(tmp_path):
-    """A relative path does not depend on where the process stands."""
+def test_a_relative_path_starts_from_the_given_directory(tmp_path):
+    """It does not depend on the process's working directory."""
     (tmp_path / "reqs.txt").write_text("jax==0.9.2\n")
     requirement = parse("reqs.txt", tmp_path)
     assert requirement.file == tmp_path / "reqs.txt"
 
 
-def test_a_virtual_environment_is_named_by_its_directory_or_its_python(tmp_path):
-    """What was altered by hand can be a side of a comparison."""
+def test_a_virtual_environment_is_named_by_its_directory_or_interpreter(tmp_path):
+    """A manually altered environment can be a side of a comparison."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
     (tmp_path / "pyvenv.cfg").touch()
@@ -66,12 +66,12 @@ def test_a_virtual_environment_is_named_by_its_directory_or_its_python(tmp_path)
         ("jax\n--index-url=x", "not a list of requirements"),
         ("absent.txt", "there is no file"),
         ("some/where", "there is no file"),
-        ("sub", "a directory and not a virtual environment"),
+        ("sub", "a directory but not a virtual environment"),
         ("binary.txt", "cannot read the requirements file"),
     ],
 )
-def test_anything_else_is_refused(tmp_path, text, message):
-    """The message says what was looked for; no option of uv can be smuggled into a list."""
+def test_anything_else_is_rejected(tmp_path, text, message):
+    """The message says what was expected; options for uv cannot be smuggled into a list."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "binary.txt").write_bytes(b"\xff")
     with pytest.raises(UsageError, match=message):
@@ -90,14 +90,14 @@ def test_anything_else_is_refused(tmp_path, text, message):
         ("latest", []),
     ],
 )
-def test_old_jax_keeps_what_is_not_named_from_being_too_new(text, caps):
-    """Sets that resolve and then fail at import are ruled out, where nothing else was asked for."""
+def test_with_old_jax_unnamed_packages_are_not_too_new(text, caps):
+    """Sets that resolve but cannot be imported are excluded, unless they are requested."""
     assert parse(text).constraints() == caps
 
 
 @pytest.mark.parametrize("path", sorted(PINS.glob("*.txt")), ids=lambda path: path.stem)
-def test_our_own_pins_leave_nothing_open(path):
-    """Each file of pins names every package by one version, jax, jaxlib, flax and optax among them."""
+def test_our_own_pin_files_are_complete(path):
+    """Each pins every package to one version, including jax, jaxlib, flax and optax."""
     requirement = parse(str(path))
     assert {"jax", "jaxlib", "flax", "optax"} <= requirement.pinned()
     assert requirement.constraints() == []
@@ -106,8 +106,8 @@ def test_our_own_pins_leave_nothing_open(path):
 @pytest.mark.parametrize(
     "line", ["jax", "jax>=1", "-r other.txt", "--index-url=x", "-e .", "./wheel"]
 )
-def test_a_file_with_room_is_not_settled(tmp_path, line):
-    """Another day it may mean other releases, so its meaning is not kept."""
+def test_a_file_with_unpinned_lines_is_not_pinned(tmp_path, line):
+    """It may resolve to other releases later, so its resolution is not cached."""
     path = tmp_path / "reqs.txt"
     path.write_text("jax==0.9.2 # new\n\nflax==0.12.6 ; python_version > '3'\n")
     assert parse(str(path)).pinned() == {"jax", "flax"}

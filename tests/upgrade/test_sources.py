@@ -1,4 +1,4 @@
-"""What a target is made of: its project, which files are sources, and their hash."""
+"""The files of a target: its project, which files are sources, and their hash."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bnverify.upgrade.sources import locate
 
 @pytest.fixture
 def project(tmp_path):
-    """Make a project with sources, and with what is none."""
+    """Make a project with sources and other files."""
     root = tmp_path / "project"
     for name in (
         *("pyproject.toml", "src/model/__init__.py", "src/model/data.json"),
@@ -29,13 +29,13 @@ def project(tmp_path):
 SOURCES = ["pyproject.toml", "src/alias", "src/model/__init__.py", "src/model/data.json"]
 
 
-def test_without_git_hidden_and_built_files_are_left_out(project):
-    """Nor are environments or byte code sources."""
+def test_without_git_hidden_and_built_files_are_skipped(project):
+    """So are virtual environments and byte code."""
     assert [str(name) for name in sources.files(project)] == SOURCES
 
 
-def test_under_git_it_decides(project):
-    """Tracked files and new ones count, ignored and deleted ones do not."""
+def test_under_git_ignored_files_are_skipped(project):
+    """Tracked and new files count, ignored and deleted ones do not."""
     git = ["git", "-C", str(project)]
     (project / ".gitignore").write_text(".venv\nenv\n*.pyc\n.git-not\n")
     (project / "gone.py").touch()
@@ -46,23 +46,23 @@ def test_under_git_it_decides(project):
     assert names == [".gitignore", "build/z.py", *SOURCES]
 
 
-def test_a_directory_that_git_ignores_is_walked(project):
-    """A package installed into an ignored environment of a checkout has sources all the same."""
+def test_a_directory_ignored_by_git_is_walked(project):
+    """A package installed into an ignored environment inside a checkout has sources, too."""
     git = ["git", "-C", str(project)]
     subprocess.run([*git, "init", "-q"], check=True)
     (project / ".gitignore").write_text(".venv\n")
     assert [str(name) for name in sources.files(project / ".venv" / "lib")] == ["x.py"]
 
 
-def test_data_are_not_taken_for_sources(project, monkeypatch):
-    """A directory of checkpoints is refused before it is copied."""
+def test_a_directory_of_data_is_rejected(project, monkeypatch):
+    """Checkpoints must not be copied as sources."""
     monkeypatch.setattr(sources, "_LIMIT", 10)
-    with pytest.raises(sources.TreeError, match=r"more than sources do;.*\.gitignore"):
+    with pytest.raises(sources.TreeError, match=r"above the limit of.*\.gitignore"):
         sources.files(project)
 
 
-def test_the_hash_follows_names_and_contents(project):
-    """Any change of either changes it; the place does not."""
+def test_the_hash_depends_on_names_and_contents(project):
+    """It does not depend on the location."""
     names = sources.files(project)
     before = sources.digest(project, names)
     moved = project.rename(project.with_name("moved"))
@@ -72,16 +72,16 @@ def test_the_hash_follows_names_and_contents(project):
     assert sources.digest(moved, names[:-1]) != sources.digest(moved, names)
 
 
-def test_a_copy_holds_the_sources(project, tmp_path):
-    """Links stay links, and nothing else comes along."""
+def test_a_copy_contains_the_sources_only(project, tmp_path):
+    """Symlinks stay symlinks."""
     names = sources.files(project)
     sources.copy(project, names, tmp_path / "copy")
     assert sources.files(tmp_path / "copy") == names
     assert (tmp_path / "copy" / "src" / "alias").is_symlink()
 
 
-def test_an_edit_of_the_target_or_its_neighbours_is_seen(tmp_path):
-    """The cache must not answer for another step."""
+def test_an_edit_of_the_target_or_its_neighbours_changes_the_hash(tmp_path):
+    """Otherwise the cache would return the recording of another step."""
     target = altered_step.write(tmp_path)
     seen = {locate(target).digest}
     (tmp_path / "beside.py").write_text("x = 1\n")
@@ -96,8 +96,8 @@ def test_an_edit_of_the_target_or_its_neighbours_is_seen(tmp_path):
     assert len(seen) == 4
 
 
-def test_the_project_is_the_nearest_that_builds(tmp_path, monkeypatch):
-    """Above the target's file; for a module, above the current directory."""
+def test_the_project_is_the_nearest_buildable_directory(tmp_path, monkeypatch):
+    """It is above the target's file or, for a module, above the working directory."""
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     inner = tmp_path / "steps"
     inner.mkdir()

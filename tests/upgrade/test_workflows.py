@@ -1,6 +1,6 @@
-"""Workflows, the action and the hook: valid, pinned, least privileged, and what they run is understood.
+"""Workflows, the action and the hook: valid, pinned, least privilege, and their commands parse.
 
-actionlint and zizmor say more, see tox.ini; this needs neither.
+actionlint and zizmor check more, see tox.ini; this test needs neither.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FUNCTIONS = {"hashFiles", "cancelled", "always", "failure", "success"}
 
 def load(path):
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    document["on"] = document.pop(True)  # YAML 1.1 reads the key as a truth value
+    document["on"] = document.pop(True)  # YAML 1.1 parses the key as a boolean
     return document
 
 
@@ -45,13 +45,13 @@ def steps(workflow):
 
 
 def test_there_are_workflows():
-    """A user's for pull requests and for every night; ours."""
+    """Users' workflows for pull requests and nightly runs, and our own."""
     assert [path.name for path in COPIED] == ["upgrade-gate.yml", "upgrade-nightly.yml"]
     assert [path.stem for path in OURS] == ["docs", "nightly", "release", "test"]
 
 
-def test_every_key_is_one_that_github_knows(workflow):
-    """A misspelt key is ignored by nobody here."""
+def test_every_key_is_known_to_github(workflow):
+    """GitHub would ignore a misspelt key."""
     assert set(workflow) <= TOP
     for job in workflow["jobs"].values():
         assert set(job) <= JOB
@@ -63,16 +63,16 @@ def test_every_key_is_one_that_github_knows(workflow):
         assert ("uses" in step) != ("run" in step)
 
 
-def test_actions_are_of_a_version_and_the_token_may_only_read(workflow):
-    """What writes says so in its own job."""
+def test_actions_are_pinned_and_the_token_is_read_only(workflow):
+    """A job that writes declares it."""
     assert workflow["permissions"] == {"contents": "read"}
     version = r"actions/[a-z-]+@(v\d+|[0-9a-f]{40})|pypa/gh-action-pypi-publish@release/v1"
     for step in steps(workflow):
         assert re.fullmatch(version, step.get("uses", "actions/x@v1"))
 
 
-def test_ours_run_environments_that_tox_has():
-    """Every environment of a matrix is one that tox.ini names, or is made of its factors."""
+def test_our_workflows_run_existing_tox_environments():
+    """Every environment in a matrix is in tox.ini, or is composed of its factors."""
     config = configparser.ConfigParser(interpolation=None)
     config.read(ROOT / "tox.ini")
     named = {section.removeprefix("testenv:") for section in config.sections()}
@@ -86,8 +86,8 @@ def test_ours_run_environments_that_tox_has():
                 assert env in named
 
 
-def test_commands_of_bnverify_are_understood():
-    """Every one in a copied workflow, in the action and in the hook is one that the parser takes."""
+def test_bnverify_commands_parse():
+    """Every command in the workflows, the action and the hook is accepted by the parser."""
     action = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
     hooks = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
     scripts = [step["run"] for path in COPIED for step in steps(load(path)) if "run" in step]
@@ -106,8 +106,8 @@ def test_commands_of_bnverify_are_understood():
         build_parser().parse_args([word.replace("$PROFILE", "ci") for word in words])
 
 
-def test_the_action_passes_on_each_of_its_inputs():
-    """By the environment, for an expression in a script is an injection."""
+def test_the_action_passes_its_inputs_through_the_environment():
+    """An expression in a script would be an injection."""
     action = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
     used = set(re.findall(r"inputs\.([\w-]+)", repr(action["runs"])))
     assert used == set(action["inputs"])
@@ -115,8 +115,8 @@ def test_the_action_passes_on_each_of_its_inputs():
         assert "${{" not in step["run"]
 
 
-def test_expressions_name_what_exists(workflow):
-    """Every ``${{ }}`` is closed and begins with a context or a function of GitHub's."""
+def test_expressions_are_valid(workflow):
+    """Every ``${{ }}`` is closed and begins with a known context or function."""
     text = repr(workflow)
     found = re.findall(r"\$\{\{(.*?)\}\}", text)
     assert len(found) == text.count("${{")
@@ -130,8 +130,8 @@ BASH = shutil.which("bash")
 
 
 @pytest.mark.skipif(BASH is None, reason="no bash here to parse the scripts")
-def test_scripts_are_shell_and_hold_no_expressions(workflow):
-    """An expression in a script is an injection; values come by the environment."""
+def test_scripts_are_shell_without_expressions(workflow):
+    """An expression in a script would be an injection; values come from the environment."""
     for step in steps(workflow):
         if "run" in step:
             assert "${{" not in step["run"]

@@ -1,4 +1,4 @@
-"""A package index of a few hundred bytes: wheels made on the spot, for uv to find in a directory."""
+"""A tiny package index: wheels made on the spot in a directory that uv searches."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 def wheel(
     directory: Path, name: str, version: str, *lines: str, code: str = "", python: str = "py3"
 ) -> Path:
-    """Make a wheel of one module, and return its path.
+    """Make a wheel with one module, and return its path.
 
     Args:
         directory: where to put it.
-        name: of the distribution and the module.
-        version: of the distribution; the module's `version` too.
-        lines: of its metadata, as `Requires-Dist: jax>=1`.
+        name: the name of the distribution and the module.
+        version: the version of the distribution, and the module's `version`.
+        lines: lines of metadata, such as `Requires-Dist: jax>=1`.
         code: the rest of the module.
-        python: the tag of the Pythons it is for; py312 is 3.12 and newer.
+        python: the Python tag; py312 means 3.12 and newer.
     """
     about = f"{name}-{version}.dist-info"
     metadata = "\n".join([f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}", *lines, ""])
@@ -42,7 +42,7 @@ import zipfile
 from pathlib import Path
 
 def build_wheel(directory, settings=None, metadata=None):
-    Path("build").mkdir()  # as setuptools does, where it builds
+    Path("build").mkdir()  # setuptools also writes into the source directory
     lines = Path("METADATA").read_text()
     name = "mymodel-0.3-py3-none-any.whl"
     with zipfile.ZipFile(Path(directory) / name, "w") as archive:
@@ -58,7 +58,7 @@ build_editable = build_wheel
 
 
 def project(directory: Path, *dependencies: str, code: str = "import jax\n") -> Path:
-    """Make a project `mymodel` that builds with nothing but itself, and return its directory."""
+    """Make a project `mymodel` that builds without other packages, and return its directory."""
     (directory / "src").mkdir(parents=True, exist_ok=True)
     (directory / "src" / "mymodel.py").write_text(code)
     (directory / "backend.py").write_text(BACKEND)

@@ -1,4 +1,4 @@
-"""One case that breaks a law, what is observed of it, and how its numbers are compared."""
+"""One case that breaks a law, what is observed of it, and how numbers are compared."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from bnverify.subject import State
 from bnverify.transition import Transition
 
 Clues = dict[str, Any]
-"""What was recognised, by name: numbers, texts and lists of names, as JSON holds them."""
+"""What was recognised, by name: numbers, strings and lists of names, as in JSON."""
 
 Leaves = dict[str, Any]
-"""Path of a leaf -> its values in float64."""
+"""Leaf path -> values in float64."""
 
-U = 2.0**-24
+U = 2.0**-24  # half an ulp of 1 in float32
 FEW = 64 * U
-"""The roundings of a handful of float32 operations, relative to their operands."""
+"""The relative rounding error of a few float32 operations."""
 
 LOOSE = 1e-5
-"""Relative: what a float32 sum of some rows, or a loss, may be off by, far below any mistake's size."""
+"""A relative tolerance for float32 sums over rows, and losses; any mistake is much larger."""
 
 NEEDS = (
     "step:zero_statistics",
@@ -37,11 +37,11 @@ NEEDS = (
     "step:zero_lr",
     "expected_update",
 )
-"""What is observed of each case."""
+"""What is observed for each case."""
 
 
 def floats(tree: Any) -> Leaves:
-    """Return the floating-point leaves of the only case of a stacked tree."""
+    """Return the floating-point leaves of the only case in a stacked tree."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
         path_name(path): np.asarray(leaf)[0].astype(np.float64)
@@ -56,7 +56,7 @@ def equal(actual: Any, expected: Any, scale: Any, places: float = FEW) -> bool:
 
 
 def all_equal(actual: Leaves, expected: Leaves, *operands: Leaves) -> bool:
-    """Return whether trees agree within a few roundings of what they were computed from."""
+    """Return whether trees agree within a few roundings of the ``operands``."""
     if actual.keys() != expected.keys():
         return False
     return all(
@@ -66,20 +66,20 @@ def all_equal(actual: Leaves, expected: Leaves, *operands: Leaves) -> bool:
 
 
 def _holds_digits(values: Any, dtype: Any, places: float) -> bool:
-    """Return whether values that float32 would spread are all ones that a narrower type holds."""
+    """Return whether a narrower dtype represents all values, and not by chance."""
     rounded = values.astype(dtype).astype(np.float64)
     near = np.abs(values - rounded) <= places * np.abs(values)
-    few = np.abs(values * 256) == np.round(np.abs(values * 256))  # held by chance: 0, 1, 0.5
+    few = np.abs(values * 256) == np.round(np.abs(values * 256))  # narrow by chance: 0, 1, 0.5
     return bool(np.all(near | ~np.isfinite(rounded)) and np.sum(~few) >= 2)
 
 
 def narrow_type(values: Any, largest: float, places: float = 0.0) -> str:
-    """Return the name of the narrow type that holds all ``values``, or nothing.
+    """Return the name of a narrow dtype that represents all ``values``, or "".
 
     Args:
-        values: which ones.
-        largest: the largest magnitude around: what is small beside it is noise, of few digits.
-        places: how far they may be off, relative to themselves.
+        values: the numbers.
+        largest: the largest magnitude nearby; much smaller values are ignored as noise.
+        places: the relative tolerance.
     """
     values = np.ravel(values)
     values = values[np.abs(values) > 1e-5 * largest]
@@ -88,24 +88,24 @@ def narrow_type(values: Any, largest: float, places: float = 0.0) -> str:
 
 
 def largest(leaves: Leaves) -> float:
-    """Return the largest magnitude in a tree; 0 where it is empty."""
+    """Return the largest magnitude in a tree; 0 if it is empty."""
     return max((float(np.max(np.abs(leaf), initial=0)) for leaf in leaves.values()), default=0.0)
 
 
 def raw(tree: Any) -> dict[str, Any]:
-    """Return path -> the stacked leaf, of the floating-point ones."""
+    """Return path -> stacked leaf, for floating-point leaves."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {path_name(path): np.asarray(leaf) for path, leaf in paths if is_floating(leaf)}
 
 
 @dataclass
-class Seen:
-    """One case, what was observed of it, and how to ask for more.
+class ObservedCase:
+    """One case, what was observed of it, and further runs on demand.
 
     Attributes:
-        calls: the subject's functions.
-        bounds: reads the traced step.
-        case: stacked, a single one.
+        calls: the subject's compiled functions.
+        bounds: the rounding bounds of the subject.
+        case: a single case, stacked.
         t: the observed transition.
     """
 
@@ -116,7 +116,7 @@ class Seen:
 
     @property
     def rows(self) -> int:
-        """N."""
+        """The batch size N."""
         return self.case.shape[0]
 
     @property
@@ -130,31 +130,31 @@ class Seen:
         return self.calls.init(self.case)
 
     def update(self, params: Any, opt_state: Any) -> State:
-        """Return the params and the optimizer's state after its update by the step's gradient."""
+        """Return the state after an optimizer update with the step's gradient."""
         given = State(params, None, opt_state)
         return optimizer_update(self.calls, self.case, self.t.info.grads, given)
 
     @property
     def expected(self) -> State:
-        """What the optimizer makes of the step's gradient."""
+        """The state after the optimizer update with the step's gradient."""
         expected: State = self.t.facts["expected_update"]
         return expected
 
     @cached_property
     def twice(self) -> State:
-        """What it makes of it when it is asked a second time."""
+        """The state after a second update with the same gradient."""
         return self.update(self.expected.params, self.expected.opt_state)
 
     @cached_property
     def fresh(self) -> State:
-        """What it makes of it in its initial state."""
+        """The state after an update that starts from the initial optimizer state."""
         return self.update(self.t.before.params, self.initial.opt_state)
 
     @cached_property
     def own(self) -> State:
-        """The state before the step, with the batch's own moments as its statistics."""
+        """The state before the step with the batch's own moments as statistics."""
         return own_statistics(self.t.reruns, self.t.before)
 
     def loss_of(self, state: State, **batch: Any) -> float:
-        """Return the eval loss of a state, on the case's batch or another one."""
+        """Return the eval loss of a state, on the case's batch or with other x or y."""
         return float(np.ravel(self.calls.evaluate(state, self.case._replace(**batch)))[0])
