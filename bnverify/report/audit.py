@@ -1,12 +1,10 @@
-"""An audit in a terminal: the matrix of faults and laws, and what was missed, readable plain."""
+"""What a user's own tests miss, as text."""
 
 from __future__ import annotations
 
 import io
-import statistics
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
@@ -16,52 +14,30 @@ from bnverify.mistakes import MISTAKES
 from bnverify.report.symbols import in_ascii, symbols
 
 if TYPE_CHECKING:
-    from bnverify.mutants.audit import Audit, Finding
-    from bnverify.mutants.users_tests import TestsAudit, TestsFinding, Verdict
-    from bnverify.report.symbols import Symbols
+    from bnverify.audit.run import Audit, Finding, Verdict
 
-NAME = 50  # columns for a fault's name
 VERDICTS: dict[Verdict, str] = {"noticed": "green", "missed": "bold red", "not reached": "yellow"}
 
 
 def progress(total: int) -> Callable[[Finding], None]:
-    """Return a listener that tells on standard error of each finding."""
-    done = iter(range(1, total + 1))
-
-    def listener(finding: Finding) -> None:
-        what = "noticed" if finding.killed else "missed"
-        print(f"{next(done)}/{total} {finding.mutant}: {what}", file=sys.stderr, flush=True)
-
-    return listener
-
-
-def tests_progress(total: int) -> Callable[[TestsFinding], None]:
     """Return a listener that tells on standard error of each run of the tests."""
     done = iter(range(1, total + 1))
 
-    def listener(finding: TestsFinding) -> None:
+    def listener(finding: Finding) -> None:
         told = f"{next(done)}/{total} {finding.fault}: {finding.verdict}"
         print(told, file=sys.stderr, flush=True)
 
     return listener
 
 
-def show(audit: Audit | TestsAudit, file: TextIO | None = None) -> None:
-    """Print an audit; see :func:`render`."""
-    out = file or sys.stdout
-    out.write(render(audit, out))
-
-
-def render(audit: Audit | TestsAudit, stream: TextIO | None = None, verbosity: int = 0) -> str:
-    """Return the summary, and what was noticed and missed.
+def render(audit: Audit, stream: TextIO | None = None, verbosity: int = 0) -> str:
+    """Return the summary, what was noticed and what was missed, and how to fix what was missed.
 
     Args:
-        audit: of the laws, or of a user's own tests.
+        audit: what was found.
         stream: where it is to go; None: a file.
         verbosity: -1: the summary alone.
     """
-    from bnverify.mutants.audit import Audit
-
     told = io.StringIO()
     # What a closed pipe raises must reach the command line, so rich writes to memory.
     console = Console(
@@ -73,99 +49,20 @@ def render(audit: Audit | TestsAudit, stream: TextIO | None = None, verbosity: i
         emoji=False,
     )
     sign = symbols(getattr(stream, "encoding", None) or "utf-8")
-    text = summary(audit) if isinstance(audit, Audit) else tests_summary(audit)
-    console.print(Text(text, "bold"))
+    console.print(Text(summary(audit), "bold"))
     if verbosity >= 0:
         console.print()
-        if isinstance(audit, Audit):
-            _faults(console, audit, sign)
-        else:
-            _tests(console, audit)
+        _findings(console, audit)
     return told.getvalue() if sign.unicode else in_ascii(told.getvalue())
 
 
-def _faults(console: Console, audit: Audit, sign: Symbols) -> None:
-    """Print the matrix, what each law alone notices, and the survivors."""
-    laws = killers(audit)
-    console.print(Text("faults and the laws that notice them", "bold"))
-    for line in matrix(audit, laws, hit=sign.flow["may"], miss=sign.flow["cannot"]):
-        console.print(Text(line), soft_wrap=True)
-    console.print()
-    alone = audit.alone()
-    for number, law in enumerate(laws, 1):
-        kills = sum(law in finding.laws for finding in audit.findings)
-        only = f", alone {len(alone[law])}" if law in alone else ""
-        console.print(Text(f" {number:>2} {law}: {kills}{only}"), soft_wrap=True)
-    for law, names in alone.items():
-        console.print()
-        text = f"{law} alone kills: {', '.join(names)}"
-        console.print(Text("\n".join(textwrap.wrap(text, console.width - 1))))
-    _survivors(console, audit)
-
-
-def killers(audit: Audit) -> list[str]:
-    """Return the laws that notice any fault, those that notice most first."""
-    kills: dict[str, int] = {}
-    for finding in audit.findings:
-        for law in finding.laws:
-            kills[law] = kills.get(law, 0) + 1
-    return sorted(kills, key=lambda law: (-kills[law], law))
-
-
-def matrix(audit: Audit, laws: list[str], *, hit: str, miss: str) -> Iterator[str]:
-    """Yield the lines of the matrix: a column for each law, its number written downwards."""
-    numbers = [f"{number:>2}" for number in range(1, len(laws) + 1)]
-    for digit in range(2):
-        yield " " * (NAME + 2) + "".join(number[digit] for number in numbers).rstrip()
-    family = ""
-    for finding in sorted(audit.findings, key=lambda each: each.family):
-        if finding.family != family:
-            family = finding.family
-            yield family
-        cells = "".join(hit if law in finding.laws else miss for law in laws)
-        if finding.refusal:
-            cells = f"refused: {finding.refusal}"[:60]
-        elif not finding.laws:
-            cells = "survives"
-        size = "" if finding.shape is None else f" {finding.shape[0]}x{finding.shape[1]}"
-        yield f"  {finding.mutant[:NAME]:<{NAME}}{cells}{size} {finding.seconds:.1f}s"
-
-
-def _survivors(console: Console, audit: Audit) -> None:
-    if audit.survivors or audit.lost:
-        console.print()
-    for finding in audit.survivors:
-        text = f"survives: {finding.mutant}: {reason_of(finding)}"
-        console.print(Text(text), soft_wrap=True)
-    for fault, laws in audit.lost.items():
-        console.print(Text(f"lost: {fault} is no longer noticed by {', '.join(laws)}"))
-
-
-def reason_of(finding: Finding) -> str:
-    """Return why no law notices a fault."""
-    failed = f"the check itself failed: {finding.failure}" if finding.failure else ""
-    return finding.survives or failed or "a gap: no law notices it"
-
-
 def summary(audit: Audit) -> str:
-    """Return the counts in one line."""
-    total, lost = len(audit.findings), len(audit.survivors)
-    seconds = statistics.median(finding.seconds for finding in audit.findings)
-    named = sum(finding.diagnosed for finding in audit.findings)
-    return (
-        f"{total - lost} of {total} faults killed, {lost} survive, {len(audit.unexplained)} of "
-        f"them unexplained; {named} named by their mistake; median {seconds:.1f} s"
-    )
-
-
-def tests_summary(audit: TestsAudit) -> str:
     """Return the counts in one line."""
     counts = ", ".join(f"{len(audit.of(verdict))} {verdict}" for verdict in VERDICTS)
     return f"{counts}; one run takes {audit.seconds:.1f} s"
 
 
-def _tests(console: Console, audit: TestsAudit) -> None:
-    """Print what a user's tests notice, and of what they miss what was wrong and how to fix it."""
+def _findings(console: Console, audit: Audit) -> None:
     console.print(Text(f"{audit.command}, faults in {', '.join(audit.targets)}", "bold"))
     for finding in audit.findings:
         line = Text(f" {finding.verdict:<12}", VERDICTS[finding.verdict]) + Text(finding.fault)

@@ -16,9 +16,8 @@ from bnverify.report.violations import groups
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from bnverify.audit.run import Audit
     from bnverify.evidence import Evidence, Report
-    from bnverify.mutants.audit import Audit
-    from bnverify.mutants.users_tests import TestsAudit
     from bnverify.report.formats import Told
     from bnverify.upgrade.judgement import Judgement
 
@@ -88,14 +87,13 @@ class Findings:
 def findings(told: Told) -> Findings:
     """Return the findings of a report of any kind."""
     from bnverify.evidence import Report
-    from bnverify.mutants.audit import Audit
     from bnverify.upgrade.judgement import Judgement
 
     if isinstance(told, Report):
         return _of_check(told)
     if isinstance(told, Judgement):
         return _of_upgrade(told)
-    return _of_audit(told) if isinstance(told, Audit) else _of_tests(told)
+    return _of_audit(told)
 
 
 def _of_check(report: Report) -> Findings:
@@ -188,27 +186,8 @@ def _of_differences(judgement: Judgement) -> Iterator[Finding]:
 
 
 def _of_audit(audit: Audit) -> Findings:
-    from bnverify.report.audit import reason_of, summary
-
-    def one(each: Audit) -> Iterator[Finding]:
-        for finding in each.findings:
-            lost = ", ".join(finding.lost)
-            missed = not finding.killed and not finding.survives
-            laws = ", ".join(finding.laws) or finding.refusal
-            message = f"noticed by {laws}" if finding.killed else reason_of(finding)
-            if lost:
-                message = f"no longer noticed by {lost}"
-            outcome: Literal["passed", "failed"] = "failed" if missed or lost else "passed"
-            yield Finding(finding.mutant, finding.family, outcome, message)
-
-    seconds = sum(finding.seconds for finding in audit.findings)
-    ok = not audit.unexplained and not audit.lost
-    return Findings("bnverify audit", summary(audit), ok, _version(), seconds, tuple(one(audit)))
-
-
-def _of_tests(audit: TestsAudit) -> Findings:
     from bnverify.mistakes import MISTAKES
-    from bnverify.report.audit import tests_summary
+    from bnverify.report.audit import summary
 
     place = next((at for each in audit.targets if (at := targets.line(each))), None)
     outcomes: dict[str, Literal["passed", "failed", "skipped"]] = {
@@ -228,7 +207,7 @@ def _of_tests(audit: TestsAudit) -> Findings:
         for finding in audit.findings
     )
     seconds = audit.seconds + sum(finding.seconds for finding in audit.findings)
-    verdict, ok = tests_summary(audit), not audit.of("missed")
+    verdict, ok = summary(audit), not audit.of("missed")
     return Findings(audit.command, verdict, ok, _version(), seconds, found)
 
 
