@@ -94,9 +94,7 @@ def test_faults_of_unequal_shards_hold_where_shards_are_equal(wrong: Found) -> N
     for fault in PARALLEL_FAULTS.values():
         if fault.law == "unequal_shards_equal_one_device":
             found = wrong[f"{FAULTS}:{fault.name}"]
-            assert [law for law, each in found.items() if each.status == "violated"] == [
-                fault.law
-            ]
+            assert [law for law, each in found.items() if each.status == "violated"] == [fault.law]
 
 
 def test_one_device_is_enough_for_vmap() -> None:
