@@ -130,17 +130,13 @@ class Audit:
     def from_json(cls, texts: Iterable[str]) -> Audit:
         """Return what several audits found together, as one; of a fault that two had, the last."""
         found = {each["fault"]: each for text in texts for each in json.loads(text)["findings"]}
-        return cls(
-            tuple(
-                Finding(
-                    **{
-                        name: tuple(value) if isinstance(value, list) else value
-                        for name, value in each.items()
-                    }
-                )
-                for each in found.values()
-            )
-        )
+
+        def finding(each: dict[str, Any]) -> Finding:
+            lists = {name: tuple(each[name]) for name in ("laws", "lost")}
+            shape = tuple(each["shape"]) if each["shape"] else None
+            return Finding(**{**each, **lists, "shape": shape})
+
+        return cls(tuple(map(finding, found.values())))
 
 
 def audit(

@@ -139,8 +139,8 @@ def control(
     CONTROLS[name] = Control(name, sentence, make)
 
 
-def edit(base: type[CanonicalStep], parts: dict[str, Any], name: str) -> Callable[[], Subject]:
-    """Return what makes the step of ``base`` with ``parts`` replaced.
+def edit(base: type[Any], parts: dict[str, Any], name: str) -> Callable[[], Any]:
+    """Return what makes the subject of ``base`` with ``parts`` replaced.
 
     Raises:
         TypeError: a part replaces nothing.
@@ -148,8 +148,8 @@ def edit(base: type[CanonicalStep], parts: dict[str, Any], name: str) -> Callabl
     unknown = [part for part in parts if not hasattr(base, part) and callable(parts[part])]
     if unknown:
         raise TypeError(f"{name}: {base.__name__} has no part {unknown[0]!r}")
-    made: type[CanonicalStep] = type(name, (base,), parts)
-    made.right = property(lambda step: super(made, step))  # type: ignore[attr-defined] # for parts
+    made: Any = type(name, (base,), parts)
+    made.right = property(lambda step: super(made, step))
     return lambda: made().subject(name)
 
 

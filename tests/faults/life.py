@@ -111,7 +111,8 @@ def of_step(name: str, mistake: str, law: str, sentence: str, other: str) -> Non
     """Enter a step of the catalogue whose fault a longer life shows as well."""
 
     def make() -> Subject:
-        return replace(FAULTS[other].make(), name=f"fault[{name}]")
+        step: Subject = FAULTS[other].make()
+        return replace(step, name=f"fault[{name}]")
 
     LIFE_FAULTS[name] = Fault(name, "life", mistake, sentence, make, law)
 

@@ -518,11 +518,11 @@ def sharpness_pass_folded_in(wrong: bool) -> Subject:
     """Sharpness-aware minimisation keeps the statistics of its second pass, on top of the first's."""
 
     def step(state: Any, x: Any, y: Any, loss: Any) -> Any:
-        def run(params: Any, stats: Any) -> Any:
+        def passed(params: Any, stats: Any) -> Any:
             out, new = run(state, params, x, stats=stats)
             return squared(out, y).mean(), new
 
-        gradient = jax.value_and_grad(run, has_aux=True)
+        gradient = jax.value_and_grad(passed, has_aux=True)
         (value, first), grads = gradient(state.params, state.batch_stats)
         there = mapped(lambda p, g: p + 0.05 * g, state.params, grads)
         (_, second), grads = gradient(there, first)

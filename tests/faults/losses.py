@@ -85,7 +85,7 @@ def all_variables_differentiated(
 
 
 def mutable_forgotten(s: Any, params: Tree, batch_stats: Tree, x: Any, y: Any) -> tuple[Any, Tree]:
-    out = Model(s).apply({"params": params, "batch_stats": batch_stats}, x, train=True)
+    out: Any = Model(s).apply({"params": params, "batch_stats": batch_stats}, x, train=True)
     return s.error(out.reshape(-1), y), batch_stats
 
 

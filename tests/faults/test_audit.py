@@ -10,6 +10,7 @@ import pytest
 from tests.faults import FAULTS, audit
 from tests.faults.__main__ import main
 from tests.faults.audit import Audit, Finding
+from tests.faults.catalogue import learned
 
 
 def finding(name: str, *laws: str, survives: str = "", refusal: str = "") -> Finding:
@@ -75,7 +76,7 @@ def test_what_was_found_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Of a fault that was not audited, what is expected stays."""
     file, expected = tmp_path / "audit.json", tmp_path / "expected.json"
     monkeypatch.setattr(audit, "EXPECTED", expected)
-    before = audit.learned()
+    before = learned()
     law = before["sample_variance"][-1]
     file.write_text(Audit((finding("sample_variance", law),)).to_json())
     assert main(["--read", str(file), "--learn"]) == 0
