@@ -27,7 +27,7 @@ def subjects() -> dict[str, Callable[[], Subject]]:
     found: dict[str, Callable[[], Subject]] = {
         f"reference:{make.__name__}": make for make in reference.VARIANTS
     }
-    found |= {f"zoo:{name}": getattr(zoo, name) for name in zoo.HOME}
+    found |= {f"zoo:{name}": getattr(zoo, name) for name in zoo.SUBJECTS}
     found |= {f"control:{name}": control.make for name, control in CONTROLS.items()}
     return found
 

@@ -78,7 +78,7 @@ def asked(names: object, test: str) -> list[str]:
 def test_the_tiers_together_hold_everything(tiers: dict[str, bool]) -> None:
     """Every law, fault, control, subject of the zoo and optimizer; every command by default."""
     expected = [
-        *asked(zoo.HOME, "tests/zoo/test_zoo.py::test_no_law_objects"),
+        *asked(zoo.SUBJECTS, "tests/zoo/test_zoo.py::test_no_law_objects"),
         *asked(PARALLEL_FAULTS, "tests/test_parallel.py::test_each_fault_is_caught_and_named"),
         *asked(LIFE_FAULTS, "tests/test_life.py::test_each_fault_is_caught_and_named"),
         *asked(

@@ -1085,7 +1085,7 @@ def test_what_has_no_form_is_named():
 # Whole programs.
 
 
-@pytest.mark.parametrize("name", zoo.HOME)
+@pytest.mark.parametrize("name", zoo.SUBJECTS)
 def test_every_primitive_of_the_zoo_has_a_form(name):
     """No step and no evaluation of the zoo needs JAX to be read."""
     subject = bnverify.load(f"bnverify.zoo:{name}")

@@ -1,7 +1,9 @@
-"""Residual networks: He et al. 2015, https://arxiv.org/abs/1512.03385, at toy size.
+"""Residual networks and a vision transformer, at toy size: images are 2 x 2 x 1.
 
-Images are 2 x 2 x 1. The last scale of each block starts at zero, so that a block starts as the
-identity: Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 5.1.
+He et al. 2015, https://arxiv.org/abs/1512.03385. The last scale of each block starts at zero, so that a block
+starts as the identity: Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 5.1. Dosovitskiy et al. 2020,
+https://arxiv.org/abs/2010.11929, with BatchNorm where the original has LayerNorm: the statistics of a token's
+features are taken over rows and tokens.
 """
 
 from __future__ import annotations
@@ -13,12 +15,11 @@ import flax.linen as nn
 import optax
 from flax import nnx
 
-import bnverify
 from bnverify.adapters.batches import classes
+from bnverify.zoo import subjects
 
 SIDE = 2
 CLASSES = 3
-MOMENTUM = 0.9
 
 
 def images(x: Any, y: Any) -> tuple[Any, Any]:
@@ -61,7 +62,7 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Any, train: bool) -> Any:
         """Return the block of x (N, H, W, C)."""
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=MOMENTUM)
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         strides = (self.stride, self.stride)
         h = nn.Conv(self.width, (3, 3), strides, use_bias=False)(x)
         h = nn.relu(norm()(h))
@@ -83,7 +84,7 @@ class BottleneckBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Any, train: bool) -> Any:
         """Return the block of x (N, H, W, C)."""
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=MOMENTUM)
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         strides = (self.stride, self.stride)
         h = nn.relu(norm()(nn.Conv(self.width, (1, 1), use_bias=False)(x)))
         h = nn.relu(norm()(nn.Conv(self.width, (3, 3), strides, use_bias=False)(h)))
@@ -106,7 +107,7 @@ class ResNet(nn.Module):
     def __call__(self, x: Any, train: bool) -> Any:
         """Return logits (N, CLASSES) of images (N, SIDE, SIDE, 1)."""
         x = nn.Conv(2, (3, 3), use_bias=False)(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=MOMENTUM)(x))
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
         x = self.block(self.width, stride=2)(x, train)
         return nn.Dense(CLASSES)(x.mean((1, 2)))
 
@@ -123,7 +124,7 @@ class NnxBasicBlock(nnx.Module):
 
     def __init__(self, width: int, out: int, stride: int, rngs: nnx.Rngs) -> None:
         conv = partial(nnx.Conv, use_bias=False, rngs=rngs)
-        norm = partial(nnx.BatchNorm, momentum=MOMENTUM, rngs=rngs)
+        norm = partial(nnx.BatchNorm, momentum=0.9, rngs=rngs)
         self.first = conv(width, out, (3, 3), strides=(stride, stride))
         self.first_norm = norm(out)
         self.second = conv(out, out, (3, 3))
@@ -147,7 +148,7 @@ class NnxResNet(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.stem = nnx.Conv(1, 2, (3, 3), use_bias=False, rngs=rngs)
-        self.stem_norm = nnx.BatchNorm(2, momentum=MOMENTUM, rngs=rngs)
+        self.stem_norm = nnx.BatchNorm(2, momentum=0.9, rngs=rngs)
         self.block = NnxBasicBlock(2, 3, 2, rngs)
         self.out = nnx.Linear(3, CLASSES, rngs=rngs)
 
@@ -157,27 +158,93 @@ class NnxResNet(nnx.Module):
         return self.out(self.block(x).mean((1, 2)))
 
 
-def resnet() -> bnverify.Subject:
-    """Return a ResNet of a basic block in linen."""
-    return classifier(ResNet(), "zoo:resnet")
+# Of all of them.
+OPTIONS: Any = {"batch": images, "loss": cross_entropy, "features": SIDE * SIDE}
+
+subjects.linen("resnet", "A ResNet of a basic block.", ResNet(), **OPTIONS)
+subjects.linen(
+    "resnet_bottleneck",
+    "A ResNet of a bottleneck block.",
+    ResNet(block=BottleneckBlock, width=1),
+    **OPTIONS,
+)
+subjects.nnx("resnet", "A ResNet of one basic block.", NnxResNet, **OPTIONS)
 
 
-def resnet_bottleneck() -> bnverify.Subject:
-    """Return a ResNet of a bottleneck block in linen."""
-    return classifier(ResNet(block=BottleneckBlock, width=1), "zoo:resnet_bottleneck")
+# The transformer.
+
+PATCH = 1
+TOKENS = (SIDE // PATCH) ** 2
+WIDTH = 4
+HEADS = 2
 
 
-def resnet_nnx() -> bnverify.Subject:
-    """Return a ResNet of one basic block in nnx."""
-    return bnverify.nnx(
-        NnxResNet,
-        batch=images,
-        loss=cross_entropy,
-        features=SIDE * SIDE,
-        name="zoo:resnet_nnx",
-    )
+class Block(nn.Module):
+    """Attention over tokens, then an MLP, each normalised before and added to its input."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Return the block of x (N, TOKENS, WIDTH)."""
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=HEADS)(norm()(x))
+        return x + nn.Dense(WIDTH)(nn.gelu(nn.Dense(2 * WIDTH)(norm()(x))))
 
 
-def classifier(module: nn.Module, name: str) -> bnverify.Subject:
-    """Return a linen model from images to logits as a Subject."""
-    return bnverify.linen(module, batch=images, loss=cross_entropy, features=SIDE * SIDE, name=name)
+class VisionTransformer(nn.Module):
+    """Patches, positions, one block, a mean over tokens, a classifier."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Return logits (N, CLASSES) of images (N, SIDE, SIDE, 1)."""
+        x = nn.Conv(WIDTH, (PATCH, PATCH), (PATCH, PATCH), padding="VALID")(x)
+        x = x.reshape(-1, TOKENS, WIDTH)
+        x = x + self.param("positions", nn.initializers.normal(0.02), (1, TOKENS, WIDTH))
+        x = Block()(x, train)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        return nn.Dense(CLASSES)(x.mean(1))
+
+
+class NnxBlock(nnx.Module):
+    """The same block in nnx.
+
+    Args:
+        rngs: of the initial kernels.
+    """
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.before = nnx.BatchNorm(WIDTH, momentum=0.9, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
+        self.between = nnx.BatchNorm(WIDTH, momentum=0.9, rngs=rngs)
+        self.up = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs)
+        self.down = nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        """Return the block of x (N, TOKENS, WIDTH)."""
+        x = x + self.attention(self.before(x))
+        return x + self.down(nnx.gelu(self.up(self.between(x))))
+
+
+class NnxVisionTransformer(nnx.Module):
+    """The same transformer in nnx.
+
+    Args:
+        rngs: of the initial kernels.
+    """
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        stride = (PATCH, PATCH)
+        self.patches = nnx.Conv(1, WIDTH, stride, strides=stride, padding="VALID", rngs=rngs)
+        self.positions = nnx.Param(nnx.initializers.normal(0.02)(rngs(), (1, TOKENS, WIDTH)))
+        self.block = NnxBlock(rngs)
+        self.norm = nnx.BatchNorm(WIDTH, momentum=0.9, rngs=rngs)
+        self.out = nnx.Linear(WIDTH, CLASSES, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        """Return logits (N, CLASSES) of images (N, SIDE, SIDE, 1)."""
+        x = self.patches(x).reshape(-1, TOKENS, WIDTH) + self.positions
+        return self.out(self.norm(self.block(x)).mean(1))
+
+
+TRANSFORMER = "A vision transformer with BatchNorm."
+subjects.linen("vit", TRANSFORMER, VisionTransformer(), **OPTIONS)
+subjects.nnx("vit", TRANSFORMER, NnxVisionTransformer, **OPTIONS)
