@@ -1,10 +1,10 @@
 """Correct subjects against many seeds: no law may object to one.
 
-    python benchmarks/false_alarms.py --seeds 20
-    python benchmarks/false_alarms.py --seeds 100 --subjects reference:sgd control:handwritten
+    python -m benchmarks.false_alarms --seeds 20
+    python -m benchmarks.false_alarms --seeds 100 --subjects reference:sgd control:handwritten
 
-A line for each subject: how many runs, cases and seconds, and what was wrong. Exit status 1 where
-a law was violated in any run, and 2 where a name is no subject's.
+Run it from the root of the checkout. A line for each subject: how many runs, cases and seconds, and
+what was wrong. Exit status 1 where a law was violated in any run, and 2 where a name is no subject's.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 
 from bnverify import Report, Subject, reference, zoo
 from bnverify.check import Check
-from bnverify.mutants import CONTROLS
 from bnverify.profile import PROFILES
+from tests.faults import CONTROLS
 
 
 def subjects() -> dict[str, Callable[[], Subject]]:
@@ -27,7 +27,7 @@ def subjects() -> dict[str, Callable[[], Subject]]:
     found: dict[str, Callable[[], Subject]] = {
         f"reference:{make.__name__}": make for make in reference.VARIANTS
     }
-    found |= {f"zoo:{name}": getattr(zoo, name) for name in zoo.HOME}
+    found |= {f"zoo:{name}": getattr(zoo, name) for name in zoo.SUBJECTS}
     found |= {f"control:{name}": control.make for name, control in CONTROLS.items()}
     return found
 

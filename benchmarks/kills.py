@@ -1,10 +1,10 @@
 """The catalogue of faults against many seeds: each must be killed with every one.
 
-    python benchmarks/kills.py --seeds 20
-    python benchmarks/kills.py --seeds 20 --profile ci --shard 1/2
+    python -m benchmarks.kills --seeds 20
+    python -m benchmarks.kills --seeds 20 --profile ci --shard 1/2
 
-A line for each fault: whether it was killed with every seed, and the seconds it took; then how
-many were. Exit status 1 where the seeds do not agree.
+Run it from the root of the checkout. A line for each fault: whether it was killed with every seed, and
+the seconds it took; then how many were. Exit status 1 where the seeds do not agree.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import time
 
 from bnverify.check import Check
 from bnverify.errors import first_line
-from bnverify.mutants import MUTANTS, Mutant
 from bnverify.profile import PROFILES
 from bnverify.shard import Shard
+from tests.faults import FAULTS, Fault
 
 
-def survived(mutant: Mutant, profile: str, seeds: range) -> list[int]:
+def survived(fault: Fault, profile: str, seeds: range) -> list[int]:
     """Return the seeds with which no law noticed the fault, nor jax or flax refused it."""
-    check = Check(mutant.make(), profile, ignore=("life",))
+    check = Check(fault.make(), profile, ignore=("life",))
     try:
         return [seed for seed in seeds if not check.run(seed, fail_fast=True).violated]
     except Exception as error:
         kinds = {kind.__name__ for kind in type(error).__mro__}
-        if mutant.raises not in kinds:
-            print(f"{mutant.name}: the check failed: {first_line(error)}", flush=True)
+        if fault.raises not in kinds:
+            print(f"{fault.name}: the check failed: {first_line(error)}", flush=True)
             raise
         return []
 
@@ -42,21 +42,21 @@ def main() -> int:
     parser.add_argument("--shard", type=Shard.parse, help="K/N: the K-th of N parts")
     options = parser.parse_args()
     seeds = range(options.first, options.first + options.seeds)
-    faults = list(MUTANTS.values())
+    faults = list(FAULTS.values())
     if options.shard:
         faults = options.shard.take(faults)
     started, killed, differing = time.perf_counter(), 0, 0
-    for mutant in faults:
+    for fault in faults:
         began = time.perf_counter()
-        alive = survived(mutant, options.profile, seeds)
+        alive = survived(fault, options.profile, seeds)
         killed += not alive
         said = "killed"
         if len(alive) == len(seeds):
-            said = f"lives: {mutant.survives or mutant.tolerated or 'no reason is given'}"
+            said = f"lives: {fault.survives or fault.tolerated or 'no reason is given'}"
         elif alive:
             differing += 1
             said = f"lives with seeds {', '.join(map(str, alive))}"
-        print(f"{mutant.name} {said}, {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"{fault.name} {said}, {time.perf_counter() - began:.0f} s", flush=True)
     seconds = time.perf_counter() - started
     print(f"{killed} of {len(faults)} faults killed with every seed, {seconds:.0f} s")
     return 1 if differing else 0

@@ -1,14 +1,15 @@
 """Over the catalogue of faults: how often is the mistake that is named first the fault's own?
 
-    python benchmarks/naming.py                      from the recorded evidence, in a second
-    python benchmarks/naming.py --run other.jsonl    record anew: checks every fault, some minutes
+    python -m benchmarks.naming                      from the recorded evidence, in a second
+    python -m benchmarks.naming --run other.jsonl    record anew: checks every fault, some minutes
 
-The evidence of a fault is a line of JSON: the laws that it breaks, what can reach what in its step, and what
-the numbers of its violations say (``bnverify.clues``). A recording that was interrupted goes on where
-it stopped: faults that are in the file already are left as they are. Where a line says that a fault was not
-"checked", its broken laws are those of ``expected.json`` and only general cases were read; a recording
-checks it, and the later of two lines counts. Faults that no law notices, and those that JAX or Flax refuses,
-have no name to be right or wrong. Exit status 1 below 90 %.
+Run it from the root of the checkout. The evidence of a fault is a line of JSON: the laws that it
+breaks, what can reach what in its step, and what the numbers of its violations say
+(``bnverify.clues``). A recording that was interrupted goes on where it stopped: faults that are in the
+file already are left as they are. Where a line says that a fault was not "checked", its broken laws are
+those of ``expected.json`` and only general cases were read; a recording checks it, and the later of two
+lines counts. Faults that no law notices, and those that JAX or Flax refuses, have no name to be right
+or wrong. Exit status 1 below 90 %.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 from bnverify.check import Check
 from bnverify.diagnose import Known, causes, known_of
 from bnverify.errors import first_line
-from bnverify.mutants import MUTANTS, Mutant
+from tests.faults import FAULTS, Fault
 
 RECORDED = Path(__file__).with_name("naming.jsonl")
 REQUIRED = 0.9
@@ -41,24 +42,24 @@ def read(path: Path) -> dict[str, Evidence]:
     return {line["fault"]: line for line in map(json.loads, lines)}
 
 
-def checked(mutant: Mutant, profile: str) -> Evidence:
+def checked(fault: Fault, profile: str) -> Evidence:
     """Return the evidence of one fault.
 
     Raises:
         Exception: whatever the check raises over a fault that need not be refused.
     """
     try:
-        check = Check(mutant.make(), profile, ignore=("life", "parallel"))
+        check = Check(fault.make(), profile, ignore=("life", "parallel"))
         report = check.run()
     except Exception as error:
-        if mutant.raises not in {kind.__name__ for kind in type(error).__mro__}:
+        if fault.raises not in {kind.__name__ for kind in type(error).__mro__}:
             raise
-        return {"fault": mutant.name, "refused": first_line(error)}
+        return {"fault": fault.name, "refused": first_line(error)}
     # As before it was diagnosed: what has a diagnosis is not asked about again.
     results = [replace(each, cause=None) for each in report.results]
     known = known_of(results, report.influence)
     return {
-        "fault": mutant.name,
+        "fault": fault.name,
         "broken": known.broken,
         "flows": known.flows,
         "clues": known.clues,
@@ -68,12 +69,12 @@ def checked(mutant: Mutant, profile: str) -> Evidence:
 def record(path: Path, profile: str) -> None:
     """Check the faults that are not in the file, and add a line for each."""
     known = {fault for fault, line in read(path).items() if line.get("checked", True)}
-    for mutant in (each for each in MUTANTS.values() if each.name not in known):
+    for fault in (each for each in FAULTS.values() if each.name not in known):
         started = time.perf_counter()
-        line = json.dumps(checked(mutant, profile))
+        line = json.dumps(checked(fault, profile))
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        print(f"{mutant.name}, {time.perf_counter() - started:.0f} s", flush=True)
+        print(f"{fault.name}, {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def named(evidence: Evidence) -> str:
@@ -86,16 +87,16 @@ def named(evidence: Evidence) -> str:
 
 def misnamed(lines: Mapping[str, Evidence]) -> dict[str, str]:
     """Return fault -> the mistake that is named first, of those that are not called by their own."""
-    names = {fault: named(line) for fault, line in lines.items() if fault in MUTANTS}
-    return {f: name for f, name in names.items() if name and name != MUTANTS[f].mistake}
+    names = {fault: named(line) for fault, line in lines.items() if fault in FAULTS}
+    return {f: name for f, name in names.items() if name and name != FAULTS[f].mistake}
 
 
 def lost(lines: Mapping[str, Evidence]) -> dict[str, list[str]]:
     """Return fault -> the laws that are expected to notice it and did not."""
     found = {
-        fault: [law for law in MUTANTS[fault].expected if law not in line["broken"]]
+        fault: [law for law in FAULTS[fault].expected if law not in line["broken"]]
         for fault, line in lines.items()
-        if fault in MUTANTS and "broken" in line and line.get("checked", True)
+        if fault in FAULTS and "broken" in line and line.get("checked", True)
     }
     return {fault: laws for fault, laws in found.items() if laws}
 
@@ -110,18 +111,18 @@ def main() -> int:
     if options.run:
         record(path, options.profile)
     lines = read(path)
-    noticed = [fault for fault, line in lines.items() if fault in MUTANTS and line.get("broken")]
+    noticed = [fault for fault, line in lines.items() if fault in FAULTS and line.get("broken")]
     wrong = misnamed(lines)
     for fault, name in wrong.items():
-        print(f"{fault}: {MUTANTS[fault].mistake}, named {name}")
+        print(f"{fault}: {FAULTS[fault].mistake}, named {name}")
     for fault, laws in lost(lines).items():
         print(f"{fault}: no longer noticed by {', '.join(laws)}")
-    counts = Counter(MUTANTS[fault].mistake for fault in noticed)
+    counts = Counter(FAULTS[fault].mistake for fault in noticed)
     right = len(noticed) - len(wrong)
     print(
         f"{right} of {len(noticed)} faults ({right / len(noticed):.1%}), of {len(counts)} mistakes, are "
         f"first called by their own; {len(lines) - len(noticed)} more break no law or are refused, "
-        f"{len(MUTANTS) - len(lines)} are not recorded"
+        f"{len(FAULTS) - len(lines)} are not recorded"
     )
     return 0 if right >= REQUIRED * len(noticed) else 1
 

@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from bnverify.audit.run import Audit, Finding
 from bnverify.diagnose import diagnosed
 from bnverify.errors import UsageError
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import STEP_LAWS
-from bnverify.mutants.audit import Audit, Finding
-from bnverify.mutants.users_tests import TestsAudit, TestsFinding
 from bnverify.shard import Shard
 
 Part: TypeAlias = Mapping[str, Any]
-Merged: TypeAlias = Report | Audit | TestsAudit
+Merged: TypeAlias = Report | Audit
 
 SAME = ("bnverify", "versions", "subject", "command", "targets", "profile", "seed", "of")
 """What all shards of one piece of work say alike, where they say it."""
@@ -41,11 +40,7 @@ def merge(texts: Mapping[str, str]) -> Merged:
         raise UsageError(f"shards of different work: {' and '.join(sorted(kinds))}")
     for field in SAME:
         _same(field, parts)
-    if "results" in ordered[0]:
-        return _report(ordered)
-    if "command" in ordered[0]:
-        return _tests_audit(ordered)
-    return Audit(tuple(_finding(each) for each in _whole(ordered, "findings", "mutant")))
+    return _report(ordered) if "results" in ordered[0] else _audit(ordered)
 
 
 def _read(name: str, text: str) -> Part:
@@ -53,7 +48,7 @@ def _read(name: str, text: str) -> Part:
         data = json.loads(text)
     except ValueError as error:
         raise UsageError(f"{name} is not JSON: {error}") from None
-    if not isinstance(data, dict) or not {"results", "findings"} & set(data):
+    if not isinstance(data, dict) or not {"results", "command"} & set(data):
         raise UsageError(f"{name} was not written by `bnverify check` or `bnverify audit`")
     if "shard" not in data or "of" not in data:
         raise UsageError(f"{name} is no shard: it was written without --shard K/N")
@@ -78,9 +73,7 @@ def _in_order(parts: Mapping[str, Part]) -> list[Part]:
 
 
 def _kind(part: Part) -> str:
-    if "results" in part:
-        return "check"
-    return "audit --tests" if "command" in part else "audit"
+    return "check" if "results" in part else "audit"
 
 
 def _same(field: str, parts: Mapping[str, Part]) -> None:
@@ -128,13 +121,7 @@ def _report(parts: Sequence[Part]) -> Report:
     )
 
 
-def _finding(data: Mapping[str, Any]) -> Finding:
-    shape = tuple(data["shape"]) if data["shape"] is not None else None
-    laws = {name: tuple(data[name]) for name in ("laws", "lost")}
-    return Finding(**{**data, **laws, "shape": shape})
-
-
-def _tests_audit(parts: Sequence[Part]) -> TestsAudit:
-    findings = tuple(TestsFinding(**each) for each in _whole(parts, "findings", "fault"))
+def _audit(parts: Sequence[Part]) -> Audit:
+    findings = tuple(Finding(**each) for each in _whole(parts, "findings", "fault"))
     seconds = max(part["seconds"] for part in parts)  # each ran the tests as they are, too
-    return TestsAudit(parts[0]["command"], tuple(parts[0]["targets"]), seconds, findings)
+    return Audit(parts[0]["command"], tuple(parts[0]["targets"]), seconds, findings)

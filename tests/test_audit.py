@@ -1,11 +1,9 @@
-"""The audit: what the laws notice, and what a user's own tests would miss."""
+"""The audit: what a user's own tests would miss."""
 
-import io
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree as ET
 
 import jax
@@ -13,15 +11,11 @@ import numpy as np
 import pytest
 
 from bnverify import cli, reference
+from bnverify.audit.faults import FAULTS, faulty, get, put
+from bnverify.audit.run import Audit, Finding, Order, audit
 from bnverify.errors import UsageError
 from bnverify.mistakes import MISTAKES
-from bnverify.mutants import MUTANTS, users_tests
-from bnverify.mutants.audit import Audit, Finding
-from bnverify.mutants.substitution import Order
-from bnverify.mutants.transplant import TRANSPLANTS, faulty, get, put
-from bnverify.mutants.users_tests import audit_tests
 from bnverify.report import formats
-from bnverify.report.audit import draw, killers, matrix, show
 from bnverify.report.formats import FORMATS
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "audited"
@@ -48,42 +42,23 @@ X = np.array([[1.0, 2.0], [0.5, -1.0], [3.0, 0.0]], np.float32)
 Y = np.array([1.0, 0.0, -1.0], np.float32)
 
 
-def finding(name: str, *laws: str, survives: str = "", refusal: str = "") -> Finding:
-    return Finding(name, "family", laws, refusal, 1.0, (2, 1) if laws else None, True, survives)
-
-
-AUDIT = Audit(
-    (
-        finding("one", "law_a", "law_b"),
-        finding("two", "law_b"),
-        finding("three", survives="equivalent: <nothing> differs"),
-        finding("four", refusal="TypeError: no"),
-        finding("five"),
-    )
-)
-
-
-def parsed(picture: str) -> ET.Element:
-    return ET.fromstring(picture)  # noqa: S314 - our own text, of a moment ago
-
-
 def step_outcome(name: str) -> tuple[object, object, list[str]]:
     """The right and the faulty outcome of a second step of Adam, and what the fault said."""
     touched: list[str] = []
     subject = reference.adam()
-    wrong = faulty(subject, TRANSPLANTS[name], lambda: touched.append(name))
+    wrong = faulty(subject, FAULTS[name], lambda: touched.append(name))
     state, _ = subject.step(subject.init(0, X), X, Y, np.float32(0.1))
     right, faulted = (each.step(state, X, Y, np.float32(0.1)) for each in (subject, wrong))
     evaluated = [each.evaluate(state, X, Y) for each in (subject, wrong)]
     return (right, evaluated[0]), (faulted, evaluated[1]), touched
 
 
-@pytest.mark.parametrize("name", sorted(TRANSPLANTS))
+@pytest.mark.parametrize("name", sorted(FAULTS))
 def test_each_fault_changes_its_part_and_nothing_else(name: str) -> None:
-    """A transplanted fault changes what it says it changes, and all else is to the bit."""
+    """A fault changes what it says it changes, and all else is to the bit."""
     ((right, info), loss), ((wrong, wrong_info), wrong_loss), touched = step_outcome(name)
     assert touched
-    part = TRANSPLANTS[name].part
+    part = FAULTS[name].part
     pairs = {
         "params": (right.params, wrong.params),
         "batch_stats": (right.batch_stats, wrong.batch_stats),
@@ -100,8 +75,8 @@ def test_each_fault_changes_its_part_and_nothing_else(name: str) -> None:
         )
     }
     assert changed == {part}
-    assert TRANSPLANTS[name].mistake in MISTAKES
-    assert TRANSPLANTS[name].sentence.endswith(".")
+    assert FAULTS[name].mistake in MISTAKES
+    assert FAULTS[name].sentence.endswith(".")
 
 
 def test_states_of_every_kind_are_changed_alike() -> None:
@@ -114,7 +89,7 @@ def test_states_of_every_kind_are_changed_alike() -> None:
 def test_a_part_without_leaves_is_not_touched() -> None:
     """Plain SGD has no optimizer state to forget: the fault says it was not reached."""
     touched: list[int] = []
-    fault = TRANSPLANTS["optimizer_state_dropped"]
+    fault = FAULTS["optimizer_state_dropped"]
     wrong = faulty(reference.sgd, fault, lambda: touched.append(1))()
     wrong.step(wrong.init(0, X), X, Y, np.float32(0.1))
     assert touched == []
@@ -132,7 +107,7 @@ def test_the_example_misses_what_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(EXAMPLE)
     before = sorted(os.listdir())
     names = ("statistics_dropped", "statistics_folded_twice")
-    found = audit_tests("pytest -q", [STEP, EVALUATE], [TRANSPLANTS[name] for name in names])
+    found = audit("pytest -q", [STEP, EVALUATE], [FAULTS[name] for name in names])
     assert [each.verdict for each in found.findings] == ["noticed", "missed"]
     assert sorted(os.listdir()) == before
 
@@ -149,28 +124,21 @@ def test_the_whole_list_of_what_the_example_misses_is_right(
     listed = {line.split()[1] for line in shown.splitlines() if line.startswith(" missed ")}
     assert listed == MISSED
     for name in MISSED:
-        assert f"  {name}: {TRANSPLANTS[name].sentence}" in shown
+        assert f"  {name}: {FAULTS[name].sentence}" in shown
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_audit_comes_in_every_format(name: str) -> None:
-    """What is missed without a reason fails the build, in the formats that machines read."""
-    missed = users_tests.TestsFinding(
-        "first_leaf_frozen", "update_dropped", "one stays", "missed", 1.0
-    )
-    for audit, fault in (
-        (AUDIT, "five"),
-        (users_tests.TestsAudit("pytest", ("steps.py:step",), 1.0, (missed,)), "first_leaf_frozen"),
-    ):
-        text = formats.render([audit], name)
-        assert fault in text
-        if name == "junit":
-            cases = ET.fromstring(text).iter("testcase")  # noqa: S314 - our own output
-            failed = [case.get("name") for case in cases if case.findall("failure")]
-            assert failed == [fault]
-        if name == "sarif":
-            (run,) = json.loads(text)["runs"]
-            assert [result["ruleId"] for result in run["results"]] == [fault]
+    """What is missed fails the build, in the formats that machines read."""
+    missed = Finding("first_leaf_frozen", "update_dropped", "one stays", "missed", 1.0)
+    text = formats.render([Audit("pytest", ("steps.py:step",), 1.0, (missed,))], name)
+    assert missed.fault in text
+    if name == "junit":
+        cases = ET.fromstring(text).iter("testcase")  # noqa: S314 - our own output
+        assert [case.get("name") for case in cases if case.findall("failure")] == [missed.fault]
+    if name == "sarif":
+        (run,) = json.loads(text)["runs"]
+        assert [result["ruleId"] for result in run["results"]] == [missed.fault]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +153,7 @@ def test_an_audit_comes_in_every_format(name: str) -> None:
 def test_unusable_tests_are_refused(command: str, target: str, said: str) -> None:
     """Tests that fail by themselves, or meet no target, are refused in one line."""
     with pytest.raises(UsageError, match=said):
-        audit_tests(command, [target], [])
+        audit(command, [target], [])
 
 
 def test_a_file_target_is_found_by_its_path(
@@ -194,7 +162,7 @@ def test_a_file_target_is_found_by_its_path(
     """A target may be path/file.py:name, whatever name it is imported by."""
     (tmp_path / "mine.py").write_text("def step(state):\n    return state\n")
     monkeypatch.chdir(tmp_path)
-    found = audit_tests(f"{sys.executable} -c 'import mine'", ["mine.py:step"], [])
+    found = audit(f"{sys.executable} -c 'import mine'", ["mine.py:step"], [])
     assert found.targets == ("mine.py:step",)
 
 
@@ -205,17 +173,17 @@ def test_a_sitecustomize_of_the_users_still_runs(
     (tmp_path / "sitecustomize.py").write_text("import os\nos.environ['SEEN'] = 'yes'\n")
     (tmp_path / "mine.py").write_text("import os\nstep = os.environ['SEEN']\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    assert audit_tests(f"{sys.executable} -c 'import mine'", ["mine:step"], []).findings == ()
+    assert audit(f"{sys.executable} -c 'import mine'", ["mine:step"], []).findings == ()
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--select", "no_such_fault"], "no fault is named 'no_such_fault'"),
-        (["--target", "a:b"], "there is no --tests"),
-        (["--tests", "true"], "--tests needs --target"),
+        ([], "the following arguments are required: --tests, --target"),
+        (["--tests", "true"], "the following arguments are required: --target"),
         (["--tests", "true", "--target", "a"], "a target is module:name"),
-        (["--tests", "true", "--target", "a:b", "--picture", "x.svg"], "has no laws"),
+        (["--tests", "true", "--target", "a:b", "--select", "no"], "no fault is named 'no'"),
+        (["--tests", "true", "--target", "a:b", "--shard", "60/60"], "no fault is left to audit"),
     ],
 )
 def test_unusable_arguments_are_refused(
@@ -226,67 +194,32 @@ def test_unusable_arguments_are_refused(
     assert said in capsys.readouterr().err
 
 
-def test_one_fault_of_the_catalogue_is_audited(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The command prints the matrix and writes JSON and picture."""
-    files = tmp_path / "audit.json", tmp_path / "audit.svg"
-    command = ["audit", "--select", "new_statistics_dropped", "--profile", "quick"]
-    assert cli.main([*command, "--json", str(files[0]), "--picture", str(files[1])]) == 0
-    assert "1 of 1 faults killed, 0 survive" in capsys.readouterr().out
-    assert json.loads(files[0].read_text())["killed"] == 1
-    assert parsed(files[1].read_text()).tag.endswith("svg")
+STEP_OF_A_DICT = """
+def step(state, x):
+    return {"params": state["params"] + x, "batch_stats": state["batch_stats"] + x}
+"""
+ITS_TEST = """
+import numpy as np
+from mine import step
+
+one = np.ones(2, np.float32)
+assert np.all(step({"params": one, "batch_stats": one}, one)["params"] == 2)
+"""
 
 
-def test_the_command_selects_shards_and_writes(
+def test_the_command_tells_what_the_tests_miss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A shard of a family is audited; what was found is shown, written and drawn; gaps give 1."""
-    seen: list[str] = []
-
-    def audited(mutants: Any, profile: str, **_: Any) -> Audit:
-        seen.extend(mutant.name for mutant in mutants)
-        return AUDIT
-
-    monkeypatch.setattr("bnverify.mutants.audit.audit", audited)
-    files = tmp_path / "audit.json", tmp_path / "audit.svg"
-    command = ["audit", "--select", "two_steps", "--shard", "2/3"]
-    assert cli.main([*command, "--json", str(files[0]), "--picture", str(files[1])]) == 1
-    family = [name for name, mutant in MUTANTS.items() if mutant.family == "two_steps"]
-    assert seen == family[1::3]
-    assert json.loads(files[0].read_text())["killed"] == 3
-    assert files[1].read_text() == draw(AUDIT)
-    capsys.readouterr()
-    assert cli.main([*command, "--json", "-"]) == 1
-    assert json.loads(capsys.readouterr().out)["faults"] == 5
-
-
-def test_the_matrix_reads_without_colour() -> None:
-    """Each row has one sign for each law that notices anything, survivors and refusals say so."""
-    assert killers(AUDIT) == ["law_b", "law_a"]
-    lines = list(matrix(AUDIT, killers(AUDIT), hit="x", miss="."))
-    rows = {line.split()[0]: line.split()[1:] for line in lines[3:]}
-    assert rows["one"][0] == "xx"
-    assert rows["two"][0] == "x."
-    assert rows["five"][0] == "survives"
-    assert rows["four"][:2] == ["refused:", "TypeError:"]
-
-
-def test_survivors_are_shown_with_their_reason() -> None:
-    """A survivor without a reason is called a gap, and what a law alone kills is listed."""
-    file = io.StringIO()
-    show(AUDIT, file)
-    shown = file.getvalue()
-    assert "survives: three: equivalent: <nothing> differs" in shown
-    assert "survives: five: a gap" in shown
-    assert "law_b alone kills: two" in shown
-    assert "3 of 5 faults killed, 2 survive, 1 of them unexplained" in shown
-
-
-def test_the_picture_is_whole_and_escaped() -> None:
-    """The picture is one well-formed document with a row for every fault, and loads nothing."""
-    text = draw(AUDIT)
-    root = parsed(text)
-    names = {node.text for node in root.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"one", "two", "three", "four", "five", "law_a", "law_b"} <= names
-    assert "href" not in text
+    """Tests that look at the params alone notice their fault, and miss that of the statistics."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(STEP_OF_A_DICT)
+    (tmp_path / "check.py").write_text(ITS_TEST)
+    command = ["audit", "--tests", f"{sys.executable} check.py", "--target", "mine:step"]
+    options = ["--select", "update_dropped,statistics_dropped", "--json", "audit.json"]
+    assert cli.main([*command, *options]) == 1
+    assert "1 noticed, 1 missed, 0 not reached" in capsys.readouterr().out
+    found = {
+        each["fault"]: each["verdict"]
+        for each in json.loads((tmp_path / "audit.json").read_text())["findings"]
+    }
+    assert found == {"statistics_dropped": "missed", "update_dropped": "noticed"}

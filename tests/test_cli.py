@@ -111,7 +111,6 @@ UNUSABLE = {
     "check -q -v": "not allowed with argument",
     "bisect --package jax --from 0.9.x --to 1": "--from and --to must be versions of jax, got '0.9",
     "gate --from a --to b --seed abc": "argument --seed: must be a whole number of at least 0, got",
-    "audit --seed abc": "argument --seed: must be a whole number of at least 0, got 'abc'",
     "check --shard 3/2": "a shard is K/N with K in 1 to N, got '3/2'",
     "check --shard 60/60 --select update": "no law is left to check",
     "check --select speed": "no law or family is named 'speed'",

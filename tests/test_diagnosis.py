@@ -16,9 +16,9 @@ from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import RoundingBounds
 from bnverify.laws import FAMILIES, LAWS
 from bnverify.mistakes import MISTAKES, Mistake, mistake
-from bnverify.mutants import MUTANTS
-from bnverify.mutants.learned import expected
 from bnverify.observe import CompiledSubject
+from tests.faults import FAULTS
+from tests.faults.audit import expected
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "naming.py"
 FOLLOW, SGD = "params_follow_the_optimizer", "sgd_moves_params_by_minus_lr_times_gradient"
@@ -41,7 +41,7 @@ def test_nine_of_ten_faults_of_the_catalogue_are_diagnosed_correctly() -> None:
     """The first diagnosis from the recorded evidence of each fault is the fault's own mistake."""
     naming = runpy.run_path(str(BENCHMARK))
     lines = naming["read"](naming["RECORDED"])
-    noticed = [fault for fault in MUTANTS if lines.get(fault, {}).get("broken")]
+    noticed = [fault for fault in FAULTS if lines.get(fault, {}).get("broken")]
     assert len(noticed) > 250
     assert len(naming["misnamed"](lines)) <= 0.1 * len(noticed)
 
@@ -191,7 +191,7 @@ RECOGNISED = {
 @pytest.mark.parametrize("name", RECOGNISED)
 def test_the_numbers_of_a_step_are_recognised(name: str) -> None:
     """On random cases of four rows, as in reports."""
-    subject = MUTANTS[name].make()
+    subject = FAULTS[name].make()
     tracer = Tracer(subject)
     calls = CompiledSubject(subject, "jit", tracer=tracer)
     found = read_clues(calls, RoundingBounds(tracer), general_cases((4, 2)), LAWS)
@@ -209,21 +209,21 @@ def test_a_correct_step_gives_no_clue() -> None:
     assert set(found) <= {"modes_ratio"}
 
 
-FAULTS = [
-    {"mutant": "momentum_reversed", "laws": ["momentum_is_as_declared"]},
-    {"mutant": "momentum_of_the_variance_reversed", "laws": ["momentum_is_as_declared", "gone"]},
-    {"mutant": "sign_flips_on_the_fifth_step", "laws": []},
+NOTICED = [
+    {"fault": "momentum_reversed", "laws": ["momentum_is_as_declared"]},
+    {"fault": "momentum_of_the_variance_reversed", "laws": ["momentum_is_as_declared", "gone"]},
+    {"fault": "sign_flips_on_the_fifth_step", "laws": []},
 ]
 
 
 def test_expected_laws_noticed_the_fault_in_every_audit() -> None:
     """A law that noticed a fault once but not again is not expected to notice it."""
-    assert {law for mutant in MUTANTS.values() for law in mutant.expected} <= set(LAWS)
-    again = [{"mutant": "momentum_reversed", "laws": ["variance_is_never_negative"]}]
-    assert expected([FAULTS]) == {
+    assert {law for fault in FAULTS.values() for law in fault.expected} <= set(LAWS)
+    again = [{"fault": "momentum_reversed", "laws": ["variance_is_never_negative"]}]
+    assert expected([NOTICED]) == {
         "momentum_reversed": ["momentum_is_as_declared"],
         "momentum_of_the_variance_reversed": ["momentum_is_as_declared"],
     }
-    assert expected([FAULTS, again]) == {
+    assert expected([NOTICED, again]) == {
         "momentum_of_the_variance_reversed": ["momentum_is_as_declared"]
     }

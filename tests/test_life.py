@@ -31,11 +31,11 @@ from bnverify.lifetime.fold import EmaHistory
 from bnverify.lifetime.histories import drawn, scripted
 from bnverify.lifetime.life import Life, kinds_differ, suspect, values_differ
 from bnverify.mistakes import MISTAKES
-from bnverify.mutants.life_faults import LIFE_FAULTS, correct
 from bnverify.observe import CompiledSubject
 from bnverify.profile import Profile
 from bnverify.shrink import fewest, shorten
 from bnverify.subject import State, Subject
+from tests.faults.life import LIFE_FAULTS, correct
 
 SCRIPTED = Profile("scripted", examples=0)  # one life for each way to save, nothing drawn
 FEW = Profile("few", examples=2)
@@ -105,7 +105,7 @@ def test_a_linen_model_with_dropout_holds() -> None:
 def test_each_fault_is_caught_and_named(name: str) -> None:
     """Each fault breaks the law it must break, and its mistake is the one that is named."""
     fault = LIFE_FAULTS[name]
-    found = lives(fault.make(), SCRIPTED, [fault.expected])[fault.expected]
+    found = lives(fault.make(), SCRIPTED, [fault.law])[fault.law]
     assert found.status == "violated"
     assert found.diagnosis is not None
     if name != "rate_counted_in_python" and not name.startswith("first_checkpoint"):
@@ -121,7 +121,7 @@ def test_a_counterexample_is_short_and_runs(
         monkeypatch.setattr(check, "scripted", lambda way, shape: ())
     fault = LIFE_FAULTS["statistics_not_saved"]
     lived = replace(fault.make(), subject=ADAM.subject)
-    (found,) = Lives(lived, profile, [fault.expected], "drops:statistics", ADAM).run(0)
+    (found,) = Lives(lived, profile, [fault.law], "drops:statistics", ADAM).run(0)
     assert found.counterexample is not None
     history = found.counterexample.history
     assert [call.name for call in history] == ["begin", "train", "save", "restore"]
@@ -129,7 +129,7 @@ def test_a_counterexample_is_short_and_runs(
     assert begin is train
     script = found.counterexample.script
     assert "subject = bnverify.load('drops:statistics')" in script
-    with pytest.raises(Violation, match=fault.expected):
+    with pytest.raises(Violation, match=fault.law):
         exec(  # noqa: S102 - this script was made a few lines above
             script.replace("bnverify.load('drops:statistics')", "lived"), {"lived": lived}
         )
@@ -137,7 +137,7 @@ def test_a_counterexample_is_short_and_runs(
 
 TARGET = """
 import bnverify
-from bnverify.mutants.life_faults import LIFE_FAULTS
+from tests.faults.life import LIFE_FAULTS
 
 lived = LIFE_FAULTS["statistics_not_saved"].make()
 """
@@ -161,12 +161,12 @@ def test_check_takes_a_step_with_its_own_checkpoints(
 def test_a_history_is_kept_as_data() -> None:
     """Read back from JSON it does the same: it breaks the faulty, and leaves the fixed alone."""
     fault = LIFE_FAULTS["statistics_not_saved"]
-    found = lives(fault.make(), SCRIPTED, [fault.expected])[fault.expected].counterexample
+    found = lives(fault.make(), SCRIPTED, [fault.law])[fault.law].counterexample
     assert found is not None
     text = json.dumps(found.to_json())
     again = Counterexample.from_json(json.loads(text))
     assert again.script == found.script
-    with pytest.raises(Violation, match=fault.expected):
+    with pytest.raises(Violation, match=fault.law):
         show_again(fault.make(), again)
     show_again(correct()["own_checkpoint"], again)
 
@@ -277,7 +277,7 @@ def test_the_users_machine_finds_faults(name: str) -> None:
         stateful_step_count=30,
         max_examples=300,
     )
-    with pytest.raises(Violation, match=fault.expected):
+    with pytest.raises(Violation, match=fault.law):
         run_state_machine_as_test(machine, settings=found_at_once)
 
 

@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 
+from bnverify.audit.run import Audit, Finding
 from bnverify.cli import main
 from bnverify.diagnose import diagnosed
 from bnverify.errors import UsageError
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import LAWS
 from bnverify.merge import merge
-from bnverify.mutants import (
-    users_tests,  # its classes are called Tests..., which pytest would collect
-)
-from bnverify.mutants.audit import Audit, Finding
 from bnverify.shard import Shard
 
 Shards = Callable[..., dict[str, str]]
@@ -81,7 +78,12 @@ def changed(parts: dict[str, str], name: str, **fields: Any) -> dict[str, str]:
     return {**parts, name: json.dumps({**json.loads(parts[name]), **fields})}
 
 
-KILLED = Finding("fault", "some", ("a",), "", 1.0, (1, 2), True, "")
+AUDIT = Audit(
+    "pytest",
+    ("a.py:b",),
+    2.0,
+    tuple(Finding(f"fault_{i}", "wrong_gradient", "is wrong.", "missed", 1.0) for i in range(4)),
+)
 TWO = shards(report(list(LAWS)), 2)
 REFUSED: dict[str, tuple[dict[str, str], str]] = {
     "missing": ({"1.json": TWO["1.json"]}, "missing: shard 2/2"),
@@ -118,7 +120,7 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
         f"no shard says anything of {list(LAWS)[1]}",
     ),
     "an audit": (
-        {**TWO, "2.json": Shard(2, 2).stamp(Audit((KILLED,)).to_json(), [])},
+        {**TWO, "2.json": Shard(2, 2).stamp(AUDIT.to_json(), [])},
         "shards of different work: audit and check",
     ),
 }
@@ -135,37 +137,17 @@ def test_what_is_not_all_of_one_check_is_refused(name: str) -> None:
 
 
 def test_shards_of_an_audit_make_the_whole() -> None:
-    """The findings are those of one machine, and so is what is counted from them."""
-    laws = [("a",), ("a", "b"), (), ("b",), ("c",)]
-    findings = tuple(
-        Finding(f"fault_{i}", "some", killers, "", float(i), (1, 2), True, "")
-        for i, killers in enumerate(laws)
-    )
-    whole = Audit(findings)
-    names = [finding.mutant for finding in findings]
-    texts = {
-        str(k): Shard(k, 3).stamp(Audit(tuple(Shard(k, 3).take(findings))).to_json(), names)
-        for k in (1, 2, 3)
-    }
-    assert merge(texts) == whole
-    assert merge(texts).to_json() == whole.to_json()
-
-
-def test_shards_of_an_audit_of_tests_make_the_whole() -> None:
     """Likewise, and the time of one run without a fault is that of the slowest machine."""
-    findings = tuple(
-        users_tests.TestsFinding(f"fault_{i}", "wrong_gradient", "is wrong.", "missed", 1.0)
-        for i in range(4)
-    )
-    whole = users_tests.TestsAudit("pytest", ("a.py:b",), 2.0, findings)
     texts = {
         str(k): Shard(k, 2).stamp(
-            replace(whole, seconds=float(k), findings=tuple(Shard(k, 2).take(findings))).to_json(),
-            [finding.fault for finding in findings],
+            replace(
+                AUDIT, seconds=float(k), findings=tuple(Shard(k, 2).take(AUDIT.findings))
+            ).to_json(),
+            [finding.fault for finding in AUDIT.findings],
         )
         for k in (1, 2)
     }
-    assert merge(texts) == whole
+    assert merge(texts) == AUDIT
 
 
 @pytest.fixture

@@ -16,14 +16,13 @@ from bnverify.errors import UsageError
 from bnverify.evidence import Evidence, Violation
 from bnverify.laws import LAWS
 from bnverify.mistakes import MISTAKES
-from bnverify.mutants.parallel_faults import PARALLEL_FAULTS
-from bnverify.mutants.parallel_step import axis_name
 from bnverify.parallel.check import FLAG, NAMES, environment, find, on_devices, replay
 from bnverify.profile import named
+from tests.faults.parallel import PARALLEL_FAULTS, axis_name
 
-REFERENCE = "bnverify.mutants.parallel_step:reference"
-AXIS_NAME = "bnverify.mutants.parallel_step:axis_name"
-FAULTS = "bnverify.mutants.parallel_faults"
+REFERENCE = "tests.faults.parallel:reference"
+AXIS_NAME = "tests.faults.parallel:axis_name"
+FAULTS = "tests.faults.parallel"
 VMAP = "vmap_with_an_axis_equals_one_device"
 
 CASE = bnverify.Case.of(0, [[1.0], [2.0], [3.0], [5.0]], [0.0, 1.0, 0.0, 2.0], 0.5)
@@ -68,7 +67,7 @@ def test_flax_own_axis_name_holds(right: Found) -> None:
 def test_each_fault_is_caught_and_named(name: str, wrong: Found) -> None:
     """Each fault breaks the law it must break, and its mistake is the one that is named."""
     fault = PARALLEL_FAULTS[name]
-    found = wrong[f"{FAULTS}:{name}"][fault.expected]
+    found = wrong[f"{FAULTS}:{name}"][fault.law]
     assert found.status == "violated"
     assert (found.diagnosis or "").startswith(f"{fault.mistake}:")
 
@@ -77,7 +76,7 @@ def test_each_fault_is_caught_and_named(name: str, wrong: Found) -> None:
 def test_counterexamples_read_well(wrong: Found) -> None:
     """What was found by wild numbers is shown by few rows of plain ones."""
     for fault in PARALLEL_FAULTS.values():
-        shown = wrong[f"{FAULTS}:{fault.name}"][fault.expected].counterexample
+        shown = wrong[f"{FAULTS}:{fault.name}"][fault.law].counterexample
         assert shown is not None
         assert shown.devices
         assert f"bnverify.load('{FAULTS}:{fault.name}')" in shown.script
@@ -93,11 +92,9 @@ def test_counterexamples_read_well(wrong: Found) -> None:
 def test_faults_of_unequal_shards_hold_where_shards_are_equal(wrong: Found) -> None:
     """What is wrong with padding alone is no violation without it."""
     for fault in PARALLEL_FAULTS.values():
-        if fault.expected == "unequal_shards_equal_one_device":
+        if fault.law == "unequal_shards_equal_one_device":
             found = wrong[f"{FAULTS}:{fault.name}"]
-            assert [law for law, each in found.items() if each.status == "violated"] == [
-                fault.expected
-            ]
+            assert [law for law, each in found.items() if each.status == "violated"] == [fault.law]
 
 
 def test_one_device_is_enough_for_vmap() -> None:
@@ -152,7 +149,7 @@ def test_check_takes_a_step_for_many_devices(capsys: pytest.CaptureFixture[str])
     line = ["check", target, "--profile", "quick", "--select", "parallel", "--json", "-"]
     assert main(line) == 1
     data = json.loads(capsys.readouterr().out)
-    assert data["subject"] == "mutant[gradients_summed]"
+    assert data["subject"] == "fault[gradients_summed]"
     assert [result["law"] for result in data["results"]] == list(NAMES)
     broken = {each["law"]: each for each in data["results"] if each["status"] == "violated"}
     assert set(broken) == {

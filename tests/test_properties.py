@@ -54,7 +54,7 @@ def bindings() -> dict[str, tuple[str, list[str]]]:
 def test_every_law_is_bound() -> None:
     """Each law has the property of its name, in the file of its family; none is over.
 
-    But those about whole loops: tests/mutants/test_loops.py has subjects that they apply to.
+    But those about whole loops: tests/faults/test_loops.py has subjects that they apply to.
     """
     expected = {
         f"test_{law.name}": (f"test_{law.family}", [law.name])

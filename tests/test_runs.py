@@ -22,13 +22,13 @@ from bnverify.evidence import Report
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import Known, RoundingBounds
 from bnverify.laws import LAWS, STEP_LAWS
-from bnverify.mutants import MUTANTS
 from bnverify.observe import SINGLE
 from bnverify.profile import Profile, named
 from bnverify.proof import read
 from bnverify.pytree import stack
 from bnverify.reruns import other_inputs
 from bnverify.runs import Runner, Tally
+from tests.faults import FAULTS
 
 LAW = "row_order_changes_nothing"
 FEW = Profile("few", tiny=1, shapes=0, block=32, examples=4)
@@ -304,7 +304,7 @@ def test_a_step_that_changes_its_state_is_no_internal_error(name: str) -> None:
     """A law of structure is violated; laws that compare what is no longer alike say so."""
     compared = ("step_moves_the_statistics", "equal_steps_converge_geometrically")
     laws = ["batch_stats_keep_their_tree", *compared, "statistics_fold_each_batch_once"]
-    report = verify(MUTANTS[name].make(), FEW, select=laws)
+    report = verify(FAULTS[name].make(), FEW, select=laws)
     assert [each.law for each in report.violated] == ["batch_stats_keep_their_tree"]
     assert report["statistics_fold_each_batch_once"].status == "untriggered"
     for law in compared:
@@ -329,7 +329,7 @@ def test_what_takes_many_rows_or_features_is_shown_by_few_of_the_others(
 ) -> None:
     """Found by a batch of 64 rows and 16 features, and shown by a smaller one."""
     few = Profile("few", tiny=1, shapes=2, block=64, examples=1)
-    (found,) = verify(MUTANTS[fault].make(), few, select=[law]).results
+    (found,) = verify(FAULTS[fault].make(), few, select=[law]).results
     assert (found.status, found.shape) == ("violated", shape)
 
 
@@ -405,7 +405,7 @@ def test_a_loss_of_one_axis_is_told_and_no_error() -> None:
     """It has no slope: the law about that is not judged, and a law of structure says why."""
     few = Profile("few", tiny=1, shapes=0, block=8, examples=2, eager=0)
     laws = ["training_loss_is_a_scalar", "gradients_are_gradients_of_the_loss"]
-    report = verify(MUTANTS["loss_has_one_axis"].make(), few, select=laws)
+    report = verify(FAULTS["loss_has_one_axis"].make(), few, select=laws)
     assert [each.law for each in report.violated] == ["training_loss_is_a_scalar"]
 
 

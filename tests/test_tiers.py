@@ -13,10 +13,10 @@ import pytest
 
 from bnverify import commands, zoo
 from bnverify.laws import STEP_LAWS
-from bnverify.mutants import CONTROLS, MUTANTS
-from bnverify.mutants.life_faults import LIFE_FAULTS
-from bnverify.mutants.parallel_faults import PARALLEL_FAULTS
 from bnverify.reference import VARIANTS
+from tests.faults import CONTROLS, FAULTS
+from tests.faults.life import LIFE_FAULTS
+from tests.faults.parallel import PARALLEL_FAULTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +34,7 @@ sys.exit(pytest.main(["--collect-only", "-qq", "-m", "", "-p", "no:cacheprovider
 """
 
 ENDS = {
-    "audit": "tests/test_audit.py::test_one_fault_of_the_catalogue_is_audited",
+    "audit": "tests/test_audit.py::test_the_command_tells_what_the_tests_miss",
     "bisect": "tests/upgrade/test_bisect.py::test_the_first_changed_release_is_found_in_logarithmically_many_tries",
     "check": "tests/test_docs.py::test_the_readme_shows_what_check_prints",
     "compare": "tests/upgrade/test_compare.py::test_the_command_tells_and_exits_by_the_policy",
@@ -67,7 +67,7 @@ def tiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bool]:
 OF_THE_REFERENCE = [
     law for law in STEP_LAWS.values() if not {"look", "row_weights"}.intersection(law.capabilities)
 ]
-"""The laws that apply to it; the others have subjects of their own in tests/mutants/test_loops.py."""
+"""The laws that apply to it; the others have subjects of their own in tests/faults/test_loops.py."""
 
 
 def asked(names: object, test: str) -> list[str]:
@@ -78,21 +78,21 @@ def asked(names: object, test: str) -> list[str]:
 def test_the_tiers_together_hold_everything(tiers: dict[str, bool]) -> None:
     """Every law, fault, control, subject of the zoo and optimizer; every command by default."""
     expected = [
-        *asked(zoo.HOME, "tests/zoo/test_zoo.py::test_no_law_objects"),
+        *asked(zoo.SUBJECTS, "tests/zoo/test_zoo.py::test_no_law_objects"),
         *asked(PARALLEL_FAULTS, "tests/test_parallel.py::test_each_fault_is_caught_and_named"),
         *asked(LIFE_FAULTS, "tests/test_life.py::test_each_fault_is_caught_and_named"),
         *asked(
-            CONTROLS, "tests/mutants/test_catalogue.py::test_every_step_traces_under_jit_and_vmap"
+            CONTROLS, "tests/faults/test_catalogue.py::test_every_step_traces_under_jit_and_vmap"
         ),
     ]
-    for name, mutant in MUTANTS.items():
+    for name, fault in FAULTS.items():
         test = (
             "survivors_agree_with_what_was_meant"
-            if mutant.survives
+            if fault.survives
             else "every_fault_shows_on_a_simple_batch"
         )
-        test = "what_a_library_refuses_is_named" if mutant.raises else test
-        expected.append(f"tests/mutants/test_catalogue.py::test_{test}[{name}]")
+        test = "what_a_library_refuses_is_named" if fault.raises else test
+        expected.append(f"tests/faults/test_catalogue.py::test_{test}[{name}]")
     for law in OF_THE_REFERENCE:
         test = f"properties/test_{law.family}.py::test_{law.name}"
         expected += asked(("reference[sgd]", "reference[adam]"), test)

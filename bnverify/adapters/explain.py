@@ -254,8 +254,8 @@ def is_library(filename: str) -> bool:
     path = Path(filename)
     here = Path(__file__).parents[1]
     if path.is_relative_to(here):
-        # Models and loops like a user's own.
-        return not any(path.is_relative_to(here / name) for name in ("zoo", "mutants"))
+        # Models like a user's own.
+        return not path.is_relative_to(here / "zoo")
     places = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     return any(path.is_relative_to(place) for place in places)
 

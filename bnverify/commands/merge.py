@@ -56,9 +56,6 @@ def _texts(names: Sequence[str]) -> dict[str, str]:
 
 def _status(merged: Merged) -> int:
     from bnverify.evidence import Report
-    from bnverify.mutants.audit import Audit
 
-    if isinstance(merged, Report):
-        return 0 if merged.ok else 1
-    missed = merged.unexplained if isinstance(merged, Audit) else merged.of("missed")
-    return 1 if missed else 0
+    ok = merged.ok if isinstance(merged, Report) else not merged.of("missed")
+    return 0 if ok else 1

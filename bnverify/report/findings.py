@@ -16,9 +16,8 @@ from bnverify.laws import LAWS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from bnverify.audit.run import Audit
     from bnverify.evidence import Cause, Counterexample, Evidence, Report
-    from bnverify.mutants.audit import Audit
-    from bnverify.mutants.users_tests import TestsAudit
     from bnverify.report.formats import AnyReport
     from bnverify.upgrade.policy import Judgement
 
@@ -155,14 +154,13 @@ class Findings:
 def findings(report: AnyReport) -> Findings:
     """Return the findings of any report."""
     from bnverify.evidence import Report
-    from bnverify.mutants.audit import Audit
     from bnverify.upgrade.policy import Judgement
 
     if isinstance(report, Report):
         return _of_check(report)
     if isinstance(report, Judgement):
         return _of_upgrade(report)
-    return _of_audit(report) if isinstance(report, Audit) else _of_tests(report)
+    return _of_audit(report)
 
 
 def _of_check(report: Report) -> Findings:
@@ -255,27 +253,8 @@ def _of_differences(judgement: Judgement) -> Iterator[Finding]:
 
 
 def _of_audit(audit: Audit) -> Findings:
-    from bnverify.report.audit import reason_of, summary
-
-    def one(each: Audit) -> Iterator[Finding]:
-        for finding in each.findings:
-            lost = ", ".join(finding.lost)
-            missed = not finding.killed and not finding.survives
-            laws = ", ".join(finding.laws) or finding.refusal
-            message = f"noticed by {laws}" if finding.killed else reason_of(finding)
-            if lost:
-                message = f"no longer noticed by {lost}"
-            outcome: Literal["passed", "failed"] = "failed" if missed or lost else "passed"
-            yield Finding(finding.mutant, finding.family, outcome, message)
-
-    seconds = sum(finding.seconds for finding in audit.findings)
-    ok = not audit.unexplained and not audit.lost
-    return Findings("bnverify audit", summary(audit), ok, _version(), seconds, tuple(one(audit)))
-
-
-def _of_tests(audit: TestsAudit) -> Findings:
     from bnverify.mistakes import MISTAKES
-    from bnverify.report.audit import tests_summary
+    from bnverify.report.audit import summary
 
     place = next((at for each in audit.targets if (at := targets.line(each))), None)
     outcomes: dict[str, Literal["passed", "failed", "skipped"]] = {
@@ -295,7 +274,7 @@ def _of_tests(audit: TestsAudit) -> Findings:
         for finding in audit.findings
     )
     seconds = audit.seconds + sum(finding.seconds for finding in audit.findings)
-    verdict, ok = tests_summary(audit), not audit.of("missed")
+    verdict, ok = summary(audit), not audit.of("missed")
     return Findings(audit.command, verdict, ok, _version(), seconds, found)
 
 

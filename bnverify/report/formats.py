@@ -14,12 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TextIO
 
+    from bnverify.audit.run import Audit
     from bnverify.evidence import Report
-    from bnverify.mutants.audit import Audit
-    from bnverify.mutants.users_tests import TestsAudit
     from bnverify.upgrade.policy import Judgement
 
-    AnyReport: TypeAlias = Report | Judgement | Audit | TestsAudit
+    AnyReport: TypeAlias = Report | Judgement | Audit
 
 FORMATS = ("terminal", "json", "junit", "html", "github", "sarif")
 

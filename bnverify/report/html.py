@@ -23,10 +23,9 @@ from bnverify.report.symbols import UNICODE
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from bnverify.audit.run import Audit
     from bnverify.case import Case
     from bnverify.evidence import Counterexample, Evidence, Report
-    from bnverify.mutants.audit import Audit
-    from bnverify.mutants.users_tests import TestsAudit
     from bnverify.report.formats import AnyReport
     from bnverify.upgrade.policy import Difference, Judgement
 
@@ -57,7 +56,6 @@ def _templates() -> jinja2.Environment:
 def page(reports: Sequence[AnyReport]) -> str:
     """Return the page of one report, or of several upgrades side by side."""
     from bnverify.evidence import Report
-    from bnverify.mutants.audit import Audit
     from bnverify.upgrade.policy import Judgement
 
     first = reports[0]
@@ -66,7 +64,7 @@ def page(reports: Sequence[AnyReport]) -> str:
     if isinstance(first, Judgement):
         upgrades = [each for each in reports if isinstance(each, Judgement)]
         return _render("upgrade.html", _of_upgrades(upgrades))
-    return _render("audit.html", _of_audit(first) if isinstance(first, Audit) else _of_tests(first))
+    return _render("audit.html", _of_audit(first))
 
 
 def fragment(report: Report) -> str:
@@ -530,24 +528,7 @@ def _size_cell(size: float) -> dict[str, Any]:
 
 
 def _of_audit(audit: Audit) -> dict[str, Any]:
-    from bnverify.report.audit import reason_of, summary
-
-    rows = [
-        {
-            "name": finding.mutant,
-            "group": finding.family,
-            "bad": not finding.killed and not finding.survives,
-            "verdict": "noticed" if finding.killed else "missed",
-            "what": ", ".join(finding.laws) or finding.refusal or reason_of(finding),
-        }
-        for finding in audit.findings
-    ]
-    ok = not audit.unexplained and not audit.lost
-    return _audit("Faults and the laws that notice them", summary(audit), rows, ok=ok)
-
-
-def _of_tests(audit: TestsAudit) -> dict[str, Any]:
-    from bnverify.report.audit import tests_summary
+    from bnverify.report.audit import summary
 
     rows = [
         {
@@ -559,10 +540,12 @@ def _of_tests(audit: TestsAudit) -> dict[str, Any]:
         }
         for finding in audit.findings
     ]
-    return _audit(audit.command, tests_summary(audit), rows, ok=not audit.of("missed"))
-
-
-def _audit(name: str, verdict: str, rows: list[dict[str, Any]], *, ok: bool) -> dict[str, Any]:
-    sign = _OK if ok else _BAD
-    context = {"title": f"{name}: audit", "name": name, "verdict": verdict, "ok": ok}
-    return {**context, "sign": sign, "rows": rows}
+    ok = not audit.of("missed")
+    return {
+        "title": f"{audit.command}: audit",
+        "name": audit.command,
+        "verdict": summary(audit),
+        "ok": ok,
+        "sign": _OK if ok else _BAD,
+        "rows": rows,
+    }

@@ -1,14 +1,20 @@
-"""Multilayer perceptrons: the model of every introduction, and the control without statistics."""
+"""Multilayer perceptrons, with each option of BatchNorm and around many optimizers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
 from flax import nnx
+from flax.training import train_state
 
 import bnverify
+from bnverify.zoo import subjects
 
 
 class Mlp(nn.Module):
@@ -99,21 +105,195 @@ class NnxLayerNormMlp(nnx.Module):
         return self.out(nnx.relu(self.norm(self.hidden(x))))
 
 
-def mlp() -> bnverify.Subject:
-    """Return two hidden layers in linen."""
-    return bnverify.linen(Mlp(widths=(8, 4)), name="zoo:mlp")
+subjects.linen("mlp", "Two hidden layers.", Mlp(widths=(8, 4)))
+subjects.nnx("mlp", "One hidden layer.", NnxMlp)
+for enter, model in (subjects.linen, LayerNormMlp()), (subjects.nnx, NnxLayerNormMlp):
+    enter(
+        "mlp_without_statistics",
+        "The control: no law of statistics may have anything to say of it.",
+        model,
+    )
 
 
-def mlp_nnx() -> bnverify.Subject:
-    """Return one hidden layer in nnx."""
-    return bnverify.nnx(NnxMlp, name="zoo:mlp_nnx")
+# BatchNorm with each of its options.
+
+PADDING = 3
 
 
-def mlp_without_statistics() -> bnverify.Subject:
-    """Return the control in linen: no law of statistics may have anything to say of it."""
-    return bnverify.linen(LayerNormMlp(), name="zoo:mlp_without_statistics")
+def padded(x: Any, y: Any) -> tuple[Any, Any]:
+    """Return a batch with rows of zeros at its end, and where its own rows are.
+
+    Args:
+        x: (N, D).
+        y: (N,).
+
+    Returns:
+        ((x, mask), (y, mask)), all of N + PADDING rows.
+    """
+    mask = jnp.concatenate([jnp.ones_like(y, bool), jnp.zeros(PADDING, bool)])
+    x = jnp.concatenate([x, jnp.zeros((PADDING, x.shape[1]), x.dtype)])
+    y = jnp.concatenate([y, jnp.zeros(PADDING, y.dtype)])
+    return (x, mask), (y, mask)
 
 
-def mlp_without_statistics_nnx() -> bnverify.Subject:
-    """Return the control in nnx."""
-    return bnverify.nnx(NnxLayerNormMlp, name="zoo:mlp_without_statistics_nnx")
+def masked_mse(outputs: Any, targets: Any) -> Any:
+    """Return the mean squared error of the rows that are no padding.
+
+    Args:
+        outputs: (N, 1).
+        targets: (y, mask), both (N,).
+    """
+    y, mask = targets
+    return jnp.mean((outputs[:, 0] - y) ** 2, where=mask)
+
+
+class MaskedMlp(nn.Module):
+    """An MLP for padded batches: x (N, D), mask (N,) -> (N, 1)."""
+
+    @nn.compact
+    def __call__(self, x: Any, mask: Any, train: bool) -> Any:
+        """Return the predictions; rows without a mask stay out of the statistics."""
+        x = nn.Dense(8)(x)
+        x = nn.BatchNorm(use_running_average=not train)(x, mask=mask[:, None])
+        return nn.Dense(1)(nn.relu(x))
+
+
+def with_option(
+    name: str, sentence: str, adapter: dict[str, Any] | None = None, **option: Any
+) -> None:
+    """Enter the MLP whose BatchNorm has an option, in linen and in nnx."""
+    subjects.linen(name, sentence, Mlp(**option), **(adapter or {}))
+    subjects.nnx(name, sentence, lambda din, rngs: NnxMlp(din, rngs, **option), **(adapter or {}))
+
+
+with_option("slow_variance", "The variance in two passes.", fast_variance=False)
+with_option(
+    "synchronised",
+    "Statistics shared along a mapped axis.",
+    adapter={"axis_name": "batch"},
+    axis_name="batch",
+)
+with_option(
+    "bfloat16", "Arithmetic in bfloat16 around float32 params and statistics.", dtype=jnp.bfloat16
+)
+with_option(
+    "float16", "Arithmetic in float16 around float32 params and statistics.", dtype=jnp.float16
+)
+for enter, model in (subjects.linen, MaskedMlp()), (subjects.nnx, NnxMlp):
+    enter("masked", "A padded batch whose padding is masked.", model, batch=padded, loss=masked_mse)
+
+
+# Other optimizers than plain SGD.
+
+
+def kernels(params: Any) -> Any:
+    """Return which of ``params`` are kernels, a tree of bools: what a decay is meant for."""
+    return jax.tree_util.tree_map(lambda leaf: leaf.ndim > 1, params)
+
+
+def around(name: str, sentence: str, optimizer: Any) -> None:
+    """Enter the MLP around an optimizer, a function of the learning rate."""
+    subjects.linen(name, sentence, Mlp(), optimizer=optimizer)
+
+
+around("momentum", "SGD with momentum.", lambda lr: optax.sgd(lr, momentum=0.9))
+around(
+    "nesterov",
+    "SGD with Nesterov's momentum.",
+    lambda lr: optax.sgd(lr, momentum=0.9, nesterov=True),
+)
+around("adam", "Adam.", optax.adam)
+around(
+    "adamw",
+    "AdamW, decaying the kernels alone.",
+    lambda lr: optax.adamw(lr, weight_decay=1e-2, mask=kernels),
+)
+around("lion", "Lion, whose update is a sign.", optax.lion)
+around("rmsprop", "RMSprop.", optax.rmsprop)
+around(
+    "adafactor",
+    "Adafactor, its second moments factored even for kernels as small as these.",
+    lambda lr: optax.adafactor(lr, min_dim_size_to_factor=2),
+)
+around(
+    "masked_decay",
+    "SGD with a decay that a mask keeps to the kernels.",
+    lambda lr: optax.chain(optax.masked(optax.add_decayed_weights(1e-2), kernels), optax.sgd(lr)),
+)
+around(
+    "multi_transform",
+    "Adam for the kernels and SGD for all else.",
+    lambda lr: optax.multi_transform({True: optax.adam(lr), False: optax.sgd(lr)}, kernels),
+)
+around(
+    "multi_steps",
+    "SGD that gathers the gradients of two steps.",
+    lambda lr: optax.MultiSteps(optax.sgd(lr), 2).gradient_transformation(),
+)
+around(
+    "clipped",
+    "SGD on gradients clipped to a global norm of 1.",
+    lambda lr: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(lr)),
+)
+around(
+    "injected",
+    "SGD that keeps its learning rate in its state.",
+    lambda lr: optax.inject_hyperparams(optax.sgd)(learning_rate=lr),
+)
+
+
+# An exponential moving average of the params, kept in the train state beside them. Evaluation reads the
+# average, with the running statistics of the params that are trained: what most repositories do, and what is
+# right only as long as both move slowly.
+
+
+class TrainState(train_state.TrainState):
+    """Flax's train state with the running statistics and the averaged params."""
+
+    batch_stats: Any
+    averaged: Any
+
+
+def create(rng: Any, inputs: Any, lr: float = 1e-2) -> Any:
+    """Return the state before the first step."""
+    model = Mlp()
+    variables = model.init(rng, inputs, train=False)
+    return TrainState.create(  # type: ignore[no-untyped-call]
+        apply_fn=model.apply,
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        averaged=variables["params"],
+        tx=optax.adam(lr),
+    )
+
+
+def train_step(state: Any, batch: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the next state, and the loss of this batch."""
+
+    def loss_fn(params: Any) -> Any:
+        out, updates = state.apply_fn(
+            {"params": params, "batch_stats": state.batch_stats},
+            batch["image"],
+            train=True,
+            mutable=["batch_stats"],
+        )
+        return jnp.mean((out[:, 0] - batch["label"]) ** 2), updates["batch_stats"]
+
+    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
+    averaged = optax.incremental_update(state.params, state.averaged, 0.01)
+    return state.replace(averaged=averaged), {"loss": loss}
+
+
+def eval_step(state: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the loss of the averaged params."""
+    variables = {"params": state.averaged, "batch_stats": state.batch_stats}
+    out = state.apply_fn(variables, batch["image"], train=False)
+    return {"loss": jnp.mean((out[:, 0] - batch["label"]) ** 2)}
+
+
+subjects.enter(
+    "averaged_params",
+    "A loop that evaluates the average of its params.",
+    partial(bnverify.train_state, create, train_step, eval_step),
+)

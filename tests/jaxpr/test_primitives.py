@@ -1087,7 +1087,7 @@ def test_a_missing_primitive_is_named():
 # Whole programs.
 
 
-@pytest.mark.parametrize("name", zoo.HOME)
+@pytest.mark.parametrize("name", zoo.SUBJECTS)
 def test_every_primitive_of_the_zoo_is_implemented(name):
     """No step or evaluation of the zoo needs ``through_jax``."""
     subject = bnverify.load(f"bnverify.zoo:{name}")

@@ -15,13 +15,13 @@ import pytest
 import bnverify
 from bnverify import reference
 from bnverify.laws import LAWS
-from bnverify.mutants import MUTANTS
-from bnverify.mutants.life_faults import LIFE_FAULTS
-from bnverify.mutants.loop_faults import LOOP_FAULTS
-from bnverify.mutants.parallel_faults import PARALLEL_FAULTS
 from bnverify.parallel.check import on_devices
 from bnverify.profile import Profile
 from bnverify.subject import State, Subject
+from tests.faults import FAULTS
+from tests.faults.life import LIFE_FAULTS
+from tests.faults.loops import LOOP_FAULTS
+from tests.faults.parallel import PARALLEL_FAULTS
 
 FEW = Profile("few", tiny=2, shapes=0, block=64, examples=4)
 SGD = reference.sgd()
@@ -282,7 +282,7 @@ def made(fault: str | Callable[[], Any]) -> Any:
     """Return the wrong step."""
     if callable(fault):
         return fault()
-    return {**MUTANTS, **LIFE_FAULTS, **LOOP_FAULTS}[fault].make()
+    return {**FAULTS, **LIFE_FAULTS, **LOOP_FAULTS}[fault].make()
 
 
 @pytest.mark.parametrize("fault", RED, ids=lambda fault: getattr(fault, "__name__", fault))
@@ -299,7 +299,7 @@ def test_a_fault_breaks_the_laws_that_it_is_made_for(fault: str | Callable[[], A
 
 def test_a_fault_of_many_devices_breaks_the_laws_that_it_is_made_for() -> None:
     """Likewise, all in one process with four simulated devices."""
-    targets = {f"bnverify.mutants.parallel_faults:{name}": laws for name, laws in PARALLEL.items()}
+    targets = {f"tests.faults.parallel:{name}": laws for name, laws in PARALLEL.items()}
     assert set(PARALLEL) <= set(PARALLEL_FAULTS)
     names = [law for laws in PARALLEL.values() for law in laws]
     found = on_devices(list(targets), FEW, 0, names)

@@ -26,7 +26,8 @@ DEFAULT = {
 """What the default tier checks: one of each kind. The nightly checks all."""
 
 NAMES = [
-    pytest.param(name, marks=() if name in DEFAULT else pytest.mark.nightly) for name in zoo.HOME
+    pytest.param(name, marks=() if name in DEFAULT else pytest.mark.nightly)
+    for name in zoo.SUBJECTS
 ]
 
 
@@ -49,7 +50,7 @@ def test_a_name_makes_a_subject_of_that_name(name: str) -> None:
     make = getattr(zoo, name)
     subject = make()
     assert subject.name == f"zoo:{name}"
-    assert (inspect.getdoc(make) or "").startswith("Return ")
+    assert (inspect.getdoc(make) or "").endswith(".")
     exempt = subject.exempt
     assert (EXEMPT[name] in exempt) if name in EXEMPT else not exempt
 

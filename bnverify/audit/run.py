@@ -1,0 +1,303 @@
+"""Run a user's tests once for each fault in the user's own step, and tell which faults they miss.
+
+On disk nothing is changed. The tests run with a finder on ``sys.meta_path`` that lets the target's module be
+found and executed as ever; then, before anyone has seen it, the target's name is bound to a faulty version.
+Whoever imports it, by whatever name, gets that.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import bnverify
+from bnverify.audit.faults import FAULTS, Fault, faulty
+from bnverify.errors import UsageError
+
+VARIABLE = "BNVERIFY_AUDIT"
+STARTUP = Path(__file__).parent / "startup"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be substituted in a process.
+
+    Attributes:
+        targets: each ``module:name`` or ``path/file.py:name``.
+        fault: a name in FAULTS; empty: only tell what is reached.
+        mark: a file to append to: "imported TARGET", "touched".
+    """
+
+    targets: tuple[str, ...]
+    fault: str
+    mark: str
+
+    def dump(self) -> str:
+        """Return the order as the text of the environment variable."""
+        return json.dumps([self.targets, self.fault, self.mark])
+
+    @classmethod
+    def load(cls, text: str) -> Order:
+        """Return the order in such a text."""
+        targets, fault, mark = json.loads(text)
+        return cls(tuple(targets), fault, mark)
+
+    def note(self, line: str) -> None:
+        """Append one line to the mark."""
+        with Path(self.mark).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+# In the process of the audit.
+
+Verdict = Literal["noticed", "missed", "not reached"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a user's tests say about one fault.
+
+    Attributes:
+        fault: its name.
+        mistake: a name in ``bnverify.mistakes``.
+        sentence: what is wrong, in one sentence.
+        verdict: "noticed": the tests fail; "missed": they pass; "not reached": they never run
+            what the fault would change.
+        seconds: how long the tests took.
+    """
+
+    fault: str
+    mistake: str
+    sentence: str
+    verdict: Verdict
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a user's tests say about all the faults.
+
+    Attributes:
+        command: the tests.
+        targets: where the faults were put.
+        seconds: how long the tests take without a fault.
+        findings: one for each fault.
+    """
+
+    command: str
+    targets: tuple[str, ...]
+    seconds: float
+    findings: tuple[Finding, ...]
+
+    def of(self, verdict: Verdict) -> list[Finding]:
+        """Return the findings of one verdict."""
+        return [finding for finding in self.findings if finding.verdict == verdict]
+
+    def to_json(self) -> str:
+        """Return the findings as JSON text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def audit(
+    command: str,
+    targets: Sequence[str],
+    faults: Iterable[Fault] = tuple(FAULTS.values()),
+    *,
+    listener: Callable[[Finding], None] | None = None,
+) -> Audit:
+    """Run ``command`` once as it is, then once for each fault.
+
+    Args:
+        command: as typed in a terminal; no shell reads it.
+        targets: each ``module:name`` or ``path/file.py:name``: a Subject, a function that makes
+            one, a training step or an evaluation.
+        faults: what is to be wrong, one at a time.
+        listener: told of each finding.
+
+    Raises:
+        UsageError: the tests fail, or never import a target, without any fault.
+    """
+    words = shlex.split(command)
+    with tempfile.TemporaryDirectory(prefix="bnverify-") as folder:
+        mark = Path(folder) / "mark"
+        printed = Path(folder) / "printed"
+        done, seconds = _run(words, Order(tuple(targets), "", str(mark)), None, printed)
+        if done != 0:
+            last = "\n".join(_lines(printed)[-20:])
+            raise UsageError(
+                f"the tests fail without any fault: {command} ended with {done}; it printed\n{last}"
+            )
+        seen = _lines(mark)
+        for target in targets:
+            if f"imported {target}" not in seen:
+                raise UsageError(f"the tests never import {target}")
+        findings = []
+        for fault in faults:
+            mark.unlink(missing_ok=True)
+            order = Order(tuple(targets), fault.name, str(mark))
+            status, took = _run(words, order, 60 + 10 * seconds)
+            reached = "touched" in _lines(mark)
+            verdict: Verdict = "not reached" if not reached else "noticed" if status else "missed"
+            finding = Finding(fault.name, fault.mistake, fault.sentence, verdict, took)
+            findings.append(finding)
+            if listener is not None:
+                listener(finding)
+    return Audit(command, tuple(targets), seconds, tuple(findings))
+
+
+def _run(
+    words: Sequence[str], order: Order, limit: float | None, printed: Path | None = None
+) -> tuple[int, float]:
+    started = time.perf_counter()
+    try:
+        with Path(printed or os.devnull).open("wb") as out:
+            done = subprocess.run(  # noqa: S603 - the user's own command
+                words,
+                env=environment(order),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+                check=False,
+            )
+        status = done.returncode
+    except FileNotFoundError:
+        raise UsageError(f"no command {words[0]!r} is found") from None
+    except subprocess.TimeoutExpired:
+        status = 124  # as timeout(1) reports it: a fault that makes the tests hang is noticed
+    return status, time.perf_counter() - started
+
+
+def environment(order: Order) -> dict[str, str]:
+    """Return this process's environment with the substitution in it."""
+    scratch = Path(order.mark).parent
+    path = [str(STARTUP)]
+    home = Path(bnverify.__file__).parents[1]
+    if "site-packages" not in home.parts:  # run from a source tree, which the tests need not know
+        path.append(str(home))
+    path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    # The substitution imports bnverify before pytest can rewrite its asserts; it has none. Where a
+    # project makes warnings errors, that warning would end every run.
+    quiet = (
+        "ignore:Module already imported so cannot be rewritten:pytest.PytestAssertRewriteWarning"
+    )
+    options = [
+        os.environ.get("PYTEST_ADDOPTS", ""),
+        f"-o cache_dir={scratch}/pytest",
+        f"-W '{quiet}'",
+    ]
+    programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return {
+        **os.environ,
+        VARIABLE: order.dump(),
+        "PYTHONPATH": os.pathsep.join(path),
+        "PATH": programs,  # `pytest` is this interpreter's
+        # What tools remember of these runs is none of the user's.
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(scratch / "hypothesis"),
+        "PYTEST_ADDOPTS": " ".join(options),
+    }
+
+
+def _lines(mark: Path) -> list[str]:
+    return mark.read_text(encoding="utf-8", errors="replace").splitlines() if mark.exists() else []
+
+
+# In the processes of the tests.
+
+
+def install() -> None:
+    """Install the finder, if the environment orders a substitution."""
+    text = os.environ.get(VARIABLE)
+    if text:
+        sys.meta_path.insert(0, Finder(Order.load(text)))
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Finds what the other finders find, and substitutes in it."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Return the module's own spec, its loader wrapped where a target is in the module."""
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is None:
+                continue
+            names = [each for each in self._order.targets if _is_in(each, spec)]
+            if names and spec.loader is not None:
+                spec.loader = Loader(spec.loader, self._order, names)
+            return spec
+        return None
+
+
+def _is_in(target: str, spec: importlib.machinery.ModuleSpec) -> bool:
+    source, _, _ = target.rpartition(":")
+    if source.endswith(".py"):
+        return bool(spec.origin) and Path(str(spec.origin)).resolve() == Path(source).resolve()
+    return source == spec.name
+
+
+class Loader(importlib.abc.Loader):
+    """Executes a module with its own loader, then substitutes.
+
+    Args:
+        loader: the module's own.
+        order: what is to be substituted.
+        targets: the targets in this module.
+    """
+
+    def __init__(self, loader: Any, order: Order, targets: Sequence[str]) -> None:
+        self._loader = loader
+        self._order = order
+        self._targets = targets
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)  # sources and data, for tracebacks and resources
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        """Return the module as its own loader makes it."""
+        made: ModuleType | None = self._loader.create_module(spec)
+        return made
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute the module and put the fault into it."""
+        self._loader.exec_module(module)
+        for target in self._targets:
+            substitute(module, target, self._order)
+
+
+def substitute(module: ModuleType, target: str, order: Order) -> None:
+    """Bind the name that ``target`` names in ``module`` to a faulty version.
+
+    Raises:
+        ImportError: the module has no such name.
+    """
+    holder: Any = module
+    *outer, name = target.rpartition(":")[2].split(".")
+    try:
+        for part in outer:
+            holder = getattr(holder, part)
+        value = getattr(holder, name)
+    except AttributeError as error:
+        raise ImportError(f"{target}: {error}") from None
+    order.note(f"imported {target}")
+    if order.fault:
+        changed = faulty(value, FAULTS[order.fault], lambda: order.note("touched"))
+        setattr(holder, name, changed)

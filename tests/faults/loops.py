@@ -1,0 +1,705 @@
+"""Faults of whole training loops, each beside its correct twin: what only a look at a loop shows.
+
+A pair is one function that says by its argument whether to make the mistake.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.train_state import TrainState
+
+import bnverify
+from bnverify import Subject
+from bnverify.adapters.batches import rows
+from tests.faults.catalogue import Fault
+from tests.faults.steps import mapped
+
+FEATURES = 2
+
+
+class Net(nn.Module):
+    """Two blocks of Dense, BatchNorm and tanh, and a Dense: x (N, 2) -> (N,).
+
+    Attributes:
+        rests: whether the first block normalises by its running values in training, too.
+        dropout: how many of the units are dropped.
+        axis_name: over which BatchNorm takes its moments.
+    """
+
+    rests: bool = False
+    dropout: float = 0.0
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool, mask: Any = None) -> Any:
+        """Return the predictions; rows that are masked stay out of the moments."""
+        for name in ("backbone", "neck"):
+            x = nn.Dense(3, use_bias=False, name=name)(x)
+            norm = nn.BatchNorm(
+                use_running_average=not train or (self.rests and name == "backbone"),
+                momentum=0.9,
+                axis_name=self.axis_name,
+                name=f"{name}_norm",
+            )
+            x = norm(x) if mask is None else norm(x, mask=mask[:, None])
+            x = nn.Dropout(self.dropout, deterministic=not train)(jnp.tanh(x))
+        return nn.Dense(1, name="head")(x)[..., 0]
+
+
+class Images(nn.Module):
+    """Conv, BatchNorm, relu, and a Dense on images of 3 by 2: x (N, 2) -> (N,).
+
+    Attributes:
+        axis: that BatchNorm keeps.
+        channels_first: whether the features are moved to axis 1 before.
+    """
+
+    axis: int
+    channels_first: bool = False
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Return the predictions."""
+        x = jnp.stack([x, x**2, jnp.sin(x)], 1)[..., None]
+        x = nn.relu(nn.Conv(4, (2, 2), use_bias=False)(x))
+        x = jnp.moveaxis(x, 3, 1) if self.channels_first else x
+        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis=self.axis)
+        return nn.Dense(1)(norm(x).reshape(len(x), -1))[:, 0]
+
+
+class Sequence(nn.Module):
+    """Dense, BatchNorm and tanh along a sequence of 3, and a Dense: x (N, 2) -> (N,).
+
+    Attributes:
+        axis: that BatchNorm keeps.
+    """
+
+    axis: int
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Return the predictions."""
+        x = nn.Dense(4)(jnp.stack([x, x**2, jnp.sin(x)], 1))
+        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis=self.axis)
+        return nn.Dense(1)(jnp.tanh(norm(x)).reshape(len(x), -1))[:, 0]
+
+
+class LoopState(TrainState):
+    """A train state with running statistics, and with whatever else a loop keeps."""
+
+    batch_stats: Any
+    kept: Any
+
+
+Pass = Callable[..., tuple[Any, Any]]
+
+
+def run(state: Any, params: Any, x: Any, *, stats: Any = None, **options: Any) -> Any:
+    """Return the outputs of a training pass, and the new statistics."""
+    given = {"params": params, "batch_stats": state.batch_stats if stats is None else stats}
+    out, new = state.apply_fn(given, x, train=True, mutable=["batch_stats"], **options)
+    return out, new["batch_stats"]
+
+
+def squared(out: Any, y: Any) -> Any:
+    """Return the squared errors of the rows, (N,)."""
+    return (out - y) ** 2
+
+
+def plain(state: Any, params: Any, x: Any, y: Any) -> Any:
+    """Return the training loss of one pass, and the new statistics."""
+    out, stats = run(state, params, x)
+    return squared(out, y).mean(), stats
+
+
+def evaluated(state: Any, x: Any, y: Any) -> Any:
+    """Return the squared errors of the rows in eval mode, (N,)."""
+    given = {"params": state.params, "batch_stats": state.batch_stats}
+    return squared(state.apply_fn(given, x, train=False), y)
+
+
+def by_gradient(state: Any, x: Any, y: Any, loss_of: Pass) -> Any:
+    """Return the state after one update along the gradient of a loss, and the loss."""
+    (loss, stats), grads = jax.value_and_grad(
+        lambda params: loss_of(state, params, x, y), has_aux=True
+    )(state.params)
+    return state.apply_gradients(grads=grads, batch_stats=stats), loss
+
+
+def loop(
+    *,
+    net: nn.Module | None = None,
+    tx: Callable[[Any], Any] = optax.sgd,
+    start: Callable[[Any, Any], Any] = lambda variables, key: variables,
+    kept: Callable[[Any, Any], Any] = lambda variables, key: {},
+    loss: Pass = plain,
+    step: Callable[..., Any] = by_gradient,
+    follow: Callable[[Any], Any] = lambda state: state,
+    eval_loss: Callable[..., Any] = lambda state, x, y: evaluated(state, x, y).mean(),
+    **options: Any,
+) -> Subject:
+    """Return a training loop as a Subject; a fault, or its correct twin, replaces a part.
+
+    Args:
+        net: the model.
+        tx: learning rate -> the optimizer.
+        start: (the initial variables, the key they were made with) -> those to start from.
+        kept: (the initial variables, another key) -> what else the state keeps.
+        loss: (state, params, x, y) -> the training loss and the new statistics.
+        step: (state, x, y, loss) -> the state after it, and the loss.
+        follow: the state after an update -> the state that is carried on.
+        eval_loss: (state, x, y) -> the loss in eval mode.
+        **options: see ``bnverify.train_state``.
+    """
+    model = net or Net()
+
+    def create(rng: Any, lr: Any = 0.1) -> LoopState:
+        first, second = jax.random.split(rng)
+        variables = start(model.init(first, jnp.zeros((1, FEATURES)), train=False), first)
+        return LoopState.create(  # type: ignore[no-any-return,no-untyped-call] # flax's
+            apply_fn=model.apply,
+            params=variables["params"],
+            tx=tx(lr),
+            batch_stats=variables["batch_stats"],
+            kept=kept(variables, second),
+        )
+
+    def train_step(state: LoopState, x: Any, y: Any) -> Any:
+        after, value = step(state, x, y, loss)
+        return follow(after), value
+
+    return bnverify.train_state(
+        create, train_step, eval_loss, batch=rows, features=FEATURES, **options
+    )
+
+
+# The faults.
+
+LOOP_FAULTS: dict[str, Fault] = {}
+"""Name -> the wrong loop."""
+LOOP_CONTROLS: dict[str, Callable[[], Subject]] = {}
+"""Name -> its correct twin."""
+
+Pair = Callable[[bool], Subject]
+
+
+def pair(mistake: str, law: str) -> Callable[[Pair], Pair]:
+    """Enter the decorated function: of True it makes the fault, of False the twin.
+
+    Args:
+        mistake: a name in ``bnverify.mistakes``.
+        law: the law that must catch the fault.
+    """
+
+    def entered(make: Pair) -> Pair:
+        name, sentence = make.__name__, inspect.getdoc(make) or ""
+        LOOP_FAULTS[name] = Fault(name, "loops", mistake, sentence, partial(make, True), law)
+        LOOP_CONTROLS[name] = partial(make, False)
+        return make
+
+    return entered
+
+
+# Random numbers.
+
+draws = pair("same_key_in_each_step", "each_step_draws_anew")
+
+
+def with_dropout(key_of: Callable[[Any], Any], **parts: Any) -> Subject:
+    """Return a loop with dropout, whose key is made of the state."""
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        out, stats = run(state, params, x, rngs={"dropout": key_of(state)})
+        return squared(out, y).mean(), stats
+
+    kept = parts.pop("kept", lambda variables, key: {"key": key})
+    return loop(net=Net(dropout=0.5), loss=loss, kept=kept, **parts)
+
+
+@draws
+def dropout_key_unsplit(wrong: bool) -> Subject:
+    """The key that the state holds is passed on as it is."""
+    return with_dropout(
+        lambda s: s.kept["key"] if wrong else jax.random.fold_in(s.kept["key"], s.step)
+    )
+
+
+@draws
+def dropout_key_constant(wrong: bool) -> Subject:
+    """The key is made of a number in the code."""
+
+    def key_of(state: Any) -> Any:
+        key = jax.random.PRNGKey(0)
+        return key if wrong else jax.random.fold_in(key, state.step)
+
+    return with_dropout(key_of)
+
+
+@draws
+def key_split_and_not_kept(wrong: bool) -> Subject:
+    """The key is split in each step, and the half that should be carried on is dropped."""
+
+    def follow(state: Any) -> Any:
+        key = jax.random.split(state.kept["key"])[0]
+        return state if wrong else state.replace(kept={"key": key})
+
+    return with_dropout(lambda s: jax.random.split(s.kept["key"])[1], follow=follow)
+
+
+@draws
+def noise_of_the_key_of_init(wrong: bool) -> Subject:
+    """The noise of the first step is drawn with the key that initial values were drawn with."""
+
+    def kept(variables: Any, key: Any) -> Any:
+        first, second = jax.random.split(key)
+        offset = jax.random.normal(first, (FEATURES,))
+        return {"key": first if wrong else second, "offset": offset}
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        noise = jax.random.normal(state.kept["key"], x.shape)
+        return plain(state, params, x + state.kept["offset"] + 0.1 * noise, y)
+
+    def follow(state: Any) -> Any:
+        return state.replace(kept={**state.kept, "key": jax.random.split(state.kept["key"])[0]})
+
+    return loop(kept=kept, loss=loss, follow=follow)
+
+
+# Frozen layers.
+
+moving = pair("frozen_statistics_move", "frozen_statistics_stay")
+
+
+def labels(params: Any) -> Any:
+    """Return which params train: not those of the backbone."""
+    return {
+        name: mapped(
+            lambda _, name=name: "freeze" if name.startswith("backbone") else "train", tree
+        )
+        for name, tree in params.items()
+    }
+
+
+def is_frozen(params: Any) -> Any:
+    """Return, for each param, whether it is of the backbone."""
+    return mapped(lambda label: label == "freeze", labels(params))
+
+
+def groups(lr: Any) -> Any:
+    """Return SGD on all but the backbone."""
+    return optax.multi_transform({"train": optax.sgd(lr), "freeze": optax.set_to_zero()}, labels)
+
+
+def stopped(state: Any, params: Any, x: Any, y: Any) -> Any:
+    """Return the loss with the backbone's gradient stopped, and the new statistics."""
+    still = {
+        name: jax.lax.stop_gradient(tree) if name.startswith("backbone") else tree
+        for name, tree in params.items()
+    }
+    return plain(state, still, x, y)
+
+
+@moving
+def backbone_frozen_but_for_its_norm(wrong: bool) -> Subject:
+    """The optimizer leaves the backbone alone, and its BatchNorm folds every batch in."""
+    return loop(net=Net(rests=not wrong), tx=groups)
+
+
+@moving
+def backbone_behind_a_stopped_gradient(wrong: bool) -> Subject:
+    """The backbone's gradient is stopped, and its BatchNorm folds every batch in."""
+    return loop(net=Net(rests=not wrong), loss=stopped)
+
+
+@moving
+def backbone_updates_masked_to_zero(wrong: bool) -> Subject:
+    """The backbone's updates are set to 0 at the end of the chain; its BatchNorm goes on."""
+
+    def tx(lr: Any) -> Any:
+        return optax.chain(optax.adam(lr), optax.masked(optax.set_to_zero(), is_frozen))
+
+    return loop(net=Net(rests=not wrong), tx=tx)
+
+
+decaying = pair("frozen_params_move", "frozen_params_stay")
+
+
+@decaying
+def decay_of_a_stopped_gradient(wrong: bool) -> Subject:
+    """A backbone whose gradient is stopped shrinks by the decay of AdamW."""
+
+    def tx(lr: Any) -> Any:
+        trains = (
+            None if wrong else lambda params: mapped(lambda frozen: not frozen, is_frozen(params))
+        )
+        return optax.adamw(lr, weight_decay=0.1, mask=trains)
+
+    return loop(net=Net(rests=True), loss=stopped, tx=tx)
+
+
+@decaying
+def declared_frozen_and_trained(wrong: bool) -> Subject:
+    """The backbone is declared to be frozen; the optimizer trains all params."""
+    return loop(net=Net(rests=True), tx=optax.sgd if wrong else groups, frozen=["backbone*"])
+
+
+@decaying
+def decay_added_after_the_groups(wrong: bool) -> Subject:
+    """The backbone's group rests, and a decay behind it reaches all params."""
+
+    def tx(lr: Any) -> Any:
+        decay = optax.add_decayed_weights(-0.01)
+        return optax.chain(groups(lr), decay) if wrong else groups(lr)
+
+    return loop(net=Net(rests=True), tx=tx, frozen=["backbone*"])
+
+
+@pair("frozen_gradients_scale_others", "frozen_gradients_scale_nothing")
+def clip_around_the_groups(wrong: bool) -> Subject:
+    """Gradients are clipped by the norm of all of them, the frozen backbone's too."""
+
+    def tx(lr: Any) -> Any:
+        clip = optax.clip_by_global_norm(1.0)
+        trains = optax.sgd(lr) if wrong else optax.chain(clip, optax.sgd(lr))
+        both = optax.multi_transform({"train": trains, "freeze": optax.set_to_zero()}, labels)
+        return optax.chain(clip, both) if wrong else both
+
+    return loop(net=Net(rests=True), tx=tx)
+
+
+# Copies of the params.
+
+following = pair("stale_statistics", "a_copy_of_the_params_takes_their_statistics")
+
+
+def with_a_copy(name: str, follow: Callable[[Any], Any]) -> Subject:
+    """Return a loop that learns, half of it, what a copy of its model says."""
+
+    def kept(variables: Any, key: Any) -> Any:
+        del key
+        return {
+            f"{name}_params": variables["params"],
+            f"{name}_batch_stats": variables["batch_stats"],
+        }
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        held = [state.kept[f"{name}_{part}"] for part in ("params", "batch_stats")]
+        goal = state.apply_fn(
+            dict(zip(("params", "batch_stats"), held, strict=True)), x, train=False
+        )
+        out, stats = run(state, params, x)
+        return squared(out, 0.5 * y + 0.5 * jax.lax.stop_gradient(goal)).mean(), stats
+
+    return loop(kept=kept, loss=loss, follow=follow)
+
+
+@following
+def target_params_averaged_alone(wrong: bool) -> Subject:
+    """A target network's params are averaged; its statistics stay those of the first day."""
+
+    def follow(state: Any) -> Any:
+        held = state.kept
+        params = optax.incremental_update(state.params, held["target_params"], 0.1)
+        stats = held["target_batch_stats"] if wrong else state.batch_stats
+        return state.replace(kept={"target_params": params, "target_batch_stats": stats})
+
+    return with_a_copy("target", follow)
+
+
+@following
+def target_params_copied_alone(wrong: bool) -> Subject:
+    """Every second step the params are copied to the target network, and nothing else."""
+
+    def follow(state: Any) -> Any:
+        def copied(held: Any) -> Any:
+            stats = held["target_batch_stats"] if wrong else state.batch_stats
+            return {"target_params": state.params, "target_batch_stats": stats}
+
+        now = state.step % 2 == 0
+        return state.replace(kept=jax.lax.cond(now, copied, lambda held: held, state.kept))
+
+    return with_a_copy("target", follow)
+
+
+@following
+def average_of_the_params_alone(wrong: bool) -> Subject:
+    """An average of the params is kept beside statistics that are never averaged."""
+
+    def follow(state: Any) -> Any:
+        def averaged(old: Any, new: Any) -> Any:
+            return mapped(lambda a, b: 0.99 * a + 0.01 * b, old, new)
+
+        held = state.kept
+        params = averaged(held["teacher_params"], state.params)
+        old = held["teacher_batch_stats"]
+        stats = old if wrong else averaged(old, state.batch_stats)
+        return state.replace(kept={"teacher_params": params, "teacher_batch_stats": stats})
+
+    return with_a_copy("teacher", follow)
+
+
+# A pretrained start.
+
+starting = pair("fresh_statistics", "trained_params_come_with_their_statistics")
+
+
+def trained() -> Any:
+    """Return the variables of a trained model, as arrays."""
+    variables = Net().init(jax.random.PRNGKey(7), jnp.zeros((1, FEATURES)), train=False)
+    return mapped(lambda leaf: jnp.asarray(leaf) * 0.5 + 0.25, variables)
+
+
+@starting
+def params_restored_alone(wrong: bool) -> Subject:
+    """The params of a trained model start with new statistics."""
+    old = trained()
+    return loop(
+        start=lambda variables, key: {**variables, "params": old["params"]} if wrong else old
+    )
+
+
+@starting
+def backbone_restored_alone(wrong: bool) -> Subject:
+    """The backbone's params are those of a trained model, its statistics are new."""
+    old = trained()
+
+    def start(variables: Any, key: Any) -> Any:
+        del key
+        parts = ("params",) if wrong else ("params", "batch_stats")
+        taken = {part: {k: v for k, v in old[part].items() if "backbone" in k} for part in parts}
+        return {part: {**tree, **taken.get(part, {})} for part, tree in variables.items()}
+
+    return loop(start=start)
+
+
+# Several passes.
+
+dropping = pair("pass_dropped", "every_pass_reaches_the_statistics")
+repeating = pair("ema_applied_twice", "each_batch_is_folded_in_once")
+
+
+@dropping
+def second_view_overwrites(wrong: bool) -> Subject:
+    """Two views of the rows both start from the old statistics; the second's are kept."""
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        one, first = run(state, params, x)
+        two, second = run(state, params, x[:, ::-1], stats=None if wrong else first)
+        return (squared(one, y) + squared(one, two)).mean(), second
+
+    return loop(loss=loss)
+
+
+@dropping
+def second_batch_forgotten(wrong: bool) -> Subject:
+    """A labelled and an unlabelled batch; the statistics of the unlabelled one are not kept."""
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        half = x.shape[0] // 2
+        one, first = run(state, params, x[half:])
+        two, second = run(state, params, 2.0 * x[half:] + 1.0, stats=first)
+        return squared(one, y[half:]).mean() + (two**2).mean(), first if wrong else second
+
+    return loop(loss=loss)
+
+
+@repeating
+def sharpness_pass_folded_in(wrong: bool) -> Subject:
+    """Sharpness-aware minimisation keeps the statistics of its second pass, on top of the first's."""
+
+    def step(state: Any, x: Any, y: Any, loss: Any) -> Any:
+        def passed(params: Any, stats: Any) -> Any:
+            out, new = run(state, params, x, stats=stats)
+            return squared(out, y).mean(), new
+
+        gradient = jax.value_and_grad(passed, has_aux=True)
+        (value, first), grads = gradient(state.params, state.batch_stats)
+        there = mapped(lambda p, g: p + 0.05 * g, state.params, grads)
+        (_, second), grads = gradient(there, first)
+        stats = second if wrong else first
+        return state.apply_gradients(grads=grads, batch_stats=stats), value
+
+    return loop(step=step)
+
+
+@repeating
+def two_dropout_masks_folded_in(wrong: bool) -> Subject:
+    """Two passes of one batch with other masks both enter the average."""
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        key = jax.random.fold_in(state.kept["key"], state.step)
+        one, two = ({"dropout": each} for each in jax.random.split(key))
+        left, first = run(state, params, x, rngs=one)
+        right, second = run(state, params, x, stats=first, rngs=two)
+        value = squared(left, y) + squared(right, y) + squared(left, right)
+        return value.mean(), second if wrong else first
+
+    return loop(net=Net(dropout=0.5), loss=loss, kept=lambda variables, key: {"key": key})
+
+
+alone = pair("rows_normalised_alone", "unlike_rows_have_a_variance")
+
+
+def row_by_row(wrong: bool, joined: Callable[[Any], Any]) -> Subject:
+    """Return a loop that maps its model over the rows of a batch."""
+    axis = None if wrong else "batch"
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        out, stats = jax.vmap(partial(run, state, params), axis_name=axis)(x)
+        return squared(out, y).mean(), mapped(joined, stats)
+
+    def eval_loss(state: Any, x: Any, y: Any) -> Any:
+        given = {"params": state.params, "batch_stats": state.batch_stats}
+        out = jax.vmap(lambda row: state.apply_fn(given, row, train=False))(x)
+        return squared(out, y).mean()
+
+    return loop(net=Net(axis_name=axis), loss=loss, eval_loss=eval_loss)
+
+
+@alone
+def rows_mapped_and_averaged(wrong: bool) -> Subject:
+    """BatchNorm sees one row under vmap, and the rows' statistics are averaged."""
+    return row_by_row(wrong, lambda leaf: leaf.mean(0))
+
+
+@alone
+def rows_mapped_and_the_first_kept(wrong: bool) -> Subject:
+    """BatchNorm sees one row under vmap, and the first row's statistics are kept."""
+    return row_by_row(wrong, lambda leaf: leaf[0])
+
+
+@pair("statistics_over_the_wrong_axis", "layers_keep_the_feature_axis")
+def height_normalised(wrong: bool) -> Subject:
+    """BatchNorm behind a convolution keeps axis 1, as where channels come first."""
+    return loop(net=Images(axis=1 if wrong else -1))
+
+
+@pair("statistics_over_the_wrong_axis", "layers_keep_the_feature_axis")
+def width_normalised_behind_a_transpose(wrong: bool) -> Subject:
+    """Channels are moved to the front, and BatchNorm keeps the last axis as before."""
+    return loop(net=Images(axis=-1 if wrong else 1, channels_first=True))
+
+
+@pair("statistics_over_the_wrong_axis", "layers_keep_the_feature_axis")
+def time_normalised(wrong: bool) -> Subject:
+    """BatchNorm behind a Dense over a sequence keeps the axis of time."""
+    return loop(net=Sequence(axis=1 if wrong else 2))
+
+
+# Masks of rows.
+
+counting = pair("padding_in_the_denominator", "only_rows_that_count_are_counted")
+
+
+def masked(wrong: bool, of_all: Callable[[Any, Any], Any], **options: Any) -> Subject:
+    """Return a loop whose loss leaves out some rows."""
+
+    def reduced(losses: Any, y: Any) -> Any:
+        mask = y > 0
+        right = jnp.sum(mask * losses) / jnp.maximum(mask.sum(), 1)
+        return of_all(mask, losses) if wrong else right
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        out, stats = run(state, params, x, mask=y > 0)
+        return reduced(squared(out, y), y), stats
+
+    return loop(loss=loss, eval_loss=lambda s, x, y: reduced(evaluated(s, x, y), y), **options)
+
+
+@counting
+def mean_of_masked_losses(wrong: bool) -> Subject:
+    """The losses of padding are multiplied by 0, and all rows are counted."""
+    return masked(wrong, lambda mask, losses: jnp.mean(mask * losses))
+
+
+@counting
+def mean_of_selected_losses(wrong: bool) -> Subject:
+    """The losses of padding are replaced by 0, and all rows are counted."""
+    return masked(wrong, lambda mask, losses: jnp.where(mask, losses, 0.0).mean())
+
+
+@counting
+def sum_over_the_batch_size(wrong: bool) -> Subject:
+    """The sum over the rows that count is divided by the batch's size."""
+    return masked(wrong, lambda mask, losses: (losses * mask).sum() / len(losses))
+
+
+@pair("padding_enters", "rows_of_weight_zero_change_nothing")
+def padding_in_the_moments(wrong: bool) -> Subject:
+    """Padding is masked out of the loss, not out of BatchNorm."""
+
+    def reduced(losses: Any, mask: Any) -> Any:
+        return jnp.sum(mask * losses) / jnp.maximum(mask.sum(), 1)
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        # A batch of padding alone has no moments: then all rows count.
+        mask = (y > 0) | ~jnp.any(y > 0)
+        out, stats = run(state, params, x, mask=None if wrong else mask)
+        return reduced(squared(out, y), mask), stats
+
+    return loop(
+        loss=loss,
+        eval_loss=lambda s, x, y: reduced(evaluated(s, x, y), (y > 0) | ~jnp.any(y > 0)),
+        weights=lambda x, y: (y > 0) | ~jnp.any(y > 0),
+    )
+
+
+# A schedule under accumulation.
+
+scheduled = pair("schedule_counts_batches", "schedule_counts_updates")
+EVERY = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a training, as a script keeps them."""
+
+    num_batches: int = 12
+
+
+@scheduled
+def schedule_over_all_batches(wrong: bool) -> Subject:
+    """A cosine decay is as long as there are batches; how many there are is declared."""
+    length = 12 if wrong else 12 // EVERY
+
+    def tx(lr: Any) -> Any:
+        inner = optax.sgd(optax.cosine_decay_schedule(lr, length), momentum=0.9)
+        return optax.MultiSteps(inner, EVERY)
+
+    return loop(tx=tx, batches=12)
+
+
+@scheduled
+def schedule_of_the_settings(wrong: bool) -> Subject:
+    """A linear decay takes the number of batches from the settings as it is."""
+    settings = Settings()
+
+    def tx(lr: Any) -> Any:
+        length = settings.num_batches if wrong else settings.num_batches // EVERY
+        inner = optax.adam(optax.linear_schedule(lr, 0.0, length))
+        return optax.MultiSteps(inner, EVERY).gradient_transformation()
+
+    return loop(tx=tx)
+
+
+@scheduled
+def schedule_injected(wrong: bool) -> Subject:
+    """A schedule that is injected as a hyperparameter is as long as there are batches."""
+    settings = SimpleNamespace(train_batches=12)
+
+    def tx(lr: Any) -> Any:
+        length = settings.train_batches if wrong else settings.train_batches // EVERY
+        rate = optax.linear_schedule(lr, 0.0, length)
+        return optax.MultiSteps(optax.inject_hyperparams(optax.sgd)(learning_rate=rate), EVERY)
+
+    return loop(tx=tx)

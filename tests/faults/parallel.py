@@ -1,0 +1,292 @@
+"""Faults of steps on many devices. Each is a target: ``tests.faults.parallel:NAME``.
+
+On one device each is correct: ``bnverify.check_parallel`` must see them. The right step is cut into parts,
+and written for one device. Rows carry weights, 0 for padding; without padding all are 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from bnverify import Parallel, State, StepInfo, Subject
+from bnverify import reference as single
+from tests.faults.catalogue import Fault, edit
+from tests.faults.steps import Tree
+
+AXIS = "data"
+
+
+@functools.cache
+def one_device() -> Subject:
+    """Return the step that all of them must equal: one object, so that its runs are shared."""
+    return single.momentum()
+
+
+class Norm(nn.Module):
+    """BatchNorm over all devices' rows that count, from the sums and the count of rows.
+
+    Attributes:
+        moments: (h, weights) -> mean and variance, each (channels,).
+    """
+
+    moments: Callable[[Any, Any], tuple[Any, Any]]
+
+    @nn.compact
+    def __call__(self, h: Any, weights: Any) -> Any:
+        """Return h normalised by the batch's moments; the running ones move towards them."""
+        shape = h.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        now = self.moments(h, weights)
+        keep = single.MOMENTUM
+        mean.value, var.value = (
+            keep * old + (1 - keep) * new
+            for old, new in zip((mean.value, var.value), now, strict=True)
+        )
+        return (h - now[0]) * (jax.lax.rsqrt(now[1] + 1e-5) * scale) + bias
+
+
+def flax_norm(**options: Any) -> nn.BatchNorm:
+    """Return Flax's BatchNorm in train mode, under the reference's name."""
+    return nn.BatchNorm(
+        use_running_average=False, momentum=single.MOMENTUM, name="BatchNorm_0", **options
+    )
+
+
+class Model(nn.Module):
+    """The reference's model in train mode, with another normalisation under the same name.
+
+    Attributes:
+        normalise: (h, weights) -> h normalised.
+    """
+
+    normalise: Callable[[Any, Any], Any]
+
+    @nn.compact
+    def __call__(self, x: Any, weights: Any) -> Any:
+        """Return the predictions (n, 1)."""
+        h = nn.Dense(single.HIDDEN, name="Dense_0")(x)
+        return nn.Dense(1, name="Dense_1")(nn.relu(self.normalise(h, weights)))
+
+
+class ParallelStep:
+    """The reference's step, one device's part of it."""
+
+    def normalise(self, h: Any, weights: Any) -> Any:
+        """Return h normalised over all devices."""
+        return Norm(self.moments, name="BatchNorm_0")(h, weights)
+
+    def moments(self, h: Any, weights: Any) -> tuple[Any, Any]:
+        """Return the mean and the biased variance of the rows that count, on all devices."""
+        marks = weights[:, None]
+        sums = jnp.sum(h * marks, 0), jnp.sum(h**2 * marks, 0), jnp.sum(weights)
+        total, squares, count = jax.lax.psum(sums, AXIS)
+        mean = total / count
+        return mean, jnp.maximum(squares / count - mean**2, 0.0)
+
+    def loss(self, errors: Any, weights: Any) -> Any:
+        """Return this device's part of the loss: over the devices they add up to the whole."""
+        return jnp.sum(errors * weights) / jax.lax.psum(jnp.sum(weights), AXIS)
+
+    def whole_loss(self, loss: Any) -> Any:
+        return jax.lax.psum(loss, AXIS)
+
+    def whole_gradient(self, grads: Tree) -> Tree:
+        return jax.lax.psum(grads, AXIS)
+
+    def carried(self, batch_stats: Tree) -> Tree:
+        """Return the statistics that are carried on."""
+        return batch_stats
+
+    def counted_step(
+        self, state: State, x: Any, y: Any, weights: Any, lr: Any
+    ) -> tuple[State, StepInfo]:
+        """Take one step on one shard with padding."""
+
+        def loss_fn(params: Tree) -> tuple[Any, Tree]:
+            out, updated = Model(self.normalise).apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                x,
+                weights,
+                mutable=["batch_stats"],
+            )
+            return self.loss((out.reshape(-1) - y) ** 2, weights), updated["batch_stats"]
+
+        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads = self.whole_gradient(grads)
+        updates, opt_state = optax.sgd(lr, momentum=0.9).update(
+            grads, state.opt_state, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+        new = State(params, self.carried(batch_stats), opt_state)
+        return new, StepInfo(self.whole_loss(loss), grads)
+
+    def step(self, state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
+        """Take one step on one shard whose rows all count."""
+        return self.counted_step(state, x, y, jnp.ones(len(x), x.dtype), lr)
+
+    def sharded_step(self) -> Any:
+        """Return the whole step for ``jax.jit`` with a sharded batch; None: the single one."""
+        return None
+
+    def subject(self, name: str) -> Parallel:
+        """Return the step as what is verified."""
+        return Parallel(
+            name,
+            one_device(),
+            self.step,
+            AXIS,
+            counted_step=self.counted_step,
+            sharded_step=self.sharded_step(),
+        )
+
+
+class AxisName(ParallelStep):
+    """The same with Flax's own BatchNorm(axis_name=...) and means of means: for equal shards."""
+
+    def normalise(self, h: Any, weights: Any) -> Any:
+        return flax_norm(axis_name=AXIS)(h)
+
+    def loss(self, errors: Any, weights: Any) -> Any:
+        return jnp.mean(errors)
+
+    def whole_loss(self, loss: Any) -> Any:
+        return jax.lax.pmean(loss, AXIS)
+
+    def whole_gradient(self, grads: Tree) -> Tree:
+        return jax.lax.pmean(grads, AXIS)
+
+    def subject(self, name: str) -> Parallel:
+        """Return the step, which takes no padding."""
+        return Parallel(name, one_device(), self.step, AXIS)
+
+
+def reference() -> Parallel:
+    """Return the reference for many devices, which takes padding."""
+    return ParallelStep().subject("reference, data-parallel")
+
+
+def axis_name() -> Parallel:
+    """Return the reference as Flax's documentation writes it for many devices."""
+    return AxisName().subject("reference, BatchNorm(axis_name)")
+
+
+PARALLEL_FAULTS: dict[str, Fault] = {}
+
+EQUAL = "pmap_equals_one_device"
+UNEQUAL = "unequal_shards_equal_one_device"
+JIT = "jit_with_shardings_equals_one_device"
+
+
+def fault(
+    name: str,
+    mistake: str,
+    sentence: str,
+    base: type[ParallelStep] = AxisName,
+    law: str = EQUAL,
+    **parts: Any,
+) -> None:
+    """Enter ``base`` with ``parts`` replaced, which ``law`` must catch."""
+    make = edit(base, parts, f"fault[{name}]")
+    PARALLEL_FAULTS[name] = Fault(name, "parallel", mistake, sentence, make, law)
+
+
+def __getattr__(name: str) -> Any:
+    if name in PARALLEL_FAULTS:
+        return PARALLEL_FAULTS[name].make
+    raise AttributeError(f"no fault of many devices is named {name!r}")
+
+
+def own_moments(h: Any) -> tuple[Any, Any]:
+    """Return the moments of one device's rows."""
+    mean = jnp.mean(h, axis=0)
+    return mean, jnp.maximum(jnp.mean(h**2, axis=0) - mean**2, 0.0)
+
+
+def by_moments(moments: Callable[[Any, Any], tuple[Any, Any]]) -> Any:
+    """Return a ``normalise`` by ``moments(mean, variance)`` of one device's own."""
+    return lambda s, h, weights: Norm(
+        lambda h, weights: moments(*own_moments(h)), name="BatchNorm_0"
+    )(h, weights)
+
+
+def mean_of_the_shards_means(s: Any, errors: Any, weights: Any) -> Any:
+    """Divide by the shard's own rows, then by the devices."""
+    own = jnp.sum(errors * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+    return own / jax.lax.psum(1, AXIS)
+
+
+def statistics_of_four_chunks(s: Any) -> Any:
+    """Return the single step whose statistics are the mean over four chunks."""
+    plain = one_device()
+
+    def step(state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
+        new, info = plain.step(state, x, y, lr)
+        chunks = x.reshape(4, -1, x.shape[-1]), y.reshape(4, -1)
+        each = jax.vmap(lambda x, y: plain.step(state, x, y, lr)[0].batch_stats)(*chunks)
+        mean = jax.tree_util.tree_map(lambda leaf: jnp.mean(leaf, axis=0), each)
+        return new._replace(batch_stats=mean), info
+
+    return step
+
+
+def alone(s: Any, h: Any, weights: Any) -> Any:
+    """Return h normalised by the shard's own moments."""
+    return flax_norm()(h)
+
+
+# Each row in as few lines as it takes:
+# fmt: off
+
+fault("statistics_not_synchronised", "statistics_not_synchronised",
+      "BatchNorm was given no axis name: each device keeps its own shard's statistics.",
+      normalise=alone)
+fault("statistics_averaged_afterwards", "variances_averaged",
+      "Each device normalises by its shard; the statistics are averaged over the devices later.",
+      normalise=alone, carried=lambda s, batch_stats: jax.lax.pmean(batch_stats, AXIS))
+fault("variances_averaged", "variances_averaged",
+      "The layer averages the devices' variances, which leaves out the spread of their means.",
+      normalise=by_moments(lambda mean, var: jax.lax.pmean((mean, var), AXIS)))
+fault("statistics_of_the_first_device", "statistics_not_synchronised",
+      "The first device's statistics are sent to all the others.",
+      normalise=alone,
+      carried=lambda s, batch_stats:
+          jax.tree_util.tree_map(lambda leaf: jax.lax.all_gather(leaf, AXIS)[0], batch_stats))
+fault("means_synchronised_variances_not", "statistics_not_synchronised",
+      "The layer averages the means over the devices and forgets the variances.",
+      normalise=by_moments(lambda mean, var: (jax.lax.pmean(mean, AXIS), var)))
+fault("gradients_not_synchronised", "gradients_not_synchronised",
+      "Each device updates its params by its own gradient.",
+      whole_gradient=lambda s, grads: grads)
+fault("gradients_summed", "gradients_summed",
+      "The devices' gradients are summed: the rate is four times what it says.",
+      whole_gradient=lambda s, grads: jax.lax.psum(grads, AXIS))
+fault("moments_of_unequal_shards_averaged", "unequal_shards",
+      "Flax's BatchNorm with a mask and an axis name: every shard's moments weigh alike.",
+      ParallelStep, UNEQUAL,
+      normalise=lambda s, h, weights: flax_norm(axis_name=AXIS)(h, mask=weights[:, None] > 0))
+fault("padding_enters_the_statistics", "unequal_shards",
+      "The padding of the last batch counts in the statistics.",
+      ParallelStep, UNEQUAL,
+      moments=lambda s, h, weights: s.right.moments(h, jnp.ones_like(weights)))
+fault("mean_of_means", "mean_of_means",
+      "The loss is the mean of the devices' means, whatever number of rows each has.",
+      ParallelStep, UNEQUAL, loss=mean_of_the_shards_means)
+fault("padding_enters_the_loss", "mean_of_means",
+      "The loss divides by all rows of the padded batch.",
+      ParallelStep, UNEQUAL,
+      loss=lambda s, errors, weights:
+          # By the slots, not by the rows.
+          jnp.sum(errors * weights) / jax.lax.psum(jnp.float32(len(errors)), AXIS))
+fault("statistics_per_chunk_under_jit", "variances_averaged",
+      "Under jit the step cuts the batch in chunks itself and averages their new statistics.",
+      ParallelStep, JIT, sharded_step=statistics_of_four_chunks)
