@@ -49,7 +49,7 @@ def test_variance_is_never_negative(step, data):
 
 @given(data=st.data())
 def test_batch_like_the_statistics_is_a_fixed_point(step, data):
-    """Statistics that equal the batch's own moments stay where they are."""
+    """Running statistics that equal the batch's moments do not change."""
     step.keeps("batch_like_the_statistics_is_a_fixed_point", data.draw(step.cases()))
 
 
