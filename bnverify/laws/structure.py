@@ -27,9 +27,7 @@ def differences(name: str, actual: Tree, expected: Tree, *, weak_types: bool = F
     """
     found, wanted = _leaves(actual), _leaves(expected)
     lines = [f"{name} has no {path}" for path in wanted if path not in found]
-    lines += [
-        f"{name} has an unexpected leaf {path}" for path in found if path not in wanted
-    ]
+    lines += [f"{name} has an unexpected leaf {path}" for path in found if path not in wanted]
     for path in found:
         if path not in wanted:
             continue
