@@ -1199,7 +1199,7 @@ mistake(
     'optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, labels)',
     looks="The frozen layers shrink a little with every step.",
     wrong="""
-        # weight decay also applies where the gradient is 0
+        # weight decay applies to a gradient of 0, too
         frozen = jax.lax.stop_gradient(backbone)
         tx = optax.adamw(1e-3)
     """,

@@ -20,7 +20,7 @@ Check: TypeAlias = Callable[[Transition], Any]
 
 def _more_than_one_transition(t: Transition) -> Any:
     del t
-    raise TypeError("this law is judged on histories or several devices, not on one transition")
+    raise TypeError("this law is judged by running histories or devices, not on a transition")
 
 
 @dataclass(frozen=True)

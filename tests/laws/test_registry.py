@@ -59,7 +59,7 @@ def test_claim_and_derivation_are_the_docstrings() -> None:
     entry = LAWS["zero_learning_rate_moves_nothing"]
     assert entry.claim == "With lr = 0, params stay bit-identical (subnormals may flush to 0)."
     assert entry.derivation == ""
-    assert LAWS["batch_stats_change_only_by_ema"].derivation.startswith("m = (new(S)")
+    assert LAWS["batch_stats_change_only_by_ema"].derivation.startswith("Two re-runs, from")
     assert "\n    " not in LAWS["batch_stats_change_only_by_ema"].derivation
 
 
