@@ -54,8 +54,8 @@ OPTIMIZER = r"optimizer must be a function of the learning rate, like .*, got a 
         (lambda: bnverify.linen(Linear), r"that is an nnx module: bnverify.nnx\(Linear\)"),  # type: ignore[arg-type]
         (lambda: bnverify.linen("Net"), "takes a flax.linen module, got 'Net'"),  # type: ignore[arg-type]
         (lambda: bnverify.nnx(Net), r"that is a linen module: bnverify.linen\(Net\(\)\)"),
-        (lambda: bnverify.nnx(Linear(nnx.Rngs(0))), r"takes the class, .*: bnverify.nnx\(Linear\)"),
-        (lambda: bnverify.nnx(3), "takes what makes an nnx module, got 3"),  # type: ignore[arg-type]
+        (lambda: bnverify.nnx(Linear(nnx.Rngs(0))), r"needs the class, .*: bnverify.nnx\(Linear\)"),
+        (lambda: bnverify.nnx(3), "makes an nnx module, got 3"),  # type: ignore[arg-type]
         (lambda: bnverify.linen(Net(), optimizer=optax.sgd(0.1)), OPTIMIZER),  # type: ignore[arg-type]
         (lambda: bnverify.nnx(Linear, optimizer=optax.adam(0.1)), OPTIMIZER),  # type: ignore[arg-type]
         (

@@ -159,7 +159,7 @@ def test_what_cannot_be_told_is_asked_for() -> None:
         return create(rng, config.lr)
 
     with pytest.raises(
-        ValueError, match=r"'config' cannot be told.*functools.partial\(create, config="
+        ValueError, match=r"what to pass as 'config'.*functools.partial\(create, config="
     ):
         adapt(configured, train_step, eval_step)
 
@@ -391,7 +391,7 @@ class TestMistakes:
 
     def test_a_step_without_a_state_is_refused(self) -> None:
         """A step that returns no state cannot be one."""
-        with pytest.raises(ValueError, match="train_step returns no TrainState"):
+        with pytest.raises(ValueError, match="train_step does not return a TrainState"):
             adapt(create, lambda state, batch: {"loss": 0.0}, eval_step, features=3)
 
     def test_a_state_without_the_field_has_no_statistics(self) -> None:
