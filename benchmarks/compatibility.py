@@ -1,9 +1,9 @@
-"""Make docs/compatibility.md: every adjacent pair of the pinned releases, compared.
+"""Compare every adjacent pair of the pinned releases, and write a table of what each one changed.
 
-    python benchmarks/compatibility.py -o docs/compatibility.md
+    python benchmarks/compatibility.py -o changes.md
 
-Environments and recordings are cached, so that an interrupted run goes on where it stopped. A first
-run makes twelve environments and 23 recordings a model, each of some ten seconds.
+Environments and recordings are cached, so an interrupted run continues where it stopped. The first
+run creates an environment for each file in pins/, and needs a package index.
 """
 
 from __future__ import annotations
@@ -33,25 +33,24 @@ MODELS = {
 
 HEAD = """# What each release changed
 
-Made by `python benchmarks/compatibility.py -o docs/compatibility.md`: each release of
-the pinned twelve (`pins/`) compared with the one before, on one machine, for the reference step,
-for a linen model with `BatchNorm` as it comes, and for the same model in nnx. The step is recorded
-with the older releases and replayed with the newer ones, from the same states.
+Written by `python benchmarks/compatibility.py`: each set of releases in `pins/` compared with the one
+before, for the reference step, for a linen model with BatchNorm, and for the same model in nnx. The step is
+recorded with the older releases and replayed with the newer ones, from the same states.
 
-- *rounding x* is the largest difference in units of rounding noise: up to 1 it is rounding.
-- *initialisation* is other initial values from the same seed, of the same distribution.
+- *rounding* is followed by the largest difference in units of rounding noise; up to 1 it is rounding.
+- *initialisation*: the same seed gives different initial values, from the same distribution.
 - *structure*, *dtype*, *meaning* and *api* are what a gate fails for by default.
 
 | from | to |"""
 
 
 def pins() -> list[Path]:
-    """Return the files of pins, oldest jax first."""
+    """Return the files in pins/, the oldest jax first."""
     return sorted(ROOT.glob("pins/jax-*.txt"), key=lambda p: Version(p.stem.removeprefix("jax-")))
 
 
 def described(comparison: Comparison) -> str:
-    """Return a cell: each class that occurs, with what a reader needs of it."""
+    """Return a cell: each class of differences that occurs, briefly described."""
     parts = []
     counts = Counter(d.kind for d in comparison.differences)
     for kind in KINDS:
@@ -80,7 +79,7 @@ def column(model: str, files: list[Path], work: Workspace) -> list[str]:
 
 
 def recorded(recordings: Recordings, environment: Environment) -> Recording | str:
-    """Return the recording in an environment, or why there is none."""
+    """Return the recording in an environment, or the error message if it fails."""
     try:
         return recordings.record(environment)
     except UsageError as error:
@@ -88,9 +87,9 @@ def recorded(recordings: Recordings, environment: Environment) -> Recording | st
 
 
 def cell(recordings: Recordings, before: Recording | str, environment: Environment) -> str:
-    """Return what changed from a recording to an environment."""
+    """Return the cell that compares a recording with a replay in an environment."""
     if isinstance(before, str):
-        return "unavailable with the older"
+        return "could not be recorded with the older releases"
     try:
         return described(compare(before, recordings.replay(environment, before)))
     except UsageError as error:
@@ -99,7 +98,7 @@ def cell(recordings: Recordings, before: Recording | str, environment: Environme
 
 
 def main() -> int:
-    """Write the page."""
+    """Write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--model", choices=MODELS, action="append", help="default: all")

@@ -1,4 +1,4 @@
-"""The models that docs/compatibility.md follows through the releases: one of linen, one of nnx."""
+"""The models that benchmarks/compatibility.py compares between releases: one linen, one nnx."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import bnverify
 
 
 def linen() -> bnverify.Subject:
-    """Return a linen model: Dense, BatchNorm as it comes, ReLU, Dense."""
+    """Return a linen model: Dense, BatchNorm with its defaults, ReLU, Dense."""
     import flax.linen as nn
 
     from bnverify.adapters.linen import linen as adapt
@@ -24,7 +24,7 @@ def linen() -> bnverify.Subject:
 
 
 def nnx() -> bnverify.Subject:
-    """Return an nnx model: Linear, BatchNorm as it comes, ReLU, Linear."""
+    """Return an nnx model: Linear, BatchNorm with its defaults, ReLU, Linear."""
     from flax import nnx as nn
 
     from bnverify.adapters.nnx import nnx as adapt

@@ -80,7 +80,7 @@ __all__ = sorted(_HOME)  # noqa: PLE0605 - the table above is the one list of pu
 
 
 _MODULES = ("oracle", "reference", "strategies", "zoo")
-"""What else ``import bnverify`` gives: modules that are used by their own names."""
+"""Submodules that are imported on first use: ``bnverify.zoo``."""
 
 
 def __getattr__(name: str) -> Any:
@@ -91,12 +91,12 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'bnverify' has no attribute {name!r}")
     value = getattr(import_module(f"bnverify.{_HOME[name]}"), name)
-    globals()[name] = value  # the next look-up does not come here
+    globals()[name] = value  # later look-ups find it there
     return value
 
 
 def _version() -> str:
-    from importlib import metadata  # which imports much: a package is also imported by its users
+    from importlib import metadata  # slow to import
 
     try:
         return metadata.version("bnverify")

@@ -1,6 +1,6 @@
-"""What several commands take on the command line, and what a project's file says instead.
+"""Options that several commands share, and their defaults from the project's configuration file.
 
-Reads no file and loads nothing heavy until a command runs.
+Importing this module reads no file and imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def whole(text: str) -> int:
-    """Return a whole number of at least 0."""
+    """Parse a whole number of at least 0."""
     number = int(text) if text.strip().lstrip("+-").isdecimal() else -1
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
@@ -35,7 +35,7 @@ def whole(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """Return a number of seconds, more than 0; "inf" is no limit."""
+    """Parse a number of seconds greater than 0; "inf" means no limit."""
     try:
         number = float(text)
     except ValueError:
@@ -46,7 +46,7 @@ def seconds(text: str) -> float:
 
 
 def names(given: Sequence[str] | str) -> list[str]:
-    """Return the names in options that may be given again and hold several, joined by commas."""
+    """Return the names in an option that may be repeated and may list several, separated by commas."""
     texts = [given] if isinstance(given, str) else given
     return [name.strip() for text in texts for name in text.split(",") if name.strip()]
 
@@ -55,30 +55,30 @@ def names(given: Sequence[str] | str) -> list[str]:
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
-    """Add the step that a command is about."""
+    """Add the TARGET argument."""
     parser.add_argument(
         "target",
         metavar="TARGET",
         nargs="?",
-        help="package.module:name or path/file.py:name of a Subject, a function that makes one, or "
-        "a function of (seed, x_batch, y_batch, lr); default: bnverify's own reference step",
+        help="package.module:name or path/file.py:name of a Subject, a function that returns one, or "
+        "a function of (seed, x_batch, y_batch, lr); default: bnverify's reference step",
     )
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:
-    """Add how much to do."""
+    """Add ``--profile``."""
     parser.add_argument("--profile", choices=list(PROFILES), help="how much to do; default: ci")
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
-    """Add the seed."""
+    """Add ``--seed``."""
     parser.add_argument(
         "--seed", metavar="N", type=whole, default=0, help="the seed of all cases; default: 0"
     )
 
 
 def add_time_limit(parser: argparse.ArgumentParser, default: float, what: str) -> None:
-    """Add a limit in seconds."""
+    """Add ``--time-limit``, in seconds."""
     parser.add_argument(
         "--time-limit",
         metavar="S",
@@ -89,36 +89,37 @@ def add_time_limit(parser: argparse.ArgumentParser, default: float, what: str) -
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
-    """Add what the report looks like and where it goes."""
+    """Add ``--format``, ``--output``, ``--json``, ``--verbose`` and ``--quiet``."""
     parser.add_argument(
         "--format",
         metavar="FORMAT[=FILE]",
         action="append",
         default=[],
-        help=f"{', '.join(FORMATS)}; default: terminal; several: the option again, each with a FILE",
+        help=f"{', '.join(FORMATS)}; default: terminal; repeat it for several, each with a FILE",
     )
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="write the report to FILE, not to standard output"
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="write the report to FILE as JSON too; - is standard output"
+        "--json", metavar="FILE", help="also write the report to FILE as JSON; - is standard output"
     )
     more = parser.add_mutually_exclusive_group()
     more.add_argument(
-        "-v", "--verbose", action="store_true", help="tell of everything, not only of what is wrong"
+        "-v", "--verbose", action="store_true", help="print everything, not only what is wrong"
     )
-    more.add_argument("-q", "--quiet", action="store_true", help="tell the verdict alone")
+    more.add_argument("-q", "--quiet", action="store_true", help="print only the verdict")
 
 
-# What they come to.
+# Applying them.
 
 
 def settle(args: argparse.Namespace, *, file: str | None = None) -> Policy:
-    """Return the project's file, and put its defaults where the command line says nothing.
+    """Return the project's configuration, and fill in its defaults for missing arguments.
 
     Args:
-        args: changed in place.
-        file: which file; None: the current directory's bnverify.toml or pyproject.toml, if any.
+        args: the parsed arguments, changed in place.
+        file: the configuration file; None: bnverify.toml or pyproject.toml of the current
+            directory, if there is one.
 
     Raises:
         UsageError: the file cannot be used.
@@ -137,22 +138,22 @@ def settle(args: argparse.Namespace, *, file: str | None = None) -> Policy:
 
 
 def outputs(args: argparse.Namespace) -> list[Output]:
-    """Return where the report goes in which format.
+    """Return the outputs of the report: each a format and a file, or standard output.
 
     Raises:
-        UsageError: a format is unknown, a file cannot be written, or two are for standard output.
+        UsageError: a format is unknown, a file cannot be written, or two go to standard output.
     """
     return parse(args.format, output=args.output, json=args.json)
 
 
 def verbosity(args: argparse.Namespace) -> int:
-    """Return how much is told, as the renderers take it."""
+    """Return the verbosity for the renderers: -1 quiet, 0 normal, 1 verbose."""
     return int(args.verbose) - int(args.quiet)
 
 
 @contextmanager
 def lines(args: argparse.Namespace) -> Iterator[Callable[[str], None]]:
-    """Yield what to tell of progress: one line on standard error, rewritten where it is a terminal."""
+    """Yield a function that reports progress: one line on standard error, rewritten on a terminal."""
     terminal = sys.stderr.isatty()
 
     def tell(doing: str) -> None:
@@ -168,4 +169,4 @@ def lines(args: argparse.Namespace) -> Iterator[Callable[[str], None]]:
 
 
 TIME_LIMIT = deadline.DEFAULT
-"""Seconds for importing a target, or for one call of its Python code."""
+"""Seconds allowed for importing a target, or for one call of its Python code."""

@@ -1,4 +1,4 @@
-"""One generated input, what is accepted as one, and where the laws are claimed."""
+"""The input of a training step: how it is validated, and the domain on which the laws are claimed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class InvalidCase(ValueError):
-    """An input that no training step can be asked about; the message names what and why."""
+    """An invalid input; the message names the argument, its value and the limit."""
 
 
 class Case(NamedTuple):
-    """One input of a training step. Build it with :meth:`of`, which checks it.
+    """One input of a training step. Create it with :meth:`of`, which validates it.
 
     Attributes:
-        seed: int32 scalar, from which params and batch_stats are initialised.
+        seed: the seed of the initial state, int32 scalar.
         x: the batch, (N, D) float32.
         y: the targets, (N,) float32.
         lr: the learning rate, float32 scalar.
-        warmup: int32 scalar: how many steps on this same batch come before the observed one; where
-            gradients are accumulated, how many updates, the observed step making the last of them.
+        warmup: the number of steps on the same batch before the observed step, int32 scalar. With
+            gradient accumulation, the number of updates up to and including the observed step.
     """
 
     seed: Any
@@ -39,17 +39,17 @@ class Case(NamedTuple):
 
     @classmethod
     def of(cls, seed: object, x: object, y: object, lr: object, warmup: int = 0) -> Case:
-        """Return the checked case, or say what is wrong with it.
+        """Return a validated case, converted to float32.
 
         Args:
-            seed: a finite real number whose integer part fits in int32.
-            x: real, finite, (N, D) with N and D at least 1, within float32.
-            y: real, finite, (N,), within float32.
-            lr: a finite real number, at least 0, within float32.
-            warmup: at least 0.
+            seed: a finite real number; it is truncated to an integer, which must fit in int32.
+            x: (N, D) with N and D at least 1, real and finite in float32.
+            y: (N,), real and finite in float32.
+            lr: a real number, at least 0 and finite in float32.
+            warmup: a number of steps, at least 0.
 
         Raises:
-            InvalidCase: naming the argument, its value and the limit.
+            InvalidCase: an argument is invalid; the message names it, its value and the limit.
         """
         rows = _array("x", x, rank=2, shape="(N, D)")
         if 0 in rows.shape:
@@ -77,7 +77,7 @@ class Case(NamedTuple):
         return rows, features
 
     def to_json(self) -> dict[str, Any]:
-        """Return the case as data for JSON; ``from_json`` reads it, to the bit."""
+        """Return a dict for JSON; ``from_json`` restores the case exactly."""
         return {name: np.asarray(value).tolist() for name, value in self._asdict().items()}
 
     @classmethod
@@ -85,14 +85,14 @@ class Case(NamedTuple):
         """Return the case that ``to_json`` wrote.
 
         Raises:
-            InvalidCase: it is none.
+            InvalidCase: the data is not a valid case.
         """
         return cls.of(**data)
 
     def code(self) -> str:
-        """Return an expression that makes this case again when pasted into Python.
+        """Return a Python expression for this case.
 
-        Long arrays are written as what makes them, ``np.zeros((2, 64))``, where that is shorter.
+        Long arrays are written as calls, such as ``np.zeros((2, 64))``, if that is shorter.
         """
         warmup = f", warmup={int(self.warmup)}" if self.warmup else ""
         return (
@@ -103,21 +103,21 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Domain:
-    """The inputs on which the laws are claimed; any valid :class:`Case` may be run.
+    """The inputs for which the laws are claimed; any valid :class:`Case` may be run.
 
-    Small values need no lower limit: zeros and subnormals are in. The upper limits keep one step
-    with lr = 1 within float32 wherever the batch variance has digits left: a kernel gradient is
-    at most |x| |dL/dh|, 1e4 times 1e3 / sqrt(epsilon) = 3e9, and the eval loss the square of a
-    product of two such steps and |x|. Where a large offset has cancelled the variance no bound
-    of this kind exists, and the laws that compare values do not claim those cases.
+    There is no lower limit: zeros and subnormals are included. The upper limits keep one step with
+    lr = 1 in the range of float32 unless rounding has cancelled the batch variance: a kernel gradient
+    is at most |x| |dL/dh| = 1e4 * 1e3 / sqrt(epsilon) = 3e9, and the eval loss the square of a product
+    of two such steps and |x|. If a large offset cancels the variance, no such bound exists, and laws
+    that compare values skip the case.
 
     Attributes:
-        max_rows: the largest N generated.
-        max_features: the largest D generated.
+        max_rows: the largest N.
+        max_features: the largest D.
         max_abs_x: the largest magnitude in x.
         max_abs_y: the largest magnitude in y.
         max_lr: the largest learning rate.
-        max_warmup: the most steps before the observed one.
+        max_warmup: the largest number of steps before the observed one.
     """
 
     max_rows: int = 64
@@ -128,7 +128,7 @@ class Domain:
     max_warmup: int = 2
 
     def contains(self, case: Case) -> bool:
-        """Tell whether the laws are claimed for ``case``."""
+        """Return whether the laws are claimed for ``case``."""
         rows, features = case.shape
         return bool(
             rows <= self.max_rows
@@ -149,7 +149,7 @@ def _array(name: str, value: object, *, rank: int, shape: str) -> npt.NDArray[np
         raise InvalidCase(f"{name} must hold real numbers, got dtype {array.dtype}")
     if array.ndim != rank:
         raise InvalidCase(f"{name} must have shape {shape}, got {array.shape}")
-    with np.errstate(over="ignore"):  # what does not fit turns infinite and is refused below
+    with np.errstate(over="ignore"):  # values that overflow become infinite and are refused below
         single = array.astype(np.float32)
     bad = ~np.isfinite(single)
     if bad.any():
@@ -162,7 +162,7 @@ def _array(name: str, value: object, *, rank: int, shape: str) -> npt.NDArray[np
 
 
 def _is_real(dtype: np.dtype[Any]) -> bool:
-    # ml_dtypes' bfloat16 and its kin are of kind "V" to NumPy, yet convert to float.
+    # ml_dtypes such as bfloat16 have kind "V" in NumPy but convert to float.
     if np.issubdtype(dtype, np.integer) or np.issubdtype(dtype, np.floating):
         return True
     return dtype.kind == "V" and dtype.names is None and "float" in dtype.name
@@ -189,14 +189,11 @@ def _seed(value: object) -> int:
 
 
 PLAIN = 8
-"""Numbers in an array that is written out, whatever they are."""
+"""Arrays of up to this many numbers are always written out."""
 
 
 def _literal(array: npt.NDArray[np.float32]) -> str:
-    """Return an expression of an array: its numbers, or what makes them where that is shorter.
-
-    ``np`` in it is NumPy.
-    """
+    """Return a Python expression for an array: its numbers, or a NumPy call if that is shorter."""
     array = np.asarray(array)
     written = _written(array)
     if array.size <= PLAIN:
@@ -225,7 +222,7 @@ def _written(array: npt.NDArray[np.float32]) -> str:
 
 
 def _digits(value: Any) -> str:
-    # repr of the float32's own digits, not of the longer float64 it widens to.
+    # The shortest digits of the float32, not those of the float64 that repr would print.
     if 1e-4 <= abs(value) < 1e7 or value == 0:
         return np.format_float_positional(value, trim="0")
     return np.format_float_scientific(value, trim="0")

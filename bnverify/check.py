@@ -1,7 +1,7 @@
-"""Hold a training step to the laws: proofs first, then cases, then its state's life, then many devices.
+"""Check a training step: proofs first, then cases, then checkpoints, then several devices.
 
-:func:`verify` makes one report. :class:`Check` makes as many as are asked, of one subject: what one
-run traced and compiled, the next one uses. Whoever listens is told of progress by events.
+:func:`verify` makes one report. A :class:`Check` can make several of one subject, and reuses what
+was traced and compiled. A listener is told of the progress by events.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ STOPPED = "stopped at a violation"
 
 @dataclass(frozen=True)
 class Started:
-    """A check begins.
+    """A check has started.
 
     Attributes:
-        subject: its name.
+        subject: the name of the subject.
         laws: the names of the laws that are checked.
     """
 
@@ -50,12 +50,12 @@ class Started:
 
 @dataclass(frozen=True)
 class PhaseStarted:
-    """Something else is being done from now on.
+    """A phase of the check has started, or made progress.
 
     Attributes:
-        phase: what. Told again while it goes on.
-        cases: how many cases were run so far.
-        done: which part of what was planned is behind it, from 0 to 1.
+        phase: what is being done. A phase may be reported several times.
+        cases: the number of cases run so far.
+        done: the fraction of the planned phases that are finished, from 0 to 1.
     """
 
     phase: str
@@ -65,10 +65,10 @@ class PhaseStarted:
 
 @dataclass(frozen=True)
 class LawJudged:
-    """The evidence for a law is known.
+    """A law has been judged.
 
     Attributes:
-        evidence: without the diagnosis, which takes all laws.
+        evidence: the evidence, still without the likely cause, which depends on all laws.
     """
 
     evidence: Evidence
@@ -76,10 +76,10 @@ class LawJudged:
 
 @dataclass(frozen=True)
 class Finished:
-    """A check is over.
+    """A check has finished.
 
     Attributes:
-        report: what is known.
+        report: its report.
     """
 
     report: Report
@@ -92,16 +92,15 @@ Listener: TypeAlias = Callable[[Event], None]
 def choose(
     select: Collection[str], ignore: Collection[str], *, parallel: bool = False
 ) -> list[str]:
-    """Return the names of the laws that are selected, by name or family, and not ignored.
+    """Return the names of the laws that are selected and not ignored, in the order of reports.
 
     Args:
-        select: names of laws and families, or one name; empty: all that are about the step.
-        ignore: names of laws and families, or one name.
-        parallel: whether the step is one for many devices; otherwise the laws about those must be
-            selected to be answered.
+        select: names of laws or families, or one name; empty: all families that apply.
+        ignore: names of laws or families, or one name.
+        parallel: whether the family "parallel" is among the default.
 
     Raises:
-        UsageError: naming what is neither a law nor a family.
+        UsageError: a name is neither a law nor a family.
     """
     select, ignore = ([n] if isinstance(n, str) else n for n in (select, ignore))
     for name in (*select, *ignore):
@@ -117,7 +116,7 @@ def choose(
 
 
 def guarded(what: Target, seconds: float) -> Target:
-    """Return ``what`` with a limit on each call of its step's functions; see ``deadline.guard``."""
+    """Return ``what`` with a time limit on each call of its functions; see ``deadline.guard``."""
     if isinstance(what, Parallel):
         return replace(what, single=deadline.guard(what.single, seconds))
     if isinstance(what, CheckpointedSubject):
@@ -126,19 +125,19 @@ def guarded(what: Target, seconds: float) -> Target:
 
 
 class _Found:
-    """What one run of a check has found so far, and who is told of it.
+    """The findings of one run of a check so far.
 
     Args:
         tell: the listener.
         fail_fast: whether to stop at a violation.
-        proofs_only: whether to run nothing.
+        proofs_only: whether to read only the traced step.
 
     Attributes:
         fail_fast: as given.
         known: law name -> its evidence.
-        cases: how many cases were run.
-        notes: what the report should say besides.
-        planned: how many phases there are; what looks for smaller cases is not planned.
+        cases: the number of cases run.
+        notes: the notes for the report.
+        planned: the number of planned phases, without those that shrink counterexamples.
     """
 
     def __init__(self, tell: Listener, *, fail_fast: bool, proofs_only: bool) -> None:
@@ -152,19 +151,19 @@ class _Found:
         self._proofs_only = proofs_only
 
     def settle(self, evidence: Evidence) -> None:
-        """Take the evidence for a law as known."""
+        """Record the evidence for a law, and tell the listener."""
         self.known[evidence.law] = evidence
         self._tell(LawJudged(evidence))
 
     def phase(self, name: str, done: int = 0) -> None:
-        """Tell what is done from now on, after ``done`` cases of a part that still runs."""
+        """Tell the listener what is being done, after ``done`` cases of the current run."""
         self._begun.setdefault(name)
         behind = min((len(self._begun) - 1) / max(self.planned, 1), 0.95)
         self._tell(PhaseStarted(name, self.cases + done, behind))
 
     @property
     def idle(self) -> str:
-        """Why nothing more is run; empty where something is."""
+        """Why nothing more is to be run; empty if the check goes on."""
         if self._proofs_only:
             return READ_ONLY
         broken = any(evidence.status == "violated" for evidence in self.known.values())
@@ -172,18 +171,18 @@ class _Found:
 
 
 class Check:
-    """Holds a training step to the laws, as often as is asked.
+    """Checks one training step, for any number of seeds.
 
     Args:
-        what: see :func:`verify`, and so the others.
+        what: the subject; see :func:`verify` for all arguments.
         profile: how much to do.
         select: names of laws or families to check.
         ignore: names of laws or families to leave out.
-        proofs_only: read the traced step and run nothing.
-        target: how counterexamples name it.
+        proofs_only: only read the traced step; run nothing.
+        target: the name of the subject in counterexample scripts.
 
     Raises:
-        ValueError: naming an unknown profile, law or family.
+        ValueError: an unknown profile, law or family is named.
     """
 
     def __init__(
@@ -211,15 +210,15 @@ class Check:
         fail_fast: bool = False,
         listener: Listener | None = None,
     ) -> Report:
-        """Return what is known about each law.
+        """Run the check and return its report.
 
         Args:
-            seed: from which all cases are drawn; the same seed gives the same report.
-            fail_fast: stop at the first proofs or stack of cases that show a violation.
-            listener: told of progress.
+            seed: the seed of all cases; the same seed gives the same report.
+            fail_fast: stop after the proofs, or the stack of cases, that first show a violation.
+            listener: called with the events of the check.
 
         Raises:
-            UsageError: the seed is no whole number of at least 0.
+            UsageError: the seed is not a whole number of at least 0.
         """
         if not hasattr(seed, "__index__") or seed < 0:
             raise UsageError(f"seed must be a whole number, at least 0, got {seed!r}")
@@ -251,7 +250,7 @@ class Check:
         return report
 
     def _check_step(self, found: _Found, seed: int) -> None:
-        """Prove what can be proved of the step, and run it for the rest."""
+        """Prove the laws that the trace proves, and run cases for the others."""
         found.phase("tracing")
         for evidence in self._proved:
             found.settle(evidence)
@@ -270,19 +269,19 @@ class Check:
             found.notes += run.notes
             results = [self._explained(evidence) for evidence in run.evidence(self._target)]
             for evidence in _with_clues(results, runner, seed, found):
-                # A flow that is proved missing stays so; a run only adds the case that shows it.
+                # A violation proved from the trace stands; a run can only add a counterexample.
                 if evidence.status == "violated" or evidence.law not in found.known:
                     found.settle(evidence)
 
     def _check_beyond(self, found: _Found, family: str, names: list[str], seed: int) -> None:
-        """Check the laws of the life of a state, or of many devices."""
+        """Check the laws of the family "life" or "parallel"."""
         if reason := found.idle:
             results, cases = [Evidence.of(n, "untriggered", reason=reason) for n in names], 0
         elif family == "life":
-            found.phase("the life of the state")
+            found.phase("checkpoints")
             results, cases = self._lives.run(seed), self._lives.cases
         else:
-            found.phase("many devices")
+            found.phase("several devices")
             results, cases = self._mapped(names, seed)
         found.cases += cases
         for evidence in results:
@@ -294,7 +293,7 @@ class Check:
 
     @cached_property
     def _proved(self) -> list[Evidence]:
-        """The evidence of every law that needs no run."""
+        """The evidence for every law that needs no run."""
         known = _without_running(self._laws, self._subject, self._reading, self._target)
         return [self._explained(evidence) for evidence in known]
 
@@ -304,7 +303,7 @@ class Check:
 
     @cached_property
     def _runners(self) -> list[Runner]:
-        """What runs the other laws: those about an empty optimizer state on the probe."""
+        """The runners of the other laws: one for the subject, one for the momentum probe."""
         known = {each.law for each in self._proved if not _missing_flow(each)}
         running = [law for law in self._laws if law.name not in known]
         reading, probe = self._reading, self._reading.probe
@@ -325,9 +324,9 @@ class Check:
         return runners
 
     def _explained(self, evidence: Evidence) -> Evidence:
-        """Return the evidence of a violation with the way of a forbidden flow, and what may allow it.
+        """Return the evidence of a violation with the path of a forbidden dependency, and the hint.
 
-        Where the step may break the law by design, the subject knows what to declare.
+        The hint says what to declare if the step violates the law by design.
         """
         if evidence.status != "violated":
             return evidence
@@ -348,7 +347,9 @@ class Check:
 
     def _mapped(self, names: Collection[str], seed: int) -> tuple[list[Evidence], int]:
         if not isinstance(self._what, Parallel):
-            reason = "the step is not one for many devices: bnverify.Parallel says how it is one"
+            reason = (
+                "the step does not run on several devices; bnverify.Parallel declares one that does"
+            )
             return [Evidence.of(name, "exempt", reason=reason) for name in names], 0
         return devices.run(self._what, self._target, self._plan, seed, names)
 
@@ -365,22 +366,28 @@ def verify(
     target: str | None = None,
     listener: Listener | None = None,
 ) -> Report:
-    """Hold a training step to the laws and return what is known about each.
+    """Check a training step against the laws and return a report.
 
     Args:
-        what: a Subject; a CheckpointedSubject, with its own way to save and restore; or a Parallel, whose
-            single-device step is held to the laws, too.
+        what: a Subject; a CheckpointedSubject, which has its own functions to save and restore; or a
+            Parallel, whose single-device step is checked, too.
         profile: how much to do: "quick", "ci", "nightly" or a Profile.
-        seed: from which all cases are drawn; the same seed gives the same report.
-        select: names of laws or families to check; empty: all that are about this kind of step.
+        seed: the seed of all cases, at least 0; the same seed gives the same report.
+        select: names of laws or families to check; empty: all families that apply.
         ignore: names of laws or families to leave out.
-        proofs_only: read the traced step and run nothing.
-        fail_fast: stop at the first proofs or stack of cases that show a violation.
-        target: how counterexamples name the subject; None: the reader puts it in.
-        listener: told of progress, by events.
+        proofs_only: only read the traced step; run nothing.
+        fail_fast: stop after the proofs, or the stack of cases, that first show a violation.
+        target: the name of the subject in counterexample scripts, as ``bnverify.load`` takes it;
+            None: the scripts leave a placeholder.
+        listener: called with the events of the check: ``Started``, ``PhaseStarted``, ``LawJudged``
+            and ``Finished``.
+
+    Returns:
+        The evidence for each selected law. ``report.ok`` is True if none is violated.
 
     Raises:
-        ValueError: naming an unknown profile, law or family, or a seed that is none.
+        UsageError: an unknown law or family is named, or the seed is not a whole number.
+        ValueError: an unknown profile is named.
     """
     check = Check(
         what, profile, select=select, ignore=ignore, proofs_only=proofs_only, target=target
@@ -389,19 +396,20 @@ def verify(
 
 
 def replay(what: Target, case: Case, law: str) -> float | None:
-    """Run one case, as a counterexample script does, and hold it to one law.
+    """Check one law on one case, as counterexample scripts do.
 
     Args:
-        what: what is verified.
+        what: the subject, as for :func:`verify`.
         case: the case.
-        law: the name of a law of one step, or of one about many devices.
+        law: the name of a law about one step, or of the family "parallel".
 
     Returns:
-        The residual; None where the case does not reach the law's precondition.
+        The residual, the error divided by the tolerance; None if the case does not meet the law's
+        precondition.
 
     Raises:
-        Violation: the case breaks the law.
-        UsageError: no law has that name.
+        Violation: the case violates the law.
+        UsageError: no law has that name, or it is not about one step.
     """
     if law not in LAWS:
         raise UsageError(f"no law is named {law!r}{did_you_mean(law, LAWS)}")
@@ -409,7 +417,7 @@ def replay(what: Target, case: Case, law: str) -> float | None:
         residual = devices.replay(what, case, law)
         return None if residual < 0 else residual
     if law not in STEP_LAWS:
-        raise UsageError(f"{law} is not about one step: no single case shows it")
+        raise UsageError(f"{law} is not about one step, so it cannot be checked on one case")
     subject, claim = subject_of(what), LAWS[law]
     reading = proof.read(subject)
     if claim.kind == "structure":
@@ -437,10 +445,10 @@ def replay(what: Target, case: Case, law: str) -> float | None:
 
 
 def show_again(what: Target, counterexample: Counterexample) -> None:
-    """Do what a counterexample does, to ``what``.
+    """Run a counterexample again on ``what``.
 
     Raises:
-        Violation: the law is still broken.
+        Violation: the law is still violated.
     """
     if counterexample.history:
         Life(what).live(counterexample.history)
@@ -449,7 +457,7 @@ def show_again(what: Target, counterexample: Counterexample) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a verdict depends on."""
+    """Return package name -> version, for the packages that a verdict depends on."""
     names = ("bnverify", "jax", "jaxlib", "flax", "optax", "numpy", "hypothesis")
     found = {}
     for name in names:
@@ -463,7 +471,7 @@ def versions() -> dict[str, str]:
 def _without_running(
     laws: Collection[Law], subject: Subject, reading: proof.Reading, target: str | None
 ) -> Iterator[Evidence]:
-    """Yield the evidence of every law that needs no run: exempt, structure, proved flows."""
+    """Yield the evidence for every law that needs no run: exempt, structure or proved."""
     abstract = reading.abstract
     shown = proof.capabilities(subject, abstract, reading.probe) if abstract is not None else None
     for law in laws:
@@ -488,17 +496,17 @@ def _without_running(
 def _with_clues(
     results: list[Evidence], runner: Runner, seed: int, found: _Found
 ) -> list[Evidence]:
-    """Return ``results``, those of broken laws with what the numbers of their cases say."""
+    """Return ``results`` with the clues added to each violation."""
     broken = [each for each in results if each.status == "violated"]
     if not broken:
         return results
-    found.phase("reading the numbers of the violations")
+    found.phase("looking for causes")
     known = runner.clues(broken, seed)
     return [replace(each, clues=known) if each in broken else each for each in results]
 
 
 def _missing_flow(evidence: Evidence) -> bool:
-    """Return whether the trace shows that a flow is missing: a case that shows it says more."""
+    """Return whether a witness law is violated by the trace; running may add a counterexample."""
     return evidence.status == "violated" and LAWS[evidence.law].kind == "witness"
 
 

@@ -1,7 +1,7 @@
-"""The command line. Loads neither jax nor Hypothesis until a command needs them.
+"""The command line. It imports jax and Hypothesis only when a command needs them.
 
-Exit status: 0 all hold, 1 a law is violated, 2 the command or its input is unusable, 3 an
-internal error, 130 interrupted, 141 nobody reads the output any more.
+Exit status: 0 all laws hold, 1 a law is violated, 2 the command or its target cannot be used, 3 an
+internal error, 130 interrupted, 141 the reader of the output has closed the pipe.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser that reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line."""
+        """Raise a UsageError."""
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 class PrintCompletion(argparse.Action):
-    """Prints a script for a shell and exits."""
+    """Prints the completion script for a shell and exits."""
 
     def __call__(
         self,
@@ -45,7 +45,7 @@ class PrintCompletion(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> NoReturn:
-        """Do so."""
+        """Print the script for the shell in ``values``."""
         import shtab
 
         print(shtab.complete(parser, shell=values))
@@ -65,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     Args:
-        argv: the arguments; None: those of the process.
+        argv: the arguments; None: ``sys.argv[1:]``.
     """
     collect_garbage_rarely()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a letter shows "?"
+        if hasattr(stream, "reconfigure"):  # characters that the terminal lacks become "?"
             stream.reconfigure(errors="replace")
     try:
         args = build_parser().parse_args(argv)
@@ -80,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say("bnverify: interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # Python flushes stdout once more at exit, and would complain then.
+        # Python flushes stdout again at exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
-    except Exception as error:  # noqa: BLE001 - the last place to tell what happened
+    except Exception as error:  # noqa: BLE001 - any other error is an internal one
         where = _keep_traceback()
         return _say(f"bnverify: internal error: {first_line(error)}; traceback in {where}", 3)
     return status
@@ -94,15 +94,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="bnverify",
         description="Verify training steps that split params from batch_stats.",
-        epilog="exit status: 0 all hold, 1 a law is violated, 2 unusable command or target, "
-        "3 internal error",
+        epilog="exit status: 0 all laws hold, 1 a law is violated, 2 the command or target cannot be "
+        "used, 3 internal error",
     )
     parser.add_argument("--version", action="version", version=f"bnverify {__version__}")
     parser.add_argument(
         "--print-completion",
         action=PrintCompletion,
         choices=SHELLS,
-        help="print what completes bnverify's commands and options in this shell, and exit",
+        help="print the completion script for this shell, and exit",
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in iter_modules(commands.__path__):

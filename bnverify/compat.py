@@ -1,6 +1,6 @@
-"""Differences between jax releases, absorbed in one place.
+"""Differences between jax releases, handled in one place.
 
-Each entry says which releases need it; delete it with the last of them.
+Each entry says which releases need it; delete it together with support for the last of them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def enable_x64() -> AbstractContextManager[Any]:
-    """Return a context in which JAX has float64: for tests that compare NumPy with it, and nothing else.
+    """Return a context with 64-bit JAX types, only for tests that compare NumPy with JAX.
 
-    ``jax.enable_x64(True)`` from jax 0.8.3; before it ``jax.experimental.enable_x64()``, which
-    0.9.2 removed.
+    It is ``jax.enable_x64(True)`` from jax 0.8.3 on, and before that
+    ``jax.experimental.enable_x64()``, which jax 0.9.2 removed.
     """
     switch: Any = getattr(jax, "enable_x64", None)
     if switch is None:
@@ -31,10 +31,10 @@ def enable_x64() -> AbstractContextManager[Any]:
 
 
 def scan_split(eqn: Any) -> tuple[int, int] | None:
-    """Return how many inputs of a scan's equation are constants, and how many its carry.
+    """Return (number of constants, number of carried values) among the inputs of a scan equation.
 
-    The parameters ``num_consts`` and ``num_carry`` to jax 0.10; groups of inputs, "ft_in", after
-    it. None where neither is there, or they do not add up.
+    Up to jax 0.10 they are the parameters ``num_consts`` and ``num_carry``; later releases have
+    groups of inputs, "ft_in". None if neither is present, or the numbers do not add up.
     """
     params = eqn.params
     if "num_consts" in params and "num_carry" in params:
@@ -49,9 +49,9 @@ def scan_split(eqn: Any) -> tuple[int, int] | None:
 
 
 def literal(atom: Any) -> Any:
-    """Return the number that an equation's input is, as a NumPy array; None where it is a variable.
+    """Return the value of a literal among an equation's inputs, as a NumPy array; None for a variable.
 
-    jax 0.7 keeps it in a LiteralArray, which is no number: neither ``float`` nor ``abs`` takes one.
+    jax 0.7 stores literals as LiteralArray, which ``float`` and ``abs`` do not accept.
     """
     return np.asarray(atom.val) if hasattr(atom, "val") else None
 
@@ -61,17 +61,17 @@ _QUICK_FLAGS = (
     (">=0.5.3,<0.11", "--xla_cpu_use_fusion_emitters=false"),
     (">=0.12,<0.13", "--xla_cpu_opt_preset=FAST_COMPILE"),
 )
-"""Releases of jaxlib -> a flag of XLA's that makes them compile faster. XLA ends the process over a
-flag that it does not know, so only releases that were tried are listed."""
+"""(releases of jaxlib, an XLA flag that makes them compile faster). XLA aborts the process on an
+unknown flag, so only releases that were tried are listed."""
 
 
 def compile_quickly() -> None:
-    """Let XLA compile fast rather than well whatever this process compiles from now on.
+    """Set XLA_FLAGS so that this process compiles faster, at the cost of slower programs.
 
-    Operations that run uncompiled are compiled one by one, and take half as long. To be called before
-    the first of them; a flag that XLA_FLAGS names already stays as it is.
+    Operations outside of jit are compiled one by one, which takes half as long with these flags. Call
+    it before the first of them. A flag that XLA_FLAGS already contains is not changed.
     """
-    from packaging.specifiers import SpecifierSet  # recordings are made where it may be missing
+    from packaging.specifiers import SpecifierSet  # may be missing where recordings are made
 
     version = metadata.version("jaxlib")
     given = os.environ.get("XLA_FLAGS", "").split()
@@ -83,19 +83,19 @@ def compile_quickly() -> None:
 
 
 _UNKNOWN_OPTIONS: set[str] = set()
-"""Options that this release's XLA was found not to have."""
+"""Compiler options that this release of XLA has refused."""
 
 
 def compiled(lowered: Any, options: dict[str, Any]) -> Any:
-    """Return a lowered program, compiled with those of XLA's ``options`` that this release has.
+    """Return a lowered program compiled with those XLA ``options`` that this release has.
 
-    ``xla_cpu_use_fusion_emitters`` is known to jax 0.5.3 to 0.10.2, not to 0.4.38 nor 0.12.0.1.
+    For example, jax 0.5.3 to 0.10.2 have ``xla_cpu_use_fusion_emitters``; 0.4.38 and 0.12.0.1 do not.
     """
     while True:
         wanted = {name: value for name, value in options.items() if name not in _UNKNOWN_OPTIONS}
         try:
             return lowered.compile(compiler_options=wanted)
-        except Exception as error:  # what is raised differs between releases, and is seldom public
+        except Exception as error:  # its type differs between releases, and is mostly not public
             refused = {name for name in wanted if name in str(error)}
             if not refused:
                 raise

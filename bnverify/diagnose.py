@@ -1,12 +1,12 @@
-"""From what is known of a step to the mistake that its author made: one table, read from the top.
+"""From the violations of a step to the most likely mistake: one table of rules, tried from the top.
 
-A rule names a mistake and says how it is recognised: by which laws are broken and which are not, by what
-can reach what in the traced step, and by the clues that the numbers of a violating case give
-(``bnverify.clues``). The most specific come first. A rule that applies explains those broken laws that
-name its mistake in their ``mistakes=``; what is left is explained by the next rule that applies. A law
-that no rule explains is given the first mistake of its own list.
+A rule recognises a mistake by which laws are violated and which are not, by which inputs can affect
+which outputs in the traced step, and by clues: what the numbers of a violating case say
+(``bnverify.clues``). The most specific rules come first. A rule that applies explains the violated laws
+that list its mistake in their ``mistakes=``; later rules explain the remaining ones. A law that no rule
+explains gets the first mistake of its own list that no rule covers, or else the first of its list.
 
-To have a mistake recognised, add a rule. Nothing here is learned, and nothing is counted.
+To have a mistake recognised, add a rule. The rules are written by hand; nothing is fitted to data.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from bnverify.laws import LAWS
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a step whose laws were judged.
+    """The findings about a step that the rules look at.
 
     Attributes:
-        broken: the names of the broken laws, in the order of reports.
-        flows: output tree -> the input trees that may reach it; empty where it was not traced.
-        clues: what the numbers of violating cases say, see ``bnverify.clues``.
+        broken: the names of the violated laws, in the order of reports.
+        flows: output tree -> the input trees that may affect it; empty if the step was not traced.
+        clues: what the numbers of violating cases say; see ``bnverify.clues``.
     """
 
     broken: tuple[str, ...]
@@ -34,11 +34,11 @@ class Known:
     clues: Mapping[str, Any] = field(default_factory=dict)
 
     def broke(self, *laws: str) -> bool:
-        """Return whether all of these laws are broken."""
+        """Return whether all of these laws are violated."""
         return set(laws) <= set(self.broken)
 
     def any(self, *laws: str) -> bool:
-        """Return whether one of these laws is broken."""
+        """Return whether any of these laws is violated."""
         return not set(laws).isdisjoint(self.broken)
 
     def clue(self, name: str, *values: str) -> bool:
@@ -46,16 +46,16 @@ class Known:
         return self.clues.get(name) in values
 
     def never_reads(self, output: str, source: str) -> bool:
-        """Return whether the trace proves that a tree does not depend on another."""
+        """Return whether the trace proves that ``output`` does not depend on ``source``."""
         return output in self.flows and source not in self.flows[output]
 
     def may_read(self, output: str, source: str) -> bool:
-        """Return whether the trace shows a way from a tree to another."""
+        """Return whether ``output`` may depend on ``source``, according to the trace."""
         return source in self.flows.get(output, ())
 
     @property
     def factor(self) -> float:
-        """The gradient in units of the slope of the reported loss; 1 where it is no one number."""
+        """The gradient divided by the slope of the reported loss; 1 if that is not one number."""
         return float(self.clues.get("gradient_factor", 1.0))
 
 
@@ -64,9 +64,9 @@ class Rule:
     """How a mistake is recognised.
 
     Attributes:
-        mistake: its name.
-        applies: whether what is known shows it.
-        seen: what was seen, in one clause; names in braces stand for clues.
+        mistake: the name of the mistake.
+        applies: whether the findings show it.
+        seen: what was seen, in one clause; names in braces are replaced by clues.
     """
 
     mistake: str
@@ -74,7 +74,7 @@ class Rule:
     seen: str = ""
 
     def told(self, known: Known) -> str:
-        """Return what was seen, with the numbers of this step; empty where they are not known."""
+        """Return ``seen`` with this step's clues filled in; empty if one of them is missing."""
         try:
             return self.seen.format_map(_Readable(known.clues))
         except KeyError:
@@ -82,7 +82,7 @@ class Rule:
 
 
 class _Readable(dict[str, Any]):
-    """Clues as they read in a sentence."""
+    """Clues, formatted for a sentence."""
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
@@ -95,11 +95,11 @@ class _Readable(dict[str, Any]):
 
 
 MOST_LEAVES = 4
-"""How many leaves are told by name."""
+"""The largest number of leaves listed by name."""
 
 
 def _short(number: float) -> str:
-    """Return a number in a few digits, and one close to 1 by how far it is from it."""
+    """Return a number in five digits, or as "1 + 3e-06" if it is close to 1."""
     off = number - 1
     if 0 < abs(off) < 1e-4:
         return f"1 {'+' if off > 0 else '-'} {abs(off):.2g}"
@@ -119,47 +119,47 @@ FORM = (
 
 
 def _only_cause(law: str) -> Rule:
-    """Return the rule that a law which one mistake alone breaks names that mistake."""
+    """Return the rule for a law that only one mistake violates."""
     (mistake,) = LAWS[law].mistakes
     return Rule(mistake, lambda k: k.broke(law))
 
 
 RULES: tuple[Rule, ...] = (
-    # What a look at the program shows: each of these laws is about one mistake, and the other laws
-    # that the mistake breaks would lead to another one.
+    # Laws read off the traced program: each is about one mistake. They come first because the other
+    # laws that such a mistake violates would suggest a different one.
     *(_only_cause(law.name) for law in LAWS.values() if "look" in law.capabilities),
     _only_cause("unlike_rows_have_a_variance"),
-    # What the trees look like.
+    # The structure of the trees.
     Rule(
         "statistics_fed_to_the_optimizer",
         lambda k: k.broke("optimizer_state_excludes_batch_stats", "momentum_is_as_declared"),
-        "the optimizer's state holds the statistics, and they move by more than their average",
+        "the optimizer state contains the statistics, and they change by more than the moving average",
     ),
     Rule(
         "optimizer_on_all_variables",
         lambda k: k.broke("optimizer_state_excludes_batch_stats"),
-        "the optimizer's state holds a leaf for each running statistic",
+        "the optimizer state has a leaf for each running statistic",
     ),
     Rule(
         "gradient_of_all_variables",
         lambda k: k.clue("gradient_tree", "more leaves"),
-        "the gradient has leaves that params do not have: {gradient_tree_leaves}",
+        "the gradient has leaves that params does not have: {gradient_tree_leaves}",
     ),
     Rule(
         "wrong_gradient",
         lambda k: k.clue("gradient_tree", "fewer leaves"),
-        "the gradient has no {gradient_tree_leaves}",
+        "the gradient lacks {gradient_tree_leaves}",
     ),
     Rule("statistics_trained_as_params", lambda k: k.broke("params_hold_no_statistics")),
     Rule(
         "statistics_nested",
         lambda k: k.clue("statistics_tree", "nested"),
-        "the new statistics have the old ones' leaves one level deeper",
+        "the new batch_stats has the leaves of the old one, but one level deeper",
     ),
     Rule(
         "new_statistics_dropped",
         lambda k: k.clue("statistics_tree", "fewer leaves"),
-        "the new statistics have no {statistics_tree_leaves}",
+        "the new batch_stats lacks {statistics_tree_leaves}",
     ),
     Rule("statistics_in_low_precision", lambda k: k.broke("batch_stats_are_float32")),
     Rule("parameters_change_dtype", lambda k: k.any(*FORM)),
@@ -168,41 +168,41 @@ RULES: tuple[Rule, ...] = (
         "loss_not_reduced",
         lambda k: k.any("training_loss_is_a_scalar", "eval_loss_has_shape_one"),
     ),
-    # What is not a function of its arguments.
+    # Purity.
     Rule("inputs_overwritten", lambda k: k.broke("step_leaves_its_inputs_alone")),
     Rule(
         "hidden_state",
         lambda k: k.any("same_input_repeats_to_the_bit", "eval_repeats_to_the_bit"),
-        "the same input gives another result the second time",
+        "the same input gives a different result the second time",
     ),
     Rule(
         "hidden_state",
         lambda k: "update_of_another_trace" in k.clues,
-        "traced anew, the step gives the same gradient and {update_of_another_trace} times the update",
+        "traced again, the step has the same gradient but {update_of_another_trace} times the update",
     ),
     Rule("seed_not_truncated", lambda k: k.broke("float_seeds_act_as_their_integer_part")),
     Rule("eval_of_stale_state", lambda k: k.broke("solution_is_init_step_evaluate")),
-    # What reaches nothing.
+    # Arguments without effect.
     Rule(
         "inputs_ignored",
         lambda k: k.any("inputs_reach_the_params", "inputs_reach_the_evaluation"),
-        "other inputs give the same result",
+        "changing the inputs does not change the result",
     ),
     Rule(
         "gradient_of_another_loss",
         lambda k: k.broke("loss_reads_params_and_inputs"),
-        "the reported loss does not depend on what the model predicts",
+        "the reported loss does not depend on the predictions",
     ),
-    # Params that stay, and training that reads the old statistics.
+    # Unchanged params, and training that depends on the old statistics.
     Rule(
         "update_dropped",
         lambda k: k.clue("params", "unchanged"),
-        "the step returns the params that it was given",
+        "the step returns params unchanged",
     ),
     Rule(
         "update_dropped",
         lambda k: k.clue("params", "partly unchanged"),
-        "the step returns {still} as it was given, though the optimizer moves it",
+        "the step returns {still} unchanged, although the optimizer updates it",
     ),
     Rule(
         "statistics_trained_as_params",
@@ -212,17 +212,17 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "train_step_in_eval_mode",
         lambda k: k.broke(OLD) and k.clue("average", "unchanged", "partly unchanged"),
-        "the loss depends on the old statistics, and the step leaves {idle} as they are",
+        "the loss depends on the old statistics, and the step leaves {idle} unchanged",
     ),
     Rule(
         "wrong_gradient",
         lambda k: k.broke(OLD, SLOPE) and not k.broke(MODES),
-        "the gradient depends on the old statistics, the loss does not",
+        "the gradient depends on the old statistics, but the loss does not",
     ),
     Rule(
         "loss_reads_old_statistics",
         lambda k: k.broke(OLD),
-        "other old statistics give another loss, or other params",
+        "changing the old statistics changes the loss or the new params",
     ),
     # The gradient.
     Rule(
@@ -233,8 +233,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "gradient_of_another_loss",
         lambda k: k.broke(SLOPE, MODES),
-        "the reported loss is neither what evaluation gives at the batch's own moments nor what the "
-        "gradient is the slope of",
+        "the reported loss differs from the eval loss at the batch's own moments, and the gradient is "
+        "not its slope",
     ),
     Rule(
         "wrong_gradient",
@@ -249,19 +249,19 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "wrong_gradient",
         lambda k: k.broke(SLOPE) and "gradient_leaves" in k.clues,
-        "the gradient is not the slope of the reported loss for {gradient_leaves}",
+        "the gradient of {gradient_leaves} is not the slope of the reported loss",
     ),
     Rule("wrong_gradient", lambda k: k.broke(SLOPE)),
     # The update.
     Rule(
         "low_precision",
         lambda k: k.clue("params", "rounded"),
-        "the new params have no more digits than {params_type} holds",
+        "the new params are rounded to {params_type}",
     ),
     Rule(
         "low_precision",
         lambda k: k.clue("opt_state", "rounded"),
-        "the optimizer's new state has no more digits than {opt_state_type} holds",
+        "the new optimizer state is rounded to {opt_state_type}",
     ),
     Rule(
         "wrong_sign",
@@ -271,7 +271,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "wrong_sign",
         lambda k: k.clue("params", "gradient added"),
-        "the params move by {factor} times the gradient",
+        "the params change by {factor} times the gradient",
     ),
     Rule(
         "update_applied_twice",
@@ -281,37 +281,37 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "update_applied_twice",
         lambda k: k.clue("params", "two updates"),
-        "the params are those after two of the optimizer's updates",
+        "the new params are those after two updates by the optimizer",
     ),
     Rule(
         "update_applied_twice",
         lambda k: k.clue("opt_state", "twice"),
-        "the optimizer's state is the one after two updates",
+        "the new optimizer state is the one after two updates",
     ),
     Rule(
         "optimizer_reinitialised",
         lambda k: k.clue("params", "fresh optimizer") or k.clue("opt_state", "fresh"),
-        "the update is the one of an optimizer that was initialised just now",
+        "the update is that of a newly initialised optimizer",
     ),
     Rule(
         "optimizer_reinitialised",
         lambda k: k.clue("opt_state", "cleared"),
-        "the optimizer's new state is its initial one",
+        "the new optimizer state is the initial one",
     ),
     Rule(
         "old_optimizer_state_kept",
         lambda k: k.clue("opt_state", "old"),
-        "the step returns the optimizer's state that it was given",
+        "the step returns opt_state unchanged",
     ),
     Rule(
         "params_of_another_state",
         lambda k: k.clue("params", "another start"),
-        "at a learning rate of 0 the new params are the same, whatever the old ones",
+        "with lr = 0 the new params do not depend on the old ones",
     ),
     Rule(
         "decay_outside_the_learning_rate",
         lambda k: "factor_at_rate_zero" in k.clues,
-        "at a learning rate of 0 the new params are {factor_at_rate_zero} times the old ones",
+        "with lr = 0 the new params are {factor_at_rate_zero} times the old ones",
     ),
     Rule(
         "learning_rate_ignored",
@@ -319,22 +319,22 @@ RULES: tuple[Rule, ...] = (
             k.never_reads("params", "lr")
             and k.any("params_follow_the_optimizer", "zero_learning_rate_moves_nothing")
         ),
-        "nothing leads from the learning rate to the new params",
+        "in the trace, the new params do not depend on the learning rate",
     ),
     Rule(
         "optimizer_bypassed",
         lambda k: k.clue("params", "plain descent"),
-        "the params move by -lr times the gradient, and not as the optimizer says",
+        "the params change by -lr times the gradient instead of the optimizer's update",
     ),
     Rule(
         "learning_rate_applied_twice",
         lambda k: k.clue("params", "rate twice"),
-        "the update is {factor} times the optimizer's, which is the learning rate again",
+        "the update is {factor} times the optimizer's, and {factor} is the learning rate",
     ),
     Rule(
         "decay_of_norm_parameters",
         lambda k: k.clue("params", "decayed"),
-        "besides the optimizer's update, leaves change by a multiple of themselves: {decayed}",
+        "besides the optimizer's update, leaves change by a multiple of their value: {decayed}",
     ),
     Rule(
         "update_scaled",
@@ -347,22 +347,22 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "statistics_in_low_precision",
         lambda k: k.clue("average", "rounded"),
-        "{rounded} have no more digits than {average_type} holds",
+        "{rounded} are rounded to {average_type}",
     ),
     Rule(
         "new_statistics_dropped",
         lambda k: k.clue("average", "unchanged", "partly unchanged"),
-        "the step leaves {idle} as they are",
+        "the step leaves {idle} unchanged",
     ),
     Rule(
         "new_statistics_dropped",
         lambda k: k.broke("step_moves_the_statistics") and k.never_reads("batch_stats", "x"),
-        "nothing leads from x to the new statistics",
+        "in the trace, the new statistics do not depend on x",
     ),
     Rule(
         "statistics_reinitialised",
         lambda k: k.clue("average", "forgets") or k.broke("old_statistics_reach_the_new"),
-        "the new statistics are the same, whatever the old ones",
+        "the new statistics do not depend on the old ones",
     ),
     Rule(
         "statistics_from_another_batch",
@@ -380,7 +380,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "statistics_of_another_layer",
         lambda k: k.clue("moments", "another layer"),
-        "{moments_of} records the moments of what {layer} was given",
+        "{moments_of} records the moments of the input of {layer}",
     ),
     Rule(
         "wrong_moments",
@@ -390,33 +390,33 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "average_not_steady",
         lambda k: k.clue("average", "bent"),
-        "the weight of the old value depends on that value; far from here it is {momentum}",
+        "the momentum depends on the old value; for a huge one it is {momentum}",
     ),
     Rule(
         "ema_applied_twice",
         lambda k: k.clue("average", "squared"),
-        "the old value's weight in {leaves} is {momentum}, the square of {declared}",
+        "the momentum of {leaves} is {momentum}, the square of {declared}",
     ),
     Rule(
         "momentum_reversed",
         lambda k: k.clue("average", "reversed"),
-        "the old value's weight in {leaves} is {momentum}, where {declared} is declared",
+        "the momentum of {leaves} is {momentum}, but {declared} is declared",
     ),
     Rule(
         "statistics_in_low_precision",
         lambda k: k.clue("average", "rounded momentum"),
-        "the old value's weight is {momentum}, which is {declared} in bfloat16",
+        "the momentum is {momentum}, which is {declared} in bfloat16",
     ),
     # The moments that enter the average.
     Rule(
         "sample_variance",
         lambda k: k.clue("moments", "sample variance"),
-        "the variance of {moments_of} is {moments_factor} times the batch's: N / (N - 1)",
+        "the variance of {moments_of} is {moments_factor} times the batch's, which is N / (N - 1)",
     ),
     Rule(
         "statistics_from_another_batch",
         lambda k: k.clue("moments", "weights") and abs(k.clues.get("moments_factor", 0) + 1) < 1e-3,
-        "{moments_of} records {moments_factor} times the mean of what it was given",
+        "{moments_of} records {moments_factor} times the mean of its input",
     ),
     Rule(
         "weights_do_not_sum_to_one",
@@ -426,12 +426,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "weights_do_not_sum_to_one",
         lambda k: k.clue("moments", "weights"),
-        "in {moments_of} the batch's moments enter with {moments_factor} times the weight 1 - m",
+        "in {moments_of} the weight of the batch's moments is {moments_factor} times 1 - m",
     ),
     Rule(
         "statistics_in_low_precision",
         lambda k: k.clue("moments", "rounded"),
-        "the recorded moments of {moments_of} have no more digits than {moments_type} holds",
+        "the recorded moments of {moments_of} are rounded to {moments_type}",
     ),
     Rule(
         "variances_averaged",
@@ -451,7 +451,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "rows_treated_unequally",
         lambda k: k.clue("moments", "padding"),
-        "{moments_of} counts {padding} rows of zeros that the batch does not have",
+        "{moments_of} includes {padding} rows of zeros that are not in the batch",
     ),
     Rule(
         "statistics_over_the_wrong_axis",
@@ -465,29 +465,29 @@ RULES: tuple[Rule, ...] = (
             and k.clue("moments", "other", "another quantity")
             and not k.broke(MODES)
         ),
-        "the rows' order or number changes the moments",
+        "reordering or repeating the rows changes the moments",
     ),
     Rule(
         "wrong_moments",
         lambda k: k.clue("moments", "another quantity"),
-        "what {moments_of} records as the variance is {quantity}",
+        "the variance that {moments_of} records is {quantity}",
     ),
     Rule(
         "statistics_from_another_batch",
         lambda k: k.clue("moments", "other"),
-        "{moments_of} records other moments than those of what it was given",
+        "the moments that {moments_of} records are not those of its input",
     ),
     Rule(
         "weights_do_not_sum_to_one",
         lambda k: k.clue("average", "another momentum") and k.clues.get("momentum", 0) >= 1,
-        "the old value's weight is {momentum}",
+        "the momentum is {momentum}",
     ),
     Rule(
         "momentum_not_as_declared",
         lambda k: k.clue("average", "another momentum"),
-        "the old value's weight in {leaves} is {momentum}, where {declared} is declared",
+        "the momentum of {leaves} is {momentum}, but {declared} is declared",
     ),
-    # Evaluation by itself.
+    # Evaluation alone.
     Rule(
         "eval_in_train_mode",
         lambda k: k.any("eval_writes_nothing", "eval_statistics_are_the_ones_passed_in"),
@@ -496,19 +496,19 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "eval_of_stale_state",
         lambda k: k.never_reads("eval_loss", "params"),
-        "nothing leads from the params to the eval loss",
+        "in the trace, the eval loss does not depend on params",
     ),
     Rule(
         "eval_in_train_mode",
         lambda k: k.broke("eval_uses_the_running_statistics", ROWS),
-        "a row's prediction depends on the other rows, and not on the statistics",
+        "a row's prediction depends on the other rows instead of the running statistics",
     ),
     Rule(
         "eval_of_stale_state",
         lambda k: k.broke("eval_uses_the_running_statistics"),
-        "other statistics give the same eval loss",
+        "changing the statistics does not change the eval loss",
     ),
-    # Training beside evaluation.
+    # Training compared with evaluation.
     Rule(
         "low_precision",
         lambda k: k.clue("modes", "rounded loss"),
@@ -517,44 +517,44 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "sum_instead_of_mean",
         lambda k: k.clue("modes", "sum in training", "sum in evaluation"),
-        "at the batch's own moments the eval loss is {modes_ratio} times the training loss: the number "
-        "of rows, or one over it",
+        "at the batch's own moments the eval loss is {modes_ratio} times the training loss, which is "
+        "the number of rows or its inverse",
     ),
     Rule(
         "sample_variance",
         lambda k: k.clue("modes", "sample variance"),
-        "training normalises by N / (N - 1) times the batch's variance",
+        "training normalises by N / (N - 1) times the batch variance",
     ),
     Rule(
         "targets_misaligned",
         lambda k: k.clue("modes", "targets moved"),
-        "with the targets in another order, evaluation gives the training loss",
+        "the eval loss equals the training loss if the targets are reordered",
     ),
     Rule("targets_ignored", lambda k: k.broke("targets_reach_the_evaluation")),
     Rule(
         "targets_ignored",
         lambda k: k.clue("modes", "targets replaced") or k.never_reads("loss", "y"),
-        "the training loss is what evaluation gives for one target for all rows",
+        "the training loss equals the eval loss with one target for all rows",
     ),
     Rule(
         "broadcast_loss",
         lambda k: k.clue("modes", "broadcast in training", "broadcast in evaluation"),
-        "the loss is the same in whatever order the targets are",
+        "the loss does not depend on the order of the targets",
     ),
     Rule(
         "low_precision",
         lambda k: k.clue("modes", "rounded targets", "rounded inputs"),
-        "training computes what evaluation gives for {modes}",
+        "the training loss equals the eval loss for {modes}",
     ),
     Rule(
         "statistics_in_low_precision",
         lambda k: k.clue("modes", "rounded statistics in evaluation"),
-        "evaluation reads the statistics with fewer digits than they have",
+        "evaluation rounds the statistics to a less precise dtype",
     ),
     Rule(
         "statistics_over_the_wrong_axis",
         lambda k: k.clue("modes", "one moment for all channels"),
-        "training normalises all channels by one mean and one variance",
+        "training normalises all channels by the same mean and variance",
     ),
     Rule(
         "statistics_over_the_wrong_axis",
@@ -573,12 +573,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "rows_treated_unequally",
         lambda k: k.broke(DOUBLED),
-        "every row twice gives another result than every row once",
+        "repeating every row changes the result",
     ),
     Rule(
         "eval_of_stale_state",
         lambda k: k.clue("modes", "evaluation ignores the statistics here"),
-        "other statistics give the same eval loss in this case",
+        "in this case, changing the statistics does not change the eval loss",
     ),
     Rule("division_by_zero_variance", lambda k: k.broke("eval_loss_is_finite")),
     Rule("modes_differ", lambda k: k.broke(MODES) and k.clue("modes", "root in evaluation")),
@@ -597,11 +597,11 @@ RULES: tuple[Rule, ...] = (
 
 
 RULED = frozenset(rule.mistake for rule in RULES)
-"""The mistakes that are recognised by a rule."""
+"""The mistakes that have a rule."""
 
 
 def causes(known: Known) -> dict[str, Cause]:
-    """Return broken law -> the mistake that explains it, the surest mistakes first."""
+    """Return a dict: violated law -> the mistake that explains it, by the first rules first."""
     left = list(known.broken)
     found: dict[str, Cause] = {}
     for rule in RULES:
@@ -610,7 +610,7 @@ def causes(known: Known) -> dict[str, Cause]:
             left = [law for law in left if law not in explained]
             found |= dict.fromkeys(explained, Cause(rule.mistake, rule.told(known)))
     surest = next(iter(found.values()), None)
-    # What no rule explains is a mistake without a rule, or else follows from the surest.
+    # A remaining law is due to a mistake without a rule, or else follows from the first one found.
     unruled: dict[str, Cause] = {}
     for law in left:
         own = [name for name in LAWS[law].mistakes if name not in RULED]
@@ -622,7 +622,7 @@ def causes(known: Known) -> dict[str, Cause]:
 
 
 def known_of(results: Sequence[Evidence], influence: Mapping[str, Any]) -> Known:
-    """Return what evidence and a report's ``influence`` tell, of the laws of one step."""
+    """Return what the evidence and a report's ``influence`` say about one step."""
     broken = [each for each in results if _unexplained(each)]
     clues: dict[str, Any] = {}
     for each in broken:
@@ -632,11 +632,11 @@ def known_of(results: Sequence[Evidence], influence: Mapping[str, Any]) -> Known
 
 
 def diagnosed(results: Sequence[Evidence], influence: Mapping[str, Any]) -> list[Evidence]:
-    """Return ``results``, those of broken laws with the mistake behind them, unless one is known.
+    """Return ``results`` with the likely cause added to each violation that has none.
 
     Args:
-        results: what is known about all the laws.
-        influence: what may reach what, as in ``Report.influence``.
+        results: the evidence for all laws.
+        influence: which inputs may affect which outputs, as in ``Report.influence``.
     """
     found = causes(known_of(results, influence))
     return [

@@ -1,4 +1,4 @@
-"""What a command cannot work with: the caller's mistake, told in one line."""
+"""Usage errors, and one-line messages for exceptions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ LONGEST = 160
 
 
 class UsageError(ValueError):
-    """An argument, a file or a target that cannot be used; the message is one line.
+    """An argument, file or target that cannot be used; the message is one line.
 
-    The command line prints it and ends with status 2, never with a traceback.
+    The command line prints the message and exits with status 2, without a traceback.
     """
 
 
@@ -22,7 +22,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an exception as one line: its type and the start of its message's first line."""
+    """Return an exception in one line: its type and the first 160 characters of its first line."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -31,5 +31,5 @@ def first_line(error: BaseException) -> str:
 
 
 def cause(error: BaseException) -> str:
-    """Return what an error says: of the system's, without number and path, which are told beside it."""
+    """Return an error's message; for an OSError without errno and path, which callers print themselves."""
     return getattr(error, "strerror", None) or str(error)

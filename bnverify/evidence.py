@@ -1,4 +1,4 @@
-"""What is known about each law after a check, and the report that sums it up."""
+"""The results of a check: the evidence for each law, counterexamples, and the report."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from bnverify.mistakes import MISTAKES, Mistake
 Status: TypeAlias = Literal["proved", "held", "violated", "untriggered", "exempt"]
 
 READ_ONLY = "only the traced step was read"
-"""Why a law that needs cases is untriggered where none are run."""
+"""The reason why a law that needs cases is untriggered if only proofs are read."""
 
 DEVICES = 4
-"""How many simulated devices show a violation of a law about many."""
+"""The number of simulated devices in a counterexample of the family "parallel"."""
 
 
 class Call(NamedTuple):
-    """One thing that happens in the life of a state.
+    """One event in the history of a state.
 
     Attributes:
         name: a method of :class:`bnverify.Life`.
-        argument: what the method takes: a batch, the name of a way, or nothing.
+        argument: its argument: a case, the name of a way to save or copy, or None.
     """
 
     name: str
@@ -38,15 +38,15 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Counterexample:
-    """What shows a violation: a case, or a history of calls. Its script is rendered from it.
+    """A case or a history that violates a law, as data; ``script`` renders it.
 
     Attributes:
-        law: the broken law.
-        case: the case that breaks it; None for a law of structure, which every case breaks, and for
-            a history.
-        target: what ``bnverify.load`` is given; None: the reader puts the subject in.
-        history: what happens to a state until a law about its life is broken; else empty.
-        devices: whether it takes many devices to show.
+        law: the violated law.
+        case: the violating case; None for a history, and for a law of structure, which every case
+            violates.
+        target: the argument of ``bnverify.load``; None: the script has a placeholder.
+        history: the calls that lead to a violation of a law of the family "life"; else empty.
+        devices: whether several devices are needed.
     """
 
     law: str
@@ -57,7 +57,7 @@ class Counterexample:
 
     @property
     def script(self) -> str:
-        """A script that shows the violation when it is pasted into Python and run."""
+        """A Python script that reproduces the violation."""
         if self.history:
             return self._history_script()
         any_case = "bnverify.Case.of(seed=0, x=[[1.0]], y=[0.0], lr=0.1)"
@@ -74,7 +74,7 @@ class Counterexample:
         )
 
     def __str__(self) -> str:
-        """Return the script, which is what a person wants to see of it."""
+        """Return the script."""
         return self.script
 
     @property
@@ -97,7 +97,7 @@ class Counterexample:
         return f"import bnverify\n{_numpy(script)}\n{script}\n"
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as data for JSON; ``from_json`` reads it."""
+        """Return a dict for JSON; ``from_json`` reads it."""
         history = [
             [name, argument.to_json() if isinstance(argument, Case) else argument]
             for name, argument in self.history
@@ -118,14 +118,14 @@ class Counterexample:
 
 @dataclass(frozen=True)
 class Cause:
-    """The likely cause of a violation: a known mistake, and what showed that it was made.
+    """The likely cause of a violation: a known mistake, and how it was recognised.
 
     Attributes:
-        mistake: its name, a key of ``bnverify.mistakes.MISTAKES``, which has its title and its fix.
-        seen: what it was recognised by, in one clause; empty where only the broken law suggests it.
+        mistake: its name, a key of ``bnverify.mistakes.MISTAKES``, which has its title and fix.
+        seen: what it was recognised by, in one clause; empty if only the violated law suggests it.
 
     Raises:
-        ValueError: no mistake has that name.
+        ValueError: there is no mistake of that name.
     """
 
     mistake: str
@@ -137,28 +137,28 @@ class Cause:
 
     @property
     def known(self) -> Mistake:
-        """All that is known about the mistake: its title, fix, source and code."""
+        """The mistake, with its title, fix, source and code."""
         return MISTAKES[self.mistake]
 
     @property
     def statement(self) -> str:
-        """What was done, and in parentheses what showed it."""
+        """The title of the mistake and, in parentheses, what it was recognised by."""
         title = self.known.title
         return f"{title} ({self.seen})" if self.seen else title
 
     def __str__(self) -> str:
-        """Return the mistake in one line: what was done, how to fix it, where users met it."""
+        """Return the mistake in one line: its title, its fix and where users have met it."""
         source = f" Seen at {self.known.source}" if self.known.source else ""
         return f"{self.mistake}: {self.statement}. Fix: {self.known.fix}.{source}"
 
     def to_json(self) -> dict[str, str]:
-        """Return it as data for JSON, with what ``MISTAKES`` says of the mistake."""
+        """Return a dict for JSON, with title, fix and source of the mistake."""
         known = self.known
         return {**asdict(self), "title": known.title, "fix": known.fix, "source": known.source}
 
     @classmethod
     def from_json(cls, data: Mapping[str, str]) -> Cause:
-        """Return the cause that ``to_json`` wrote; title and fix are looked up again."""
+        """Return the cause that ``to_json`` wrote; title, fix and source are looked up again."""
         return cls(data["mistake"], data["seen"])
 
 
@@ -168,29 +168,29 @@ def _numpy(code: str) -> str:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known about one law.
+    """The result of a check for one law.
 
     Attributes:
-        law: its name.
-        family: its family.
-        status: "proved": for every value and size named in ``reason``, from an abstract trace;
-            "held": in ``cases`` cases; "violated": by ``counterexample``; "untriggered":
-            no case reached its precondition; "exempt": it does not apply, ``reason`` says why.
-        cases: how many cases reached the law's precondition.
-        residual: the worst error in units of the error allowed; None where none was measured, or
-            the worst was not confirmed.
-        reason: one line, what the status rests on.
-        counterexample: what shows the violation.
-        cause: the likely mistake; None where none is known. ``diagnosis`` is its text.
-        shape: (N, D) of the counterexample; None where any case shows it.
-        example: the case that shows what some case must, as an expression to be pasted.
-        clues: what the numbers of violating cases say, see ``bnverify.clues``; as JSON holds it.
-        mismatch: the entry at which the counterexample is furthest off; None where no single value
-            is to blame.
-        failed: how many of ``cases`` broke the law.
-        line: ``path:line`` in the user's code that a violation leads to, where the trace knows it.
-        path: how an input reaches an output that must not depend on it: the input, the operations
-            between them with their lines, the output; empty where no such dependency was traced.
+        law: the name of the law.
+        family: the family of the law.
+        status: "proved": for all values and the sizes in ``reason``, from an abstract trace;
+            "held": in all ``cases`` cases; "violated": by ``counterexample``; "untriggered": no
+            case met the precondition; "exempt": the law does not apply, for ``reason``.
+        cases: the number of cases that met the law's precondition.
+        residual: the largest error divided by its tolerance; None if none was measured, or if the
+            largest was not confirmed.
+        reason: what the status is based on, in one line.
+        counterexample: a case or history that violates the law.
+        cause: the likely mistake; None if none is known. ``diagnosis`` is its text.
+        shape: (N, D) of the counterexample; None if every case is one.
+        example: for a witness law that held, the witness as a Python expression.
+        clues: what the numbers of violating cases say; see ``bnverify.clues``. JSON types only.
+        mismatch: the entry with the largest error in the counterexample; None if there is no such
+            entry.
+        failed: how many of ``cases`` violated the law.
+        line: ``path:line`` of the user's code behind the violation; None if it is unknown.
+        path: how an output depends on an input that must not affect it: the input, the operations
+            in between with their lines, the output; empty if no such dependency was traced.
     """
 
     law: str
@@ -211,37 +211,37 @@ class Evidence:
 
     @classmethod
     def of(cls, law: str, status: Status, **known: Any) -> Evidence:
-        """Return evidence for a law, by its name; see the attributes."""
+        """Return evidence for the law of this name; ``known`` are further attributes."""
         return cls(law, LAWS[law].family, status, **known)
 
     @property
     def diagnosis(self) -> str | None:
-        """The likely mistake and its fix in one line; None where no common mistake is known."""
+        """The likely mistake and its fix in one line; None if no mistake is known."""
         return str(self.cause) if self.cause is not None else None
 
     @property
     def seen(self) -> str:
-        """What was seen, without what led to it: the first part of ``reason``."""
+        """What was observed: the first part of ``reason``."""
         known = str(self.mismatch) if self.mismatch is not None else ""
         return known or self.reason.split("; ")[0]
 
     @property
     def further(self) -> str:
-        """The rest of ``reason``: the way of a forbidden flow, and what to declare if it is meant."""
+        """The rest of ``reason``: the path of a forbidden dependency, and what to declare if intended."""
         further = self.reason.removeprefix(self.seen).removeprefix("; ")
         return f"I{further[1:]}" if further.startswith("if ") else further
 
     @property
     def extent(self) -> str:
-        """In how many cases it was seen; empty where no number of cases says anything."""
+        """In how many cases the law was violated, in words; empty for a witness law."""
         if not self.failed or LAWS[self.law].kind == "witness":
             return ""
         return f"in {self.failed:,} of {self.cases:,} cases"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the public JSON form; a residual that is not finite is the string "inf".
+        """Return the public JSON form, a dict; a residual that is not finite is the string "inf".
 
-        "counterexample" is the script, "replay" the same as data; "diagnosis" is the text of "cause".
+        "counterexample" is the script and "replay" its data; "diagnosis" is the text of "cause".
         """
         data = {name: value for name, value in vars(self).items() if name != "counterexample"}
         if self.residual is not None and not math.isfinite(self.residual):
@@ -270,7 +270,7 @@ class Evidence:
         return cls(**known)
 
     def __str__(self) -> str:
-        """Return the law, what was seen, the likely mistake and the script that shows it."""
+        """Return the law, the reason, the likely cause and the script that reproduces a violation."""
         parts = [f"{self.law}: {LAWS[self.law].claim}", self.reason]
         if self.diagnosis:
             parts.append(f"Likely cause: {self.diagnosis}")
@@ -281,11 +281,11 @@ class Evidence:
 
 
 class Violation(AssertionError):
-    """A law that does not hold.
+    """A law is violated.
 
     Args:
-        evidence: what is known about it.
-        note: what the message should say besides.
+        evidence: the evidence for the law.
+        note: a remark to add to the message.
 
     Attributes:
         evidence: as given.
@@ -298,21 +298,21 @@ class Violation(AssertionError):
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """The outcome of a check.
+    """The result of a check.
 
     Attributes:
-        subject: its name.
+        subject: the name of the subject.
         profile: the name of the profile.
-        seed: from which every case of this check was drawn.
+        seed: the seed of all cases.
         results: one evidence for each law, in the order of the laws.
-        cases: how many cases were run.
-        seconds: how long the check took, imports not included.
+        cases: the number of cases run.
+        seconds: the duration of the check, without imports.
         versions: package name -> version.
-        influence: what may reach what, empty where not traced: "matrix", output tree -> input
-            trees; "leaves", the same of leaves, named ``params/Dense_0/kernel``; "scope" and
-            "proved", of what sizes and how; "unknown", primitives read conservatively.
-        notes: what a reader should know besides: primitives read conservatively, how many
-            cases had no digits to compare.
+        influence: which inputs may affect which outputs; empty if the step was not traced. "matrix":
+            output tree -> input trees; "leaves": the same for leaves, named
+            ``params/Dense_0/kernel``; "scope": the sizes; "proved": whether for all of them;
+            "unknown": primitives for which every input is assumed to affect every output.
+        notes: further remarks, one line each.
     """
 
     subject: str
@@ -347,23 +347,23 @@ class Report:
 
     @property
     def counts(self) -> str:
-        """How many laws have each status, of how many cases, and how long it took."""
+        """The number of laws with each status, of cases and of seconds, in one line."""
         seen = Counter(result.status for result in self.results)
         laws = ", ".join(f"{seen[status]} {status}" for status in get_args(Status) if seen[status])
         return f"{laws}; {self.cases:,} cases in {self.seconds:.1f} s"
 
     def __repr__(self) -> str:
-        """Return the verdict in one line: an interactive session shows no wall of results."""
+        """Return the verdict in one line, for interactive sessions."""
         return f"<Report {self.subject}: {self.verdict}; {self.counts}>"
 
     def _repr_html_(self) -> str:
-        """Return the report as a notebook shows it."""
-        # By name: data is below what draws it, and a notebook finds the drawing by this method alone.
+        """Return the report as HTML, for notebooks."""
+        # Imported by name: this module must not depend on bnverify.report, which renders it.
         drawn: str = import_module("bnverify.report.html").fragment(self)
         return drawn
 
     def __str__(self) -> str:
-        """Return the verdict, and of each violated law why and what it usually is."""
+        """Return the verdict, and for each violated law the reason and the likely cause."""
         lines = [f"{self.subject}: {self.verdict}", self.counts]
         for result in self.violated:
             lines.append(f"violated: {result.law}: {result.reason}")
@@ -371,19 +371,23 @@ class Report:
         return "\n".join(lines)
 
     def __getitem__(self, law: str) -> Evidence:
-        """Return the evidence for ``law``."""
+        """Return the evidence for ``law``.
+
+        Raises:
+            KeyError: the law was not checked.
+        """
         for result in self.results:
             if result.law == law:
                 return result
         raise KeyError(law)
 
     def by_trees(self) -> Report:
-        """Return the report without what reaches each leaf: of a large model, most of it."""
+        """Return the report without the dependencies of each leaf, most of it for a large model."""
         kept = {name: flows for name, flows in self.influence.items() if name != "leaves"}
         return replace(self, influence=kept)
 
     def to_json(self) -> str:
-        """Return the report as a JSON text; the field names are public."""
+        """Return the report as JSON text; the field names are public."""
         data = {
             "bnverify": self.versions.get("bnverify", ""),
             "versions": dict(self.versions),
@@ -401,7 +405,7 @@ class Report:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Report:
-        """Return the report that ``to_json`` wrote; what it adds for other readers is left out."""
+        """Return the report that ``to_json`` wrote, parsed; redundant fields are ignored."""
         names = ("subject", "profile", "seed", "cases", "seconds", "versions", "influence")
         results = tuple(Evidence.from_json(each) for each in data["results"])
         known = {name: data[name] for name in names}

@@ -1,4 +1,4 @@
-"""How far observed steps break the laws: residuals, with the step's own rounding as tolerance."""
+"""Residuals of laws on observed steps, with the step's own rounding noise as the tolerance."""
 
 from __future__ import annotations
 
@@ -20,29 +20,28 @@ from bnverify.subject import State, Tree
 from bnverify.transition import Outcome, Transition
 
 READ = {"noise": None, "directional_derivative": "slope", "layer_input_noise": "layer_inputs"}
-"""What laws need of the rounding -> what to ask ``RoundingBounds`` for besides the outcome's."""
+"""Name in a law's ``observes`` -> the extra argument for ``RoundingBounds``; None: no extra one."""
 
 READ_NEEDS = frozenset({*READ, "layer_inputs"})
-"""What laws can ask of the step's traced program."""
+"""Names in ``observes`` that are read from the traced step."""
 
 FALLIBLE = frozenset({"expected_update"})
-"""What a subject can fail to give; the laws that need it are not judged then."""
+"""Names in ``observes`` that can fail; laws that need them are then not judged."""
 
 FAINT = 2.0**-60
-"""Where all of a batch is smaller, its squares and slopes underflow."""
+"""If all of x is smaller, its squares and products underflow."""
 
 
 class Known(NamedTuple):
-    """What float64 tells of some steps and evaluations, every leaf (K, ...).
+    """Exact values and rounding noise of K steps and evaluations; every leaf is (K, ...), float64.
 
     Attributes:
         exact: the outcomes without rounding.
-        noise: like ``exact``: how far rounding may move each value.
-        direction: a tree like params, (1, ...); None where the slope was not asked for.
-        slope: of the loss along ``direction``, a ``bnverify.jaxpr.slope.Slope``; None likewise.
-        layer_inputs: what each normalisation layer is given, without rounding; None where it was
-            not asked for.
-        layer_input_noise: likewise, how far rounding may move each value.
+        noise: like ``exact``: the rounding noise of each value.
+        direction: a tree like params, (1, ...); None unless the slope was requested.
+        slope: the slope of the loss along ``direction``, a ``bnverify.jaxpr.slope.Slope``; or None.
+        layer_inputs: the input of each normalisation layer without rounding; None unless requested.
+        layer_input_noise: the rounding noise of ``layer_inputs``.
     """
 
     exact: Any
@@ -54,11 +53,11 @@ class Known(NamedTuple):
 
 
 class RoundingBounds:
-    """Reads the rounding of a subject's step and evaluation from its traces.
+    """Reads the rounding noise of a subject's step and evaluation from its traces.
 
     Args:
-        tracer: of the subject.
-        seed: of the draws.
+        tracer: the tracer of the subject.
+        seed: the seed of the random rounding.
     """
 
     def __init__(self, tracer: Tracer, seed: int = 0) -> None:
@@ -67,12 +66,12 @@ class RoundingBounds:
         self._read: dict[Any, Rounding] = {}
 
     def __call__(self, before: State, case: Case, also: Collection[str] = ()) -> Known:
-        """Return the exact outcomes of one step and evaluation, and the noise around them.
+        """Return the exact outcomes of one step and evaluation, and their rounding noise.
 
         Args:
             before: stacked states.
             case: stacked cases.
-            also: which of "slope", with the direction, and "layer_inputs" is asked for too.
+            also: what else to return: "slope" (with the direction), "layer_inputs".
         """
         with_inputs = "layer_inputs" in also and self._tracer.subject.layer_inputs is not None
         reading = self._rounding(before, case, with_inputs=with_inputs)
@@ -81,7 +80,7 @@ class RoundingBounds:
         known = Known(exact, noise, layer_inputs=inputs, layer_input_noise=input_noise)
         place = _place(reading.program.out[0].info.loss, reading.program.out)
         if "slope" not in also or place is None or np.ndim(exact.info.loss) != 1:
-            return known  # a loss that is no scalar has no slope: a law of structure says so
+            return known  # training_loss_is_a_scalar reports a loss that is no scalar
         direction = some_direction(before.params)
         args = before.params, (*before[1:], *given[1:])  # the params are a state's first leaves
         at, around = exact.info.loss, noise.info.loss
@@ -90,7 +89,7 @@ class RoundingBounds:
         return known._replace(direction=stacked, slope=slope)
 
     def slopes(self, before: State, case: Case, directions: Iterable[Tree]) -> list[Slope]:
-        """Return the slope of the reported loss along each of some directions.
+        """Return the slope of the reported loss along each direction.
 
         Args:
             before: stacked states.
@@ -98,13 +97,13 @@ class RoundingBounds:
             directions: trees like the params of one case.
 
         Raises:
-            LookupError: the step reports no loss that is a scalar.
+            LookupError: the step reports no scalar loss.
         """
         reading = self._rounding(before, case, with_inputs=False)
         (exact, _), (noise, _) = reading.evaluate(before, case.x, case.y, case.lr)
         place = _place(reading.program.out[0].info.loss, reading.program.out)
         if place is None or np.ndim(exact.info.loss) != 1:
-            raise LookupError("the step reports no loss that is a scalar")
+            raise LookupError("the step reports no scalar loss")
         args = before.params, (*before[1:], case.x, case.y, case.lr)
         known = exact.info.loss, noise.info.loss, place
         return [directional_derivative(reading.program, args, d, *known) for d in directions]
@@ -121,7 +120,7 @@ class RoundingBounds:
         return self._read[key]
 
     def _run(self, before: State, x: Any, y: Any, lr: Any, *, with_inputs: bool) -> Any:
-        """Return the step, its evaluation and its layers' inputs as one function, of traces alone."""
+        """Return one function of the traced programs: step, evaluation and layer inputs."""
         subject, trace = self._tracer.subject, self._tracer.trace
         step = trace("step", subject.step, before, x, y, lr)
         evaluate = TreeFunction(trace("evaluate", subject.evaluate, step.out[0], x, y))
@@ -139,13 +138,13 @@ class RoundingBounds:
 
 
 def _place(leaf: Any, tree: Any) -> int | None:
-    """Return which of a tree's leaves ``leaf`` is; None: none of them, as of a loss not shown."""
+    """Return the index of ``leaf`` among the leaves of a tree; None if it is not one of them."""
     leaves = jax.tree_util.tree_leaves(tree)
     return next((number for number, each in enumerate(leaves) if each is leaf), None)
 
 
 def some_direction(params: Tree) -> Tree:
-    """Return a tree like one case of ``params``, in which every element counts: random signs and sizes.
+    """Return a direction for a single case of ``params``: random signs, sizes from 0.5 to 1.
 
     Args:
         params: stacked, (K, ...).
@@ -158,17 +157,17 @@ def some_direction(params: Tree) -> Tree:
 
 
 class Judge:
-    """Residuals of laws on transitions of one subject.
+    """Computes the residuals of laws on transitions of one subject.
 
     Args:
-        tracer: of the subject.
-        abstract: a transition of it whose leaves have shapes and dtypes; None where it does not trace.
-        seed: of the draws by which rounding is read.
+        tracer: the tracer of the subject.
+        abstract: a transition of it with shapes and dtypes; None if it does not trace.
+        seed: the seed of the random rounding.
 
     Attributes:
-        incomparable: names of the laws that could not be judged, because the state's structure
-            or shapes change, or a loss has another shape than it should.
-        bounds: reads the rounding of the subject's step.
+        incomparable: the names of the laws that could not be judged, because the step changes the
+            structure or shapes of its state, or the loss has the wrong shape.
+        bounds: reads the rounding noise of the subject's step.
     """
 
     def __init__(self, tracer: Tracer, abstract: Transition | None, seed: int = 0) -> None:
@@ -181,8 +180,8 @@ class Judge:
         """Return law name -> residuals, (K,), of stacked transitions.
 
         Args:
-            t: the transitions, without rounding.
-            laws: which laws.
+            t: the transitions, with ``exact`` and ``noise`` still None.
+            laws: the laws.
         """
         laws = [law for law in laws if not FALLIBLE & set(law.observes) - set(t.facts)]
         t = self._with_facts(t, laws)
@@ -190,16 +189,16 @@ class Judge:
         for law in laws:
             try:
                 found[law.name] = law.check(t)
-            except (LookupError, TypeError, ValueError):  # trees or shapes that do not match
+            except (LookupError, TypeError, ValueError):  # trees or shapes do not match
                 self.incomparable.add(law.name)
         return found
 
     def mismatch(self, t: Transition, law: Law) -> Mismatch | None:
-        """Return where a case breaks a law most; None where no single value is to blame.
+        """Return the entry with the largest error in a violating case; None if there is no such entry.
 
         Args:
-            t: the transition of one case, stacked, without rounding.
-            law: a law with a residual that the case breaks.
+            t: the transition of one case, stacked, with ``exact`` and ``noise`` still None.
+            law: a law of kind "residual" that the case violates.
         """
         t = self._with_facts(t, [law])
         with watching(t) as seen:
@@ -207,7 +206,7 @@ class Judge:
         return seen.worst or (not_finite(t) if seen.comparable else None)
 
     def _with_facts(self, t: Transition, laws: Collection[Law]) -> Transition:
-        """Return stacked transitions with what the laws need of the traced step and the subject."""
+        """Return stacked transitions with the exact values, noise and facts that the laws need."""
         needs = {need for law in laws for need in law.observes}
         facts = {**t.facts, **self._facts}
         if not needs.isdisjoint(READ_NEEDS):
@@ -227,12 +226,12 @@ class Judge:
 
 
 def judged(laws: Iterable[Law], available: Collection[str]) -> list[Law]:
-    """Return the laws with a residual whose needs are all ``available``."""
+    """Return the laws, except those of structure, whose ``observes`` are all ``available``."""
     return [law for law in laws if law.kind != "structure" and set(law.observes) <= set(available)]
 
 
 def _static_facts(subject: Any, abstract: Transition) -> Mapping[str, Any]:
-    """Return the facts about ``subject`` that are the same for every case."""
+    """Return the facts that are the same in every case."""
     leaves: Sequence[Any] = jax.tree_util.tree_leaves(abstract.before.batch_stats)
     return {
         "momenta": tuple(subject.momentum for leaf in leaves if is_floating(leaf)),
@@ -242,10 +241,10 @@ def _static_facts(subject: Any, abstract: Transition) -> Mapping[str, Any]:
 
 
 def _unless_faint(case: Case, noise: Any) -> Any:
-    """Return ``noise``, infinite for a batch so faint that its squares and slopes underflow.
+    """Return ``noise``, but infinite for cases in which all of x is below 2^-60.
 
-    Rounding is read as if a value were flushed to zero once; where all of x is below 2^-60 whole
-    chains of values are, and what is left of them is no measure of a step.
+    The reading of rounding allows for a single value being flushed to zero; with such a small x whole
+    chains of products are flushed.
     """
     largest = np.max(np.abs(case.x), axis=(-2, -1))
     faint = (largest > 0) & (largest < FAINT)
@@ -259,9 +258,9 @@ def _unless_faint(case: Case, noise: Any) -> Any:
 
 
 def _derivation(oracle: Any, t: Transition) -> Any:
-    """Return what an oracle expects: of the step, and of evaluation in the step's outcome."""
+    """Return the oracle's results for the step, and for evaluation of the step's new state."""
     before, after, case = jax.tree_util.tree_map(wide, (t.before, t.after, t.case))
-    with np.errstate(all="ignore"):  # a huge batch overflows; what is not finite is not compared
+    with np.errstate(all="ignore"):  # a huge batch may overflow; non-finite values are not compared
         expected = oracle.expected(before, case.x, case.y, case.lr)
         loss = oracle.evaluate(after.params, after.batch_stats, case.x, case.y)
     return expected._replace(eval_loss=loss)

@@ -1,10 +1,8 @@
-"""The mistakes that a report names, each with its fix and its code, wrong and right.
+"""The known mistakes that reports name as the likely cause, each with a fix and code, wrong and right.
 
-To add one, call ``mistake`` below: the title says what was done in one clause, ``fix`` what to write
-instead, ``looks`` what its author sees, ``wrong`` and ``right`` are the shortest real code that shows it.
-Then name it in the ``mistakes=`` of each law that notices it, the most likely first. That is enough for a
-report to name it; where the same law has several mistakes, a rule in ``bnverify/diagnose.py`` can tell
-by which numbers it is recognised.
+To add one, call ``mistake`` below, then name it in the ``mistakes=`` of each law that it violates, the
+most likely mistake first. If a law has several mistakes, add a rule to ``bnverify/diagnose.py`` that
+recognises this one by its numbers.
 """
 
 from __future__ import annotations
@@ -18,13 +16,13 @@ class Mistake:
     """One known way to get a training step wrong.
 
     Attributes:
-        name: how laws and faults refer to it.
+        name: the name that laws, faults and reports use.
         title: what was done, in one clause.
         fix: what to write instead.
-        source: where users met it, a public address; empty where it is elementary.
-        looks: what its author sees of it, in a sentence; empty where the title says it.
-        wrong: a few lines of Flax or Optax code with the mistake; empty where none are given.
-        right: the same lines without it.
+        source: the address of a public report by users who made it; empty if there is none.
+        looks: the symptoms, in one sentence; empty if the title says it all.
+        wrong: the shortest Flax or Optax code with the mistake; may be empty.
+        right: the same code without the mistake.
     """
 
     name: str
@@ -49,10 +47,10 @@ def mistake(
     wrong: str = "",
     right: str = "",
 ) -> Mistake:
-    """Enter a mistake into ``MISTAKES``, and return it; see :class:`Mistake`.
+    """Add a mistake to ``MISTAKES`` and return it; see :class:`Mistake`.
 
     Raises:
-        ValueError: another one has that name.
+        ValueError: a mistake of that name exists.
     """
     if name in MISTAKES:
         raise ValueError(f"two mistakes are named {name}")
@@ -61,12 +59,12 @@ def mistake(
     return MISTAKES[name]
 
 
-# How the optimizer is used.
+# Using the optimizer.
 mistake(
     "optimizer_on_all_variables",
     "the optimizer was initialised on all variables",
     "tx.init(params), not tx.init(variables): split variables before the optimizer sees them",
-    looks="The optimizer's state is larger than twice the params, and holds entries for mean and var.",
+    looks="The optimizer state has entries for mean and var.",
     wrong="""
         variables = model.init(key, x)
         opt_state = tx.init(variables)
@@ -79,7 +77,7 @@ mistake(
 mistake(
     "gradient_of_all_variables",
     "the gradient was taken of all variables",
-    "differentiate argument 0 only, and let it be params; pass batch_stats as another argument",
+    "differentiate with respect to params only; pass batch_stats as another argument",
     looks="The gradient has entries for mean and var, which the optimizer then updates.",
     wrong="""
         grads = jax.grad(loss_fn)(variables, x, y)
@@ -93,10 +91,10 @@ mistake(
 mistake(
     "statistics_trained_as_params",
     "the running statistics are trained, or stored, as params",
-    "keep them in the batch_stats collection (nnx.BatchStat in nnx), differentiate params alone "
-    "(wrt=nnx.Param), and overwrite the statistics with the forward pass's own",
+    "keep them in the batch_stats collection (nnx.BatchStat in nnx), differentiate only params "
+    "(wrt=nnx.Param), and replace batch_stats with what the forward pass returns",
     "https://github.com/intel/ipex-llm/issues/1599",
-    looks="The running variance drifts, can turn negative, and depends on the targets.",
+    looks="The running variance drifts, can become negative, and depends on the targets.",
     wrong="""
         optimizer = nnx.Optimizer(
             model, tx, wrt=nnx.Variable
@@ -110,9 +108,9 @@ mistake(
 )
 mistake(
     "statistics_fed_to_the_optimizer",
-    "the optimizer sees running statistics or something computed from them",
-    "give tx.update the gradients, its own state and params, nothing else",
-    looks="The statistics shrink with the weight decay, or move with the learning rate.",
+    "running statistics, or values computed from them, are passed to the optimizer",
+    "pass tx.update only the gradients, opt_state and params",
+    looks="The statistics shrink with the weight decay, or change with the learning rate.",
     wrong="""
         updates, opt_state = tx.update(
             grads, opt_state, variables
@@ -133,8 +131,8 @@ mistake(
 mistake(
     "wrong_sign",
     "the update has the wrong sign",
-    "optax.apply_updates adds: pass it what tx.update returns, not the gradient, not its negative",
-    looks="The loss rises from the first step on.",
+    "pass optax.apply_updates what tx.update returns, not the gradient: it adds the updates",
+    looks="The loss increases from the first step.",
     wrong="""
         params = optax.apply_updates(params, grads)
     """,
@@ -147,10 +145,10 @@ mistake(
 )
 mistake(
     "update_dropped",
-    "the new params are not the updated ones",
-    "return optax.apply_updates(params, updates); state.replace and tx.update return, never mutate",
+    "the step does not return the updated params",
+    "return optax.apply_updates(params, updates); state.replace returns a new state and mutates nothing",
     "https://github.com/borisdayma/dalle-mini/pull/71",
-    looks="The loss stays where it was, or some leaves never move.",
+    looks="The loss does not change, or some params never do.",
     wrong="""
         state.apply_gradients(grads=grads)
         return state
@@ -163,7 +161,7 @@ mistake(
 mistake(
     "update_applied_twice",
     "the update is applied more than once",
-    "call optax.apply_updates, or apply_gradients, once a step",
+    "call optax.apply_updates or apply_gradients once per step",
     looks="Training is unstable at a learning rate that should be safe.",
     wrong="""
         state = state.apply_gradients(grads=grads)
@@ -179,8 +177,8 @@ mistake(
 )
 mistake(
     "old_optimizer_state_kept",
-    "the optimizer's old state is carried on",
-    "updates, opt_state = tx.update(...): return that opt_state",
+    "the step returns the old optimizer state",
+    "return the opt_state from updates, opt_state = tx.update(...)",
     "https://github.com/google/flax/issues/2467",
     looks="Momentum never builds up, and a schedule stays at its first value.",
     wrong="""
@@ -198,9 +196,9 @@ mistake(
 )
 mistake(
     "optimizer_reinitialised",
-    "the optimizer's state is made anew in each step",
-    "call tx.init once, before the first step, and thread opt_state through the steps",
-    looks="Adam behaves like sign descent, and the count of steps stays at 1.",
+    "the optimizer state is initialised again in every step",
+    "call tx.init once, before the first step, and carry opt_state from step to step",
+    looks="Adam behaves like sign descent, and its count stays at 1.",
     wrong="""
         def step(state, batch):
             opt_state = tx.init(state.params)
@@ -217,9 +215,9 @@ mistake(
 )
 mistake(
     "learning_rate_ignored",
-    "the learning rate does not reach the update",
-    "build the optimizer with the step's learning rate, or pass it by optax.inject_hyperparams",
-    looks="Another learning rate, or a schedule, changes nothing.",
+    "the update does not depend on the learning rate",
+    "create the optimizer with the step's learning rate, or use optax.inject_hyperparams",
+    looks="Changing the learning rate, or adding a schedule, has no effect.",
     wrong="""
         tx = optax.sgd(0.01)
 
@@ -234,9 +232,9 @@ mistake(
 )
 mistake(
     "learning_rate_applied_twice",
-    "the update is multiplied by the learning rate a second time",
-    "the optimizer has scaled its updates already: optax.apply_updates(params, updates)",
-    looks="Training is slow, and ten times the learning rate is a hundred times the update.",
+    "the update is multiplied by the learning rate twice",
+    "use optax.apply_updates(params, updates): the updates already include the learning rate",
+    looks="Training is slow, and a 10x learning rate makes the update 100x as large.",
     wrong="""
         updates, _ = optax.sgd(lr).update(grads, s)
         params = jax.tree.map(
@@ -252,10 +250,10 @@ mistake(
 )
 mistake(
     "update_scaled",
-    "the optimizer's update is scaled once more, averaged or clipped before it is applied, or the "
-    "optimizer in use has another learning rate than the declared one",
-    "apply the updates as tx.update returns them; schedules and clipping belong in the chain",
-    looks="The step is a fraction of what the optimizer asked for.",
+    "the optimizer's update is scaled, averaged or clipped before it is applied, or the optimizer has "
+    "a different learning rate than declared",
+    "apply the updates exactly as tx.update returns them; put schedules and clipping into optax.chain",
+    looks="The params change by a fraction of the optimizer's update.",
     wrong="""
         updates = jax.tree.map(
             lambda u: 0.5 * u, updates
@@ -271,8 +269,8 @@ mistake(
 )
 mistake(
     "optimizer_bypassed",
-    "the optimizer's state is kept up, but its update is not the one that is applied",
-    "optax.apply_updates(params, updates) with the updates of tx.update, not with the gradients",
+    "the optimizer state is updated, but the optimizer's updates are not applied",
+    "pass optax.apply_updates the updates from tx.update, not the gradients",
     looks="Adam trains exactly like SGD.",
     wrong="""
         _, opt_state = adam.update(grads, opt_state)
@@ -289,9 +287,9 @@ mistake(
 )
 mistake(
     "params_of_another_state",
-    "the update is added to other params than those of the state that the step is given",
-    "optax.apply_updates(state.params, updates), of the state that is the step's argument",
-    looks="The first step helps, and the later ones start again from the same params.",
+    "the update is added to params other than those passed to the step",
+    "optax.apply_updates(state.params, updates), with the state that is the step's argument",
+    looks="The first step helps; every later step starts again from the same params.",
     wrong="""
         params = model.init(key, x)["params"]
 
@@ -311,10 +309,9 @@ mistake(
 )
 mistake(
     "low_precision",
-    "a value of the step passes through a type with fewer digits than float32",
-    "cast inside the model for its computation; batch, loss, gradients, params and optimizer state "
-    "stay float32",
-    looks="Small updates are lost, and the loss stops falling early.",
+    "a value in the step is cast to a dtype less precise than float32",
+    "cast only inside the model; keep batch, loss, gradients, params and optimizer state in float32",
+    looks="Small updates are lost, and the loss stops decreasing early.",
     wrong="""
         params = jax.tree.map(
             lambda p: p.astype(jnp.bfloat16), params
@@ -330,10 +327,10 @@ mistake(
 )
 mistake(
     "decay_outside_the_learning_rate",
-    "params shrink or grow by a factor that the learning rate does not scale",
-    "use optax.adamw or add_decayed_weights inside the chain, masked to the kernels",
+    "params are decayed by a factor that the learning rate does not scale",
+    "use optax.adamw, or add_decayed_weights inside the chain, masked to the kernels",
     "https://github.com/google-deepmind/optax/issues/25",
-    looks="At a learning rate of 0 the params still move.",
+    looks="With a learning rate of 0 the params still change.",
     wrong="""
         params = jax.tree.map(
             lambda p: 0.99 * p, params
@@ -346,10 +343,10 @@ mistake(
 )
 mistake(
     "decay_of_norm_parameters",
-    "weight decay reaches leaves that it should spare, such as a normalisation's scale or bias",
-    "mask the decay: optax.masked(add_decayed_weights(d), mask) with kernels alone",
+    "weight decay is applied to params that should not decay, such as the scale or bias of BatchNorm",
+    "mask the decay: optax.adamw(..., mask=mask) with a mask of the kernels only",
     "https://github.com/google-deepmind/optax/issues/25",
-    looks="The scales of the normalisations shrink towards 0.",
+    looks="The scales of the normalisation layers shrink towards 0.",
     wrong="""
         tx = optax.adamw(lr, weight_decay=1e-2)
     """,
@@ -363,12 +360,12 @@ mistake(
     """,
 )
 
-# How the gradient is taken.
+# Taking the gradient.
 mistake(
     "wrong_gradient",
     "the gradient is not that of the training loss",
-    "take jax.value_and_grad of the very loss that is reported, and change nothing in between",
-    looks="The loss falls slowly, or some leaves do not learn.",
+    "take jax.value_and_grad of the reported loss, and pass its gradient on unchanged",
+    looks="The loss decreases slowly, or some params do not learn.",
     wrong="""
         mean = jax.lax.stop_gradient(h.mean(axis=0))
         h = h - mean
@@ -381,7 +378,7 @@ mistake(
     "gradient_of_another_loss",
     "the reported loss is not the one that was differentiated",
     "report the value that jax.value_and_grad returns",
-    looks="The curve of the training loss does not match what the model does.",
+    looks="The training-loss curve does not match the model's behaviour.",
     wrong="""
         grads = jax.grad(loss_fn)(params, batch)
         new = optax.apply_updates(params, updates)
@@ -397,8 +394,8 @@ mistake(
 )
 mistake(
     "has_aux_forgotten",
-    "value_and_grad was not told that the loss returns a second value",
-    "jax.value_and_grad(loss_fn, has_aux=True) where loss_fn returns (loss, new_batch_stats)",
+    "the loss function returns a pair, but value_and_grad was not given has_aux=True",
+    "jax.value_and_grad(loss_fn, has_aux=True) if loss_fn returns (loss, new_batch_stats)",
     looks="JAX raises a TypeError: gradient only defined for scalar-output functions.",
     wrong="""
         grad_fn = jax.value_and_grad(loss_fn)
@@ -414,7 +411,7 @@ mistake(
 mistake(
     "mutable_forgotten",
     "batch_stats was not declared mutable",
-    'model.apply(variables, x, train=True, mutable=["batch_stats"]) and keep what it returns',
+    'model.apply(variables, x, train=True, mutable=["batch_stats"]), and keep the updates it returns',
     "https://github.com/google/evojax/issues/60",
     looks="Flax raises a ModifyScopeVariableError.",
     wrong="""
@@ -433,7 +430,7 @@ mistake(
     "broadcast_loss",
     "predictions (N, 1) and targets (N,) broadcast to (N, N) in the loss",
     "out.reshape(-1) or out.squeeze(-1) before subtracting y",
-    looks="The loss falls to the variance of the targets and stays there.",
+    looks="The loss decreases to the variance of the targets and stays there.",
     wrong="""
         out = model.apply(variables, x)  # (N, 1)
         loss = jnp.mean((out - y) ** 2)
@@ -445,8 +442,8 @@ mistake(
 )
 mistake(
     "loss_not_reduced",
-    "the loss does not have the shape it should",
-    "reduce the training loss to a scalar with jnp.mean; the eval loss is that, reshaped to (1,)",
+    "the loss is not a scalar",
+    "reduce the loss with jnp.mean; an eval loss may also have shape (1,)",
     looks="The loss prints as an array.",
     wrong="""
         return (out - y) ** 2
@@ -457,8 +454,8 @@ mistake(
 )
 mistake(
     "sum_instead_of_mean",
-    "the loss is a sum over the batch where a mean is meant",
-    "jnp.mean over the batch, so that the step does not depend on the batch's size",
+    "the loss is a sum over the batch instead of a mean",
+    "use jnp.mean over the batch, so that the step does not depend on the batch size",
     looks="A larger batch needs a smaller learning rate.",
     wrong="""
         loss = jnp.sum((out - y) ** 2)
@@ -469,10 +466,10 @@ mistake(
 )
 mistake(
     "rows_treated_unequally",
-    "some rows of the batch count more than others or not at all, or rows count that it does not have",
-    "use every row with the same weight in the forward pass and in the loss; mask padding in both",
+    "rows of the batch have different weights, or padding rows count",
+    "give every row the same weight in the forward pass and in the loss, and mask padding in both",
     "https://github.com/google/flax/issues/1850",
-    looks="Shuffling the rows of a batch, or its size, changes the step.",
+    looks="Shuffling the rows of a batch, or changing its size, changes the result of the step.",
     wrong="""
         x = jnp.pad(x, ((0, padding), (0, 0)))
         out, updates = model.apply(variables, x)
@@ -488,10 +485,10 @@ mistake(
 )
 mistake(
     "loss_reads_old_statistics",
-    "the training loss reads the old running statistics",
+    "the training loss depends on the old running statistics",
     "normalise by the batch's own moments in training: use_running_average=False",
     "https://github.com/patrick-kidger/equinox/pull/675",
-    looks="Training is unstable at first, while the statistics are still far from the batch's moments.",
+    looks="Training is unstable at first, while the statistics are far from the batch's moments.",
     wrong="""
         h = (h - running_mean) / jnp.sqrt(
             running_var + eps
@@ -506,8 +503,8 @@ mistake(
 mistake(
     "targets_misaligned",
     "predictions are compared with the targets of other rows",
-    "shuffle or reverse x and y together, in training and evaluation alike",
-    looks="The model learns the mean of the targets and nothing else.",
+    "shuffle x and y with the same permutation, in training and in evaluation",
+    looks="The model only learns the mean of the targets.",
     wrong="""
         x = jax.random.permutation(key, x)
         loss = loss_fn(params, x, y)
@@ -519,9 +516,9 @@ mistake(
 )
 mistake(
     "targets_ignored",
-    "the targets do not reach the loss, or one target stands for all rows",
+    "the loss does not use the targets, or uses one target for all rows",
     "compare each prediction with its own target",
-    looks="The loss falls, and the predictions are one constant.",
+    looks="The loss decreases, but all predictions are the same constant.",
     wrong="""
         loss = jnp.mean((out - y.mean()) ** 2)
     """,
@@ -531,8 +528,8 @@ mistake(
 )
 mistake(
     "inputs_ignored",
-    "something else is used than the inputs that are passed in",
-    "pass the batch to the jitted function: what it closes over is baked in when it is traced",
+    "the step ignores the inputs that are passed to it",
+    "pass the batch as an argument of the jitted function: values from a closure become constants",
     looks="The loss is the same for every batch.",
     wrong="""
         @jax.jit
@@ -550,7 +547,7 @@ mistake(
 mistake(
     "train_step_in_eval_mode",
     "the training step runs the model in eval mode",
-    "train=True (use_running_average=False) in the training loss; model.train() in nnx",
+    "train=True (use_running_average=False) in the training loss; model.train() with nnx",
     looks="The running statistics stay at mean 0 and variance 1.",
     wrong="""
         out = model.apply(variables, x, train=False)
@@ -564,10 +561,10 @@ mistake(
 )
 mistake(
     "new_statistics_dropped",
-    "the new statistics are not carried on",
-    'return updates["batch_stats"] as aux and put it into the next state',
+    "the step does not return the new running statistics",
+    'return updates["batch_stats"] from the loss function as aux, and put it into the new state',
     "https://github.com/HomericIntelligence/Odyssey/issues/5532",
-    looks="Training looks right, and evaluation is far off: its statistics are the initial ones.",
+    looks="Training looks fine, but evaluation is far off, because it uses the initial statistics.",
     wrong="""
         out, updates = model.apply(
             variables, x, mutable=["batch_stats"]
@@ -586,10 +583,10 @@ mistake(
 )
 mistake(
     "statistics_reinitialised",
-    "the statistics do not start from the old ones",
-    "initialise them once (mean 0, variance 1) and pass the carried ones to model.apply",
+    "the new running statistics are not computed from the old ones",
+    "initialise batch_stats once, and pass the state's batch_stats to model.apply in every step",
     "https://github.com/google/flax/issues/2232",
-    looks="The statistics are those of the last batch, or never leave 0 and 1 by more than a hundredth.",
+    looks="The statistics are those of the last batch, or stay within 1% of their initial values.",
     wrong="""
         fresh = model.init(key, x)
         out, updates = model.apply(
@@ -606,9 +603,9 @@ mistake(
 )
 mistake(
     "ema_applied_twice",
-    "the moving average is applied more than once a step",
-    "keep the statistics of one pass a step, the first; run the others with mutable off",
-    looks="The statistics follow the batches faster than the momentum says: it acts as its square.",
+    "the moving average is applied more than once per step",
+    "keep the statistics of the first forward pass only; run the others with mutable=False",
+    looks="The statistics follow the batches too fast: the effective momentum is the square.",
     wrong="""
         _, updates = model.apply(v, x, mutable=bs)
         v = {**v, **updates}
@@ -624,10 +621,10 @@ mistake(
 )
 mistake(
     "momentum_reversed",
-    "momentum is meant the other way round",
-    "Flax's momentum weights the old value (0.99), PyTorch's the new (0.01): pass 1 - m",
+    "the momentum is 1 - m instead of m",
+    "pass 1 - m: in Flax momentum is the weight of the old value (0.99), in PyTorch of the new (0.01)",
     "https://github.com/pytorch/examples/issues/289",
-    looks="Evaluation jumps about: the statistics are nearly those of the last batch.",
+    looks="Evaluation fluctuates: the statistics are nearly those of the last batch.",
     wrong="""
         nn.BatchNorm(momentum=0.01)  # as in PyTorch
     """,
@@ -637,9 +634,9 @@ mistake(
 )
 mistake(
     "momentum_not_as_declared",
-    "the layer averages with another momentum than the declared one",
-    "declare the momentum that the layer is made with; Flax's default is 0.99",
-    looks="The statistics lag behind, or jump, more than was meant.",
+    "the layer does not use the declared momentum",
+    "declare the momentum that the layer is created with; Flax's default is 0.99",
+    looks="The statistics follow the batches more slowly, or faster, than intended.",
     wrong="""
         nn.BatchNorm(momentum=0.9)
         subject = bnverify.linen(model, momentum=0.99)
@@ -651,9 +648,9 @@ mistake(
 )
 mistake(
     "average_not_steady",
-    "the moving average weighs its old value differently in different steps",
-    "new = m * old + (1 - m) * batch with one m for all steps, the first one too",
-    looks="The statistics freeze, or forget, after some steps.",
+    "the momentum changes from step to step",
+    "new = m * old + (1 - m) * batch with the same m in every step, including the first",
+    looks="After some steps the statistics freeze, or jump to the last batch.",
     wrong="""
         m = jnp.where(jnp.all(mean == 0), 0.0, 0.99)
         mean = m * mean + (1 - m) * batch_mean
@@ -665,9 +662,9 @@ mistake(
 )
 mistake(
     "weights_do_not_sum_to_one",
-    "the old statistics and the batch's moments enter the new ones with weights that do not sum to 1",
-    "new = m * old + (1 - m) * batch, of the batch's moments as they are",
-    looks="The statistics grow or shrink from step to step, on one and the same batch.",
+    "the weights of the old statistics and of the batch's moments do not sum to 1",
+    "new = m * old + (1 - m) * batch, with the batch's unscaled moments",
+    looks="The statistics grow or shrink from step to step, even on the same batch.",
     wrong="""
         mean = mean + (1 - m) * batch_mean
     """,
@@ -677,9 +674,9 @@ mistake(
 )
 mistake(
     "sample_variance",
-    "a variance divides by N - 1",
-    "use the biased variance, divisor N, as Flax's BatchNorm does",
-    looks="Training and evaluation differ, the more the smaller the batch is.",
+    "the variance is divided by N - 1 instead of N",
+    "use the biased variance, with divisor N, as Flax's BatchNorm does",
+    looks="Training and evaluation differ, more so for small batches.",
     wrong="""
         var = jnp.var(h, axis=0, ddof=1)
     """,
@@ -689,9 +686,9 @@ mistake(
 )
 mistake(
     "wrong_moments",
-    "what is recorded as the mean or the variance is another quantity",
-    "record jnp.mean(h, axis=0) and jnp.var(h, axis=0), epsilon and root left to the normalisation",
-    looks="Training looks right, and evaluation is off by a scale.",
+    "the recorded mean or variance is not the batch's mean or variance",
+    "record jnp.mean(h, axis=0) and jnp.var(h, axis=0), without epsilon or square root",
+    looks="Training looks fine, but evaluation is off by a scale.",
     wrong="""
         std = jnp.std(h, axis=0) + eps
         running_var = m * running_var + (1 - m) * std
@@ -703,10 +700,10 @@ mistake(
 )
 mistake(
     "variance_turns_negative",
-    "E[h^2] - E[h]^2 is not kept from turning negative",
+    "E[h^2] - E[h]^2 can become negative and is not clipped",
     "jnp.maximum(jnp.mean(h**2, axis=0) - mean**2, 0), or BatchNorm(use_fast_variance=False)",
     "https://github.com/google/flax/issues/1491",
-    looks="NaN, now and then, where a feature is nearly constant and far from 0.",
+    looks="Occasional NaN when a feature is nearly constant and far from 0.",
     wrong="""
         var = jnp.mean(h**2, axis=0) - mean**2
     """,
@@ -717,9 +714,9 @@ mistake(
 )
 mistake(
     "statistics_over_the_wrong_axis",
-    "the moments are taken over other axes than the batch's, or channels are mixed up",
-    "reduce over every axis but the feature axis (BatchNorm's axis=-1)",
-    looks="All channels have the same statistics, or a single row is normalised by itself.",
+    "the moments are taken over the wrong axes, or channels are mixed up",
+    "reduce over every axis except the feature axis (BatchNorm's axis=-1)",
+    looks="All channels have the same statistics, or each row is normalised by itself.",
     wrong="""
         mean = jnp.mean(h)
         var = jnp.var(h)
@@ -731,10 +728,10 @@ mistake(
 )
 mistake(
     "statistics_from_another_batch",
-    "the statistics are not those of the batch that was trained on",
-    "carry out the statistics of the very forward pass that was differentiated",
+    "the statistics come from a different forward pass than the one trained on",
+    "return the statistics of the forward pass that was differentiated, as aux",
     "https://github.com/andreped/GradientAccumulator/issues/6",
-    looks="Training looks right, and evaluation is off.",
+    looks="Training looks fine, but evaluation is off.",
     wrong="""
         params = optax.apply_updates(params, updates)
         _, updates = model.apply(
@@ -751,8 +748,8 @@ mistake(
 )
 mistake(
     "statistics_of_part_of_the_batch",
-    "the statistics are those of a part of the batch: of one shard, or of one micro-batch",
-    "fold in the moments of all rows: a mean over micro-batches, BatchNorm(axis_name=...) over shards",
+    "the statistics are those of part of the batch: one shard or one micro-batch",
+    "carry batch_stats through all micro-batches; use BatchNorm(axis_name=...) across shards",
     "https://github.com/andreped/GradientAccumulator/issues/6",
     looks="The order of the rows changes the statistics.",
     wrong="""
@@ -772,7 +769,7 @@ mistake(
 mistake(
     "statistics_of_another_layer",
     "a layer's new statistics are those of another layer",
-    "put each layer's statistics back under its own name: carry the whole tree, never a list of leaves",
+    "carry the whole batch_stats tree instead of a list of leaves",
     looks="Two layers have the same statistics, or each has the other's.",
     wrong="""
         stats["norm_1"] = updates["norm_0"]
@@ -783,9 +780,9 @@ mistake(
 )
 mistake(
     "statistics_nested",
-    "the new statistics are the whole of what apply returned, one level too deep",
-    'updates["batch_stats"], not updates',
-    looks="The second step fails, or starts from fresh statistics.",
+    "batch_stats was replaced by all that apply returned, one level too deep",
+    'use updates["batch_stats"] instead of updates',
+    looks="The second step fails, or starts from new statistics.",
     wrong="""
         out, updates = model.apply(
             variables, x, mutable=["batch_stats"]
@@ -803,10 +800,10 @@ mistake(
 )
 mistake(
     "statistics_in_low_precision",
-    "the statistics are kept, computed or read with fewer digits than float32 has",
-    "keep batch_stats in float32; dtype= sets the computation's type, param_dtype the storage",
+    "the statistics are stored, computed or read in a dtype less precise than float32",
+    "keep batch_stats in float32: dtype= sets the dtype of the computation, param_dtype= of the params",
     "https://github.com/NVIDIA/Model-Optimizer/pull/738",
-    looks="The statistics stop moving before they reach the batch's moments.",
+    looks="The statistics stop changing before they reach the batch's moments.",
     wrong="""
         stats = jax.tree.map(
             lambda s: s.astype(jnp.bfloat16),
@@ -821,9 +818,9 @@ mistake(
 )
 mistake(
     "statistics_overflow",
-    "the statistics leave the range of their dtype",
-    "scale the input; squares overflow float32 near 1e19, float16 near 255",
-    looks="The running variance is inf, and the eval loss NaN.",
+    "the statistics overflow their dtype",
+    "scale the input: squares overflow float32 from about 1e19 and float16 from 256",
+    looks="The running variance is inf, and the eval loss is NaN.",
     wrong="""
         h = h.astype(jnp.float16)
         var = jnp.mean(h**2, axis=0) - mean**2
@@ -835,8 +832,8 @@ mistake(
 )
 mistake(
     "parameters_change_dtype",
-    "the step changes the structure, shape or dtype of what it carries",
-    "return the containers, shapes and dtypes that were initialised; cast inside the model",
+    "the step changes the structure, shape or dtype of its state",
+    "return the same containers, shapes and dtypes as init; cast only inside the model",
     looks="The second step compiles again, or fails in lax.scan.",
     wrong="""
         params = jax.tree.map(
@@ -852,8 +849,8 @@ mistake(
 # Evaluation.
 mistake(
     "modes_differ",
-    "training and evaluation do not compute the same from the same params, moments and batch",
-    "call one model and one loss in both, with one epsilon; only use_running_average differs",
+    "training and evaluation differ in more than the statistics they normalise by",
+    "use the same model, loss and epsilon in both; only use_running_average differs",
     looks="The eval loss differs from the training loss, even on the training batch.",
     wrong="""
         train_loss = jnp.mean((out - y) ** 2) / 2
@@ -869,9 +866,9 @@ mistake(
 mistake(
     "eval_in_train_mode",
     "evaluation runs in train mode",
-    "train=False (use_running_average=True), or model.eval() in nnx, when evaluating",
+    "evaluate with train=False (use_running_average=True), or model.eval() with nnx",
     "https://github.com/yanx27/GACNet/issues/8",
-    looks="The predictions of a row depend on the batch that it is in.",
+    looks="The prediction for a row depends on the rest of its batch.",
     wrong="""
         out = model.apply(variables, x, train=True)
     """,
@@ -900,9 +897,9 @@ mistake(
 )
 mistake(
     "division_by_zero_variance",
-    "a variance of zero is divided by",
+    "the normalisation divides by a variance of zero",
     "add epsilon to the variance before the square root",
-    looks="NaN as soon as a feature is constant in a batch.",
+    looks="NaN when a feature is constant in a batch.",
     wrong="""
         h = (h - mean) / jnp.sqrt(var)
     """,
@@ -915,8 +912,8 @@ mistake(
 mistake(
     "hidden_state",
     "the result depends on something that is not an argument",
-    "carry all state through the step; Python side effects and globals vanish under jit",
-    looks="A compiled step and an uncompiled one, or two runs, disagree.",
+    "pass all state as arguments: under jit, Python side effects and globals only take effect in tracing",
+    looks="The step differs with and without jit, or between two runs.",
     wrong="""
         @jax.jit
         def step(state, batch):
@@ -933,10 +930,10 @@ mistake(
 )
 mistake(
     "inputs_overwritten",
-    "the step changes or deletes its inputs",
-    "return new arrays; do not donate or write into arrays that the caller still holds",
+    "the step modifies or deletes its inputs",
+    "return new arrays; do not donate, or write into, arrays that the caller still uses",
     "https://github.com/jax-ml/jax/issues/37830",
-    looks="The state from before the step is gone, or has become the new one.",
+    looks="The old state is deleted, or has the new values.",
     wrong="""
         state.params["dense"]["kernel"] = kernel
         return state
@@ -950,7 +947,7 @@ mistake(
 )
 mistake(
     "seed_not_truncated",
-    "a float seed is not taken as its integer part",
+    "a float seed is not truncated to its integer part",
     "jax.random.PRNGKey(int(seed))",
     looks="Seed 1.7 and seed 1 give different runs.",
     wrong="""
@@ -977,10 +974,10 @@ mistake(
 # Several devices.
 mistake(
     "variances_averaged",
-    "the variances of parts of a batch are averaged, which loses the spread between their means",
-    "pmean E[x] and E[x^2] before E[x^2] - E[x]^2 is taken: BatchNorm(axis_name=...)",
+    "the variances of parts of a batch are averaged, which ignores the spread between their means",
+    "pmean E[x] and E[x^2], then compute E[x^2] - E[x]^2, as BatchNorm(axis_name=...) does",
     "https://github.com/tensorflow/tpu/issues/321",
-    looks="The running variance is too small, the more devices there are.",
+    looks="The running variance is too small, more so with more devices.",
     wrong="""
         mean = jax.lax.pmean(h.mean(0), "data")
         var = jax.lax.pmean(h.var(0), "data")
@@ -993,10 +990,10 @@ mistake(
 )
 mistake(
     "unequal_shards",
-    "moments of shards with unequal numbers of rows are averaged as if they were equal",
-    "psum the sums and the counts of rows, and divide once; pmean weighs every shard alike",
+    "the moments of shards with different numbers of rows are averaged with equal weights",
+    "psum the sums and the row counts, and divide once; pmean gives every shard the same weight",
     "https://github.com/google/flax/issues/2417",
-    looks="The last, padded batch moves the statistics too far.",
+    looks="The padded last batch changes the statistics too much.",
     wrong="""
         mean = jax.lax.pmean(
             (mask * h).sum(0) / mask.sum(), "data"
@@ -1009,10 +1006,10 @@ mistake(
 )
 mistake(
     "mean_of_means",
-    "the loss is the mean of the devices' means, whatever number of rows each has",
-    "psum the sum of the errors and the count of rows, and divide once",
+    "the loss is the mean of the devices' means although they have different numbers of rows",
+    "psum the sum of the errors and the row count, and divide once",
     "https://github.com/huggingface/transformers/pull/18458",
-    looks="The loss of a padded batch differs from that of the same rows on one device.",
+    looks="The loss of a padded batch differs from the loss of the same rows on one device.",
     wrong="""
         loss = jax.lax.pmean(
             errors.sum() / mask.sum(), "data"
@@ -1025,7 +1022,7 @@ mistake(
 )
 mistake(
     "gradients_not_synchronised",
-    "each device updates its params by the gradient of its own shard",
+    "each device updates its params with the gradient of its own shard",
     "grads = jax.lax.pmean(grads, axis_name) before tx.update",
     looks="The replicas drift apart.",
     wrong="""
@@ -1040,8 +1037,8 @@ mistake(
 )
 mistake(
     "gradients_summed",
-    "the devices' gradients are summed where their mean is meant",
-    "jax.lax.pmean, not psum; under shard_map with checked replication the sum is taken already",
+    "the devices' gradients are summed instead of averaged",
+    "use jax.lax.pmean, not psum; shard_map with replication checks already inserts the psum",
     looks="More devices need a smaller learning rate.",
     wrong="""
         grads = jax.lax.psum(grads, "data")
@@ -1054,10 +1051,10 @@ mistake(
 # Saving and restoring.
 mistake(
     "checkpoint_drops_statistics",
-    "the checkpoint does not hold the running statistics",
-    "save and restore the whole state: params, batch_stats, opt_state and keys",
+    "the checkpoint does not contain the running statistics",
+    "save and restore the whole state: params, batch_stats, opt_state and PRNG keys",
     "https://github.com/AI-Hypercomputer/maxtext/pull/4343",
-    looks="A restored model evaluates worse than the one that was saved.",
+    looks="The restored model evaluates worse than the saved one.",
     wrong="""
         data = to_bytes(state.params)
     """,
@@ -1067,9 +1064,9 @@ mistake(
 )
 mistake(
     "checkpoint_drops_optimizer_state",
-    "the checkpoint does not hold the optimizer's state",
-    "save opt_state beside params, and do not call tx.init after restoring",
-    looks="The loss jumps where a run was resumed.",
+    "the checkpoint does not contain the optimizer state",
+    "save opt_state with params, and do not call tx.init after restoring",
+    looks="The loss jumps when a run is resumed.",
     wrong="""
         params = from_bytes(params, data)
         opt_state = tx.init(params)
@@ -1081,10 +1078,10 @@ mistake(
 )
 mistake(
     "checkpoint_drops_key",
-    "the checkpoint does not hold the random key, or what else the step carries",
-    "put keys and counters into the state that is saved",
+    "the checkpoint does not contain the PRNG key, or other state of the step",
+    "save PRNG keys and counters with the state",
     "https://github.com/AI-Hypercomputer/maxtext/pull/4343",
-    looks="A resumed run repeats the dropout masks of the first one.",
+    looks="A resumed run repeats the dropout masks of the first run.",
     wrong="""
         state = from_bytes(state, data)
         key = jax.random.key(0)
@@ -1096,9 +1093,9 @@ mistake(
 )
 mistake(
     "counter_reset_on_restore",
-    "a step counter starts again when a run is restored",
-    "restore the optimizer's count with the rest of opt_state: schedules and Adam read it",
-    looks="The warm-up of the learning rate runs a second time.",
+    "a step counter starts from 0 again when a run is restored",
+    "restore the optimizer's count with the rest of opt_state: schedules and Adam use it",
+    looks="The learning-rate warm-up runs a second time.",
     wrong="""
         state = from_bytes(state, data)
         state = state.replace(step=0)
@@ -1109,10 +1106,10 @@ mistake(
 )
 mistake(
     "restored_in_other_types",
-    "the restored state has other containers, shapes or dtypes than the saved one",
+    "the restored state has different containers, shapes or dtypes than the saved one",
     "restore into a template: from_bytes(state_of_the_same_structure, data)",
     "https://github.com/google/flax/issues/1550",
-    looks="The restored state fails where a NamedTuple or a tuple is expected.",
+    looks="Code that expects a NamedTuple or a tuple fails on the restored state.",
     wrong="""
         state = msgpack_restore(data)
     """,
@@ -1122,9 +1119,9 @@ mistake(
 )
 mistake(
     "checkpoint_loses_digits",
-    "the checkpoint stores values in a narrower type",
-    "save float32 as float32; cast a copy for export, never the state that training resumes from",
-    looks="A resumed run is close to the uninterrupted one and not equal to it.",
+    "the checkpoint stores values in a less precise dtype",
+    "save float32 as float32; cast a copy for export, not the state that training resumes from",
+    looks="A resumed run is close, but not equal, to the uninterrupted one.",
     wrong="""
         half = jax.tree.map(
             lambda v: v.astype(jnp.float16), state
@@ -1138,8 +1135,8 @@ mistake(
 mistake(
     "checkpoint_not_used",
     "the restored values are not the checkpoint's",
-    "use what from_bytes or restore returns: it does not fill its template in place",
-    looks="A resumed run starts from the initial loss.",
+    "use the return value of from_bytes or restore: the template is not modified",
+    looks="A resumed run starts at the initial loss.",
     wrong="""
         from_bytes(state, data)
     """,
@@ -1149,9 +1146,9 @@ mistake(
 )
 mistake(
     "restored_in_another_order",
-    "values come back in each other's places",
-    "restore by name into a template, never from a list of leaves in an order of its own",
-    looks="Every value is there, and the model predicts nonsense.",
+    "restored values end up in the wrong leaves",
+    "restore by name into a template, not from a list of leaves",
+    looks="Every value is there, but the model predicts nonsense.",
     wrong="""
         leaves = [saved[name] for name in sorted(saved)]
         state = jax.tree.unflatten(structure, leaves)
@@ -1162,8 +1159,8 @@ mistake(
 )
 mistake(
     "checkpoint_is_stale",
-    "an older checkpoint is restored than the one saved last",
-    "save by value, wait for an asynchronous save to end, and restore the latest step",
+    "the restored checkpoint is not the latest one",
+    "copy the arrays before saving, wait for asynchronous saves to finish, and restore the latest step",
     looks="A resumed run has lost some steps.",
     wrong="""
         manager.save(step, args=args)
@@ -1176,13 +1173,13 @@ mistake(
     """,
 )
 
-# Layers, copies and passes that are more than a single network in a single pass.
+# Frozen layers, copies of a model, several forward passes, masks, keys and schedules.
 mistake(
     "frozen_statistics_move",
-    "a frozen layer's statistics change: it still folds each batch in",
-    "run a frozen layer with use_running_average=True, whatever train says",
+    "the running statistics of a frozen layer are still updated",
+    "run frozen layers with use_running_average=True, also in training",
     "https://github.com/Lightning-AI/pytorch-lightning/issues/15062",
-    looks="Evaluation drifts although the backbone's params never move.",
+    looks="Evaluation drifts although the params of the frozen layers never change.",
     wrong="""
         x = nn.BatchNorm(
             use_running_average=not train,
@@ -1198,11 +1195,11 @@ mistake(
 )
 mistake(
     "frozen_params_move",
-    "params that are to be frozen are moved, by a decay or by their gradient",
+    "frozen params change, by weight decay or by their gradient",
     'optax.multi_transform({"train": tx, "freeze": optax.set_to_zero()}, labels)',
-    looks="The pretrained layers shrink a little with every step.",
+    looks="The frozen layers shrink a little with every step.",
     wrong="""
-        # a gradient of 0 is decayed all the same
+        # weight decay applies to a gradient of 0, too
         frozen = jax.lax.stop_gradient(backbone)
         tx = optax.adamw(1e-3)
     """,
@@ -1218,9 +1215,9 @@ mistake(
 )
 mistake(
     "frozen_gradients_scale_others",
-    "gradients of frozen params scale the update of the others",
-    "clip within what trains, not around it",
-    looks="The layers that train move less the larger the frozen part is.",
+    "the global norm for clipping includes the gradients of frozen params",
+    "clip inside the optimizer of the trained params, not around multi_transform",
+    looks="The larger the frozen part, the smaller the updates of the trained layers.",
     wrong="""
         zero = optax.set_to_zero()
         tx = optax.chain(
@@ -1242,10 +1239,10 @@ mistake(
 )
 mistake(
     "stale_statistics",
-    "a copy of the params is updated, its running statistics are never written",
-    "copy batch_stats beside the params, wherever the copy is updated",
+    "a copy of the params is updated, but its running statistics are not",
+    "copy batch_stats together with the params",
     "https://github.com/DLR-RM/stable-baselines3/issues/996",
-    looks="The target network is evaluated with mean 0 and variance 1 for ever.",
+    looks="The target network is always evaluated with mean 0 and variance 1.",
     wrong="""
         state = state.replace(
             target_params=state.params,
@@ -1260,11 +1257,10 @@ mistake(
 )
 mistake(
     "fresh_statistics",
-    "the params come from a trained model and the running statistics do not: they do not belong "
-    "to the params",
-    "restore batch_stats from where the params come from",
+    "the params are pretrained, but the running statistics are the initial ones",
+    "restore batch_stats from the same checkpoint as the params",
     "https://github.com/google/deepvariant/issues/383",
-    looks="The restored model is as bad as a new one, until it has trained for a while.",
+    looks="The restored model is as bad as a new one until it has trained for a while.",
     wrong="""
         new = model.init(key, x)
         variables = {
@@ -1281,10 +1277,10 @@ mistake(
 )
 mistake(
     "pass_dropped",
-    "the statistics of one of several passes are dropped",
-    "thread batch_stats through all calls: the second starts from what the first returned",
+    "the statistics of one of several forward passes are dropped",
+    "pass the batch_stats that one call returns to the next call",
     "https://github.com/carpedm20/DCGAN-tensorflow/issues/266",
-    looks="In evaluation the discriminator takes every real image for a fake one.",
+    looks="In evaluation, a GAN's discriminator rejects every real image.",
     wrong="""
         real, _ = forward(params, stats, images)
         fake, new = forward(params, stats, fakes)
@@ -1296,11 +1292,11 @@ mistake(
 )
 mistake(
     "rows_normalised_alone",
-    "each row is normalised by itself: the moments are not those of the batch",
-    'under jax.vmap BatchNorm sees one row: give it BatchNorm(axis_name="batch"), and map by '
+    "each row is normalised by itself, not by the moments of the batch",
+    'under jax.vmap BatchNorm sees a single row: use BatchNorm(axis_name="batch") and '
     'jax.vmap(..., axis_name="batch", out_axes=(0, None))',
     "https://github.com/google/flax/issues/1247",
-    looks="Every hidden unit is its bias, and the running variance goes to 0.",
+    looks="Every normalised value equals its bias, and the running variance goes to 0.",
     wrong="""
         nn.BatchNorm()
         out, new = jax.vmap(one_row)(x)
@@ -1316,10 +1312,10 @@ mistake(
 )
 mistake(
     "padding_in_the_denominator",
-    "padding changes the loss: it is masked out of the sum and counted in the mean",
-    "divide by the number of rows that count",
+    "padding is masked out of the sum of the losses but counted in the divisor",
+    "divide by the sum of the mask, not by the number of rows",
     "https://github.com/tracel-ai/burn/issues/5568",
-    looks="The loss of a batch falls with the number of rows that pad it.",
+    looks="The more padding a batch has, the smaller its loss.",
     wrong="""
         loss = jnp.mean(mask * losses)
     """,
@@ -1330,10 +1326,10 @@ mistake(
 )
 mistake(
     "padding_enters",
-    "rows that do not count reach the loss or the statistics",
-    "mask them out of the loss, and of BatchNorm too",
+    "padding rows affect the loss or the statistics",
+    "mask them in the loss, and pass the mask to BatchNorm, too",
     "https://github.com/google/flax/issues/1850",
-    looks="The last, padded batch of each epoch pulls the running statistics towards 0.",
+    looks="The padded last batch of each epoch pulls the running statistics towards 0.",
     wrong="""
         norm = nn.BatchNorm(
             use_running_average=not train
@@ -1349,10 +1345,10 @@ mistake(
 )
 mistake(
     "same_key_in_each_step",
-    "each step draws the same random numbers, so dropout has the same mask each step",
-    "split the key and carry the new one, or jax.random.fold_in(key, state.step)",
+    "every step draws the same random numbers, so dropout uses the same mask in every step",
+    "split the key and carry the new one, or use jax.random.fold_in(key, state.step)",
     "https://github.com/google/flax/pull/2631",
-    looks="Dropout leaves the same units out for ever: some of them never train.",
+    looks="Dropout always drops the same units, so some of them never train.",
     wrong="""
         out = model.apply(
             variables, x, rngs={"dropout": state.key}
@@ -1369,8 +1365,8 @@ mistake(
 )
 mistake(
     "schedule_counts_batches",
-    "the learning rate's schedule is as long as there are batches, of which several make an update",
-    "the schedule counts optimizer steps, not batches: divide by the steps that make an update",
+    "with gradient accumulation, the learning-rate schedule is as long as the number of batches",
+    "divide the length of the schedule by the accumulation steps: it counts updates, not batches",
     "https://github.com/AI-Hypercomputer/maxtext/pull/3452",
     looks="Training ends long before the learning rate has decayed.",
     wrong="""

@@ -1,8 +1,8 @@
 """Run a subject on stacked cases, with the re-runs that laws ask for.
 
-A subject's functions are traced once for each signature of their arguments. What is compiled is the
-traced program under ``jax.vmap``, once for each shape, and every re-run, evaluation and later step calls
-it again. The same traces are what proofs and rounding are read from.
+A subject's functions are traced once for each signature of their arguments. The traced program is
+compiled under ``jax.vmap``, once for each shape, and reused by every re-run, evaluation and later
+step. Proofs and rounding noise are read from the same traces.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ from bnverify.transition import Outcome, Transition
 How: TypeAlias = Literal["vmap", "jit", "eager"]
 
 FEW_ROWS = 8
-"""Up to so many rows each row is evaluated alone; a law about rows needs no more."""
+"""Rows are evaluated one by one in batches of up to this many rows."""
 
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": False,
-    # What is to be rounded to 16 bits is: else one of two programs may do it and the other not.
+    # Otherwise one of two programs may round to 16 bits where the other does not.
     "xla_allow_excess_precision": False,
 }
-"""XLA's options for what runs a few times: the first two halve the time to compile."""
+"""XLA's compiler options for programs that run a few times; the first two halve the compile time."""
 
 COMPILERS = 2
-"""Programs compiled at the same time; XLA keeps little more than one core busy with one."""
+"""Programs compiled at the same time; compiling one keeps little more than one core busy."""
 
 ROW_WEIGHTS = frozenset({"eval:rows", "step:other_padding", "eval:other_padding"})
-"""What needs the weights of rows, where a subject declares them."""
+"""The observations that need the row weights of a subject that declares them."""
 
 VOLUME = frozenset(
     [f"step:{name}" for name in (*RERUNS, *LATER_RERUNS, "shifted_bias", "other_padding")]
     + [f"eval:{name}" for name in (*EVALS, "rows", "other_padding")]
     + ["expected_update", "after_eval"]
 )
-"""What laws can ask of any run."""
+"""The observations that stacked runs provide."""
 
 SINGLE = frozenset({"again", "eager", "stacked", "solution"})
-"""What laws can ask of a run one case at a time: comparisons with other ways of running."""
+"""The observations that only runs of one case at a time provide: other ways of running the step."""
 
 
 class Again(NamedTuple):
@@ -73,9 +73,9 @@ class Again(NamedTuple):
 
 
 class Uncompiled(NamedTuple):
-    """An uncompiled run, and its inputs before and after it; every leaf is stacked, (K, ...).
+    """A run without jit, and copies of its inputs before and after; every leaf is stacked, (K, ...).
 
-    Only there does a step hold the caller's own arrays and containers, not tracers.
+    Only without jit does a step get the caller's own arrays and containers instead of tracers.
     """
 
     state: Any
@@ -86,27 +86,27 @@ class Uncompiled(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """The one-call function at a whole seed and at one with a fraction, each (K, ...)."""
+    """Results of the one-call function for a whole and a fractional seed, each (K, ...)."""
 
     whole: Any
     fractional: Any
 
 
 class CompiledSubject:
-    """A subject's functions, ready to be called on stacks of cases.
+    """A subject's functions, callable on stacks of cases.
 
     Args:
-        subject: whose functions.
-        how: "vmap": compiled under ``jax.vmap``; "jit": compiled, and called for one case after the
-            other, as a user would; "eager": called for one case after the other, uncompiled.
-        tracer: shared with whatever else reads the subject's traces.
-        block: from the shape (N, D) of a case to how many cases a call of a vectorised program
-            takes; longer stacks are called in blocks, shorter ones filled up.
+        subject: the subject.
+        how: "vmap": compiled under ``jax.vmap``; "jit": compiled, and called for one case after
+            another, as a user would; "eager": called for one case after another, without jit.
+        tracer: the tracer to use, shared with other readers of the subject's traces.
+        block: shape (N, D) of a case -> the number of cases in one call under vmap; larger stacks
+            are split into blocks, smaller ones padded.
 
     Attributes:
         subject: as given.
         tracer: as given.
-        refused: name of a fact that could not be observed -> what was raised.
+        refused: name of a fact that could not be observed -> the error that was raised.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class CompiledSubject:
         self._compilers = ThreadPoolExecutor(COMPILERS)
 
     def prepare(self, shapes: Iterable[tuple[int, int]]) -> None:
-        """Begin to compile ``init``, ``step`` and ``evaluate`` for shapes (N, D), all at once."""
+        """Start compiling ``init``, ``step`` and ``evaluate`` for shapes (N, D), in the background."""
         for rows, features in shapes:
             case, state = self.tracer.batch(rows, features), self.tracer.state(rows, features)
             size = self._block((rows, features)) if self._block else 1
@@ -141,13 +141,13 @@ class CompiledSubject:
     def call(
         self, name: str, function: Callable[..., Any], shape: tuple[int, int], *args: Any
     ) -> Any:
-        """Return ``function`` of each of some cases, as a stacked tree of NumPy arrays.
+        """Call a function on each of some cases; return a stacked tree of NumPy arrays.
 
         Args:
-            name: tells functions apart.
-            function: of single cases.
+            name: identifies the function.
+            function: a function of a single case.
             shape: (N, D) of the cases.
-            *args: stacked trees.
+            *args: its arguments, stacked trees.
         """
         leaves = jax.tree_util.tree_leaves(args)
         cases = len(leaves[0])
@@ -170,14 +170,14 @@ class CompiledSubject:
         return jax.tree_util.tree_map(lambda *part: np.concatenate(part)[:cases], *parts)
 
     def single(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Return ``function`` of one case, compiled, as a tree of JAX arrays.
+        """Call a compiled function on one case; return a tree of JAX arrays.
 
-        What was compiled for ``call`` with "jit" serves here, too.
+        It shares its programs with ``call`` in mode "jit".
 
         Args:
-            name: tells functions apart.
-            function: of single cases.
-            *args: trees of arrays or numbers, which reach the function as JAX arrays.
+            name: identifies the function.
+            function: a function of a single case.
+            *args: its arguments, trees of arrays or numbers; they are converted to JAX arrays.
         """
         given = jax.tree_util.tree_map(_on_device, args)
         types = jax.tree_util.tree_map(Abstract.of, given)
@@ -187,13 +187,13 @@ class CompiledSubject:
     def _program(
         self, name: str, function: Callable[..., Any], single: Any, size: int | None
     ) -> Callable[..., Any]:
-        """Return the compiled program of a function for arguments like ``single``, on flat leaves.
+        """Return the compiled program of a function; it takes the leaves of its arguments.
 
         Args:
-            name: tells functions apart.
-            function: of single cases.
-            single: its arguments, trees of ``Abstract``.
-            size: how many cases are stacked; None: the program takes a single one.
+            name: identifies the function.
+            function: a function of a single case.
+            single: the shapes and dtypes of its arguments, trees of ``Abstract``.
+            size: how many cases are stacked; None: the program takes a single case.
         """
         types, structure = jax.tree_util.tree_flatten(single)
         key = name, structure, tuple(types), size
@@ -203,7 +203,7 @@ class CompiledSubject:
         return _Later(self._programs[key])
 
     def init(self, case: Case) -> State:
-        """Return the states before the first step."""
+        """Return the initial states."""
         x = self.tracer.init_batch(case.x)
         state: State = self.call("init", self.subject.init, case.shape, case.seed, x)
         return state
@@ -219,21 +219,21 @@ class CompiledSubject:
         return self.call("evaluate", self.subject.evaluate, case.shape, *given)
 
     def outcome(self, state: State, case: Case) -> Outcome:
-        """Return the outcomes of one step, evaluated."""
+        """Return the outcomes of one step, with the eval loss after it."""
         outcome = self.step(state, case)
         return outcome._replace(eval_loss=self.evaluate(outcome.state, case))
 
     def warm(self, state: State, case: Case) -> State:
         """Return the states after ``case.warmup`` steps on the same batch.
 
-        Where gradients are accumulated over several steps, the next one is then one that updates.
+        With gradient accumulation, ``warmup`` counts updates, and the next step is one that updates.
         """
         every = self.subject.updates_every
         warmup = case.warmup if every == 1 else np.maximum(case.warmup * every - 1, 0)
         for done in range(int(np.max(warmup))):
             after = self.step(state, case).state
             if signature(after) != signature(state):
-                return state  # a law of structure says so
+                return state  # a law of structure reports it
             going = warmup > done
             state = jax.tree_util.tree_map(
                 lambda new, old, going=going: np.where(_over(going, new), new, old), after, state
@@ -252,7 +252,7 @@ class _Later:
 
 
 def _lowered(traced: Program, size: int | None) -> tuple[Any, Any]:
-    """Return a traced program, lowered for ``size`` stacked cases, and the structure of its result."""
+    """Return (a traced program lowered for ``size`` stacked cases, the structure of its result)."""
     function = TreeFunction(traced)
     flat = jax.tree_util.tree_leaves(traced.args)
     lead = () if size is None else (size,)
@@ -280,21 +280,21 @@ def _over(mask: Any, leaf: Any) -> Any:
 
 
 def observe(calls: CompiledSubject, case: Case, needs: Collection[str]) -> Transition:
-    """Run one step of a subject on stacked cases and the re-runs named in ``needs``.
+    """Run one step of a subject on stacked cases, with the re-runs named in ``needs``.
 
     Args:
         calls: the subject's functions.
         case: the cases, every leaf with a leading axis.
-        needs: names that laws declare, of ``VOLUME``: "step:NAME" of ``RERUNS`` or ``LATER_RERUNS``
-            or "step:shifted_bias", "eval:NAME" of ``EVALS`` or "eval:rows", "other_padding" of
-            either where rows have weights, or a fact:
-            "expected_update" (what the subject's optimizer makes of its gradients, and in
-            "nudged_updates" of gradients and of a state moved by a few roundings), "after_eval".
-            Others are left to the caller.
+        needs: names from ``VOLUME``: "step:NAME" with a name of ``RERUNS`` or ``LATER_RERUNS``,
+            "step:shifted_bias", "eval:NAME" with a name of ``EVALS``, "eval:rows",
+            "step:other_padding" and "eval:other_padding" (for subjects with row weights),
+            "expected_update" (the subject's optimizer applied to its gradients, and, as
+            "nudged_updates", to perturbed gradients and states), "after_eval". Other names are
+            ignored.
 
     Returns:
-        The transition, without rounding: ``exact`` and ``noise`` are None. Where the step changes
-        the structure or the shapes of its state, nothing is run from what re-runs gave.
+        The transition, with ``exact`` and ``noise`` still None. If the step changes the structure
+        or shapes of its state, re-runs that depend on a new state are left out.
     """
     wanted = set(needs).union(*(FIRST.get(need, ()) for need in needs))
     if calls.subject.row_weights is None:
@@ -311,7 +311,7 @@ def observe(calls: CompiledSubject, case: Case, needs: Collection[str]) -> Trans
         seen["shifted_bias"] = calls.step(shifted, case)
     if "step:other_padding" in wanted:
         seen["other_padding"] = calls.step(before, other_padding(case, _weights(calls, case)))
-    # They go on from what a step gave.
+    # These re-runs continue from a state that the step returned.
     if form(actual.state.batch_stats) != form(before.batch_stats):
         wanted -= set(FIRST)
     if form(actual.state) != form(before):
@@ -353,26 +353,26 @@ def _row_losses(calls: CompiledSubject, state: State, case: Case) -> Any:
 
 
 def _weights(calls: CompiledSubject, case: Case) -> Any:
-    """Return how much each row counts, (K, N)."""
+    """Return the weight of each row, (K, N)."""
     assert calls.subject.row_weights is not None
     return calls.call("row_weights", calls.subject.row_weights, case.shape, case.x, case.y)
 
 
 def optimizer_update(calls: CompiledSubject, case: Case, grads: Tree, before: State) -> State:
-    """Return what the subject's optimizer makes of some gradients, in the states ``before``.
+    """Return the states after the subject's optimizer has applied some gradients.
 
     Args:
-        calls: the subject's functions; its optimizer is known.
-        case: stacked cases, of which the learning rates count.
-        grads: stacked, likewise.
-        before: of which the params and the optimizer's state count.
+        calls: the subject's functions; it must have an optimizer.
+        case: stacked cases; only their learning rates are used.
+        grads: the gradients, stacked.
+        before: the old states; only params and opt_state are used.
     """
     optimizer = calls.subject.optimizer
     assert optimizer is not None
 
     def expected_update(lr: Any, grads: Tree, before: State) -> State:
         tx = optimizer(lr)
-        # Without leaves the step's state may still have other containers: only the update counts.
+        # A state without leaves may be stored in other containers than tx.init returns.
         has_state = jax.tree_util.tree_leaves(before.opt_state)
         state = before.opt_state if has_state else tx.init(before.params)
         updates, opt_state = tx.update(grads, state, before.params)
@@ -395,7 +395,7 @@ def _facts(
     if "expected_update" in wanted and subject.optimizer is not None:
         update = partial(optimizer_update, calls, case)
         grads, given = actual.info.grads, State(before.params, None, before.opt_state)
-        # An optimizer that takes no such gradients or state has no update to follow.
+        # The optimizer may not accept the step's gradients or state.
         try:
             expected = update(grads, given)
             nudged = [update(*changed) for changed in nudged_inputs(grads, given)]
@@ -415,13 +415,13 @@ def observe_singly(
     *,
     batched: CompiledSubject | None = None,
 ) -> Transition:
-    """Run one step on each of some stacked cases by itself, and the ways of running named in ``needs``.
+    """Run one step on stacked cases, one case at a time, and in the other ways named in ``needs``.
 
     Args:
-        single: the subject's functions, called for one case after the other.
+        single: the subject's functions, called for one case after another.
         case: the cases.
-        needs: as for ``observe``, and of ``SINGLE``: "again", the same run once more; "eager", an
-            uncompiled run; "stacked", the run by ``batched``; "solution", the subject's one-call
+        needs: as for ``observe``, and from ``SINGLE``: "again", the same run once more; "eager", a
+            run without jit; "stacked", a run of ``batched``; "solution", the subject's one-call
             function.
         batched: the functions under ``jax.vmap``; None: "stacked" is not observed.
     """
@@ -440,9 +440,9 @@ def observe_singly(
 
 
 def _uncompiled(subject: Subject, before: State, case: Case) -> Uncompiled:
-    """Return a step and its evaluation, run uncompiled for one case after the other.
+    """Return a step and its evaluation, run without jit for one case after another.
 
-    An input that the step donated is gone by the caller's leave, and counts as unchanged.
+    An input that was donated counts as unchanged.
     """
     outcomes, kept, after = [], [], []
     for index in range(len(case.seed)):
@@ -467,7 +467,7 @@ def _is_deleted(leaf: Any) -> bool:
 
 
 def _stacked_or_first(trees: Sequence[Any]) -> Any:
-    """Return trees stacked; where their structures differ, the first that is unlike the others."""
+    """Return the trees stacked; if structures differ, the first tree that differs from the first one."""
     structures = [jax.tree_util.tree_structure(tree) for tree in trees]
     unlike = next((t for t, s in zip(trees, structures, strict=True) if s != structures[0]), None)
     return stack(trees) if unlike is None else unlike
@@ -478,7 +478,7 @@ def _solution(solution: Callable[..., Any], case: Case) -> Solution:
     for index in range(len(case.seed)):
         one = take(case, index)
         seed, lr = int(one.seed), float(one.lr)
-        fraction = 0.75 if seed >= 0 else -0.75  # the integer part is towards zero
+        fraction = 0.75 if seed >= 0 else -0.75  # truncation is towards zero
         x, y = jnp.asarray(one.x), jnp.asarray(one.y)
         whole.append(np.asarray(solution(float(seed), x, y, lr)))
         fractional.append(np.asarray(solution(seed + fraction, x, y, lr)))

@@ -1,7 +1,7 @@
-"""The reference step in float64 NumPy, derived by hand: what the float32 step should give.
+"""The reference step in float64 NumPy, derived by hand: the expected results of the float32 step.
 
-It shares nothing with the step it judges: no jax, no automatic differentiation, the variance in
-two passes where Flax takes the difference of two means. The model, with H = ``HIDDEN``:
+It shares nothing with the step that it judges: no jax, no automatic differentiation, and a two-pass
+variance instead of Flax's difference of two means. The model, with H = ``HIDDEN``:
 
     h = x W1 + b1                          Dense_0       (N, H)
     mu = mean(h), v = mean((h - mu)^2)     over rows     (H,), the divisor is N
@@ -11,14 +11,14 @@ two passes where Flax takes the difference of two means. The model, with H = ``H
     p = r W2 + b2                          Dense_1       (N,)
     L = mean((p - y)^2)                                  scalar
 
-Every array may carry leading axes, the same for all: x (..., N, D), y (..., N), W1 (..., D, H), b1
-(..., H), lr (...). Then each index along them is a step of its own. Shapes below leave them out.
-All input is widened to float64. ``xp`` is the array library: NumPy, or one with NumPy's functions
-(``jax.numpy`` with 64-bit types switched on). Nothing is written in place.
+All arrays may have the same leading batch axes: x (..., N, D), y (..., N), W1 (..., D, H), b1
+(..., H), lr (...). Shapes below leave them out. All inputs are converted to float64. ``xp`` is the
+array library: NumPy, or one with NumPy's functions (``jax.numpy`` with ``jax_enable_x64``). Nothing
+is written in place.
 
-Source: Ioffe & Szegedy 2015 (https://arxiv.org/abs/1502.03167), algorithm 1 and the gradients
-that follow it in section 3. Algorithm 2 there divides the variance by N - 1 for inference; Flax
-does not, nor does this module.
+Source: Ioffe & Szegedy 2015 (https://arxiv.org/abs/1502.03167), algorithm 1 and the gradients in
+section 3. Their algorithm 2 uses the unbiased variance, divisor N - 1, for inference; Flax does not,
+and neither does this module.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 HIDDEN = 8
-MOMENTUM = 0.99  # weighs the old value: Flax's convention
+MOMENTUM = 0.99  # as in Flax: the weight of the old value
 EPSILON = 1e-5
 
-Array = Any  # of whichever library was asked for
+Array = Any  # of the library ``xp``
 Tree = dict[str, dict[str, Array]]
 
 
 class Forward(NamedTuple):
-    """What one pass through the model computes, in the letters of the module's docstring.
+    """The intermediate values of a forward pass, named as in the module's docstring.
 
     Attributes:
         mean: mu, (H,); the batch's in train mode, the running one in eval mode.
@@ -56,14 +56,14 @@ class Forward(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What one training step and the evaluation after it should give.
+    """The expected results of one training step and the evaluation after it.
 
     Attributes:
-        loss: training loss, scalar; whatever the optimizer.
-        grads: its gradient, a tree like params; whatever the optimizer.
-        batch_stats: the statistics after the step, a tree; whatever the optimizer.
-        params: the parameters after plain SGD.
-        eval_loss: (1,), the loss in eval mode after plain SGD.
+        loss: the training loss, a scalar.
+        grads: its gradient, a tree like params.
+        batch_stats: the new running statistics, a tree.
+        params: the new params, with plain SGD.
+        eval_loss: (1,), the loss in eval mode after the step, with plain SGD.
     """
 
     loss: Array
@@ -74,7 +74,7 @@ class Expected(NamedTuple):
 
 
 def batch_moments(h: Array, xp: Any = np) -> tuple[Array, Array]:
-    """Return mean and biased variance of each column: mean(h), mean((h - mean(h))^2).
+    """Return the mean and the biased variance of each column: mean(h), mean((h - mean(h))^2).
 
     Args:
         h: (N, C).
@@ -89,10 +89,10 @@ def batch_moments(h: Array, xp: Any = np) -> tuple[Array, Array]:
 
 
 def train_forward(params: Any, x: Array, xp: Any = np) -> Forward:
-    """Return the pass in train mode: the batch's own moments normalise.
+    """Return the forward pass in train mode, which normalises by the batch's own moments.
 
     Args:
-        params: the tree of the reference model, kernels (D, H) and (H, 1), the rest (H,), (1,).
+        params: the tree of the reference model: kernels (D, H) and (H, 1), the rest (H,) and (1,).
         x: (N, D).
         xp: the array library.
     """
@@ -102,7 +102,7 @@ def train_forward(params: Any, x: Array, xp: Any = np) -> Forward:
 
 
 def eval_forward(params: Any, batch_stats: Any, x: Array, xp: Any = np) -> Forward:
-    """Return the pass in eval mode: the running statistics normalise, and nothing is written.
+    """Return the forward pass in eval mode, which normalises by the running statistics.
 
     Args:
         params: the tree of the reference model.
@@ -121,16 +121,16 @@ def mean_squared_error(predictions: Array, y: Array, xp: Any = np) -> Array:
 
 
 def gradients(params: Any, x: Array, y: Array, xp: Any = np) -> Tree:
-    """Return dL/dparams of the training loss, a tree like ``params``, by hand.
+    """Return dL/dparams of the training loss, a tree like ``params``, derived by hand.
 
-    Backwards through the model, with d for "derivative of L with respect to":
+    Backwards through the model, where dp stands for dL/dp:
 
         dp = 2 (p - y) / N
         dW2 = r^T dp, db2 = sum dp, dr = dp W2^T
-        da = dr where a > 0, else 0: at a = 0 the derivative of ReLU is 0, as in JAX
+        da = dr where a > 0, else 0 (the derivative of ReLU at 0 is 0, as in JAX)
         dgamma = sum(da z), dbeta = sum(da), dz = gamma da
-        dh = (dz - mean(dz) - z mean(dz z)) / sqrt(v + eps): mu and v depend on every row
-        dW1 = x^T dh, db1 = sum(dh) = 0: what b1 adds, mu takes away
+        dh = (dz - mean(dz) - z mean(dz z)) / sqrt(v + eps), since mu and v depend on every row
+        dW1 = x^T dh, db1 = sum(dh) = 0, since subtracting mu cancels b1
 
     Args:
         params: the tree of the reference model.
@@ -194,7 +194,7 @@ def evaluate(params: Any, batch_stats: Any, x: Array, y: Array, xp: Any = np) ->
 
 
 def expected(state: Any, x: Array, y: Array, lr: Array, xp: Any = np) -> Expected:
-    """Return what one step of plain SGD from ``state`` should give, and the evaluation after it.
+    """Return the expected results of one step of plain SGD, and of the evaluation after it.
 
     Args:
         state: has ``params`` and ``batch_stats``, the trees of the reference model.

@@ -1,4 +1,4 @@
-"""What can be known of a step without running it: its structure and what reaches what."""
+"""Proofs: what the traced step shows without running it, its structure and its dependencies."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ from bnverify.subject import Subject
 from bnverify.transition import Transition
 
 MISSING_CAPABILITY = {
-    "optimizer": "the subject does not show its optimizer",
-    "grads": "the subject does not show its gradients",
-    "loss": "the subject does not show its training loss",
-    "lr": "the subject's step does not take the learning rate",
-    "momentum": "the subject does not declare its momentum",
-    "layer_inputs": "the subject does not show what its normalisation layers are given",
+    "optimizer": "the subject's optimizer is unknown",
+    "grads": "the gradients of the step are unknown",
+    "loss": "the training loss of the step is unknown",
+    "lr": "the step does not use the learning rate that it is given",
+    "momentum": "the momentum of the normalisation layers is unknown, or differs between them",
+    "layer_inputs": "the inputs of the normalisation layers are unknown",
     "after_eval": "eval_step returns no state",
-    "biases_before_norm": "no bias stands right before a normalisation",
+    "biases_before_norm": "no bias is added right before a normalisation",
     "solution": "the subject is not one function of seed, batch and lr",
-    "oracle": "no independent derivation exists for this subject",
-    "batch_stats": "the subject keeps no running statistics",
-    "opt_state": "the optimizer keeps no state, and no other can stand in for it",
+    "oracle": "there is no independent derivation of this step",
+    "batch_stats": "the step has no running statistics",
+    "opt_state": "the optimizer has no state, and cannot be replaced by one that has",
     "plain_sgd": "the optimizer is not plain SGD",
     "row_losses": "the eval loss is not a mean over rows",
     "eval_is_training_loss": "evaluation and training use different losses",
-    "look": "the program of a Subject written by hand is read by bnverify.load and bnverify.declare",
+    "look": "only bnverify.load and bnverify.declare analyse the trace of a Subject written by hand",
     "draws": "the step draws no random numbers",
-    "passes": "no layer is given several batches, or one batch several times, in a step",
-    "copies": "the step carries no copy of the params that has statistics of its own",
-    "pretrained": "training does not start from a trained model",
+    "passes": "no layer processes several batches, or one batch several times, in a step",
+    "copies": "the state has no copy of the params with its own running statistics",
+    "pretrained": "training does not start from a pretrained model",
     "frozen_params": "no params are frozen",
-    "frozen_statistics": "no statistics are frozen",
-    "scaled": "no frozen param has a gradient that the optimizer is given",
-    "axes": "no normalisation stands behind a convolution or a product with params",
-    "masks": "no mask of rows is found in a loss",
-    "schedules": "no gradients are accumulated over a known number of batches",
-    "row_weights": "no weights of rows are declared",
+    "frozen_statistics": "no running statistics are frozen",
+    "scaled": "no gradient of a frozen param is passed to the optimizer",
+    "axes": "no normalisation follows a convolution or a matrix product with params",
+    "masks": "no loss masks rows out",
+    "schedules": "gradients are not accumulated over a known number of batches",
+    "row_weights": "no row weights are declared",
 }
-"""What laws can require of a subject -> why they are exempt where it is missing."""
+"""Capability that laws require of a subject -> the reason for the exemption if it is missing."""
 
-PROBED = "by a momentum probe, since the optimizer's own state is empty"
+PROBED = "checked with momentum SGD, because the optimizer's own state is empty"
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class Traced:
 
     @property
     def abstract(self) -> Transition:
-        """The first traced run, whose leaves have shapes and dtypes, no values."""
+        """The first traced run; its leaves have shapes and dtypes but no values."""
         return _abstract(self.traces.runs[0])
 
     @cached_property
     def transitions(self) -> list[Transition]:
-        """Each traced run, with what the optimizer's init gives for params alone."""
+        """Each traced run, with the shapes of tx.init(params) as a fact."""
         return [
             _abstract(run)._replace(facts=_expected_opt_state(self.subject, run.before.params))
             for run in self.traces.runs
@@ -87,15 +87,15 @@ class Traced:
 
 @dataclass(frozen=True)
 class Reading:
-    """A subject as its traces show it.
+    """The result of tracing a subject.
 
     Attributes:
-        traced: the subject with its traces; None where it does not trace.
-        influence: what may reach what; None likewise.
-        refusal: why it does not trace; empty where it does.
-        probe: the same step around SGD with momentum, where the subject's own optimizer keeps
-            no state and another can stand in for it.
-        ran: where it does not trace, one run of it; None where it does not run either.
+        traced: the subject with its traces; None if it does not trace.
+        influence: which inputs may affect which outputs; None if it does not trace.
+        refusal: why it does not trace; empty if it does.
+        probe: the same step with momentum SGD, if the subject's optimizer has no state and can be
+            replaced; else None.
+        ran: one run of a subject that does not trace; None if it traces, or does not run.
     """
 
     traced: Traced | None
@@ -105,17 +105,17 @@ class Reading:
     ran: Transition | None = None
 
     def tracer(self, subject: Subject) -> Tracer:
-        """Return what traced the subject; a new one where it does not trace."""
+        """Return the tracer of the subject, or a new one if it does not trace."""
         return self.traced.tracer if self.traced is not None else Tracer(subject)
 
     @property
     def abstract(self) -> Transition | None:
-        """A transition whose leaves have shapes and dtypes, and values only where it was run."""
+        """A transition with shapes and dtypes; it has values only if the subject does not trace."""
         return self.ran if self.traced is None else self.traced.abstract
 
 
 def read(subject: Subject) -> Reading:
-    """Return ``subject`` as its traces show it; nothing is compiled."""
+    """Trace ``subject``, without compiling anything."""
     tracer = Tracer(subject)
     try:
         traces = trace_subject(subject, tracer=tracer)
@@ -128,13 +128,13 @@ def read(subject: Subject) -> Reading:
 
 
 def _run(subject: Subject) -> Transition | None:
-    """Return one run of a subject, uncompiled; None where it raises."""
+    """Return one run of a subject without jit; None if it raises."""
     width = subject.features[0] if subject.features else 3
     x = np.linspace(-1, 1, 4 * width, dtype=np.float32).reshape(4, width)
     case = Case.of(0, x, x[:, 0], 0.1)
     try:
         t = take(observe(CompiledSubject(subject, "eager"), stack([case]), ()), 0)
-    except Exception:  # noqa: BLE001 - whatever a user's code raises
+    except Exception:  # noqa: BLE001 - user code may raise anything
         return None
     return t._replace(facts=_expected_opt_state(subject, t.before.params))
 
@@ -157,7 +157,7 @@ def _momentum(lr: Any) -> Any:
 
 def _abstract(run: Run) -> Transition:
     return Transition(
-        case=None,  # type: ignore[arg-type] # an abstract transition has no values
+        case=None,  # type: ignore[arg-type] # an abstract transition has no case
         before=run.before,
         after=run.after,
         info=run.info,
@@ -181,12 +181,12 @@ def _expected_opt_state(subject: Subject, params: Any) -> dict[str, Any]:
 
 
 def exemption(law: Law, subject: Subject, capabilities: Collection[str]) -> str | None:
-    """Return why ``law`` does not apply to ``subject``, or None.
+    """Return why ``law`` does not apply to ``subject``; None if it does.
 
     Args:
         law: the law.
-        subject: what is verified.
-        capabilities: which of the things a law can require the subject shows.
+        subject: the subject.
+        capabilities: the capabilities of the subject; see :func:`capabilities`.
     """
     if law.name in subject.exempt:
         return subject.exempt[law.name]
@@ -197,12 +197,12 @@ def exemption(law: Law, subject: Subject, capabilities: Collection[str]) -> str 
 
 
 def capabilities(subject: Subject, abstract: Transition, probe: object = None) -> frozenset[str]:
-    """Return what ``subject`` shows of what laws can require.
+    """Return the capabilities of ``subject``, keys of ``MISSING_CAPABILITY``.
 
     Args:
-        subject: what is verified.
-        abstract: a transition of it whose leaves have shapes and dtypes, no values.
-        probe: not None where a stateful optimizer stands in for one without a state.
+        subject: the subject.
+        abstract: a transition of it with shapes and dtypes.
+        probe: the same step with a stateful optimizer; None if there is none.
     """
     leaves = jax.tree_util.tree_leaves
     shown = {
@@ -238,23 +238,23 @@ def is_plain_sgd(subject: Subject, abstract: Transition) -> bool:
 
 
 def asked(optimizer: Any, params: Any, gradients: Collection[float], lr: float) -> Any | None:
-    """Return how an optimizer's first update answers gradients that are one number throughout.
+    """Return an optimizer's first update for gradients that are constant throughout.
 
-    Its traced update is evaluated in NumPy at params of 1.
+    Its traced update is evaluated in NumPy, at params of 1.
 
     Args:
         optimizer: ``lr -> optax.GradientTransformation``.
-        params: a tree like the params; a size that is no number counts as 2.
-        gradients: the numbers.
+        params: a tree like the params; symbolic sizes are taken as 2.
+        gradients: the values of the gradients.
         lr: the learning rate.
 
     Returns:
-        A list of the update's leaves for each gradient; None where the optimizer does not answer, or
-        changes the tree.
+        For each gradient a list of the update's leaves; None if the optimizer raises, or if the
+        update is not a tree like params.
     """
 
     def ones(leaf: Any) -> Any:
-        # In the params' own tree and ranks, since masks go by names and by ranks.
+        # The tree and ranks of params are kept, since masks may depend on names and ranks.
         sizes = (size if isinstance(size, int) else 2 for size in leaf.shape)
         return np.ones(tuple(sizes), leaf.dtype)
 
@@ -274,7 +274,7 @@ def asked(optimizer: Any, params: Any, gradients: Collection[float], lr: float) 
 
 
 def judge_structure(law: Law, reading: Reading) -> Evidence:
-    """Return the evidence for a law of structure from the traces."""
+    """Return the evidence for a law of structure, from the traces."""
     traced, note = reading.traced, ""
     if "look" in law.observes and traced is not None:
         return _judge_look(law, traced.abstract._replace(facts={"look": traced.subject.look}))
@@ -284,7 +284,7 @@ def judge_structure(law: Law, reading: Reading) -> Evidence:
         if reading.ran is None:
             return Evidence(law.name, law.family, "untriggered", reason=reading.refusal)
         lines = law.check(reading.ran)
-        scope = f"in one run, since it does not trace: {reading.refusal}"
+        scope = f"in one run, because the step does not trace: {reading.refusal}"
         if lines:
             return Evidence(law.name, law.family, "violated", 1, reason=f"{lines[0]} [{scope}]")
         return Evidence(law.name, law.family, "held", 1, reason=scope)
@@ -311,9 +311,9 @@ def judge_structure(law: Law, reading: Reading) -> Evidence:
 
 
 def _judge_look(law: Law, t: Transition) -> Evidence:
-    """Return the evidence for a law about what a look at the step's program shows.
+    """Return the evidence for a law that is read off the traced program.
 
-    It is no proof that the law holds: a look tells what may happen, and at one batch size.
+    "held" and not "proved", because the program is read at one batch size and may be misread.
     """
     lines = law.check(t)
     if not lines:
@@ -323,9 +323,9 @@ def _judge_look(law: Law, t: Transition) -> Evidence:
 
 
 def prove_influence(law: Law, reading: Reading) -> Evidence | None:
-    """Return a proof that nothing the law forbids can flow, or None where there is none.
+    """Return a proof that no forbidden dependency exists; None if the trace does not prove it.
 
-    A flow in the matrix is no violation: it may cancel. Running decides.
+    A dependency in the trace is no violation, because it may cancel: running decides.
     """
     flows = reading.influence
     if flows is None or not flows.proved:
@@ -347,7 +347,7 @@ def prove_influence(law: Law, reading: Reading) -> Evidence | None:
 
 
 def _prove_handed_on(law: Law, flows: Influence) -> Evidence | None:
-    """Return a proof that the very values of some trees are handed on, or None where there is none."""
+    """Return a proof that certain trees are returned unchanged; None if the trace does not prove it."""
     named = dict(law.returns_unchanged)
     leaves = [leaf for leaf in flows.leaves if leaf.split("/", 1)[0] in named]
     for leaf in leaves:
@@ -357,15 +357,14 @@ def _prove_handed_on(law: Law, flows: Influence) -> Evidence | None:
             return None
     if not leaves:
         return None
-    reason = f"all values, {flows.scope}: what is handed back is what was given"
+    reason = f"all values, {flows.scope}: the input is returned unchanged"
     return Evidence.of(law.name, "proved", reason=reason)
 
 
 def prove_missing(law: Law, reading: Reading) -> Evidence | None:
-    """Return a proof that what the law demands cannot happen, or None where there is none.
+    """Return a proof that a required dependency does not exist; None if the trace does not prove it.
 
-    What the trace shows may reach an output is for a run to decide; what it shows cannot, cannot.
-    Statistics whose declared momentum is 0 forget by design, so those are left to the run.
+    With a declared momentum of 0, the new statistics do not depend on the old ones by design: None.
     """
     flows = reading.influence
     if flows is None or not flows.proved or reading.traced is None:
@@ -381,22 +380,19 @@ def prove_missing(law: Law, reading: Reading) -> Evidence | None:
     if not missing and not kept:
         return None
     said = [f"{source} cannot change {output}" for output, source in missing]
-    said += [f"the step hands back the old {tree}" for tree in kept]
+    said += [f"the step returns {tree} unchanged" for tree in kept]
     reason = f"proved from the trace, all values, {flows.scope}: {' and '.join(said)}"
     return Evidence.of(law.name, "violated", reason=reason)
 
 
 def _handed_back(tree: str, flows: Influence) -> bool:
-    """Return whether every leaf of a tree comes out of the step as it went in."""
+    """Return whether the step returns every leaf of a tree unchanged."""
     leaves = [leaf for leaf in flows.leaves if leaf.split("/", 1)[0] == tree]
     return bool(leaves) and all(flows.unchanged.get(leaf) == leaf for leaf in leaves)
 
 
 def forbidden(law: Law, flows: Influence) -> list[tuple[str, str]]:
-    """Return the (output, input) pairs that ``law`` forbids and the step may have.
-
-    An evaluation that hands back the very leaf it was given lets nothing else flow into it.
-    """
+    """Return the (output, input) pairs that ``law`` forbids but the trace contains."""
     return [
         (output, source)
         for output, source in law.must_not_reach
@@ -405,7 +401,7 @@ def forbidden(law: Law, flows: Influence) -> list[tuple[str, str]]:
 
 
 def explain(law: Law, reading: Reading) -> str:
-    """Return the path of a forbidden dependency in one line; empty where there is none."""
+    """Return the path of a forbidden dependency in one line; empty if there is none."""
     if reading.influence is None:
         return ""
     for output, source in forbidden(law, reading.influence):
@@ -414,7 +410,7 @@ def explain(law: Law, reading: Reading) -> str:
 
 
 def offending_path(law: Law, reading: Reading) -> tuple[str, ...]:
-    """Return the same step by step, see ``Evidence.path``."""
+    """Return the path of a forbidden dependency as separate steps; see ``Evidence.path``."""
     if reading.influence is None:
         return ()
     for output, source in forbidden(law, reading.influence):
@@ -423,10 +419,10 @@ def offending_path(law: Law, reading: Reading) -> tuple[str, ...]:
 
 
 def user_line(law: Law, reading: Reading, leaf: str = "") -> str | None:
-    """Return ``path:line`` in the user's code that a violation leads to, where the trace knows it.
+    """Return ``path:line`` of the user's code behind a violation; None if it is unknown.
 
-    It is the last line on the way of a forbidden flow; without one, that which computes ``leaf``.
-    Lines of bnverify's own, such as an adapter's loss, are nobody's to mend.
+    It is the last line on the path of a forbidden dependency, or else the line that computes ``leaf``.
+    Lines of bnverify itself, such as an adapter's loss, are skipped.
     """
     flows = reading.influence
     if flows is None:

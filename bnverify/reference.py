@@ -1,9 +1,9 @@
-"""The canonical training step of a model with running statistics: read this file first.
+"""The canonical training step of a model with BatchNorm: read this file first.
 
-A Flax module with BatchNorm splits its variables in two. ``params`` are trained: gradients
-flow to them and the optimizer owns them. ``batch_stats`` are written by the forward pass, in
-train mode, and must never reach the optimizer. Each numbered remark below is one place where a
-step goes wrong without an error.
+A Flax module with BatchNorm has two kinds of variables. ``params`` are trained: gradients are taken
+with respect to them, and the optimizer updates them. ``batch_stats`` are written by the forward pass
+in train mode and must never reach the optimizer. Each numbered comment below marks a place where
+mistakes raise no error.
 
 Source: Ioffe & Szegedy 2015 (https://arxiv.org/abs/1502.03167); Flax, "Applying batch
 normalization" (https://flax.readthedocs.io/en/latest/guides/training_techniques/batch_norm.html).
@@ -24,7 +24,7 @@ from bnverify.case import Case
 from bnverify.subject import LayerInput, State, StepInfo, Subject, Tree
 
 HIDDEN = oracle.HIDDEN
-MOMENTUM = oracle.MOMENTUM  # Flax's convention: the weight of the old value
+MOMENTUM = oracle.MOMENTUM  # as in Flax: the weight of the old value
 
 
 class Model(nn.Module):
@@ -34,7 +34,7 @@ class Model(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Return the predictions, (N, 1)."""
         x = nn.Dense(HIDDEN)(x)
-        # 1. In training the batch's own moments normalise; in evaluation the running ones do.
+        # 1. Training normalises by the batch's own moments, evaluation by the running statistics.
         x = nn.BatchNorm(use_running_average=not train, momentum=MOMENTUM)(x)
         x = nn.relu(x)
         return nn.Dense(1)(x)
@@ -44,7 +44,7 @@ MODEL = Model()
 
 
 def init(tx: optax.GradientTransformation, seed: Any, x: Any) -> State:
-    """Return the state before the first step.
+    """Return the initial state.
 
     Args:
         tx: the optimizer.
@@ -58,12 +58,12 @@ def init(tx: optax.GradientTransformation, seed: Any, x: Any) -> State:
 
 
 def loss_fn(params: Tree, batch_stats: Tree, x: Any, y: Any) -> tuple[jax.Array, Tree]:
-    """Return the training loss, a scalar, and with it the new statistics."""
-    # 3. Train mode writes the statistics, so their collection must be declared mutable.
+    """Return the training loss, a scalar, and the new batch_stats."""
+    # 3. Train mode writes batch_stats, so the collection must be declared mutable.
     out, updated = MODEL.apply(
         {"params": params, "batch_stats": batch_stats}, x, train=True, mutable=["batch_stats"]
     )
-    # 4. (N, 1) becomes (N,) before y is subtracted: (N, 1) - (N,) would broadcast to (N, N).
+    # 4. Reshape (N, 1) to (N,) before subtracting y: (N, 1) - (N,) would broadcast to (N, N).
     preds = out.reshape(-1)
     return jnp.mean((preds - y) ** 2), updated["batch_stats"]
 
@@ -73,43 +73,43 @@ def step(tx: optax.GradientTransformation, state: State, x: Any, y: Any) -> tupl
 
     Args:
         tx: the optimizer.
-        state: the state before.
+        state: the old state.
         x: (N, D) float32.
         y: (N,) float32.
 
     Returns:
-        The state after, and the loss (a scalar) with its gradient (a tree like params).
+        The new state, and the loss (a scalar) with its gradient (a tree like params).
     """
-    # 5. The gradient is taken in argument 0, params, only; has_aux hands the statistics out.
+    # 5. Differentiate with respect to argument 0, params, only; has_aux returns batch_stats.
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, batch_stats), grads = grad_fn(state.params, state.batch_stats, x, y)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # 6. params move by the optimizer, statistics are overwritten; all three go on.
+    # 6. The optimizer updates params; batch_stats is replaced; all three are returned.
     return State(params, batch_stats, opt_state), StepInfo(loss, grads)
 
 
 def evaluate(state: State, x: Any, y: Any) -> jax.Array:
-    """Return the mean squared error in eval mode, shape (1,): running statistics, no writing."""
+    """Return the mean squared error in eval mode, shape (1,); batch_stats is only read."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     out, _ = MODEL.apply(variables, x, train=False, mutable=["batch_stats"])
     return jnp.mean((out.reshape(-1) - y) ** 2).reshape(1)
 
 
 def train_step(seed: float, x_batch: Any, y_batch: Any, lr: float) -> jax.Array:
-    """Initialise, take one step of SGD and return the loss after it, in eval mode.
+    """Initialise, take one step of SGD, and return the loss after it in eval mode.
 
     Args:
-        seed: a real number; its integer part seeds the initial variables.
-        x_batch: (N, D), real.
-        y_batch: (N,), real.
+        seed: a real number, truncated to an int32 seed.
+        x_batch: (N, D), real and finite.
+        y_batch: (N,), real and finite.
         lr: the learning rate, at least 0.
 
     Returns:
         (1,) float32, the mean squared error after the step.
 
     Raises:
-        InvalidCase: naming the argument that is not so.
+        InvalidCase: an argument is not as described; the message names it, its value and the limit.
     """
     case = Case.of(seed, x_batch, y_batch, lr)
     tx = optax.sgd(case.lr)
@@ -118,11 +118,11 @@ def train_step(seed: float, x_batch: Any, y_batch: Any, lr: float) -> jax.Array:
     return evaluate(state, case.x, case.y)
 
 
-# From here on: the same step as bnverify sees it, with its inner trees in the open.
+# The same step as a Subject.
 
 
 def layer_inputs(state: State, x: Any, y: Any) -> dict[str, LayerInput]:
-    """Return what the normalisation layer is given in the training step: x W + b, (N, HIDDEN)."""
+    """Return the input of the normalisation layer in the training step: x W + b, (N, HIDDEN)."""
     _, captured = MODEL.apply(
         {"params": state.params, "batch_stats": state.batch_stats},
         x,
@@ -137,7 +137,7 @@ def layer_inputs(state: State, x: Any, y: Any) -> dict[str, LayerInput]:
 def make_subject(
     optimizer: Callable[[Any], optax.GradientTransformation] = optax.sgd, name: str = "sgd"
 ) -> Subject:
-    """Return the reference step around ``optimizer``, a function of the learning rate."""
+    """Return the reference step with ``optimizer``, a function of the learning rate."""
     return Subject(
         name=f"reference[{name}]",
         init=lambda seed, x: init(optimizer(0.0), seed, x),
@@ -161,7 +161,7 @@ def _after_eval(state: State, x: Any, y: Any) -> State:
 
 
 def sgd() -> Subject:
-    """Return the canonical step itself."""
+    """Return the canonical step with plain SGD."""
     return make_subject()
 
 
@@ -176,7 +176,7 @@ def adam() -> Subject:
 
 
 def adamw() -> Subject:
-    """Return the canonical step with AdamW, its weight decay 1e-2."""
+    """Return the canonical step with AdamW and a weight decay of 1e-2."""
     return make_subject(lambda lr: optax.adamw(lr, weight_decay=1e-2), "adamw")
 
 

@@ -1,4 +1,4 @@
-"""What breaks no law and is still seldom meant: choices of the user's own, told as notes."""
+"""Notes in a report: choices that violate no law but are rarely intended."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ from bnverify.subject import Subject
 
 MASK_HANDS_ON = Mistake(
     "mask_hands_gradients_on",
-    "optax.masked hands the gradients of the other leaves on as they are",
-    "optax.multi_transform, with optax.set_to_zero() for what is to rest",
+    "optax.masked passes the gradients of the masked-out leaves on unchanged, as their updates",
+    "use optax.multi_transform, with optax.set_to_zero() for frozen leaves",
     "https://github.com/google-deepmind/optax/issues/159",
 )
 UPDATES_CLIPPED = Mistake(
     "updates_clipped",
-    "the optimizer's updates are clipped, not its gradients: the clip stands behind the learning rate",
+    "the updates are clipped instead of the gradients: the clip comes after the learning rate",
     "clip first: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr))",
     "https://optax.readthedocs.io/en/latest/api/transformations.html#optax.clip_by_global_norm",
 )
-SELDOM = 0.5  # a weight of the old value below it forgets a batch within a step or two
+SELDOM = 0.5  # with a smaller momentum the statistics are mostly those of the last batch
 
 
 def remarks(subject: Subject, influence: Influence | None, *, ask: bool = True) -> Iterator[str]:
-    """Yield what a report should say of a subject besides the laws, a line for each mistake.
+    """Yield the notes about a subject, one line each.
 
     Args:
-        subject: what is verified.
-        influence: what reaches what in it; None where it does not trace.
-        ask: whether to run the optimizer, for what only its answers tell.
+        subject: the subject.
+        influence: which inputs affect which outputs; None if the subject does not trace.
+        ask: whether to run the optimizer, which some notes need.
     """
     if subject.momentum is not None and 0 < subject.momentum < SELDOM:
-        yield _line(f"the old value weighs {subject.momentum:.4g}", "momentum_reversed")
+        yield _line(f"the momentum is {subject.momentum:.4g}", "momentum_reversed")
     if influence is not None:
         untrained = _evaluated_untrained(influence)
         if untrained:
-            what = f"for evaluation, not for training: {_listed(untrained)}"
+            what = f"used in evaluation but not in training: {_listed(untrained)}"
             yield _line(what, "statistics_trained_as_params")
     answers = _answers(subject) if ask else None
     if answers is None:
         return
     norms = _norms(answers.paths, answers.owners)
     if decayed := norms & answers.decayed:
-        yield _line(f"moved by a gradient of 0: {_listed(decayed)}", "decay_of_norm_parameters")
+        yield _line(f"a gradient of 0 changes {_listed(decayed)}", "decay_of_norm_parameters")
     if answers.uphill:
-        yield _line(f"uphill: {_listed(answers.uphill)}", MASK_HANDS_ON)
+        yield _line(f"against descent: {_listed(answers.uphill)}", MASK_HANDS_ON)
     if answers.clipped:
-        yield _line("a larger learning rate makes no larger update", UPDATES_CLIPPED)
+        yield _line("a larger learning rate does not make the update larger", UPDATES_CLIPPED)
 
 
 class _Answers(NamedTuple):
-    """How an optimizer answers gradients of 0 and of 1, at params of 1 and a rate of 1.
+    """An optimizer's updates for gradients of 0 and of 1, with params of 1 and lr = 1.
 
     Attributes:
-        paths: of all params.
-        owners: paths of the layers that keep running statistics.
-        decayed: paths of the params that a gradient of 0 moves.
-        uphill: paths of those that a gradient of 1 makes larger.
-        clipped: whether updates are kept below some size.
+        paths: the paths of all params.
+        owners: the paths of the layers with running statistics.
+        decayed: the paths of the params that a gradient of 0 changes.
+        uphill: the paths of the params that a gradient of 1 increases.
+        clipped: whether the size of the updates is limited.
     """
 
     paths: tuple[str, ...]
@@ -75,7 +75,7 @@ class _Answers(NamedTuple):
 
 
 def _answers(subject: Subject) -> _Answers | None:
-    """Ask the subject's optimizer; None where it is hidden or does not answer."""
+    """Return the updates of the subject's optimizer; None if it is unknown or raises."""
     if subject.optimizer is None:
         return None
     shape: Any = jax.ShapeDtypeStruct
@@ -100,7 +100,7 @@ def _answers(subject: Subject) -> _Answers | None:
 
 
 def _is_clipped(optimizer: Any, params: Any) -> bool:
-    """Return whether an update grows with the learning rate up to some size, and no further."""
+    """Return whether the update stops growing with the learning rate above some size."""
     sizes = []
     for rate in (1e-6, 1e-3, 1e3):
         answers = asked(optimizer, params, (1.0,), rate)
@@ -120,7 +120,7 @@ def _norms(paths: Collection[str], owners: Collection[str]) -> set[str]:
 
 
 def _evaluated_untrained(influence: Influence) -> set[str]:
-    """Return the params that may reach the eval loss and cannot reach the training loss."""
+    """Return the params that may affect the eval loss but cannot affect the training loss."""
     if "loss" not in influence.leaves or "eval_loss" not in influence.leaves:
         return set()
     missing = influence.leaves["eval_loss"] - influence.leaves["loss"]
@@ -134,4 +134,4 @@ def _listed(paths: Collection[str]) -> str:
 
 def _line(seen: str, mistake: Mistake | str) -> str:
     found = MISTAKES[mistake] if isinstance(mistake, str) else mistake
-    return f"{found.name}: {found.title} ({seen}). Unless it is meant: {found.fix}"
+    return f"{found.name}: {found.title} ({seen}). Unless intended: {found.fix}"

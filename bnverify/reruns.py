@@ -1,6 +1,6 @@
-"""Counterfactual inputs: what the same step, or evaluation, is run on besides its own.
+"""Counterfactual inputs: the changed states and cases on which a step or evaluation is run again.
 
-What a re-run changes is NumPy, so that nothing is compiled for it.
+The changes are made in NumPy, so nothing is compiled for them.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ def _changed(tree: Tree, change: Callable[[Any], Any]) -> Tree:
     def leaf(value: Any) -> Any:
         return change(value).astype(value.dtype) if is_floating(value) else value
 
-    with np.errstate(over="ignore"):  # twice a large float16 is infinite, and is not compared
+    with np.errstate(over="ignore"):  # twice a large float16 overflows and is then not compared
         return jax.tree_util.tree_map(leaf, tree)
 
 
 def huge(dtype: Any) -> float:
-    """Return the power of two that stands for a huge statistic: far from overflow, exact."""
+    """Return a huge statistic for a dtype: a power of two, far from overflow."""
     return float(2.0 ** int(0.8 * jnp.finfo(dtype).maxexp))
 
 
 def other_statistic(value: Any) -> Any:
-    """Return another value for a statistic: never the same, always positive, as variances are."""
+    """Return a different value for a statistic; it is positive, so it may be a variance."""
     return 2 * abs(value) + 1
 
 
 def other_param(value: Any) -> Any:
-    """Return another value for a param, moderate where that is: zeros and ones move, too."""
+    """Return a different value, of similar magnitude, for a param."""
     return 0.5 - 0.75 * value
 
 
 def other_inputs(case: Case) -> Case:
-    """Return the case with 1, 2 or 3 added to each input: neighbouring rows never move alike.
+    """Return the case with 1, 2 or 3 added to each input, differently in neighbouring rows.
 
-    What all rows are moved by a normalisation takes away again.
+    A normalisation would undo the same shift of all rows.
     """
     rows, features = case.shape
     moves = 1 + np.add.outer(np.arange(rows), np.arange(features)) % 3
@@ -85,9 +85,9 @@ NUDGES = 3
 
 
 def nudged(value: Any, pattern: int) -> Any:
-    """Return ``value``, (K, ...), with its elements moved up and down by eight roundings.
+    """Return ``value``, (K, ...), with each element perturbed by 8 u, up or down.
 
-    The pattern of signs is the same in each of the K cases.
+    The pattern of signs is the same in all K cases.
     """
     index = np.arange(value.shape[-1] if value.ndim > 1 else 1)
     signs = 1 - 2 * ((index * (2654435769, 0, 1)[pattern] >> (4 if pattern == 0 else 0)) % 2)
@@ -96,7 +96,7 @@ def nudged(value: Any, pattern: int) -> Any:
 
 
 def nudged_inputs(grads: Tree, state: State) -> list[tuple[Tree, State]]:
-    """Return what an optimizer is given, its gradients nudged, and its state where it keeps one."""
+    """Return perturbed (grads, state) pairs: first the gradients, then the optimizer state if any."""
     nudge = partial(nudged, pattern=0)
     found = [(_changed(grads, nudge), state)]
     if any(map(is_floating, jax.tree_util.tree_leaves(state.opt_state))):
@@ -117,7 +117,7 @@ def double_batch(case: Case) -> Case:
 
 
 def shift(case: Case) -> Any:
-    """Return how far the biases before a normalisation are moved: in proportion to the batch."""
+    """Return the shift of the biases before a normalisation, in proportion to the batch, (...,)."""
     return 0.25 * abs(case.x).mean(axis=(-2, -1))
 
 
@@ -133,26 +133,26 @@ def shift_biases(subject: Subject, state: State, by: Any) -> State:
 
 
 def old_weight(zero: Any, high: Any, dtype: Any) -> Any:
-    """Return m of new = m * old + (1 - m) * b, from the new values for old = 0 and huge.
+    """Return m of new = m * old + (1 - m) * b, from the new values for old = 0 and old = huge.
 
     Args:
-        zero: what the step writes over 0, any shape, in float64.
-        high: what it writes over ``huge(dtype)``, likewise.
-        dtype: of the statistic.
+        zero: the new statistic after a step from 0, any shape, float64.
+        high: the new statistic after a step from ``huge(dtype)``, likewise.
+        dtype: the dtype of the statistic.
     """
     return (high - zero) / huge(dtype)
 
 
 def own_weight(zero: Any, high: Any, dtype: Any, xp: Any) -> Any:
-    """Return 1 - m, see :func:`old_weight`.
+    """Return 1 - m; see :func:`old_weight`.
 
-    Where a decimal of four places lies within rounding of the measured value it is that
-    decimal: people write 0.99, and 1 - m would otherwise lose two digits to the subtraction.
+    If a decimal with four places is within rounding of the measured value, it is returned instead:
+    people write 0.99, and the subtraction 1 - m would lose two digits.
 
     Args:
-        zero: as there.
-        high: likewise.
-        dtype: likewise.
+        zero: see :func:`old_weight`.
+        high: see :func:`old_weight`.
+        dtype: the dtype of the statistic.
         xp: numpy or jax.numpy.
     """
     weight = 1 - old_weight(zero, high, dtype)
@@ -162,13 +162,13 @@ def own_weight(zero: Any, high: Any, dtype: Any, xp: Any) -> Any:
 
 
 def own_statistics(seen: Seen, state: State) -> State:
-    """Return ``state`` with the batch's own moments b, found from outside: new(0) = (1 - m) b."""
+    """Return ``state`` with the batch's own moments b as statistics; new(0) = (1 - m) b gives b."""
 
     def leaf(old: Any, zero: Any, high: Any) -> Any:
         if not is_floating(old):
             return old
         zero, high = zero.astype(np.float64), high.astype(np.float64)
-        # A statistic that never moves has no own weight; what it divides to is not compared.
+        # If a statistic never changes, 1 - m is 0; the quotient is then not compared.
         with np.errstate(all="ignore"):
             return (zero / own_weight(zero, high, old.dtype, np)).astype(old.dtype)
 
@@ -206,7 +206,7 @@ LATER_RERUNS: dict[str, Callable[[Seen, State, Case], Inputs]] = {
     "own_statistics": lambda seen, s, c: (own_statistics(seen, s), _rest(c)),
     "second_step": lambda seen, s, c: (seen["zero_lr"].state, _rest(c)),
 }
-"""Re-runs whose inputs come out of earlier ones: the batch's own moments, a step repeated."""
+"""Re-runs whose inputs depend on earlier re-runs: the batch's own moments, a second step."""
 
 
 def _nudge(pattern: int) -> Callable[[Seen, State, State, Case], Inputs]:
@@ -227,8 +227,8 @@ EVALS: dict[str, Callable[[Seen, State, State, Case], Inputs]] = {
     "own_statistics": lambda seen, before, after, c: (own_statistics(seen, before), c),
     **{f"nudged_statistics_{pattern}": _nudge(pattern) for pattern in range(NUDGES)},
 }
-"""Re-evaluations: of another state or batch, of the rows reversed, from the batch's own moments
-and from those moved by a few places."""
+"""Re-evaluations: with another state or batch, with reversed rows, and with the batch's own moments,
+exact or perturbed."""
 
 AVERAGE = ("step:zero_statistics", "step:huge_statistics")
 
@@ -238,4 +238,4 @@ FIRST = {
     "eval:own_statistics": AVERAGE,
     **{f"eval:nudged_statistics_{pattern}": AVERAGE for pattern in range(NUDGES)},
 }
-"""What must have run before."""
+"""Name of a re-run -> the re-runs that it depends on."""

@@ -1,4 +1,4 @@
-"""Running a subject on cases: stacks of each shape first, then a few cases one at a time."""
+"""Running a subject on cases: stacks of cases of each shape, then a few cases one at a time."""
 
 from __future__ import annotations
 
@@ -35,51 +35,51 @@ from bnverify.stacks import stacked_cases
 from bnverify.transition import Transition
 
 Tell = Callable[[str, int], None]
-"""Told what is being done and how many cases were run so far."""
+"""Called with what is being done and the number of cases run so far."""
 
 Residuals = Mapping[str, npt.NDArray[np.float64]]
 
 BETWEEN = (3, 4, 5, 9, 17, 33)
-"""Row counts at which a fault of larger batches may show: just beyond each power of two."""
+"""Row counts for smaller counterexamples of faults that need large batches: just above powers of two."""
 
 ENOUGH = 30
-"""Cases that reach a witness law and do not show it, from which on they contradict it."""
+"""A witness law is violated if this many cases met its precondition and none was a witness."""
 
 LONG_SEED = np.int32(2**24 + 1)
-"""The seed of some cases: a float32, which JAX makes of a float, does not hold it."""
+"""A seed that float32 cannot represent: it reveals functions that convert their seed to float32."""
 
 LONG = 3
-"""How many cases have it: a network may give the same for two seeds, where no activation lives."""
+"""The number of cases with ``LONG_SEED``; one is not enough, since all its ReLUs may be inactive."""
 
 SINGLES = 20
-"""The most cases that are run one at a time: what they show, a few show."""
+"""The most cases that are run one at a time."""
 
 OPERATIONS = 2e9
-"""Operations of the steps of one stack, some seconds of a core; a larger model has smaller stacks."""
+"""The most operations in the steps of one stack, a few seconds on one core."""
 
 NUMBERS = 2e6
-"""Numbers that the equations of the steps of one stack make, about a second of reading their rounding."""
+"""The most values computed in the steps of one stack; reading their rounding takes about a second."""
 
 FEWEST = 10
-"""Cases of a shape, however few a stack of a large model holds."""
+"""The fewest cases of a shape, even if a large model allows only small stacks."""
 
 
 MOST_READ = 3
-"""Of how many counterexamples the numbers are read."""
+"""The most counterexamples that clues are read from."""
 
 
 @dataclass
 class Tally:
-    """What the cases run so far say about one law.
+    """The results for one law so far.
 
     Attributes:
         law: the law.
-        triggered: how many cases reached its precondition.
-        broken: how many of them break it; of a witness law, how many do not show it.
+        triggered: the number of cases that met its precondition.
+        broken: how many of those violate it; for a witness law, how many are no witness.
         worst: the largest residual; for a witness law the smallest.
-        case: the simplest case that violates it; for a witness law the one that shows it.
-        worst_case: the case of the largest residual.
-        dismissed: whether nothing confirmed what stacked runs seemed to show.
+        case: the simplest violating case; for a witness law the simplest witness.
+        worst_case: the case with the largest residual.
+        dismissed: whether no single run confirmed the violation seen in stacked runs.
     """
 
     law: Law
@@ -92,7 +92,7 @@ class Tally:
     _rank: tuple[float, ...] = field(default=(math.inf,))
 
     def add(self, cases: Case, residuals: npt.NDArray[np.float64]) -> None:
-        """Count stacked cases and their residuals, (K,)."""
+        """Add stacked cases and their residuals, (K,)."""
         residuals = np.nan_to_num(residuals, nan=np.inf, posinf=np.inf)
         reached = residuals >= 0
         if not reached.any():
@@ -112,27 +112,27 @@ class Tally:
         self.keep_simplest(cases, wanted)
 
     def keep_simplest(self, cases: Case, wanted: npt.NDArray[np.bool_]) -> None:
-        """Keep one of stacked cases that is simpler than what is kept; ``wanted``, (K,), says which."""
-        for index in np.flatnonzero(wanted)[:64]:  # enough to find a simple one among them
+        """Keep the simplest of stacked cases if simpler than ``case``; ``wanted``, (K,), selects them."""
+        for index in np.flatnonzero(wanted)[:64]:  # enough to find a simple one
             case = take(cases, int(index))
             rank = shrink.complexity(case)
             if rank < self._rank:
                 self.case, self._rank = case, rank
 
     def replace(self, case: Case) -> None:
-        """Take a simpler case that was found to show the same."""
+        """Replace ``case`` by a simpler one."""
         self.case, self._rank = case, shrink.complexity(case)
 
     @property
     def shown(self) -> bool:
-        """Whether a witness law was seen to hold."""
+        """Whether a witness was found for a witness law."""
         return self.law.kind == "witness" and self.worst == 0
 
     @property
     def violated(self) -> bool:
-        """Whether the cases contradict the law.
+        """Whether the law is violated.
 
-        A witness law is contradicted when ``ENOUGH`` cases reached it and none showed it.
+        A witness law is violated if ``ENOUGH`` cases met its precondition and none was a witness.
         """
         if self.worst is None or self.dismissed:
             return False
@@ -142,14 +142,16 @@ class Tally:
 
     @property
     def verdict(self) -> tuple[Status, str]:
-        """The status of the law, and what it rests on."""
+        """The status of the law, and the reason."""
         witness = self.law.kind == "witness"
         if self.worst is None:
             return "untriggered", "no case reached its precondition"
         if self.violated:
             return "violated", never(self.law, self.triggered) if witness else too_far(self.worst)
         if witness and not self.shown:
-            reason = f"{never(self.law, self.triggered)}; it takes {ENOUGH} to decide"
+            reason = (
+                f"{never(self.law, self.triggered)}; at least {ENOUGH} cases are needed to decide"
+            )
             return "untriggered", reason
         if self.dismissed:
             reason = f"{too_far(self.worst)} in a batched run; no single run confirms it"
@@ -162,31 +164,31 @@ def too_far(residual: float) -> str:
     """Return how far a residual exceeds its tolerance, in words."""
     if math.isfinite(residual):
         return f"the error is {factor(residual)} the tolerance"
-    return "the values differ in structure or shape, or must be equal and are not"
+    return "the values differ in structure or shape, or differ although they must be equal"
 
 
 def never(law: Law, cases: int) -> str:
-    """Return what a witness law says where none of some cases shows it."""
+    """Return the message of a violated witness law: "Changing x never changed the loss in 30 cases"."""
     seen = law.never[:1].upper() + law.never[1:] or "Not shown"
     return f"{seen} in {cases:,} case{'' if cases == 1 else 's'}"
 
 
 class Runner:
-    """Runs one subject and judges the laws that need running, for any number of seeds.
+    """Runs one subject and judges the laws that need cases, for any number of seeds.
 
     Args:
-        tracer: of the subject.
-        abstract: a transition of it whose leaves have shapes and dtypes; None where none is known.
-        laws: the laws that need running.
+        tracer: the tracer of the subject.
+        abstract: a transition of the subject with shapes and dtypes; None if there is none.
+        laws: the laws to judge.
         plan: how much to run.
-        refusal: why the subject does not trace; empty where it does.
-        note: what the evidence should say besides.
+        refusal: why the subject does not trace; empty if it does.
+        note: a remark to add to every reason.
 
     Attributes:
-        domain: where cases are drawn from.
-        unstacked: why stacked cases cannot be run; empty as far as is known.
+        domain: the domain of the cases.
+        unstacked: why the subject does not run under vmap; empty if it does, or was not tried.
         judge: judges the laws.
-        single: the subject's functions, called for one case after the other.
+        single: the subject's functions, called for one case after another.
     """
 
     def __init__(
@@ -214,23 +216,23 @@ class Runner:
         self._batched = CompiledSubject(subject, stacked, tracer=tracer, block=self.block)
         self.single = CompiledSubject(subject, alone, tracer=tracer)
         self._sizes: dict[int, tuple[float, float]] = {}
-        # A function that is init, one step and evaluate in one call is compared with a first step.
+        # A one-call function (init, step, evaluate) can only be compared with a first step.
         first = bool(laws) and all("solution" in law.observes for law in laws)
         self.domain = Domain(max_warmup=0) if first else Domain()
 
     # Sizes: how many cases, of which shapes.
 
     def block(self, shape: Shape) -> int:
-        """Return how many cases of a shape (N, D) are stacked: one at least."""
+        """Return how many cases of a shape (N, D) fit in a stack, at least one."""
         rows, features = shape
         done, made = self._size(features)
         most = min(OPERATIONS / max(rows * done, 1), NUMBERS / max(rows * made, 1))
         return max(1, min(self.plan.block, int(most)))
 
     def _size(self, features: int) -> tuple[float, float]:
-        """Return for one row how many operations a step takes and how many numbers it makes.
+        """Return (operations, values computed) of a step per row of its batch.
 
-        As a trace of few rows has it; 0 where there is none.
+        They are counted in a trace of two rows; 0 if that is not possible.
         """
         if features not in self._sizes:
             self._sizes[features] = 0.0, 0.0
@@ -243,17 +245,17 @@ class Runner:
                 given = state, batch.x, batch.y, batch.lr
                 jaxpr = self._tracer.trace("step", self.subject.step, *given).jaxpr
                 self._sizes[features] = count_operations(jaxpr) / rows, count_values(jaxpr) / rows
-            except Exception:  # noqa: BLE001, S110 - a step may not take so few: its run will tell
+            except Exception:  # noqa: BLE001, S110 - the step may not accept two rows
                 pass
         return self._sizes[features]
 
     def tiny(self) -> list[Shape]:
-        """Return the tiny shapes that the plan asks for, the largest last."""
+        """Return the tiny shapes of the plan, the largest last."""
         given = tiny_shapes(domain=self.domain, features=self.subject.features)
         return list(given[-self.plan.tiny :])
 
     def further(self, seed: int) -> tuple[list[Shape], list[str]]:
-        """Return shapes that are not tiny, with as many rows as can be run, and what to say of them."""
+        """Return the larger shapes, with as many rows as the model allows, and notes about them."""
         features = self.subject.features
         size = len(TINY_SHAPES) + self.plan.shapes
         pool = shape_pool(seed, domain=self.domain, features=features, size=size)
@@ -269,7 +271,7 @@ class Runner:
         return list(dict.fromkeys(found)), [note]
 
     def phases(self, seed: int) -> int:
-        """Return how many things a run tells of: each shape, and the cases run one at a time."""
+        """Return the number of phases of a run: one per shape, and one for single cases."""
         if not self.laws:
             return 0
         shapes = {*self.tiny(), *self.further(seed)[0]}
@@ -282,23 +284,23 @@ class Runner:
     # Running.
 
     def run(self, seed: int, tell: Tell, *, fail_fast: bool = False) -> Run:
-        """Run everything the plan asks for, and return what it says about each law.
+        """Run all cases of the plan.
 
         Args:
-            seed: from which all cases are drawn.
-            tell: told of progress.
+            seed: the seed of all cases.
+            tell: called with the progress.
             fail_fast: whether to stop at the first stack of cases that shows a violation.
         """
         return Run(self, seed, tell, fail_fast=fail_fast)
 
     def prepare(self, shapes: Iterable[Shape]) -> None:
-        """Begin to compile for some shapes, all at once; what fails, fails when it is called."""
+        """Start compiling for several shapes in the background; errors are raised by the later call."""
         if not self.stacks:
             return
         for shape in shapes:
             try:
                 self._batched.prepare([shape])
-            except Exception:  # noqa: BLE001 - whatever a user's code raises when traced
+            except Exception:  # noqa: BLE001 - user code may raise anything
                 return
 
     @property
@@ -309,7 +311,7 @@ class Runner:
     def affordable(self, shape: Shape) -> list[Law]:
         """Return the laws that are judged on stacked cases of a shape.
 
-        What doubling a batch shows, it shows on few rows: it costs a program of its own.
+        Doubling the batch takes a program of its own, so it is only done for few rows.
         """
         doubled = 1 < shape[0] <= FEW_ROWS and shape[1] != 1
         return [
@@ -319,7 +321,7 @@ class Runner:
         ]
 
     def residuals(self, cases: Case) -> Residuals:
-        """Return law name -> residuals, (K,), of stacked cases: all that are judged on their shape."""
+        """Return law name -> residuals, (K,), of stacked cases, for the laws judged on their shape."""
         return self.judged(cases, self.affordable(cases.shape))
 
     def judged(self, cases: Case, laws: Collection[Law]) -> Residuals:
@@ -328,13 +330,13 @@ class Runner:
         return self.judge.residuals(observe(self._batched, cases, needs), laws)
 
     def unstack(self, error: Exception) -> None:
-        """Run cases one at a time from now on, since stacks cannot be run."""
+        """Run cases one at a time from now on, because the subject does not run under vmap."""
         self.unstacked = f"not run under vmap: {first_line(error)}"
         self._batched = self.single
 
     @property
     def stacks(self) -> bool:
-        """Whether stacked cases are run as one."""
+        """Whether stacked cases are run under vmap."""
         return not self.refusal and not self.unstacked
 
     def singly(self, cases: Case, laws: Iterable[Law], judge: Judge | None = None) -> Residuals:
@@ -348,14 +350,14 @@ class Runner:
         return observe_singly(self.single, cases, needs, batched=self._batched)
 
     def mismatch(self, law: Law, case: Case) -> Mismatch | None:
-        """Return where a case breaks a law most; None where no single value is to blame."""
+        """Return the entry with the largest error in a violating case; None if there is no such entry."""
         return self.judge.mismatch(self._observed_singly(stack([case]), [law]), law)
 
     def confirmed(self, law: Law, case: Case, worst: float) -> bool:
-        """Return whether a case that is run by itself violates a law.
+        """Return whether a case violates a law when it is run on its own.
 
-        Where rounding is the tolerance, with a second reading of it, too: among thousands of
-        cases, bred from the worst, one finds the first reading's luck.
+        If the tolerance is rounding noise, the violation must persist with a second, independent
+        reading of it: among thousands of cases, bred from the worst, one exceeds the first by chance.
         """
         judges = [self.judge]
         if "noise" in law.observes and worst < shrink.CLEAR:
@@ -366,20 +368,20 @@ class Runner:
         )
 
     def clues(self, broken: Collection[Evidence], seed: int) -> Clues:
-        """Return what the numbers say of a step that breaks some laws.
+        """Return the clues about a step that violates some laws.
 
-        Read are two general cases and counterexamples of several shapes: of a small model in the programs
-        that are compiled already, of a large one, whose programs take many cases, one at a time.
+        They are read from two general cases and from counterexamples of several shapes, with the
+        programs that are already compiled; for a large model one case at a time.
 
         Args:
-            broken: the evidence of the broken laws.
-            seed: of the run, which chose the shapes.
+            broken: the evidence of the violated laws.
+            seed: the seed of the run, which chose the shapes.
         """
         shown: dict[Shape, Case] = {}
         for each in broken:
             if each.counterexample is not None and each.counterexample.case is not None:
                 shown.setdefault(each.counterexample.case.shape, each.counterexample.case)
-        # Where twice the batch gives another result, the fault may lie in that one.
+        # If doubling the batch changes the result, the fault may be in the doubled batch.
         twice = [
             general_cases((2 * rows, features))[0]
             for each in broken
@@ -398,23 +400,23 @@ class Runner:
         )
 
     def refused(self) -> Mapping[str, str]:
-        """Return name of a fact that no run could observe -> what was raised."""
+        """Return a dict: name of a fact that could not be observed -> the error that was raised."""
         return {**self.single.refused, **self._batched.refused}
 
 
 class Run:
-    """One run of a subject for one seed, and what it says about each law.
+    """One run of a subject for one seed, and its results.
 
     Args:
         runner: runs and judges the subject.
-        seed: from which all cases are drawn.
-        tell: told of progress.
+        seed: the seed of all cases.
+        tell: called with the progress.
         fail_fast: whether to stop at the first stack of cases that shows a violation.
 
     Attributes:
-        tallies: law name -> its tally.
-        cases: how many cases were run.
-        notes: what the report should say besides.
+        tallies: law name -> its results.
+        cases: the number of cases run.
+        notes: notes for the report.
     """
 
     def __init__(self, runner: Runner, seed: int, tell: Tell, *, fail_fast: bool) -> None:
@@ -432,7 +434,7 @@ class Run:
         tiny = self._runner.tiny()
         further, notes = self._runner.further(self._seed)
         self.notes += notes
-        # A single row shows least: it is its own mean.
+        # Single rows come last: they normalise to 0 and show the least.
         shapes = [*sorted(tiny, key=lambda shape: shape[0] == 1), *further]
         self._runner.prepare(shapes)
         for shape in shapes:
@@ -453,14 +455,14 @@ class Run:
         return self._fail_fast and any(tally.violated for tally in residual)
 
     def _stack(self, shape: Shape, blocks: int, rng: np.random.Generator) -> None:
-        """Run stacks of cases of one shape; half of each is bred from the worst of those before."""
+        """Run stacks of cases of one shape; after the first, half of each is bred from the worst cases."""
         runner = self._runner
         if runner.stacks:
             size = runner.block(shape)
             try:
                 blocks = max(blocks, math.ceil(min(FEWEST, self._plan.block) / size))
                 self._blocks(shape, blocks, size, rng)
-            except Exception as error:  # noqa: BLE001 - whatever a user's code raises under vmap
+            except Exception as error:  # noqa: BLE001 - user code may raise anything under vmap
                 runner.unstack(error)
             else:
                 return
@@ -488,9 +490,9 @@ class Run:
                 break
 
     def _descend(self, rng: np.random.Generator) -> None:
-        """Look for smaller violating cases of the laws that only large batches were seen to break.
+        """Look for smaller counterexamples of the laws that only large batches violated so far.
 
-        First for fewer rows of few features; then, of what is left, for few features or few rows.
+        First with fewer rows and few features, then with few features or few rows.
         """
         if not self._runner.stacks or self._enough:
             return
@@ -507,15 +509,15 @@ class Run:
             self._stack((2, columns), 1, rng)
 
     def _violating(self) -> list[Shape]:
-        """Return the shape of the simplest case of each violated law that has one."""
+        """Return the shape of the simplest counterexample of each violated law."""
         broken = (tally.case for tally in self.tallies.values() if tally.violated)
         return [case.shape for case in broken if case is not None]
 
     def _explore(self, shape: Shape) -> None:
-        """Run a few cases of one shape one at a time, for the laws that compare ways of running.
+        """Run a few cases of one shape one at a time, for the laws that compare jit, eager and vmap.
 
-        Uncompiled, and by the subject's one-call function, as few as the plan says: they compile
-        operation by operation.
+        Eager runs, and calls of the one-call function, are limited by the plan: outside of jit every
+        operation is compiled separately.
         """
         laws = [law for law in self._runner.laws if SINGLE.intersection(law.observes)]
         if self._enough or not self._plan.examples or not laws:
@@ -528,7 +530,7 @@ class Run:
         eager = [law for law in laws if "eager" in law.observes]
         self._singly([cases[index] for index in ranked[: self._plan.eager]], eager)
         if self._runner.subject.solution is not None:
-            # What it gives is compared where one step is all there is.
+            # The one-call function takes a single step, so there must be no warm-up.
             first = [cases[index]._replace(warmup=np.int32(0)) for index in ranked[: 1 + LONG]]
             long = [case._replace(seed=LONG_SEED) for case in first[1:]]
             self._singly([*first[:1], *long], [law for law in laws if "solution" in law.observes])
@@ -542,10 +544,10 @@ class Run:
             self.tallies[name].add(stacked, values)
 
     def evidence(self, target: str | None) -> list[Evidence]:
-        """Return what the run says about each law.
+        """Return the evidence for each law.
 
         Args:
-            target: how counterexamples find the subject; None: the reader puts it in.
+            target: the name of the subject in counterexample scripts; None: a placeholder.
         """
         runner, found = self._runner, []
         refused = runner.refused()
@@ -554,10 +556,11 @@ class Run:
             law, case = tally.law, tally.case
             worst = None if status == "untriggered" or tally.dismissed else tally.worst
             if runner.refusal and not tally.triggered:
-                reason = f"cannot be seen of a step that does not trace: {runner.refusal}"
+                reason = f"needs a step that JAX can trace: {runner.refusal}"
             elif status == "untriggered" and law.name in runner.judge.incomparable:
                 reason = (
-                    "what it compares differs in structure or shape: a law of structure says how"
+                    "the trees that it compares differ in structure or shape: a law of structure "
+                    "says how"
                 )
             elif status == "untriggered":
                 reason = next((refused[need] for need in law.observes if need in refused), reason)

@@ -1,4 +1,4 @@
-"""Smaller and simpler inputs that show the same: cases, and histories of them."""
+"""Shrinking: smaller and simpler counterexamples, both single cases and histories."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CLEAR = 8.0
-"""Residuals from here on are no accident of the draws by which rounding was read."""
+"""Residuals of this size are no accident of the random rounding, so they need no second reading."""
 
 TRIES = 200
-"""Cases drawn for a simpler one that breaks a law."""
+"""Cases that Hypothesis tries in search of a counterexample."""
 
 ROUNDS = 12
-"""How often a case is made simpler at most."""
+"""The most rounds of simplification."""
 
 FEW = 64
-"""Numbers in a batch: up to here each is made plain by itself."""
+"""In batches of up to this many numbers, each number is simplified separately."""
 
 
 def complexity(case: Case) -> tuple[float, ...]:
-    """Return how hard a case is to read: its size first, then its numbers."""
+    """Return a sort key for how hard a case is to read: its size first, then its digits."""
     rows, features = case.shape
     values = np.concatenate([np.ravel(case.x), np.ravel(case.y), [case.lr]])
     digits = sum(len(np.format_float_positional(abs(v), trim="-")) for v in values)
@@ -46,7 +46,7 @@ def complexity(case: Case) -> tuple[float, ...]:
 
 
 def simpler(case: Case) -> list[Case]:
-    """Return cases of the same shape that read easier, a step or two away, the simplest first."""
+    """Return simpler cases of the same shape, each with one or a few changes, the simplest first."""
     found = [case._replace(warmup=np.int32(0)), case._replace(seed=np.int32(0))]
     found += [case._replace(lr=np.float32(lr)) for lr in (0.0, 0.1, 0.5, 1.0)]
     for name in ("x", "y"):
@@ -71,17 +71,16 @@ def simpler(case: Case) -> list[Case]:
 def simplify(
     runner: Runner, tally: Tally, others: Sequence[Tally], shapes: Sequence[Shape], seed: int
 ) -> None:
-    """Put the simplest violating case in place: one that is confirmed; dismiss a law without one.
+    """Shrink a law's counterexample to one that a single run confirms, or dismiss the violation.
 
-    It is confirmed by a run of its own: that stacked and single runs differ is for vmap_equals_loop
-    to judge.
+    Differences between stacked and single runs are judged by vmap_equals_loop alone.
 
     Args:
         runner: runs and judges the subject.
-        tally: of the law.
-        others: of laws that are violated too: what is tried for this one may show them.
-        shapes: small ones, where a simpler case is looked for.
-        seed: from which cases are drawn.
+        tally: the results for the law.
+        others: the results for other violated laws; cases tried for this law may violate them, too.
+        shapes: small shapes in which to look for a simpler case.
+        seed: the seed of the search.
     """
     law, worst = tally.law, tally.worst or 0.0
     assert tally.case is not None
@@ -100,7 +99,7 @@ def simplify(
 
 
 def _simplest(runner: Runner, tally: Tally, others: Collection[Tally]) -> Case:
-    """Return a case of the same shape that violates the same law in a stack and reads easier."""
+    """Return the simplest violating case of the same shape, from stacked runs."""
     assert tally.case is not None
     best, name = tally.case, tally.law.name
     block = runner.block(best.shape)
@@ -124,7 +123,7 @@ def _simplest(runner: Runner, tally: Tally, others: Collection[Tally]) -> Case:
 
 
 def _found(shapes: Sequence[Shape], runner: Runner, law: Law, seed: int) -> Case | None:
-    """Return the simplest violating case that Hypothesis finds; None where it finds none."""
+    """Return the simplest violating case that Hypothesis finds; None if it finds none."""
 
     def violates(case: Case) -> bool:
         return bool(runner.singly(stack([case]), [law]).get(law.name, np.full(1, -1.0))[0] > 1)
@@ -134,7 +133,7 @@ def _found(shapes: Sequence[Shape], runner: Runner, law: Law, seed: int) -> Case
             strategies.cases(shape=st.sampled_from(shapes), domain=runner.domain),
             violates,
             settings=_settings(TRIES),
-            random=random.Random(seed),  # noqa: S311 - it chooses inputs, it guards nothing
+            random=random.Random(seed),  # noqa: S311 - test inputs, not cryptography
         )
     except hypothesis.errors.NoSuchExample:
         return None
@@ -142,9 +141,10 @@ def _found(shapes: Sequence[Shape], runner: Runner, law: Law, seed: int) -> Case
 
 
 def _plainer(case: Case, shapes: Sequence[Shape]) -> list[Case]:
-    """Return cases of small shapes that may show what ``case`` shows, the simplest first.
+    """Return a few cases of small shapes that may show the same violation, the simplest first.
 
-    A few, for what is too costly to be searched for: counted numbers, and what fits of the case.
+    For subjects too expensive for a search: consecutive numbers, and the corner of the case that
+    fits.
     """
     rest = (np.int32(0), np.float32(0.5), np.int32(0)), (case.seed, case.lr, case.warmup)
     found = []
@@ -168,7 +168,7 @@ def _settings(examples: int, **more: Any) -> hypothesis.settings:
 
 
 def draw(shapes: Sequence[Shape], domain: Domain, examples: int, seed: int) -> list[Case]:
-    """Return the cases that Hypothesis draws for ``seed``, the same ones every time."""
+    """Return the cases that Hypothesis draws for ``seed``, always the same ones."""
     drawn: list[Case] = []
 
     @hypothesis.seed(seed)
@@ -182,10 +182,10 @@ def draw(shapes: Sequence[Shape], domain: Domain, examples: int, seed: int) -> l
 
 
 def rich(cases: Sequence[Case]) -> list[int]:
-    """Return the places of the cases that show most first: those of the most distinct numbers.
+    """Return the indices of cases, those with the most distinct numbers first.
 
-    Little shows on a batch of zeros, or of what arithmetic takes for zeros, such as Hypothesis
-    likes to draw, and little more on a batch that came before.
+    Batches of zeros or of tiny numbers, which Hypothesis often draws, reveal little, and so do
+    repeated batches: both come last.
     """
 
     def distinct(index: int) -> int:
@@ -202,7 +202,7 @@ def rich(cases: Sequence[Case]) -> list[int]:
 
 
 def breed(parents: list[Case], count: int, rng: np.random.Generator, domain: Domain) -> Case:
-    """Return ``count`` stacked variations of ``parents``: rescaled, shifted, another lr or seed."""
+    """Return ``count`` stacked variations of ``parents``: rescaled, shifted, with a new lr or seed."""
     of = take(stack(parents), np.arange(count) % len(parents))
     scales = 2.0 ** rng.integers(-3, 4, (count, 1, 1))
     x = of.x * scales
@@ -220,7 +220,7 @@ def breed(parents: list[Case], count: int, rng: np.random.Generator, domain: Dom
 
 
 def fewest(items: Sequence[T], breaks: Callable[[list[T]], bool]) -> list[T]:
-    """Return what is left of ``items`` when none can go any more; halves are tried first."""
+    """Return a minimal sublist of ``items`` for which ``breaks`` is true; halves are tried first."""
     kept = list(items)
     size = max(len(kept) // 2, 1)
     while True:
@@ -238,11 +238,11 @@ def fewest(items: Sequence[T], breaks: Callable[[list[T]], bool]) -> list[T]:
 
 
 def shorten(calls: Sequence[Call], breaks: Callable[[Sequence[Call]], bool]) -> list[Call]:
-    """Return a history as small as single changes make ``calls``: fewer calls, plainer batches.
+    """Return a smaller history that violates the same law: fewer calls, simpler batches.
 
     Args:
-        calls: a history that breaks a law; its first call stays the first.
-        breaks: whether a history breaks the same law; one that cannot happen does not.
+        calls: a history that violates a law; its first call is kept.
+        breaks: whether a history violates the same law; False for an invalid history.
     """
     first, *rest = calls
     kept = [first, *fewest(rest, lambda fewer: breaks([first, *fewer]))]
@@ -258,7 +258,7 @@ def shorten(calls: Sequence[Call], breaks: Callable[[Sequence[Call]], bool]) -> 
 def _with_plainer(
     calls: list[Call], case: Case, breaks: Callable[[Sequence[Call]], bool]
 ) -> list[Call]:
-    """Return ``calls`` with a plainer batch in the place of ``case``."""
+    """Return ``calls`` with ``case`` replaced by a simpler batch, if that still violates the law."""
 
     def tried(plainer: Case) -> bool:
         nonlocal calls, case

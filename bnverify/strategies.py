@@ -1,10 +1,10 @@
 """Hypothesis strategies for the input of a training step.
 
-Each says what is valid on a :class:`~bnverify.case.Domain`, not how often it comes. All shrink
-towards one row, one feature, zeros, seed 0 and learning rate 0.
+All draw from a :class:`~bnverify.case.Domain`, and shrink towards one row, one feature, zeros, seed 0
+and learning rate 0.
 
 Shapes come from a pool (:mod:`bnverify.shapes`). Small arrays are drawn element by element, which
-shrinks well; large ones from a recipe of a few numbers (:mod:`bnverify.stacks`), which is quick.
+shrinks well; large ones are generated from a few numbers (:mod:`bnverify.stacks`), which is fast.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ HOW = ("free", "constant", "tied rows", "offset", "recipe")
 
 
 def seeds() -> st.SearchStrategy[int]:
-    """Strategy for the seeds of a step: every int32. Shrinks towards 0."""
+    """Strategy for seeds: any int32. Shrinks towards 0."""
     return st.integers(int(INT32.min), int(INT32.max))
 
 
 def learning_rates(
     *, min_value: float = 0.0, max_value: float = DEFAULT_DOMAIN.max_lr
 ) -> st.SearchStrategy[float]:
-    """Strategy for learning rates: float32 values, 0 and both ends among them.
+    """Strategy for learning rates: float32 values, including both bounds. Shrinks towards the smallest.
 
     Args:
         min_value: the smallest; at least 0.
@@ -82,7 +82,7 @@ def learning_rates(
     if low > high:
         raise InvalidArgument(f"no float32 lies between min_value={min_value!r} and {max_value!r}")
     decades = st.integers(0, 8).map(lambda k: max(low, float(np.float32(high * 10.0**-k))))
-    # Hypothesis gives few floats between 0 and 1 but 0 itself, at which nothing moves.
+    # Hypothesis draws few floats between 0 and 1 except 0, at which nothing changes.
     lowest = max(low, float(np.float32(high * 1e-8)))
     return st.sampled_from(sorted({low, high})) | decades | st.floats(lowest, high, width=32)
 
@@ -93,28 +93,28 @@ def shapes(
     features: Sequence[int] | None = None,
     size: int = POOL_SIZE,
 ) -> st.SearchStrategy[Shape]:
-    """Strategy for (N, D), from the pool of this run. Shrinks towards (1, 1).
+    """Strategy for shapes (N, D), from the pool of this run. Shrinks towards (1, 1).
 
-    The pool is the same in all processes of a pytest-xdist run, and the same in every run where
-    the Hypothesis profile is derandomised.
+    The pool is the same in all workers of a pytest-xdist run, and in every run with a derandomised
+    Hypothesis profile.
 
     Args:
-        domain: bounds N and D.
-        features: the D to choose from; None: up to ``domain.max_features``.
-        size: how many shapes the pool has.
+        domain: limits N and D.
+        features: the values of D to choose from; None: 1 to ``domain.max_features``.
+        size: the number of shapes in the pool.
 
     Raises:
-        InvalidArgument: see :func:`shape_pool`.
+        InvalidArgument: an argument is invalid; see :func:`bnverify.shapes.shape_pool`.
     """
-    shape_pool(0, domain=domain, features=features, size=size)  # refuses bad arguments now
+    shape_pool(0, domain=domain, features=features, size=size)  # validates the arguments
     chosen = None if features is None else tuple(features)
 
     @st.composite
     def shape(draw: st.DrawFn) -> Shape:
-        # Here, and not before: only inside the test are its settings in force.
+        # Computed here because the settings of a test are only active inside of it.
         pool = shape_pool(_run_seed(), domain=domain, features=chosen, size=size)
         tiny = tiny_shapes(domain=domain, features=chosen)
-        # Twice as likely as the others: a failure there spares the shrinker the way.
+        # The pool contains the tiny shapes, so they are twice as likely: less shrinking is needed.
         return draw(st.sampled_from([*tiny, *pool]))
 
     return shape()
@@ -123,31 +123,31 @@ def shapes(
 def batches(
     shape: Shape | st.SearchStrategy[Shape] | None = None, *, domain: Domain = DEFAULT_DOMAIN
 ) -> st.SearchStrategy[Floats]:
-    """Strategy for x, (N, D) float32, within ``domain.max_abs_x``. Shrinks towards zeros.
+    """Strategy for x, (N, D) float32, at most ``domain.max_abs_x`` in magnitude. Shrinks towards zeros.
 
-    It reaches magnitudes from the smallest subnormal to the limit, both signs, zeros, constants,
-    equal rows, constant columns, and offsets far larger than the spread.
+    It draws magnitudes from the smallest subnormal to the limit, both signs, zeros, constants, equal
+    rows, constant columns, and offsets far larger than the spread.
 
     Args:
         shape: (N, D), or a strategy for it; None: :func:`shapes`.
-        domain: bounds the values.
+        domain: limits the values.
 
     Raises:
-        InvalidArgument: naming the argument, its value and the limit.
+        InvalidArgument: an argument is invalid; the message names it, its value and the limit.
     """
     check_domain(domain)
     return _shapes(shape, domain).flatmap(lambda s: _arrays(s, domain.max_abs_x))
 
 
 def targets(rows: int, *, domain: Domain = DEFAULT_DOMAIN) -> st.SearchStrategy[Floats]:
-    """Strategy for y, (N,) float32, within ``domain.max_abs_y``. Shrinks towards zeros.
+    """Strategy for y, (N,) float32, at most ``domain.max_abs_y`` in magnitude. Shrinks towards zeros.
 
     Args:
         rows: N, at least 1.
-        domain: bounds the values.
+        domain: limits the values.
 
     Raises:
-        InvalidArgument: naming the argument, its value and the limit.
+        InvalidArgument: an argument is invalid; the message names it, its value and the limit.
     """
     check_domain(domain)
     if rows < 1:
@@ -163,17 +163,18 @@ def cases(
     lr: st.SearchStrategy[float] | None = None,
     warmup: st.SearchStrategy[int] | None = None,
 ) -> st.SearchStrategy[Case]:
-    """Strategy for whole inputs of a step, each a :class:`Case` within ``domain``.
+    """Strategy for complete inputs of a step: each is a :class:`Case` in ``domain``.
 
     Args:
-        domain: bounds everything that is not given.
+        domain: limits everything that is not given.
         shape: (N, D), or a strategy for it; None: :func:`shapes`.
-        seed: None: :func:`seeds`.
-        lr: None: :func:`learning_rates` up to ``domain.max_lr``.
-        warmup: steps before the observed one; None: 0 to ``domain.max_warmup``.
+        seed: a strategy for the seed; None: :func:`seeds`.
+        lr: a strategy for the learning rate; None: :func:`learning_rates` up to ``domain.max_lr``.
+        warmup: a strategy for the number of steps before the observed one; None: 0 to
+            ``domain.max_warmup``.
 
     Raises:
-        InvalidArgument: naming the argument, its value and the limit.
+        InvalidArgument: an argument is invalid; the message names it, its value and the limit.
     """
     check_domain(domain)
     shape_strategy = _shapes(shape, domain)
@@ -197,12 +198,12 @@ def cases(
 
 @dataclass(frozen=True)
 class Optimizer:
-    """A function of the learning rate that makes an optax optimizer; its repr is the call.
+    """A function of the learning rate that returns an Optax optimizer; its repr is the call.
 
     Attributes:
-        name: of the function in optax.
-        options: its keyword arguments besides the learning rate.
-        stateful: whether its state has leaves.
+        name: the name of the function in optax.
+        options: its keyword arguments, without the learning rate.
+        stateful: whether the optimizer's state has leaves.
     """
 
     name: str
@@ -231,13 +232,12 @@ OPTIMIZERS = (
 
 
 def optimizers(*, stateful: bool | None = None) -> st.SearchStrategy[Callable[[Any], Any]]:
-    """Strategy for optimizers: functions lr -> optax.GradientTransformation.
+    """Strategy for optimizers: functions lr -> optax.GradientTransformation. Shrinks towards SGD.
 
-    A fixed few, because each compiles a step of its own. Shrinks towards plain SGD.
+    There are only a few, because each needs its own compiled step.
 
     Args:
-        stateful: True: only those whose state has leaves, where a statistic could hide; False:
-            only those without; None: all.
+        stateful: True: only optimizers whose state has leaves; False: only the others; None: all.
     """
     kept = [each for each in OPTIMIZERS if stateful is None or each.stateful == stateful]
     return st.sampled_from(kept)
@@ -247,26 +247,26 @@ def optimizers(*, stateful: bool | None = None) -> st.SearchStrategy[Callable[[A
 def _arrays(draw: st.DrawFn, shape: Shape, limit: float) -> Floats:
     """Draw (N, D) float32 of magnitude at most ``limit``."""
     small = math.prod(shape) <= ELEMENTWISE
-    # Both sizes draw the same numbers here, so that a large failure is still one when only its shape
-    # shrinks; "recipe" comes last, so that small arrays leave it for what shrinks further.
+    # Small and large arrays draw from the same choices here, so that a large failure survives when
+    # only its shape shrinks; "recipe" comes last, since small arrays exclude it.
     how = HOW[draw(st.integers(0 if small else len(HOW) - 1, len(HOW) - 1))]
     if how == "recipe":
         return draw(_recipes(shape, limit))
     numbers = _numbers(limit)
     if how == "constant":
         return np.full(shape, draw(numbers), np.float32)
-    # The offset first, then column after column: a smaller shape leaves out neighbouring draws.
+    # The offset first, then one column after another, so that a smaller shape drops adjacent draws.
     centre = draw(numbers) if how == "offset" else None
     columns = (shape[1], 1 if how == "tied rows" else shape[0])
     array = draw(hnp.arrays(np.float32, columns, elements=numbers, fill=st.nothing())).T
-    if centre is not None:  # far larger than the spread: a difference of means loses its digits
+    if centre is not None:  # far larger than the spread: E[h^2] - E[h]^2 cancels
         largest = largest_float32(limit)
         array = np.clip(centre + array * np.float32(1e-3), -largest, largest)
     return np.broadcast_to(array, shape).astype(np.float32)
 
 
 def _numbers(limit: float) -> st.SearchStrategy[float]:
-    """Return a strategy for float32 numbers: small integers, every decade, any float at all."""
+    """Return a strategy for float32 numbers: small integers, every decade, any float."""
     high = float(largest_float32(limit))
     lowest, highest = exponents(limit)
     whole = st.integers(-min(3, int(limit)), min(3, int(limit))).map(float)
@@ -279,7 +279,7 @@ def _numbers(limit: float) -> st.SearchStrategy[float]:
 
 
 def _recipes(shape: Shape, limit: float) -> st.SearchStrategy[Floats]:
-    """Return a strategy for arrays too large to draw one by one."""
+    """Return a strategy for arrays that are too large to draw element by element."""
 
     def array(kind: str, exponent: int, seed: int) -> Floats:
         rng = np.random.default_rng(seed)

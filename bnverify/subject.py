@@ -1,4 +1,4 @@
-"""What is verified: a training step as three pure functions over a split state."""
+"""A training step under verification: three pure functions of a State."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-Tree = Any  # a JAX pytree of arrays: no narrower type exists across the supported releases
+Tree = Any  # a JAX pytree of arrays; the supported releases have no narrower type
 
 
 class State(NamedTuple):
-    """Everything a training step carries from one batch to the next.
+    """Everything that a training step carries from one batch to the next.
 
     Attributes:
-        params: trainable leaves; the optimizer owns them.
-        batch_stats: running statistics; the forward pass writes them, nobody trains them.
-        opt_state: the optimizer's own state, for ``params`` alone.
-        extra: whatever else is carried: keys of dropout, a step counter, a loss scale, variables
-            that are no moving averages. Most subjects have nothing.
+        params: the variables that the optimizer trains.
+        batch_stats: the running statistics, which the forward pass writes.
+        opt_state: the optimizer state for ``params``.
+        extra: everything else: PRNG keys, a step counter, a loss scale, variables in batch_stats
+            that are no moving averages. Often empty.
     """
 
     params: Tree
@@ -27,11 +27,11 @@ class State(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What a training step tells besides the new state.
+    """What a training step returns besides the new state.
 
     Attributes:
-        loss: the training loss before the update, a scalar; None where a subject hides it.
-        grads: the gradient of ``loss``, a tree like ``params``; None where a subject hides it.
+        loss: the training loss before the update, a scalar; None if it is unknown.
+        grads: the gradient of ``loss``, a tree like ``params``; None if it is unknown.
     """
 
     loss: Tree
@@ -39,12 +39,12 @@ class StepInfo(NamedTuple):
 
 
 class LayerInput(NamedTuple):
-    """What one normalisation layer was given in a training step.
+    """The input of a normalisation layer in a training step.
 
     Attributes:
-        value: the input, (R, *features): all the axes that the layer reduces over to get its
-            statistics moved to the front and flattened into R.
-        weights: broadcastable to ``value``: 1 counts, 0 is masked out. None: all count.
+        value: the input, (R, *features), with all axes that the layer reduces over moved to the
+            front and flattened into R.
+        weights: broadcastable to ``value``; 0 is masked out, 1 is not. None: no mask.
     """
 
     value: Tree
@@ -55,8 +55,8 @@ class Draw(NamedTuple):
     """Random numbers that a training step draws.
 
     Attributes:
-        at: "path:line (function)" of the user's code that draws them; "" where unknown.
-        keys: the leaves of the state that their key is made of; empty: it is a constant.
+        at: "path:line (function)" of the user's code that draws them; "" if unknown.
+        keys: the leaves of the state from which their key is derived; empty: the key is constant.
         moves: whether a step may change one of these leaves.
         of_init: whether ``init`` draws from the same key.
     """
@@ -68,13 +68,13 @@ class Draw(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A batch that a normalisation layer is given in training, in one pass of a model or several.
+    """A batch that goes through a normalisation layer in one or several forward passes of a step.
 
     Attributes:
-        layer: its path in ``batch_stats``.
-        number: which pass of a model in the step it is, or the first of them, from 1 on.
-        at: "path:line (function)" of the user's code that makes the batch, or calls the model.
-        folds: in how many of these passes the batch enters the new statistics.
+        layer: the path of the layer in ``batch_stats``.
+        number: the number of the first of these forward passes in the step, counted from 1.
+        at: "path:line (function)" of the user's code that creates the batch or calls the model.
+        folds: in how many of these passes the batch updates the running statistics.
     """
 
     layer: str
@@ -84,11 +84,11 @@ class Pass(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A copy, or an average, of the params that the step carries, and the statistics beside it.
+    """A copy or an average of the params in the state, and the running statistics that go with it.
 
     Attributes:
-        params: where the state holds these params.
-        batch_stats: where it holds these statistics.
+        params: the path of the copy in the state.
+        batch_stats: the path of its statistics in the state.
         written: whether a step may change these statistics.
     """
 
@@ -98,12 +98,13 @@ class Copy(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """A mask of rows in a loss, through which all that the params say of a row must go.
+    """A mask of rows in a loss: the loss depends on a row's predictions only through it.
 
     Attributes:
         loss: "training" or "eval".
         at: "path:line (function)" of the user's code that applies it.
-        counted: whether it enters the denominator too; False: that is the number of all rows.
+        counted: whether the divisor of the loss depends on the mask; False: it is the number of
+            all rows.
     """
 
     loss: str
@@ -112,13 +113,13 @@ class Mask(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """The axis along which a normalisation layer keeps features.
+    """The feature axis of a normalisation layer.
 
     Attributes:
-        layer: its path in ``batch_stats``.
-        kept: the axis it keeps.
-        features: the axis along which the convolution or product before it gives features.
-        shape: of its input.
+        layer: the path of the layer in ``batch_stats``.
+        kept: the axis that the layer does not reduce over.
+        features: the feature axis of the convolution or matrix product before it.
+        shape: the shape of the layer's input.
     """
 
     layer: str
@@ -128,12 +129,12 @@ class Axis(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """A learning rate's schedule under gradient accumulation.
+    """A learning-rate schedule with gradient accumulation.
 
     Attributes:
-        batches: how many batches training has.
-        told: how that is known, in words.
-        ends: whether the schedule ends after that many updates, not sooner and not later.
+        batches: the number of batches in training.
+        told: where that number comes from, in words.
+        ends: whether the schedule ends after exactly that many updates.
     """
 
     batches: int
@@ -142,20 +143,19 @@ class Schedule(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What a look at a step's traced program shows; "may" where it cannot tell.
+    """What an analysis of the traced step has found.
 
     Attributes:
-        draws: the random numbers that reach what the step returns.
-        passes: the batches of layers that are given several, or one several times.
-        copies: the copies of the params that the step moves by other means than a gradient.
-        pretrained: the layers whose params are those of a trained model, each with whether its
-            statistics are, too.
-        frozen_params: paths of params that no step is to change: "params/Dense_0/kernel".
-        frozen_statistics: likewise of running statistics, wherever the state holds them.
-        scaled: pairs of a frozen param and one whose update its gradient reaches.
-        axes: the layers behind a convolution or a product with params, by their axes.
+        draws: the random numbers that affect the results of the step.
+        passes: the batches of layers that process several batches, or one batch several times.
+        copies: the copies of the params that the step updates without a gradient.
+        pretrained: (layer with pretrained params, whether its statistics are pretrained, too).
+        frozen_params: the paths of the frozen params, such as "params/Dense_0/kernel".
+        frozen_statistics: the paths of the frozen running statistics in the state.
+        scaled: (frozen param, other param whose update its gradient affects).
+        axes: the feature axes of layers after a convolution or a matrix product with params.
         masks: the masks of rows in the losses.
-        schedules: what is known of the learning rate's schedule.
+        schedules: the learning-rate schedules with gradient accumulation.
     """
 
     draws: tuple[Draw, ...] = ()
@@ -174,38 +174,39 @@ class Look(NamedTuple):
 class Subject:
     """A training step under verification.
 
-    Every function must be pure and trace under ``jax.jit``. What a subject does not show (an
-    optimizer, a layer's input) makes the laws that need it exempt, never wrong.
+    Every function must be pure and traceable by ``jax.jit``. Laws that need something that the
+    subject does not provide, such as its optimizer, are exempt.
 
     Attributes:
-        name: how reports call it.
+        name: its name in reports.
         init: ``(seed: int32 scalar, x: (N, D) float32) -> State``.
         step: ``(state, x, y: (N,) float32, lr: float32 scalar) -> (State, StepInfo)``.
         evaluate: ``(state, x, y) -> (1,)``, the loss in eval mode.
-        features: the D it accepts; None: any.
-        optimizer: ``lr -> optax.GradientTransformation``, where it is known.
+        features: the values of D that it accepts; None: any.
+        optimizer: ``lr -> optax.GradientTransformation``; None if it is unknown.
         exempt: law name -> why the law does not apply.
-        momentum: the declared weight of the old value in the moving average, where known.
-        layer_inputs: ``(state, x, y) -> {path in batch_stats: LayerInput}``: what each
-            normalisation layer is given in the training step. Paths are joined by "/".
-        after_eval: ``(state, x, y) -> State``: the state evaluation leaves behind, for
-            subjects whose evaluation could write.
-        with_optimizer: ``optimizer -> Subject``: the same step around another optimizer. Lets
-            a stateful probe stand in for an optimizer whose own state is empty.
-        biases_before_norm: paths in ``params`` of biases added right before a normalisation,
-            which therefore cannot move the training loss.
-        solution: ``(seed: float, x, y, lr: float) -> (1,)``: init, one step and evaluation in
-            one call, where the subject has such a function.
-        oracle: a module like ``bnverify.oracle``: an independent derivation in float64.
-        capabilities: which further claims laws may rest on: "lr" (the step scales its update by lr),
-            "row_losses" (the eval loss is a mean over rows), "eval_is_training_loss" (both
-            modes compute one loss).
-        notes: what a report should say of the subject besides the laws, one line each.
-        hints: law name -> what to declare where the step breaks that law by design.
-        row_weights: ``(x, y) -> (N,)``: how much each row counts in the losses; None: equally.
-        updates_every: how many steps make one update of the params: 4 under
+        momentum: the momentum of its normalisation layers, the weight of the old value; None if it
+            is unknown or differs between layers.
+        layer_inputs: ``(state, x, y) -> {path in batch_stats: LayerInput}``, the inputs of the
+            normalisation layers in the training step. Paths are joined by "/".
+        after_eval: ``(state, x, y) -> State``, the state after evaluation, if evaluation returns
+            one.
+        with_optimizer: ``optimizer -> Subject``, the same step with another optimizer. Used to
+            check the optimizer state of a step whose own optimizer has none.
+        biases_before_norm: the paths in ``params`` of biases added right before a normalisation,
+            which have no effect on the training loss.
+        solution: ``(seed: float, x, y, lr: float) -> (1,)``, a function that does init, one step and
+            evaluation in one call, if there is one.
+        oracle: a module like ``bnverify.oracle`` with an independent derivation in float64.
+        capabilities: what else laws may rely on: "lr" (the update is scaled by lr), "row_losses"
+            (the eval loss is a mean over rows), "eval_is_training_loss" (training and evaluation
+            compute the same loss).
+        notes: remarks for the report, one line each.
+        hints: law name -> what to declare if the step violates the law by design.
+        row_weights: ``(x, y) -> (N,)``, the weight of each row in the losses; None: all equal.
+        updates_every: the number of steps per update of the params: 4 under
             ``optax.MultiSteps(..., 4)``.
-        look: what a look at the step's program shows; None: nobody looked.
+        look: what an analysis of the traced step has found; None: it was not analysed.
     """
 
     name: str
@@ -230,7 +231,7 @@ class Subject:
     look: Look | None = None
 
     def __repr__(self) -> str:
-        """Return the name, and what the subject shows besides its three functions."""
+        """Return the name and the optional attributes that are set."""
         optional = ("optimizer", "momentum", "layer_inputs", "after_eval", "solution", "oracle")
         known = [name for name in optional if getattr(self, name) is not None]
         shows = f", with {', '.join(known)}" if known else ""

@@ -1,4 +1,4 @@
-"""From ``module:name`` or ``file.py:name`` to the Subject it names."""
+"""Loading the Subject that ``module:name`` or ``file.py:name`` names."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from bnverify.subject import Subject
 T = TypeVar("T")
 
 Target: TypeAlias = Subject | CheckpointedSubject | Parallel
-"""What can be verified."""
+"""What ``bnverify.verify`` accepts."""
 
 REFERENCE = "bnverify.reference:sgd"
 SOLUTION = ("seed", "x_batch", "y_batch", "lr")
 
 
 class TargetError(UsageError):
-    """A target that cannot be verified: what is wrong with it, in one line."""
+    """A target that cannot be loaded or verified; the message is one line."""
 
 
 def load(target: str, *, time_limit: float = deadline.DEFAULT) -> Target:
     """Return the subject that ``target`` names.
 
     Args:
-        target: ``package.module:name`` or ``path/file.py:name``. What it names is a Subject, a
-            CheckpointedSubject or a Parallel, a function without arguments that makes one, or a function with
+        target: ``package.module:name`` or ``path/file.py:name`` of a Subject, a CheckpointedSubject
+            or a Parallel, of a function without arguments that returns one, or of a function with
             the signature of the reference, ``(seed, x_batch, y_batch, lr)``. A file may import
-            its neighbours.
-        time_limit: how many seconds importing it, making the subject and tracing each of its
-            functions may take.
+            modules next to it.
+        time_limit: the limit in seconds for importing the module, for creating the subject, and for
+            tracing it.
 
     Raises:
-        TargetError: in one line, why it names nothing that can be verified.
+        TargetError: the target cannot be loaded or verified; the message says why, in one line.
     """
     source, name = _split(target)
     try:
@@ -59,7 +59,7 @@ def load(target: str, *, time_limit: float = deadline.DEFAULT) -> Target:
                 made = _made(value, target)
             with deadline.limit(time_limit, f"tracing {target}"):
                 _check(subject_of(made), target)
-            if isinstance(made, Subject) and not made.hints:  # an adapter has looked already
+            if isinstance(made, Subject) and not made.hints:  # adapters have analysed theirs
                 from bnverify.adapters.look import completed
 
                 with deadline.limit(time_limit, f"tracing {target}"):
@@ -70,24 +70,24 @@ def load(target: str, *, time_limit: float = deadline.DEFAULT) -> Target:
 
 
 def _looked_at(made: Subject, completed: Callable[..., Subject]) -> Subject:
-    """Return a Subject written by hand with what a look at its programs shows."""
+    """Return a Subject written by hand, completed by an analysis of its traces."""
     try:
         return completed(made, written_by_hand=True)
-    except Exception:  # noqa: BLE001 - code that only refuses to trace can still be run
+    except Exception:  # noqa: BLE001 - a step that does not trace may still run
         return made
 
 
 def directory(target: str) -> Path:
-    """Return from where ``target`` imports: its file's directory, for a module the current one."""
+    """Return the directory for imports: that of the file, or the current one for a module."""
     source, _ = _split(target)
     return Path(source).resolve().parent if _is_file(source) else Path.cwd()
 
 
 def anywhere(target: str) -> str:
-    """Return the name by which ``target`` is found from any directory, for a script to be kept.
+    """Return ``target`` in a form that works from any directory, for counterexample scripts.
 
-    A file is named by its whole path, and so is a module that lies in the current directory. A module
-    of a package keeps its name: whether that is found depends on how the package is installed.
+    A file, or a module in the current directory, is given by its absolute path. A module of a package
+    keeps its name, and is found if the package is installed.
     """
     source, name = _split(target)
     if _is_file(source):
@@ -97,9 +97,9 @@ def anywhere(target: str) -> str:
 
 
 def line(target: str) -> tuple[str, int] | None:
-    """Return the file and the line in which the name of ``target`` is defined; None: unknown.
+    """Return the file and line where the name of ``target`` is defined; None if unknown.
 
-    Nothing is imported.
+    The module is parsed, not imported.
     """
     source, name = _split(target)
     path = Path(source)
@@ -148,13 +148,13 @@ def _import(source: str) -> ModuleType:
 
 
 def _execute(path: Path) -> ModuleType:
-    # A name of its own: a user's file may well be called like a module that others import.
+    # A unique name, since the file may be named like a module that others import.
     name = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses and pickle look for it
+    sys.modules[name] = module  # dataclasses and pickle look modules up here
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -164,10 +164,10 @@ def _execute(path: Path) -> ModuleType:
 
 
 def _running_user_code(source: str, run: Callable[[], T]) -> T:
-    """Return ``run()``; whatever it raises becomes a TargetError with the user's line."""
+    """Return ``run()``; any exception becomes a TargetError that names the line in the user's code."""
     try:
         return run()
-    except UsageError as error:  # an adapter has explained it already
+    except UsageError as error:  # its message already explains the problem
         line = "" if isinstance(error, explain.SubjectError) else user_line(error)
         raise TargetError(f"{error}{line}") from None
     except SystemExit as error:
@@ -184,7 +184,7 @@ def _running_user_code(source: str, run: Callable[[], T]) -> T:
 
 
 def user_line(error: BaseException) -> str:
-    """Return " (path:line: its text)" of the innermost line of ``error`` in a user's code."""
+    """Return " (path:line: source)" of the innermost line of user code in ``error``; "" if none."""
     if isinstance(error, SyntaxError):
         text = (error.text or "").strip()
         return f" ({error.filename}:{error.lineno}: {text})" if error.filename else ""
@@ -204,7 +204,7 @@ def _lookup(module: ModuleType, source: str, name: str) -> Any:
 
 def _made(value: Any, target: str) -> Target:
     check = getattr(value, "bnverify_suite", None)
-    if check is not None:  # the counterexamples of a suite name it
+    if check is not None:  # a bnverify.suite, named in its counterexample scripts
         value = _running_user_code(target, lambda: check.subject)
     if isinstance(value, Target):
         return value
@@ -223,8 +223,8 @@ def _made(value: Any, target: str) -> Target:
         return _running_user_code(target, lambda: solution(value))
     if not probe.accepts(signature):
         raise TargetError(
-            f"{target}{signature} is called neither without arguments, to return a "
-            f"bnverify.Subject, nor with ({', '.join(SOLUTION)}){_adapter(signature)}"
+            f"{target}{signature} must take no arguments and return a bnverify.Subject, or take "
+            f"({', '.join(SOLUTION)}){_adapter(signature)}"
         )
     made = _running_user_code(target, value)
     _refuse_module(made, f"what {target}() returned")
@@ -234,14 +234,14 @@ def _made(value: Any, target: str) -> Target:
 
 
 def _refuse_module(value: Any, what: str) -> None:
-    """Refuse a Flax module by itself, and say what makes a subject of it."""
+    """Refuse a bare Flax module, with the adapter to use."""
     advice = flax_module.advice(value)
     if advice:
-        raise TargetError(f"{what} is no training step{advice}")
+        raise TargetError(f"{what} is not a training step{advice}")
 
 
 def _adapter(signature: inspect.Signature) -> str:
-    """Return which adapter takes the step or loop that a function is part of, as far as names tell."""
+    """Return a hint which adapter to use, guessed from the first parameter; "" if unknown."""
     first = next(iter(signature.parameters), "")
     if first in {"params", "variables"}:
         return "; a step on loose trees: bnverify.loop(create, train_step, eval_step)"
@@ -253,17 +253,17 @@ def _adapter(signature: inspect.Signature) -> str:
 
 
 def _check(subject: Subject, target: str) -> None:
-    """Refuse functions of other signatures or results than a Subject's."""
+    """Refuse a subject whose functions have the wrong signatures or results."""
     try:
         probe.check(subject)
     except probe.Unfit as error:
         raise TargetError(f"{target}: {error}") from None
-    except Exception as error:  # noqa: BLE001 - whatever a user's code raises
+    except Exception as error:  # noqa: BLE001 - user code may raise anything
         raise refused(error, target) from None
 
 
 def refused(error: Exception, target: str) -> TargetError:
-    """Return what to say of an error that the code of ``target`` raised."""
+    """Return a TargetError for an exception raised by the code of ``target``."""
     known = explain.mistake(error)
     hint = f"; usually {known.title}. Fix: {known.fix}" if known else ""
     return TargetError(f"{target} raises {first_line(error)}{user_line(error)}{hint}")

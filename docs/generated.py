@@ -1,7 +1,7 @@
-"""The pages of the site that are made from the code, and the hooks that hand them to MkDocs.
+"""The pages of the site that are generated from the code, and the MkDocs hooks that add them.
 
-None of these pages is committed: laws, mistakes, commands and public names are described where they are
-defined, and `pages` writes that down as Markdown. It needs neither MkDocs nor jax, so the tests read it.
+None of these pages is committed: `pages` renders the descriptions of laws, mistakes, commands and public
+names as Markdown. It needs neither MkDocs nor jax, so the tests can call it.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ API = {
     "Subject State StepInfo LayerInput",
     "Checking it": "verify suite replay Profile Case Domain InvalidCase",
     "What a check returns": "Report Evidence Violation TargetError",
-    "The life of a state": "CheckpointedSubject check_life life Life",
-    "Many devices": "Parallel check_parallel",
+    "Checkpoints": "CheckpointedSubject check_life life Life",
+    "Several devices": "Parallel check_parallel",
     "The reference": "train_step",
 }
-"""Headings of the API page -> public names, in the order of reading; what is not named comes last."""
+"""Headings of the API page -> public names, in order; all other public names come last."""
 
 WIDE = "---\nhide:\n  - toc\n---\n"
-"""Begins a page that shows two pieces of code side by side: they take the room of the contents."""
+"""Front matter that hides the table of contents, to make room for two pieces of code side by side."""
 
 
 def pages() -> dict[str, str]:
-    """Return the generated pages: the path under docs/ -> the Markdown."""
+    """Return the generated pages: path under docs/ -> Markdown."""
     made = {page: _moved((ROOT / file).read_text("utf-8")) for file, page in COPIED.items()}
     made["laws/index.md"] = _law_index()
     made |= {f"laws/{law.name}.md": _law(law) for law in LAWS.values()}
@@ -65,7 +65,7 @@ def pages() -> dict[str, str]:
 
 
 def _moved(text: str) -> str:
-    """Return a page of the root with its links as they are in docs/."""
+    """Return a page of the root directory with its links rewritten for docs/."""
     text = re.sub(r'(\]\(|src="|srcset="|href=")docs/', r"\1", text)
     for file, page in COPIED.items():
         text = text.replace(f"]({file}", f"]({page}")
@@ -77,7 +77,7 @@ def _moved(text: str) -> str:
 
 def _law_index() -> str:
     lines = ["# Laws", ""]
-    lines += [f"A training step is held to {len(LAWS)} laws, in {len(FAMILIES)} families."]
+    lines += [f"A training step is checked against {len(LAWS)} laws in {len(FAMILIES)} families."]
     lines += ["`bnverify explain LAW` prints one of these pages in a terminal."]
     for family in FAMILIES:
         lines += ["", f"## {family.capitalize()}", "", "| law | claim |", "|---|---|"]
@@ -89,7 +89,7 @@ def _law_index() -> str:
 def _law(law: Law) -> str:
     how = HOW[law.kind]
     if law.must_not_reach:
-        how = f"proved where the traced step has no such flow, else {how}"
+        how = f"proved if the traced step has no such dependency, else {how}"
     facts = [
         ("Family", f"[{law.family}](index.md#{law.family})"),
         ("Checked", f"{how[0].upper()}{how[1:]}."),
@@ -97,17 +97,17 @@ def _law(law: Law) -> str:
     ]
     if law.must_not_reach:
         flows = ", ".join(f"`{source}` to `{output}`" for output, source in law.must_not_reach)
-        facts.append(("Must not flow", flows))
+        facts.append(("Forbidden dependencies", flows))
     if law.capabilities:
         named = ", ".join(f"`{name}`" for name in law.capabilities)
-        facts.append(("Needs", f"a subject that shows {named}; for others the law is exempt"))
+        facts.append(("Needs", f"a subject with {named}; for others the law is exempt"))
     facts.append(("Source", _prose(law.source)))
     lines = [f"{WIDE}# {law.name}", "", f"**{_prose(law.claim)}**", ""]
     lines += [f"- **{name}:** {text}" for name, text in facts]
     if law.derivation:
         lines += ["", "## Derivation", "", _roles(law.derivation)]
     if law.mistakes:
-        lines += ["", "## Mistakes that break it"]
+        lines += ["", "## Mistakes that violate it"]
     for mistake in (MISTAKES[name] for name in law.mistakes):
         lines += ["", f"### [{mistake.name}](../mistakes/{mistake.name}.md)", ""]
         lines += [f"{_title(mistake)} {_fix(mistake)}", *_code(mistake)]
@@ -115,14 +115,17 @@ def _law(law: Law) -> str:
 
 
 def _tolerance(law: Law) -> str:
-    """Return what a law allows, in a sentence or two."""
+    """Return the tolerance of a law, in a sentence or two."""
     noise = "[rounding noise](../rounding.md)"
     beyond = f" beyond the step's {noise}" if "noise" in law.observes else ""
-    more = " The derivation says how much of it." if law.derivation else ""
+    more = " See the derivation for the factor." if law.derivation else ""
     rules = (
-        (law.kind == "structure", "None: trees, shapes and dtypes are compared, no values."),
-        (law.kind == "witness", f"One case that shows a change{beyond} is enough."),
-        ("noise" in law.observes, f"The step's own {noise} for each case.{more}"),
+        (
+            law.kind == "structure",
+            "None: the law compares structures, shapes and dtypes, not values.",
+        ),
+        (law.kind == "witness", f"One case with a change{beyond} is enough."),
+        ("noise" in law.observes, f"The step's own {noise}, for each case.{more}"),
         (
             law.kind == "parallel" and "bit" not in law.name,
             f"The {noise} of the step on one device.",
@@ -131,14 +134,14 @@ def _tolerance(law: Law) -> str:
             re.search(r"\d u\b|units of", law.derivation),
             "Derived below; u is 2^-24, the relative rounding error of float32.",
         ),
-        ("derived in" in law.source, "Derived in the source that is named here."),
+        ("derived in" in law.source, "Derived in the source named below."),
         (True, "None: the claim is exact."),
     )
     return next(text for applies, text in rules if applies)
 
 
 def _mistake_index() -> str:
-    lines = ["# Mistakes", "", "What a report names as the likely cause."]
+    lines = ["# Mistakes", "", "These are the mistakes that reports name as likely causes."]
     lines += ["`bnverify explain MISTAKE` prints one of these pages in a terminal.", ""]
     lines += ["| mistake | what was done |", "|---|---|"]
     lines += [
@@ -151,14 +154,14 @@ def _mistake_index() -> str:
 def _mistake(mistake: Mistake) -> str:
     lines = [f"{WIDE}# {mistake.name}", "", f"**{_title(mistake)}**"]
     if mistake.looks:
-        lines += ["", f"What it looks like: {_prose(mistake.looks)}"]
-    lines += ["", _fix(mistake), *_code(mistake), "", "## Laws that notice it", ""]
+        lines += ["", f"Symptoms: {_prose(mistake.looks)}"]
+    lines += ["", _fix(mistake), *_code(mistake), "", "## Laws that detect it", ""]
     noticed = [law for law in LAWS.values() if mistake.name in law.mistakes]
     lines += [f"- [{law.name}](../laws/{law.name}.md): {_prose(law.claim)}" for law in noticed]
     if not noticed:
         lines.append(
-            "No law lists it. bnverify names it from the error that the step raises, or from what a "
-            "restored state lacks."
+            "No law lists it. bnverify recognises it by the error that the step raises, or by what is "
+            "missing from a restored state."
         )
     if mistake.source:
         lines += ["", f"Seen at {mistake.source}"]
@@ -174,7 +177,7 @@ def _fix(mistake: Mistake) -> str:
 
 
 def _code(mistake: Mistake) -> Iterator[str]:
-    """Yield the wrong and the right code, side by side where the window is wide enough."""
+    """Yield the wrong and the right code, side by side if the window is wide enough."""
     if not mistake.wrong:
         return
     yield from ("", '<div class="grid" markdown>')
@@ -184,7 +187,7 @@ def _code(mistake: Mistake) -> Iterator[str]:
 
 
 def _prose(text: str) -> str:
-    """Return plain text so that Markdown shows it as it is, but for code and addresses."""
+    """Return plain text escaped for Markdown, except for code and URLs."""
     parts = re.split(r"(``?[^`]+``?|https?://\S+)", text)
     for i in range(0, len(parts), 2):
         parts[i] = re.sub(r"([\\*_\[\]])", r"\\\1", parts[i]).replace("<", "&lt;")
@@ -196,7 +199,7 @@ def _cell(text: str) -> str:
 
 
 def _roles(text: str) -> str:
-    """Return a docstring without Sphinx's roles, which nothing here resolves."""
+    """Return a docstring without Sphinx roles, which MkDocs does not resolve."""
     return re.sub(r":(?:class|func|mod|meth|attr|data):`", "`", text)
 
 
@@ -224,7 +227,7 @@ def _help(*command: str) -> str:
 
 
 def _api() -> str:
-    lines = ["# API", "", "Everything here is a name of the package: `import bnverify`."]
+    lines = ["# API", "", "All of these are attributes of the package: `import bnverify`."]
     groups = {heading: names.split() for heading, names in API.items()}
     named = {name for names in groups.values() for name in names}
     groups["Other names"] = [
@@ -238,11 +241,11 @@ def _api() -> str:
     return "\n".join(lines) + "\n"
 
 
-# What MkDocs calls.
+# MkDocs hooks.
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the pages of laws and mistakes under their headings."""
+    """Add the pages of laws and mistakes to the navigation."""
     families: list[Any] = ["laws/index.md"]
     for family in FAMILIES:
         laws = [f"laws/{law.name}.md" for law in LAWS.values() if law.family == family]
@@ -268,15 +271,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Drop the roles of docstrings, which mkdocstrings shows as they are written."""
+    """Remove Sphinx roles from docstrings, which mkdocstrings does not resolve."""
     return re.sub(r":(?:class|func|mod|meth|attr|data):(?=<code>)", "", html)
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Refuse a page that would load something from another host.
+    """Refuse a page that would load a resource from another host.
 
     Raises:
-        mkdocs.exceptions.PluginError: it would.
+        mkdocs.exceptions.PluginError: the page loads such a resource.
     """
     from mkdocs.exceptions import PluginError
 

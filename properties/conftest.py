@@ -1,7 +1,7 @@
-"""What the properties are about: a step, and what it means that the step keeps a law.
+"""The fixtures of the properties: a training step, and how it is checked against a law.
 
-By default the step is the reference's, around SGD and Adam, in the nightly tier around four
-optimizers; ``--bnverify-target`` names another.
+By default the step is the reference with SGD and Adam, in the nightly tier with four optimizers;
+``--bnverify-target`` selects another one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bnverify.errors import UsageError
 from bnverify.laws import STEP_LAWS, Law
 from bnverify.target import load
 
-# jax is loaded when the first property runs, not when they are collected.
+# jax is imported when the first property runs, not at collection.
 if TYPE_CHECKING:
     from collections.abc import Generator
 
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 DEFAULT = ("sgd", "adam")
-"""One without a state and one with much; the others are asked in the nightly tier."""
+"""One optimizer without a state and one with a large state; the others run in the nightly tier."""
 SHAPES = 5  # each compiles a few programs for each optimizer; three of them are always tiny
 TOGETHER = 8
 """The most cases of one example: they are run and judged as a stack, and shrink to one."""
 
 
 class Step:
-    """A training step, held to laws by name.
+    """A training step that can be checked against laws.
 
     Args:
-        name: what the tests' ids call it.
-        target: what ``bnverify.load`` makes it from.
+        name: its name in test ids.
+        target: the argument of ``bnverify.load``.
 
     Attributes:
-        reached: how many cases of the running test reached the precondition of its law.
+        reached: how many cases of the running test met the precondition of its law.
     """
 
     def __init__(self, name: str, target: str) -> None:
@@ -61,10 +61,10 @@ class Step:
     def cases(
         self, *, warmup: st.SearchStrategy[int] | None = None
     ) -> st.SearchStrategy[list[Case]]:
-        """Return a strategy for a few inputs of one size that the step accepts.
+        """Return a strategy for a few cases of one shape.
 
         Args:
-            warmup: how many steps come before the observed one.
+            warmup: a strategy for the number of steps before the observed one.
         """
         from bnverify import strategies
 
@@ -76,26 +76,26 @@ class Step:
         return shapes.flatmap(together)
 
     def first_steps(self) -> st.SearchStrategy[list[Case]]:
-        """Return a strategy for inputs of the first step from the initial state."""
+        """Return a strategy for cases without warm-up, so that the step is the first one."""
         return self.cases(warmup=st.just(0))
 
     def keeps(self, law: str, cases: list[Case]) -> None:
-        """Hold the step to a law on some cases, where they reach the law's precondition.
+        """Fail if the step violates a law on some cases.
 
         Args:
-            law: its name.
-            cases: the inputs, of one shape.
+            law: the name of the law.
+            cases: the cases, of one shape.
         """
         __tracebackhide__ = True
         residuals = self._residuals(self._applicable(law), cases)
         self.reached += int((residuals >= 0).sum())
         worst = int(residuals.argmax())
         if residuals[worst] > 1:
-            reason = f"off by {residuals[worst]:.3g} times what is allowed"
+            reason = f"the error is {residuals[worst]:.3g} times its tolerance"
             self._violated(law, reason, cases[worst])
 
     def shows(self, law: str, cases: st.SearchStrategy[list[Case]]) -> None:
-        """Find a case that shows what the law says some case shows."""
+        """Fail unless one of the cases is a witness for the law."""
         __tracebackhide__ = True
         known = self._applicable(law)
         try:
@@ -106,11 +106,11 @@ class Step:
                 random=random.Random(0),
             )
         except errors.NoSuchExample:
-            self._violated(law, "none of the cases tried shows it")
+            self._violated(law, f"{known.never} in any of the cases tried")
         self.reached = 1
 
     def proves(self, law: str) -> None:
-        """Read a law of structure off the traced step: for every N and D, where it traces so."""
+        """Fail if the traced step violates a law of structure, for all N and D if they trace."""
         __tracebackhide__ = True
         from bnverify.proof import judge_structure
 
@@ -126,7 +126,7 @@ class Step:
 
     @property
     def name(self) -> str:
-        """The name that known failures know it by."""
+        """The name of the subject, by which known failures refer to it."""
         return self.subject.name
 
     @cached_property
@@ -136,7 +136,7 @@ class Step:
         return proof.read(self.subject)
 
     def _runner(self, law: Law) -> Runner:
-        """Return what runs the step for ``law``: around a stateful optimizer where it needs one."""
+        """Return the runner for ``law``, with a stateful optimizer if the law needs one."""
         from bnverify.profile import Profile
         from bnverify.runs import Runner
 
@@ -168,7 +168,7 @@ class Step:
         from bnverify.pytree import stack
 
         runner = self._runner(law)
-        if "eager" in law.observes:  # operation by operation: one is enough
+        if "eager" in law.observes:  # slow, since every operation is compiled separately
             cases = cases[:1]
         run = runner.singly if SINGLE.intersection(law.observes) else runner.judged
         return run(stack(cases), [law])[law.name]
@@ -182,16 +182,16 @@ class Step:
 
 
 STEPS: dict[str, Step] = {}
-"""One for each name: its compiled programs serve all properties of a process."""
+"""Name -> step; all properties in a process share its compiled programs."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the mark of the plugin for a checkout that is not installed, and has none."""
+    """Register the plugin's mark, in case bnverify is not installed."""
     config.addinivalue_line("markers", "bnverify(law, subject): a test of one law on one subject")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Ask for each property of each step."""
+    """Parametrise every property with every step."""
     if "step" not in metafunc.fixturenames:
         return
     target = metafunc.config.getoption("bnverify_target", default=None)
@@ -204,7 +204,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     def param(name: str, source: str) -> Any:
         step = STEPS.setdefault(name, Step(name, source))
-        # How known failures find the test.
+        # Known failures find the test by this mark.
         marks = [pytest.mark.bnverify(law=law, subject=step)]
         return pytest.param(step, marks=[*marks, pytest.mark.nightly] if name in nightly else marks)
 
@@ -215,10 +215,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """Skip what would pass because no case reached the precondition of its law.
+    """Skip a test that would pass only because no case met the precondition of its law.
 
-    Not hypothesis.assume: where rounding leaves no digits, nine of ten cases are nothing to
-    compare, which is right, and which Hypothesis takes for a strategy gone wrong.
+    hypothesis.assume is no alternative: up to nine of ten cases may have nothing to compare because of
+    rounding, which Hypothesis would report as a health-check failure.
     """
     step = item.callspec.params.get("step") if hasattr(item, "callspec") else None
     if step is None:
@@ -231,10 +231,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Refuse a target that is none in one line, before the first test."""
+    """Report an invalid target in one line, before the first test."""
     target = session.config.getoption("bnverify_target", default=None)
     if target in STEPS and not session.config.option.collectonly:
         try:
-            STEPS[target].subject  # noqa: B018 - it is made here, once
+            STEPS[target].subject  # noqa: B018 - a cached property, computed here
         except UsageError as error:
             raise pytest.UsageError(str(error)) from None

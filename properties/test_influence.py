@@ -1,4 +1,4 @@
-"""Influence: what must not reach the result of a step, and what must."""
+"""Influence: which inputs of a step must, and must not, affect its results."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,53 +6,53 @@ from hypothesis import strategies as st
 
 @given(data=st.data())
 def test_training_is_free_of_old_statistics(step, data):
-    """Other running statistics before the step: the same params, optimizer state and loss after."""
+    """The new params, optimizer state and training loss do not depend on the old batch_stats."""
     step.keeps("training_is_free_of_old_statistics", data.draw(step.cases()))
 
 
 @given(data=st.data())
 def test_eval_statistics_are_the_ones_passed_in(step, data):
-    """Evaluation hands back the running statistics it was given."""
+    """Evaluation returns the batch_stats that it was given."""
     step.keeps("eval_statistics_are_the_ones_passed_in", data.draw(step.cases()))
 
 
 def test_targets_reach_the_params(step):
-    """Other targets give other params."""
+    """Changing the targets changes the new params."""
     step.shows("targets_reach_the_params", step.cases())
 
 
 def test_targets_belong_to_their_rows(step):
-    """Targets given to other rows give another training loss."""
+    """Assigning the targets to other rows changes the training loss."""
     step.shows("targets_belong_to_their_rows", step.cases())
 
 
 def test_inputs_reach_the_params(step):
-    """Other inputs give other params."""
+    """Changing the inputs changes the new params."""
     step.shows("inputs_reach_the_params", step.cases())
 
 
 def test_inputs_reach_the_statistics(step):
-    """Other inputs give other running statistics."""
+    """Changing the inputs changes the new batch_stats."""
     step.shows("inputs_reach_the_statistics", step.cases())
 
 
 def test_old_statistics_reach_the_new(step):
-    """Other running statistics before the step give other ones after it."""
+    """Changing the old batch_stats changes the new batch_stats."""
     step.shows("old_statistics_reach_the_new", step.cases())
 
 
 def test_loss_reads_params_and_inputs(step):
-    """Other params and other inputs give other training losses."""
+    """Changing params changes the training loss, and so does changing the inputs."""
     step.shows("loss_reads_params_and_inputs", step.cases())
 
 
 def test_inputs_reach_the_evaluation(step):
-    """Other inputs give another eval loss."""
+    """Changing the inputs changes the eval loss."""
     step.shows("inputs_reach_the_evaluation", step.cases())
 
 
 def test_targets_reach_the_evaluation(step):
-    """Other targets give another eval loss."""
+    """Changing the targets changes the eval loss."""
     step.shows("targets_reach_the_evaluation", step.cases())
 
 

@@ -1,4 +1,4 @@
-"""Changes of the input, or of the way of running, that change nothing but rounding."""
+"""Changes of the input, or of how the step is run, that must not matter beyond rounding."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,57 +11,57 @@ few = settings(max_examples=max(2, settings().max_examples // 25))
 
 @given(data=st.data())
 def test_row_order_changes_nothing(step, data):
-    """The rows of the batch in reverse."""
+    """Reversing the rows of the batch."""
     step.keeps("row_order_changes_nothing", data.draw(step.cases()))
 
 
 @given(data=st.data())
 def test_doubling_the_batch_changes_nothing(step, data):
-    """Every row twice."""
+    """Repeating every row."""
     step.keeps("doubling_the_batch_changes_nothing", data.draw(step.cases()))
 
 
 @given(data=st.data())
 def test_shift_before_norm_changes_no_loss(step, data):
-    """A constant added before the normalisation: the same training loss."""
+    """Adding a constant before the normalisation does not change the training loss."""
     step.keeps("shift_before_norm_changes_no_loss", data.draw(step.cases()))
 
 
 @given(data=st.data())
 def test_same_input_repeats_to_the_bit(step, data):
-    """The same seed and batch again: the same bits."""
+    """The same seed and batch give bit-identical results."""
     step.keeps("same_input_repeats_to_the_bit", data.draw(step.cases()))
 
 
 @few
 @given(data=st.data())
 def test_step_leaves_its_inputs_alone(step, data):
-    """The step neither changes nor deletes the arrays it was given."""
+    """The step does not modify or delete its arguments."""
     step.keeps("step_leaves_its_inputs_alone", data.draw(step.cases()))
 
 
 @few
 @given(data=st.data())
 def test_jit_equals_eager(step, data):
-    """Compiled and uncompiled."""
+    """Running the step with and without jax.jit."""
     step.keeps("jit_equals_eager", data.draw(step.cases()))
 
 
 @given(data=st.data())
 def test_vmap_equals_loop(step, data):
-    """Vectorised over cases, and one at a time."""
+    """Running the step under jax.vmap over cases, and one case at a time."""
     step.keeps("vmap_equals_loop", data.draw(step.cases()))
 
 
 @few
 @given(data=st.data())
 def test_float_seeds_act_as_their_integer_part(step, data):
-    """A seed with a fraction: the same bits as without."""
+    """A float seed and its integer part give bit-identical results."""
     step.keeps("float_seeds_act_as_their_integer_part", data.draw(step.cases()))
 
 
 @few
 @given(data=st.data())
 def test_solution_is_init_step_evaluate(step, data):
-    """The one-call function: initialise, one step, evaluate."""
+    """The one-call function returns the eval loss after init and one step."""
     step.keeps("solution_is_init_step_evaluate", data.draw(step.cases()))

@@ -1,4 +1,4 @@
-"""Running statistics: a moving average of each batch's own mean and variance, nothing else."""
+"""Running statistics: a moving average of each batch's own mean and variance."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,30 +8,30 @@ STEPS_OF = ("sgd", "adam")  # the forward pass writes them; no optimizer has a p
 
 @given(data=st.data())
 def test_batch_stats_change_only_by_ema(step, data):
-    """Each statistic becomes m * old + (1 - m) * b, with m and b free of the old value."""
+    """Each statistic becomes m * old + (1 - m) * b, with m and b independent of the old value."""
     step.keeps("batch_stats_change_only_by_ema", data.draw(step.cases()))
 
 
 @given(data=st.data())
 def test_one_momentum_for_the_whole_model(step, data):
-    """The weight m of the old value is one number in [0, 1) for all layers."""
+    """All running statistics have the same momentum, a number in [0, 1)."""
     step.keeps("one_momentum_for_the_whole_model", data.draw(step.cases()))
 
 
 @given(data=st.data())
 def test_momentum_is_as_declared(step, data):
-    """That m is the declared one: the average is taken once, and not the other way round."""
+    """The measured momentum is the declared one."""
     step.keeps("momentum_is_as_declared", data.draw(step.cases()))
 
 
 @given(data=st.data())
 def test_batch_moments_are_the_layers_own(step, data):
-    """What enters is the mean and the biased variance (divisor N) of the layer's own input."""
+    """The moments averaged are the mean and the biased variance (divisor N) of the layer's input."""
     step.keeps("batch_moments_are_the_layers_own", data.draw(step.cases()))
 
 
 def test_unlike_rows_have_a_variance(step):
-    """Rows that differ give a running variance above 0."""
+    """A batch of different rows has a batch variance above 0."""
     step.shows("unlike_rows_have_a_variance", step.cases())
 
 
@@ -43,19 +43,19 @@ def test_batch_stats_are_free_of_targets(step, data):
 
 @given(data=st.data())
 def test_variance_is_never_negative(step, data):
-    """A running variance stays at or above zero."""
+    """A running variance does not become negative."""
     step.keeps("variance_is_never_negative", data.draw(step.cases()))
 
 
 @given(data=st.data())
 def test_batch_like_the_statistics_is_a_fixed_point(step, data):
-    """Statistics that equal the batch's own moments stay where they are."""
+    """Running statistics that equal the batch's moments do not change."""
     step.keeps("batch_like_the_statistics_is_a_fixed_point", data.draw(step.cases()))
 
 
 @given(data=st.data())
 def test_equal_steps_converge_geometrically(step, data):
-    """The same batch once more is folded in once more, by the same m."""
+    """A second step on the same batch with lr = 0 applies the same moving average again."""
     step.keeps("equal_steps_converge_geometrically", data.draw(step.cases()))
 
 
@@ -67,5 +67,5 @@ def test_initial_statistics_are_zero_and_one(step, data):
 
 @given(data=st.data())
 def test_statistics_stay_finite(step, data):
-    """No batch within the domain makes a statistic infinite or NaN."""
+    """Finite running statistics stay finite for every batch in the domain."""
     step.keeps("statistics_stay_finite", data.draw(step.first_steps()))

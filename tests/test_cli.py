@@ -120,7 +120,7 @@ UNUSABLE = {
     "check --json .": "--json . is a directory",
     "check nowhere.py:x": "no file nowhere.py",
     "check steps.py:rong": "steps.py has no 'rong'; did you mean 'wrong'?",
-    "check json:loads": "is called neither without arguments",
+    "check json:loads": "must take no arguments and return",
     "check a b": "unrecognized arguments: b",
     "explain nothing": "no law, family or mistake is named 'nothing'; see",
     "explain": "required: NAME",

@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -74,6 +75,33 @@ def test_links_lead_somewhere() -> None:
             if not file.exists() or heading not in anchors(file.read_text(encoding="utf-8")):
                 lost.append((page.name, to))
     assert lost == []
+
+
+def test_the_page_of_supported_releases_lists_the_pins_and_their_tox_environments() -> None:
+    """A row for each file in pins/, oldest jax first, with the environment of tox that installs it."""
+    tox = (ROOT / "tox.ini").read_text(encoding="utf-8")
+    factors = {
+        file: factor
+        for factor, file in re.findall(r"^ +(jax\d+): -r (pins/\S+)", tox, re.MULTILINE)
+    }
+    (label,) = re.findall(r"^ +matrix = (.*)$", tox, re.MULTILINE)
+    python = {
+        f"jax{n}": py
+        for py, many in re.findall(r"(py\d+)-jax(\{[^}]*\}|\d+)", label)
+        for n in re.findall(r"\d+", many)
+    }
+    expected = []
+    for file in (ROOT / "pins").glob("*.txt"):
+        pins = dict(re.findall(r"^([\w-]+)==(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE))
+        factor = factors.get(f"pins/{file.name}")
+        environment = f"`{python[factor]}-{factor}`" if factor else ""
+        expected.append((*(pins[name] for name in ("jax", "flax", "optax", "numpy")), environment))
+    expected.sort(key=lambda row: Version(row[0]))
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ?(\S*) ?\|$", page, re.MULTILINE
+    )
+    assert rows == expected
 
 
 def plain(line: str) -> str:

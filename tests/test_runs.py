@@ -419,7 +419,7 @@ def test_an_error_beyond_the_one_allowed_is_a_violation(worst: float, *, violate
 
 
 def test_a_check_that_is_to_stop_runs_nothing_more() -> None:
-    """After a violation the life of the state is not lived, and the report says why."""
+    """After a violation the checkpoint laws are not run, and the report says why."""
     sgd = reference.sgd()
 
     def step(state: Any, x: Any, y: Any, lr: Any) -> Any:

@@ -10,14 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import yaml
 
 import bnverify
 from bnverify.commands import __path__ as command_path
-from bnverify.laws import LAWS
+from bnverify.evidence import Status
+from bnverify.laws import FAMILIES, LAWS
 from bnverify.mistakes import MISTAKES
+from bnverify.proof import MISSING_CAPABILITY
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -118,6 +121,27 @@ def test_terms_of_the_glossary_are_in_use() -> None:
     text = " ".join(file.read_text(encoding="utf-8") for file in files if file != glossary)
     text = " ".join(text.lower().split())
     assert [term for term in terms if not re.search(rf"\b{re.escape(term.lower())}", text)] == []
+
+
+def test_what_the_docs_name_is_in_the_glossary_or_the_api(pages: dict[str, str]) -> None:
+    """Every family, status and capability, and every class of the package that a page names."""
+    glossary = (DOCS / "glossary.md").read_text(encoding="utf-8")
+    terms = {term.lower() for term in re.findall(r"^(\S.*)\n:   ", glossary, re.MULTILINE)}
+    assert {*FAMILIES, *get_args(Status), *MISSING_CAPABILITY} <= terms
+    package = ROOT / "bnverify"
+    files = [path for path in package.rglob("*.py") if path.parent.name not in {"zoo", "mutants"}]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
+    classes = set(re.findall(r"^class ([A-Z]\w+)", source, re.MULTILINE))
+    described = set(re.findall(r"^::: bnverify\.(\w+)$", pages["api.md"], re.MULTILINE))
+    undefined = []
+    for page in (*DOCS.rglob("*.md"), ROOT / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+        spans = " ".join(re.findall(r"`[^`]+`|\*\*[^*]+\*\*", prose))
+        of_examples = set(re.findall(r"class (\w+)", text))
+        named = classes.intersection(re.findall(r"\b[A-Z]\w+", spans)) - of_examples - described
+        undefined += [(page.name, name) for name in named if name.lower() not in terms]
+    assert undefined == []
 
 
 def test_the_site_is_told_of_no_other_host() -> None:

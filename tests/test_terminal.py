@@ -24,7 +24,7 @@ from bnverify.runs import never
 SHOWN = Counterexample(
     "variance_is_never_negative", Case.of(seed=0, x=[[1.0] * 40], y=[0.0], lr=0.1), "steps.py:mine"
 )
-CAUSE = Cause("ema_applied_twice", "the old value's weight is 0.81")
+CAUSE = Cause("ema_applied_twice", "the momentum is 0.81")
 WRONG = Mismatch("batch_stats/norm/var", (3,), -0.25, 0.0, 1e-7)
 FLOWS = {
     "params": ["batch_stats", "lr", "params", "x", "y"],
@@ -141,7 +141,7 @@ def test_a_violation_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "in 7 of 12 cases" in text
     assert "If it is meant: negative=True" in text
     known = MISTAKES["ema_applied_twice"]
-    assert f"Likely cause: {known.title} (the old value's weight is 0.81)." in text
+    assert f"Likely cause: {known.title} (the momentum is 0.81)." in text
     assert f"Fix: {known.fix}." in text
 
 
@@ -198,7 +198,7 @@ def test_a_cause_is_data_and_reads_back() -> None:
     told = json.loads(REPORT.to_json())["results"][0]
     assert told["cause"] == {
         "mistake": "ema_applied_twice",
-        "seen": "the old value's weight is 0.81",
+        "seen": "the momentum is 0.81",
         "title": known.title,
         "fix": known.fix,
         "source": known.source,

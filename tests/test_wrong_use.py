@@ -15,7 +15,7 @@ from bnverify.errors import UsageError
 SGD = reference.sgd()
 CASE = bnverify.Case.of(0, [[1.0]], [1.0], 0.1)
 NET: Any = nn.BatchNorm()
-WRAP = r"got a BatchNorm; .* around a Flax module: subject = bnverify.linen\(BatchNorm\(\)\)"
+WRAP = r"got a BatchNorm; .* with a Flax module, write subject = bnverify.linen\(BatchNorm\(\)\)"
 
 
 @pytest.mark.parametrize(

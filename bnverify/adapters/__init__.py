@@ -1,5 +1,5 @@
-"""Subjects from users' own code: a linen or nnx module, a TrainState step, a black box.
+"""Adapters: Subjects from users' own code, such as linen or nnx modules and training loops.
 
-Each adapter is a module of its own and imports the part of Flax it is about, so this package
-imports nothing: ``from bnverify.adapters.linen import linen``, or ``bnverify.linen``.
+This package imports nothing itself, because each adapter imports its part of Flax:
+``from bnverify.adapters.linen import linen``, or ``bnverify.linen``.
 """

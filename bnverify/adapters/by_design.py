@@ -1,4 +1,4 @@
-"""Which laws a step breaks by design, and why: read off its programs, or declared."""
+"""The laws that a step violates by design, with the reasons: found in its traces, or declared."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from bnverify.adapters.layers import Layers, listed
 from bnverify.adapters.programs import ROWS, Programs
 from bnverify.adapters.traced import DRAWS, Flows
 
-FLAT = frozenset({"sign", "floor", "ceil", "round", "stop_gradient"})  # no slope goes through them
+FLAT = frozenset({"sign", "floor", "ceil", "round", "stop_gradient"})  # their gradient is 0
 
 
 class Design:
     """What a step does by design.
 
     Args:
-        programs: its functions, traced.
+        programs: the traced functions of the step.
         layers: its normalisation layers.
-        declared: what its user says of it.
-        batch: makes its batch of x and y, where that is known.
+        declared: the user's declarations.
+        batch: the function that makes the batch from x and y; None if it is unknown.
     """
 
     def __init__(
@@ -40,18 +40,18 @@ class Design:
         self._batch = batch
 
     def is_online(self) -> bool:
-        """Return whether training normalises by running values, too, by design."""
+        """Return whether training also normalises by running statistics, by design."""
         return bool(self._declared.online) or (
             self._declared.online is None and bool(self._renormalised())
         )
 
     def _renormalised(self) -> set[int]:
-        """Return where a gradient is stopped at a value made of running statistics."""
+        """Return the nodes where gradients through running statistics are stopped."""
         statistics = [n for path, n in self._of.inputs.items() if path.startswith("batch_stats/")]
         return self._of.stopped(statistics)
 
     def exempt(self) -> dict[str, str]:
-        """Return the laws that do not hold of the step by design, each with the reason."""
+        """Return the laws that the step violates by design, each with the reason."""
         return {
             **self._of_variables(),
             **self._of_layers(),
@@ -61,7 +61,7 @@ class Design:
         }
 
     def _of_variables(self) -> dict[str, str]:
-        """Return the laws that other variables and random numbers break."""
+        """Return the laws that do not apply because of other variables and random numbers."""
         seen = [n for p, n in self._of.outputs.items() if p.startswith("batch_stats/")]
         seen += [] if self._of.loss is None else [self._of.loss]
         found: dict[str, str] = {}
@@ -78,11 +78,11 @@ class Design:
             )
             what = " and ".join(names)
             found |= because(
-                f"what moves between two equal steps and reaches them: {what}",
+                f"the new statistics depend on state that changes in every step: {what}",
                 ("equal_steps_converge_geometrically",),
             )
             found |= because(
-                f"what moves in training and reaches the loss: {what}",
+                f"the training loss depends on state that changes in every step: {what}",
                 ("eval_at_the_batchs_own_moments_is_the_training_loss",),
             )
         draws = self._of.eval_flows.of_primitives(DRAWS)
@@ -105,19 +105,19 @@ class Design:
     def _of_layers(self) -> dict[str, str]:
         found: dict[str, str] = {}
         if self.is_online():
-            said = "the model is declared to normalise by its running values in training too"
+            said = "online=True: training also normalises by running statistics"
             if not self._declared.online:
                 at = self._of.flows.where(min(self._renormalised()))
-                said = "training normalises by running values too, as batch renormalisation does"
-                said += f": no gradient flows through them at {at}" if at else ""
+                said = "training also normalises by running statistics, like batch renormalisation"
+                said += f": their gradient is stopped at {at}" if at else ""
             found |= because(said, laws.OLD_STATISTICS)
             if self._statistics_mix():
-                said += ", so that the statistics of one layer reach those of the next"
+                said += ", so the statistics of one layer depend on those of another"
                 found |= because(said, laws.OLD_STATISTICS, laws.MIXED_STATISTICS)
         momenta = {m for m in self._layers.momenta().values() if m is not None}
         if len(momenta) > 1:
             numbers = ", ".join(f"{m:.4g}" for m in sorted(momenta))
-            said = f"its layers weigh the old value differently: {numbers}"
+            said = f"its layers have different momenta: {numbers}"
             found |= because(said, ("one_momentum_for_the_whole_model",))
         several = {
             path: self._layers.writes(path)
@@ -129,13 +129,13 @@ class Design:
         counted = [path for path, writes in several.items() if writes is not None]
         untold = [path for path, writes in several.items() if writes is None]
         if untold:
-            said = "runs in a loop, or in one of several networks alike, so its calls cannot be counted"
+            said = "called in a loop, or in one of several identical networks, so calls cannot be counted"
             found |= because(f"{said}: {listed(untold)}", laws.ONE_FOLD)
             if len(self._layers.owners) > 1:
                 one = ("one_momentum_for_the_whole_model",)
                 found |= because(f"{said}: {listed(untold)}", one)
         if counted:
-            said = "called more than once in a step, each time with moments of its own: "
+            said = "called several times in a step, with different batches: "
             found |= because(said + listed(counted), laws.ONE_FOLD)
         return found
 
@@ -150,22 +150,22 @@ class Design:
 
     def _of_targets(self) -> dict[str, str]:
         if self._declared.targets is False:
-            return because("the loss is declared to have no targets", laws.TARGETS)
+            return because("targets=False: the loss has no targets", laws.TARGETS)
         if (
             self._declared.targets is None
             and self._batch is not None
             and not self._enters(self._batch)
         ):
-            return because("the batch is made without y", laws.TARGETS)
+            return because("the batch does not contain y", laws.TARGETS)
         if self._declared.targets is None and not self._uses_targets():
-            return because("y reaches neither the step nor its evaluation", laws.TARGETS)
+            return because("neither the step nor its evaluation uses y", laws.TARGETS)
         if self._have_a_pass_of_their_own():
-            said = "a pass of its own is made of y, whose rows belong to none of x"
+            said = "y has its own forward pass, and its rows do not correspond to those of x"
             return because(said, ("targets_belong_to_their_rows",))
         return {}
 
     def _have_a_pass_of_their_own(self) -> bool:
-        """Return whether y is the input of a pass of its own, and meets the rows of x nowhere."""
+        """Return whether y is the input of a separate forward pass, never combined with rows of x."""
         flows = self._of.flows
         of_x, of_y = (flows.reached([self._of.inputs[name]]) for name in ("x", "y"))
         given = {n for label in self._of.recording.turns if label for n in flows.of_label(label)}
@@ -197,14 +197,14 @@ class Design:
 
     def _of_rows(self) -> dict[str, str]:
         if self._declared.row_losses is not None:
-            said = "the loss is declared to be no mean over rows"
+            said = "row_losses=False: the loss is not a mean over rows"
             return {} if self._declared.row_losses else because(said, laws.ROWS)
         found: dict[str, str] = {}
         if self._declared.weights is None:
             count = self._divides_by_the_batch()
             if count is not None:
                 at = self._of.eval_flows.where(count)
-                said = "the eval loss divides by a number that the batch gives"
+                said = "the eval loss divides by a number that depends on the batch"
                 found |= because(said + (f" ({at})" if at else ""), laws.ROWS[:1])
         for flows, inputs, reached in (
             (self._of.flows, self._of.inputs, laws.ROWS),
@@ -243,32 +243,30 @@ class Design:
                 first = call.turn <= 1 and not mark
                 (given if of_pass & of_targets or first else moved_since).add(label)
         if given:
-            found |= because("the model is given the targets too", laws.FREE_STATISTICS)
+            found |= because("the targets are an input of the model", laws.FREE_STATISTICS)
         elif self._of.updates() > 1:
             moving = [
                 n for p, n in inputs.items() if p in ("y", "lr") or p.startswith("opt_state/")
             ]
             moved = flows.reached(moving)
             if any(n in moved for p, n in self._of.outputs.items() if p.startswith("batch_stats/")):
-                said = "a step updates params several times, and normalises by what it updated"
+                said = "a step updates params several times and runs the model on updated params"
                 found |= because(said, laws.FREE_STATISTICS)
         elif moved_since:
-            said = (
-                "the gradient is taken at another point than the params, one that a gradient gave"
-            )
+            said = "the gradient is taken at perturbed params, as in sharpness-aware minimisation"
             found |= because(said, laws.GRADIENT)
         if self._of.updates() > 1:
-            said = "a step makes several updates, each along the gradient of a loss of its own"
+            said = "a step makes several updates, each with the gradient of a different loss"
             found |= because(said, laws.GRADIENT)
         stops = self._of.stopped(n for p, n in inputs.items() if p.startswith("params/"))
         if stops:
             at = flows.where(min(stops))
-            said = "the loss holds jax.lax.stop_gradient, so its slope is not what is followed"
+            said = "the loss contains jax.lax.stop_gradient, so the gradient is not its slope"
             found |= because(said + (f" ({at})" if at else ""), laws.GRADIENT)
         return found
 
     def flat(self) -> str | None:
-        """Return which loss depends on the params and has a slope nowhere; None: neither."""
+        """Return which loss depends on params but has a gradient of 0 everywhere; None: neither."""
         pairs = (
             (
                 "eval_step",
@@ -286,14 +284,14 @@ class Design:
         return None
 
     def has_penalty(self) -> bool:
-        """Return whether a gradient has a term of params alone that the reported loss lacks."""
+        """Return whether the differentiated loss has a penalty on params that the reported one lacks."""
         if self._of.loss is None:
             return False
         inputs, flows = self._of.inputs, self._of.flows
         params = flows.reached(n for path, n in inputs.items() if path.startswith("params/"))
         others = [n for p, n in inputs.items() if p in ("x", "y") or p.startswith("extra/")]
         data = flows.reached(others)
-        # The scale of a dynamic loss scaling is no constant, but neither params nor batch reach it.
+        # The scale of dynamic loss scaling is not constant, but independent of params and batch.
         varying = params | flows.reached(n for path, n in inputs.items() if path in ("x", "y"))
 
         def of_params_alone(node: int) -> bool:
@@ -316,7 +314,7 @@ UNCHANGED = frozenset(
 
 
 def _terms(flows: Flows, node: int, varying: Set[int]) -> list[int]:
-    """Return the nodes that a value is a sum of, scaled or not by what is not ``varying``."""
+    """Return the terms of a sum; factors that are not ``varying`` are ignored."""
     found, pending, seen = [], [node], {node}
     while pending:
         each = pending.pop()
@@ -345,7 +343,7 @@ def _has_slope(flows: Flows) -> Callable[[int], bool]:
 
 
 def _pairs_of_rows(flows: Flows, x: int) -> list[int]:
-    """Return the products of rows with rows: of two values of the batch, over no common axis."""
+    """Return the matrix products of rows with rows, such as those of a contrastive loss."""
     data = flows.reached([x])
     found = []
     for node in flows.of_primitives({"dot_general"}):
@@ -361,7 +359,7 @@ def _pairs_of_rows(flows: Flows, x: int) -> list[int]:
 
 
 def _field(path: str) -> str:
-    """Return the field of a carried object that a path in ``State.extra`` begins with."""
+    """Return the name of the field that a path in ``State.extra`` starts with."""
     return "/".join(
         path.removeprefix("fields/").split("/")[: 1 if path.startswith("fields/") else 2]
     )

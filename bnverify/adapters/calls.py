@@ -1,9 +1,8 @@
-"""How a user's functions are called: what each parameter means, told by its name.
+"""How a user's functions are called: the role of each parameter, found by its name.
 
-A step is called as it is written. What its parameters are is told by role: the objects that a
-loop carries from step to step ("things": a train state, a model, an optimizer, loose trees), the
-batch or its halves, a key, the learning rate, an optimizer. Names say most of it; order says the
-rest; ``roles=`` settles what neither does. Whatever else a function needs, its user binds.
+The roles are: the objects in the state of a loop ("things": a train state, a model, an optimizer, a
+pytree), the batch or its inputs and targets, a PRNG key, the learning rate, an optimizer. Most are found
+by name, others by order; ``roles=`` declares the rest. The user must bind all other parameters.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _WORDS = {
     "features": "features din in_features num_features input_dim",
 }
 ROLES = {role: tuple(words.split()) for role, words in _WORDS.items()}
-"""What a parameter can be -> the names that say so."""
+"""Role -> the names of parameters that have it."""
 
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 
@@ -46,20 +45,20 @@ _KINDS = {
     "opt_state": "opt_state optimizer_state optim_state",
 }
 KIND_OF = {name: kind for kind, words in _KINDS.items() for name in words.split()}
-"""Name of a parameter -> the kind of carried object that it takes."""
+"""Name of a parameter -> the kind of thing that it takes."""
 
-# Filled even where they have a default: laws need to set the rate, and a model that draws random
-# numbers does not take None for a key.
+# These are passed even if the parameter has a default: laws change the learning rate, and None is no
+# valid key for a model that draws random numbers.
 OPTIONAL = ("lr", "tx", "key", "rngs")
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object that a loop carries from step to step.
+    """One object in the state of a loop.
 
     Attributes:
-        name: how it is known: the name of the parameter that takes it, or a key.
-        kind: one of the kinds that a parameter's name can tell; "" where none fits.
+        name: its name: that of the parameter that takes it, or a key.
+        kind: one of the kinds in ``KIND_OF``; "" if none fits.
     """
 
     name: str
@@ -68,14 +67,14 @@ class Thing:
 
 @dataclass(frozen=True)
 class Caller:
-    """A user's function and what it is called with.
+    """A user's function and the roles of its parameters.
 
     Attributes:
-        function: not compiled: see ``plain``.
-        positional: the roles of its required parameters, in order. "thing:NAME" is one of the
-            objects that the loop carries, "things" all of them as one.
-        named: parameter -> role, of those passed by keyword.
-        roles: parameter -> role, of the required ones.
+        function: the function without jit; see ``plain``.
+        positional: the roles of its positional parameters, in order. "thing:NAME" is one thing,
+            "things" all of them in one object.
+        named: parameter -> role, for those passed by keyword.
+        roles: parameter -> role, for the required ones.
     """
 
     function: Callable[..., Any]
@@ -88,11 +87,11 @@ class Caller:
         return any(role in self.positional or role in self.named.values() for role in roles)
 
     def things(self) -> dict[str, str]:
-        """Return parameter -> name of the carried object that it takes."""
+        """Return parameter -> name of the thing that it takes."""
         return {n: r.removeprefix("thing:") for n, r in self.roles.items() if _is_thing(r)}
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
-        """Call the function with role -> value, of which only those it takes are used."""
+        """Call the function; ``values`` maps roles to values, of which it gets those that it takes."""
         named = {name: values[role] for name, role in self.named.items()}
         return self.function(*(values[role] for role in self.positional), **named)
 
@@ -111,19 +110,19 @@ def caller(
     """Return how to call ``function``.
 
     Args:
-        function: a user's.
-        what: how messages call it: "create".
-        allowed: the roles that there are values for.
-        order: the roles of required parameters about which nothing else is known, first to last.
-        told: parameter -> role, as the user says.
-        things: the objects that the loop carries.
-        known: parameter -> role, as another function of the loop takes them. Of things that are not
-            known so, one alone is taken.
-        whole: whether one parameter takes all things as one. None: where fewer parameters are
-            left than there are things.
+        function: a user's function.
+        what: its name in messages: "create".
+        allowed: the available roles.
+        order: the roles of required parameters whose names are unknown, first to last.
+        told: parameter -> role, as declared by the user.
+        things: the objects in the state of the loop.
+        known: parameter -> role in another function of the loop. Of the things that are not in it,
+            only one is assigned.
+        whole: whether one parameter takes all things in one object. None: if there are fewer
+            unassigned parameters than things.
 
     Raises:
-        UsageError: a required parameter's role cannot be told.
+        UsageError: the role of a required parameter is unknown.
     """
     raw = plain(function)
     parameters = _parameters(raw)
@@ -150,16 +149,16 @@ def caller(
 
 
 class _Assignment:
-    """Roles for the required parameters of one function, found one way after the other.
+    """Assigns roles to the required parameters of one function.
 
     Args:
         allowed: see ``caller``.
-        unclaimed: name of a thing that no parameter takes yet -> its kind.
+        unclaimed: name of a thing that is not assigned yet -> its kind.
         known: see ``caller``.
 
     Attributes:
         roles: parameter -> role.
-        left: the parameters without one.
+        left: the parameters without a role.
     """
 
     def __init__(
@@ -173,12 +172,12 @@ class _Assignment:
         self._known = known
 
     def assign(self, parameter: str, role: str) -> None:
-        """Give a parameter its role."""
+        """Assign a role to a parameter."""
         self.roles[parameter] = role
         self._unclaimed.pop(role.removeprefix("thing:"), None)
 
     def by_name(self, parameter: str) -> None:
-        """Give a parameter the role that its name tells, or leave it."""
+        """Assign the role that the parameter's name suggests, if any."""
         kind = KIND_OF.get(parameter)
         alike = [name for name, each in self._unclaimed.items() if each and each == kind]
         if parameter in self._unclaimed:
@@ -193,7 +192,7 @@ class _Assignment:
             self.left.append(parameter)
 
     def things_in_order(self, *, whole: bool | None) -> None:
-        """Give the parameters that are left the things that are, or the first of them all as one."""
+        """Assign the remaining things in order, or all of them to the first remaining parameter."""
         all_free = len(self._unclaimed) == self._count > 1
         if whole is None:
             whole = all_free and 0 < len(self.left) < self._count
@@ -202,11 +201,11 @@ class _Assignment:
             return
         while self.left and self._unclaimed:
             if self._known and any(map(_is_thing, self.roles.values())):
-                return  # one thing is enough for an evaluation: what is left is the batch
+                return  # an evaluation needs only one thing; the other parameters are the batch
             self.assign(self.left.pop(0), f"thing:{next(iter(self._unclaimed))}")
 
     def batch_in_order(self, order: Sequence[str]) -> None:
-        """Give the parameters that are left what is left of a batch: all of it, or one half."""
+        """Assign the batch, or its inputs and targets, to the remaining parameters."""
         taken = set(self.roles.values())
         halves = {"inputs", "targets"}
         following = [role for role in order if role not in taken]
@@ -235,13 +234,13 @@ def _role(asked: str, parameter: str, allowed: Collection[str], things: Sequence
     if kinds:
         return f"thing:{kinds[0]}"
     known = ", ".join([*sorted(allowed), *(thing.name for thing in things)])
-    raise UsageError(f"roles: {parameter!r} is told to be {asked!r}; there are {known}")
+    raise UsageError(f"roles={{{parameter!r}: {asked!r}}} names no role; the roles are {known}")
 
 
 def _untold(what: str, function: Any, name: str, allowed: Collection[str]) -> str:
     return (
-        f"{what}{inspect.signature(function)}: what to pass as {name!r} cannot be told. If it is "
-        f"one of {', '.join(sorted(allowed))}, say roles={{{name!r}: ...}}; anything else, bind: "
+        f"{what}{inspect.signature(function)}: it is unknown what to pass as {name!r}. If it is one "
+        f"of {', '.join(sorted(allowed))}, declare roles={{{name!r}: ...}}; otherwise bind it: "
         f"functools.partial({what}, {name}=...)"
     )
 
@@ -272,11 +271,11 @@ def _is_optional(p: inspect.Parameter) -> bool:
 
 
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what ``jax.jit``, ``jax.pmap``, ``nnx.jit`` or ``shard_map`` was given, arguments bound.
+    """Return the function inside ``jax.jit``, ``jax.pmap``, ``nnx.jit`` or ``shard_map``.
 
-    A compiled function is not traced again, so its layers could not be looked at; one that
-    donates its arguments would take a state that is still needed. What is mapped over devices
-    runs as the only shard of its axis instead.
+    A compiled function is not traced again, so its layers could not be observed, and one that donates
+    its arguments would delete a state that is still needed. A function mapped over devices runs as the
+    only shard of its axis instead. Arguments bound by ``functools.partial`` stay bound.
     """
     if isinstance(function, functools.partial):
         inner = plain(function.func)
@@ -288,21 +287,21 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_shard_map(function: Any) -> bool:
-    # JAX wraps what it returns once more, to shorten its tracebacks.
+    # JAX wraps the function once more, to shorten tracebacks.
     inside = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     codes = [getattr(each, "__code__", None) for each in (function, *inside)]
     return any(code is not None and "shard_map" in code.co_filename for code in codes)
 
 
 def label_of(function: Callable[..., Any]) -> str:
-    """Return how a report calls a user's function."""
+    """Return the name of a user's function for reports."""
     inner: Any = plain(function)
     while isinstance(inner, functools.partial):
         inner = inner.func
     return str(getattr(inner, "__name__", type(inner).__name__))
 
 
-# What adapters are given, looked at before anything runs: later it fails inside a trace.
+# Arguments of adapters are checked before anything runs, since later errors occur inside a trace.
 
 FUNCTIONS = {
     "optimizer": (
@@ -314,18 +313,18 @@ FUNCTIONS = {
     "weights": (2, "a function (x, y) -> a weight for each row"),
     "create": (None, "a function that makes the train state"),
     "make": (None, "a function that makes the model and its optimizer"),
-    "train_step": (None, "a function, the loop's own training step"),
-    "eval_step": (None, "a function, the loop's own evaluation"),
+    "train_step": (None, "a function, the training step of the loop"),
+    "eval_step": (None, "a function, the evaluation step of the loop"),
 }
-"""Name of an argument -> how many arguments that function takes (None: told by their names), and what
-it is."""
+"""Name of an argument -> (the number of arguments of that function, None if they are matched by name;
+what the function is)."""
 
 
 def functions(**given: Any) -> None:
-    """Refuse arguments that are not the functions of ``FUNCTIONS``.
+    """Check that arguments are functions as described in ``FUNCTIONS``.
 
     Raises:
-        UsageError: naming the argument and what it must be.
+        UsageError: one is not; the message names the argument and what it must be.
     """
     for name, function in given.items():
         count, meant = FUNCTIONS[name]
@@ -337,10 +336,10 @@ def functions(**given: Any) -> None:
 
 
 def sizes(features: int | Collection[int] | None) -> tuple[int, ...] | None:
-    """Return the feature sizes that a user named, as a tuple; None: any.
+    """Return the values of D that a user gave, as a tuple; None: any.
 
     Raises:
-        UsageError: they are no positive whole numbers.
+        UsageError: they are not positive integers.
     """
     if features is None:
         return None
@@ -351,16 +350,16 @@ def sizes(features: int | Collection[int] | None) -> tuple[int, ...] | None:
         found = ()
     if not found or min(found) < 1:
         raise UsageError(
-            f"features must be the D that the model takes, or several, got {features!r}"
+            f"features must be the D that the model accepts, or several values, got {features!r}"
         )
     return found
 
 
 def linen_module(module: Any) -> None:
-    """Refuse what is no linen module.
+    """Check that an argument is a linen module.
 
     Raises:
-        UsageError: saying what it is, and what to pass.
+        UsageError: it is not; the message says what to pass.
     """
     kind = flax_module.kind(module)
     if kind == "linen" and isinstance(module, type):
@@ -372,29 +371,31 @@ def linen_module(module: Any) -> None:
 
 
 def nnx_maker(make_module: Any) -> None:
-    """Refuse what makes no nnx module.
+    """Check that an argument is a function or class that makes an nnx module.
 
     Raises:
-        UsageError: saying what it is, and what to pass.
+        UsageError: it is not; the message says what to pass.
     """
     kind = flax_module.kind(make_module)
     if kind == "linen":
         raise UsageError(f"that is a linen module: {flax_module.wrapped(make_module)}")
     if kind == "nnx" and not isinstance(make_module, type):
         raise UsageError(
-            "nnx makes the module anew for every seed, so it takes the class, or a function of "
-            f"rngs: {flax_module.wrapped(make_module)}"
+            "nnx needs the class, or a function of rngs, because it makes a new module for every "
+            f"seed: {flax_module.wrapped(make_module)}"
         )
     if not callable(make_module):
-        raise UsageError(f"nnx takes what makes an nnx module, got {_described(make_module)}")
+        raise UsageError(
+            f"nnx needs a class or function that makes an nnx module, got {_described(make_module)}"
+        )
 
 
 def nnx_caller(
     make: Callable[..., Any], what: str, told: Mapping[str, str] | None = None
 ) -> Caller:
-    """Return how to call what makes nnx objects: with ``rngs``, and perhaps D, a rate, an optimizer.
+    """Return how to call a function that makes nnx objects: with ``rngs``, D, lr and an optimizer.
 
-    Random streams go by the name ``rngs`` or to the last required parameter; one other required
+    The PRNG streams are passed as ``rngs`` or as the last required parameter; one other required
     parameter is the number of features, whatever its name.
 
     Raises:
@@ -408,8 +409,8 @@ def nnx_caller(
     rngs = "rngs" if "rngs" in parameter_names(make) else others.pop() if others else None
     if len(others) > 1:
         raise UsageError(
-            f"{what} has the required parameters {', '.join(names)}; it is called with rngs and at "
-            "most one more, the number of features: wrap it in a lambda"
+            f"{what} has the required parameters {', '.join(names)}, but it is called only with rngs "
+            "and the number of features: wrap it in a lambda"
         )
     roles |= {} if rngs is None else {rngs: "rngs"}
     roles |= dict.fromkeys(others, "features")

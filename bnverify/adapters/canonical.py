@@ -1,4 +1,4 @@
-"""The canonical training step around any model: what linen and nnx modules have in common."""
+"""The canonical training step for a linen or nnx module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Batch = Callable[[Any, Any], tuple[Any, Any]]
 
 
 class Pass(NamedTuple):
-    """One forward pass: what the model gives, what it should have given, what it leaves."""
+    """One forward pass: outputs, targets, and the new batch_stats and extra."""
 
     outputs: Any
     targets: Any
@@ -44,7 +44,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """The canonical step; see ``bnverify.reference`` for a remark on each of its lines."""
+    """The canonical step; ``bnverify.reference`` comments on each of its lines."""
 
     model: Model
     optimizer: Optimizer
@@ -52,7 +52,7 @@ class Step:
 
     @explaining("init")
     def init(self, seed: Any, x: Any) -> State:
-        """Return the state before the first step."""
+        """Return the initial state."""
         params, batch_stats, extra = self.model.init(seed, x)
         return State(params, batch_stats, self.optimizer(RATE).init(params), extra)
 
@@ -79,12 +79,12 @@ class Step:
 
     @explaining("evaluation")
     def after_eval(self, state: State, x: Any, y: Any) -> State:
-        """Return the state that evaluation leaves."""
+        """Return the state after evaluation."""
         done = self.model.apply(state, x, y, train=False)
         return state._replace(batch_stats=done.batch_stats, extra=done.extra)
 
     def keeps_rate(self, sizes: tuple[int, int]) -> bool:
-        """Return whether the optimizer's state holds the rate, so that later ones do not count."""
+        """Return whether the optimizer state stores the learning rate, so that later ones are ignored."""
         shape: Any = jax.ShapeDtypeStruct
         seed, x = shape((), "int32"), shape(sizes, "float32")
         params = jax.eval_shape(self.init, seed, x).params
@@ -102,9 +102,9 @@ def subject(
     features: tuple[int, ...] | None,
     declared: Declarations,
 ) -> Subject:
-    """Return the canonical training step of ``model``, with all that its traces show."""
+    """Return the canonical training step of ``model``, completed by an analysis of its traces."""
     said = declared_by(declared)
-    said = replace(said, penalty=False)  # the loss is the one that the step is given
+    said = replace(said, penalty=False)  # the canonical step differentiates the reported loss
     step = Step(model, optimizer, loss)
 
     def probed(other: Optimizer) -> Subject:

@@ -1,7 +1,7 @@
-"""What a user can declare of a step, in every adapter alike, and the laws that it settles.
+"""Declarations about a step, the same for every adapter, and the laws that they make exempt.
 
-A law that a step breaks by design is exempt from it, with the reason; a violation that one of
-these declarations would rightly silence says so.
+A step that violates a law by design is exempt from it, with the reason. The report on a violation says
+which declaration would make the law exempt.
 """
 
 from __future__ import annotations
@@ -39,60 +39,59 @@ FREE_STATISTICS = ("batch_stats_are_free_of_targets",)
 INITIAL = ("initial_statistics_are_zero_and_one",)
 
 HINTS = {
-    "eval_rows_are_independent": "if rows are compared or weighed by design: row_losses=False, or "
-    "weights= for a mask of rows",
+    "eval_rows_are_independent": "if rows are compared by design: row_losses=False; if they have "
+    "weights or a mask: weights=",
     "doubling_the_batch_changes_nothing": "if rows are compared by design: row_losses=False",
     **dict.fromkeys(TARGETS, "if the loss has no targets: targets=False"),
-    "training_is_free_of_old_statistics": "if training normalises by running values by design: "
-    "online=True; if some layers are frozen: frozen=[...]",
-    "momentum_is_as_declared": "if a layer folds in several batches a step by design: passes=",
-    "one_momentum_for_the_whole_model": "if a layer folds in several batches a step by design: "
+    "training_is_free_of_old_statistics": "if training also normalises by running statistics by "
+    "design: online=True; if some layers are frozen: frozen=[...]",
+    "momentum_is_as_declared": "if a layer processes several batches per step by design: passes=",
+    "one_momentum_for_the_whole_model": "if a layer processes several batches per step by design: "
     "passes=",
-    "initial_statistics_are_zero_and_one": "if training starts from a trained model: "
+    "initial_statistics_are_zero_and_one": "if training starts from a pretrained model: "
     "pretrained=True",
-    "each_step_draws_anew": "if the same numbers are meant: exempt=",
-    "every_pass_reaches_the_statistics": "if a pass is left out by design: passes=",
-    "each_batch_is_folded_in_once": "if a layer folds in several batches a step by design: passes=",
+    "each_step_draws_anew": "if the same numbers are intended: exempt=",
+    "every_pass_reaches_the_statistics": "if a forward pass is left out by design: passes=",
+    "each_batch_is_folded_in_once": "if a layer processes several batches per step by design: passes=",
     "layers_keep_the_feature_axis": "if another axis is normalised by design: exempt=",
-    "frozen_statistics_stay": "if they are to follow the new data: frozen=False",
+    "frozen_statistics_stay": "if the statistics should follow the new data: frozen=False",
     "frozen_params_stay": "if only the statistics are frozen: frozen=['LAYER/mean', 'LAYER/var']",
-    "trained_params_come_with_their_statistics": "if nothing is trained yet: pretrained=False",
+    "trained_params_come_with_their_statistics": "if nothing is pretrained: pretrained=False",
     "schedule_counts_updates": "if training has another number of batches: batches=",
     "step_moves_the_statistics": "if they are frozen by design: frozen=[...]",
     "inputs_reach_the_statistics": "if they are frozen by design: frozen=[...]",
-    "batch_stats_change_only_by_ema": "if some of these variables are no moving averages: "
+    "batch_stats_change_only_by_ema": "if some of these variables are not moving averages: "
     "carried=[...]",
     "gradients_are_gradients_of_the_loss": "if the reported loss lacks a penalty on the params: "
     "penalty=True",
     "eval_at_the_batchs_own_moments_is_the_training_loss": "if the two losses differ by design: "
     "same_loss=False",
 }
-"""Law -> what to declare where a step breaks it by design."""
+"""Law -> what to declare if a step violates it by design."""
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What a user says of a step. None leaves it to be found.
+    """What a user declares about a step. None: bnverify finds out.
 
     Attributes:
-        targets: whether the loss has targets. None: whether y enters the batch, and anything is made
-            of it.
-        row_losses: whether the eval loss is a mean over rows that do not know of each other. None:
-            unless its program divides by what the batch gives, or multiplies rows with rows.
-        online: whether training normalises by running values too. None: where a gradient is stopped
-            at a value made of them, as batch renormalisation does.
-        carried: patterns (``fnmatch``) of paths in the statistics that are no moving averages.
-        frozen: patterns of paths in params and statistics that no step may change: "backbone/*" for
-            a whole layer, "backbone/mean" for a statistic. False: of what the optimizer leaves alone
-            the statistics may move. By default found.
-        passes: how many batches each layer folds in a step. None: counted.
-        weights: (x, y) -> (N,): how much each row counts in the loss.
-        pretrained: whether params and statistics start from a trained model. None: found.
-        batches: how many batches training has, where gradients are accumulated: a schedule of the
-            learning rate must end sooner. None: what the user's code calls so.
-        same_loss: whether training and evaluation report one formula.
-        penalty: whether the loss that is differentiated has a term of params alone that the
-            reported one lacks. None: read from the program.
+        targets: whether the loss has targets. None: if y is in the batch and is used.
+        row_losses: whether the eval loss is a mean over independent rows. None: unless it divides by
+            a number that depends on the batch, or multiplies rows with rows.
+        online: whether training also normalises by running statistics. None: if a gradient through
+            running statistics is stopped, as in batch renormalisation.
+        carried: patterns (``fnmatch``) of paths in batch_stats that are no moving averages.
+        frozen: patterns of paths in params and batch_stats that no step may change: "backbone/*" for
+            a whole layer, "backbone/mean" for one statistic. False: the statistics of layers with
+            frozen params may change. Empty: frozen layers are found.
+        passes: the number of batches that each layer processes per step. None: counted.
+        weights: (x, y) -> (N,), the weight of each row in the loss.
+        pretrained: whether params and statistics start from a pretrained model. None: found.
+        batches: the number of batches in training, with gradient accumulation; a learning-rate
+            schedule must be shorter. None: an integer in the user's code whose name says so.
+        same_loss: whether training and evaluation compute the same loss of outputs and targets.
+        penalty: whether the differentiated loss has a penalty on the params that the reported loss
+            lacks. None: found in the trace.
         exempt: law name -> why it does not apply.
     """
 
@@ -128,7 +127,7 @@ class Declarations(TypedDict, total=False):
 
 
 def declared_by(given: Declarations) -> Declared:
-    """Return what keywords declare.
+    """Return the declarations in some keyword arguments.
 
     Raises:
         TypeError: there is no such declaration.
@@ -141,5 +140,5 @@ def declared_by(given: Declarations) -> Declared:
 
 
 def because(reason: str, *laws: Iterable[str]) -> dict[str, str]:
-    """Return the laws of some groups, each with the reason why it does not apply."""
+    """Return a dict from each law in some groups to ``reason``."""
     return dict.fromkeys((law for group in laws for law in group), reason)

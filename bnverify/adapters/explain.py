@@ -1,4 +1,4 @@
-"""Errors that JAX, Flax and Optax raise at a user's mistake, explained by the mistake's name."""
+"""Explaining errors that JAX, Flax and Optax raise for common mistakes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REFUSED = {
     for mistake in (
         Mistake(
             "statistics_not_passed",
-            "the model is applied without a collection that it reads",
+            "the model is applied without a collection that it needs",
             'model.apply({"params": params, "batch_stats": batch_stats}, ...)',
             FLAX_BATCH_NORM,
         ),
@@ -31,54 +31,55 @@ REFUSED = {
         ),
         Mistake(
             "random_stream_not_passed",
-            "the model draws random numbers and was given no key for them",
-            'pass rngs={"dropout": key} to model.apply, a new key each step; here, rngs= names them',
+            "the model draws random numbers but was given no PRNG key",
+            'pass rngs={"dropout": key} to model.apply, with a new key in each step; in bnverify.linen, '
+            "rngs= lists the streams",
         ),
         Mistake(
             "other_input_shape",
-            "the model is applied to inputs of another size than it was initialised with",
-            "give the subject features=D, the sizes it accepts, or make the batch from x with batch=",
+            "the model is applied to inputs of a different size than it was initialised with",
+            "pass features=D, the number of features that it accepts, or make its batch with batch=",
         ),
         Mistake(
             "input_without_axes",
-            "a layer is given something that is no batch: a number, or the key of a dict unpacked",
-            "say how the batch is made of x (N, D) and y (N,): batch=lambda x, y: (x, y)",
+            "a layer is applied to a scalar, or to a key of a dict, instead of a batch",
+            "pass a function that makes the batch from x (N, D) and y (N,): batch=lambda x, y: (x, y)",
         ),
         Mistake(
             "shapes_do_not_broadcast",
-            "arrays of shapes that do not fit are combined",
-            "bring predictions and targets to one shape before subtracting: out.reshape(-1)",
+            "arrays whose shapes do not broadcast are combined",
+            "give predictions and targets the same shape before subtracting: out.reshape(-1)",
         ),
         Mistake(
             "buffer_donated",
-            "an array is used after a call that was allowed to overwrite it",
-            "use what the call returned; donate_argnums gives the argument's memory away",
+            "an array is used after it was donated",
+            "use the result of the call; donate_argnums lets it reuse the argument's memory",
         ),
         Mistake(
             "not_traceable",
-            "a traced value is turned into a Python or NumPy one",
-            "inside the step use jnp and jax.lax.cond; int(), float(), if and np.asarray need values",
+            "a traced value is converted to a Python or NumPy value",
+            "use jnp and jax.lax.cond in the step; int(), float(), if and np.asarray need concrete values",
             "https://docs.jax.dev/en/latest/errors.html",
         ),
         Mistake(
             "value_leaks",
-            "a value is kept outside of the traced function that made it",
+            "a traced value is used outside of the function that is being traced",
             "return it from the function; do not assign it to a global, an attribute or a list",
         ),
         Mistake(
             "axis_not_bound",
-            "a collective names a mapped axis that nothing maps over",
-            'pass axis_name="batch" here, or remove the pmean from single-device code',
+            "a collective such as pmean uses an axis name that is not bound",
+            'pass axis_name="batch" to the adapter, or remove the pmean from single-device code',
         ),
         Mistake(
             "unknown_argument",
-            "a function is called with an argument that it does not have, or without one it needs",
-            "name the argument for train mode with train_argument=, or wrap the function",
+            "a function is called with an unknown argument, or without a required one",
+            "give the name of the train-mode argument with train_argument=, or wrap the function",
         ),
         Mistake(
             "state_assigned",
-            "a field of an immutable state is assigned to",
-            "state = state.replace(batch_stats=...): it returns a new state",
+            "a field of an immutable state is assigned",
+            "state = state.replace(batch_stats=...), which returns a new state",
         ),
         Mistake(
             "no_statistics_field",
@@ -88,54 +89,55 @@ REFUSED = {
         ),
         Mistake(
             "nnx_variable_from_outside",
-            "an nnx module is written inside a transformation that it was not passed to",
-            "use nnx.grad and nnx.jit and pass the module as an argument, not by closure",
+            "an nnx module is modified inside a transformation that it was not passed to",
+            "use nnx.grad and nnx.jit, and pass the module as an argument instead of a closure",
         ),
         Mistake(
             "nnx_object_by_closure",
-            "an nnx model or optimizer reaches a compiled or differentiated function by closure",
+            "a compiled or differentiated function closes over an nnx model or optimizer",
             "use nnx.jit and nnx.grad, and pass the model and the optimizer as arguments",
             "https://github.com/google/flax/issues/4695",
         ),
         Mistake(
             "nnx_object_broadcast",
-            "an nnx object is broadcast through a transformation that may write it",
-            "say which of its variables have an axis: nnx.StateAxes({nnx.Param: 0, ...: None}) as in_axes",
+            "an nnx object is broadcast through a transformation that may modify it",
+            "give the axes of its variables: in_axes=nnx.StateAxes({nnx.Param: 0, ...: None})",
         ),
         Mistake(
             "train_flag_traced",
-            "the argument that says whether the model trains is traced by nn.remat or nn.jit",
-            "make it static: nn.remat(Block, static_argnums=(2,)); the numbers count self as 0",
+            "nn.remat or nn.jit traces the argument that selects train mode",
+            "make it static: nn.remat(Block, static_argnums=(2,)); self counts as 0",
             "https://github.com/google/flax/issues/3946",
         ),
         Mistake(
             "seed_not_a_key",
-            "a seed that is traced is given where a key is needed",
+            "a traced seed is passed instead of a PRNG key",
             "nnx.Rngs(jax.random.key(seed))",
         ),
         Mistake(
             "nnx_optimizer_form",
-            "nnx.Optimizer is used in the form of another Flax release",
-            "from flax 0.11: Optimizer(model, tx, wrt=nnx.Param) and optimizer.update(model, grads)",
+            "nnx.Optimizer is called with the arguments of a different Flax release",
+            "from flax 0.11 on: Optimizer(model, tx, wrt=nnx.Param) and optimizer.update(model, grads)",
         ),
         Mistake(
             "batch_key",
             "the batch does not have the key that the step reads",
-            'say how the batch is made: batch=lambda x, y: {"image": x, "label": y}, or (x, y)',
+            'pass a function that makes the batch: batch=lambda x, y: {"image": x, "label": y}, or (x, y)',
         ),
     )
 }
-"""What the libraries refuse; the laws' own mistakes are in ``bnverify.mistakes``."""
+"""Mistakes for which the libraries raise errors; those that violate laws are in
+``bnverify.mistakes``."""
 
 
 @dataclass(frozen=True)
 class Symptom:
-    """How a mistake shows.
+    """The error that a mistake raises.
 
     Attributes:
-        mistake: its name.
-        types: names of exception classes, any of which it raises as.
-        pattern: what the message must match; empty: any.
+        mistake: the name of the mistake.
+        types: the names of possible exception classes.
+        pattern: a regular expression that the message must match; empty: any message.
     """
 
     mistake: str
@@ -143,14 +145,14 @@ class Symptom:
     pattern: str = ""
 
     def fits(self, error: BaseException) -> bool:
-        """Return whether ``error`` is of one of the types and says so."""
+        """Return whether ``error`` has one of the types and a matching message."""
         names = {cls.__name__ for cls in type(error).__mro__}
         return bool(names & set(self.types)) and bool(
             re.search(self.pattern, str(error), re.DOTALL)
         )
 
 
-# The first that fits counts. Words are those of flax 0.8.5 to 0.12.12 and jax 0.4.30 to 0.12.
+# The first match counts. The messages are those of flax 0.8.5 to 0.12.12 and jax 0.4.30 to 0.12.
 SYMPTOMS = (
     Symptom(
         "train_flag_traced",
@@ -220,11 +222,11 @@ SYMPTOMS = (
 
 
 class SubjectError(UsageError):
-    """A user's code that a library refused, with the mistake that usually does it.
+    """An error raised by user code, explained by the mistake that usually causes it.
 
     Attributes:
-        mistake: its name, title and fix.
-        where: "path:line" of the innermost line of the user's own code; "" where there is none.
+        mistake: the mistake, with its name, title and fix.
+        where: "path:line" of the innermost line of user code; "" if there is none.
     """
 
     def __init__(self, message: str, mistake: Mistake, where: str) -> None:
@@ -234,7 +236,7 @@ class SubjectError(UsageError):
 
 
 def mistake(error: BaseException) -> Mistake | None:
-    """Return the mistake that usually raises ``error``; None where no common one is known."""
+    """Return the mistake that usually causes ``error``; None if none is known."""
     for symptom in SYMPTOMS:
         if symptom.fits(error):
             return MISTAKES.get(symptom.mistake) or REFUSED[symptom.mistake]
@@ -242,26 +244,26 @@ def mistake(error: BaseException) -> Mistake | None:
 
 
 def user_frame(error: BaseException) -> traceback.FrameSummary | None:
-    """Return the innermost frame of ``error`` that belongs to no library; None: all do."""
+    """Return the innermost frame of user code in ``error``; None if there is none."""
     frames = reversed(traceback.extract_tb(error.__traceback__))
     return next((frame for frame in frames if not is_library(frame.filename)), None)
 
 
 def is_library(filename: str) -> bool:
-    """Return whether a file is no user's own: a library's, Python's, or of bnverify itself."""
+    """Return whether a file belongs to a library, to Python or to bnverify, not to the user."""
     if filename.startswith("<"):
         return True
     path = Path(filename)
     here = Path(__file__).parents[1]
     if path.is_relative_to(here):
-        # Models like a user's own.
+        # The zoo contains models and loops like a user's own.
         return not path.is_relative_to(here / "zoo")
     places = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     return any(path.is_relative_to(place) for place in places)
 
 
 def explained_error(error: Exception, doing: str) -> SubjectError | None:
-    """Return ``error`` explained; None where no common mistake raises it.
+    """Return ``error`` with an explanation; None if no common mistake causes it.
 
     Args:
         error: what was raised.
@@ -282,7 +284,7 @@ def explained_error(error: Exception, doing: str) -> SubjectError | None:
 
 @contextmanager
 def explaining(doing: str) -> Iterator[None]:
-    """Raise what common mistakes raise in this block as SubjectError, anything else unchanged.
+    """Convert errors that common mistakes cause in this block to SubjectError.
 
     Args:
         doing: what is being done: "the training step".

@@ -1,7 +1,7 @@
-"""The normalisation layers that a step goes through, told from its traced program.
+"""The normalisation layers of a step, found in its traced program.
 
-A watch has marked what each is given (``bnverify.adapters.watch``). Which layer of the State it is,
-how often it folds a batch in, which bias goes into it and nowhere else: that is read off the program.
+``bnverify.adapters.watch`` has marked the input of each call. The program then shows which layer of the
+State it is, how often it updates its statistics, and which biases are only added before it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from bnverify.subject import LayerInput, Pass, State
 
 
 class Layers:
-    """The layers of one subject.
+    """The normalisation layers of one subject.
 
     Args:
-        programs: the subject's functions, traced.
-        passes: how many batches each layer folds in during a step, where that is declared.
+        programs: the traced functions of the subject.
+        passes: the declared number of batches that each layer processes per step; None: counted.
     """
 
     def __init__(self, programs: Programs, passes: int | None = None) -> None:
@@ -35,7 +35,7 @@ class Layers:
 
     @cached_property
     def owners(self) -> dict[str, list[Any]]:
-        """Path of a layer in the statistics -> its floating-point leaves."""
+        """Path of a layer in batch_stats -> its floating-point leaves."""
         found: dict[str, list[Any]] = defaultdict(list)
         for path, leaf in jax.tree_util.tree_flatten_with_path(self._of.state.batch_stats)[0]:
             if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -44,7 +44,7 @@ class Layers:
 
     @cached_property
     def calls(self) -> dict[str, list[str]]:
-        """Path of a layer in the statistics -> the labels of its calls."""
+        """Path of a layer in batch_stats -> the labels of its calls."""
         found: dict[str, list[str]] = defaultdict(list)
         for label, call in self._of.recording.calls.items():
             path = self._owner(label, call)
@@ -53,7 +53,7 @@ class Layers:
         return found
 
     def _owner(self, label: str, call: Call) -> str | None:
-        """Return whose call it is, by where its statistics come from, or else by their names."""
+        """Return the layer of a call, by where its statistics come from, or else by name."""
         if call.known:
             return call.path if call.path in self.owners else None
         fitting = [p for p in self.owners if p == call.path or p.endswith(f"/{call.path}")]
@@ -70,7 +70,7 @@ class Layers:
 
     @cached_property
     def _ambiguous(self) -> set[str]:
-        """Layers that a call may belong to, or not."""
+        """The layers to which some calls cannot be assigned with certainty."""
         alike = tuple(f"{network}/" for network in self._of.recording.alike)
         found = {path for path in self.owners if alike and path.startswith(alike)}
         for label, call in self._of.recording.calls.items():
@@ -79,16 +79,16 @@ class Layers:
         return found
 
     def training(self, path: str) -> list[str]:
-        """Return the labels of a layer's calls in which it trains."""
+        """Return the labels of a layer's calls in train mode."""
         return [
             label for label in self.calls.get(path, ()) if self._of.recording.calls[label].training
         ]
 
     def writes(self, path: str) -> int | None:
-        """Return how many batches a layer folds in during a step; None where it cannot be told.
+        """Return how many batches update a layer's statistics in a step; None if it is unknown.
 
-        A layer shared within one pass writes twice by design. So does one that is given several
-        batches; a second pass of one and the same batch is a mistake.
+        A layer that is called twice in one forward pass, or processes several batches, counts several
+        times. A second forward pass of the same batch does not count, because it is a mistake.
         """
         writing = [label for label in self.training(path) if self._is_trained_by(label, path)]
         if path in self._ambiguous:
@@ -102,17 +102,17 @@ class Layers:
                 given = self._given_to(turn)
                 most[given] = max(count, most.get(given, 0))
             return max(1, sum(most.values()))
-        # In a loop or a vmapped module every turn has a slice of its own, or writes again.
+        # In a loop or a vmapped module, each iteration has its own slice or writes again.
         traced = [self._of.recording.calls[label] for label in self.calls[path]]
         features = max(len(call.feature_axes) for call in traced)
         sliced = len(writing) == 1 and all(len(leaf.shape) > features for leaf in self.owners[path])
         return 1 if sliced else None
 
     def passes(self) -> tuple[Pass, ...]:
-        """Return the batches of the layers that are given several, or one several times.
+        """Return the batches of layers that process several batches, or one batch several times.
 
-        Left out is a layer of which a call is in a loop, and a batch that does not train the layer by
-        itself: one that is only attacked, or stands behind a stopped gradient.
+        Layers that are called in a loop are left out, and so are batches that do not train the layer,
+        such as those of an adversarial attack or behind a stopped gradient.
         """
         found: list[Pass] = []
         for path in self.owners:
@@ -126,7 +126,7 @@ class Layers:
         flows, recording = self._of.flows, self._of.recording
         old = {p: n for p, n in self._of.inputs.items() if p.startswith(f"batch_stats/{path}/")}
         new = {self._of.outputs[p] for p, n in old.items() if self._of.outputs[p] != n}
-        if not new:  # nothing is folded in: a law of its own
+        if not new:  # the statistics are never updated; other laws report that
             return []
         marks = {label: set(flows.of_label(label)) for label in self.calls[path]}
         starts = [n for p, n in self._of.inputs.items() if p.startswith("params/")]
@@ -147,14 +147,14 @@ class Layers:
             mark = recording.turns[own[0] - 1] if own[0] else None
             nodes = flows.of_label(mark) if mark else []
             by_itself = any(self._trains(turn, path) for turn in own)
-            # A batch that the params make is one by which a model is attacked, or perturbed.
+            # A batch computed from params is adversarial or perturbed.
             if folds or (by_itself and not set(nodes) & of_params):
                 at = flows.where(nodes[0]) if nodes else ""
                 found.append(Pass(path, own[0], at, folds))
         return found
 
     def _trains(self, turn: int, path: str) -> bool:
-        """Return whether a pass has a part in the update by its own outputs, gradients not stopped."""
+        """Return whether a forward pass contributes to the update, not counting stopped gradients."""
         flows, recording = self._of.flows, self._of.recording
         calls = [n for n in self.training(path) if recording.calls[n].turn == turn]
         others = {
@@ -167,15 +167,15 @@ class Layers:
         return any(self._is_trained_by(label, path, others | stops) for label in calls)
 
     def _is_trained_by(self, label: str, path: str, around: Collection[int] = ()) -> bool:
-        """Return whether a layer's call has a part in the update of its own network's params.
+        """Return whether a layer's call contributes to the update of its own network's params.
 
-        A generator learns by what its discriminator says; what the discriminator's layers are given
-        then is no batch that they train on.
+        When a generator is trained through a discriminator, the discriminator's layers process a batch
+        that does not train them.
 
         Args:
-            label: of the call.
-            path: of the layer.
-            around: nodes that the way from there to the update must not pass.
+            label: the label of the call.
+            path: the path of the layer.
+            around: nodes that the path from the call to the update must avoid.
         """
         own = self._updates_of(path)
         if not own:
@@ -195,7 +195,7 @@ class Layers:
         ]
 
     def _updates_of(self, path: str) -> list[int]:
-        """Return which updates are of the network that a layer belongs to; [] where that is not plain."""
+        """Return the indices of the updates of a layer's network; [] if that is ambiguous."""
         params = {
             path_name(p): leaf.size
             for p, leaf in jax.tree_util.tree_flatten_with_path(self._of.state.params)[0]
@@ -220,18 +220,18 @@ class Layers:
         return int(self._of.flows.equation(nodes[0]).outvars[0].aval.size) if nodes else None
 
     def _given_to(self, turn: int) -> Any:
-        """Return a number that two passes of a model share where they are given the same values."""
+        """Return a number that is equal for forward passes with the same input; None if unknown."""
         label = self._of.recording.turns[turn - 1] if turn else None
         nodes = self._of.flows.of_label(label) if label else []
         return self._of.flows.number(self._of.flows.operands(nodes[0])[0]) if nodes else None
 
     def momentum(self) -> float | None:
-        """Return the one weight of the old value after a step; None: several, or not all known."""
+        """Return the effective momentum of all layers; None if it differs or is unknown."""
         momenta = set(self.momenta().values())
         return momenta.pop() if len(momenta) == 1 else None
 
     def momenta(self) -> dict[str, float | None]:
-        """Return path of a layer -> the weight of its old value after a step; None: unknown."""
+        """Return path of a layer -> its effective momentum per step; None if it is unknown."""
         found: dict[str, float | None] = {}
         for path in self.owners:
             said = {self._of.recording.calls[label].momentum for label in self.calls.get(path, ())}
@@ -242,7 +242,7 @@ class Layers:
         return found
 
     def biases(self) -> tuple[str, ...]:
-        """Return the biases whose only way to the loss leads through a normalisation over rows."""
+        """Return the biases that affect the loss only through a normalisation over rows."""
         uses: Counter[str] = Counter()
         for label, times in self._of.inline.items():
             if label in self._of.recording.biases:
@@ -256,16 +256,16 @@ class Layers:
             if bias is None or call is None or uses[bias] != 1:
                 continue
             fitting = [p for p in params if p == bias or p.endswith(f"/{bias}")]
-            # The bias runs along the last axis: reduced over, it would no longer be a constant.
+            # The bias is constant over rows only if the layer does not reduce over the last axis.
             last = call.feature_axes[-1:] == (len(call.shape) - 1,)
             if call.training and last and len(fitting) == 1:
                 found += fitting
         return tuple(found)
 
     def layer_inputs(self) -> Callable[..., Mapping[str, LayerInput]] | None:
-        """Return what tells the input of each layer in training; None where none can be told.
+        """Return a function that computes the layers' inputs in training; None if there is none.
 
-        Left out is a layer called more than once, one inside a loop, one under ``vmap``.
+        Layers that are called more than once, in a loop or under ``vmap`` are left out.
         """
         once = {
             labels[0]: path
@@ -287,26 +287,26 @@ class Layers:
         return inputs if jax.eval_shape(inputs, self._of.state, self._of.x, y) else None
 
     def without_statistics(self) -> str:
-        """Return what to say where layers train whose statistics the State does not hold; "" else."""
+        """Return an error message if layers are trained but their statistics are missing; else ""."""
         training = {c.path for c in self._of.recording.calls.values() if c.training}
         if not training or self.owners or self.carried_paths():
             return ""
         return (
             f"normalisation layers run in training ({listed(training)}), but no running statistics "
-            "are among the variables that the step carries, so none of them could be checked. Say "
-            'where they lie, as in statistics="model_state/batch_stats"; if the step drops them, '
-            "carry them on: mutable=[...] and what apply returns"
+            "are found in the state of the step, so they cannot be checked. Give their path, as in "
+            'statistics="model_state/batch_stats"; if the step drops them, keep them: use '
+            "mutable=[...] and the updates that apply returns"
         )
 
     def carried_paths(self) -> list[str]:
-        """Return the paths of the statistics that are carried in ``State.extra``."""
+        """Return the paths of the statistics in ``State.extra``."""
         extra = (
             dict(self._of.state.extra or {}) if isinstance(self._of.state.extra, Mapping) else {}
         )
         return list(extra.get("carried", {}))
 
     def carried(self) -> list[str]:
-        """Return patterns of the statistics that are no moving averages, or frozen by design."""
+        """Return patterns of the statistics that are no moving averages, or that are frozen."""
         found = [
             pattern
             for path in sorted(
@@ -321,7 +321,7 @@ class Layers:
         return [*found, *counters, *(f"{path}/*" for path in self._frozen())]
 
     def _frozen(self) -> list[str]:
-        """Return the layers that rest as a whole beside others that train: a frozen backbone."""
+        """Return the layers whose params and statistics are both frozen while others are trained."""
         trained = self._of.flows.reached([self._of.inputs["x"], self._of.inputs["y"]])
         moving = [path for path in self.owners if self.training(path)]
         found = []
@@ -356,6 +356,6 @@ def _inputs_of(
 
 
 def listed(paths: Iterable[str]) -> str:
-    """Return paths in words: the first, and how many more."""
+    """Return the first path and the number of others: "norm_0 and 2 more"."""
     first, *others = sorted(paths)
     return (first or "the model itself") + (f" and {len(others)} more" if others else "")

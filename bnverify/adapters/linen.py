@@ -1,4 +1,4 @@
-"""A linen module as a Subject: its training step written the canonical way around it."""
+"""A linen module as a Subject, with a canonical training step around it."""
 
 from __future__ import annotations
 
@@ -41,29 +41,27 @@ def linen(
 ) -> Subject:
     """Return the canonical training step of ``module`` as a Subject.
 
-    The module is traced a few times, for shapes only: nothing is compiled.
+    The module is traced a few times; nothing is compiled.
 
     Args:
-        module: any linen module. It is called as ``module(inputs)``, as ``module(*inputs)``
-            where the batch's inputs are a tuple, with the training argument by keyword.
-        optimizer: learning rate -> optax optimizer, of ``params`` alone.
-        loss: (outputs, targets) -> scalar. The default takes outputs (N, 1) or (N,).
-        batch: (x (N, D) float32, y (N,) float32) -> (inputs, targets), traceable: how the
-            model's batch is made from a case. Images: reshape x; labels:
-            ``bnverify.adapters.batches.classes``.
-        train_argument: the argument that says whether the model trains: its name, or a function
-            from "it trains" to keyword arguments. None: found in the signature of
-            ``__call__``, else among the module's fields (``train``, ``is_training``,
-            ``deterministic``, ``use_running_average`` and their like). Where there is none, a
-            model that evaluates may write nothing: some look whether they may.
-        rngs: names of the random streams that the model may draw from, besides "params".
-        mutable: as in ``module.apply``, for the training pass. None: every collection that the
-            module makes, but ``params``.
-        statistics: the collection that holds the running statistics.
-        axis_name: the mapped axis over which the model synchronises: it is run under
-            ``jax.vmap`` with one shard.
-        features: the D that it accepts, where not any will do.
-        name: how reports call it; None: the module's class.
+        module: any linen module. It is called as ``module(inputs)``, or ``module(*inputs)`` if the
+            inputs are a tuple, with the training argument by keyword.
+        optimizer: learning rate -> Optax optimizer of ``params``.
+        loss: (outputs, targets) -> scalar. The default, mean squared error, takes outputs (N, 1) or
+            (N,).
+        batch: (x (N, D) float32, y (N,) float32) -> (inputs, targets), traceable. For images reshape
+            x; for labels use ``bnverify.classes``.
+        train_argument: the argument that selects train mode: its name, or a function from a bool to
+            keyword arguments. None: found in the signature of ``__call__``, or among the module's
+            fields (``train``, ``is_training``, ``deterministic``, ``use_running_average`` and
+            similar names). If there is none, evaluation runs without mutable collections.
+        rngs: the names of the PRNG streams that the model may use, besides "params".
+        mutable: as in ``module.apply``, for training. None: all collections except ``params``.
+        statistics: the collection of the running statistics.
+        axis_name: the mapped axis over which the model synchronises; it runs under ``jax.vmap`` as
+            its only shard.
+        features: the values of D that the module accepts; None: any.
+        name: its name in reports; None: the module's class.
         **declared: ``targets``, ``row_losses``, ``online``, ``carried``, ``frozen``, ``passes``,
             ``weights``, ``pretrained``, ``exempt``: see ``bnverify.adapters.declared.Declared``.
 
@@ -72,8 +70,9 @@ def linen(
         statistics: "key" where it draws random numbers, "collections" and "carried".
 
     Raises:
-        UsageError: an argument is not what it must be, no mode can be made of ``train_argument``,
-            or normalisation layers run whose statistics are not found.
+        UsageError: an argument is invalid, or the statistics of normalisation layers are not found.
+        ValueError: ``train_argument`` is a name whose meaning is unknown.
+        SubjectError: the module raises an error that a common mistake causes.
     """
     calls.linen_module(module)
     calls.functions(optimizer=optimizer, loss=loss, batch=batch)
@@ -93,7 +92,7 @@ def linen(
 
 
 def _mode(module: nn.Module, given: str | Mode | None) -> Mode:
-    """Return how the module is told that it trains: by the call, or else by its own fields."""
+    """Return how to select train mode: by arguments of the call, or else by fields of the module."""
     mode = call_mode(_call_of(module), given)
     if given is None and not mode(True):
         return named(known_names(vars(module)))
@@ -107,14 +106,14 @@ def _call_of(module: nn.Module) -> Callable[..., Any]:
 
 @dataclass(frozen=True, eq=False)
 class _Module:
-    """The module with its batch and its mode: how it is initialised and applied.
+    """A linen module, and how it is initialised and applied.
 
     Attributes:
-        module: the user's.
-        mode: see ``bnverify.adapters.modes``.
+        module: the user's module.
+        mode: how to select train mode; see ``bnverify.adapters.modes``.
         batch: (x, y) -> (inputs, targets).
         axis_name: the mapped axis to run under; None: none.
-        statistics: the collection that holds the running statistics.
+        statistics: the collection of the running statistics.
     """
 
     module: nn.Module
@@ -133,7 +132,7 @@ class _Module:
         self, variables: Any, inputs: Any, *, train: bool, mutable: Any, rngs: Any
     ) -> tuple[Any, Any]:
         """Return the outputs and the updated collections."""
-        if not train and not self.mode(False):  # nothing else tells it
+        if not train and not self.mode(False):  # the module has no argument for it
             mutable = False
 
         def run(inputs: Any) -> Any:
@@ -147,7 +146,7 @@ class _Module:
     def _call(self, method: str, *, train: bool) -> Callable[..., Any]:
         arguments = self.mode(train)
         parameters = inspect.signature(_call_of(self.module)).parameters
-        # What is no parameter of the call is a field of the module, fixed when it is made.
+        # Names that are no parameters of the call are fields of the module.
         fields: dict[str, Any] = {
             name: value
             for name, value in arguments.items()
@@ -164,15 +163,15 @@ def _positional(inputs: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, eq=False)
 class _Variables:
-    """Which variables a model has and where a State keeps them.
+    """The variables of a linen module, and their places in a State.
 
     Attributes:
         module: the module.
-        mutable: what the training pass may write, as ``module.apply`` takes it.
-        rngs: the random streams that it may draw from, besides "params".
-        others: the collections carried besides ``params`` and the statistics.
-        random: whether the training pass draws random numbers.
-        random_eval: whether evaluation does.
+        mutable: the mutable collections in training, as for ``module.apply``.
+        rngs: the PRNG streams that it may use, besides "params".
+        others: the collections besides ``params`` and the statistics that are part of the state.
+        random: whether training draws random numbers.
+        random_eval: whether evaluation draws random numbers.
     """
 
     module: _Module
@@ -197,7 +196,7 @@ class _Variables:
     def apply(self, state: State, x: Any, y: Any, *, train: bool) -> Pass:
         """Return one forward pass on the batch made from x and y.
 
-        The key of the random streams moves on in training only.
+        The PRNG key only changes in training.
         """
         inputs, targets = self.module.batch(x, y)
         extra = dict(state.extra or {})
@@ -236,13 +235,13 @@ def _look(
     rngs: tuple[str, ...],
     mutable: bool | Sequence[str] | None,
 ) -> _Variables:
-    """Return the variables of a model, found by tracing it for shapes.
+    """Return the variables of a module, found by tracing it.
 
     Args:
         module: the module.
-        sizes: (N, D) to trace it at.
-        rngs: names of random streams.
-        mutable: the user's choice; None: every collection but ``params``.
+        sizes: (N, D) of the trace.
+        rngs: the names of the PRNG streams.
+        mutable: the user's choice; None: all collections except ``params``.
     """
     seed = jax.ShapeDtypeStruct((), "int32")
     x = jax.ShapeDtypeStruct(sizes, "float32")
@@ -275,7 +274,7 @@ def _look(
         return False
 
     updated = after(everything, dict.fromkeys(rngs, jax.random.PRNGKey(0)), True)
-    # What a pass makes longer (``sow``) is a report of that pass, not a state to carry on.
+    # Collections that grow with every call (``sow``) are outputs, not state.
     kept = tuple(
         name
         for name in others

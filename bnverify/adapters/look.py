@@ -1,9 +1,9 @@
-"""A Subject completed by a look at its program: what its layers are, and which laws apply to it.
+"""Analysing the traces of a Subject: its normalisation layers, and which laws apply to it.
 
-Every adapter makes a plain Subject of a user's code: init, step and evaluation. Here each is traced
-once, for shapes only (``programs``); what was noted on the way tells the layers (``layers``) and
-what the step does by design (``by_design``). What cannot be told is left out, and a law that a step
-breaks by design is exempt with the reason that was found.
+Every adapter first makes a plain Subject of a user's code: init, step and evaluate. Here each is traced
+once (``programs``). What was recorded during tracing gives the layers (``layers``) and what the step
+does by design (``by_design``). A law that a step violates by design becomes exempt, with the reason.
+What cannot be determined is left out.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def completed(
     makers: Sequence[Callable[..., Any]] = (),
     written_by_hand: bool = False,
 ) -> Subject:
-    """Return ``subject`` with all that a look at its programs shows.
+    """Return ``subject`` completed by an analysis of its traces.
 
     Args:
-        subject: init, step and evaluation; what it says already stays.
-        declared: what its user says of it.
-        batch: makes the step's batch of x and y, where that is known.
-        makers: the user's functions that make the optimizer.
-        written_by_hand: whether a user wrote the Subject, who may keep anything anywhere: what
-            would be refused of a loop is a note then.
+        subject: init, step and evaluate; attributes that are already set are kept.
+        declared: the user's declarations.
+        batch: the function that makes the batch from x and y; None if it is unknown.
+        makers: the user's functions that create the optimizer.
+        written_by_hand: whether a user wrote the Subject; then missing statistics are a note
+            instead of an error.
 
     Raises:
-        UsageError: normalisation layers run, and their statistics are nowhere to be found; a loss
-            has no slope anywhere.
+        UsageError: the statistics of normalisation layers are not found, or a loss has a gradient
+            of 0 everywhere.
     """
     declared = declared or Declared()
     programs = Programs(subject)
@@ -68,14 +68,14 @@ def completed(
     seen = look_at(programs, layers, declared, every, makers)
     found = design.exempt()
     if declared.pretrained or any(with_statistics for _, with_statistics in seen.pretrained):
-        told = "is declared to start" if declared.pretrained else "starts"
-        found |= because(f"training {told} from a trained model", laws.INITIAL)
+        told = "pretrained=True: " if declared.pretrained else ""
+        found |= because(f"{told}training starts from a pretrained model", laws.INITIAL)
     penalty = declared.penalty
     if penalty is None:
         penalty = not written_by_hand and design.has_penalty()
     if penalty and not set(laws.GRADIENT) & set(found):
-        said = "the loss that is differentiated has a term of params alone, a penalty, that the "
-        found |= because(f"{said}reported one lacks", laws.GRADIENT)
+        said = "the differentiated loss has a penalty on the params that the reported loss lacks"
+        found |= because(said, laws.GRADIENT)
     biases = () if design.is_online() else layers.biases()
     return replace(
         subject,
@@ -94,19 +94,22 @@ def completed(
 
 
 def declare(subject: Subject, **declared: Unpack[Declarations]) -> Subject:
-    """Return a Subject written by hand with what its user declares of it, and what a look shows.
+    """Return a Subject written by hand, completed by an analysis of its traces and by declarations.
 
-    ``bnverify.load`` takes that look at any Subject; this is for what it cannot see.
+    ``bnverify.load`` does the same without declarations.
 
     Args:
-        subject: init, step and evaluation; what it says already stays.
+        subject: init, step and evaluate; attributes that are already set are kept.
         **declared: see ``bnverify.adapters.declared.Declared``.
+
+    Raises:
+        TypeError: there is no such declaration.
     """
     return completed(subject, declared_by(declared), written_by_hand=True)
 
 
 def _keeps_its_rate(programs: Programs) -> bool:
-    """Return whether a step makes nothing of the learning rate, and shows no optimizer that would."""
+    """Return whether a step ignores the learning rate, and its optimizer is unknown."""
     reached = programs.flows.reached([programs.inputs["lr"]])
     return programs.subject.optimizer is None and not reached & set(programs.flows.outputs)
 
@@ -115,17 +118,17 @@ def _refuse_flat(design: Design) -> None:
     what = design.flat()
     if what is not None:
         option = "eval_loss" if what == "eval_step" else "loss"
-        without = "; or leave eval_step out: the training loss in eval mode is taken then"
+        without = "; or leave eval_step out, to use the training loss in eval mode"
         raise UsageError(
-            f"the number taken for the loss of {what} has no slope anywhere: is it an accuracy? Name "
-            f"the loss with {option}=, a key or a function of (report, batch)"
+            f"the loss of {what} has a gradient of 0 everywhere: is it an accuracy? Give the loss with "
+            f"{option}=, a key or a function of (report, batch)"
             + (without if what == "eval_step" else "")
         )
 
 
 @dataclass(frozen=True)
 class _Carrying:
-    """A subject's functions around a State whose carried statistics lie in ``extra``."""
+    """Moves statistics that are no moving averages from ``batch_stats`` to ``extra``, and back."""
 
     subject: Subject
     patterns: tuple[str, ...]
@@ -151,7 +154,7 @@ class _Carrying:
 
 
 def _carrying(subject: Subject, patterns: Sequence[str]) -> Subject:
-    """Return the same step, the statistics that match a pattern carried in ``State.extra``."""
+    """Return the same step with the statistics that match a pattern in ``State.extra``."""
     way = _Carrying(subject, tuple(patterns))
     evaluate, step, after_eval = subject.evaluate, subject.step, subject.after_eval
 

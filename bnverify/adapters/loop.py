@@ -1,9 +1,9 @@
-"""A user's own training loop as a Subject, run as it is written.
+"""A user's own training loop as a Subject, run unchanged.
 
-``create`` makes what the loop carries from step to step: train states, loose trees, nnx objects.
-``train_step`` and ``eval_step`` are called with it, with a batch, and with whatever else they ask
-for by name. What they return, or change, is told apart again: the objects after the step, and the
-report with the loss. Gradients are seen where the step gives them to an optimizer.
+``create`` makes the state of the loop: train states, pytrees, nnx objects. ``train_step`` and
+``eval_step`` are called with it, with a batch, and with other arguments matched by name. Their results
+are split into the new state and the report, which has the loss. Gradients are observed where the step
+passes them to an optimizer.
 """
 
 from __future__ import annotations
@@ -43,13 +43,11 @@ from bnverify.subject import State, StepInfo, Subject
 
 Optimizer = Callable[[Any], Any]
 
-BY_TRAINING = (
-    "there is no eval_step: evaluation is the training step's loss with the model in eval mode"
-)
+BY_TRAINING = "there is no eval_step: evaluation is the training loss with the model in eval mode"
 
 
 class Options(Declarations, total=False):
-    """What a loop may be told, besides its functions and its batch; see ``loop``."""
+    """Keyword arguments of ``loop``."""
 
     optimizer: Optimizer
     loss: Reading
@@ -72,47 +70,50 @@ def loop(
     batch: Callable[[Any, Any], Any] = rows,
     **options: Unpack[Options],
 ) -> Subject:
-    """Return a training loop as a Subject, its functions called as they are written.
+    """Return a training loop as a Subject; its functions are called unchanged.
 
-    They may be compiled, donate their state, or average over a mapped axis. Parameters are filled by
-    their names (``rng``, ``batch``, ``labels``, ``learning_rate``, ...: ``bnverify.adapters.calls``
-    has the list); whatever else one needs, bind it.
+    They may be compiled, donate their state, or average over a mapped axis. Arguments are matched by the
+    names of parameters (``rng``, ``batch``, ``labels``, ``learning_rate``, ...: see
+    ``bnverify.adapters.calls``); bind all other parameters.
 
     Args:
-        create: makes what the loop carries: a train state, a model and its optimizer, a tuple or
-            dict of several things. Called with a PRNG key or ``nnx.Rngs`` (the parameter
-            ``rngs``), and with the number of features, the learning rate or an optimizer where it
-            asks for them: the last two open the laws about them.
-        train_step: takes these things and a batch, in any order; returns what it does not change in
-            place, and a report: the loss, metrics with "loss", or metrics objects that have it.
-        eval_step: likewise; must report a loss. None: the training step's loss is taken, with the
-            model in eval mode.
+        create: makes the initial state: a train state, a model and its optimizer, a tuple or dict of
+            several objects. Called with a PRNG key, or ``nnx.Rngs`` for a parameter ``rngs``, and,
+            if it has such parameters, with the number of features, the learning rate or an
+            optimizer. The laws about the last two apply only then.
+        train_step: takes the state and a batch, in any order; returns what it does not change in
+            place, and a report: the loss, metrics with "loss", or metrics objects with "loss".
+        eval_step: likewise; must report a loss. None: evaluation is the training loss with the model
+            in eval mode.
         batch: (x (N, D) float32, y (N,) float32) -> the batch, traceable.
         **options: further keywords:
 
-            optimizer: learning rate -> optax optimizer, for a function that takes one.
-            loss: where the report of ``train_step`` has the loss: a key, or a function of (report,
-                batch). By default "loss", or the scalar that is returned; a pair is a sum and a
-                count. If there is none the loss is hidden.
+            optimizer: learning rate -> Optax optimizer, for functions that take an optimizer.
+            loss: where the loss is in the report of ``train_step``: a key, or a function of (report,
+                batch). By default "loss", or the scalar that is returned; a pair is (sum, count).
+                If there is none, the laws about the loss are exempt.
             eval_loss: likewise for ``eval_step``.
-            params, statistics, opt_state: the path of these trees in what is carried, segments
-                joined by "/": "model_state/batch_stats". By default found by their names, and the
-                statistics by what the normalisation layers write.
-            roles: parameter -> what it is, where its name does not tell: a word of
-                ``bnverify.adapters.calls.ROLES``, or the kind of a carried thing.
+            params, statistics, opt_state: the paths of these trees in the state, joined by "/":
+                "model_state/batch_stats". By default they are found by name, and the statistics
+                also by what the normalisation layers write.
+            roles: parameter -> its meaning, if its name does not tell: a key of
+                ``bnverify.adapters.calls.ROLES``, or the kind of an object in the state.
             switch: whether ``model.train()`` and ``model.eval()`` are called before the steps, as
-                Flax's own nnx loops do outside of them.
-            axis_name: the mapped axis that the steps average over: they run under ``jax.vmap`` with
-                one shard. By default found where JAX says that the axis is unbound.
-            features: the D that the model accepts, where not any will do.
-            name: how reports call it; by default the name of ``train_step``.
-            targets, row_losses, online, carried, frozen, passes, weights, pretrained, same_loss,
-            penalty, exempt: see ``bnverify.adapters.declared.Declared``.
+                in Flax's own nnx loops; default: True.
+            axis_name: the mapped axis that the steps average over; they then run under ``jax.vmap``
+                as its only shard. By default found from JAX's error about an unbound axis name.
+            features: the values of D that the model accepts; by default any.
+            name: its name in reports; by default that of ``train_step``.
+            targets, row_losses, online, carried, frozen, passes, weights, pretrained, batches,
+            same_loss, penalty, exempt: see ``bnverify.adapters.declared.Declared``.
+
+    Returns:
+        The loop as a Subject, with its optimizer, momentum and layers if they are found.
 
     Raises:
-        UsageError: a parameter's meaning cannot be told, a result cannot be read, or normalisation
-            layers run whose statistics are not found.
-        SubjectError: the code raises what a common mistake raises.
+        UsageError: the meaning of a parameter or a result is unknown, or the statistics of
+            normalisation layers are not found.
+        SubjectError: the code raises an error that a common mistake causes.
     """
     return _subject("loop", "create", create, train_step, eval_step, batch, options)
 
@@ -125,10 +126,10 @@ def train_state(
     batch: Callable[[Any, Any], Any] = image_and_label,
     **options: Unpack[Options],
 ) -> Subject:
-    """Return a loop around flax's TrainState, or one like it, as a Subject; see ``loop``.
+    """Return a loop with Flax's TrainState, or a similar state, as a Subject; see ``loop``.
 
     Args:
-        create: -> train state, or several.
+        create: (rng, ...) -> a train state, or several.
         train_step: (state, batch) -> (state, report).
         eval_step: (state, batch) -> report, or (state, report).
         batch: by default (x, y) -> {"image": x, "label": y}, as in Flax's own examples.
@@ -148,8 +149,8 @@ def nnx_loop(
     """Return a loop whose steps change nnx objects in place as a Subject; see ``loop``.
 
     Args:
-        make: (din, rngs) -> (model, optimizer), perhaps more that the steps take: metrics, random
-            streams. One required parameter besides ``rngs`` is the number of features D.
+        make: (din, rngs) -> (model, optimizer), and further objects that the steps take, such as
+            metrics. A required parameter besides ``rngs`` is the number of features D.
         train_step: (model, optimizer, ..., batch) -> report, or nothing.
         eval_step: (model, ..., batch) -> report, or nothing.
         batch: by default (x, y).
@@ -182,8 +183,8 @@ def _subject(
         making = calls.nnx_caller(create, creates, told)
         if accepted is None and not making.takes("features"):
             raise UsageError(
-                f"{creates} takes no number of features; pass features=D, the D that its model "
-                "accepts, or give it a parameter for D: lambda din, rngs: ..."
+                f"{creates} has no parameter for the number of features: pass features=D, the D that "
+                "its model accepts, or add one, as in lambda din, rngs: ..."
             )
     else:
         roles = ("key", "rngs", "seed", "batch", "inputs", "targets", "lr", "tx", "features")
@@ -240,7 +241,7 @@ def _made(
 
 
 class _Done(NamedTuple):
-    """What one call of a step gave."""
+    """The result of one call of a step."""
 
     state: State | None
     loss: Any
@@ -249,24 +250,26 @@ class _Done(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Loop:
-    """A user's functions, with what is known about them.
+    """A user's functions, and what is known about them.
+
+    The "things" are the objects in the state of the loop. Attributes that are not listed here are
+    those of ``loop``.
 
     Attributes:
-        sizes: (N, D) that it can be created for.
-        places: part -> its path, where that is told.
-        train: the training step; None until the carried things are known.
-        evaluation: None: the training step's own loss is taken.
-        names: thing -> how the State calls it, where there are several.
-        whole: whether what is carried goes to the steps as one, not each thing by itself.
+        sizes: (N, D) of the traces.
+        places: part of the State -> its path, if the user gave one.
+        train: the training step; None until the things are known.
+        evaluation: the evaluation step; None: evaluation is the training loss in eval mode.
+        names: thing -> its name in the State, if there are several.
+        whole: whether the steps take all things as one argument.
         of_nnx: whether the things are nnx objects, which the steps change in place.
-        layout: of carried trees; that of nnx objects is made anew for each number of features.
-        template: the things as they were made, for all of them that is no array.
-        gradients: how they are seen: "direct", as the values they are; "marked", where an inner
-            compiled function keeps them; "hidden".
-        earnest: whether things are made by running ``create``, not only traced for shapes.
-        sources: network -> where its optimizer is found: a place among those that the carried
-            things hold, or the optimizer itself. Filled while a step is traced.
-        Others: see ``loop``.
+        layout: where the parts of a State are in the things; computed per number of features for nnx.
+        template: the things as ``create`` returned them, for everything that is not an array.
+        gradients: how gradients are observed: "direct", as values; "marked", if an inner compiled
+            function holds them; "hidden", not at all.
+        earnest: whether ``create`` is run instead of traced for shapes.
+        sources: network -> its optimizer, or its index among those in the things; filled while a
+            step is traced.
     """
 
     create: Caller
@@ -292,7 +295,7 @@ class _Loop:
     # What the loop carries.
 
     def created(self, seed: Any, x: Any, lr: Any) -> dict[str, Any]:
-        """Return the things that the user's ``create`` makes, by name."""
+        """Return the things that ``create`` returns, by name."""
         batch = self.batch(x, jnp.zeros(x.shape[:1], jnp.float32))
         inputs, targets = inputs_and_targets(batch)
         key = jax.random.PRNGKey(seed)
@@ -310,7 +313,7 @@ class _Loop:
             }
         )
         if made is None:
-            raise UsageError("create returned nothing: return what the loop carries")
+            raise UsageError("create returned None: it must return the initial state")
         if self.whole:
             return {"state": made}
         return _things(made)
@@ -321,15 +324,15 @@ class _Loop:
         eval_step: Callable[..., Any] | None,
         told: Mapping[str, str],
     ) -> _Loop:
-        """Return this loop with how its steps take the things that it carries."""
+        """Return this loop with its things matched to the parameters of its steps."""
         things, earnest = self._look_at_things(), False
         of_nnx = any(map(objects.is_object, things.values()))
         kind_of = objects.kind_of if of_nnx else trees.kind_of
         kinds = [Thing(name, kind_of(thing)) for name, thing in things.items()]
         if of_nnx and len(things) < 2 and not objects.optimizers_of(things):
             raise UsageError(
-                "make must return (model, optimizer), the optimizer an nnx.Optimizer, and then "
-                "whatever else the steps change; it returned "
+                "make must return (model, optimizer) with an nnx.Optimizer, followed by any other "
+                "objects that the steps change; it returned "
                 + " and ".join(f"a {type(each).__name__}" for each in things.values())
             )
         allowed = ["batch", "inputs", "targets", "key", "lr", "rngs", "tx"]
@@ -357,16 +360,16 @@ class _Loop:
         return found.with_layout()
 
     def with_layout(self, statistics: str | None = None) -> _Loop:
-        """Return this loop with where the parts of a State lie in what it carries."""
+        """Return this loop with the layout of a State in its things."""
         if self.of_nnx:
-            self._layout(self.sizes[1])  # raises where none can be made
+            self._layout(self.sizes[1])  # raises if there is none
             return self
         things = self._look_at_things()
         places = {**self.places, **({"statistics": statistics} if statistics else {})}
         return replace(self, layout=trees.layout(things, self.names, **places), template=things)
 
     def _look_at_things(self) -> dict[str, Any]:
-        """Return the things, their leaves perhaps tracers of a trace that is gone."""
+        """Return the things; their leaves may be tracers of a finished trace."""
         if self.earnest:
             return self.created(0, jnp.zeros(self.sizes, jnp.float32), RATE)
         found: list[dict[str, Any]] = []
@@ -379,7 +382,7 @@ class _Loop:
         return found[0]
 
     def with_statistics(self) -> _Loop:
-        """Return this loop with the statistics found by what its normalisation layers write."""
+        """Return this loop with its statistics found by what the normalisation layers write."""
         if self.of_nnx or self.layout.parts.get(trees.STATISTICS):
             return self
         with watching() as recording:
@@ -403,7 +406,7 @@ class _Loop:
         return self._made_for_a_rate or bool(self.train.takes("lr", "tx"))
 
     def keeps_rate(self) -> bool:
-        """Return whether the optimizer's state holds the rate, so that later ones do not count."""
+        """Return whether the optimizer state stores the learning rate, so that later ones are ignored."""
 
         def opt_state(lr: Any) -> Any:
             things = self.created(0, jnp.zeros(self.sizes, jnp.float32), lr)
@@ -413,11 +416,11 @@ class _Loop:
         return bool(set(flows.outputs) & flows.reached(flows.inputs))
 
     def _layout(self, features: Any, lr: Any = RATE) -> Any:
-        """Return the layout of the carried things; what is no array in nnx comes from this trace."""
+        """Return the layout of the things; for nnx it is computed in the current trace."""
         if not self.of_nnx:
             return self.layout
         x = jax.ShapeDtypeStruct((self.sizes[0], features), "float32")
-        if self._made_for_a_rate or self.earnest:  # the optimizer holds the rate of this very trace
+        if self._made_for_a_rate or self.earnest:  # the optimizer holds the lr of the current trace
             zeros = jnp.zeros(x.shape, x.dtype)
             return objects.Layout.of(self.created(0, zeros, lr), self.names)
         found: list[Any] = []
@@ -429,7 +432,7 @@ class _Loop:
         return found[0]
 
     def _joined(self, state: State, x: Any, lr: Any, layout: Any) -> dict[str, Any]:
-        """Return the carried things with the values of ``state``."""
+        """Return the things with the values of ``state``."""
         if self.of_nnx:
             merged: dict[str, Any] = layout.merge(state)
             return merged
@@ -447,7 +450,7 @@ class _Loop:
 
     @explaining("create")
     def init(self, seed: Any, x: Any) -> State:
-        """Return the state before the first step."""
+        """Return the initial state."""
         more = {}
         if self.takes("key") or self.takes("rngs"):
             more["key"] = jax.random.fold_in(jax.random.PRNGKey(seed), 0)
@@ -502,8 +505,8 @@ class _Loop:
             self._note_sources(seen, things, state)
             if not found and not self.of_nnx:
                 raise UsageError(
-                    f"train_step returns no {type(next(iter(things.values()))).__name__}: return the "
-                    "new state, first or in a tuple with the metrics"
+                    f"train_step does not return a {type(next(iter(things.values()))).__name__}: return "
+                    "the new state, alone or in a tuple with the metrics"
                 )
             after = {**things, **found}
             loss = self._loss_in(report, after, self.loss, batch)
@@ -583,14 +586,13 @@ class _Loop:
     def _no_loss(self, report: Any) -> str:
         if self.evaluation is None:
             return (
-                f"without an eval_step the loss is that of train_step, which reports "
-                f"{described(report)}: say where the loss is with loss=, a key or a function of "
-                "(report, batch)"
+                f"without an eval_step, train_step must report a loss; it reports "
+                f"{described(report)}. Give the loss with loss=, a key or a function of (report, batch)"
             )
         return (
             f"eval_step reports no loss: it reports {described(report)}. Return metrics with the key "
-            "'loss', or say where it is with eval_loss=, a key or a function of (report, batch); or "
-            "leave eval_step out: the training loss in eval mode is taken then"
+            "'loss', or give the loss with eval_loss=, a key or a function of (report, batch); or "
+            "leave eval_step out, to use the training loss in eval mode"
         )
 
     def _switch(self, things: Mapping[str, Any], *, train: bool) -> None:
@@ -615,7 +617,7 @@ class _Loop:
         return found
 
     def networks(self) -> tuple[str, ...]:
-        """Return the networks, as the State calls them; ("",) for a single one."""
+        """Return the names of the networks in the State; ("",) for a single one."""
         return tuple(
             (self.layout or self._layout(self.sizes[1])).models
             if self.of_nnx
@@ -623,7 +625,7 @@ class _Loop:
         )
 
     def evaluation_returns_a_state(self) -> bool:
-        """Return whether the state that evaluation leaves is known."""
+        """Return whether evaluation returns a state."""
         if self.evaluation is None:
             return False
         state, x, y = self.example()
@@ -636,7 +638,7 @@ class _Loop:
     # The optimizer.
 
     def _note_sources(self, seen: Updates, things: Mapping[str, Any], state: State) -> None:
-        """Remember where the optimizer of each network comes from."""
+        """Record where the optimizer of each network comes from."""
         if self.sources is None or self.sources:
             return
         known = _optimizers(things, of_nnx=self.of_nnx)
@@ -647,7 +649,7 @@ class _Loop:
 
     @property
     def optimizer_of(self) -> Optimizer | None:
-        """Learning rate -> the user's optimizer; None where its gradients are not shown."""
+        """Learning rate -> the user's optimizer; None if it was not observed."""
         sources = self.sources
         if self.gradients == "hidden" or set(sources or {}) != set(self.networks()):
             return None
@@ -669,32 +671,32 @@ class _Loop:
 
         return made
 
-    # Settling what only a run can tell.
+    # Properties that only a trace reveals.
 
     def example(self) -> tuple[Any, Any, Any]:
-        """Return a state and a batch of shapes without values."""
+        """Return a state and a batch as ShapeDtypeStructs."""
         shape: Any = jax.ShapeDtypeStruct
         x, y = shape(self.sizes, "float32"), shape(self.sizes[:1], "float32")
         return jax.eval_shape(self.init, shape((), "int32"), x), x, y
 
     def settled(self) -> _Loop:
-        """Return this loop with the axis that it needs, showing its gradients where it can."""
+        """Return this loop with its mapped axis, and the way its gradients can be observed."""
         found = replace(self, gradients="direct")
-        for _ in range(6):  # each turn settles one thing, or raises
+        for _ in range(6):  # each iteration settles one property, or raises
             found = replace(found, sources={})
             try:
                 found.try_step()
-            except Exception as error:  # noqa: BLE001 - whatever a user's code raises
+            except Exception as error:  # noqa: BLE001 - user code may raise anything
                 found = found.mended(error)
             else:
                 return found.with_lasting_sources()
-        raise RuntimeError("unreachable: there are fewer things to settle")
+        raise RuntimeError("unreachable: there are fewer properties to settle")
 
     def try_step(self) -> None:
         """Trace a step.
 
         Raises:
-            UnexpectedTracerError: it holds values of another trace.
+            UnexpectedTracerError: the program contains values of another trace.
         """
         example = self.example()
         program = jax.make_jaxpr(lambda state, x, y: self.step(state, x, y, RATE))(*example)
@@ -702,7 +704,7 @@ class _Loop:
             raise jax.errors.UnexpectedTracerError("create keeps arrays that it computes")
 
     def with_lasting_sources(self) -> _Loop:
-        """Return this loop without optimizers that the step makes anew each time it is called."""
+        """Return this loop without optimizers that the step creates on every call."""
         made = {n: source for n, source in self.sources.items() if not isinstance(source, int)}
         if not made:
             return self
@@ -714,16 +716,16 @@ class _Loop:
         return replace(self, sources=lasting if self.gradients == "direct" else {})
 
     def mended(self, error: Exception) -> _Loop:
-        """Return this loop without what made it raise ``error``, or raise it again."""
+        """Return this loop changed so that it no longer raises ``error``, or raise it again."""
         cause = error.__cause__ or error
         axis = re.search(r"unbound axis name: (\w+)", str(cause))
         if axis and self.axis_name is None:
             return replace(self, axis_name=axis[1])
         if isinstance(cause, jax.errors.UnexpectedTracerError):
-            if self.gradients == "direct":  # a function that is compiled inside keeps them
+            if self.gradients == "direct":  # an inner compiled function holds the gradients
                 return replace(self, gradients="marked")
             if not self.earnest and not self._made_for_a_rate:
-                # create computes with arrays that its optimizer or model keeps.
+                # The optimizer or the model keeps arrays that create computes.
                 return replace(self, earnest=True, gradients="direct").with_layout()
             if self.gradients == "marked":
                 return replace(self, gradients="hidden")
@@ -731,7 +733,7 @@ class _Loop:
 
 
 def _things(made: Any) -> dict[str, Any]:
-    """Return the several things that a loop carries, by name; a single one is called "0"."""
+    """Return the objects in what ``create`` returned, by name; a single one is called "0"."""
     if isinstance(made, tuple | list) and not hasattr(made, "_fields") and len(made) > 1:
         return {str(index): each for index, each in enumerate(made)}
     if type(made) is dict and all(isinstance(key, str) for key in made) and len(made) > 1:
@@ -754,7 +756,7 @@ def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
 def _matched(
     given: list[dict[tuple[str, ...], Any]], params: Any, networks: tuple[str, ...]
 ) -> dict[str, int]:
-    """Return network -> which of the updates was given its gradients; {} where that is not plain."""
+    """Return network -> the index of the update with its gradients; {} if that is ambiguous."""
     found: dict[str, int] = {}
     for network in networks:
         own = _by_path(params if network == "" else params[network])
@@ -773,7 +775,7 @@ def _matched(
 def _gradients(
     given: list[dict[tuple[str, ...], Any]], params: Any, networks: tuple[str, ...]
 ) -> Any:
-    """Return the gradients that optimizers were given, a tree like ``params``; None: not all, once."""
+    """Return the gradients passed to optimizers, a tree like ``params``; None if ambiguous."""
     places = _matched(given, params, networks)
     if not places:
         return None
@@ -782,7 +784,7 @@ def _gradients(
         gradients = given[places[network]]
         own = params if network == "" else params[network]
         paths, structure = jax.tree_util.tree_flatten_with_path(own)
-        # One shard's axis of a vmap around may be left.
+        # The axis of the surrounding vmap, of size 1, may remain.
         leaves = [gradients[variable_path(path)].reshape(leaf.shape) for path, leaf in paths]
         return jax.tree_util.tree_unflatten(structure, leaves)
 
@@ -790,7 +792,7 @@ def _gradients(
 
 
 def _optimizers(things: Mapping[str, Any], *, of_nnx: bool) -> list[Any]:
-    """Return the optimizers in what is carried, in a fixed order."""
+    """Return the optimizers in the things, in a fixed order."""
     if of_nnx:
         return [optimizer.tx for optimizer in objects.optimizers_of(things)]
     found: list[Any] = []
@@ -813,7 +815,7 @@ def _optimizers(things: Mapping[str, Any], *, of_nnx: bool) -> list[Any]:
 
 
 def _jointly(optimizers: Mapping[str, Any]) -> Any:
-    """Return one optimizer of several networks' params, each with its own."""
+    """Return one optimizer for several networks, each with its own optimizer."""
 
     def init(params: Any) -> Any:
         return {network: tx.init(params[network]) for network, tx in optimizers.items()}

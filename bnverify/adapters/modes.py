@@ -1,4 +1,4 @@
-"""How a model is told whether it trains: the argument, found by its name."""
+"""The argument that selects train or eval mode, found by its name."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ INFERENCE = (
 )
 
 Mode: TypeAlias = Callable[[bool], Mapping[str, bool]]
-"""Whether it trains -> the arguments that say so."""
+"""Function from "train mode" (a bool) to the keyword arguments that select it."""
 
 
 def named(names: tuple[str, ...]) -> Mode:
-    """Return the mode that sets arguments of these names, inverted where they mean inference.
+    """Return the mode that sets these arguments, inverted if they mean inference.
 
     Raises:
-        ValueError: a name says neither training nor inference.
+        ValueError: the meaning of a name is unknown.
     """
     for name in names:
         if name not in (*TRAINING, *INFERENCE):
             raise ValueError(
-                f"train_argument is {name!r}, which does not say whether True means training; "
-                f"pass a function, lambda train: {{{name!r}: train}} or its opposite"
+                f"train_argument is {name!r}, and it is unknown whether True means training; pass a "
+                f"function, lambda train: {{{name!r}: train}} or its opposite"
             )
     return lambda train: {name: train if name in TRAINING else not train for name in names}
 
 
 def call_mode(function: Callable[..., Any], given: str | Mode | None = None) -> Mode:
-    """Return how ``function`` is told that it trains.
+    """Return how to select train mode in a call of ``function``.
 
     Args:
-        function: what is called: a module's ``__call__``.
-        given: the argument's name, or a function from "it trains" to keyword arguments; None
-            looks for the names in ``TRAINING`` and ``INFERENCE``. All that are found are set.
+        function: a module's ``__call__``.
+        given: the argument's name, or a function from a bool to keyword arguments; None: all
+            parameters with names in ``TRAINING`` and ``INFERENCE`` are set.
 
     Raises:
-        ValueError: ``given`` is a name that says neither training nor inference.
+        ValueError: the meaning of the name ``given`` is unknown.
     """
     if callable(given):
         return given
@@ -55,12 +55,12 @@ def call_mode(function: Callable[..., Any], given: str | Mode | None = None) -> 
 
 
 def known_names(names: Any) -> tuple[str, ...]:
-    """Return those of ``names`` that say whether a model trains."""
+    """Return those of ``names`` that select train or eval mode."""
     return tuple(name for name in names if name in (*TRAINING, *INFERENCE))
 
 
 def trains(values: Mapping[str, Any]) -> bool | None:
-    """Return what named values say about training; None where they say nothing."""
+    """Return whether named values select train mode; None if they do not tell."""
     for name in known_names(values):
         if isinstance(values[name], bool):
             return values[name] if name in TRAINING else not values[name]

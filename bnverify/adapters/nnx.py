@@ -1,4 +1,4 @@
-"""An nnx module as a Subject: its training step written the canonical way around it."""
+"""An nnx module as a Subject, with a canonical training step around it."""
 
 from __future__ import annotations
 
@@ -36,30 +36,34 @@ def nnx(
 ) -> Subject:
     """Return the canonical training step of an nnx module as a Subject.
 
-    ``nnx.Param`` is trained, ``nnx.BatchStat`` are the running statistics, everything else
-    (random streams, counters, caches) is carried. The module is switched by ``train()`` and
-    ``eval()``, and by an argument of its call where it has one.
+    ``nnx.Param`` is trained, ``nnx.BatchStat`` are the running statistics, and all other variables
+    (PRNG streams, counters, caches) are kept in ``State.extra``. The module is switched by ``train()``
+    and ``eval()``, and by an argument of ``__call__`` if it has one.
 
     Args:
-        make_module: makes the module: a class or function called with ``rngs``, by name, and,
-            where it has another required parameter, with the number of features D as that.
-        optimizer: learning rate -> optax optimizer, of the params alone.
-        loss: (outputs, targets) -> scalar. The default takes outputs (N, 1) or (N,).
+        make_module: a class or function that makes the module. It is called with the keyword
+            ``rngs`` and, if it has another required parameter, with the number of features D.
+        optimizer: learning rate -> Optax optimizer of the params.
+        loss: (outputs, targets) -> scalar. The default, mean squared error, takes outputs (N, 1) or
+            (N,).
         batch: (x (N, D) float32, y (N,) float32) -> (inputs, targets), traceable; see
             ``bnverify.linen``. Inputs that are a tuple are passed as several arguments.
-        train_argument: the argument of the module's call that says whether it trains: its
-            name, or a function from "it trains" to keyword arguments. None: found.
-        axis_name: the mapped axis over which the module synchronises: it is run under
-            ``jax.vmap`` with one shard.
-        features: the D that it accepts, where not any will do. Needed where ``make_module``
-            takes no number of features.
-        name: how reports call it; None: the name of ``make_module``.
+        train_argument: the argument of ``__call__`` that selects train mode: its name, or a function
+            from a bool to keyword arguments. None: found by its name.
+        axis_name: the mapped axis over which the module synchronises; it runs under ``jax.vmap`` as
+            its only shard.
+        features: the values of D that the module accepts; None: any. Required if ``make_module`` has
+            no parameter for it.
+        name: its name in reports; None: the name of ``make_module``.
         **declared: ``targets``, ``row_losses``, ``online``, ``carried``, ``frozen``, ``passes``,
             ``weights``, ``pretrained``, ``exempt``: see ``bnverify.adapters.declared.Declared``.
 
+    Returns:
+        The step, with its momentum, layer inputs and exemptions if they are found.
+
     Raises:
-        UsageError: an argument is not what it must be, no module can be made, or no mode of
-            ``train_argument``.
+        UsageError: an argument is invalid, or the module cannot be made.
+        ValueError: ``train_argument`` is a name whose meaning is unknown.
     """
     calls.nnx_maker(make_module)
     calls.functions(optimizer=optimizer, loss=loss, batch=batch)
@@ -67,8 +71,8 @@ def nnx(
     maker = calls.nnx_caller(make_module, "make_module")
     if sizes is None and not maker.takes("features"):
         raise UsageError(
-            "make_module takes no number of features; pass features=D, the D that its module "
-            "accepts, or give it a parameter for D: lambda din, rngs: Model(din, rngs=rngs)"
+            "make_module has no parameter for the number of features: pass features=D, the D that "
+            "its module accepts, or add one, as in lambda din, rngs: Model(din, rngs=rngs)"
         )
     model = _Model(maker, batch, train_argument, axis_name)
     label = getattr(make_module, "__name__", type(make_module).__name__)
@@ -91,7 +95,7 @@ class _Model:
     """An nnx module whose variables are split into the parts of a State.
 
     Attributes:
-        maker: makes the module.
+        maker: the function that makes the module.
         batch: (x, y) -> (inputs, targets).
         train_argument: see ``nnx``.
         axis_name: the mapped axis to run under; None: none.
@@ -105,7 +109,7 @@ class _Model:
 
     def _make(self, seed: Any, features: Any) -> Any:
         rngs = flax_nnx.Rngs(jax.random.key(seed))
-        # The step is canonical: an optimizer or a rate that the module's maker asks for is none.
+        # The canonical step has its own optimizer and learning rate.
         return self.maker({"rngs": rngs, "features": features, "lr": None, "tx": None})
 
     def init(self, seed: Any, x: Any) -> tuple[Tree, Tree, Tree]:
@@ -135,7 +139,7 @@ class _Model:
         return Pass(outputs, targets, batch_stats, extra_after)
 
     def _parts(self, features: Any) -> Parts:
-        # A symbolic size belongs to one tracing, so nothing made with it is kept.
+        # A symbolic size belongs to one trace, so nothing is cached for it.
         known = self._known.get(features) if isinstance(features, int) else None
         if known is None:
             known = Parts.of(lambda: self._make(0, features), FILTERS)

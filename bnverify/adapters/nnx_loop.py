@@ -1,4 +1,4 @@
-"""A loop that changes nnx objects as a Subject; told in ``bnverify.adapters.loop``."""
+"""A loop that changes nnx objects in place as a Subject; see ``bnverify.adapters.loop``."""
 
 from bnverify.adapters.loop import nnx_loop
 

@@ -1,6 +1,6 @@
-"""nnx objects that a loop changes in place: taken apart into plain trees, and made again from them.
+"""nnx objects that a loop changes in place: splitting them into trees, and merging them again.
 
-Differences between Flax's releases in nnx are absorbed here; each remark says which need it.
+Differences between Flax releases in nnx are handled here; comments say which releases need them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from bnverify.subject import State
 Tree = Any
 Path = tuple[str, ...]
 
-# A Variable's array, as the last step of a path into a State: ``raw_value`` to flax 0.10,
-# ``value`` from 0.11.
+# The last segment of the path of a Variable's array: ``raw_value`` up to flax 0.10, ``value`` from
+# 0.11 on.
 HOLDERS = ("raw_value", "value")
 
 
 def variable_path(path: Any) -> Path:
-    """Return where a State's leaf sits in the module: ("layers", "0", "mean")."""
+    """Return the path of a State's leaf in the module: ("layers", "0", "mean")."""
     names = [_name(entry) for entry in path]
     # In flax 0.8 the optimizer's copies of Variables are dicts of their arrays.
     is_holder = names[-1:] == [HOLDERS[0]] or (hasattr(path[-1], "name") and names[-1] in HOLDERS)
@@ -44,9 +44,9 @@ def _name(entry: Any) -> str:
 
 
 def modules_of(node: Any) -> Iterator[tuple[str, nnx.Module]]:
-    """Yield (path, module) for every module in ``node``, itself with the path "".
+    """Yield (path, module) for every module in ``node``, including itself with the path "".
 
-    A method of Module to flax 0.11, a function from 0.12.
+    ``iter_modules`` is a method of Module up to flax 0.11, and a function from 0.12 on.
     """
     found = nnx.iter_modules(node) if hasattr(nnx, "iter_modules") else node.iter_modules()
     for path, module in found:
@@ -59,14 +59,14 @@ def is_key(leaf: Any) -> bool:
 
 
 def is_object(value: Any) -> bool:
-    """Return whether a value is one of nnx's own, which are changed in place."""
+    """Return whether a value is an nnx object, which is changed in place."""
     return isinstance(value, nnx.Module | nnx.Optimizer | nnx.Rngs) or (
         is_metrics(value) and type(value).__module__.startswith("flax.nnx")
     )
 
 
 def kind_of(value: Any) -> str:
-    """Return what an nnx object is to a loop."""
+    """Return the kind of an nnx object, a value in ``calls.KIND_OF``."""
     if isinstance(value, nnx.Optimizer) or (hasattr(value, "tx") and hasattr(value, "update")):
         return "optimizer"
     if isinstance(value, nnx.Metric) or is_metrics(value):
@@ -75,19 +75,19 @@ def kind_of(value: Any) -> str:
 
 
 def _begins_anew(value: Any) -> bool:
-    """Return whether an object gathers metrics and can be reset: it is no part of a State then."""
+    """Return whether an object is a metric with its own ``reset``, and so not part of a State."""
     own = getattr(type(value), "reset", None)
     return kind_of(value) == "metrics" and own is not getattr(nnx.Metric, "reset", None)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One State of a split object, as a template.
+    """A template for one nnx State of a split object.
 
     Attributes:
-        treedef: of the State.
-        paths: of its leaves, in order.
-        impls: of its leaves: the implementation of a typed PRNG key; None for a plain array.
+        treedef: the treedef of the State.
+        paths: the paths of its leaves, in order.
+        impls: for each leaf the implementation of a typed PRNG key; None for a plain array.
     """
 
     treedef: Any
@@ -116,12 +116,12 @@ class Part:
         return jax.tree_util.tree_unflatten(self.treedef, leaves)
 
     def tree(self, state: Any) -> Tree:
-        """Return the values of a State as nested dicts of arrays, this template's leaves only.
+        """Return the values of a State as nested dicts of arrays, only the leaves of this template.
 
-        What a pass adds (``sow``) is a report of that pass, not a state to carry on.
+        Variables that a forward pass adds (``sow``) are outputs, not state.
 
         Raises:
-            UsageError: the State lacks a leaf.
+            UsageError: a leaf is missing from the State.
         """
         leaves = jax.tree_util.tree_flatten_with_path(state)[0]
         found = {variable_path(path): leaf for path, leaf in leaves}
@@ -139,27 +139,27 @@ class Part:
 def _replaced_variable(path: Path) -> str:
     name = path[-1]
     return (
-        f"after the step {'/'.join(path)} is no longer the variable that it was: assigning an array "
-        f"to the attribute replaces the nnx.Variable. Write its value, self.{name}[...] = ..., "
-        f"or self.{name}.value = ... before flax 0.11"
+        f"after the step {'/'.join(path)} is no longer an nnx.Variable: assigning an array to the "
+        f"attribute replaces it. Assign its value instead, self.{name}[...] = ..., or "
+        f"self.{name}.value = ... before flax 0.11"
     )
 
 
 def _at(tree: Tree, path: Path) -> Any:
     for name in path:
         tree = tree[name]
-    # A Variable that holds a NumPy array is written in place: the caller's own would change.
+    # A Variable with a NumPy array is written in place, which would change the caller's array.
     return jnp.asarray(tree)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """An nnx object's graph, and its variables in several parts.
+    """An nnx object, split into its graphdef and several parts of its variables.
 
     Attributes:
-        graphdef: the object without its variables.
-        filters: which variables each part has; the last is ``...``, the rest.
-        parts: one for each filter.
+        graphdef: the graphdef of the object.
+        filters: the filter for each part; the last is ``...``, the rest.
+        parts: a template for each part.
     """
 
     graphdef: Any
@@ -174,7 +174,7 @@ class Parts:
 
     @classmethod
     def of(cls, make: Callable[[], Any], filters: Sequence[Any]) -> Parts:
-        """Return the parts of what ``make`` makes, traced for shapes only."""
+        """Return the parts of the object that ``make`` returns, traced for shapes only."""
         found: list[Parts] = []
 
         def build() -> None:
@@ -195,7 +195,7 @@ class Parts:
 
 
 class Held(nnx.Module):
-    """Several nnx objects as one, so that what they share stays shared.
+    """Several nnx objects in one module, so that shared variables stay shared.
 
     Args:
         objects: name -> object.
@@ -216,18 +216,18 @@ def _held(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the variables of a loop's nnx objects go in a State.
+    """The places of the variables of a loop's nnx objects in a State.
 
     Attributes:
-        parts: the held objects, split into what optimizers keep, what metrics keep, params,
-            statistics, random streams, and the rest.
+        parts: the objects, split into optimizer variables, metric variables, params, statistics,
+            PRNG streams, and the rest.
         kinds: name of an object -> its kind.
-        names: name of an object -> how the State calls it.
-        models: network -> path of the module that has its params. A single network is called "".
-        optimizers: network -> path of its optimizer, and the structure of its state as Optax has
-            it with the names of the leaves; None for these where the optimizer's variables are
-            not those of ``tx.init(params)``.
-        metrics: shapes of the variables of metrics, which are begun anew in each call.
+        names: name of an object -> its name in the State.
+        models: network -> the path of the module with its params. A single network is called "".
+        optimizers: network -> (the path of its optimizer, the structure of ``tx.init(params)`` with
+            the names of its leaves). The structure is None if the optimizer's variables do not
+            match it.
+        metrics: the shapes and dtypes of the variables of metrics, which are reset before each call.
     """
 
     parts: Parts
@@ -243,10 +243,10 @@ class Layout:
 
         Args:
             objects: name -> object.
-            names: name -> how the State calls it, where there are several networks.
+            names: name -> its name in the State, if there are several networks.
 
         Raises:
-            UsageError: none of them has params.
+            UsageError: none of them has an ``nnx.Param``.
         """
         kinds = {name: kind_of(each) for name, each in objects.items()}
         found = dict(_optimizers(objects))
@@ -272,7 +272,7 @@ class Layout:
         holders = list(dict.fromkeys(paths))
         if not holders:
             raise UsageError(
-                "no nnx.Param is found in what make returns: there is "
+                "make returns no object with an nnx.Param; it returns "
                 + ", ".join(f"a {type(each).__name__}" for each in objects.values())
             )
         models = {_called(holder, names): holder for holder in holders}
@@ -291,11 +291,11 @@ class Layout:
         return cls(parts, kinds, names, models, optimizers, shapes)
 
     def split(self, objects: Mapping[str, Any], more: Tree) -> State:
-        """Return the State of a loop's objects.
+        """Return a loop's objects as a State.
 
         Args:
-            objects: as ``merge`` made them.
-            more: what else is carried.
+            objects: the objects, as from ``merge``.
+            more: further entries of ``State.extra``.
         """
         kept, _, params, statistics, streams, others = self.parts.split(Held(objects))
         opt_states, rest = {}, {}
@@ -320,7 +320,7 @@ class Layout:
         )
 
     def merge(self, state: State) -> dict[str, Any]:
-        """Return the loop's objects with the values of ``state``, metrics begun anew."""
+        """Return the loop's objects with the values of ``state`` and reset metrics."""
         extra = dict(state.extra or {})
         kept: dict[Path, Any] = {}
         for net, (at, form) in self.optimizers.items():
@@ -382,7 +382,7 @@ def _called(path: Path, names: Mapping[str, str]) -> str:
 
 
 def _optimizers(objects: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
-    """Yield (path, optimizer) of the objects that are one, and of those that hold one."""
+    """Yield (path, optimizer) for every optimizer among objects or in their attributes."""
     for name, each in objects.items():
         if kind_of(each) == "optimizer":
             yield (_held(name),), each
@@ -393,12 +393,12 @@ def _optimizers(objects: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
 
 
 def optimizers_of(objects: Mapping[str, Any]) -> list[Any]:
-    """Return the optimizers among objects, and in them."""
+    """Return the optimizers among objects and in their attributes."""
     return [optimizer for _, optimizer in _optimizers(objects)]
 
 
 def _optax_form(tx: Any, params: Tree, kept: set[Path]) -> tuple[Any, tuple[Path, ...]] | None:
-    """Return the structure of ``tx.init(params)`` and its leaves' names, where ``kept`` are those."""
+    """Return (the treedef of ``tx.init(params)``, the names of its leaves) if they match ``kept``."""
     expected = jax.eval_shape(tx.init, params)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(expected)
     names = tuple(("opt_state", *variable_path(path)) for path, _ in leaves)

@@ -1,4 +1,4 @@
-"""The programs of a subject: each function traced once, with what was noted on the way."""
+"""The traced programs of a subject, with what was recorded during tracing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from bnverify.adapters.watch import watching
 from bnverify.pytree import path_name
 from bnverify.subject import State, Subject
 
-ROWS = 24  # of the traces: a size that no feature has by chance, and that a step may split evenly
-FEATURES = 6  # where any will do
+ROWS = 24  # in the traces: unlikely as a feature size, and divisible by many numbers of shards
+FEATURES = 6  # if any will do
 RATE = 0.1
 
 
@@ -27,25 +27,25 @@ def sizes_of(features: tuple[int, ...] | None) -> tuple[int, int]:
 
 
 class Programs:
-    """What one trace of a subject's functions shows.
+    """The traced functions of a subject.
 
     Args:
         subject: a training step.
 
     Attributes:
         subject: as given.
-        x: the inputs of the traces, of shapes without values.
-        state: the state before the first step, of shapes without values; ``after`` one step.
-        info: what the step tells besides, likewise.
-        step: the program of the step; ``evaluate`` that of the evaluation.
-        recording: what was noted while the step was traced; ``evaluation`` the evaluation.
-        flows: what reaches what in the step; ``eval_flows`` in the evaluation.
-        inputs: path -> the node of a leaf that the step is given: "params/Dense_0/kernel", "x",
-            "y", "lr"; ``eval_inputs`` that the evaluation is.
+        x: the inputs of the traces, a ShapeDtypeStruct.
+        state: the initial state, of ShapeDtypeStructs; ``after``: the state after one step.
+        info: the StepInfo of the step, likewise.
+        step: the program of the step; ``evaluate``: that of the evaluation.
+        recording: what was recorded while the step was traced; ``evaluation``: the evaluation.
+        flows: the dependency graph of the step; ``eval_flows``: of the evaluation.
+        inputs: path -> node of an input of the step: "params/Dense_0/kernel", "x", "y", "lr";
+            ``eval_inputs``: of the evaluation.
         types: path -> (shape, dtype) of a leaf of the state.
-        outputs: path -> the node of a leaf of the state after the step.
-        loss: the node of the training loss; None where it is hidden.
-        inline: label -> how often it is marked where a value can be read; ``anywhere`` at all.
+        outputs: path -> node of a leaf of the new state.
+        loss: the node of the training loss; None if it is unknown.
+        inline: label -> how often it occurs where its value can be read; ``anywhere``: in total.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -58,7 +58,7 @@ class Programs:
         with watching() as self.recording:
             self.step, out = _traced(subject.step, *given, np.float32(RATE))
         if self.state.batch_stats and not self.recording.calls:
-            # A function compiled inside of the step may have been traced before, unwatched.
+            # An inner compiled function may have been traced before, without being observed.
             jax.clear_caches()
             with watching() as self.recording:
                 self.step, out = _traced(subject.step, *given, np.float32(RATE))
@@ -79,7 +79,7 @@ class Programs:
         self.loss = self.flows.outputs[len(after)] if self.info.loss is not None else None
 
     def stopped(self, sources: Iterable[int]) -> set[int]:
-        """Return where a user's line stops the gradient of a value made of ``sources`` in the loss."""
+        """Return the nodes in the loss where user code stops a gradient that depends on ``sources``."""
         if self.loss is None:
             return set()
         on_the_way = self.flows.reached(sources) & self.flows.origins([self.loss])
@@ -87,11 +87,11 @@ class Programs:
         return {node for node in stops if not _of_library(self.flows.equation(node))}
 
     def is_floating(self, path: str) -> bool:
-        """Return whether a leaf of the state is of a floating-point type."""
+        """Return whether a leaf of the state has a floating-point dtype."""
         return bool(jnp.issubdtype(self.types[path][1], jnp.floating))
 
     def updates(self) -> int:
-        """Return how often optimizers update params in a step; 2 stands for a loop."""
+        """Return the number of optimizer updates in a step; an update in a loop counts as 2."""
         count = 0
         for names in self.recording.updates:
             label = next(iter(names.values()), None)
@@ -103,14 +103,14 @@ class Programs:
 
     @cached_property
     def start(self) -> tuple[Flows, dict[str, int]]:
-        """What reaches what in init: its flows, and path -> the node of a leaf of the state."""
+        """The dependency graph of init, and path -> node of a leaf of the state."""
         flows = Flows(_traced(self.subject.init, np.int32(0), self.x)[0])
         return flows, dict(zip(leaf_paths(self.state), flows.outputs, strict=True))
 
 
 def _traced(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
-    """Return the program of a function, and its result's shapes; traced anew each time."""
-    # JAX keeps the program of a function that it has traced before.
+    """Return (the program of a function, the shapes of its result); always traced again."""
+    # A new function object, since JAX caches the program of one that it has traced before.
     anew = partial(function)
     found: tuple[Any, Any] = jax.make_jaxpr(anew, return_shape=True)(*args)
     return found
@@ -126,11 +126,11 @@ def leaf_paths(state: State) -> list[str]:
 
 
 def _of_library(eqn: Any) -> bool:
-    """Return whether a library's own line stops a gradient, as ``jax.nn.softmax`` does."""
+    """Return whether a library stops the gradient, as ``jax.nn.softmax`` does."""
     try:
         frames = list(eqn.source_info.traceback.frames)
         own = [i for i, frame in enumerate(frames) if frame.function_name == "stop_gradient"]
-        caller = frames[own[-1] + 1].file_name  # a derivative's rule may stop it once more, inside
-    except (AttributeError, TypeError, IndexError):  # no public promise
+        caller = frames[own[-1] + 1].file_name  # a differentiation rule may add inner frames
+    except (AttributeError, TypeError, IndexError):  # tracebacks are not public API
         return False
     return is_library(caller) and not caller.startswith("<")

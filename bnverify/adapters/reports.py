@@ -1,4 +1,4 @@
-"""What a user's step returns: the carried objects after it, and among the rest the loss."""
+"""Splitting what a user's step returns into the new state and a report, and finding the loss."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import jax.numpy as jnp
 from bnverify.errors import UsageError, did_you_mean
 
 Reading: TypeAlias = str | Callable[[Any, Any], Any] | None
-"""Where a report has its loss: a key, a function of (report, batch), or None to look for it."""
+"""Where the loss is in a report: a key, a function of (report, batch), or None to search for it."""
 
 
 class NoLoss(UsageError):
-    """A report in which no loss is found."""
+    """No loss is found in a report."""
 
 
 def things_and_report(returned: Any, things: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Return the carried objects among what a step returned, and what else there is.
+    """Split what a step returned into new state objects and a report.
 
     Args:
-        returned: an object, a tuple or dict with objects in it, or a report alone. Objects are told
-            by their structure, those of a class of their own by their class.
-        things: name -> the object that the step was given.
+        returned: an object, a tuple or dict that contains objects, or only a report. Objects are
+            recognised by their structure or class.
+        things: name -> the object that was passed to the step.
 
     Returns:
-        name -> the new object, of those that came back, and the report. A report of one part is
-        that part; None: nothing is left.
+        A dict from name to the new object, for those that were returned, and the report: a single
+        part, a tuple of parts, or None.
     """
     if isinstance(returned, Mapping) and set(things) & set(returned):
         found = {name: returned[name] for name in things if name in returned}
@@ -39,7 +39,7 @@ def things_and_report(returned: Any, things: Mapping[str, Any]) -> tuple[dict[st
     parts = list(returned)
     found = {}
     wanted = list(things)
-    for least in (3, 2, 1):  # the closest likeness first: two trees may have the same keys
+    for least in (3, 2, 1):  # the best matches first: two trees may have the same keys
         for name in list(wanted):
             for index, part in enumerate(parts):
                 if _likeness(things[name], part) >= least:
@@ -49,7 +49,7 @@ def things_and_report(returned: Any, things: Mapping[str, Any]) -> tuple[dict[st
     for index, part in enumerate(parts):
         if wanted and _is_plain(part) and part:
             inside, rest = things_and_report(part, {name: things[name] for name in wanted})
-            if inside and rest is None:  # all of them, handed back as one tuple
+            if inside and rest is None:  # a tuple that contains nothing else
                 found |= inside
                 del parts[index]
                 break
@@ -62,7 +62,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _likeness(thing: Any, part: Any) -> int:
-    """Return how surely ``part`` is the new ``thing``: 3 its structure, 2 its class, 1 its keys."""
+    """Return how well ``part`` matches ``thing``: 3 same structure, 2 same class, 1 same keys, else 0."""
     structure: Any = jax.tree_util.tree_structure
     if isinstance(thing, Mapping) and isinstance(part, Mapping):
         if structure(dict(thing)) == structure(dict(part)):
@@ -79,16 +79,16 @@ def _likeness(thing: Any, part: Any) -> int:
 
 
 def loss_of(report: Any, how: Reading, batch: Any) -> Any:
-    """Return the loss in a report; None where it has none.
+    """Return the loss in a report; None if it has none.
 
     Args:
-        report: a mapping of metrics, metrics that ``compute()`` gives, a loss, or a tuple with one
-            of them. A pair is a sum and a count.
+        report: a mapping of metrics, an object with ``compute()``, a loss, or a tuple with one of
+            them. A pair is (sum, count).
         how: see ``Reading``.
-        batch: what the step was given.
+        batch: the batch that was passed to the step.
 
     Raises:
-        NoLoss: the report has no entry of the name in ``how``.
+        NoLoss: the report has no entry with the key ``how``.
     """
     if callable(how):
         return jnp.asarray(how(report, batch))
@@ -116,7 +116,7 @@ def _in_part(part: Any, key: str, *, named: bool) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """Return a reported loss as an array; of a pair (sum, count) the quotient."""
+    """Return a reported loss as an array; for a pair (sum, count) the quotient."""
     if is_metrics(value):
         value = value.compute()
     pair = value if isinstance(value, tuple | list) else None
@@ -129,7 +129,7 @@ def _number(value: Any) -> Any:
 
 
 def is_metrics(value: Any) -> bool:
-    """Return whether an object gathers numbers over batches: ``nnx.MultiMetric``, clu's and their kin."""
+    """Return whether an object is a metric such as ``nnx.MultiMetric`` or those of clu."""
     if isinstance(value, type):
         return False
     gathers = any(callable(getattr(value, name, None)) for name in ("reset", "merge", "empty"))
@@ -148,7 +148,7 @@ def keys_of(report: Any) -> Sequence[str]:
 
 
 def described(report: Any) -> str:
-    """Return what a report holds, in words."""
+    """Return a short description of a report."""
     names = keys_of(report)
     if names:
         return "the keys " + ", ".join(map(repr, names))
@@ -159,10 +159,10 @@ def described(report: Any) -> str:
 
 
 def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
-    """Return the two halves of a batch, for functions that take them apart.
+    """Return (inputs, targets) of a batch, for functions that take them separately.
 
     Args:
-        batch: a pair, or a mapping whose first entry is the inputs and second the targets.
+        batch: a pair, or a mapping whose first entry is the inputs and the second the targets.
     """
     parts = list(batch.values()) if isinstance(batch, Mapping) else batch
     if isinstance(parts, tuple | list) and len(parts) >= 2:
@@ -171,7 +171,7 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
 
 
 def copied(tree: Any) -> Any:
-    """Return ``tree`` with every concrete array copied: a step may donate what it is given."""
+    """Return ``tree`` with every concrete array copied, since a step may donate its arguments."""
     return jax.tree_util.tree_map(
         lambda leaf: leaf if isinstance(leaf, jax.core.Tracer) else jnp.array(leaf), tree
     )

@@ -1,4 +1,4 @@
-"""How an optimizer counts: how many steps make an update, and when its schedule ends."""
+"""Gradient accumulation and learning-rate schedules: steps per update, and the end of a schedule."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from bnverify.jaxpr.tracing import trace
 from bnverify.pytree import path_name
 from bnverify.subject import Schedule, State, Subject
 
-MOST = 64  # steps that an update is waited for
+MOST = 64  # the largest number of steps per update that is tried
 BATCHES = re.compile(r"batches|micro_?steps|mini_?steps", re.IGNORECASE)
-"""What people call a number of batches."""
+"""Names of variables that contain a number of batches."""
 
 
 def updates_every(subject: Subject, state: State) -> int:
-    """Return how many steps make one update, where ``optax.MultiSteps`` counts them."""
+    """Return the number of steps per update with ``optax.MultiSteps``; 1 without it."""
     counts = [p for p in leaf_paths(state) if p.startswith("opt_state/") and "mini_step" in p]
     if not counts or subject.optimizer is None:
         return 1
@@ -41,7 +41,7 @@ def updates_every(subject: Subject, state: State) -> int:
     )
     names = [path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(after)[0]]
     place = next(i for i, name in enumerate(names) if name.endswith("mini_step"))
-    # Of the whole update only the count is run, from one step to the next.
+    # Only the counter is computed, from one step to the next.
     counting = live(program, place)
     leaves = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree_util.tree_leaves(kept)]
     for count in range(1, MOST + 1):
@@ -54,14 +54,14 @@ def updates_every(subject: Subject, state: State) -> int:
 def schedules(
     programs: Programs, declared: Declared, every: int, makers: Sequence[Callable[..., Any]]
 ) -> Iterator[Schedule]:
-    """Yield what is known of the schedule of a rate under accumulation: whether it ends with the batches.
+    """Yield, for each possible number of batches, whether the schedule is exactly that long.
 
     Args:
-        programs: the subject's functions, traced.
-        declared: what its user says: ``batches``.
-        every: how many steps make one update.
-        makers: the user's functions that make the optimizer; a number of batches in their code may
-            be the schedule's.
+        programs: the traced functions of the subject.
+        declared: the user's declarations, of which ``batches`` is used.
+        every: the number of steps per update.
+        makers: the user's functions that create the optimizer; integers in their code whose names
+            mean a number of batches are tried.
     """
     optimizer = programs.subject.optimizer
     if every == 1 or optimizer is None:
@@ -76,7 +76,7 @@ def schedules(
 
 
 class _Ends:
-    """Tells when the schedule of an accumulating optimizer ends, by asking for single updates."""
+    """Determines whether the schedule of an accumulating optimizer ends after a number of updates."""
 
     def __init__(self, optimizer: Callable[[Any], Any], params: Any, every: int) -> None:
         ones = jax.tree_util.tree_map(lambda leaf: np.ones(leaf.shape, leaf.dtype), params)
@@ -92,7 +92,7 @@ class _Ends:
             self._program = None
 
     def after(self, count: int) -> bool:
-        """Return whether the rate changes up to the update of this number, and no more from there."""
+        """Return whether the learning rate changes up to update ``count`` but not after it."""
         if self._program is None or count < 1:
             return False
         before, at, *later = (self._update(c) for c in (count - 1, count, count + 1, 2 * count + 1))
@@ -100,7 +100,7 @@ class _Ends:
         return still and not np.array_equal(before, at)
 
     def _update(self, count: int) -> Any:
-        """Return the first leaves of the update that follows ``count`` others, flat."""
+        """Return the update after ``count`` others, flattened."""
 
         def counted(node: Any) -> Any:
             named = getattr(node, "_fields", ())
@@ -125,7 +125,7 @@ class _Ends:
 
 
 def _numbers(makers: Sequence[Callable[..., Any]]) -> dict[str, int]:
-    """Return the whole numbers that some functions use by a name that means a number of batches."""
+    """Return name -> integer that some functions use, if the name means a number of batches."""
     found: dict[str, int] = {}
     pending: list[Any] = list(makers)
     seen: set[int] = set()
@@ -151,7 +151,7 @@ def _function(value: Any) -> FunctionType | None:
 
 
 def _named(name: str, value: Any) -> Iterator[tuple[str, int]]:
-    """Yield the whole numbers that a variable holds, in itself or in its fields, with their names."""
+    """Yield (name, integer) for a variable that is an integer, or for its fields that are."""
     inner: Mapping[str, Any] = {}
     if isinstance(value, int) and not isinstance(value, bool):
         yield name, value

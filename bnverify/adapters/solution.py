@@ -1,4 +1,4 @@
-"""One function of seed, batch and learning rate as a Subject: what can be checked from outside."""
+"""One function of seed, batch and learning rate as a Subject, checked from outside."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OUTSIDE = (
     "same_input_repeats_to_the_bit",
     "step_leaves_its_inputs_alone",
 )
-SEEDS = (0.0, 1.0, 2.0)  # stand for all, where a function needs its seed as a Python number
+SEEDS = (0.0, 1.0, 2.0)  # replace all others if a function needs its seed as a Python number
 
 
 def solution(
@@ -42,22 +42,26 @@ def solution(
     name: str | None = None,
     exempt: Mapping[str, str] | None = None,
 ) -> Subject:
-    """Return a function that initialises, trains one step and evaluates as a Subject.
+    """Return a function that initialises, takes one step and evaluates as a Subject.
 
-    It is run twice on a small batch. If it goes through a linen module that it initialises by
-    ``module.init(jax.random.PRNGKey(int(seed)), x)``, it is held to the canonical step (plain SGD,
-    mean squared error) around that very module: in every case its result must agree within
-    rounding. If not, only what holds of any such function is asked: a finite number of shape
-    (1,), the same for the same input and for another order of the rows.
+    The function is run twice on a small batch. If it uses a linen module that it initialises by
+    ``module.init(jax.random.PRNGKey(int(seed)), x)``, it is compared with the canonical step (plain SGD,
+    mean squared error) with that module: in every case the results must agree within rounding. For any
+    other function only the result is checked: a finite number of shape (1,), the same for the same
+    input and for reordered rows.
 
     Args:
         function: ``(seed: float, x_batch (N, D), y_batch (N,), lr: float) -> (1,)``.
-        batch: what it makes of x and y before its module sees them.
-        name: how reports call it; None: the function's name.
+        batch: (x, y) -> (inputs, targets), if the function preprocesses its batch for the module.
+        name: its name in reports; None: the name of the function.
         exempt: law name -> why it does not apply.
 
+    Returns:
+        A Subject for which most laws are exempt, since one number shows neither gradients nor
+        statistics.
+
     Raises:
-        SubjectError: the function raises what a common mistake raises.
+        SubjectError: the function raises an error that a common mistake causes.
     """
     label = str(name or getattr(function, "__name__", type(function).__name__))
     given = dict(exempt or {})
@@ -68,14 +72,14 @@ def solution(
             canonical,
             name=label,
             solution=function,
-            exempt={**_all_but(AGREEMENT, "it only has to agree with the canonical step"), **given},
+            exempt={**_all_but(AGREEMENT, "it is only compared with the canonical step"), **given},
         )
     return Subject(
         name=label,
         init=_init,
         step=_step,
         evaluate=partial(_evaluate, function),
-        exempt={**_all_but(OUTSIDE, "one function shows nothing but its result"), **given},
+        exempt={**_all_but(OUTSIDE, "only the result of a single function is known"), **given},
         solution=function,
         capabilities=frozenset(),
     )
@@ -95,7 +99,7 @@ def _canonical(function: Solution, batch: Callable[..., Any]) -> Subject | None:
             subject = subject or linen(watch.modules[-1], batch=batch)
             if not _starts_like(subject, seed, x, y, result, watch):
                 return None
-        except (ValueError, TypeError):  # a module that the canonical step does not fit
+        except (ValueError, TypeError):  # the canonical step cannot use the module
             return None
     return subject
 
@@ -109,7 +113,7 @@ def _init(seed: Any, x: Any) -> State:
 
 
 def _step(state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
-    # The function itself steps: what it needs for that is remembered until it is evaluated.
+    # The function itself takes the step, in _evaluate, so its arguments are stored until then.
     extra = {**state.extra, "lr": jnp.asarray(lr, jnp.float32)}
     return state._replace(extra=extra), StepInfo(None, None)
 
@@ -125,18 +129,18 @@ def _evaluate(function: Solution, state: State, x: Any, y: Any) -> Any:
         return jax.lax.switch(seed % len(SEEDS), branches, x, y, lr)
 
 
-# Which linen module a function goes through, seen by running it.
+# Finding the linen module that a function uses, by running it.
 
-PLACES = 1e-5  # of agreement of two float32 losses that come from one computation
+PLACES = 1e-5  # relative agreement of two float32 losses of the same computation
 
 
 @dataclass
 class _Watch:
-    """What was seen of one run.
+    """The linen modules called in one run.
 
     Attributes:
-        modules: the outermost module of each pass, in order, bound no more.
-        params: its params in that pass, where they were values and not tracers; else None.
+        modules: the outermost module of each forward pass, in order, unbound.
+        params: its params in that pass; None if they were tracers.
     """
 
     modules: list[nn.Module] = field(default_factory=list)
@@ -162,7 +166,7 @@ class _Watch:
 
 
 def _watched(function: Callable[..., Any], *args: Any) -> tuple[Any, _Watch]:
-    """Return what ``function`` returns and what was seen of its modules."""
+    """Return the result of ``function``, and the modules that it called."""
     watch = _Watch()
     with nn.intercept_methods(watch):
         result = plain(function)(*args)
@@ -170,22 +174,22 @@ def _watched(function: Callable[..., Any], *args: Any) -> tuple[Any, _Watch]:
 
 
 def _starts_like(subject: Subject, seed: int, x: Any, y: Any, result: Any, watch: _Watch) -> bool:
-    """Return whether a function run with the learning rate 0 starts as ``subject`` does.
+    """Return whether a function, run with lr = 0, has the initial params of ``subject``.
 
     Args:
-        subject: the canonical step around the module that was seen.
-        seed: of the run.
-        x: likewise.
-        y: likewise.
+        subject: the canonical step with the module that was found.
+        seed: the seed of the run.
+        x: the inputs of the run.
+        y: the targets of the run.
         result: what the run returned.
-        watch: what was seen of it. With the rate 0 the params of its last pass are the first
-            ones; where no pass shows values, the loss must be that of the first params, from
-            any statistics and of any reduction.
+        watch: the modules called. With lr = 0 the params of the last pass are the initial ones; if no
+            pass has concrete params, the loss must be that of the initial params, in either mode and
+            with either reduction.
     """
     state = subject.init(np.int32(seed), x)
     seen = [params for params in watch.params if params is not None]
     if seen:
-        with suppress(ValueError):  # trees that are not alike
+        with suppress(ValueError):  # trees of different structure
             alike = jax.tree_util.tree_map(np.array_equal, _plain(seen[-1]), _plain(state.params))
             return all(jax.tree_util.tree_leaves(alike))
         return False
@@ -201,7 +205,7 @@ def _plain(tree: Any) -> Any:
 
 
 def _losses(subject: Subject, state: Any, x: Any, y: Any) -> Iterator[float]:
-    """Yield the mean and the sum of squared errors at the first params, in every mode."""
+    """Yield the mean and the sum of the squared errors for the initial params, in every mode."""
     after, info = subject.step(state, x, y, np.float32(0))
     for loss in (
         subject.evaluate(after, x, y),

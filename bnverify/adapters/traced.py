@@ -1,9 +1,8 @@
-"""Reading one traced pass: what a marked value was, and what reaches what.
+"""Reading a traced program: the values of marks, and which values depend on which.
 
-A value cannot simply be stored while a model is traced: inside ``value_and_grad``, ``remat`` or
-``vmap`` it belongs to a trace that is gone afterwards. So it is marked by an identity equation
-with a name, and the program is read with an eye on those equations. A mark inside a loop, a
-branch or the backward pass has no one value: there it stands for many, or for none.
+A value cannot simply be stored during tracing: inside ``value_and_grad``, ``remat`` or ``vmap`` it
+belongs to a trace that ends. So it is marked by an identity equation with a name, which is found again
+in the program. A mark inside a loop, a branch or the backward pass has no single value.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from bnverify.subject import LayerInput
 PREFIX = "bnverify:"
 PRIMITIVE = "name"  # of checkpoint_name, which does nothing where no policy asks for the name
 DRAWS = frozenset({"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"})
-# Their bodies see one shard, along an axis that nothing binds outside of them.
+# Their bodies see one shard, along an axis that is not bound outside.
 _MAPPED = frozenset({"shard_map", "xla_pmap"})
 
 
@@ -34,24 +33,24 @@ def mark(value: Any, label: str) -> Any:
 
 
 def label_of(eqn: Any) -> str | None:
-    """Return the label that an equation marks; None where it is no mark."""
+    """Return the label of a mark; None if the equation is not a mark."""
     name = str(eqn.params.get("name", "")) if eqn.primitive.name == PRIMITIVE else ""
     return name.removeprefix(PREFIX) if name.startswith(PREFIX) else None
 
 
 def marked(function: Callable[..., Any], *args: Any) -> dict[str, list[Any]]:
-    """Run ``function`` and return label -> the values marked so, in the order they arise.
+    """Run ``function`` and return label -> the values with this mark, in order.
 
     Args:
-        function: traces under ``jax.jit``.
+        function: a traceable function.
         *args: trees of arrays, or of tracers.
     """
     return evaluated(function, *args)[1]
 
 
 def evaluated(function: Callable[..., Any], *args: Any) -> tuple[Any, dict[str, list[Any]]]:
-    """Run ``function`` and return its result, and what ``marked`` returns."""
-    # A function of its own: JAX keeps the program of one that it has traced before, marks and all.
+    """Run ``function`` and return (its result, the result of ``marked``)."""
+    # A new function object, since JAX caches the program of one that it has traced before.
     jaxpr, shapes = jax.make_jaxpr(partial(function), return_shape=True)(*args)
     reading = Evaluation()
     results = read(jaxpr, reading, jax.tree_util.tree_leaves(args))
@@ -60,10 +59,10 @@ def evaluated(function: Callable[..., Any], *args: Any) -> tuple[Any, dict[str, 
 
 
 class Evaluation:
-    """A program's values themselves. Only calls with a mark inside are entered.
+    """Evaluates a program and collects the marked values; enters only calls that contain marks.
 
     Attributes:
-        found: label -> the values that have this mark, in the order they arise.
+        found: label -> the values with this mark, in order.
     """
 
     def __init__(self) -> None:
@@ -74,19 +73,19 @@ class Evaluation:
         return value
 
     def equation(self, eqn: Any, inputs: Sequence[Any]) -> Sequence[Any]:
-        """Run it; remember what it marks."""
+        """Run it, and collect its input if it is a mark."""
         label = label_of(eqn)
         if label is not None:
             self.found.setdefault(label, []).extend(inputs)
             return inputs
         given = eqn.primitive.get_bind_params(eqn.params)
-        # A pair to jax 0.9; from 0.10 one mapping, with the functions among the parameters.
+        # A pair up to jax 0.9; from 0.10 on one mapping that includes the functions.
         functions, params = given if isinstance(given, tuple) else ((), given)
         out = eqn.primitive.bind(*functions, *inputs, **params)
         return out if eqn.primitive.multiple_results else [out]
 
     def call(self, eqn: Any, inputs: Sequence[Any], body: Body[Any]) -> Sequence[Any]:
-        """Enter it where that shows a mark, and nothing else changes by it."""
+        """Enter it if it contains marks and can be inlined, else run it."""
         called = called_jaxpr(eqn)
         if _is_backward(eqn) or eqn.primitive.name in _MAPPED or not labels(called):
             return self.equation(eqn, inputs)
@@ -116,7 +115,7 @@ def _is_backward(eqn: Any) -> bool:
 
 
 def levels(jaxpr: Any) -> Iterator[Any]:
-    """Yield a program and every program it calls exactly once: no loops, branches, re-runs."""
+    """Yield a program and every program that it calls exactly once: no loops, branches or remat."""
     inner, _ = open_jaxpr(jaxpr)
     yield inner
     for eqn in inner.eqns:
@@ -126,18 +125,18 @@ def levels(jaxpr: Any) -> Iterator[Any]:
 
 
 def labels(jaxpr: Any) -> Counter[str]:
-    """Return how often each label is marked where ``marked`` reads it."""
+    """Return how often each label occurs where ``marked`` finds it."""
     found = (label_of(eqn) for level in levels(jaxpr) for eqn in level.eqns)
     return Counter(label for label in found if label is not None)
 
 
 def labels_anywhere(jaxpr: Any) -> Counter[str]:
-    """Return how often each label is marked, loops, branches and re-runs included."""
+    """Return how often each label occurs, including loops, branches and remat."""
     return Counter(label for eqn in equations(jaxpr) if (label := label_of(eqn)) is not None)
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """Yield every equation of a program, and of the programs in it."""
+    """Yield every equation of a program and of its inner programs."""
     inner, _ = open_jaxpr(jaxpr)
     for eqn in inner.eqns:
         yield eqn
@@ -146,13 +145,13 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def links(jaxpr: Any) -> set[tuple[str, str]]:
-    """Return the pairs (a, b) where the value marked a is used once: as the value marked b."""
+    """Return the pairs (a, b) of labels such that the only use of the value marked a is the mark b."""
     found = set()
     for level in levels(jaxpr):
         uses: dict[Any, list[Any]] = {}
         for eqn in level.eqns:
             for atom in eqn.invars:
-                if not hasattr(atom, "val"):  # a literal is nobody's output
+                if not hasattr(atom, "val"):  # not a literal
                     uses.setdefault(atom, []).append(eqn)
         results = {atom for atom in level.outvars if not hasattr(atom, "val")}
         for eqn in level.eqns:
@@ -166,7 +165,7 @@ def links(jaxpr: Any) -> set[tuple[str, str]]:
 
 
 def holds_tracers(jaxpr: Any) -> bool:
-    """Return whether a program closes over a value of some other trace, which cannot be run."""
+    """Return whether a program closes over a tracer of another trace, so that it cannot be run."""
     inner, consts = open_jaxpr(jaxpr)
     if any(isinstance(const, jax.core.Tracer) for const in consts):
         return True
@@ -174,7 +173,7 @@ def holds_tracers(jaxpr: Any) -> bool:
 
 
 class Flows:
-    """What reaches what in one program, over the graph that ``bnverify.jaxpr`` reads.
+    """The dependency graph of one program, as ``bnverify.jaxpr`` reads it.
 
     Args:
         jaxpr: a traced program.
@@ -182,6 +181,7 @@ class Flows:
     Attributes:
         inputs: the nodes of its inputs.
         outputs: the nodes of its outputs.
+        captured: the nodes of the arrays that it closes over.
     """
 
     def __init__(self, jaxpr: Any) -> None:
@@ -198,7 +198,7 @@ class Flows:
             self._marks.setdefault(str(label_of(self.equation(node))), []).append(node)
         self._numbers: dict[int, int] = {}
         self._of_key: dict[Any, int] = {}
-        # The reading makes a node of each captured array first of all.
+        # Reading a program first creates a node for each captured array.
         first = len(inner.invars)
         self._literals = first + len(consts)
         self.captured = [
@@ -208,16 +208,16 @@ class Flows:
     def reached(
         self, nodes: Iterable[int], *, through: Callable[[int], bool] = lambda node: True
     ) -> set[int]:
-        """Return all that these nodes may reach, themselves among it.
+        """Return the nodes that depend on these, including themselves.
 
         Args:
             nodes: the sources.
-            through: which nodes may be on the way, or at its end.
+            through: whether a node may be on the path, or its end.
         """
         return self._closure(nodes, self._children, through)
 
     def origins(self, nodes: Iterable[int]) -> set[int]:
-        """Return all that may reach these nodes, themselves among it."""
+        """Return the nodes on which these depend, including themselves."""
         return self._closure(nodes, dict(enumerate(self._graph.parents)))
 
     @staticmethod
@@ -236,7 +236,7 @@ class Flows:
         return seen
 
     def of_primitives(self, names: Collection[str]) -> list[int]:
-        """Return the nodes that equations of these primitives make."""
+        """Return the nodes computed by these primitives."""
         return [
             node
             for node, eqns in enumerate(self._graph.equations)
@@ -244,11 +244,11 @@ class Flows:
         ]
 
     def of_label(self, label: str) -> list[int]:
-        """Return the nodes that have a mark."""
+        """Return the nodes with this mark."""
         return self._marks.get(label, [])
 
     def operands(self, node: int) -> list[int]:
-        """Return what a node is computed from."""
+        """Return the nodes from which a node is computed."""
         return self._graph.parents[node]
 
     def is_constant(self, node: int) -> bool:
@@ -258,23 +258,23 @@ class Flows:
         )
 
     def equation(self, node: int) -> Any:
-        """Return the equation that makes a node; None for inputs and constants."""
+        """Return the equation that computes a node; None for inputs and constants."""
         eqns = self._graph.equations[node]
         return eqns[-1] if eqns else None
 
     def number(self, node: int) -> int:
-        """Return a number that nodes share which are computed alike from the same values."""
-        for each in sorted(self.origins([node])):  # operands come before what is made of them
+        """Return a number that is equal for nodes computed in the same way from the same values."""
+        for each in sorted(self.origins([node])):  # operands come before their results
             if each in self._numbers:
                 continue
             eqn, operands = self.equation(each), self.operands(each)
-            if eqn is not None and label_of(eqn) is not None:  # a mark is the value that it marks
+            if eqn is not None and label_of(eqn) is not None:  # a mark equals its operand
                 self._numbers[each] = self._numbers[operands[0]]
                 continue
             if eqn is None and each >= self._literals:
-                key: Any = "literal"  # told apart by the equation that reads it
+                key: Any = "literal"  # its value is part of the key of the equation that uses it
             elif eqn is None or any(operand not in self._numbers for operand in operands):
-                key = each  # an input, a captured array, or a value that a loop changes
+                key = each  # an input, a captured array, or a loop variable
             else:
                 numbers = tuple(self._numbers[operand] for operand in operands)
                 key = (eqn.primitive.name, _said(eqn), numbers)
@@ -282,19 +282,19 @@ class Flows:
         return self._numbers[node]
 
     def where(self, node: int) -> str:
-        """Return "path:line (function)" of the user's code that makes a node; "" if unknown."""
+        """Return "path:line (function)" of the user's code that computes a node; "" if unknown."""
         return source_line(self._graph.equations[node]) or ""
 
 
 def _said(eqn: Any) -> str:
-    """Return what an equation does besides its operands: parameters, literals, result."""
+    """Return a key for an equation without its operands: parameters, literals and result types."""
     given = [str(atom.val) for atom in eqn.invars if hasattr(atom, "val")]
     results = [str(var.aval) for var in eqn.outvars]
     return f"{sorted(map(str, eqn.params.items()))} {given} {results}"
 
 
 def rows_first(value: Any, feature_axes: Sequence[int]) -> Any:
-    """Return ``value`` as (R, *features): the other axes moved to the front and flattened."""
+    """Return ``value`` as (R, *features), with all other axes moved to the front and flattened."""
     kept = sorted(axis % value.ndim for axis in feature_axes)
     reduced = [axis for axis in range(value.ndim) if axis not in kept]
     shape = tuple(value.shape[axis] for axis in kept)
@@ -304,13 +304,13 @@ def rows_first(value: Any, feature_axes: Sequence[int]) -> Any:
 def layer_input(
     value: Any, mask: Any, shape: tuple[int, ...], feature_axes: Sequence[int]
 ) -> LayerInput | None:
-    """Return what a normalisation layer was given, or None where a transformation changed it.
+    """Return the input of a normalisation layer; None if a transformation changed its shape.
 
     Args:
-        value: as read from the program.
-        mask: likewise; broadcastable to ``shape``. None: all counts.
-        shape: the input's shape as the layer saw it; one ``vmap`` of size 1 may surround it.
-        feature_axes: the axes that the layer keeps.
+        value: the input, as read from the program.
+        mask: the mask, broadcastable to ``shape``; None: no mask.
+        shape: the shape that the layer saw, which lacks the axis of a surrounding ``vmap`` of size 1.
+        feature_axes: the axes that the layer does not reduce over.
     """
     if [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
         return None

@@ -1,4 +1,4 @@
-"""A loop around flax's TrainState as a Subject; told in ``bnverify.adapters.loop``."""
+"""A loop with Flax's TrainState as a Subject; see ``bnverify.adapters.loop``."""
 
 from bnverify.adapters.batches import image_and_label
 from bnverify.adapters.loop import train_state

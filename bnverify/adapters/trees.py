@@ -1,8 +1,8 @@
-"""Where params, statistics and optimizer state lie in the trees that a loop carries.
+"""Finding params, running statistics and optimizer state in the state of a loop.
 
-A train state, a tuple of them, a dict of loose trees: anything that JAX takes for a tree. Its
-parts are found by their names, as Flax and Optax have them, or where a path says; everything
-else goes on as it is.
+The state may be any pytree: a train state, a tuple of several, a dict of trees. Its parts are found by
+the names that Flax and Optax use, or by paths that the user gives; everything else goes to
+``State.extra``.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ PREFIXED = re.compile(r"^(.+)_(params|batch_stats|stats|opt_state)$")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of a State lie in carried trees.
+    """The paths of the parts of a State in the things of a loop.
 
     Attributes:
         parts: part -> network -> path. A single network is called "".
-        rest: paths of the leaves that belong to no part.
-        metrics: paths of what gathers metrics: no part of the state, begun anew in each call.
-        names: thing -> how the State calls it, where there are several.
+        rest: the paths of the leaves that belong to no part.
+        metrics: the paths of metrics objects, which are reset before each call and not in the State.
+        names: thing -> its name in the State, if there are several.
     """
 
     parts: Mapping[str, Mapping[str, Path]]
@@ -52,11 +52,11 @@ class Layout:
     names: Mapping[str, str]
 
     def split(self, things: Mapping[str, Any], more: Tree) -> State:
-        """Return the State of carried trees.
+        """Return the things as a State.
 
         Args:
             things: name -> tree.
-            more: what else is carried.
+            more: further entries of ``State.extra``.
         """
         parts = {}
         for part in (PARAMS, STATISTICS, OPTIMIZER):
@@ -75,15 +75,15 @@ class Layout:
             parts[OPTIMIZER] or (),
             extra or (),
         )
-        # A step counter starts as a Python int, which would be another type than its successor.
+        # A step counter may start as a Python int and become an array.
         return State(*(jax.tree_util.tree_map(_array, tree) for tree in trees))
 
     def join(self, state: State, template: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the carried trees with the values of ``state``.
+        """Return the things with the values of ``state``.
 
         Args:
             state: the values.
-            template: the trees as they were made, for all that is no array.
+            template: the things as ``create`` returned them, for everything that is not an array.
         """
         values: dict[Path, Any] = {}
         trees = {PARAMS: state.params, STATISTICS: state.batch_stats, OPTIMIZER: state.opt_state}
@@ -96,13 +96,13 @@ class Layout:
         return {name: _replaced(tree, values, (name,)) for name, tree in template.items()}
 
     def _named(self, path: Path) -> Path:
-        """Return where a leaf of no part lies in ``State.extra``."""
+        """Return the path in ``State.extra`` of a leaf that belongs to no part."""
         names = self.names
         head = (names.get(path[0], path[0]),) if len(names) > 1 or len(path) == 1 else ()
         return (*head, *path[1:])
 
     def networks(self) -> tuple[str, ...]:
-        """Return the networks, as the State calls them."""
+        """Return the names of the networks in the State."""
         return tuple(self.parts.get(PARAMS, {}))
 
 
@@ -114,18 +114,18 @@ def layout(
     statistics: str | None = None,
     opt_state: str | None = None,
 ) -> Layout:
-    """Return where the parts of a State lie.
+    """Find the parts of a State in the things of a loop.
 
     Args:
-        things: name -> carried tree; the leaves may be tracers.
-        names: thing -> how the State calls it, where there are several.
-        params: the path of the params, segments joined by "/", from a tree or from all of them;
-            None: whatever is called "params".
-        statistics: likewise; "batch_stats".
-        opt_state: likewise; "opt_state" and its like, else what Optax made.
+        things: name -> tree; the leaves may be tracers.
+        names: thing -> its name in the State, if there are several.
+        params: the path of the params, joined by "/", with or without the name of the thing; None:
+            anything called "params".
+        statistics: likewise; None: anything called "batch_stats".
+        opt_state: likewise; None: "opt_state" and similar names, or a state made by Optax.
 
     Raises:
-        UsageError: a path leads nowhere, or no params are found.
+        UsageError: there is nothing at a path, or no params are found.
     """
     told = {PARAMS: params, STATISTICS: statistics, OPTIMIZER: opt_state}
     paths = {part: tuple(path.split("/")) for part, path in told.items() if path}
@@ -140,12 +140,12 @@ def layout(
         if not found[part] and part != STATISTICS:
             near = did_you_mean("/".join(wanted), map(str, _places(things)))
             raise UsageError(
-                f"nothing lies at {'/'.join(wanted)!r}; there are {_listed(things)}{near}"
+                f"there is nothing at {'/'.join(wanted)!r}; there are {_listed(things)}{near}"
             )
     if not found[PARAMS]:
         raise UsageError(
-            f"no params are found in what is carried: there are {_listed(things)}. Say where they "
-            'lie, as in params="variables/params"; statistics= and opt_state= likewise'
+            f"no params are found in the state: there are {_listed(things)}. Give their path, as in "
+            'params="variables/params"; statistics= and opt_state= likewise'
         )
     parts = {
         part: _by_network(found[part], names, len(found[PARAMS]) > 1)
@@ -157,7 +157,7 @@ def layout(
 def _walk(
     things: Mapping[str, Any], told: Mapping[str, Path], names: Mapping[str, str]
 ) -> Iterator[tuple[Path, str | None]]:
-    """Yield (path, part) of every part, and (path, None) of every leaf that is in none."""
+    """Yield (path, part) for every part, and (path, None) for every leaf in none."""
     heads = {name: names.get(name, name) for name in things}
     pending: list[tuple[Path, Any, str | None]] = []
     for name, tree in reversed(list(things.items())):
@@ -168,7 +168,9 @@ def _walk(
         children, _ = _children(node)
         if node is not None and part is None:
             part = _part((heads[path[0]], *path[1:]), node, told)
-        if part == STATISTICS and "batch_stats" in dict(children):  # the field around them is told
+        if part == STATISTICS and "batch_stats" in dict(
+            children
+        ):  # the path of the field around it
             part = None
         if part is not None:
             yield path, part
@@ -194,7 +196,7 @@ def _part(path: Path, node: Any, told: Mapping[str, Path]) -> str | None:
 
 
 def _prefixed(name: str, siblings: set[str], told: Mapping[str, Path]) -> str | None:
-    """Return the part that ``g_params`` is, where a ``g_opt_state`` stands beside it."""
+    """Return the part of a name like ``g_params``, if there is also a ``g_opt_state``."""
     match = PREFIXED.match(name)
     if match is None or f"{match[1]}_opt_state" not in siblings or name in _NAMES:
         return None
@@ -217,7 +219,7 @@ def _by_network(paths: Sequence[Path], names: Mapping[str, str], several: bool) 
 
 
 def _joined(path: Path, names: Mapping[str, str]) -> str:
-    """Return what a path says of its network: all but the part's own name."""
+    """Return the name of the network in a path: everything except the name of the part."""
     called = (names.get(path[0], path[0]), *path[1:])
     match = PREFIXED.match(called[-1])
     last = (match[1],) if match and called[-1] not in _NAMES else ()
@@ -227,7 +229,7 @@ def _joined(path: Path, names: Mapping[str, str]) -> str:
 
 
 def _children(node: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """Return the children of one node of a tree by name, and how to put them together again."""
+    """Return (the children of a node by name, the treedef to rebuild it)."""
     if node is None:
         return [], None
     pairs, treedef = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda n: n is not node)
@@ -241,7 +243,7 @@ def _is_empty(node: Any) -> bool:
 
 
 def at(tree: Any, path: Path) -> Any:
-    """Return what lies at a path of a tree."""
+    """Return the subtree at a path."""
     if not path:
         return tree
     if isinstance(tree, Mapping) and path[0] in tree:
@@ -260,7 +262,7 @@ def _replaced(node: Any, values: Mapping[Path, Any], path: Path) -> Any:
 
 
 def own_name(parameter: str) -> str:
-    """Return how a State calls what a parameter takes: "generator" for generator_state."""
+    """Return the name in a State of what a parameter takes: "generator" for generator_state."""
     told = parameter in _NAMES or PREFIXED.match(parameter)
     return parameter if told else parameter.removesuffix("_state") or parameter
 
@@ -282,7 +284,7 @@ def _array(leaf: Any) -> Any:
 
 
 def kind_of(tree: Any) -> str:
-    """Return whether a loose tree is params, statistics or an optimizer's state; "" for others."""
+    """Return whether a tree is params, statistics or an optimizer state; "" if none of them."""
     if _is_optax(tree):
         return OPTIMIZER
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -295,14 +297,14 @@ def kind_of(tree: Any) -> str:
 
 
 def search(things: Mapping[str, Any], layers: Mapping[str, Sequence[str]]) -> str | None:
-    """Return the path under which the statistics of normalisation layers lie, wherever that is.
+    """Find the subtree with the statistics of given normalisation layers.
 
     Args:
-        things: name -> carried tree.
+        things: name -> tree.
         layers: path of a layer -> the names of its statistics.
 
     Returns:
-        Segments joined by "/", from the tree on; None where not all are found in one place.
+        The path of the subtree, joined by "/"; None if they are not all in one subtree.
     """
     leaves = jax.tree_util.tree_flatten_with_path(dict(things))[0]
     paths = [path_name(path) for path, _ in leaves]
@@ -319,11 +321,11 @@ def search(things: Mapping[str, Any], layers: Mapping[str, Sequence[str]]) -> st
 
 
 def partition(tree: Tree, patterns: Sequence[str]) -> tuple[Tree, dict[str, Any]]:
-    """Return a tree without the leaves whose path matches a pattern, and those by path.
+    """Return (a tree without the leaves whose path matches a pattern, a dict of those leaves).
 
     Args:
-        tree: any tree. Nested dicts lose what is taken; elsewhere None stands for it.
-        patterns: as ``fnmatch`` takes them, of paths joined by "/".
+        tree: any pytree. Leaves are removed from nested dicts, and replaced by None elsewhere.
+        patterns: ``fnmatch`` patterns of paths joined by "/".
     """
     if not patterns:
         return tree, {}
@@ -347,12 +349,12 @@ def _pruned(tree: Tree) -> Tree:
 
 
 def union(tree: Tree, taken: Mapping[str, Any], whole: Any) -> Tree:
-    """Return what ``partition`` took apart.
+    """Undo ``partition``.
 
     Args:
-        tree: the leaves that were left.
-        taken: the others, by path.
-        whole: the structure of the whole tree.
+        tree: the tree without the leaves that were taken.
+        taken: path -> leaf that was taken.
+        whole: a tree with the structure of the whole.
     """
     if not taken:
         return tree

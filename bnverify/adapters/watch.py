@@ -1,8 +1,8 @@
-"""What is seen while a user's step is traced: its normalisation layers, its biases, its optimizer.
+"""Observing normalisation layers, biases and optimizers while a user's step is traced.
 
-Nothing of the step is changed. Linen has interceptors; for nnx and Optax the classes get another
-method for the time. What passes is marked (``bnverify.adapters.traced``) and noted in a
-:class:`Recording`; what is certain of it is then read off the traced program.
+The results of the step do not change. Linen has interceptors; methods of nnx and Optax classes are
+patched temporarily. Values are marked (``bnverify.adapters.traced``) and recorded in a
+:class:`Recording`; the traced program then shows what becomes of them.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from bnverify.adapters.traced import mark
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a normalisation layer, as it was traced.
+    """One traced call of a normalisation layer.
 
     Attributes:
-        path: the layer's, in its model: "block_1/BatchNorm_0".
-        shape: of its input.
-        feature_axes: the axes it keeps, ascending, none negative.
-        momentum: the weight of the old value that it declares, in Flax's sense; None: unknown.
-        training: whether it normalises by the batch's own moments and writes.
-        masked: whether it was given a mask.
-        turn: which pass of a model it belongs to.
-        names: of its statistics.
-        known: whether ``path`` is already that in the State's statistics.
+        path: the path of the layer in its model: "block_1/BatchNorm_0".
+        shape: the shape of its input.
+        feature_axes: the axes that it does not reduce over, ascending, not negative.
+        momentum: its declared momentum, as in Flax; None: unknown.
+        training: whether it is in train mode.
+        masked: whether it has a mask.
+        turn: the number of the forward pass that it belongs to.
+        names: the names of its statistics.
+        known: whether ``path`` is already the path in ``State.batch_stats``.
     """
 
     path: str
@@ -53,17 +53,17 @@ class Call:
 
 @dataclass
 class Recording:
-    """What was noted while a step was traced.
+    """What was recorded while a step was traced.
 
     Attributes:
-        calls: label -> the call of a normalisation layer whose input has that mark. Its statistics,
-            as they came in, are marked "LABEL old NAME".
-        biases: label -> the path in ``params`` of the bias added last to the marked value.
-        power_iterated: paths of modules whose statistics are vectors of a power iteration.
-        turns: the mark of what each pass of a model was given; None where that is no array.
-        updates: for each update by an optimizer, the marks of its gradients by their paths.
-        optimizers: what made each of these updates.
-        alike: networks of one class, of whose copies it cannot be told which is which.
+        calls: label of a layer's input -> the call of the layer. Its old statistics are marked
+            "LABEL old NAME".
+        biases: label -> the path in ``params`` of the bias that was added last to the marked value.
+        power_iterated: the paths of modules whose statistics are vectors of a power iteration.
+        turns: for each forward pass the label of its input; None if the input is not an array.
+        updates: for each update by an optimizer, path -> label of a gradient.
+        optimizers: the optimizer of each update.
+        alike: networks of the same class whose copies cannot be distinguished.
     """
 
     calls: dict[str, Call] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Recording:
 
     @contextmanager
     def pass_of_a_model(self, args: Sequence[Any]) -> Iterator[Sequence[Any]]:
-        """Count the outermost of nested calls of a model as a pass; hand its arguments on, marked."""
+        """Count the outermost of nested calls of a model as a forward pass; yield marked arguments."""
         if self._depth == 0:
             args = self._begun(args)
         self._depth += 1
@@ -106,7 +106,7 @@ class Recording:
         training: bool,
         known: bool = False,
     ) -> tuple[Any, Any]:
-        """Note that a normalisation layer is called; return its input and mask, marked."""
+        """Record a call of a normalisation layer; return its marked input and mask."""
         label = self.label(path)
         axes = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
         for name, value in statistics.items():
@@ -125,13 +125,13 @@ class Recording:
         return mark(x, label), mask if mask is None else mark(mask, f"{label} mask")
 
     def biased(self, path: str, out: Any) -> Any:
-        """Note that ``out`` is what the layer at ``path`` gives, its bias added last; mark it."""
+        """Record the output of a layer that adds its bias last; return it marked."""
         label = self.label(path)
         self.biases[label] = f"{path}/bias" if path else "bias"
         return mark(out, label)
 
     def updated(self, optimizer: Any, grads: Any) -> Any:
-        """Note that an optimizer is given gradients; return them, marked."""
+        """Record gradients that are passed to an optimizer; return them marked."""
         leaves, treedef = jax.tree_util.tree_flatten_with_path(grads)
         label = self.label("gradient")
         names = [variable_path(path) for path, _ in leaves]
@@ -142,7 +142,7 @@ class Recording:
         return jax.tree_util.tree_unflatten(treedef, marked)
 
     def label(self, what: str) -> str:
-        """Return a name for a mark that no other has."""
+        """Return a unique label for a mark."""
         self._marks += 1
         return f"{what}#{self._marks}"
 
@@ -152,9 +152,9 @@ _CURRENT: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 @contextmanager
 def watching() -> Iterator[Recording]:
-    """Note what happens while the context is open; nnx models are to be shown by ``noting``.
+    """Record what happens in this context; nnx models must be registered by ``noting``.
 
-    Where one watch is open already, it is that one.
+    Inside another ``watching`` context, it yields the outer recording.
     """
     outer = _CURRENT.get()
     if outer is not None:
@@ -174,14 +174,14 @@ def watching() -> Iterator[Recording]:
 
 @dataclass(frozen=True)
 class _Interceptor:
-    """For ``flax.linen.intercept_methods``: notes and marks, changes nothing."""
+    """An interceptor for ``flax.linen.intercept_methods`` that records and marks values."""
 
     recording: Recording
 
     def __call__(self, call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        """Run one method call, noting it where it is a layer's."""
+        """Run one method call, and record it if it is a layer's."""
         module = context.module
-        if module.is_initializing():  # it makes the variables; no step normalises by it
+        if module.is_initializing():  # only creates the variables
             return call(*args, **kwargs)
         if not module.path:
             with self.recording.pass_of_a_model(args) as marked:
@@ -217,7 +217,7 @@ class _Interceptor:
 
 
 def _statistics(module: nn.Module) -> tuple[str, dict[str, Any]]:
-    """Return the collection in which a module keeps a mean and a variance, and what it keeps there."""
+    """Return (the collection with a module's mean and variance, the arrays in it)."""
     if module.scope is None:
         return "", {}
     for name, variables in module.variables.items():
@@ -228,9 +228,9 @@ def _statistics(module: nn.Module) -> tuple[str, dict[str, Any]]:
 
 
 def _trains(module: nn.Module, collection: str, args: Any, kwargs: Any) -> bool:
-    """Return whether a normalisation layer normalises by the batch's own moments."""
+    """Return whether a normalisation layer is in train mode."""
     said = trains(_said(module, args, kwargs, nn.BatchNorm))
-    # A module that is told neither way looks whether it may write.
+    # Without an argument for it, a module is in train mode if its collection is mutable.
     return module.is_mutable_collection(collection) if said is None else said
 
 
@@ -251,15 +251,14 @@ def _said(module: Any, args: Any, kwargs: Any, norm: type) -> dict[str, Any]:
 
 @contextmanager
 def noting(models: Mapping[str, Any]) -> Iterator[None]:
-    """Note what the layers of nnx models are given, where a watch is open.
+    """Record the layer calls of nnx models inside a ``watching`` context.
 
-    nnx has no interception, so the classes of the models and of their layers get another
-    ``__call__`` for the time. Noted are calls on modules of a model being called, which
-    ``nnx.grad`` and ``nnx.jit`` copy; of a layer that is copied further in (``nnx.scan``,
-    ``vmap``, ``remat``) nothing is claimed.
+    nnx has no interceptors, so ``__call__`` of the classes of models and layers is patched temporarily.
+    Calls of modules of the called model are recorded, also if ``nnx.grad`` or ``nnx.jit`` copies it.
+    Layers that are copied further inside (``nnx.scan``, ``vmap``, ``remat``) are not recorded.
 
     Args:
-        models: where each one's statistics lie in those of the State ("" or a network) -> model.
+        models: network ("" for a single one) -> model.
     """
     recording = _CURRENT.get()
     if recording is None:
@@ -275,27 +274,27 @@ def noting(models: Mapping[str, Any]) -> Iterator[None]:
 
 
 class _StandIn:
-    """What calls of models' classes go through while they are noted."""
+    """Patches ``__call__`` of the classes of models while they are observed."""
 
     def __init__(self, models: Mapping[str, Any], recording: Recording) -> None:
         self._recording = recording
         self._paths: dict[int, str] = {}
-        self._alive: list[Any] = []  # an id is a module's own only as long as that exists
-        self._busy: set[int] = set()  # a class and its base may both stand in for one call
+        self._alive: list[Any] = []  # ids are unique only while their objects are alive
+        self._busy: set[int] = set()  # both a class and its base may be patched
         self._roots: dict[type, list[str]] = {}
         for network, model in models.items():
             self._roots.setdefault(type(model), []).append(network)
             self._look(model, network)
 
     def _look(self, model: Any, network: str) -> None:
-        """Remember where the modules of ``model`` sit in it."""
+        """Store the paths of the modules in ``model``."""
         self._alive.append(model)
         head = f"{network}/" if network else ""
         self._paths.update({id(m): (head + path).strip("/") for path, m in modules_of(model)})
 
     @contextmanager
     def of(self, cls: Any) -> Iterator[None]:
-        """Let calls of this class be noted."""
+        """Patch ``__call__`` of a class within this context."""
         own = cls.__dict__.get("__call__")
         original = getattr(cls, "__call__", None)  # noqa: B004 - the function itself is wanted
         if original is None:
@@ -364,11 +363,11 @@ def _is_linear(module: Any) -> bool:
 
 @dataclass
 class Updates:
-    """What optimizers were given while a step ran.
+    """The gradients passed to optimizers while a step ran.
 
     Attributes:
-        gradients: for each update path -> gradient, as the values that they are.
-        optimizers: what made each of the updates.
+        gradients: for each update path -> gradient.
+        optimizers: the optimizer of each update.
     """
 
     gradients: list[dict[tuple[str, ...], Any]] = field(default_factory=list)
@@ -377,7 +376,7 @@ class Updates:
 
 @contextmanager
 def updates() -> Iterator[Updates]:
-    """Collect what optimizers are given while the context is open; mark nothing."""
+    """Collect the gradients passed to optimizers in this context, without marking them."""
     found = Updates()
 
     def collect(optimizer: Any, grads: Any) -> Any:
@@ -392,10 +391,10 @@ def updates() -> Iterator[Updates]:
 
 @contextmanager
 def _watched_optimizers(seen: Callable[[Any, Any], Any]) -> Iterator[None]:
-    """Show the gradients that the outermost of nested optimizers is given; they go on as returned.
+    """Call ``seen`` with the gradients of every outermost optimizer; its result replaces them.
 
-    An optimizer is a pair of functions, found under ``update`` wherever the step has it from: a
-    train state, an argument, a closure.
+    ``GradientTransformation.update`` is patched, so it does not matter where the step gets its
+    optimizer: from a train state, an argument or a closure.
     """
     depth = [0]
 
@@ -425,12 +424,12 @@ def _watched_optimizers(seen: Callable[[Any, Any], Any]) -> Iterator[None]:
         several.update = step
 
 
-# Evaluation by a training step: every model is told that it does not train.
+# Evaluation by a training step: every model is put into eval mode.
 
 
 @contextmanager
 def evaluating() -> Iterator[None]:
-    """Put every model that is called into eval mode, whatever mode the code around asks for."""
+    """Put every model that is called in this context into eval mode."""
 
     def told(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if context.method_name != "__call__":

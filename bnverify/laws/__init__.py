@@ -1,6 +1,6 @@
 """The laws, one module per family: registered claims, most of them functions of a Transition."""
 
-# Imported so that their laws register, in the order of reports.
+# Importing a module registers its laws; the order here is the order in reports.
 # isort: off
 from bnverify.laws import structure, influence, statistics, update, evaluation, metamorphic
 from bnverify.laws import life, parallel

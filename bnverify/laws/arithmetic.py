@@ -1,18 +1,17 @@
-"""What laws compute with: errors in units of the error allowed, for many cases at once.
+"""The arithmetic of laws: errors relative to their tolerance, for many cases at once.
 
-**Axis 0 is the cases.** Every leaf of a stacked transition has shape (K, ...), or (1, ...) where it
-is the same in all cases. What is asked of a case, a residual or a condition, has shape (K,), and
-again (1,) where it is the same for all. The functions here reduce all axes but that one, so a law
-reads as if it were about a single case.
+**Axis 0 is the cases.** Every leaf of a stacked transition has shape (K, ...), or (1, ...) if it is
+the same in all cases. A residual or a condition has shape (K,), or (1,) if it is the same for all.
+The functions here reduce over all other axes, so a law reads as if it were about a single case.
 
-A residual is at most 1 where the law holds, infinite where a value is not finite though it should
-be, and ``UNTRIGGERED`` where there was nothing to compare. All arithmetic is in float64, which adds
-no error worth counting to the float32 values that are judged.
+A residual is at most 1 if the law holds, infinite if a value is not finite but should be, and
+``UNTRIGGERED`` if there was nothing to compare. All arithmetic is in float64, whose own rounding is
+negligible next to the float32 values being judged.
 
-Array functions come from ``xp``: NumPy, or another library with NumPy's functions inside
-``array_namespace``. So nothing is written in place, no array is indexed by a mask, and no ``if`` asks
-for a value. NumPy warns about overflow and invalid values, which the masks settle: the laws run
-under ``np.errstate(all="ignore")`` (see ``bnverify.laws.law``), and other callers should, too.
+Array functions come from ``xp``: NumPy, or inside ``array_namespace`` another library with NumPy's
+functions. Therefore nothing is written in place, no array is indexed by a mask, and no ``if``
+depends on a value. Overflow and invalid values are masked, so the laws run under
+``np.errstate(all="ignore")`` (see ``bnverify.laws.law``), and other callers should, too.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _NAMESPACE: ContextVar[Any] = ContextVar("array namespace", default=np)
 
 
 class _Namespace:
-    """Stands for the library that array functions are taken from at the moment."""
+    """Forwards to the current array library."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_NAMESPACE.get(), name)
@@ -45,10 +44,10 @@ xp: Any = _Namespace()
 
 @contextmanager
 def array_namespace(module: Any) -> Iterator[None]:
-    """Take array functions from ``module`` instead of NumPy within this context.
+    """Use ``module`` in place of NumPy within this context.
 
     Args:
-        module: a library with NumPy's functions; ``jax.numpy`` needs 64-bit types switched on.
+        module: a library with NumPy's functions; ``jax.numpy`` needs ``jax_enable_x64``.
     """
     token = _NAMESPACE.set(module)
     try:
@@ -58,13 +57,13 @@ def array_namespace(module: Any) -> Iterator[None]:
 
 
 UNTRIGGERED = -1.0
-"""The residual of a case that does not reach a law's precondition. Errors are never negative."""
+"""The residual of a case that does not meet a law's precondition. Errors are never negative."""
 
 UNDERFLOW = 2.0**16
-"""How much a step may magnify what it flushed to zero: by 1 / sqrt(epsilon) = 316 and a kernel."""
+"""How much a step may magnify a flushed subnormal: by 1 / sqrt(epsilon) = 316, and by a kernel."""
 
 
-# Single values: width, precision, and shapes that fit each other.
+# Dtypes, and shapes that broadcast.
 
 
 def wide(value: Any) -> Any:
@@ -73,12 +72,12 @@ def wide(value: Any) -> Any:
 
 
 def unit(value: Any) -> float:
-    """Return u, the largest relative error of one rounding in the dtype of ``value``; 0 of integers."""
+    """Return the unit roundoff u of the dtype of ``value``, 2^-24 for float32; 0 for integers."""
     return float(jnp.finfo(value.dtype).eps) / 2 if is_floating(value) else 0.0
 
 
 def smallest(value: Any) -> float:
-    """Return the smallest normal number of the dtype: below it float32 may flush to zero."""
+    """Return the smallest normal number of the dtype; smaller ones may be flushed to zero."""
     return float(jnp.finfo(value.dtype).tiny) if is_floating(value) else 0.0
 
 
@@ -87,22 +86,22 @@ def _largest(value: Any) -> float:
 
 
 def per_case(values: Any, leaf: Any) -> Any:
-    """Return one number for each case, (K,), in a shape that broadcasts against a leaf, (K, ...)."""
+    """Return one number per case, (K,), reshaped to broadcast against a leaf, (K, ...)."""
     return values.reshape(values.shape + (1,) * (leaf.ndim - 1))
 
 
 def numbers(value: Any) -> Any:
-    """Return one number for each case, (K,), given as (K,) or as (K, 1).
+    """Return one number per case, (K,), given as (K,) or (K, 1).
 
     Raises:
-        ValueError: a case has several numbers.
+        ValueError: there are several numbers per case.
     """
     if value.shape[1:] not in {(), (1,)}:
         raise ValueError(f"expected one number for each case, got shape {value.shape}")
     return value.reshape(value.shape[:1])
 
 
-# Over all axes but that of the cases.
+# Reductions over all axes except that of the cases.
 
 
 def _axes(value: Any) -> tuple[int, ...]:
@@ -110,7 +109,7 @@ def _axes(value: Any) -> tuple[int, ...]:
 
 
 def all_over(condition: Any) -> Any:
-    """Return whether ``condition``, (K, ...), is true throughout a case, (K,)."""
+    """Return whether ``condition``, (K, ...), is true everywhere in a case, (K,)."""
     return xp.all(condition, axis=_axes(condition))
 
 
@@ -140,25 +139,25 @@ def min_over(value: Any, initial: float) -> Any:
 def residual(
     actual: Any, expected: Any, allowed: Any, *, of: Any = None, quantity: str = ""
 ) -> Any:
-    """Return the worst error of ``actual`` in units of ``allowed``, (K,).
+    """Return the largest |actual - expected| / allowed of each case, (K,).
 
-    Elements whose expected value or allowance leaves the range of the actual value's dtype are
-    not compared. An error where none is allowed is infinite, and so is an actual value that is
-    not finite though the expected one is.
+    Elements are skipped if |expected| + allowed exceeds the range of the dtype of ``actual``. The
+    residual is infinite if an element differs but ``allowed`` is 0, or if ``actual`` is not finite
+    but ``expected`` is.
 
     Args:
         actual: an array, (K, ...).
-        expected: (K, ...) of the same rank; or (K,), one number for each case; or a number.
+        expected: (K, ...) of the same rank; or (K,), one number per case; or a number.
         allowed: likewise; not negative.
-        of: the leaf that ``actual`` was derived from, to name it in a message; by default itself.
-        quantity: what was derived from it, in words.
+        of: the leaf that ``actual`` was computed from, for messages; by default ``actual`` itself.
+        quantity: what was computed from it, in words.
 
     Raises:
-        ValueError: the ranks or shapes do not fit.
+        ValueError: the ranks or shapes do not match.
     """
     largest, named = _largest(actual), actual if of is None else of
     actual, expected, allowed = _aligned(actual, expected, allowed)
-    compared = xp.abs(expected) + allowed <= largest  # false for NaN and infinity too
+    compared = xp.abs(expected) + allowed <= largest  # also False for NaN and infinity
     error = xp.where(compared, xp.abs(actual - expected), 0.0)
     error = xp.where(xp.isfinite(error), error, np.inf)
     ratio = xp.where(error == 0, 0.0, error / xp.where(allowed > 0, allowed, 0.0))
@@ -169,10 +168,10 @@ def residual(
 
 
 def _aligned(*values: Any) -> list[Any]:
-    """Return float64 arrays of one rank; what is one number for each case broadcasts."""
+    """Return float64 arrays of one rank; one number per case, (K,), becomes (K, 1, ...)."""
     arrays = [wide(value) for value in values]
     rank = max(1, *(array.ndim for array in arrays))
-    if {array.ndim for array in arrays} - {0, 1, rank}:  # else NumPy would align the last axes
+    if {array.ndim for array in arrays} - {0, 1, rank}:  # NumPy would align the last axes
         raise ValueError(f"cannot compare shapes {[array.shape for array in arrays]}")
     return [
         array if array.ndim == rank else array.reshape((-1,) + (1,) * (rank - 1))
@@ -181,7 +180,7 @@ def _aligned(*values: Any) -> list[Any]:
 
 
 def worst_of(residuals: list[Any]) -> Any:
-    """Return the largest of some residuals, (K,); untriggered where there is none."""
+    """Return the elementwise maximum of residuals, (K,); ``UNTRIGGERED`` if there are none."""
     worst = xp.full(1, UNTRIGGERED)
     for value in residuals:
         worst = xp.maximum(worst, value)
@@ -189,17 +188,17 @@ def worst_of(residuals: list[Any]) -> Any:
 
 
 def when(condition: Any, value: Any) -> Any:
-    """Return the residual where ``condition`` holds, else untriggered."""
+    """Return the residual where ``condition`` holds, else ``UNTRIGGERED``."""
     return xp.where(condition, value, UNTRIGGERED)
 
 
 def holds_if(condition: Any) -> Any:
-    """Return the residual of what holds or does not, with no degrees between: 0 or infinity."""
+    """Return 0 where ``condition`` is true, else infinity."""
     return xp.where(condition, 0.0, np.inf)
 
 
 def never() -> Any:
-    """Return the residual of what cannot be compared at all, and so cannot hold."""
+    """Return an infinite residual, for trees that cannot be compared."""
     if (told := watch()) is not None:
         told.comparable = False
     return xp.full(1, np.inf)
@@ -209,9 +208,9 @@ def never() -> Any:
 
 
 def alike(*operands: Tree) -> list[tuple[Any, ...]] | None:
-    """Return the leaves of some trees side by side; None where structures or shapes differ.
+    """Return one tuple of leaves for each place of several trees; None if they do not match.
 
-    Numbers of cases may differ, see the module's docstring.
+    They match if structures and shapes agree, except for axis 0: see the module's docstring.
     """
     flat = [jax.tree_util.tree_flatten(tree) for tree in operands]
     if any(structure != flat[0][1] for _, structure in flat):
@@ -223,10 +222,9 @@ def alike(*operands: Tree) -> list[tuple[Any, ...]] | None:
 
 
 def trees(function: Callable[..., Any], *operands: Tree) -> Any:
-    """Return the worst residual that ``function`` gives over the leaves of alike trees, (K,).
+    """Return the largest residual of ``function`` over the leaves of matching trees, (K,).
 
-    Trees that are not alike give an infinite residual: there the values cannot be compared,
-    and a law of structure says why.
+    The residual is infinite if structures or shapes differ; a law of structure then says how.
 
     Args:
         function: takes a leaf of each tree, returns a residual, (K,).
@@ -246,16 +244,16 @@ def trees(function: Callable[..., Any], *operands: Tree) -> Any:
 
 
 def same(actual: Tree, expected: Tree) -> Any:
-    """Return 0 where two trees are equal to the bit of every finite value, else infinity, (K,)."""
+    """Return 0 if all finite values of two trees are equal, else infinity, (K,)."""
     return trees(lambda a, e: residual(a, e, 0.0), actual, expected)
 
 
 def frozen(t: Any, paths: Sequence[str]) -> Any:
-    """Return 0 where a step leaves leaves of the state as they are, else infinity, (K,).
+    """Return 0 if a step does not change certain leaves of the state, else infinity, (K,).
 
     Args:
         t: a transition.
-        paths: of the leaves, the first segment a field of the State.
+        paths: the paths of the leaves, such as "params/Dense_0/kernel".
     """
     before, after = (
         {
@@ -270,7 +268,7 @@ def frozen(t: Any, paths: Sequence[str]) -> Any:
 
 
 def within_noise(actual: Tree, expected: Tree, noise: Tree) -> Any:
-    """Return the residual of two float32 runs of one computation: each may err by ``noise``."""
+    """Return the residual of two runs of the same computation, each of which may err by ``noise``."""
 
     def leaf(a: Any, e: Any, n: Any) -> Any:
         return residual(a, e, 2 * wide(n) + UNDERFLOW * smallest(a))
@@ -279,10 +277,10 @@ def within_noise(actual: Tree, expected: Tree, noise: Tree) -> Any:
 
 
 def differs(a: Tree, b: Tree) -> Any:
-    """Return whether two trees differ anywhere, (K,); NaN equals NaN, other shapes differ.
+    """Return whether two trees differ anywhere, (K,). NaN equals NaN; different shapes differ.
 
     Raises:
-        ValueError: they have different numbers of leaves.
+        ValueError: the trees have different numbers of leaves.
     """
     found = xp.zeros(1, dtype=bool)
     leaves = zip(jax.tree_util.tree_leaves(a), jax.tree_util.tree_leaves(b), strict=True)
@@ -295,12 +293,12 @@ def differs(a: Tree, b: Tree) -> Any:
 
 
 def floats(tree: Tree) -> list[Any]:
-    """Return the floating-point leaves of ``tree``: the only ones that can be averages."""
+    """Return the floating-point leaves of ``tree``; only those can be moving averages."""
     return [leaf for leaf in jax.tree_util.tree_leaves(tree) if is_floating(leaf)]
 
 
 def widest(tree: Tree) -> Any:
-    """Return the largest magnitude in ``tree``, (K,); 0 where it has no floating-point numbers."""
+    """Return the largest magnitude in ``tree``, (K,); 0 if it has no floating-point leaf."""
     largest = xp.zeros(1)
     for leaf in floats(tree):
         largest = xp.maximum(largest, max_over(xp.abs(wide(leaf)), initial=0.0))
@@ -315,35 +313,35 @@ def all_finite(tree: Tree) -> Any:
     return finite
 
 
-# The moving average that a step keeps, measured from outside: from statistics of 0 a step writes
-# (1 - m) b, from a huge S it writes m S + (1 - m) b.
+# The moving average, measured from outside: from statistics of 0 a step writes (1 - m) b, from a
+# huge S it writes m S + (1 - m) b.
 
 
 def momentum(zero: Any, high: Any) -> Any:
     """Return the measured weight m of the old value, elementwise.
 
     Args:
-        zero: what a step makes of statistics of 0, a floating-point leaf.
-        high: what it makes of a huge one, see ``bnverify.reruns.huge``.
+        zero: the new statistics after a step from 0, a floating-point leaf.
+        high: the new statistics after a step from S = ``bnverify.reruns.huge(dtype)``.
     """
     return old_weight(wide(zero), wide(high), zero.dtype)
 
 
 def measurable(zero: Any) -> Any:
-    """Return where (1 - m) b is so small beside S that m is read to the last place."""
+    """Return where (1 - m) b is small enough, relative to S, for m to be exact within rounding."""
     return xp.abs(wide(zero)) <= unit(zero) * huge(zero.dtype)
 
 
 def folded(old: Any, new: Any, zero: Any, high: Any) -> Any:
-    """Return how far ``new`` is from m ``old`` + (1 - m) b, over the error allowed, (K,).
+    """Return |new - (m old + (1 - m) b)| divided by its tolerance, (K,).
 
-    ``batch_stats_change_only_by_ema`` derives the error: 8 u (|m old| + |(1 - m) b|).
+    ``batch_stats_change_only_by_ema`` derives the tolerance: 8 u (|m old| + |(1 - m) b|).
 
     Args:
-        old: what a step started from; a leaf of any dtype, of which only floating ones average.
-        new: what it made of it.
-        zero: what it makes of 0.
-        high: what it makes of S.
+        old: a leaf of the old statistics; untriggered unless it is floating-point.
+        new: the same leaf after the step.
+        zero: the same leaf after a step from 0.
+        high: the same leaf after a step from S.
     """
     if not is_floating(old):
         return worst_of([])
@@ -353,16 +351,16 @@ def folded(old: Any, new: Any, zero: Any, high: Any) -> Any:
     return residual(new, kept + wide(zero), allowed)
 
 
-# The moments of what a normalisation layer was given: what its statistics should hold.
+# The moments of a normalisation layer's input: what its statistics should average.
 
 
 class Moments(NamedTuple):
-    """Of each feature, over all rows that count.
+    """The moments of each feature, over all rows that are not masked out.
 
     Attributes:
         mean: (K, *features).
         var: (K, *features), the biased variance.
-        count: (K, *features), how many rows count.
+        count: (K, *features), the number of rows, or their total weight.
     """
 
     mean: Any
@@ -375,18 +373,18 @@ def moments(given: LayerInput) -> Moments:
     value, weights = _weighted(given)
     count = xp.sum(weights, axis=1)
     mean = xp.sum(value * weights, axis=1) / count
-    # In two passes: no digits are lost to cancellation.
+    # In two passes, to avoid cancellation.
     squares = (value - xp.expand_dims(mean, 1)) ** 2
     return Moments(mean, xp.sum(squares * weights, axis=1) / count, count)
 
 
 def apart_by(given: LayerInput, own: Moments, moved: Any) -> tuple[Any, Any]:
-    """Return how far at most mean and variance move where each input moves by up to ``moved``.
+    """Return how far mean and variance can move if each element moves by at most ``moved``.
 
     Args:
         given: a layer's input.
         own: its moments.
-        moved: like the input's value, (K, R, *features).
+        moved: a bound for each element, (K, R, *features).
     """
     value, weights = _weighted(given)
     moved = xp.where(weights > 0, moved, 0.0)
@@ -396,9 +394,9 @@ def apart_by(given: LayerInput, own: Moments, moved: Any) -> tuple[Any, Any]:
 
 
 def _weighted(given: LayerInput) -> tuple[Any, Any]:
-    """Return a layer's input and the weights of its elements, alike in shape."""
+    """Return a layer's input and its weights, broadcast to one shape."""
     value = wide(given.value)
     if given.weights is None:
         return value, xp.ones_like(value)
     weights = xp.broadcast_to(wide(given.weights), value.shape)
-    return xp.where(weights > 0, value, 0.0), weights  # 0 * inf is no 0
+    return xp.where(weights > 0, value, 0.0), weights  # avoids 0 * inf

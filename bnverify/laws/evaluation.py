@@ -1,4 +1,4 @@
-"""Laws of evaluation: running statistics in, one number out, nothing written."""
+"""Laws of evaluation: it reads the running statistics, returns one loss and writes nothing."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ NUDGED = tuple(f"nudged_statistics_{pattern}" for pattern in range(NUDGES))
 def eval_loss_is_finite(t: Transition) -> Any:
     """After one step from the initial state, the eval loss is finite.
 
-    The same step in float64 tells an overflow that the numbers call for (lr = 1 where rounding has
-    cancelled the batch variance) from a division by zero: where the exact loss exceeds the range
-    of its dtype, or rounding leaves no digit of it, nothing is claimed.
+    A case is skipped if the exact loss, from the same step in float64, exceeds the range of its dtype
+    or is lost in rounding. That tells a legitimate overflow (lr = 1 where rounding has cancelled the
+    batch variance) from a division by zero.
     """
     exact, largest = wide(t.exact.eval_loss), float(jnp.finfo(t.eval_loss.dtype).max)
     claimed = ~xp.isfinite(exact) | (xp.abs(exact) + t.noise.eval_loss <= largest)
@@ -67,7 +67,7 @@ def eval_loss_is_finite(t: Transition) -> Any:
     source=FLAX_GUIDE,
 )
 def eval_writes_nothing(t: Transition) -> Any:
-    """Evaluation leaves params, statistics and optimizer state bit-identical."""
+    """Evaluation leaves params, batch_stats and optimizer state bit-identical."""
     return same(t.facts["after_eval"], t.after)
 
 
@@ -82,7 +82,7 @@ def eval_writes_nothing(t: Transition) -> Any:
     source=FLAX_GUIDE,
 )
 def eval_uses_the_running_statistics(t: Transition) -> Any:
-    """Changing the running statistics changes the eval loss in at least one case."""
+    """Changing batch_stats changes the eval loss in at least one case."""
     changed = differs(t.evals["other_statistics"], t.eval_loss)
     return when(all_finite(t.eval_loss), holds_if(changed))
 
@@ -104,17 +104,17 @@ def eval_uses_the_running_statistics(t: Transition) -> Any:
 def eval_rows_are_independent(t: Transition) -> Any:
     """A row's prediction does not depend on the other rows: the eval loss is the mean over rows.
 
-    Where weights of rows are declared, it is their weighted mean: sum(w * loss) / sum(w).
-    Each row's loss carries the rounding of one evaluation. The mean of N of them, taken in float64,
-    carries no more than the whole batch's noise in units of the mean. So both sides err by it.
+    With declared row weights w it is the weighted mean sum(w * loss) / sum(w). Each row's loss has
+    the rounding noise of one evaluation, and the float64 mean of N of them has no more noise than
+    the loss of the whole batch. Both sides may err by that much, hence twice the noise.
     """
     if "rows" not in t.evals:
-        return worst_of([])  # a batch with more rows than are evaluated one by one
+        return worst_of([])  # the batch has too many rows to evaluate them one by one
     rows = wide(t.evals["rows"])
     weights = t.facts.get("row_weights")
     if weights is None:
         mean = xp.mean(rows, axis=1)
-    else:  # a row that does not count has no loss of its own
+    else:  # a row of weight 0 may have any loss, even NaN
         counts = wide(weights)[..., None]
         total = xp.maximum(xp.sum(counts, axis=1), smallest(t.eval_loss))
         mean = xp.sum(xp.where(counts > 0, rows * counts, 0.0), axis=1) / total
@@ -131,9 +131,9 @@ def eval_rows_are_independent(t: Transition) -> Any:
     source="https://github.com/tracel-ai/burn/issues/5568",
 )
 def only_rows_that_count_are_counted(t: Transition) -> list[str]:
-    """A loss that masks rows out divides by the number of the others, not by that of all rows."""
+    """A loss that masks rows out divides by the number of rows that remain."""
     return [
-        f"the {mask.loss} loss masks rows out{f' at {mask.at}' if mask.at else ''} and divides by the "
+        f"the {mask.loss} loss masks rows out{f' at {mask.at}' if mask.at else ''} but divides by the "
         "number of all rows: padding changes the loss"
         for mask in t.facts["look"].masks
         if not mask.counted
@@ -148,9 +148,9 @@ def only_rows_that_count_are_counted(t: Transition) -> list[str]:
     source="https://github.com/google/flax/issues/1850",
 )
 def rows_of_weight_zero_change_nothing(t: Transition) -> Any:
-    """Other inputs in rows that do not count change no loss, gradient, param or statistic.
+    """The inputs in rows of weight 0 do not affect the loss, gradients, params or statistics.
 
-    Both runs round alike but for what is multiplied by 0, so each may err by the step's noise.
+    Each of the two runs may err by the step's rounding noise.
     """
     some = any_over(wide(t.facts["row_weights"]) == 0)
     other = t.reruns["other_padding"]
@@ -203,12 +203,12 @@ def rows_of_weight_zero_change_nothing(t: Transition) -> Any:
     source="Ioffe & Szegedy 2015, algorithms 1 and 2",
 )
 def eval_at_the_batchs_own_moments_is_the_training_loss(t: Transition) -> Any:
-    """With the batch's own moments as the running statistics, eval and training loss are equal.
+    """With the batch's own moments as running statistics, the eval loss equals the training loss.
 
-    The moments are measured from outside and rounded, by at most 2 u. What that does to the loss is
-    measured: the same evaluation with moments moved by 8 u, up and down, in three patterns, since in
-    any one of them the effects on several features may cancel. Sixteen times the largest effect and
-    the step's own noise are allowed.
+    The moments are measured from outside and rounded, with an error of at most 2 u. Its effect on the
+    loss is measured by evaluating with moments perturbed by 8 u, up and down, in three sign patterns,
+    because in a single pattern the effects on several features may cancel. The tolerance is 16 times
+    the largest effect, plus the step's rounding noise.
     """
     own = numbers(t.evals["own_statistics"])
     moved = [xp.abs(wide(own) - wide(numbers(t.evals[name]))) for name in NUDGED]
@@ -229,7 +229,7 @@ def eval_at_the_batchs_own_moments_is_the_training_loss(t: Transition) -> Any:
     source="bnverify/oracle.py, derived by hand",
 )
 def eval_loss_equals_the_hand_derivation(t: Transition) -> Any:
-    """The eval loss equals the one derived by hand, within the step's own rounding noise."""
+    """The eval loss equals the hand-derived one, within the step's rounding noise."""
     return within_noise(t.eval_loss, t.facts["oracle"].eval_loss, t.noise.eval_loss)
 
 
@@ -240,5 +240,5 @@ def eval_loss_equals_the_hand_derivation(t: Transition) -> Any:
     source="JAX, pure functions: https://docs.jax.dev/en/latest/notebooks/Common_Gotchas_in_JAX.html",
 )
 def eval_repeats_to_the_bit(t: Transition) -> Any:
-    """Evaluating twice gives the same bits."""
+    """Evaluating twice gives bit-identical results."""
     return same(t.facts["again"].eval_loss, t.eval_loss)

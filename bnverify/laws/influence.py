@@ -1,8 +1,7 @@
-"""Laws of influence: what may and what must not reach what.
+"""Laws of influence: which inputs of a step must, and must not, affect which outputs.
 
-Where the step's jaxpr shows no path from an input to an output, the law is proved for all values.
-Where it shows one, or cannot be read, the law is judged by running: the residual compares runs
-that differ in that input alone.
+If the jaxpr has no path from an input to an output, independence is proved for all values.
+Otherwise the law is judged by comparing runs that differ in that input alone.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from bnverify.laws.arithmetic import any_over, differs, holds_if, same, when, wi
 from bnverify.laws.law import law
 from bnverify.transition import Transition
 
-FLAX_SOURCE = "Flax, linen/normalization.py: train mode normalises by the batch's own moments"
+FLAX_SOURCE = "Flax, linen/normalization.py: train mode normalises by the batch's moments"
 
 
 def _several_rows(t: Transition) -> bool:
@@ -40,7 +39,7 @@ def _several_rows(t: Transition) -> bool:
     source=FLAX_SOURCE,
 )
 def training_is_free_of_old_statistics(t: Transition) -> Any:
-    """Params, optimizer state and training loss after a step do not depend on the old statistics."""
+    """The new params, optimizer state and training loss do not depend on the old batch_stats."""
     other = t.reruns["other_statistics"]
     return same(
         (other.state.params, other.state.opt_state, other.info),
@@ -61,7 +60,7 @@ def training_is_free_of_old_statistics(t: Transition) -> Any:
     source=FLAX_SOURCE,
 )
 def eval_statistics_are_the_ones_passed_in(t: Transition) -> Any:
-    """Evaluation returns the statistics it was given, whatever the batch."""
+    """Evaluation returns the batch_stats that it was given, whatever the batch."""
     return same(t.facts["after_eval"].batch_stats, t.after.batch_stats)
 
 
@@ -97,8 +96,8 @@ def targets_reach_the_params(t: Transition) -> Any:
 def targets_belong_to_their_rows(t: Transition) -> Any:
     """Assigning the targets to other rows changes the training loss in at least one case.
 
-    Predictions (N, 1) minus targets (N,) broadcast to all pairs, and the loss no longer depends on
-    which target belongs to which row. A difference within rounding is no difference.
+    If predictions (N, 1) minus targets (N,) broadcast to (N, N), the loss does not depend on which
+    target belongs to which row. Differences within rounding noise do not count.
     """
     other, loss, noise = t.reruns["reversed_targets"].info.loss, t.info.loss, t.noise.info.loss
     other_rows = any_over(t.case.x[:, 1:] != t.case.x[:, :1])
@@ -120,10 +119,10 @@ def targets_belong_to_their_rows(t: Transition) -> Any:
     source="a training step learns from its batch",
 )
 def inputs_reach_the_params(t: Transition) -> Any:
-    """Changing the inputs changes the new params in at least one case with two rows or more.
+    """Changing the inputs changes the new params in at least one case with two or more rows.
 
-    A single row is its own mean: normalised, it is 0 whatever it was. A step that moves no params
-    violates a law of its own.
+    A single row normalises to 0, whatever its values. A step that changes no params violates
+    ``step_moves_the_params`` instead.
     """
     moved = differs(t.after.params, t.before.params)
     other = t.reruns["other_inputs"].state.params
@@ -147,7 +146,7 @@ def inputs_reach_the_params(t: Transition) -> Any:
     source=FLAX_SOURCE,
 )
 def inputs_reach_the_statistics(t: Transition) -> Any:
-    """Changing the inputs changes the new running statistics in at least one case."""
+    """Changing the inputs changes the new batch_stats in at least one case."""
     other = t.reruns["other_inputs"].state.batch_stats
     return holds_if(differs(other, t.after.batch_stats))
 
@@ -161,7 +160,7 @@ def inputs_reach_the_statistics(t: Transition) -> Any:
     source="JAX, Pseudorandom numbers: a key is used once; https://github.com/google/flax/pull/2631",
 )
 def each_step_draws_anew(t: Transition) -> list[str]:
-    """The random numbers of a step are not those of the step before it, nor those of init."""
+    """Each step draws new random numbers: not those of the previous step, nor those of init."""
     lines = []
     for draw in t.facts["look"].draws:
         what = f"the random numbers drawn at {draw.at}" if draw.at else "the random numbers"
@@ -169,16 +168,18 @@ def each_step_draws_anew(t: Transition) -> list[str]:
             lines.append(f"{what} come from a constant key: they are the same in each step")
         elif not draw.moves:
             held = " and ".join(draw.keys)
-            lines.append(f"{what} come from {held}, which no step changes: the same in each step")
+            lines.append(
+                f"{what} come from {held}, which the step never changes: they are the same in each step"
+            )
         elif draw.of_init:
-            lines.append(f"{what} in the first step come from the key that init has drawn from")
+            lines.append(f"{what} in the first step come from a key that init has already used")
     return lines
 
 
 @law(
     "influence",
     kind="witness",
-    never="changing the old batch_stats never changed the new ones",
+    never="changing the old batch_stats never changed the new batch_stats",
     observes=("step:other_statistics",),
     capabilities=("batch_stats", "momentum"),
     must_reach=(("batch_stats", "batch_stats"),),
@@ -186,9 +187,9 @@ def each_step_draws_anew(t: Transition) -> list[str]:
     source="Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, section 3.1",
 )
 def old_statistics_reach_the_new(t: Transition) -> Any:
-    """Changing the running statistics before the step changes those after it in at least one case.
+    """Changing the old batch_stats changes the new batch_stats in at least one case.
 
-    A momentum of 0 forgets them by design.
+    A momentum of 0 discards the old values by design.
     """
     other = t.reruns["other_statistics"].state.batch_stats
     remembers = any(declared > 0 for declared in t.facts["momenta"])
@@ -207,12 +208,12 @@ def old_statistics_reach_the_new(t: Transition) -> Any:
         "gradient_of_another_loss",
         "rows_normalised_alone",
     ),
-    source="a training loss measures what the model makes of its inputs",
+    source="a training loss depends on the model's predictions",
 )
 def loss_reads_params_and_inputs(t: Transition) -> Any:
-    """Changing the params, or the inputs, changes the training loss in at least one case.
+    """Changing params changes the training loss, and so does changing the inputs, in some case.
 
-    A single row may be normalised to 0, whatever it was.
+    Cases with a single row are skipped: it normalises to 0, whatever its values.
     """
     by_params = differs(t.reruns["other_params"].info.loss, t.info.loss)
     by_inputs = differs(t.reruns["other_inputs"].info.loss, t.info.loss)
@@ -226,12 +227,12 @@ def loss_reads_params_and_inputs(t: Transition) -> Any:
     observes=("eval:other_inputs",),
     must_reach=(("eval_loss", "x"),),
     mistakes=("inputs_ignored",),
-    source="an eval loss measures what the model makes of its inputs",
+    source="an eval loss depends on the model's predictions",
 )
 def inputs_reach_the_evaluation(t: Transition) -> Any:
     """Changing the inputs changes the eval loss in at least one case.
 
-    Nothing is asked about the params: evaluation may use an average of them.
+    There is no such law for params, because evaluation may use an average of them.
     """
     return holds_if(differs(t.evals["other_inputs"], t.eval_loss))
 
@@ -275,5 +276,5 @@ def step_moves_the_params(t: Transition) -> Any:
     source=FLAX_SOURCE,
 )
 def step_moves_the_statistics(t: Transition) -> Any:
-    """The step changes the running statistics in at least one case."""
+    """The step changes batch_stats in at least one case."""
     return holds_if(differs(t.after.batch_stats, t.before.batch_stats))

@@ -28,27 +28,31 @@ class Law:
     """A claim about every training step.
 
     Attributes:
-        name: how reports and options call it.
+        name: its name in reports and options.
         family: the family it belongs to.
-        kind: what ``check`` gives, and how the law is judged:
-            "structure": ``check`` reads trees of shapes, of one case, and returns the differences,
-            so the law can be proved from an abstract trace;
-            "residual": ``check`` takes a stacked transition of K cases and returns the error over
-            the error allowed, (K,), ``UNTRIGGERED`` below the law's precondition;
-            "witness": likewise, but the law asks only that some case shows the residual 0
-            ("changing the statistics changes the evaluation"), so all cases are judged together;
-            "life", "parallel": no ``check``: judged by running histories of a state, or a step
-            on many devices.
+        kind: what ``check`` returns, and how the law is judged:
+            "structure": ``check`` reads the trees of one case (shapes suffice) and returns a list
+            of differences, so the law can be proved from an abstract trace;
+            "residual": ``check`` takes a stacked transition of K cases and returns, (K,), the error
+            divided by the tolerance; ``UNTRIGGERED`` where the precondition is not met;
+            "witness": the same, but one case with residual 0 is enough ("changing batch_stats
+            changes the eval loss"), so all cases are judged together;
+            "life", "parallel": no ``check``; judged by running histories of a state, or the step
+            on several devices.
         claim: the law in one sentence.
-        derivation: formula and bound, where the claim needs any.
+        derivation: the formula and how its tolerance is derived; empty for an exact claim.
         check: the law itself, a function of a Transition.
-        observes: what ``observe`` must run for it; "noise" for the step's rounding.
-        capabilities: what a Subject must show; without it the law is exempt.
-        must_not_reach: (output tree, input tree) pairs: proved where the jaxpr shows no such flow.
-        returns_unchanged: (output tree, input tree) pairs: proved where the jaxpr hands back the very values.
-        must_reach: pairs of a witness law: the case that shows it shows these flows.
-        must_change: trees of a witness law that a step must change: handed back, they violate it.
-        never: of a witness law, what happened where no case shows it, in one clause.
+        observes: what ``observe`` must run for it; "noise" is the step's rounding noise.
+        capabilities: what a Subject must provide; without it the law is exempt.
+        must_not_reach: (output tree, input tree) pairs. The law is proved if the jaxpr has no path
+            from the input to the output of any pair.
+        returns_unchanged: (output tree, input tree) pairs. The law is proved if the jaxpr returns
+            the input itself.
+        must_reach: (output tree, input tree) pairs of a witness law. It is violated if the jaxpr
+            has no path for one of them.
+        must_change: trees that a witness law requires the step to change. It is violated if the
+            jaxpr returns one of them unchanged.
+        never: for a witness law, the violation in one clause: "changing x never changed the loss".
         mistakes: names in ``bnverify.mistakes``, the most likely first.
         source: where the claim comes from.
     """
@@ -74,7 +78,7 @@ LAWS: dict[str, Law] = {}
 """All laws by name, in the order of reports."""
 
 STEP_LAWS: dict[str, Law] = {}
-"""Those that are functions of a Transition: all but the families "life" and "parallel"."""
+"""The laws that are functions of a Transition: all except the families "life" and "parallel"."""
 
 
 def _register(law: Law) -> None:
@@ -99,12 +103,13 @@ def law(
     mistakes: Iterable[str] = (),
     source: str = "",
 ) -> Callable[[Check], Check]:
-    """Register a function of a Transition as the law of its name; see :class:`Law`.
+    """Register a function of a Transition as a law; see :class:`Law` for the arguments.
 
-    The first paragraph of its docstring is the claim, the rest the derivation.
+    The function's name is the law's name, the first paragraph of its docstring the claim, the rest
+    the derivation.
 
     Raises:
-        ValueError: another law has that name.
+        ValueError: a law of that name exists.
     """
 
     def register(check: Check) -> Check:
@@ -134,11 +139,11 @@ def law(
 
 
 def _for_each_case(check: Check) -> Check:
-    """Return ``check`` with a residual, float64, for each case, also where one serves them all."""
+    """Return ``check`` with its residual broadcast to one float64 per case, (K,)."""
 
     @wraps(check)
     def residuals(t: Transition) -> Any:
-        with np.errstate(all="ignore"):  # what is not finite is settled by the masks
+        with np.errstate(all="ignore"):  # the laws mask non-finite values themselves
             return xp.broadcast_to(wide(check(t)), t.case.seed.shape)
 
     return residuals
@@ -152,9 +157,9 @@ def beyond_one_step(
     mistakes: Iterable[str],
     source: str,
 ) -> None:
-    """Register a law that no single transition can show; see :class:`Law`.
+    """Register a law that takes more than one transition to judge; see :class:`Law`.
 
     Raises:
-        ValueError: another law has that name.
+        ValueError: a law of that name exists.
     """
     _register(Law(name, family, family, claim, mistakes=tuple(mistakes), source=source))

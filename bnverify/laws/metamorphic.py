@@ -1,4 +1,4 @@
-"""Metamorphic laws: changes of the input, or of the way of running, that change nothing."""
+"""Metamorphic laws: changes of the input, or of how the step is run, that must not matter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _agrees(t: Transition, other: Outcome) -> Any:
     """Return the residual of another float32 run of the same step against the observed one."""
 
     def compared(outcome: Outcome) -> Any:
-        # Optimizer states have a law of their own.
+        # optimizer_state_follows_the_optimizer covers opt_state.
         parts = outcome.state.batch_stats, outcome.state.params, outcome.info
         return parts if other.eval_loss is None else (*parts, outcome.eval_loss)
 
@@ -50,7 +50,7 @@ def _agrees(t: Transition, other: Outcome) -> Any:
     source="every reduction over the batch is symmetric",
 )
 def row_order_changes_nothing(t: Transition) -> Any:
-    """Reversing the rows changes loss, gradients, params, statistics and eval loss only by rounding."""
+    """Reversing the rows changes the results of the step and the eval loss only by rounding."""
     other = t.reruns["reversed_rows"]._replace(eval_loss=t.evals["reversed_rows"])
     return _agrees(t, other)
 
@@ -69,15 +69,15 @@ def row_order_changes_nothing(t: Transition) -> Any:
         "statistics_overflow",
         "variances_averaged",
     ),
-    source="mean loss and biased variance do not depend on how often a batch is repeated",
+    source="a mean loss and a biased variance do not change when the batch is repeated",
 )
 def doubling_the_batch_changes_nothing(t: Transition) -> Any:
     """Repeating every row gives the same loss, gradients, params and statistics, within rounding.
 
-    The second run has the same values and sums of twice as many terms. How far a sum of n terms
-    rounds grows at most in proportion to n (``bnverify.jaxpr.arithmetic.growth``), so that run errs
-    by at most twice the first one's noise: together, three halves of it for each. A single row is
-    not compared: a sum of one term does not round at all.
+    In the second run every sum has twice as many terms. The rounding of a sum of n terms grows at
+    most in proportion to n (``bnverify.jaxpr.arithmetic.growth``), so that run errs by at most twice
+    the noise of the first: 1.5 times the noise for each on average. A single row is skipped, because
+    a sum of one term does not round.
     """
     noise = jax.tree_util.tree_map(lambda n: 1.5 * wide(n), t.noise)
     several = t.case.shape[0] > 1
@@ -99,10 +99,10 @@ def doubling_the_batch_changes_nothing(t: Transition) -> Any:
     source="Ioffe & Szegedy 2015, section 3.2: BN(Wu + b) = BN(Wu)",
 )
 def shift_before_norm_changes_no_loss(t: Transition) -> Any:
-    """A constant added before a normalisation leaves the training loss unchanged, within rounding.
+    """Adding a constant before a normalisation does not change the training loss, within rounding.
 
-    The variance E[h^2] - E[h]^2 errs in units of E[h^2]. A shift of at most the square root of that
-    makes it at most four times as large, and with it the noise; other cases are not compared.
+    The variance E[h^2] - E[h]^2 errs in units of E[h^2]. A shift of at most sqrt(E[h^2]) makes that
+    at most four times as large, and so the noise; cases with a larger shift are skipped.
     """
     squared_shift = wide(shift(t.case)) ** 2
     small: Any = bool(t.facts["layer_inputs"])
@@ -115,23 +115,23 @@ def shift_before_norm_changes_no_loss(t: Transition) -> Any:
 
 @law("metamorphic", observes=("again",), mistakes=("hidden_state",), source=PURE)
 def same_input_repeats_to_the_bit(t: Transition) -> Any:
-    """The same seed and batch give the same state, loss and gradients, bit for bit."""
+    """The same seed and batch give bit-identical state, loss and gradients."""
     again = t.facts["again"]
     return same((again.before, again.state, again.info), (t.before, t.after, t.info))
 
 
 @law("metamorphic", observes=("eager",), mistakes=("inputs_overwritten",), source=PURE)
 def step_leaves_its_inputs_alone(t: Transition) -> Any:
-    """The step neither changes nor deletes the state and batch that it is given.
+    """The step does not modify or delete the state and batch that it is given.
 
-    Nor does it when run without jit, where it holds the caller's own arrays and not tracers.
+    Checked without jit, where the step gets the caller's own arrays instead of tracers.
     """
     return same(t.facts["eager"].inputs_after, t.facts["eager"].inputs_before)
 
 
 @law("metamorphic", observes=("noise", "eager"), mistakes=("hidden_state",), source=PURE)
 def jit_equals_eager(t: Transition) -> Any:
-    """With and without jit, the step agrees within rounding."""
+    """With and without jax.jit, the step gives the same results within rounding."""
     return _agrees(t, t.facts["eager"])
 
 
@@ -142,7 +142,7 @@ def jit_equals_eager(t: Transition) -> Any:
     source=PURE,
 )
 def vmap_equals_loop(t: Transition) -> Any:
-    """Vectorised over cases by jax.vmap, the step agrees with single calls within rounding."""
+    """Under jax.vmap over cases, the step gives the same results as single calls, within rounding."""
     return _agrees(t, t.facts["stacked"])
 
 
@@ -154,7 +154,7 @@ def vmap_equals_loop(t: Transition) -> Any:
     source="bnverify.reference.train_step: seed is a float, truncated to an integer",
 )
 def float_seeds_act_as_their_integer_part(t: Transition) -> Any:
-    """A float seed gives the same bits as its integer part."""
+    """A float seed gives results bit-identical to those of its integer part."""
     return same(t.facts["solution"].fractional, t.facts["solution"].whole)
 
 
@@ -166,7 +166,7 @@ def float_seeds_act_as_their_integer_part(t: Transition) -> Any:
     source="bnverify.reference.train_step",
 )
 def solution_is_init_step_evaluate(t: Transition) -> Any:
-    """The one-call function returns the eval loss of init, one step and evaluate, shape (1,)."""
+    """The one-call function returns the eval loss after init and one step, with shape (1,)."""
     whole = t.facts["solution"].whole
     if whole.shape[1:] != (1,):
         return never()

@@ -1,8 +1,9 @@
-"""Where an observed step breaks a law: which leaf and entry, what it was, what it should have been.
+"""Where a step violates a law: which leaf and entry, the value it got and the value expected.
 
-A law gives one number for each case. To say more about one case the law is judged on it once again
-while ``watching``: every comparison that it makes (``residual`` in ``bnverify.laws.arithmetic``) then
-leaves its worst entry here. Leaves are known by identity, so laws need not name what they compare.
+A law returns one number per case. To locate a violation, the law is judged once more on its
+counterexample inside ``watching``, and every comparison that it makes (``residual`` in
+``bnverify.laws.arithmetic``) reports its worst entry. Leaves are identified by ``id``, so laws need
+not name what they compare.
 """
 
 from __future__ import annotations
@@ -41,25 +42,25 @@ RUNS = {
     "shifted_bias": "with a shifted bias",
     "second_step": "after a second step",
 }
-"""Which run of the step a value comes from, in words."""
+"""Name of a run -> how a message describes it."""
 
 
 EXACT = 2.0**-30
-"""A tolerance is none where it is so small beside a float32: it stands for a flush to zero."""
+"""A relative tolerance below this only allows for flushed subnormals; the message says "exactly"."""
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """The entry at which a case breaks a law most.
+    """The entry with the largest error, relative to its tolerance, in one case.
 
     Attributes:
-        leaf: the path of the leaf, ``batch_stats/BatchNorm_0/mean``; empty for a number of no leaf.
-        index: of the entry in the leaf; empty where the leaf is a single number.
-        got: its value.
-        expected: what it should be.
-        tolerance: how far from that it may be.
-        quantity: what was derived from the leaf, such as its momentum; empty: its own value.
-        run: which run of the step it comes from, a key of ``RUNS``; empty: the observed step.
+        leaf: the path of the leaf, ``batch_stats/BatchNorm_0/mean``; empty if the value is no leaf.
+        index: the index of the entry; empty if the leaf is a scalar.
+        got: the value.
+        expected: the value expected.
+        tolerance: the largest difference allowed.
+        quantity: what was computed from the leaf, such as its momentum; empty: the leaf itself.
+        run: the run that the value comes from, a key of ``RUNS``; empty: the observed step.
     """
 
     leaf: str
@@ -79,14 +80,14 @@ class Mismatch:
 
     @property
     def times(self) -> float | None:
-        """The error in units of the tolerance; None where either is no number, or the bound is exact."""
+        """The error divided by the tolerance; None if it is not finite or the claim is exact."""
         if not math.isfinite(self.expected) or self.tolerance <= abs(self.expected) * EXACT:
             return None
         times = abs(self.got - self.expected) / self.tolerance
         return times if math.isfinite(times) else None
 
     def __str__(self) -> str:
-        """Return the place, what it was, what it should be and by how much that is too far."""
+        """Return the entry, the value it got, the value expected and by how much it is off."""
         got, expected = _told_apart(self.got, self.expected)
         run = f" {RUNS.get(self.run, self.run)}" if self.run else ""
         if not math.isfinite(self.expected):
@@ -97,7 +98,7 @@ class Mismatch:
         return f"{text} ({factor(self.times)} the tolerance)" if self.times is not None else text
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as data for JSON, where numbers that are not finite are text."""
+        """Return a dict for JSON, with numbers that are not finite as strings."""
         data = {**vars(self), "index": list(self.index)}
         for name in ("got", "expected", "tolerance"):
             if not math.isfinite(data[name]):
@@ -112,14 +113,14 @@ class Mismatch:
 
 
 def factor(times: float) -> str:
-    """Return how many times, as read aloud: 3.2x, 142,000x, 1.7e+34x."""
+    """Return a factor in readable form: 3.2x, 142,000x, 1.7e+34x."""
     if times < 9.95 or times >= 1e6:
         return f"{times:.2g}x"
     return f"{float(f'{times:.3g}'):,.0f}x"
 
 
 def _told_apart(one: float, other: float) -> tuple[str, str]:
-    """Return two numbers with as few digits as tell them apart."""
+    """Return two numbers with as few digits as it takes to tell them apart."""
     for digits in (4, 6, 9, 12, 17):
         shown = f"{one:.{digits}g}", f"{other:.{digits}g}"
         if shown[0] != shown[1] or one == other:
@@ -128,15 +129,15 @@ def _told_apart(one: float, other: float) -> tuple[str, str]:
 
 
 class Watch:
-    """Keeps the worst entry of all the comparisons that a law makes about one case.
+    """Keeps the worst entry of all comparisons that a law makes on one case.
 
     Args:
-        t: a stacked transition of a single case, whose leaves are known by name.
+        t: a stacked transition of a single case; its leaves give the comparisons their names.
 
     Attributes:
-        worst: the worst entry so far; None where nothing was too far off.
-        row: the leaves that are being compared, where whole trees are.
-        comparable: whether all that was to be compared could be.
+        worst: the worst entry so far; None if everything was within its tolerance.
+        row: the leaves being compared, while whole trees are compared.
+        comparable: False once trees of different structure or shapes were to be compared.
     """
 
     def __init__(self, t: Transition) -> None:
@@ -145,17 +146,17 @@ class Watch:
         self.comparable = True
         self._ratio = 1.0
         self._known: dict[int, tuple[str, str]] = {}
-        self._kept = t  # an identity is one only as long as its object lives
+        self._kept = t  # ids are unique only while their objects are alive
         for run, part in _parts(t):
             for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]:
                 self._known.setdefault(id(leaf), (path_name(path), run))
 
     def see(self, compared: Any, ratio: Any, values: tuple[Any, Any, Any], quantity: str) -> None:
-        """Take one comparison.
+        """Record one comparison.
 
         Args:
-            compared: the array whose name says what is compared.
-            ratio: the errors over the tolerance, (1, ...).
+            compared: the array that is compared, whose path is looked up.
+            ratio: the errors divided by the tolerance, (1, ...).
             values: got, expected and tolerance, each broadcastable to ``ratio``.
             quantity: see :class:`Mismatch`.
         """
@@ -163,7 +164,7 @@ class Watch:
             return
         got, expected, tolerance = (np.broadcast_to(value, ratio.shape) for value in values)
         place = int(np.argmax(ratio))
-        if np.isinf(ratio.max()):  # of entries without any tolerance, the one that is furthest off
+        if np.isinf(ratio.max()):  # among entries without tolerance, take the largest error
             with np.errstate(all="ignore"):
                 apart = np.where(np.isinf(ratio), np.abs(got - expected), -1.0)
             place = int(np.argmax(np.nan_to_num(apart, nan=np.inf)))
@@ -191,13 +192,13 @@ _WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 
 def watch() -> Watch | None:
-    """Return who is told of comparisons at the moment; None where nobody is."""
+    """Return the Watch of the innermost ``watching`` block; None outside of one."""
     return _WATCH.get()
 
 
 @contextmanager
 def watching(t: Transition) -> Iterator[Watch]:
-    """Keep the worst entry of every comparison made within this context.
+    """Record every comparison made within this context; see :class:`Watch`.
 
     Args:
         t: a stacked transition of a single case.
@@ -211,7 +212,7 @@ def watching(t: Transition) -> Iterator[Watch]:
 
 
 def not_finite(t: Transition) -> Mismatch | None:
-    """Return the first value of a single case's outcome that is not finite; None where all are."""
+    """Return the first non-finite value in the outcome of a single case; None if all are finite."""
     watch = Watch(t)
     for run, part in _parts(t):
         if run:
@@ -225,7 +226,7 @@ def not_finite(t: Transition) -> Mismatch | None:
 
 
 def _parts(t: Transition) -> Iterator[tuple[str, Any]]:
-    """Yield run, "" for the observed step, and what it gave, named as the influence names it."""
+    """Yield (run, its results by name); the run is "" for the observed step."""
     yield "", _state(t.after)
     yield "", {**_fields(t.info), "eval_loss": t.eval_loss}
     yield "before", _state(t.before)

@@ -1,6 +1,6 @@
-"""Laws of many devices: the step on shards of a batch agrees with the same step on the whole batch.
+"""Laws of data parallelism: a step on shards of a batch equals the same step on the whole batch.
 
-Evidence comes from running the step in each of JAX's ways to use several devices.
+They are judged by running the step in each of JAX's ways to use several devices.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ beyond_one_step(
 beyond_one_step(
     "parallel",
     "replicas_agree_to_the_bit",
-    "After a step, every device holds the same params, statistics and optimizer state.",
+    "After a step, params, statistics and optimizer state are bit-identical on all devices.",
     mistakes=("statistics_not_synchronised", "gradients_not_synchronised"),
     source="https://github.com/google/flax/issues/319",
 )
 beyond_one_step(
     "parallel",
     "unequal_shards_equal_one_device",
-    "With a padded last batch, whose shards have unequal numbers of rows, the step equals the step "
-    "on the real rows.",
+    "With a padded last batch, whose shards have different numbers of real rows, the step equals the "
+    "step on the real rows alone.",
     mistakes=("unequal_shards", "mean_of_means"),
     source="https://github.com/google/flax/issues/2417",
 )

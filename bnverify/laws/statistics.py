@@ -1,6 +1,6 @@
-"""Laws of the running statistics: an exponential moving average of the batch's own moments.
+"""Laws of the running statistics: an exponential moving average (EMA) of the batch's moments.
 
-Nothing about the model is known: its average is measured from outside, see ``momentum`` in
+The model is a black box: its momentum is measured from outside, see ``momentum`` in
 ``bnverify/laws/arithmetic.py``.
 """
 
@@ -45,7 +45,7 @@ FLAX_SOURCE = "Flax, linen/normalization.py, BatchNorm"
 
 
 def _by_layer(batch_stats: Tree) -> dict[str, dict[str, Any]]:
-    """Return path of a layer -> name of a statistic, "mean" or "var" -> the leaf."""
+    """Return a dict: path of a layer -> name of a statistic, "mean" or "var" -> the leaf."""
     layers: dict[str, dict[str, Any]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(batch_stats)[0]:
         layer, _, name = path_name(path).rpartition("/")
@@ -54,7 +54,7 @@ def _by_layer(batch_stats: Tree) -> dict[str, dict[str, Any]]:
 
 
 def _measured(t: Transition) -> list[tuple[Any, Any]]:
-    """Return the measured momentum, elementwise, and new(0) of each floating-point statistic."""
+    """Return (measured momentum, new(0)), both elementwise, of each floating-point statistic."""
     zeros = floats(t.reruns["zero_statistics"].state.batch_stats)
     highs = floats(t.reruns["huge_statistics"].state.batch_stats)
     return [(momentum(zero, high), zero) for zero, high in zip(zeros, highs, strict=True)]
@@ -80,13 +80,13 @@ def _measured(t: Transition) -> list[tuple[Any, Any]]:
     source=f"{IOFFE}, section 3.1; {FLAX_SOURCE}",
 )
 def batch_stats_change_only_by_ema(t: Transition) -> Any:
-    """Each statistic moves as m * old + (1 - m) * b, with m and b independent of the old value.
+    """Each statistic becomes m * old + (1 - m) * b, with m and b independent of the old value.
 
-    m = (new(S) - new(0)) / S and (1 - m) b = new(0). Then for two more old values s, the
-    observed one and another, new(s) must be m s + new(0). With u = 2^-24 the products and the
-    sum of the step and of the two re-runs err by at most 4 u |m s| + 3 u |new(0)| together, and
-    b itself by one unit in the last place where the re-runs are vectorised differently:
-    8 u (|m s| + |new(0)|).
+    Two re-runs, from statistics of 0 and of a huge S, give m = (new(S) - new(0)) / S and
+    (1 - m) b = new(0). For two more old values s, the observed one and another, new(s) must then be
+    m s + new(0). With u = 2^-24 the products and sums of the step and of the two re-runs err by at
+    most 4 u |m s| + 3 u |new(0)| together, and b by one more rounding if the re-runs are vectorised
+    differently: 8 u (|m s| + |new(0)|) in all.
     """
     zero = t.reruns["zero_statistics"].state.batch_stats
     high = t.reruns["huge_statistics"].state.batch_stats
@@ -121,11 +121,11 @@ def _other(value: Any) -> Any:
     source=FLAX_SOURCE,
 )
 def one_momentum_for_the_whole_model(t: Transition) -> Any:
-    """The weight of the old statistics is a single number in [0, 1) for the whole model.
+    """All running statistics have the same momentum, a number in [0, 1).
 
     m is measured with an error of at most 3 u (a product and a sum in the step, the subtraction of
-    (1 - m) b); two elements may differ by 6 u, and by u each for the decimal's own rounding: 8 u. A
-    momentum of 1 within that would never learn the batch, so 1 - m must be at least 8 u.
+    (1 - m) b), so two elements may differ by 6 u, plus u each for rounding the decimal: 8 u. With a
+    momentum of 1 the statistics would never change, so 1 - m must be at least 8 u.
     """
     measured = _measured(t)
     places = 8 * max((unit(zero) for _, zero in measured), default=0.0)
@@ -163,13 +163,13 @@ def one_momentum_for_the_whole_model(t: Transition) -> Any:
         "momentum_not_as_declared",
         "pass_dropped",
     ),
-    source=f"{FLAX_SOURCE}: momentum weights the old value, PyTorch's the new",
+    source=f"{FLAX_SOURCE}: momentum is the weight of the old value (in PyTorch, of the new one)",
 )
 def momentum_is_as_declared(t: Transition) -> Any:
-    """The weight of the old statistics is the momentum that the model declares, applied once.
+    """The measured momentum is the declared one: the moving average is applied exactly once.
 
-    The measured m errs by 3 u and the declared number by u when rounded to float32: 4 u of a
-    value below 1, doubled for a layer that forms 1 - m first.
+    The measured m errs by 3 u, and rounding the declared number to float32 adds u: 4 u, since m is
+    below 1, doubled for layers that compute 1 - m first.
     """
     declared = t.facts["momenta"]
     return worst_of(
@@ -213,17 +213,16 @@ def momentum_is_as_declared(t: Transition) -> Any:
     source=f"{IOFFE}, algorithm 1: the biased variance; {FLAX_SOURCE}",
 )
 def batch_moments_are_the_layers_own(t: Transition) -> Any:
-    """What enters the average is the mean and the biased variance (divisor N) of the layer's input.
+    """The moments averaged are the mean and the biased variance (divisor N) of the layer's input.
 
-    b = new(0) / (1 - m). The subtraction 1 - m turns the 3 u error of m into 3 u / (1 - m), or
-    half a unit in the last place where m is a decimal of four places. A sum of n terms errs by at
-    most (log2 n + 8) u of the sum of magnitudes in XLA's blocked order; the fast variance
-    E[h^2] - E[h]^2 therefore errs in units of E[h^2]: (log2 n + 16) u E[h^2].
+    The moments are measured as b = new(0) / (1 - m). The subtraction 1 - m turns the 3 u error of m
+    into 3 u / (1 - m), or into half a unit in the last place if m is a decimal with four places. A
+    sum of n terms errs by at most (log2 n + 8) u of the sum of magnitudes in XLA's blocked order;
+    the fast variance E[h^2] - E[h]^2 therefore errs in units of E[h^2]: (log2 n + 16) u E[h^2].
 
-    The layer's input is computed in float64 from the traced step. The step itself computes it in
-    its own precision, so what it averages differs by the rounding of everything before the layer,
-    which is large where an earlier layer cancels. Only one of the two rounds, so the input's noise
-    is allowed once: as the most that moving every element by it moves mean and variance.
+    The expected moments come from the layer's input in float64, read from the traced step. The step
+    computes that input in its own precision, so the rounding noise of everything before the layer
+    is allowed, too: how far mean and variance move if every element moves by its noise.
     """
     zeros = _by_layer(t.reruns["zero_statistics"].state.batch_stats)
     highs = _by_layer(t.reruns["huge_statistics"].state.batch_stats)
@@ -242,7 +241,7 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
         ):
             weight = own_weight(wide(zero[name]), wide(high[name]), zero[name].dtype, xp)
             u = unit(zero[name])
-            # (1 - m) b and h^2 may be flushed to zero below the smallest normal number.
+            # (1 - m) b and h^2 may be flushed to zero if subnormal.
             flushed = 4 * smallest(zero[name]) / weight
             rounded = places * u * scale + 8 * u / weight * xp.abs(expected)
             allowed = rounded + flushed + moved
@@ -268,10 +267,10 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
     source="https://github.com/carpedm20/DCGAN-tensorflow/issues/266",
 )
 def every_pass_reaches_the_statistics(t: Transition) -> list[str]:
-    """Each batch that a layer trains on in a step enters its running statistics."""
+    """Every forward pass that trains a layer updates its running statistics."""
     return [
-        f"batch_stats/{each.layer}: the moments of pass {each.number} of the model in a step"
-        f"{_at(each.at)} are dropped: the new statistics are those of another pass"
+        f"batch_stats/{each.layer}: the statistics from forward pass {each.number} of the step"
+        f"{_at(each.at)} are dropped: the step returns those of another pass"
         for each in t.facts["look"].passes
         if each.folds == 0
     ]
@@ -286,10 +285,10 @@ def every_pass_reaches_the_statistics(t: Transition) -> list[str]:
     source="https://github.com/davda54/sam/issues/17",
 )
 def each_batch_is_folded_in_once(t: Transition) -> list[str]:
-    """A batch that a layer is given in several passes of a step enters the average once."""
+    """A batch that goes through a layer several times in a step updates its statistics once."""
     return [
-        f"batch_stats/{each.layer}: the batch of pass {each.number} of the model{_at(each.at)} is folded "
-        f"in {each.folds} times a step: the moving average is applied once in each pass"
+        f"batch_stats/{each.layer}: the batch of forward pass {each.number}{_at(each.at)} updates the "
+        f"running statistics {each.folds} times in one step, once in each forward pass"
         for each in t.facts["look"].passes
         if each.folds > 1
     ]
@@ -305,13 +304,13 @@ def _at(line: str) -> str:
     observes=("look",),
     capabilities=("look", "axes"),
     mistakes=("statistics_over_the_wrong_axis",),
-    source=f"{IOFFE}, section 3.2: a convolution is normalised feature map by feature map",
+    source=f"{IOFFE}, section 3.2: convolutions are normalised per feature map",
 )
 def layers_keep_the_feature_axis(t: Transition) -> list[str]:
-    """A normalisation keeps the axis of features of the convolution or product that feeds it."""
+    """A normalisation's feature axis is that of the convolution or matrix product before it."""
     return [
-        f"batch_stats/{each.layer} keeps axis {each.kept} of its input {each.shape}, and takes moments "
-        f"over axis {each.features}, along which the features lie: BatchNorm(axis={each.features})"
+        f"batch_stats/{each.layer} normalises each index of axis {each.kept} of its input "
+        f"{each.shape}, but the features are on axis {each.features}: BatchNorm(axis={each.features})"
         for each in t.facts["look"].axes
         if each.kept != each.features
     ]
@@ -324,13 +323,14 @@ def layers_keep_the_feature_axis(t: Transition) -> list[str]:
     capabilities=("batch_stats",),
     mistakes=("rows_normalised_alone",),
     source="https://github.com/google/flax/issues/1247",
-    never="rows that differ never gave a variance above 0",
+    never="a batch of different rows never gave a variance above 0",
 )
 def unlike_rows_have_a_variance(t: Transition) -> Any:
-    """Where a batch enters the running means, rows that differ give a variance above 0 in some case.
+    """In at least one case, a batch of different rows has a batch variance above 0.
 
-    A normalisation that sees one row at a time, as under ``jax.vmap`` without an axis name, finds a
-    variance of 0, and normalises every row to 0.
+    A normalisation that sees one row at a time, as under ``jax.vmap`` without an axis name, computes
+    a variance of 0 and normalises every row to 0. Only layers whose running mean the batch changes
+    are judged.
     """
     unlike = any_over(t.case.x[:, 1:] != t.case.x[:, :1])
     reached, shown = xp.zeros(1, dtype=bool), xp.ones(1, dtype=bool)
@@ -351,10 +351,10 @@ def unlike_rows_have_a_variance(t: Transition) -> Any:
     source="https://github.com/DLR-RM/stable-baselines3/issues/996",
 )
 def a_copy_of_the_params_takes_their_statistics(t: Transition) -> list[str]:
-    """A target network or an average that follows the params has its statistics written, too."""
+    """A copy of the params, such as a target network or an EMA, also updates its batch_stats."""
     return [
-        f"{copy.batch_stats} is never written, though {copy.params} follows the params: it keeps the "
-        "mean 0 and variance 1 of the first day"
+        f"{copy.batch_stats} is never updated, though {copy.params} is: it keeps its initial mean 0 "
+        "and variance 1"
         for copy in t.facts["look"].copies
         if not copy.written
     ]
@@ -369,10 +369,10 @@ def a_copy_of_the_params_takes_their_statistics(t: Transition) -> list[str]:
     source="https://github.com/google/deepvariant/issues/383",
 )
 def trained_params_come_with_their_statistics(t: Transition) -> list[str]:
-    """A layer whose params are those of a trained model starts from that model's statistics."""
+    """A layer that starts from pretrained params also starts from the pretrained batch_stats."""
     return [
-        f"the params of {layer or 'the model'} are those of a trained model, its running statistics "
-        "are new: they do not belong to the params"
+        f"the params of {layer or 'the model'} are pretrained, but its running statistics are the "
+        "initial ones"
         for layer, with_statistics in t.facts["look"].pretrained
         if not with_statistics
     ]
@@ -385,7 +385,7 @@ def trained_params_come_with_their_statistics(t: Transition) -> list[str]:
     source="https://github.com/Lightning-AI/pytorch-lightning/issues/15062",
 )
 def frozen_statistics_stay(t: Transition) -> Any:
-    """The running statistics of a layer that is frozen stay as they are, bit for bit."""
+    """The running statistics of a frozen layer stay bit-identical."""
     return frozen(t, t.facts["look"].frozen_statistics)
 
 
@@ -402,7 +402,7 @@ def frozen_statistics_stay(t: Transition) -> Any:
     source=FLAX_SOURCE,
 )
 def batch_stats_are_free_of_targets(t: Transition) -> Any:
-    """The new statistics do not depend on y: other targets give bit-identical ones."""
+    """The new batch_stats do not depend on the targets: with other targets they are bit-identical."""
     return same(t.reruns["other_targets"].state.batch_stats, t.after.batch_stats)
 
 
@@ -422,8 +422,8 @@ def batch_stats_are_free_of_targets(t: Transition) -> Any:
 def variance_is_never_negative(t: Transition) -> Any:
     """A running variance that is not negative before the step is not negative after it.
 
-    The same holds for a step from statistics of zero, where nothing hides a batch variance
-    E[h^2] - E[h]^2 that rounding made negative.
+    Also checked from statistics of 0, where a batch variance E[h^2] - E[h]^2 that rounding made
+    negative cannot hide behind a positive old value.
     """
     zero = jax.tree_util.tree_map(xp.zeros_like, t.before.batch_stats)
     parts = []
@@ -459,11 +459,12 @@ def variance_is_never_negative(t: Transition) -> Any:
     source=FLAX_SOURCE,
 )
 def batch_like_the_statistics_is_a_fixed_point(t: Transition) -> Any:
-    """Statistics that equal the batch's own moments stay where they are.
+    """Running statistics that equal the batch's moments do not change.
 
-    b is rounded to float32 after a division by 1 - m, whose own error is at most half a unit in
-    the last place for a decimal m and 3 u / (1 - m) otherwise; the step then adds three roundings.
-    The bound is |new - b| <= (8 + 4 / (1 - m)) u |b|, far below (1 - m) |b| for any m up to 0.999.
+    The measured moments b are rounded to float32 after a division by 1 - m, whose own error is at
+    most half a unit in the last place for a decimal m and 3 u / (1 - m) otherwise; the step then
+    rounds three times. The bound is |new - b| <= (8 + 4 / (1 - m)) u |b|, far below (1 - m) |b| for
+    any m up to 0.999.
     """
 
     def leaf(zero: Any, high: Any, new: Any) -> Any:
@@ -502,9 +503,9 @@ def batch_like_the_statistics_is_a_fixed_point(t: Transition) -> Any:
     source=FLAX_SOURCE,
 )
 def equal_steps_converge_geometrically(t: Transition) -> Any:
-    """A second step on the same batch with the same params folds it in once more, by the same m.
+    """A second step on the same batch with lr = 0 applies the same moving average again.
 
-    With lr = 0 the params stay, so new2 = m new1 + new(0), within the rounding of
+    With lr = 0 the params do not change, so new2 = m new1 + new(0), within the tolerance of
     ``batch_stats_change_only_by_ema``: 8 u (|m new1| + |new(0)|).
     """
     rested = same(t.reruns["zero_lr"].state.params, t.before.params)
@@ -515,7 +516,7 @@ def equal_steps_converge_geometrically(t: Transition) -> Any:
         t.reruns["zero_statistics"].state.batch_stats,
         t.reruns["huge_statistics"].state.batch_stats,
     )
-    return when(rested == 0, value)  # params that move at lr = 0 violate a law of their own
+    return when(rested == 0, value)  # zero_learning_rate_moves_nothing reports params that move
 
 
 @law(
@@ -525,7 +526,7 @@ def equal_steps_converge_geometrically(t: Transition) -> Any:
     source=FLAX_SOURCE,
 )
 def initial_statistics_are_zero_and_one(t: Transition) -> Any:
-    """Before the first step every running mean is 0 and every running variance is 1, exactly."""
+    """Before the first step every running mean is exactly 0 and every running variance exactly 1."""
     parts = [
         residual(wide(leaves[name]), start, 0.0, of=leaves[name])
         for leaves in _by_layer(t.before.batch_stats).values()
@@ -539,9 +540,9 @@ def initial_statistics_are_zero_and_one(t: Transition) -> Any:
     "statistics",
     capabilities=("batch_stats",),
     mistakes=("statistics_overflow",),
-    source="float32 holds the square of an input of up to 1e19",
+    source="float32 holds the square of inputs up to 1e19",
 )
 def statistics_stay_finite(t: Transition) -> Any:
-    """From finite statistics, a batch within the domain gives finite statistics."""
+    """Finite running statistics stay finite for every batch in the domain."""
     usable = all_finite(t.before.batch_stats) & (t.case.warmup == 0)
     return when(usable, holds_if(all_finite(t.after.batch_stats)))

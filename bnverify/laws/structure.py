@@ -1,4 +1,4 @@
-"""Laws of structure: what kind of trees go in and come out. Read from shapes alone."""
+"""Laws of structure: tree structures, shapes and dtypes, read from shapes alone."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ FLAX_GUIDE = (
 
 
 def differences(name: str, actual: Tree, expected: Tree, *, weak_types: bool = False) -> list[str]:
-    """Return how two trees differ in structure, shape and dtype, a line for each difference.
+    """Return the differences in structure, shape and dtype between two trees, one line each.
 
     Args:
-        name: how the lines call ``actual``.
+        name: the name of ``actual`` in the lines.
         actual: a tree of arrays or ShapeDtypeStructs.
         expected: likewise.
-        weak_types: whether weak types must agree too.
+        weak_types: whether to compare weak types, too.
     """
     found, wanted = _leaves(actual), _leaves(expected)
     lines = [f"{name} has no {path}" for path in wanted if path not in found]
-    lines += [
-        f"{name} has {path}, which should not be there" for path in found if path not in wanted
-    ]
+    lines += [f"{name} has an unexpected leaf {path}" for path in found if path not in wanted]
     for path in found:
         if path not in wanted:
             continue
@@ -66,7 +64,7 @@ def _leaves(tree: Tree) -> dict[str, Any]:
     source="JAX, jax.value_and_grad: https://docs.jax.dev/en/latest/_autosummary/jax.value_and_grad.html",
 )
 def gradients_match_params(t: Transition) -> list[str]:
-    """The gradient tree equals the params tree, in structure, shapes and dtypes."""
+    """The gradients have the tree structure, shapes and dtypes of params."""
     return differences("grads", t.info.grads, t.before.params)
 
 
@@ -77,7 +75,7 @@ def gradients_match_params(t: Transition) -> list[str]:
     source=FLAX_GUIDE,
 )
 def params_keep_their_tree(t: Transition) -> list[str]:
-    """The new params have the structure, shapes and dtypes of the old ones."""
+    """The step keeps the tree structure, shapes and dtypes of params."""
     return differences("params", t.after.params, t.before.params)
 
 
@@ -94,7 +92,7 @@ def params_keep_their_tree(t: Transition) -> list[str]:
     source=FLAX_GUIDE,
 )
 def batch_stats_keep_their_tree(t: Transition) -> list[str]:
-    """The new batch_stats have the structure, shapes and dtypes of the old ones."""
+    """The step keeps the tree structure, shapes and dtypes of batch_stats."""
     return differences("batch_stats", t.after.batch_stats, t.before.batch_stats)
 
 
@@ -107,8 +105,8 @@ def batch_stats_keep_their_tree(t: Transition) -> list[str]:
 def params_hold_no_statistics(t: Transition) -> list[str]:
     """No leaf of params is a running statistic.
 
-    The two trees share no path, and no module of params holds a mean and a var beside a scale or
-    a bias, which is what a normalisation holds whose statistics went astray.
+    Checked by path: no path of batch_stats occurs in params, and no module in params has both a mean
+    and a var next to a scale or a bias, as a normalisation layer has whose statistics are params.
     """
     stats = {path.lower() for path in _leaves(t.before.batch_stats)}
     paths = list(_leaves(t.before.params))
@@ -126,7 +124,7 @@ def params_hold_no_statistics(t: Transition) -> list[str]:
         if _ends_with_one_of(path.lower(), stats)
         or (_module(path) in astray and _last(path) in {"mean", "var"})
     ]
-    return [f"params holds {path}, a running statistic" for path in shared]
+    return [f"params contains {path}, a running statistic" for path in shared]
 
 
 def _parts(path: str) -> list[str]:
@@ -154,7 +152,7 @@ def _last(path: str) -> str:
     source="Optax, GradientTransformation.init: https://optax.readthedocs.io/en/latest/api/transformations.html",
 )
 def optimizer_state_is_that_of_params(t: Transition) -> list[str]:
-    """Before and after the step, the optimizer's state is the one that its init gives for params."""
+    """Before and after the step, the optimizer state has the structure of tx.init(params)."""
     expected = t.facts["expected_opt_state"]
     return differences("opt_state", t.before.opt_state, expected) + differences(
         "new opt_state", t.after.opt_state, expected
@@ -173,11 +171,11 @@ def optimizer_state_is_that_of_params(t: Transition) -> list[str]:
     source=FLAX_GUIDE,
 )
 def optimizer_state_excludes_batch_stats(t: Transition) -> list[str]:
-    """The optimizer's state holds no leaf for a running statistic."""
+    """The optimizer state has no leaf for a running statistic."""
     stats = {path.lower() for path in _leaves(t.before.batch_stats)}
     states = (("opt_state", t.before.opt_state), ("new opt_state", t.after.opt_state))
     return [
-        f"{name} holds {path}, a running statistic"
+        f"{name} contains {path}, a running statistic"
         for name, state in states
         for path in _leaves(state)
         if "batch_stats" in path.lower() or _ends_with_one_of(path.lower(), stats)
@@ -203,7 +201,7 @@ def training_loss_is_a_scalar(t: Transition) -> list[str]:
 
 @law("structure", kind="structure", mistakes=("loss_not_reduced",), source="bnverify.reference")
 def eval_loss_has_shape_one(t: Transition) -> list[str]:
-    """The eval loss is a single number, of shape () or the (1,) of the reference."""
+    """The eval loss is a single number, of shape () or (1,)."""
     shape = tuple(t.eval_loss.shape)
     return [] if shape in {(), (1,)} else [f"eval loss has shape {shape}, expected () or (1,)"]
 
@@ -216,7 +214,7 @@ def eval_loss_has_shape_one(t: Transition) -> list[str]:
     source="Flax, linen/normalization.py: statistics are kept in float32 whatever the dtype",
 )
 def batch_stats_are_float32(t: Transition) -> list[str]:
-    """Floating-point running statistics are float32, whatever the compute dtype."""
+    """Floating-point running statistics are float32, whatever dtype the model computes in."""
     lines = []
     for name, tree in (
         ("batch_stats", t.before.batch_stats),
@@ -241,7 +239,7 @@ def batch_stats_are_float32(t: Transition) -> list[str]:
     source="JAX, jit recompiles when a signature changes: https://docs.jax.dev/en/latest/jit-compilation.html",
 )
 def state_signature_is_a_fixed_point(t: Transition) -> list[str]:
-    """The step returns the structure, shapes, dtypes and weak types that it was given."""
+    """The step returns a state of the same structure, shapes, dtypes and weak types as its input."""
     return [
         line
         for name in ("params", "batch_stats", "opt_state")

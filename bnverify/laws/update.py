@@ -1,4 +1,4 @@
-"""Laws of the update: params move as the optimizer says, along the gradient of the loss."""
+"""Laws of the update: params change by the optimizer's update for the gradient of the loss."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ OPTAX = "Optax, apply_updates: https://optax.readthedocs.io/en/latest/api/apply_
     source=OPTAX,
 )
 def params_follow_the_optimizer(t: Transition) -> Any:
-    """The new params are optax.apply_updates of the optimizer's updates for the gradient.
+    """The new params are optax.apply_updates(params, updates), with updates from tx.update.
 
-    The same update from the same gradient, compiled in another program: its few operations may
-    round differently, at most 16 u (|old| + |new|), which bounds the update itself too. Where the
-    update is a sum that cancels, the rounding of its terms is what is left: as much more is
-    allowed as 16 u of the gradient, and of the optimizer's state, would move the new params.
+    The expected update is computed from the same gradient in a separately compiled program, whose
+    few operations may round differently: 16 u (|old| + |new|). Where the terms of an update cancel,
+    their rounding dominates, so the tolerance also includes how far the new params move when the
+    gradient, or the optimizer's state, is perturbed by 16 u.
     """
 
     def leaf(old: Any, new: Any, expected: Any, *moved: Any) -> Any:
         scale = xp.abs(wide(old)) + xp.abs(wide(expected))
-        # They were moved by eight roundings.
+        # The inputs were perturbed by 8 u.
         cancelled = 2 * sum(xp.abs(wide(value) - wide(expected)) for value in moved)
         return residual(new, expected, 16 * unit(new) * scale + cancelled + smallest(new))
 
@@ -92,10 +92,10 @@ def params_follow_the_optimizer(t: Transition) -> Any:
     source=OPTAX,
 )
 def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
-    """The new optimizer state is the one that the optimizer's update returns.
+    """The new optimizer state is the one that tx.update returns.
 
-    As for the params, in units of the largest magnitude of the leaf, since a decayed sum may
-    cancel: 16 u max(|old|, |new|).
+    The tolerance is 16 u max(|old|, |new|), with the maximum over the whole leaf, because the terms
+    of a decayed sum may cancel.
     """
 
     def leaf(old: Any, new: Any, expected: Any) -> Any:
@@ -124,7 +124,7 @@ def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
 )
 def zero_learning_rate_moves_nothing(t: Transition) -> Any:
     """With lr = 0, params stay bit-identical (subnormals may flush to 0)."""
-    # 0 * inf is NaN in any step.
+    # 0 * inf is NaN in a correct step, too.
     usable = all_finite((t.before, t.reruns["zero_lr"].info, t.info))
     moved = trees(
         lambda new, old: residual(new, old, smallest(old)),
@@ -141,7 +141,7 @@ def zero_learning_rate_moves_nothing(t: Transition) -> Any:
     source="Optax, multi_transform: https://optax.readthedocs.io/en/latest/api/combining_optimizers.html",
 )
 def frozen_params_stay(t: Transition) -> Any:
-    """Frozen params stay as they are, bit for bit: neither a gradient nor a decay moves them."""
+    """Frozen params stay bit-identical: neither their gradient nor weight decay changes them."""
     return frozen(t, t.facts["look"].frozen_params)
 
 
@@ -151,13 +151,13 @@ def frozen_params_stay(t: Transition) -> Any:
     observes=("look",),
     capabilities=("look", "scaled"),
     mistakes=("frozen_gradients_scale_others",),
-    source="Optax, clip_by_global_norm: the norm is over all that the transformation is given",
+    source="Optax, clip_by_global_norm: the norm is taken over all gradients passed to it",
 )
 def frozen_gradients_scale_nothing(t: Transition) -> list[str]:
-    """The gradient of a frozen param has no part in the update of another one."""
+    """The gradient of a frozen param does not affect the update of any other param."""
     return [
-        f"the gradient of {path}, which is frozen, reaches the update of {other}, as under a clip by "
-        "the norm of all gradients"
+        f"the gradient of {path}, which is frozen, affects the update of {other}, as it does when "
+        "clip_by_global_norm includes frozen params"
         for path, other in t.facts["look"].scaled
         if other
     ]
@@ -172,15 +172,14 @@ def frozen_gradients_scale_nothing(t: Transition) -> list[str]:
     source="https://github.com/AI-Hypercomputer/maxtext/pull/3452",
 )
 def schedule_counts_updates(t: Transition) -> list[str]:
-    """Where gradients are accumulated, the learning rate's schedule is not as long as there are batches.
+    """With gradient accumulation, the learning-rate schedule counts updates, not batches.
 
-    ``optax.MultiSteps`` calls its inner optimizer at every k-th batch only, so a schedule over the
-    number of batches is cut off at a k-th of its way.
+    ``optax.MultiSteps(tx, k)`` calls ``tx`` once every k batches, so a schedule as long as the number
+    of batches only gets 1/k of the way.
     """
     return [
-        f"the schedule ends after {each.batches} updates, which is the number of batches "
-        f"({each.told}), but several batches make an update: the schedule counts optimizer steps, "
-        "not batches"
+        f"the schedule ends after {each.batches} updates, the number of batches ({each.told}), but "
+        "with gradient accumulation there are fewer updates than batches, so it never gets there"
         for each in t.facts["look"].schedules
         if each.ends
     ]
@@ -206,10 +205,10 @@ def schedule_counts_updates(t: Transition) -> list[str]:
     source="Robbins & Monro 1951; optax.sgd",
 )
 def sgd_moves_params_by_minus_lr_times_gradient(t: Transition) -> Any:
-    """Under plain SGD the new params are old - lr * gradient, up to two units in the last place.
+    """Under plain SGD the new params are old - lr * gradient, within two roundings.
 
-    One rounding of the product and one of the sum: u (|lr g| + |new|), doubled for a product
-    whose own rounding the sum carries.
+    The product and the sum round once each, and the rounding of the product carries over into the
+    sum: 2 u (|lr g| + |new|).
     """
 
     def leaf(old: Any, new: Any, grad: Any) -> Any:
@@ -229,7 +228,7 @@ def sgd_moves_params_by_minus_lr_times_gradient(t: Transition) -> Any:
     source="bnverify/oracle.py, derived by hand",
 )
 def gradients_equal_the_hand_derivation(t: Transition) -> Any:
-    """Every gradient equals the one derived by hand, within the step's own rounding noise."""
+    """Every gradient equals the hand-derived one, within the step's rounding noise."""
     return within_noise(t.info.grads, t.facts["oracle"].grads, t.noise.info.grads)
 
 
@@ -241,7 +240,7 @@ def gradients_equal_the_hand_derivation(t: Transition) -> Any:
     source="bnverify/oracle.py, derived by hand",
 )
 def training_loss_equals_the_hand_derivation(t: Transition) -> Any:
-    """The training loss equals the one derived by hand, within the step's own rounding noise."""
+    """The training loss equals the hand-derived one, within the step's rounding noise."""
     return within_noise(t.info.loss, t.facts["oracle"].loss, t.noise.info.loss)
 
 
@@ -260,20 +259,21 @@ def training_loss_equals_the_hand_derivation(t: Transition) -> Any:
     source="central difference of the step's own loss in float64",
 )
 def gradients_are_gradients_of_the_loss(t: Transition) -> Any:
-    """Along a direction, the gradient is the slope of the loss that the step reports.
+    """The gradient equals the slope of the reported loss along a random direction of params.
 
-    Allowed: what truncation and float64 leave in the slope, and the rounding of each gradient.
+    The tolerance is the truncation and float64 error of the central differences, plus the rounding
+    noise of every gradient.
     """
     slope, allowed, usable = t.facts["directional_derivative"]
     rows = alike(t.info.grads, t.facts["direction"], t.noise.info.grads)
     if rows is None:
-        return never()  # a gradient of something other than the params
+        return never()  # grads is not a tree like params
     along: Any = 0.0
     noise: Any = UNDERFLOW * smallest(t.info.loss)
     for grad, direction, error in rows:
         along = along + sum_over(wide(grad) * wide(direction))
         noise = noise + sum_over(wide(error) * xp.abs(wide(direction)))
-    known = usable & (allowed <= 0.1 * xp.abs(slope))  # else it measures nothing
+    known = usable & (allowed <= 0.1 * xp.abs(slope))  # a less certain slope says nothing
     off = residual(wide(along), slope, allowed + noise, quantity="gradient along a direction")
     return when(known, off)
 
@@ -294,9 +294,9 @@ def gradients_are_gradients_of_the_loss(t: Transition) -> Any:
     source="Ioffe & Szegedy 2015, section 3.2: the bias is subsumed",
 )
 def bias_before_norm_has_no_gradient(t: Transition) -> Any:
-    """A bias added right before a normalisation has no gradient beyond rounding.
+    """A bias added right before a normalisation has a gradient of 0, within rounding noise.
 
-    Where some gradient is not finite even without rounding, nothing is claimed about the others.
+    A case is skipped if any gradient is not finite in exact arithmetic.
     """
     parts = []
     grads, _ = jax.tree_util.tree_flatten_with_path(t.info.grads)

@@ -179,8 +179,9 @@ with_option(
 with_option(
     "float16", "Arithmetic in float16 around float32 params and statistics.", dtype=jnp.float16
 )
-for enter, model in (subjects.linen, MaskedMlp()), (subjects.nnx, NnxMlp):
-    enter("masked", "A padded batch whose padding is masked.", model, batch=padded, loss=masked_mse)
+MASKED = "masked", "A padded batch whose padding is masked."
+subjects.linen(*MASKED, MaskedMlp(), batch=padded, loss=masked_mse)
+subjects.nnx(*MASKED, NnxMlp, batch=padded, loss=masked_mse)
 
 
 # Other optimizers than plain SGD.

@@ -1,4 +1,4 @@
-"""The tests that such a project usually has: it learns, and its statistics move."""
+"""Typical tests of such a project: the loss decreases, and the running statistics change."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ Y = X[:, 0] - 2 * X[:, 1]
 
 
 def test_the_loss_falls() -> None:
-    """After fifty steps the training loss is a tenth of what it was."""
+    """After fifty steps the training loss is less than a tenth of its first value."""
     state = training.create(0, 4)
     state, first = training.train_step(state, X, Y)
     for _ in range(50):
@@ -27,5 +27,5 @@ def test_the_statistics_move() -> None:
 
 
 def test_evaluation_is_a_finite_number() -> None:
-    """Evaluation gives one finite number."""
+    """Evaluation returns a finite number."""
     assert jnp.isfinite(training.evaluate(training.create(0, 4), X, Y))

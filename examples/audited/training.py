@@ -10,13 +10,13 @@ from flax.training import train_state
 
 
 class TrainState(train_state.TrainState):
-    """Flax's TrainState with the running statistics beside the params."""
+    """Flax's TrainState with running statistics."""
 
     batch_stats: Any
 
 
 class Model(nn.Module):
-    """Two layers with a normalisation between them."""
+    """Two Dense layers with BatchNorm in between."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -26,7 +26,7 @@ class Model(nn.Module):
 
 
 def create(seed: int, features: int) -> TrainState:
-    """Return the state before the first step."""
+    """Return the initial state."""
     model = Model()
     variables = model.init(jax.random.PRNGKey(seed), jnp.zeros((1, features)), train=False)
     return TrainState.create(

@@ -1,4 +1,4 @@
-"""What bnverify is told of this project: `bnverify check check.py:subject`."""
+"""The training step as bnverify checks it: `bnverify check check.py:subject`."""
 
 import optax
 from model import Regressor, loss

@@ -21,7 +21,7 @@ class Regressor(nn.Module):
     def __call__(self, x: Any, train: bool) -> Any:
         """Return the predictions."""
         for _ in range(2):
-            x = nn.Dense(self.hidden, use_bias=False)(x)  # the norm would take a bias out again
+            x = nn.Dense(self.hidden, use_bias=False)(x)  # BatchNorm would cancel a bias
             x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
             x = nn.relu(x)
         x = nn.Dropout(0.1, deterministic=not train)(x)
@@ -36,7 +36,7 @@ def loss(predictions: Any, targets: Any) -> Any:
 
 
 def main(steps: int = 200) -> None:
-    """Train on a small problem and print how it goes."""
+    """Train on a small problem and print the losses."""
     key, data, dropout = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(data, (256, 4))
     y = jnp.sin(x[:, 0]) + x[:, 1] * x[:, 2]

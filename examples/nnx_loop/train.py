@@ -1,4 +1,4 @@
-"""A classifier with BatchNorm in nnx: the model, steps that change their arguments, a script."""
+"""A classifier with BatchNorm in nnx: the model, steps that change it in place, a training script."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 CLASSES = 3
-# From flax 0.11 the optimizer no longer holds the model, and is given it at each update.
+# Up to flax 0.10 the optimizer holds the model; from 0.11 on, update takes it as an argument.
 HOLDS_MODEL = "model" not in inspect.signature(nnx.Optimizer.update).parameters
 
 
@@ -30,7 +30,7 @@ class Classifier(nnx.Module):
 
 
 def make(din: int, rngs: nnx.Rngs, lr: float = 1e-2) -> tuple[Classifier, nnx.Optimizer]:
-    """Return what a training run changes: the model and its optimizer."""
+    """Return the model and its optimizer."""
     model = Classifier(din, rngs=rngs)
     return model, nnx.Optimizer(model, optax.adam(lr), wrt=nnx.Param)
 
@@ -43,7 +43,7 @@ def loss_fn(model: Classifier, batch: dict[str, Any]) -> Any:
 
 @nnx.jit
 def train_step(model: Classifier, optimizer: nnx.Optimizer, batch: dict[str, Any]) -> Any:
-    """Change the model and the optimizer; return the loss before."""
+    """Update the model and the optimizer in place; return the loss before the update."""
     model.train()
     loss, grads = nnx.value_and_grad(loss_fn)(model, batch)
     if HOLDS_MODEL:
@@ -55,14 +55,14 @@ def train_step(model: Classifier, optimizer: nnx.Optimizer, batch: dict[str, Any
 
 @nnx.jit
 def eval_step(model: Classifier, batch: dict[str, Any]) -> Any:
-    """Return the loss with the running statistics."""
+    """Return the loss in eval mode."""
     model.eval()
     # model.train()  # the mistake: evaluation in train mode  # noqa: ERA001
     return loss_fn(model, batch)
 
 
 def main(steps: int = 200) -> None:
-    """Train on a small problem and print how it goes."""
+    """Train on a small problem and print the losses."""
     x = jax.random.normal(jax.random.key(0), (256, 4))
     batch = {"x": x, "label": jnp.argmax(x[:, :CLASSES] + x[:, 1:], axis=-1)}
     model, optimizer = make(4, nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""An image classifier around flax's TrainState: the model, the steps, a script."""
+"""An image classifier with Flax's TrainState: the model, the steps and a training script."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any, train: bool) -> Any:
-        """Return logits (N, CLASSES) of images (N, SIZE, SIZE, 1)."""
+        """Return logits (N, CLASSES) for images (N, SIZE, SIZE, 1)."""
         x = nn.Conv(8, (3, 3), use_bias=False)(x)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
         x = nn.relu(x).mean((1, 2))
@@ -27,13 +27,13 @@ class Net(nn.Module):
 
 
 class TrainState(train_state.TrainState):
-    """Flax's train state with the running statistics."""
+    """Flax's TrainState with running statistics."""
 
     batch_stats: Any
 
 
 def create(rng: Any, lr: float = 1e-2) -> TrainState:
-    """Return the state before the first step."""
+    """Return the initial state."""
     model = Net()
     variables = model.init(rng, jnp.ones((1, SIZE, SIZE, 1)), train=False)
     return TrainState.create(
@@ -51,7 +51,7 @@ def cross_entropy(logits: Any, labels: Any) -> Any:
 
 @jax.jit
 def train_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
-    """Return the next state, and the metrics of this batch."""
+    """Return the new state and the metrics of the batch."""
 
     def loss_fn(params: Any) -> Any:
         logits, updates = state.apply_fn(
@@ -65,20 +65,20 @@ def train_step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, di
     (loss, (logits, updates)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=grads)
     state = state.replace(batch_stats=updates["batch_stats"])
-    # state.replace(batch_stats=updates["batch_stats"])  # the mistake: replace returns  # noqa: ERA001
+    # state.replace(batch_stats=updates["batch_stats"])  # the mistake: no new state  # noqa: ERA001
     return state, {"loss": loss, "accuracy": jnp.mean(logits.argmax(-1) == batch["label"])}
 
 
 @jax.jit
 def eval_step(state: TrainState, batch: dict[str, Any]) -> dict[str, Any]:
-    """Return the metrics with the running statistics."""
+    """Return the metrics in eval mode."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits = state.apply_fn(variables, batch["image"], train=False)
     return {"loss": cross_entropy(logits, batch["label"])}
 
 
 def main(steps: int = 200) -> None:
-    """Train on a small problem and print how it goes."""
+    """Train on a small problem and print the losses."""
     image = jax.random.normal(jax.random.key(0), (256, SIZE, SIZE, 1))
     batch = {"image": image, "label": (image.mean((1, 2, 3)) > 0).astype(jnp.int32)}
     state = create(jax.random.key(1))

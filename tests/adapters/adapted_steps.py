@@ -1,4 +1,4 @@
-"""What the tests of the adapters share: a batch, one compiled step, a small nnx model."""
+"""Shared by the tests of adapters: a batch, a compiled step, a small nnx model."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Training code in the shapes of Flax's own examples, with small sizes: what a user would bring.
+"""Training code like Flax's own examples, with small sizes.
 
 The shapes are those of the ImageNet example (dynamic scale, ``pmean``, a penalty that is not reported),
 of the guide on BatchNorm in Linen and in nnx, and of the nnx MNIST example.
@@ -67,7 +67,7 @@ class ResNet(nn.Module):
 
 
 class TrainState(train_state.TrainState):
-    """Statistics, and the scale of the loss, beside params."""
+    """A TrainState with statistics and a dynamic loss scale."""
 
     batch_stats: Any
     dynamic_scale: dynamic_scale_lib.DynamicScale | None
@@ -253,7 +253,7 @@ def loss_fn(model: Any, batch: Any) -> Any:
 
 
 def update(model: Any, optimizer: Any, grads: Any) -> None:
-    """Call the optimizer as this release of Flax wants it."""
+    """Call the optimizer as this release of Flax requires."""
     optimizer.update(*([grads] if HOLDS_MODEL else [model, grads]))
 
 

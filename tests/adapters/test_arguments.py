@@ -1,4 +1,4 @@
-"""Arguments: what an adapter cannot work with is refused by name, with what to pass."""
+"""Invalid arguments of adapters are refused, with a message that says what to pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Net(nn.Module):
 
 
 class Wide(Net):
-    """One that needs a field."""
+    """A linen module with a required field."""
 
     width: int
 
@@ -40,7 +40,7 @@ class Linear(nnx.Linear):
 
 
 def nothing(*args: Any) -> Any:
-    """Stand in for a function that is never called."""
+    """A function that is never called."""
 
 
 OPTIMIZER = r"optimizer must be a function of the learning rate, like .*, got a Gradient\w+$"
@@ -54,8 +54,8 @@ OPTIMIZER = r"optimizer must be a function of the learning rate, like .*, got a 
         (lambda: bnverify.linen(Linear), r"that is an nnx module: bnverify.nnx\(Linear\)"),  # type: ignore[arg-type]
         (lambda: bnverify.linen("Net"), "takes a flax.linen module, got 'Net'"),  # type: ignore[arg-type]
         (lambda: bnverify.nnx(Net), r"that is a linen module: bnverify.linen\(Net\(\)\)"),
-        (lambda: bnverify.nnx(Linear(nnx.Rngs(0))), r"takes the class, .*: bnverify.nnx\(Linear\)"),
-        (lambda: bnverify.nnx(3), "takes what makes an nnx module, got 3"),  # type: ignore[arg-type]
+        (lambda: bnverify.nnx(Linear(nnx.Rngs(0))), r"needs the class, .*: bnverify.nnx\(Linear\)"),
+        (lambda: bnverify.nnx(3), "makes an nnx module, got 3"),  # type: ignore[arg-type]
         (lambda: bnverify.linen(Net(), optimizer=optax.sgd(0.1)), OPTIMIZER),  # type: ignore[arg-type]
         (lambda: bnverify.nnx(Linear, optimizer=optax.adam(0.1)), OPTIMIZER),  # type: ignore[arg-type]
         (
@@ -81,7 +81,7 @@ OPTIMIZER = r"optimizer must be a function of the learning rate, like .*, got a 
     ],
 )
 def test_what_is_refused_says_what_to_pass(make: Callable[[], Any], said: str) -> None:
-    """One line, before anything is traced."""
+    """The message is one line, and nothing is traced before."""
     with pytest.raises(UsageError, match=said) as caught:
         make()
     assert len(str(caught.value).splitlines()) == 1
@@ -89,11 +89,11 @@ def test_what_is_refused_says_what_to_pass(make: Callable[[], Any], said: str) -
 
 @pytest.mark.parametrize("features", [4, np.int64(4), [4], (4,), {4}, range(4, 5)])
 def test_sizes_come_in_any_collection(features: Any) -> None:
-    """A number, whoever's, or several."""
+    """``features`` is an integer of any type, or a collection of integers."""
     assert calls.sizes(features) == (4,)
 
 
 def test_functions_of_any_kind_are_taken() -> None:
-    """Optional parameters, classes, builtins without a signature."""
+    """Functions with optional parameters, classes, and builtins without a signature are accepted."""
     calls.functions(optimizer=optax.adam, loss=max, batch=lambda x, y, scale=1: (x, y))
     calls.functions(loss=lambda *args: args[0])

@@ -1,4 +1,4 @@
-"""What a step does by design is found, with the reason; its wrong twin stays under the laws."""
+"""What a step does by design makes laws exempt, with the reason; similar mistakes do not."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def with_loss(loss_of: Any) -> Any:
 
 
 def test_a_canonical_loop_is_exempt_from_nothing() -> None:
-    """Nothing is found where nothing is."""
+    """A plain step has no exemptions by design."""
     subject = found(code.train_step)
     assert subject.exempt == {}
     assert subject.biases_before_norm == ("Dense_0/bias",)
@@ -54,7 +54,7 @@ def test_a_canonical_loop_is_exempt_from_nothing() -> None:
 
 class TestStoppedGradients:
     def test_in_the_loss(self) -> None:
-        """What is reported is not what is differentiated; the line of it is told."""
+        """With stop_gradient the gradient is not the slope of the loss; the reason names the line."""
         subject = found(
             with_loss(
                 lambda out, b: jnp.mean(
@@ -66,7 +66,7 @@ class TestStoppedGradients:
         assert "test_by_design.py" in subject.exempt[GRADIENT]
 
     def test_in_a_library_is_none(self) -> None:
-        """``softmax`` and ``logsumexp`` stop gradients where that changes nothing."""
+        """``softmax`` and ``logsumexp`` stop gradients without an effect on the gradient."""
 
         def loss(out: Any, batch: Any) -> Any:
             both = jnp.concatenate([out, -out], -1)
@@ -76,7 +76,7 @@ class TestStoppedGradients:
         assert found(with_loss(loss)).exempt == {}
 
     def test_in_batch_renormalisation(self) -> None:
-        """A layer that corrects by its running values reads them in training by design."""
+        """A layer like batch renormalisation uses its running statistics in training by design."""
 
         class Renorm(nn.Module):
             @nn.compact
@@ -100,18 +100,18 @@ class TestStoppedGradients:
 
         subject = found(code.train_step, partial(code.create, model=Net()))
         reason = subject.exempt["training_is_free_of_old_statistics"]
-        assert "as batch renormalisation does" in reason
+        assert "like batch renormalisation" in reason
         assert "declared" not in reason
         state = jax.eval_shape(subject.init, 0, jnp.ones((4, 3)))
         assert set(state.extra["carried"]) == {"Renorm_0/steps"}  # a counter is no average
 
 
 class TestPasses:
-    """A model that is run more than once in a step."""
+    """A model that is called several times in a step."""
 
     @pytest.mark.parametrize("both", [True, False], ids=["wrong", "right"])
     def test_one_batch_twice_is_one(self, both: bool) -> None:
-        """Sharpness-aware minimisation sees one batch twice, and is to fold it in once."""
+        """Sharpness-aware minimisation processes a batch twice but must update the statistics once."""
 
         def step(state: Any, batch: Any) -> Any:
             def loss(params: Any, stats: Any) -> Any:
@@ -127,12 +127,12 @@ class TestPasses:
 
         subject = found(step)
         assert subject.momentum == MOMENTUM
-        assert "another point than the params" in subject.exempt[GRADIENT]
+        assert "at perturbed params" in subject.exempt[GRADIENT]
         assert TARGETS not in subject.exempt  # by which the wrong twin is caught
 
     @pytest.mark.parametrize("threaded", [False, True], ids=["wrong", "right"])
     def test_two_views_are_two_batches(self, threaded: bool) -> None:
-        """Each is to be folded in; where one is dropped the momentum is not as declared."""
+        """Each batch must update the statistics; if one is dropped, the momentum is not as declared."""
 
         def step(state: Any, batch: Any) -> Any:
             def loss(params: Any) -> Any:
@@ -146,12 +146,12 @@ class TestPasses:
 
         subject = found(step)
         assert subject.momentum == MOMENTUM**2
-        assert "more than once" in subject.exempt["batch_stats_change_only_by_ema"]
+        assert "several times in a step" in subject.exempt["batch_stats_change_only_by_ema"]
         assert "momentum_is_as_declared" not in subject.exempt
         assert found(step, passes=1).momentum == MOMENTUM
 
     def test_several_updates_in_a_loop_are_known(self) -> None:
-        """Epochs in a scan: what is normalised by params that were just updated depends on y."""
+        """With several epochs in a scan, activations of updated params depend on y."""
 
         def step(state: Any, batch: Any) -> Any:
             def epoch(state: Any, _: Any) -> Any:
@@ -163,28 +163,30 @@ class TestPasses:
 
         exempt = found(step).exempt
         assert "updates params several times" in exempt[TARGETS]
-        assert "runs in a loop" in exempt["batch_stats_change_only_by_ema"]
+        assert "called in a loop" in exempt["batch_stats_change_only_by_ema"]
         assert TARGETS not in found(code.train_step).exempt
 
     def test_a_model_that_is_given_the_targets(self) -> None:
-        """A conditional model: its statistics are of the targets, too."""
+        """The statistics of a conditional model depend on the targets."""
 
         def step(state: Any, batch: Any) -> Any:
             x = batch["image"] + batch["label"][:, None]
             return code.train_step(state, {**batch, "image": x})
 
-        assert "given the targets" in found(step).exempt[TARGETS]
+        assert "targets are an input" in found(step).exempt[TARGETS]
 
 
 class TestRows:
     def test_a_mask_in_the_denominator(self) -> None:
-        """A loss over the rows that count is no mean over rows."""
+        """A loss divided by the number of unmasked rows is not a mean over rows."""
 
         def loss(out: Any, batch: Any) -> Any:
             mask = batch["label"] > 0
             return jnp.sum(mask * out[:, 0] ** 2) / jnp.maximum(mask.sum(), 1)
 
-        assert "divides by a number that the batch gives" in found(with_loss(loss)).exempt[ROWS]
+        assert (
+            "divides by a number that depends on the batch" in found(with_loss(loss)).exempt[ROWS]
+        )
         said = found(with_loss(loss), weights=lambda x, y: y > 0)
         assert ROWS not in said.exempt
         assert said.row_weights is not None
@@ -198,7 +200,7 @@ class TestRows:
 
         exempt = found(with_loss(loss), batch=lambda x, y: {"image": x}).exempt
         assert "compares rows" in exempt["doubling_the_batch_changes_nothing"]
-        assert exempt["targets_reach_the_params"] == "the batch is made without y"
+        assert exempt["targets_reach_the_params"] == "the batch does not contain y"
 
         def within(out: Any, batch: Any) -> Any:
             h = batch["image"][:, :, None] * out[:, None]
@@ -209,7 +211,7 @@ class TestRows:
 
 class TestUpdates:
     def test_a_penalty_that_is_not_reported(self) -> None:
-        """Weight decay in the loss that is differentiated excuses the law; in both losses it does not."""
+        """A penalty in the differentiated loss makes the law exempt, unless the reported loss has it."""
 
         def penalised(reported: bool) -> Any:
             def step(state: Any, batch: Any) -> Any:
@@ -229,7 +231,7 @@ class TestUpdates:
         assert GRADIENT not in found(penalised(True)).exempt
 
     def test_a_penalty_under_dynamic_loss_scaling_is_seen(self) -> None:
-        """The scale multiplies the loss and divides the gradient; it is no part of either term."""
+        """The loss scale multiplies the loss and divides the gradient; it is not a penalty."""
 
         class Scaled(code.TrainState):
             scale: Any
@@ -257,7 +259,7 @@ class TestUpdates:
 
     @pytest.mark.parametrize("every", [2, 4])
     def test_accumulated_updates_are_counted(self, every: int) -> None:
-        """``optax.MultiSteps``: the steps before the one that updates are a case's warm-up."""
+        """With ``optax.MultiSteps``, the steps before an update are part of the warm-up."""
 
         def create(rng: Any, lr: float) -> Any:
             tx: Any = optax.MultiSteps(optax.sgd(lr), every)
@@ -270,7 +272,7 @@ class TestUpdates:
 
     @pytest.mark.parametrize("moves", [True, False], ids=["wrong", "right"])
     def test_a_frozen_backbone(self, moves: bool) -> None:
-        """A layer whose params and statistics rest beside others is carried; one that moves is not."""
+        """A layer with frozen params and statistics is in ``extra``; one whose statistics change is not."""
 
         class Net(nn.Module):
             @nn.compact
@@ -304,7 +306,7 @@ class TestUpdates:
 class TestStart:
     @pytest.mark.parametrize("whole", [False, True], ids=["wrong", "right"])
     def test_a_trained_model(self, whole: bool) -> None:
-        """Statistics that come with the params need not be 0 and 1."""
+        """Pretrained statistics need not be 0 and 1."""
         trained = code.variables(jax.random.PRNGKey(7))
 
         def create(rng: Any, lr: float) -> Any:
@@ -324,7 +326,7 @@ class TestStart:
 
 
 def test_a_module_that_looks_whether_it_may_write() -> None:
-    """No argument says that it trains: in evaluation it may write nothing, and so it evaluates."""
+    """A module without a train argument is evaluated with immutable collections."""
 
     class Norm(nn.Module):
         @nn.compact
@@ -348,7 +350,7 @@ def test_a_module_that_looks_whether_it_may_write() -> None:
 
 
 def test_a_statistic_that_becomes_an_array_is_told() -> None:
-    """An nnx.BatchStat is written, not replaced."""
+    """Replacing an nnx.BatchStat by an array raises an error that explains how to assign its value."""
 
     class Norm(nnx.Module):
         def __init__(self, din: int, rngs: Any) -> None:
@@ -359,5 +361,7 @@ def test_a_statistic_that_becomes_an_array_is_told() -> None:
             self.mean: Any = jnp.mean(x, 0)
             return (x * self.scale).mean(-1)
 
-    with pytest.raises(ValueError, match=r"mean is no longer the variable.*self\.mean\[\.\.\.\] ="):
+    with pytest.raises(
+        ValueError, match=r"mean is no longer an nnx.Variable.*self\.mean\[\.\.\.\] ="
+    ):
         bnverify.nnx(Norm)

@@ -1,4 +1,4 @@
-"""The projects in examples/: right as they are, and caught with their planted mistake."""
+"""The projects in examples/ violate no law, and their commented-out mistake is detected."""
 
 import os
 import re
@@ -38,7 +38,7 @@ PROJECTS = {
 
 
 def planted(source: str) -> str:
-    """Return the source with its one wrong line in place of the line above."""
+    """Return the source with the line above the mistake replaced by the mistake."""
     lines = source.splitlines()
     (index,) = [i for i, line in enumerate(lines) if PLANTED in line]
     wrong = re.sub(rf"^(\s*)# (.*?){PLANTED}.*$", r"\1\2", lines[index])
@@ -57,7 +57,7 @@ def checked(project: Path, laws: tuple[str, ...]) -> bnverify.Report:
     [pytest.param("linen_regression", marks=pytest.mark.nightly), "nnx_loop", "train_state"],
 )
 def test_a_project_is_right_until_its_mistake_is_planted(name: str, tmp_path: Path) -> None:
-    """As it is no law is broken; with the mistake a law is, and the mistake is named."""
+    """Unchanged, a project violates no law; with the mistake it violates one, and the cause is named."""
     laws, mistake, broken = PROJECTS[name]
     right, wrong = tmp_path / "right", tmp_path / "wrong"
     for copy in (right, wrong):
@@ -76,7 +76,7 @@ def test_a_project_is_right_until_its_mistake_is_planted(name: str, tmp_path: Pa
     [("linen_regression", "model.py"), ("nnx_loop", "train.py"), ("train_state", "train.py")],
 )
 def test_a_project_trains(name: str, script: str) -> None:
-    """Run as a script, a project trains: its last loss is below its first."""
+    """When a project runs as a script, its last loss is smaller than its first."""
     out = subprocess.run(
         [sys.executable, script],
         cwd=EXAMPLES / name,

@@ -1,4 +1,4 @@
-"""What JAX, Flax and Optax refuse, explained: each mistake raised for real."""
+"""Errors of JAX, Flax and Optax are explained; each mistake is really made."""
 
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +94,7 @@ CASES = [(name, run) for name, runs in REFUSED.items() for run in runs]
 
 @pytest.mark.parametrize(("name", "run"), CASES, ids=[name for name, _ in CASES])
 def test_a_refused_mistake_has_its_name(name: str, run: Callable[[], Any]) -> None:
-    """What the library raises is told as the mistake that it is, with the line of this file."""
+    """The error names the mistake, its fix and the line in this file."""
     with pytest.raises(SubjectError) as caught, explaining("the step"):
         run()
     assert caught.value.mistake.name == name
@@ -105,19 +105,19 @@ def test_a_refused_mistake_has_its_name(name: str, run: Callable[[], Any]) -> No
 
 
 def test_what_no_mistake_raises_passes() -> None:
-    """An error of another kind is the user's own, and stays as it is."""
+    """Other errors are not changed."""
     with pytest.raises(ZeroDivisionError), explaining("the step"):
         _ = 1 / 0
 
 
 def test_what_is_explained_is_not_explained_again() -> None:
-    """An error for the command line passes through unchanged."""
+    """A UsageError is not changed."""
     with pytest.raises(UsageError, match=r"^as it is$"), explaining("the step"):
         raise UsageError("as it is")
 
 
 def test_every_symptom_has_a_mistake() -> None:
-    """And no name means two mistakes."""
+    """Each symptom names a known mistake, no name is in both tables, and every mistake is tested."""
     names = {symptom.mistake for symptom in explain.SYMPTOMS}
     assert names <= set(MISTAKES) | set(explain.REFUSED)
     assert not set(MISTAKES) & set(explain.REFUSED)

@@ -1,4 +1,4 @@
-"""Flax's own examples are right: no law is violated, and those of the statistics are exercised."""
+"""Flax's own examples violate no law, and the laws of the statistics apply to them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def mnist() -> bnverify.Subject:
     ids=["imagenet", "guide", "nnx-guide", "mnist"],
 )
 def test_an_example_is_right(make: Callable[[], bnverify.Subject], momentum: float) -> None:
-    """Its momentum and its optimizer are found, and no law is silent about the statistics."""
+    """Momentum and optimizer are found, and no law of the statistics is untriggered."""
     subject = make()
     assert subject.momentum == momentum
     report = bnverify.verify(subject, profile=FEW, select=LAWS)

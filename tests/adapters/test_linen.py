@@ -1,4 +1,4 @@
-"""The linen adapter: what it finds out about a module, and the step it makes of it."""
+"""The linen adapter: what it finds out about a module, and the step that it makes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ def net_called_with(argument: str, *, inverted: bool) -> nn.Module:
 
 class TestReference:
     def test_the_reference_model_gives_the_reference_step(self) -> None:
-        """The adapter's step around the reference's model is the reference step, to the bit."""
+        """The adapter's step for the reference model is bit-identical to the reference step."""
         ours, theirs = one_step(linen(reference.Model())), one_step(reference.sgd())
         for a, b in zip(
             jax.tree_util.tree_leaves(ours), jax.tree_util.tree_leaves(theirs), strict=True
@@ -43,7 +43,7 @@ class TestReference:
             np.testing.assert_array_equal(a, b)
 
     def test_its_evaluation_is_the_references(self) -> None:
-        """So is the loss in eval mode."""
+        """The eval loss is bit-identical to that of the reference."""
         _, after, _ = one_step(reference.sgd())
         np.testing.assert_array_equal(
             linen(reference.Model()).evaluate(after, CASE.x, CASE.y),
@@ -51,7 +51,7 @@ class TestReference:
         )
 
     def test_what_the_reference_declares_is_found(self) -> None:
-        """Momentum, the bias before the normalisation and the layer's input need no declaring."""
+        """Momentum, bias before the normalisation and layer input are found."""
         found, declared = linen(reference.Model()), reference.sgd()
         before, _, _ = one_step(found)
         assert found.momentum == declared.momentum
@@ -76,7 +76,7 @@ class TestMode:
     def test_the_training_argument_is_found_by_its_name(
         self, argument: str, inverted: bool
     ) -> None:
-        """Training moves the statistics and evaluation does not, whatever the argument is called."""
+        """Training changes the statistics and evaluation does not, for every argument name."""
         subject = linen(net_called_with(argument, inverted=inverted))
         before, after, _ = one_step(subject)
         moved = (
@@ -90,7 +90,7 @@ class TestMode:
         )
 
     def test_a_field_of_the_module_is_found_too(self) -> None:
-        """A module that is made for training is made anew for each mode."""
+        """A module with the mode as a field is cloned for each mode."""
 
         class Fielded(nn.Module):
             train: bool = False
@@ -105,12 +105,12 @@ class TestMode:
         )
 
     def test_an_argument_that_says_neither_is_refused(self) -> None:
-        """A name that does not tell whether True means training is refused, with the way out."""
-        with pytest.raises(ValueError, match="does not say whether True means training"):
+        """A name of unknown meaning is refused, with the function to pass instead."""
+        with pytest.raises(ValueError, match="unknown whether True means training"):
             linen(reference.Model(), train_argument="mode")
 
     def test_a_function_says_what_a_name_cannot(self) -> None:
-        """An argument that is no bool is set by a function of the mode."""
+        """An argument that is not a bool is set by a function of the mode."""
 
         class Moded(nn.Module):
             @nn.compact
@@ -125,7 +125,7 @@ class TestMode:
 
 
 class Everything(nn.Module):
-    """Dropout, a counter of its own, spectral norm, a sown value: all that can be carried."""
+    """A model with dropout, a counter, spectral norm and a sown value."""
 
     @nn.compact
     def __call__(self, x: Any, train: bool) -> Any:
@@ -142,7 +142,7 @@ class Everything(nn.Module):
 
 class TestCarried:
     def test_other_collections_and_keys_go_on_in_extra(self) -> None:
-        """A step moves the counter, the power iteration and the key; sown values are dropped."""
+        """A step changes the counter, the power iteration and the key; sown values are dropped."""
         before, after, _ = one_step(linen(Everything()))
         assert jax.tree_util.tree_structure(before) == jax.tree_util.tree_structure(after)
         assert set(after.extra) == {"collections", "carried", "key"}
@@ -152,12 +152,12 @@ class TestCarried:
             assert any(np.any(a != b) for a, b in zip(*leaves, strict=True))
 
     def test_vectors_of_a_power_iteration_are_no_averages(self) -> None:
-        """What nn.SpectralNorm keeps in batch_stats is carried, not held to the averages' laws."""
+        """The vectors that nn.SpectralNorm stores in batch_stats are not checked as moving averages."""
         before, _, _ = one_step(linen(Everything()))
         assert set(before.batch_stats) == {"BatchNorm_0"}
 
     def test_a_step_is_a_function_of_its_arguments(self) -> None:
-        """The same state gives the same dropout; the next state another one."""
+        """The same state gives the same dropout mask, the next state a different one."""
         subject = linen(Everything())
         before, after, info = one_step(subject)
         step = jax.jit(subject.step)
@@ -166,7 +166,7 @@ class TestCarried:
         assert again != twice
 
     def test_laws_that_randomness_breaks_are_exempt(self) -> None:
-        """A model with dropout is not asked whether the order of rows matters."""
+        """The law about the order of rows is exempt for a model with dropout."""
         exempt = linen(Everything()).exempt
         assert "row_order_changes_nothing" in exempt
         assert "equal_steps_converge_geometrically" in exempt
@@ -174,7 +174,7 @@ class TestCarried:
 
     @pytest.mark.parametrize("mutable", [True, ["batch_stats", "counters", "intermediates"]])
     def test_every_form_of_mutable_gives_one_step(self, mutable: Any) -> None:
-        """mutable=True and a list of collections carry the same variables on."""
+        """mutable=True and a list of collections keep the same variables."""
         usual, other = linen(Everything()), linen(Everything(), mutable=mutable)
         for a, b in zip(
             *(jax.tree_util.tree_leaves(one_step(s)) for s in (usual, other)), strict=True
@@ -182,7 +182,7 @@ class TestCarried:
             np.testing.assert_array_equal(a, b)
 
     def test_a_pattern_carries_what_is_no_average(self) -> None:
-        """Statistics that the user names are left out of batch_stats and still used."""
+        """Statistics named in ``carried`` are not in batch_stats but still used."""
         whole, parted = linen(reference.Model()), linen(reference.Model(), carried=["*/var"])
         _, after, info = one_step(parted)
         assert list(after.batch_stats["BatchNorm_0"]) == ["mean"]
@@ -224,7 +224,7 @@ IMAGES: dict[str, Any] = {
 class TestLayers:
     @pytest.mark.parametrize("transformed", [lambda f: f, jax.jit], ids=["eager", "jit"])
     def test_inputs_are_seen_through_remat_and_jit(self, transformed: Callable[..., Any]) -> None:
-        """Each layer's input is (N H W, C), and its mean is what the step adds to the average."""
+        """Each layer's input has shape (N H W, C), and its mean enters the moving average."""
         subject = linen(Images(), **IMAGES)
         case = Case.of(1, np.arange(36.0).reshape(3, 12) / 36, [0.0, 1.0, 2.0], 0.1)
         before, after, _ = one_step(subject, case)
@@ -245,7 +245,7 @@ class TestLayers:
         assert found["BatchNorm_0"].value.shape == (2, 5, reference.HIDDEN)
 
     def test_a_bias_counts_only_where_it_goes_nowhere_else(self) -> None:
-        """The shortcut of a block is past its normalisation; one around the bias would be found."""
+        """A bias that also reaches a shortcut is not found; one before the normalisation alone is."""
 
         class Around(nn.Module):
             @nn.compact
@@ -261,7 +261,7 @@ class TestLayers:
         assert linen(Around()).biases_before_norm == ()
 
     def test_a_bias_along_a_reduced_axis_does_not_count(self) -> None:
-        """Normalising along the first axis takes no constant out of the last."""
+        """Normalising along the first axis does not cancel a bias along the last."""
 
         class Across(nn.Module):
             @nn.compact
@@ -277,7 +277,7 @@ class TestLayers:
         assert subject.layer_inputs(before, CASE.x, CASE.y)["BatchNorm_0"].value.shape == (20, 2)
 
     def test_a_mask_becomes_weights(self) -> None:
-        """Masked rows have the weight 0 in what is shown."""
+        """Masked rows have weight 0 in the layer input."""
 
         class Masked(nn.Module):
             @nn.compact
@@ -295,7 +295,7 @@ class TestLayers:
         np.testing.assert_allclose(after.batch_stats["BatchNorm_0"]["mean"], 0.01 * mean, rtol=1e-4)
 
     def test_a_layer_called_twice_weighs_the_old_value_twice(self) -> None:
-        """Its momentum is squared, and which of its inputs counts cannot be told."""
+        """A layer that is called twice has its momentum squared, and no known input."""
 
         class Shared(nn.Module):
             @nn.compact
@@ -308,7 +308,7 @@ class TestLayers:
         assert subject.layer_inputs is None
 
     def test_layers_in_a_scan_have_a_momentum_and_no_shown_input(self) -> None:
-        """Each turn writes its own slice, once; one mark in the loop's body stands for all."""
+        """Each iteration of nn.scan writes its own slice once; one mark stands for all."""
 
         class Turn(nn.Module):
             train: bool
@@ -334,7 +334,7 @@ class TestLayers:
         assert subject.layer_inputs is None
 
     def test_layers_of_different_momenta_are_not_held_to_one(self) -> None:
-        """The law of one momentum is exempt, and says which ones there are."""
+        """The law about a single momentum is exempt, and the reason lists the momenta."""
 
         class Two(nn.Module):
             @nn.compact
@@ -348,7 +348,7 @@ class TestLayers:
         assert "0.5, 0.9" in subject.exempt["one_momentum_for_the_whole_model"]
 
     def test_a_module_of_ones_own_shows_its_input_and_no_momentum(self) -> None:
-        """A module with a mean and a variance is a normalisation; its momentum may mean anything."""
+        """A user's own normalisation layer is found, but its momentum attribute is not trusted."""
 
         class Own(nn.Module):
             momentum: float = 0.1
@@ -377,7 +377,7 @@ class TestLayers:
         assert set(subject.layer_inputs(before, CASE.x, CASE.y)) == {"Own_0"}
 
     def test_a_model_without_statistics_is_a_subject_too(self) -> None:
-        """LayerNorm alone: no statistics, nothing carried, a step all the same."""
+        """A model with only LayerNorm has no statistics and an empty ``extra``."""
 
         class Layered(nn.Module):
             @nn.compact
@@ -391,23 +391,23 @@ class TestLayers:
 
 class TestRefused:
     def test_a_forgotten_mutable_is_named(self) -> None:
-        """What Flax refuses is told as the mistake it is, with its fix."""
+        """An error from Flax is explained by its mistake and fix."""
         with pytest.raises(SubjectError, match="mutable=") as caught:
             linen(reference.Model(), mutable=[])
         assert caught.value.mistake.name == "mutable_forgotten"
 
     def test_the_wrong_number_of_outputs_is_refused(self) -> None:
-        """The default loss does not broadcast (N, 2) against (N,)."""
+        """The default loss refuses to broadcast (N, 2) against (N,)."""
         with pytest.raises(ValueError, match="one output for each target"):
             linen(nn.Dense(2))
 
     def test_the_subjects_name_is_the_modules_class(self) -> None:
-        """Unless the user gives one."""
+        """The default name is that of the module's class."""
         assert linen(reference.Model()).name == "linen:Model"
         assert linen(reference.Model(), name="mine").name == "mine"
 
     def test_another_optimizer_goes_around_the_same_step(self) -> None:
-        """The probe's subject has the probe's state and the same statistics."""
+        """``with_optimizer`` gives the other optimizer's state and the same statistics."""
         subject = linen(reference.Model())
         assert subject.with_optimizer is not None
         probed = subject.with_optimizer(lambda lr: optax.sgd(lr, momentum=0.9))

@@ -61,7 +61,7 @@ IMAGES: dict[str, Any] = {
 
 
 def test_the_parts_are_plain_trees() -> None:
-    """Params and statistics are nested dicts with the module's own names."""
+    """Params and statistics are nested dicts with the module's attribute names."""
     before, after, _ = one_step(nnx(NnxModel))
     shapes = jax.tree_util.tree_map(jnp.shape, after)
     assert shapes.params == {
@@ -75,7 +75,7 @@ def test_the_parts_are_plain_trees() -> None:
 
 
 def test_the_step_is_linens_from_the_same_numbers() -> None:
-    """Started from linen's initial params, an nnx step agrees with the linen step."""
+    """From the same initial params, an nnx step agrees with the linen step."""
     names = {"Dense_0": "first", "BatchNorm_0": "norm", "Dense_1": "last"}
 
     def renamed(tree: Any) -> Any:
@@ -96,7 +96,7 @@ def test_the_step_is_linens_from_the_same_numbers() -> None:
 
 
 def test_layers_are_found() -> None:
-    """Momentum, the bias before the normalisation and the layer's input need no declaring."""
+    """Momentum, bias before the normalisation and layer input are found."""
     subject = nnx(NnxModel)
     assert subject.momentum == 0.99
     assert subject.biases_before_norm == ("first/bias",)
@@ -109,7 +109,7 @@ def test_layers_are_found() -> None:
 
 
 def test_the_library_is_left_as_it_was() -> None:
-    """Noting calls changes nnx's classes for the time only, also where the call raises."""
+    """Classes of nnx are only patched temporarily, also if a call raises."""
     before = [flax_nnx.BatchNorm.__call__, flax_nnx.Linear.__call__]
     nnx(NnxModel)
     with pytest.raises(SubjectError, match="contracting"):
@@ -118,7 +118,7 @@ def test_the_library_is_left_as_it_was() -> None:
 
 
 def test_random_streams_and_variables_go_on_in_extra() -> None:
-    """A step moves the counter and the stream; what a pass adds is dropped."""
+    """A step changes the counter and the PRNG stream; sown values are dropped."""
     subject = nnx(Noisy)
     before, after, info = one_step(subject)
     assert set(after.extra) == {"others", "streams"}
@@ -131,7 +131,7 @@ def test_random_streams_and_variables_go_on_in_extra() -> None:
 
 
 def test_a_train_argument_is_found() -> None:
-    """A module that takes the mode by argument is told so; images come from ``batch``."""
+    """A module that takes the mode as an argument gets it; ``batch`` makes images."""
     subject = nnx(Images, **IMAGES)
     case = Case.of(1, np.arange(12.0).reshape(3, 4) / 12, [0.0, 1.0, 2.0], 0.1)
     before, after, _ = one_step(subject, case)
@@ -158,26 +158,26 @@ def test_evaluation_leaves_the_statistics() -> None:
     ],
 )
 def test_the_number_of_features_is_passed_whatever_it_is_called(make: Callable[..., Any]) -> None:
-    """One required parameter besides rngs is D."""
+    """A required parameter besides rngs gets D."""
     before, _, _ = one_step(nnx(make))
     assert before.params["first"]["kernel"].shape == (3, 8)
 
 
 def test_a_maker_of_one_size_needs_that_size() -> None:
-    """Where D is not asked for, the subject must say which D it accepts."""
+    """If make_module has no parameter for D, ``features`` is required."""
     with pytest.raises(ValueError, match="pass features=D"):
         nnx(lambda rngs: NnxModel(3, rngs))
     assert nnx(lambda rngs: NnxModel(3, rngs), features=3).features == (3,)
 
 
 def test_a_maker_with_other_parameters_is_refused() -> None:
-    """What to pass for a second size is not guessed."""
+    """Two required parameters besides rngs are refused."""
     with pytest.raises(ValueError, match=r"din, hidden, rngs.*wrap it in a lambda"):
         nnx(lambda din, hidden, rngs: NnxModel(din + hidden, rngs))
 
 
 def test_statistics_are_carried_by_pattern() -> None:
-    """BatchStat that the user names are no averages to the laws, and still used."""
+    """BatchStats named in ``carried`` are not checked as moving averages but still used."""
     _, after, info = one_step(nnx(NnxModel, carried=["norm/var"]))
     assert list(after.batch_stats["norm"]) == ["mean"]
     assert info.loss == one_step(nnx(NnxModel))[2].loss

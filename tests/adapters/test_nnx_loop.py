@@ -45,7 +45,7 @@ def eval_step(model: Any, batch: Any) -> Any:
 
 
 def test_a_mutating_loop_is_the_canonical_step() -> None:
-    """From the same numbers the user's loop does what the canonical step around its model does."""
+    """From the same initial values, the user's loop agrees with the canonical step for its model."""
     loop, canonical = nnx_loop(make, train_step, eval_step), nnx(NnxModel, optimizer=optax.adam)
     before, after, info = one_step(loop)
     start = State(before.params, before.batch_stats, before.opt_state)
@@ -68,7 +68,7 @@ def test_a_mutating_loop_is_the_canonical_step() -> None:
 
 
 def test_the_optimizers_state_is_optaxs() -> None:
-    """It has the structure of ``tx.init(params)``; the step counter goes on in extra."""
+    """The optimizer state has the structure of ``tx.init(params)``; the step counter is in extra."""
     subject = nnx_loop(make, train_step, eval_step)
     before, after, _ = one_step(subject)
     assert subject.optimizer is not None
@@ -79,7 +79,7 @@ def test_the_optimizers_state_is_optaxs() -> None:
 
 
 def test_an_optimizer_over_statistics_keeps_its_own_tree() -> None:
-    """Initialised over BatchStat too, its state is not that of the params, and shows it."""
+    """If nnx.Optimizer also gets BatchStat, its state does not match the params, and laws say so."""
 
     def over_all(din: int, rngs: Any) -> Any:
         model = NnxModel(din, rngs)
@@ -99,7 +99,7 @@ def test_an_optimizer_over_statistics_keeps_its_own_tree() -> None:
 
 
 def test_layers_are_seen_in_the_copies_that_nnx_makes() -> None:
-    """``nnx.jit`` and ``nnx.grad`` copy the model; its layers are found all the same."""
+    """The layers are found although ``nnx.jit`` and ``nnx.grad`` copy the model."""
     subject = nnx_loop(make, train_step, eval_step)
     assert subject.momentum == 0.99
     before, after, _ = one_step(subject)
@@ -110,7 +110,7 @@ def test_layers_are_seen_in_the_copies_that_nnx_makes() -> None:
 
 
 def test_objects_are_passed_by_their_names() -> None:
-    """A third object, a key and a batch in two halves reach the parameters that ask for them."""
+    """A third object, a key, inputs and targets are passed to the matching parameters."""
 
     class Average(flax_nnx.Metric):
         def __init__(self) -> None:
@@ -137,7 +137,7 @@ def test_objects_are_passed_by_their_names() -> None:
 
 
 def test_a_loop_that_switches_by_itself_is_left_to_it() -> None:
-    """Without ``switch`` a model that nobody puts into eval mode evaluates in train mode."""
+    """With ``switch=False``, a model that the steps do not put into eval mode stays in train mode."""
     _, after, _ = one_step(nnx_loop(make, train_step, eval_step))
     kept, left = (
         nnx_loop(make, train_step, eval_step, switch=switch).after_eval for switch in (True, False)
@@ -150,7 +150,7 @@ def test_a_loop_that_switches_by_itself_is_left_to_it() -> None:
 
 
 def test_what_make_must_return_is_said() -> None:
-    """A model alone is not a loop."""
+    """``make`` must return an optimizer, too."""
     with pytest.raises(ValueError, match="make must return"):
         nnx_loop(NnxModel, train_step, eval_step)
     with pytest.raises(ValueError, match="pass features=D"):
@@ -158,7 +158,7 @@ def test_what_make_must_return_is_said() -> None:
 
 
 def test_an_update_in_another_releases_form_is_explained() -> None:
-    """``optimizer.update(grads)`` or ``(model, grads)``: the release decides, the message says."""
+    """Calling ``optimizer.update`` as in another Flax release is explained."""
 
     def other_form(model: Any, optimizer: Any, batch: Any) -> Any:
         loss, grads = flax_nnx.value_and_grad(loss_fn)(model, *batch)
@@ -171,7 +171,7 @@ def test_an_update_in_another_releases_form_is_explained() -> None:
 
 
 class Digits(flax_nnx.Module):
-    """The model of Flax's own MNIST loop, smaller: a convolution, a normalisation, dropout."""
+    """A smaller version of the model in Flax's MNIST example: convolution, BatchNorm, dropout."""
 
     def __init__(self, *, rngs: Any) -> None:
         self.conv = flax_nnx.Conv(1, 2, kernel_size=(3, 3), rngs=rngs)
@@ -214,7 +214,7 @@ def make_digits(rngs: Any, learning_rate: float = 0.005) -> Any:
 
 
 def test_flaxs_own_loop_is_taken_as_it_is() -> None:
-    """Steps that return nothing: the loss is the metrics', which are no part of the state."""
+    """If steps return nothing, the loss is read from the metrics, which are not in the state."""
 
     def batch(x: Any, y: Any) -> Any:
         return {"image": x.reshape(-1, 4, 4, 1), "label": jnp.floor(y).astype(jnp.int32) % 3}
@@ -252,7 +252,7 @@ class Small(flax_nnx.Module):
 
 
 def test_several_models_and_optimizers() -> None:
-    """Two networks that change in one step; of two of one class nothing is claimed that may be wrong."""
+    """Two networks in one step are told apart; if they have the same class, uncertain laws are exempt."""
 
     def two(din: int, rngs: Any) -> Any:
         models = Small(2, 3, rngs=rngs), Small(din, 1, rngs=rngs)
@@ -288,7 +288,7 @@ def test_several_models_and_optimizers() -> None:
 
 
 def test_a_module_may_hold_model_and_optimizer() -> None:
-    """A trainer that is an nnx module: one object that the step takes and changes."""
+    """A trainer that is an nnx module: the step takes and changes a single object."""
 
     class Trainer(flax_nnx.Module):
         def __init__(self, din: int, *, rngs: Any) -> None:

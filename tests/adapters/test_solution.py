@@ -1,4 +1,4 @@
-"""The black-box adapter: a function that shows nothing but a loss."""
+"""The adapter for a single function that returns an eval loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,7 @@ def one_function(
     split_key: bool = False,
     uphill: bool = False,
 ) -> Callable[..., Any]:
-    """Return a solution in one function, right or with one thing different."""
+    """Return a solution in one function, correct or with one change."""
 
     def train_step(seed: float, x_batch: Any, y_batch: Any, lr: float) -> Any:
         key = jax.random.PRNGKey(int(seed))
@@ -73,7 +73,7 @@ def stepped(subject: Any) -> Any:
 def test_a_function_is_held_to_the_canonical_step_around_its_module(
     function: Callable[..., Any],
 ) -> None:
-    """What a case gives is compared with the canonical step, whatever the number of units."""
+    """The result is compared with the canonical step, for any number of units."""
     subject = solution(function)
     assert not set(AGREEMENT) & set(subject.exempt)
     assert set(LAWS) - set(subject.exempt) == set(AGREEMENT)
@@ -82,7 +82,7 @@ def test_a_function_is_held_to_the_canonical_step_around_its_module(
 
 
 def test_a_wrong_function_is_held_to_the_right_step() -> None:
-    """Evaluated in train mode, its value is not the one that it is compared with."""
+    """A function that evaluates in train mode differs from the canonical step."""
     function = one_function(Mlp(), evaluate_in_train_mode=True)
     subject = solution(function)
     assert set(LAWS) - set(subject.exempt) == set(AGREEMENT)
@@ -99,7 +99,7 @@ def test_a_wrong_function_is_held_to_the_right_step() -> None:
     ids=["another first state", "no module"],
 )
 def test_a_function_of_another_kind_is_judged_from_outside(function: Callable[..., Any]) -> None:
-    """Started in a way of its own, or without Flax, it is asked what holds of any function."""
+    """With another initialisation, or without Flax, only the result is checked."""
     subject = solution(function)
     assert set(LAWS) - set(subject.exempt) == set(OUTSIDE)
     expected = function(float(CASE.seed), CASE.x, CASE.y, float(CASE.lr))
@@ -107,7 +107,7 @@ def test_a_function_of_another_kind_is_judged_from_outside(function: Callable[..
 
 
 def test_a_function_that_needs_its_seed_as_a_number_traces() -> None:
-    """``int(seed)`` refuses a traced seed; a few fixed seeds stand for it under jit."""
+    """For a function with ``int(seed)``, a few fixed seeds replace all others under jit."""
     subject = solution(one_function(Mlp(), split_key=True))
     before = subject.init(np.int32(1), CASE.x)
     after, _ = subject.step(before, CASE.x, CASE.y, CASE.lr)
@@ -116,7 +116,7 @@ def test_a_function_that_needs_its_seed_as_a_number_traces() -> None:
 
 
 def test_a_function_that_raises_is_explained() -> None:
-    """A mistake that Flax refuses is told by its name."""
+    """An error from Flax is explained by its mistake."""
 
     def forgetful(seed: float, x_batch: Any, y_batch: Any, lr: float) -> Any:
         variables = Mlp().init(jax.random.PRNGKey(int(seed)), x_batch, train=False)
@@ -128,7 +128,7 @@ def test_a_function_that_raises_is_explained() -> None:
 
 @pytest.mark.nightly
 def test_the_quick_profile_sees_a_reversed_gradient() -> None:
-    """Every case of such a function is a first step, so that each can be compared."""
+    """All cases are first steps, so that each can be compared."""
     law = "solution_is_init_step_evaluate"
     reversed_step = solution(one_function(Mlp(), uphill=True))
     (found,) = verify(reversed_step, "quick", select=[law]).results

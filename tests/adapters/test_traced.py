@@ -1,4 +1,4 @@
-"""Marks and flows: what a value inside a traced step was, and what it reaches."""
+"""Marks and dependencies in a traced step."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ X = jnp.arange(6.0).reshape(2, 3)
 
 
 def test_a_mark_changes_nothing() -> None:
-    """The marked program computes what the unmarked one does."""
+    """Marks do not change the result of a program."""
     result, found = evaluated(lambda x: {"out": mark(x + 1, "a") * 2}, X)
     np.testing.assert_array_equal(result["out"], (X + 1) * 2)
     np.testing.assert_array_equal(found["a"][0], X + 1)
@@ -33,7 +33,7 @@ def test_a_mark_changes_nothing() -> None:
 
 @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, jax.grad], ids=["jit", "remat", "grad"])
 def test_marks_are_read_inside_calls(wrap: Any) -> None:
-    """jit, remat and differentiation leave one value to read."""
+    """A mark under jit, remat or differentiation has a single value."""
 
     def inner(x: Any) -> Any:
         return jnp.sum(mark(x * 3, "a") ** 2)
@@ -43,7 +43,7 @@ def test_marks_are_read_inside_calls(wrap: Any) -> None:
 
 
 def test_the_second_run_of_remat_is_not_read() -> None:
-    """The backward pass of remat runs the forward pass again; one value is read."""
+    """A mark has one value although the backward pass of remat repeats the forward pass."""
 
     @jax.checkpoint
     def inner(x: Any) -> Any:
@@ -54,13 +54,13 @@ def test_the_second_run_of_remat_is_not_read() -> None:
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.vmap], ids=["jit", "vmap"])
 def test_marks_are_read_under_a_transformation(transform: Any) -> None:
-    """What reads marks is itself a function that JAX transforms."""
+    """Reading marks works under JAX transformations."""
     found = transform(lambda x: marked(lambda x: mark(x + 1, "a"), x)["a"][0])(X)
     np.testing.assert_array_equal(found, X + 1)
 
 
 def test_marks_in_loops_and_branches_are_known_and_not_read() -> None:
-    """There one mark stands for many values, or for none."""
+    """A mark in a loop or branch has no single value."""
 
     def function(x: Any) -> Any:
         total, _ = jax.lax.scan(lambda c, row: (c + mark(row, "loop"), None), x[0], x)
@@ -74,7 +74,7 @@ def test_marks_in_loops_and_branches_are_known_and_not_read() -> None:
 
 
 def test_links_are_values_used_once() -> None:
-    """A value is linked to another mark where nothing else reads it."""
+    """Two marks are linked if the second is the only use of the first."""
 
     def once(x: Any) -> Any:
         return mark(mark(x + 1, "a"), "b") * 2
@@ -101,13 +101,13 @@ def test_rows_come_first() -> None:
 
 
 def test_a_value_with_another_axis_is_not_shown() -> None:
-    """An axis of size 1 is a shard's; any other means that the layer saw something else."""
+    """An extra axis of size 1 is removed; otherwise the input is unknown."""
     assert layer_input(X[None], None, (2, 3), (1,)) is not None
     assert layer_input(jnp.stack([X, X]), None, (2, 3), (1,)) is None
 
 
 def test_what_reaches_an_output_is_told() -> None:
-    """Each output is reached by what it is computed from, through calls too, and by nothing else."""
+    """Each output depends on exactly its inputs, also through calls."""
 
     def function(x: Any, y: Any, key: Any) -> Any:
         a, b = jax.jit(lambda x, y: (x + 1, y * 2))(x, y)
@@ -125,7 +125,7 @@ def test_what_reaches_an_output_is_told() -> None:
 
 
 def test_values_computed_alike_have_one_number() -> None:
-    """The same expression of the same value, marked or not; another expression has another."""
+    """Equal expressions of equal values share a number, marked or not; others do not."""
 
     def function(x: Any) -> Any:
         return jnp.sin(x / 2), jnp.sin(mark(x, "a") / 2), jnp.sin(x / 3)
@@ -136,7 +136,7 @@ def test_values_computed_alike_have_one_number() -> None:
 
 
 def test_a_value_of_a_trace_that_is_gone_is_found() -> None:
-    """A program that closes over one cannot be run."""
+    """A program that closes over a tracer is recognised."""
     kept: list[Any] = []
     jax.eval_shape(lambda: kept.append(jnp.float32(1) * 2))
     assert not holds_tracers(jax.make_jaxpr(lambda x: x + 1)(1.0))

@@ -1,4 +1,4 @@
-"""The TrainState adapter: users' loops, run as they are written."""
+"""The TrainState adapter: users' loops, called unchanged."""
 
 from functools import cache, partial
 from typing import Any
@@ -36,7 +36,7 @@ def create(rng: Any, lr: float) -> TrainState:
 
 
 def loss_of(state: TrainState, batch: Any) -> Any:
-    """Return the training loss with the new statistics, a function of params."""
+    """Return a function of params that computes the training loss and the new statistics."""
 
     def loss_fn(params: Any) -> Any:
         out, updates = state.apply_fn(
@@ -74,7 +74,7 @@ def reference_step() -> Any:
 
 
 def assert_is_the_reference_step(subject: Subject, rtol: float = 1e-6) -> None:
-    """Fail unless ``subject`` does what the reference does, from the same initial state."""
+    """Fail unless ``subject`` agrees with the reference from the same initial state."""
     before, after, info = one_step(subject)
     expected, expected_info, expected_loss = reference_step()
     for actual, wanted in (
@@ -91,7 +91,7 @@ def assert_is_the_reference_step(subject: Subject, rtol: float = 1e-6) -> None:
 
 
 def test_a_loop_of_ones_own_is_seen_whole() -> None:
-    """Loss, gradients, statistics and evaluation of the canonical loop are the reference's."""
+    """Loss, gradients, statistics and evaluation of the canonical loop equal the reference's."""
     subject = adapt(create, train_step, eval_step, features=3)
     assert_is_the_reference_step(subject)
     assert subject.momentum == reference.MOMENTUM
@@ -110,7 +110,7 @@ def test_a_loop_of_ones_own_is_seen_whole() -> None:
     ids=["jit", "donating", "pmap"],
 )
 def test_compiled_steps_are_looked_into(wrap: Any) -> None:
-    """A compiled step is the same subject; one that donates its state takes nothing from us."""
+    """A compiled step gives the same subject, also if it donates its state."""
     subject = adapt(create, wrap(train_step), wrap(eval_step), features=3)
     assert_is_the_reference_step(subject)
     before, _, _ = one_step(subject)
@@ -120,7 +120,7 @@ def test_compiled_steps_are_looked_into(wrap: Any) -> None:
 
 
 def test_an_average_over_devices_runs_as_one_shard() -> None:
-    """The axis of a ``pmap`` is found where JAX says that it is unbound."""
+    """The axis of a ``pmap`` is found from JAX's error about an unbound axis."""
 
     def averaged(state: TrainState, batch: Any) -> Any:
         (loss, updates), grads = gradients(state, batch)
@@ -137,7 +137,7 @@ def test_an_average_over_devices_runs_as_one_shard() -> None:
 
 
 def test_parameters_are_filled_by_name() -> None:
-    """A step may take inputs and targets apart, a key, and return the loss alone."""
+    """A step may take inputs, targets and a key separately, and return only the loss."""
 
     def apart(state: TrainState, x: Any, y: Any, dropout_rng: Any) -> Any:
         state, metrics = train_step(state, {"image": x, "label": y})
@@ -153,19 +153,19 @@ def test_parameters_are_filled_by_name() -> None:
 
 
 def test_what_cannot_be_told_is_asked_for() -> None:
-    """A parameter whose meaning no name tells is refused, with the lambda to write."""
+    """A parameter of unknown meaning is refused, with the code to bind it."""
 
     def configured(rng: Any, config: Any) -> Any:
         return create(rng, config.lr)
 
     with pytest.raises(
-        ValueError, match=r"'config' cannot be told.*functools.partial\(create, config="
+        ValueError, match=r"what to pass as 'config'.*functools.partial\(create, config="
     ):
         adapt(configured, train_step, eval_step)
 
 
 def test_a_loss_is_needed_in_evaluation_only() -> None:
-    """Without a training loss its laws are exempt; without an eval loss there is no subject."""
+    """Without a training loss its laws are exempt; without an eval loss there is an error."""
 
     def silent(state: TrainState, batch: Any) -> Any:
         return train_step(state, batch)[0]
@@ -178,7 +178,7 @@ def test_a_loss_is_needed_in_evaluation_only() -> None:
 
 
 def test_a_loss_by_another_name_is_read() -> None:
-    """A key, or a function of (report, batch), says where the loss is."""
+    """The loss is given by a key, or a function of (report, batch)."""
 
     def renamed(state: TrainState, batch: Any) -> Any:
         state, metrics = train_step(state, batch)
@@ -202,7 +202,7 @@ def test_a_loss_by_another_name_is_read() -> None:
 
 
 def test_an_eval_step_that_returns_a_state_shows_it() -> None:
-    """What evaluation leaves is known where the step returns it, as Flax's guide does."""
+    """The state after evaluation is known if eval_step returns it, as in Flax's guide."""
 
     def both(state: TrainState, batch: Any) -> Any:
         return state, eval_step(state, batch)
@@ -240,7 +240,7 @@ def test_a_penalty_is_told_from_a_wrong_gradient(share: float) -> None:
 
 
 def test_a_schedule_inside_leaves_no_rate_to_set() -> None:
-    """The step counter goes on in extra, and the laws about the rate are not claimed."""
+    """The step counter is in extra, and the laws about the learning rate are exempt."""
 
     def scheduled(rng: Any) -> TrainState:
         state = create(rng, 0.1)
@@ -257,7 +257,7 @@ def test_a_schedule_inside_leaves_no_rate_to_set() -> None:
 
 
 def test_a_rate_kept_in_the_optimizers_state_is_not_set_from_outside() -> None:
-    """``inject_hyperparams`` reads the rate that the state was made with."""
+    """``inject_hyperparams`` uses the learning rate with which the state was created."""
 
     def injected(rng: Any, lr: float) -> TrainState:
         state = create(rng, lr)
@@ -268,7 +268,7 @@ def test_a_rate_kept_in_the_optimizers_state_is_not_set_from_outside() -> None:
 
 
 def test_an_optimizer_of_ones_own_choice_can_be_probed() -> None:
-    """A ``create`` that takes the optimizer is run around another one too."""
+    """A ``create`` that takes the optimizer can be called with another one."""
 
     def chosen(rng: Any, tx: Any) -> TrainState:
         state = create(rng, 0.0)
@@ -282,7 +282,7 @@ def test_an_optimizer_of_ones_own_choice_can_be_probed() -> None:
 
 
 def test_a_step_may_look_into_the_optimizers_state() -> None:
-    """The state is the optimizer's own, and its gradients are seen all the same."""
+    """A step may read opt_state: opt_state and gradients are found all the same."""
 
     def momentum(rng: Any) -> TrainState:
         state = create(rng, 0.1)
@@ -302,7 +302,7 @@ def test_a_step_may_look_into_the_optimizers_state() -> None:
 
 
 def test_dynamic_loss_scaling_is_carried() -> None:
-    """The scale goes on in extra, and the gradients shown are the unscaled ones."""
+    """The loss scale is in extra, and the observed gradients are unscaled."""
 
     class Scaled(TrainState):
         scale: Any
@@ -335,7 +335,7 @@ def test_dynamic_loss_scaling_is_carried() -> None:
 
 
 def test_dropout_is_known_by_what_the_step_draws() -> None:
-    """Where the training step draws random numbers, the laws about rows are exempt."""
+    """If the training step draws random numbers, the laws about rows are exempt."""
 
     class Noisy(nn.Module):
         @nn.compact
@@ -366,7 +366,7 @@ def test_dropout_is_known_by_what_the_step_draws() -> None:
 
 class TestMistakes:
     def test_a_second_mutable_pass_is_no_declared_sharing(self) -> None:
-        """A layer that two passes of one step write weighs the old value once, as declared."""
+        """A layer that two forward passes of a step update has the declared momentum once."""
 
         def twice(state: TrainState, batch: Any) -> Any:
             state, metrics = train_step(state, batch)
@@ -375,7 +375,7 @@ class TestMistakes:
         assert adapt(create, twice, eval_step, features=3).momentum == reference.MOMENTUM
 
     def test_a_forgotten_mutable_is_named_with_the_users_line(self) -> None:
-        """The message has the mistake, its fix, and the line of this file."""
+        """The message has the mistake, its fix and the line in this file."""
 
         def forgetful(state: TrainState, batch: Any) -> Any:
             variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -390,12 +390,12 @@ class TestMistakes:
             assert source.readlines()[int(line) - 1].endswith("# here\n")
 
     def test_a_step_without_a_state_is_refused(self) -> None:
-        """A step that returns no state cannot be one."""
-        with pytest.raises(ValueError, match="train_step returns no TrainState"):
+        """A step that returns no state is refused."""
+        with pytest.raises(ValueError, match="train_step does not return a TrainState"):
             adapt(create, lambda state, batch: {"loss": 0.0}, eval_step, features=3)
 
     def test_a_state_without_the_field_has_no_statistics(self) -> None:
-        """Flax's own TrainState drops them; the message says which field is missing."""
+        """Flax's own TrainState has no field for statistics; the message says so."""
 
         def bare(rng: Any, lr: float) -> Any:
             state = create(rng, lr)

@@ -1,4 +1,4 @@
-"""Training code in the shapes that people publish: what the tests of the loops share."""
+"""Training code as people publish it, shared by the tests of loops."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def eval_step(state: TrainState, batch: Any) -> Any:
 
 @flax.struct.dataclass
 class Own:
-    """A state of one's own: params and statistics in one field."""
+    """A user-defined state with params and statistics in one field."""
 
     step: int
     variables: Any
@@ -94,13 +94,13 @@ TX = optax.adam(1e-3)
 
 
 def create_own(rng: Any) -> Own:
-    """Return a state of one's own."""
+    """Return a user-defined state."""
     made = variables(rng)
     return Own(0, made, TX.init(made["params"]))
 
 
 def own_step(state: Own, batch: Any) -> Any:
-    """Take one step on it, by an optimizer from outside."""
+    """Take one step on a user-defined state, with a global optimizer."""
 
     def loss(params: Any) -> Any:
         given = {**state.variables, "params": params}

@@ -1,4 +1,4 @@
-"""What rounding and overflow do to a correct step violates no law."""
+"""Rounding and overflow in a correct step violate no law."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CASE = stack([Case.of(0, [[1.0]], [0.0], 0.1)])
 
 
 def transition(before: State, after: State, grads: object, **known: object) -> Transition:
-    """Return one stacked case of which only this was observed."""
+    """Return a stacked transition of one case with only these observations."""
     given = {"reruns": {}, "evals": {}, "facts": {}, **known}
     return Transition(CASE, before, after, StepInfo(None, grads), None, **given)
 
 
 def test_an_update_whose_terms_cancel_may_round_otherwise() -> None:
-    """Momentum against the gradient: a fused multiply-add is off by the rounding of the terms alone."""
+    """If momentum and gradient cancel, a fused multiply-add only errs by the rounding of its terms."""
     law = LAWS["params_follow_the_optimizer"]
     tx = optax.sgd(0.1, momentum=0.9)
     rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def test_an_update_whose_terms_cancel_may_round_otherwise() -> None:
 
 
 def test_biases_of_a_run_that_has_diverged_are_not_judged() -> None:
-    """Where gradients overflow even without rounding, the zero of one can no longer be expected."""
+    """If gradients overflow even without rounding, a gradient of 0 cannot be expected."""
     law = LAWS["bias_before_norm_has_no_gradient"]
     grads = {"bias": np.float16([[2.0]]), "kernel": np.float16([[[1.0]]])}
     state = State(grads, {}, ())
@@ -70,7 +70,7 @@ def test_biases_of_a_run_that_has_diverged_are_not_judged() -> None:
 
 
 def folded_batch(batch: LayerInput, momentum: float) -> dict[str, Outcome]:
-    """Return what a float32 step makes of statistics of zero and of huge ones."""
+    """Return the statistics after a float32 step from 0 and from a huge value."""
     m = np.float32(momentum)
     moments = {"mean": batch.value.mean(1), "var": batch.value.var(1)}
     own = {name: (1 - m) * value.astype(np.float32) for name, value in moments.items()}
@@ -84,7 +84,7 @@ def folded_batch(batch: LayerInput, momentum: float) -> dict[str, Outcome]:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.999])
 def test_an_input_that_hangs_on_rounding_is_no_wrong_moment(momentum: float) -> None:
-    """Moments may be off by what the rounding of the layer's input explains, and by no more."""
+    """Moments may err by as much as the rounding of the layer's input explains, but no more."""
     law = LAWS["batch_moments_are_the_layers_own"]
     rng = np.random.default_rng(0)
     exact = 1e-3 * rng.normal(size=(1, 8, 3))
@@ -106,7 +106,7 @@ def test_an_input_that_hangs_on_rounding_is_no_wrong_moment(momentum: float) -> 
 
 
 def test_only_the_biased_variance_is_the_layers_own() -> None:
-    """Eight rows: the divisor N - 1 is 14% more, far beyond any rounding."""
+    """With eight rows, the divisor N - 1 makes the variance 14% larger, far beyond rounding."""
     law = LAWS["batch_moments_are_the_layers_own"]
     given = LayerInput(np.random.default_rng(0).normal(size=(1, 8, 3)))
     facts = {
@@ -126,7 +126,7 @@ def test_only_the_biased_variance_is_the_layers_own() -> None:
 
 @pytest.mark.parametrize(("places", "beyond"), [(0, False), (1, False), (16, True), (1000, True)])
 def test_sgd_allows_two_units_in_the_last_place(places: int, *, beyond: bool) -> None:
-    """The rounding of a product and of a sum, doubled; not more."""
+    """Twice the rounding of a product and a sum is allowed, but no more."""
     moved = np.float32(0.875) + np.float32(places * 2.0**-24)
     t = SimpleNamespace(
         case=SimpleNamespace(seed=np.zeros(1, np.int32), lr=np.array([0.5], np.float32)),

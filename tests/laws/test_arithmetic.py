@@ -1,4 +1,4 @@
-"""The arithmetic that laws share: what counts as an error, and what cannot be compared."""
+"""The arithmetic of laws: which differences are errors, and which values are not compared."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def float32(*values: Any) -> Any:
 
 
 def test_a_residual_is_the_error_over_the_error_allowed() -> None:
-    """A value that wrongly is not finite is infinitely wrong; where no bound exists nothing is compared."""
+    """A value that should be finite but is not has an infinite residual; without a bound it is skipped."""
     rows = [
         # actual, expected, allowed, residual
         (1.0, 1.0, 0.0, 0.0),
@@ -78,14 +78,14 @@ def test_a_residual_is_the_error_over_the_error_allowed() -> None:
 
 
 def test_what_is_compared_goes_by_the_range_of_the_actual_dtype() -> None:
-    """70,000 exceeds float16, so a float16 result is not compared with it; a float32 result is."""
+    """70,000 exceeds float16: a float16 result is not compared with it, but a float32 result is."""
     for dtype, value in ((np.float16, UNTRIGGERED), (np.float32, 1e4)):
         found = residual(np.full(1, 6e4, dtype), np.array([7e4]), 1.0)
         np.testing.assert_array_equal(found, [value])
 
 
 def test_the_worst_element_of_each_case_counts() -> None:
-    """Elements that cannot be compared do not hide those that can, and cases do not mix."""
+    """Elements that are not compared do not hide others, and cases are independent."""
     actual = float32([1, 9, 2], [1, 1, 1], [5, 1, 1])
     expected = np.array([[1, NAN, 1], [NAN, NAN, NAN], [1, 1, 1]])
     np.testing.assert_array_equal(residual(actual, expected, 1.0), [1.0, UNTRIGGERED, 4.0])
@@ -101,13 +101,13 @@ def test_one_number_for_each_case_goes_with_each_of_its_elements() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    """(K, F) could be aligned with (K, R, F) in two ways, so neither is guessed."""
+    """(K, F) and (K, R, F) could be aligned in two ways, so they are refused."""
     with pytest.raises(ValueError, match="cannot compare shapes"):
         residual(np.zeros((2, 2, 2), np.float32), np.zeros((2, 2)), 0.0)
 
 
 def test_reductions_leave_the_cases_alone() -> None:
-    """Each gives one value per case, whatever the rank, even where a case has no elements."""
+    """Each reduction returns one value per case, for any rank, even without elements."""
     for shape in ((3,), (3, 2), (3, 2, 2)):
         values = np.arange(np.prod(shape)).reshape(shape)
         flat = values.reshape(3, -1)
@@ -120,7 +120,7 @@ def test_reductions_leave_the_cases_alone() -> None:
 
 
 def test_no_residual_is_untriggered() -> None:
-    """Where nothing was compared, nothing held."""
+    """If nothing was compared, the result is untriggered."""
     np.testing.assert_array_equal(worst_of([]), [UNTRIGGERED])
     np.testing.assert_array_equal(same({}, {}), [UNTRIGGERED])
     np.testing.assert_array_equal(when(np.array([False, True]), 0.5), [UNTRIGGERED, 0.5])
@@ -142,7 +142,7 @@ def test_the_worst_residual_is_taken_case_by_case() -> None:
     ],
 )
 def test_trees_that_are_not_alike_cannot_hold(other: Any) -> None:
-    """A missing leaf, or one of another shape, is infinitely wrong in every case."""
+    """A missing leaf, or one of another shape, gives an infinite residual in every case."""
     one = {"a": np.zeros((4, 2))}
     assert alike(one, other) is None
     np.testing.assert_array_equal(trees(lambda a, b: residual(a, b, 1.0), one, other), [INF])
@@ -156,7 +156,7 @@ def test_a_leaf_may_be_the_same_for_all_cases() -> None:
 
 
 def test_the_worst_leaf_counts() -> None:
-    """Each leaf is held to the precision of its own dtype."""
+    """The tolerance of each leaf depends on its own dtype."""
     tree = {
         "w": np.ones((2, 3), np.float32),
         "b": np.ones(2, np.float32),
@@ -174,7 +174,7 @@ def test_the_worst_leaf_counts() -> None:
 
 
 def test_two_runs_may_each_err_by_the_noise() -> None:
-    """Twice the noise is allowed between two float32 runs, no more."""
+    """Two float32 runs may differ by twice the noise, but no more."""
     a, b = {"w": float32(1, 1, 1)}, {"w": float32(1.5, 1.5, 1.5)}
     noise = {"w": np.array([0.25, 0.1, INF])}
     expected = [1.0, 2.5, UNTRIGGERED]
@@ -182,7 +182,7 @@ def test_two_runs_may_each_err_by_the_noise() -> None:
 
 
 def test_equal_to_the_bit_means_every_bit() -> None:
-    """One unit in the last place, or of an integer, is infinitely wrong in the case that has it."""
+    """A difference of one unit in the last place, or of 1, gives an infinite residual in its case."""
     tree = {"w": float32([1, 2], [1, 2]), "n": np.array([2**31 - 1, 2**31 - 1], np.int32)}
     other = {**tree, "w": float32([1, 2], [1, np.nextafter(np.float32(2), np.float32(3))])}
     np.testing.assert_array_equal(same(other, tree), [0.0, INF])
@@ -192,7 +192,7 @@ def test_equal_to_the_bit_means_every_bit() -> None:
 
 
 def test_a_difference_is_seen_in_the_case_that_has_it() -> None:
-    """NaN equals NaN, a number does not; other shapes differ everywhere."""
+    """NaN equals NaN but no number; trees of different shapes differ in every case."""
     a = {"w": float32([1, NAN], [1, NAN], [1, 1]), "n": np.arange(3)}
     b = {"w": float32([1, NAN], [NAN, NAN], [1, 1]), "n": np.array([0, 1, 3])}
     np.testing.assert_array_equal(differs(a, b), [False, True, True])
@@ -202,7 +202,7 @@ def test_a_difference_is_seen_in_the_case_that_has_it() -> None:
 
 
 def test_magnitudes_and_finiteness_are_of_each_case() -> None:
-    """Integers do not count, and neither does the sign of a number."""
+    """Integers and signs are ignored."""
     tree = {"w": float32([1, -3], [2, 1]), "h": float32(0, INF), "n": np.array([9, 9])}
     np.testing.assert_array_equal(widest(tree), [3.0, INF])
     np.testing.assert_array_equal(all_finite(tree), [True, False])
@@ -227,13 +227,13 @@ def test_a_loss_is_one_number_for_each_case() -> None:
 
 
 def average(m: Any, old: Any, batch: Any) -> Any:
-    """Return a float32 step's moving average."""
+    """Return a moving average as a float32 step computes it."""
     m = np.float32(m)
     return (m * old + (1 - m) * batch).astype(np.float32)
 
 
 def test_a_moving_average_is_measured_from_outside() -> None:
-    """The momentum is measured to the last place, and folding a batch twice is seen in its case."""
+    """The momentum is measured within rounding, and a batch applied twice is detected in its case."""
     batch, old = float32([1, -2], [3, 0], [0.1, 5]), float32([4, 4], [-1, 2], [0, 0])
     m = float32([0.9], [0.99], [0.5])
     zero, high = average(m, 0 * old, batch), average(m, np.float32(huge(np.float32)), batch)
@@ -249,7 +249,7 @@ def test_a_moving_average_is_measured_from_outside() -> None:
 
 
 def test_a_counter_is_no_average() -> None:
-    """Integers among the statistics are not compared, and so are untriggered."""
+    """Integer statistics are not compared: the residual is untriggered."""
     count = np.arange(3)
     np.testing.assert_array_equal(folded(count, count + 1, count, count), [UNTRIGGERED])
 
@@ -272,7 +272,7 @@ def kept(given: LayerInput, case: int) -> Any:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_moments_are_of_the_rows_that_count(masked: bool) -> None:
-    """They are taken for each case and feature; masked rows may hold anything, even infinity."""
+    """Moments are computed for each case and feature; masked rows may be anything, even infinite."""
     given = layer(7, 3, masked=masked)
     own = moments(given)
     for case in range(4):
@@ -284,7 +284,7 @@ def test_moments_are_of_the_rows_that_count(masked: bool) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_moments_move_no_further_than_the_bound(masked: bool) -> None:
-    """With each element moved up or down by its noise, no draw exceeds the bound, and one comes near."""
+    """With each element moved by its noise, up or down, the bound is never exceeded but nearly reached."""
     given = layer(6, 2, masked=masked)
     moved = np.random.default_rng(1).random(given.value.shape)
     own = moments(given)
@@ -300,7 +300,7 @@ def test_moments_move_no_further_than_the_bound(masked: bool) -> None:
 
 
 def test_the_namespace_is_numpy_unless_told_otherwise() -> None:
-    """Inside the context the same code runs on JAX, after it on NumPy again."""
+    """The same code uses JAX inside the context, and NumPy after it."""
     case = float32([1.5, NAN]), np.ones((1, 2)), 0.25
     with compat.enable_x64(), array_namespace(jnp):
         assert xp.zeros is jnp.zeros

@@ -1,4 +1,4 @@
-"""Each law is seen red on a fault made for it; tests/test_runs.py sees all of them green."""
+"""Each law is violated by a fault made for it; tests/test_runs.py tests that a correct step violates none."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NUMBER = jax.ShapeDtypeStruct((), jnp.float32)
 
 
 def statistics_begin_at_one() -> Subject:
-    """Every statistic begins at 1, the mean too."""
+    """All initial statistics are 1, including the mean."""
 
     def init(seed: Any, x: Any) -> State:
         state = SGD.init(seed, x)
@@ -40,7 +40,7 @@ def statistics_begin_at_one() -> Subject:
 
 
 def everything_doubled() -> Subject:
-    """Twice the loss, the gradient and the eval loss: what laws of one step's parts cannot tell."""
+    """Loss, gradient and eval loss are doubled, so they remain consistent with each other."""
 
     def step(state: State, x: Any, y: Any, lr: Any) -> Any:
         after, info = SGD.step(state, x, y, lr)
@@ -50,7 +50,7 @@ def everything_doubled() -> Subject:
 
 
 def counts_its_calls() -> Subject:
-    """The training loss and the eval loss grow from call to call, behind JAX's back."""
+    """A Python counter makes the training loss and the eval loss grow from call to call."""
     calls = count(1)
 
     def grown(value: Any) -> Any:
@@ -67,7 +67,7 @@ def counts_its_calls() -> Subject:
 
 
 def state_written_in_place() -> Subject:
-    """The new mean is written into the dictionary that the caller passed in."""
+    """The step writes the new mean into the caller's dictionary."""
 
     def step(state: State, x: Any, y: Any, lr: Any) -> Any:
         after, info = SGD.step(state, x, y, lr)
@@ -78,7 +78,7 @@ def state_written_in_place() -> Subject:
 
 
 def trains_only_when_traced() -> Subject:
-    """Uncompiled the step leaves the params alone."""
+    """Without jit, the step does not change params."""
 
     def step(state: State, x: Any, y: Any, lr: Any) -> Any:
         after, info = SGD.step(state, x, y, lr)
@@ -90,7 +90,7 @@ def trains_only_when_traced() -> Subject:
 
 
 def another_rule_under_vmap() -> Subject:
-    """A function with a rule of its own for vmap, which is wrong."""
+    """A function with a wrong custom rule for vmap."""
 
     @jax.custom_batching.custom_vmap
     def scaled(rate: Any) -> Any:
@@ -116,7 +116,7 @@ def seed_is_rounded() -> Subject:
 
 
 def restored_weakly() -> bnverify.CheckpointedSubject:
-    """A number comes back as JAX holds a Python scalar: it no longer widens what it multiplies."""
+    """A number comes back with a weak type, like a Python scalar."""
     scale = 1.001
 
     def init(seed: Any, x: Any) -> State:
@@ -140,7 +140,7 @@ def restored_weakly() -> bnverify.CheckpointedSubject:
 
 @jax.tree_util.register_pytree_node_class
 class Turning:
-    """A container whose halves are not inverse: each rebuilding turns it over."""
+    """A container whose flatten and unflatten are not inverse: it reverses its children."""
 
     def __init__(self, value: Any, turned: bool = False) -> None:
         self.value, self.turned = value, turned
@@ -154,7 +154,7 @@ class Turning:
 
 
 def container_turns_over() -> Subject:
-    """Something in the state is of a container that a copy changes."""
+    """The state contains a container that changes when it is copied."""
 
     def init(seed: Any, x: Any) -> State:
         return SGD.init(seed, x)._replace(extra=Turning(jnp.float32(1)))
@@ -257,7 +257,7 @@ RED: dict[str | Callable[[], Any], tuple[str, ...]] = {
     "mean_of_masked_losses": ("only_rows_that_count_are_counted",),
     "padding_in_the_moments": ("rows_of_weight_zero_change_nothing",),
 }
-"""A fault -> the laws that it is made for, those of many devices apart."""
+"""Fault -> the laws that it must violate, without the family "parallel"."""
 
 PARALLEL: dict[str, tuple[str, ...]] = {
     "statistics_not_synchronised": (
@@ -269,11 +269,11 @@ PARALLEL: dict[str, tuple[str, ...]] = {
     "padding_enters_the_loss": ("unequal_shards_equal_one_device",),
     "statistics_per_chunk_under_jit": ("jit_with_shardings_equals_one_device",),
 }
-"""Likewise, of those."""
+"""The same for the family "parallel"."""
 
 
 def test_every_law_has_a_fault() -> None:
-    """A law that nothing was seen to break may be one that nothing can break."""
+    """Every law has a fault, since a law without one might be impossible to violate."""
     seen = [law for laws in (*RED.values(), *PARALLEL.values()) for law in laws]
     assert sorted(seen) == sorted(LAWS)
 
@@ -287,7 +287,7 @@ def made(fault: str | Callable[[], Any]) -> Any:
 
 @pytest.mark.parametrize("fault", RED, ids=lambda fault: getattr(fault, "__name__", fault))
 def test_a_fault_breaks_the_laws_that_it_is_made_for(fault: str | Callable[[], Any]) -> None:
-    """Few cases show it, with a counterexample that is small."""
+    """A few cases detect the fault, with a small counterexample."""
     laws = RED[fault]
     structure = all(LAWS[law].kind == "structure" for law in laws)
     report = bnverify.verify(made(fault), FEW, select=laws, proofs_only=structure)
@@ -298,7 +298,7 @@ def test_a_fault_breaks_the_laws_that_it_is_made_for(fault: str | Callable[[], A
 
 
 def test_a_fault_of_many_devices_breaks_the_laws_that_it_is_made_for() -> None:
-    """Likewise, all in one process with four simulated devices."""
+    """The same for parallel laws, all in one process with four simulated devices."""
     targets = {f"tests.faults.parallel:{name}": laws for name, laws in PARALLEL.items()}
     assert set(PARALLEL) <= set(PARALLEL_FAULTS)
     names = [law for laws in PARALLEL.values() for law in laws]

@@ -1,4 +1,4 @@
-"""Every law says what it claims, where that comes from and what breaks it."""
+"""Every law has a claim, a source and mistakes that violate it."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def test_a_law_is_documented(name: str) -> None:
 
 
 def test_what_a_law_requires_a_report_can_name() -> None:
-    """Where a subject does not show it, the law is exempt, and the report says why."""
+    """If a subject lacks a capability, the law is exempt, and the report says why."""
     required = {name for entry in LAWS.values() for name in entry.capabilities}
     assert required <= set(MISSING_CAPABILITY)
 
 
 def test_laws_stand_in_the_order_of_reports() -> None:
-    """They are grouped by family, and no family is missing."""
+    """Laws are grouped by family, and every family has laws."""
     assert tuple(family for family, _ in groupby(LAWS.values(), lambda entry: entry.family)) == (
         FAMILIES
     )
 
 
 def test_laws_of_one_step_are_functions_of_a_transition() -> None:
-    """The others are judged by running histories or devices, and say so when called."""
+    """All other laws need histories or several devices, and raise an error that says so."""
     beyond = {name for name, entry in LAWS.items() if entry.family in {"life", "parallel"}}
     assert set(STEP_LAWS) == set(LAWS) - beyond
     assert list(STEP_LAWS) == [name for name in LAWS if name in STEP_LAWS]
@@ -59,7 +59,7 @@ def test_claim_and_derivation_are_the_docstrings() -> None:
     entry = LAWS["zero_learning_rate_moves_nothing"]
     assert entry.claim == "With lr = 0, params stay bit-identical (subnormals may flush to 0)."
     assert entry.derivation == ""
-    assert LAWS["batch_stats_change_only_by_ema"].derivation.startswith("m = (new(S)")
+    assert LAWS["batch_stats_change_only_by_ema"].derivation.startswith("Two re-runs, from")
     assert "\n    " not in LAWS["batch_stats_change_only_by_ema"].derivation
 
 

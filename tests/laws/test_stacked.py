@@ -1,4 +1,4 @@
-"""Laws on a stack of transitions: each case is judged by itself, and a correct step passes."""
+"""Laws on stacked transitions: cases are judged independently, and a correct step passes."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ STATIC = {
         frozen_statistics=("batch_stats/BatchNorm_0/mean",),
     ),
 }
-"""Facts that are no arrays."""
+"""Facts that are not arrays."""
 
 
 def at_rest(t: Transition) -> Transition:
-    """Return transitions that change nothing: what is frozen stays."""
+    """Return transitions that change nothing, as for frozen params and statistics."""
     return t._replace(after=t.before)
 
 
 def all_padding(t: Transition) -> Transition:
-    """Return transitions of rows that do not count, which other inputs leave as they are."""
+    """Return transitions with rows of weight 0, whose inputs have no effect."""
     outcome = Outcome(t.after, t.info)
     return t._replace(
         reruns={**t.reruns, "other_padding": outcome},
@@ -53,12 +53,12 @@ PREPARED: dict[str, Callable[[Transition], Transition]] = {
     "frozen_params_stay": at_rest,
     "rows_of_weight_zero_change_nothing": all_padding,
 }
-"""Laws whose precondition the reference does not reach -> transitions that do."""
+"""Law whose precondition the reference does not meet -> transitions that meet it."""
 
 
 @pytest.fixture(scope="module")
 def transitions() -> Transition:
-    """256 stacked transitions of the reference, with everything that laws can ask for in them."""
+    """256 stacked transitions of the reference, with all observations."""
     # Ordinary numbers: how a law copes with bad conditioning is not in question here.
     rng = np.random.default_rng(0)
     cases = Case(
@@ -103,7 +103,7 @@ def check(name: str, t: Transition) -> Any:
 
 @pytest.fixture(scope="module")
 def singles(transitions: Transition) -> list[Transition]:
-    """The same transitions as 256 stacks of one."""
+    """The same transitions, as 256 stacks of one case each."""
     direction = transitions.facts["direction"]  # the same for all cases
     found = []
     for case in range(STACK):
@@ -116,7 +116,7 @@ def singles(transitions: Transition) -> list[Transition]:
 def test_each_case_is_judged_by_itself(
     transitions: Transition, singles: list[Transition], name: str
 ) -> None:
-    """A stack of 256 gives 256 float64 residuals, each bit-identical to that of the case alone."""
+    """A stack of 256 cases has 256 float64 residuals, bit-identical to those of single cases."""
     stacked = check(name, transitions)
     assert stacked.shape == (STACK,)
     assert stacked.dtype == np.float64
@@ -126,7 +126,7 @@ def test_each_case_is_judged_by_itself(
 
 @pytest.mark.parametrize("name", NUMERIC)
 def test_a_correct_step_violates_no_law(transitions: Transition, name: str) -> None:
-    """Residuals are at most 1 in every case, a witness is seen in some case, and none is untriggered."""
+    """Every residual is at most 1, witness laws have a witness, and no law is untriggered."""
     residuals = check(name, transitions)
     if LAWS[name].kind == "witness":
         assert 0 in residuals
@@ -174,7 +174,7 @@ WRONG: dict[str, Callable[[Transition], Transition]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_one_wrong_case_leaves_the_others_alone(transitions: Transition, name: str) -> None:
-    """With the fault in every fourth case, exactly those that reach the precondition are violated."""
+    """With a fault in every fourth case, exactly those of them that meet the precondition are violated."""
     with np.errstate(all="ignore"):
         wrong = WRONG[name](transitions)
     faulty = np.arange(STACK) % 4 == 0
@@ -201,7 +201,7 @@ def test_momentum_is_held_to_what_the_model_declares(transitions: Transition) ->
 
 @pytest.mark.parametrize("name", ["initial_statistics_are_zero_and_one", "statistics_stay_finite"])
 def test_a_case_below_the_precondition_is_untriggered(transitions: Transition, name: str) -> None:
-    """A claim about the first step is untriggered in exactly the cases that are warmed up."""
+    """A law about the first step is untriggered in exactly the cases with a warm-up."""
     residuals = check(name, transitions)
     np.testing.assert_array_equal(residuals == UNTRIGGERED, transitions.case.warmup > 0)
 
@@ -214,7 +214,7 @@ def test_what_was_not_observed_is_untriggered(transitions: Transition) -> None:
 
 
 def test_a_state_of_another_form_is_wrong_in_every_case(transitions: Transition) -> None:
-    """A lost leaf makes the residual infinite in each case."""
+    """A missing leaf makes the residual infinite in every case."""
     after = transitions.after._replace(params={"Dense_0": transitions.after.params["Dense_0"]})
     residuals = check("params_follow_the_optimizer", transitions._replace(after=after))
     np.testing.assert_array_equal(residuals, np.full(STACK, np.inf))
