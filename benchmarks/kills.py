@@ -16,8 +16,7 @@ import time
 from bnverify.check import Check
 from bnverify.errors import first_line
 from bnverify.mutants import MUTANTS, Mutant
-from bnverify.profile import PROFILES
-from bnverify.shard import Shard
+from bnverify.profile import PROFILES, Shard
 
 
 def survived(mutant: Mutant, profile: str, seeds: range) -> list[int]:

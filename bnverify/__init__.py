@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from bnverify.evidence import Report as Report
     from bnverify.evidence import Violation as Violation
     from bnverify.lifetime.check import check_life as check_life
-    from bnverify.lifetime.checkpoint import CheckpointedSubject as CheckpointedSubject
+    from bnverify.lifetime.check import life as life
     from bnverify.lifetime.life import Life as Life
-    from bnverify.lifetime.machine import life as life
     from bnverify.parallel.check import check_parallel as check_parallel
-    from bnverify.parallel.subject import Parallel as Parallel
     from bnverify.profile import Profile as Profile
     from bnverify.reference import train_step as train_step
+    from bnverify.subject import CheckpointedSubject as CheckpointedSubject
     from bnverify.subject import LayerInput as LayerInput
+    from bnverify.subject import Parallel as Parallel
     from bnverify.subject import State as State
     from bnverify.subject import StepInfo as StepInfo
     from bnverify.subject import Subject as Subject
@@ -49,8 +49,8 @@ _HOME = {
     "InvalidCase": "case",
     "LayerInput": "subject",
     "Life": "lifetime.life",
-    "CheckpointedSubject": "lifetime.checkpoint",
-    "Parallel": "parallel.subject",
+    "CheckpointedSubject": "subject",
+    "Parallel": "subject",
     "Profile": "profile",
     "Report": "evidence",
     "State": "subject",
@@ -62,7 +62,7 @@ _HOME = {
     "check_parallel": "parallel.check",
     "classes": "adapters.batches",
     "declare": "adapters.look",
-    "life": "lifetime.machine",
+    "life": "lifetime.check",
     "linen": "adapters.linen",
     "load": "target",
     "loop": "adapters.loop",

@@ -179,7 +179,7 @@ class Evidence:
         cases: how many cases reached the law's precondition.
         residual: the worst error in units of the error allowed; None where none was measured, or
             the worst was not confirmed.
-        reason: one line, what the status rests on.
+        reason: one line, what the status rests on; of a violation, what was seen.
         counterexample: what shows the violation.
         cause: the likely mistake; None where none is known. ``diagnosis`` is its text.
         shape: (N, D) of the counterexample; None where any case shows it.
@@ -191,6 +191,7 @@ class Evidence:
         line: ``path:line`` in the user's code that a violation leads to, where the trace knows it.
         path: how an input reaches an output that must not depend on it: the input, the operations
             between them with their lines, the output; empty where no such dependency was traced.
+        hint: what to declare where the step breaks the law by design; empty where nothing is known.
     """
 
     law: str
@@ -208,6 +209,7 @@ class Evidence:
     failed: int = 0
     line: str | None = None
     path: tuple[str, ...] = ()
+    hint: str = ""
 
     @classmethod
     def of(cls, law: str, status: Status, **known: Any) -> Evidence:
@@ -220,16 +222,12 @@ class Evidence:
         return str(self.cause) if self.cause is not None else None
 
     @property
-    def seen(self) -> str:
-        """What was seen, without what led to it: the first part of ``reason``."""
-        known = str(self.mismatch) if self.mismatch is not None else ""
-        return known or self.reason.split("; ")[0]
-
-    @property
     def further(self) -> str:
-        """The rest of ``reason``: the way of a forbidden flow, and what to declare if it is meant."""
-        further = self.reason.removeprefix(self.seen).removeprefix("; ")
-        return f"I{further[1:]}" if further.startswith("if ") else further
+        """What led to a violation: the path of a forbidden flow, and what to declare if it is meant."""
+        path = " -> ".join(self.path)
+        if len(self.path) == 2:
+            path = f"{self.path[0]} is {self.path[1]}, unchanged"
+        return "; ".join(filter(None, (path, self.hint[:1].upper() + self.hint[1:])))
 
     @property
     def extent(self) -> str:
@@ -272,6 +270,8 @@ class Evidence:
     def __str__(self) -> str:
         """Return the law, what was seen, the likely mistake and the script that shows it."""
         parts = [f"{self.law}: {LAWS[self.law].claim}", self.reason]
+        if self.further:
+            parts.append(self.further)
         if self.diagnosis:
             parts.append(f"Likely cause: {self.diagnosis}")
         text = "\n".join(parts)

@@ -206,6 +206,11 @@ class Judge:
             law.check(t)
         return seen.worst or (not_finite(t) if seen.comparable else None)
 
+    def with_rounding(self, t: Transition) -> Transition:
+        """Return stacked transitions with their exact outcomes and the noise around them."""
+        known = self.bounds(t.before, t.case)
+        return t._replace(exact=known.exact, noise=_unless_faint(t.case, known.noise))
+
     def _with_facts(self, t: Transition, laws: Collection[Law]) -> Transition:
         """Return stacked transitions with what the laws need of the traced step and the subject."""
         needs = {need for law in laws for need in law.observes}

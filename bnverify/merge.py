@@ -1,4 +1,4 @@
-"""The findings of all shards of one piece of work as the findings of one machine."""
+"""One report of all the shards of a check or an audit."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from bnverify.evidence import Evidence, Report
 from bnverify.laws import STEP_LAWS
 from bnverify.mutants.audit import Audit, Finding
 from bnverify.mutants.users_tests import TestsAudit, TestsFinding
-from bnverify.shard import Shard
+from bnverify.profile import Shard
 
 Part: TypeAlias = Mapping[str, Any]
 Merged: TypeAlias = Report | Audit | TestsAudit
 
-SAME = ("bnverify", "versions", "subject", "command", "targets", "profile", "seed", "of")
-"""What all shards of one piece of work say alike, where they say it."""
+SAME = ("bnverify", "subject", "command", "targets", "profile", "seed")
+"""Fields that are equal in all shards of one piece of work, where they have them."""
 
 
 def merge(texts: Mapping[str, str]) -> Merged:
-    """Return what one machine would have found.
+    """Return the report of one machine that did all the work.
 
     The laws that a shard checks steer where it looks for bad cases. So where a profile looks more
     than once at a shape, a number of cases or a residual may differ from the one machine's.
@@ -35,17 +35,24 @@ def merge(texts: Mapping[str, str]) -> Merged:
         UsageError: in one line, which files are no shards, or not all those of one piece of work.
     """
     parts = {name: _read(name, text) for name, text in texts.items()}
-    ordered = _in_order(parts)
-    kinds = {_kind(part) for part in ordered}
-    if len(kinds) > 1:
-        raise UsageError(f"shards of different work: {' and '.join(sorted(kinds))}")
-    for field in SAME:
-        _same(field, parts)
+    found: dict[Shard, str] = {}
+    for name, part in parts.items():
+        shard = Shard.parse(part["shard"])
+        if shard in found:
+            raise UsageError(f"{found[shard]} and {name} are both shard {part['shard']}")
+        found[shard] = name
+    _refuse_differences(parts)
+    count = next(iter(found)).count
+    whole = [Shard(index, count) for index in range(1, count + 1)]
+    missing = [f"{shard.index}/{count}" for shard in whole if shard not in found]
+    if missing:
+        raise UsageError(f"missing: shard {', '.join(missing)}")
+    ordered = [parts[found[shard]] for shard in whole]
     if "results" in ordered[0]:
         return _report(ordered)
     if "command" in ordered[0]:
         return _tests_audit(ordered)
-    return Audit(tuple(_finding(each) for each in _whole(ordered, "findings", "mutant")))
+    return Audit(tuple(_finding(each) for each in _all(ordered, "findings", "mutant")))
 
 
 def _read(name: str, text: str) -> Part:
@@ -60,43 +67,28 @@ def _read(name: str, text: str) -> Part:
     return data
 
 
-def _in_order(parts: Mapping[str, Part]) -> list[Part]:
-    """Return the parts by their number; refuse them where they are not one of each."""
-    found: dict[int, str] = {}
-    shards = {name: Shard.parse(part["shard"]) for name, part in parts.items()}
-    (first, one), *_ = shards.items()
-    for name, shard in shards.items():
-        if shard.count != one.count:
-            raise UsageError(f"{first} is shard {one}, {name} is {shard}: not of the same work")
-        if shard.index in found:
-            raise UsageError(f"{found[shard.index]} and {name} are both shard {shard}")
-        found[shard.index] = name
-    missing = [f"{k}/{one.count}" for k in range(1, one.count + 1) if k not in found]
-    if missing:
-        raise UsageError(f"missing: shard {', '.join(missing)}")
-    return [parts[found[index]] for index in sorted(found)]
+def _work(part: Part) -> dict[str, Any]:
+    """Return what must be the same in all shards, by its name in a message."""
+    return {
+        "kind": "check" if "results" in part else "audit",
+        "number of shards": Shard.parse(part["shard"]).count,
+        **{field: part.get(field) for field in SAME},
+        **part.get("versions", {}),
+        "selection": part["of"],
+    }
 
 
-def _kind(part: Part) -> str:
-    if "results" in part:
-        return "check"
-    return "audit --tests" if "command" in part else "audit"
+def _refuse_differences(parts: Mapping[str, Part]) -> None:
+    (first, one), *others = ((name, _work(part)) for name, part in parts.items())
+    for name, other in others:
+        for field in {**one, **other}:
+            here, there = one.get(field), other.get(field)
+            if here != there:
+                said = "" if field == "selection" else f": {here} and {there}"
+                raise UsageError(f"{first} and {name} differ in {field}{said}")
 
 
-def _same(field: str, parts: Mapping[str, Part]) -> None:
-    (first, one), *others = parts.items()
-    for name, part in others:
-        if part.get(field) != one.get(field):
-            here, there = one.get(field), part.get(field)
-            if isinstance(here, dict) and isinstance(there, dict):
-                field = next(key for key in {**here, **there} if here.get(key) != there.get(key))
-                here, there = here.get(field), there.get(field)
-            if field == "of":
-                raise UsageError(f"{first} and {name} are parts of different selections")
-            raise UsageError(f"{first} and {name} differ in {field}: {here} and {there}")
-
-
-def _whole(parts: Sequence[Part], field: str, key: str) -> list[Any]:
+def _all(parts: Sequence[Part], field: str, key: str) -> list[Any]:
     """Return what all parts found, in the order of the one machine."""
     found = {each[key]: each for part in parts for each in part[field]}
     names = parts[0]["of"]
@@ -108,23 +100,17 @@ def _whole(parts: Sequence[Part], field: str, key: str) -> list[Any]:
 
 def _report(parts: Sequence[Part]) -> Report:
     reports = [Report.from_json(part) for part in parts]
-    results = [Evidence.from_json(each) for each in _whole(parts, "results", "law")]
+    results = [Evidence.from_json(each) for each in _all(parts, "results", "law")]
+    # The cause of a broken law of the step is found from what is broken in all shards.
+    results = [replace(each, cause=None) if each.law in STEP_LAWS else each for each in results]
     influence = next((report.influence for report in reports if report.influence), {})
-    notes = dict.fromkeys(note for report in reports for note in report.notes)
     return replace(
         reports[0],
-        # A mistake is recognised by what is broken in all shards. Laws beyond one step know theirs by
-        # themselves.
-        results=tuple(
-            diagnosed(
-                [replace(each, cause=None) if each.law in STEP_LAWS else each for each in results],
-                influence,
-            )
-        ),
+        results=tuple(diagnosed(results, influence)),
         cases=max(report.cases for report in reports),  # they draw the same ones
         seconds=sum(report.seconds for report in reports),
         influence=influence,
-        notes=tuple(notes),
+        notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
     )
 
 
@@ -135,6 +121,6 @@ def _finding(data: Mapping[str, Any]) -> Finding:
 
 
 def _tests_audit(parts: Sequence[Part]) -> TestsAudit:
-    findings = tuple(TestsFinding(**each) for each in _whole(parts, "findings", "fault"))
+    findings = tuple(TestsFinding(**each) for each in _all(parts, "findings", "fault"))
     seconds = max(part["seconds"] for part in parts)  # each ran the tests as they are, too
     return TestsAudit(parts[0]["command"], tuple(parts[0]["targets"]), seconds, findings)

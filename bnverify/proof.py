@@ -404,22 +404,13 @@ def forbidden(law: Law, flows: Influence) -> list[tuple[str, str]]:
     ]
 
 
-def explain(law: Law, reading: Reading) -> str:
-    """Return the path of a forbidden dependency in one line; empty where there is none."""
-    if reading.influence is None:
-        return ""
-    for output, source in forbidden(law, reading.influence):
-        return reading.influence.explain(source, output)
-    return ""
-
-
 def offending_path(law: Law, reading: Reading) -> tuple[str, ...]:
-    """Return the same step by step, see ``Evidence.path``."""
-    if reading.influence is None:
+    """Return how a forbidden dependency comes about, step by step; empty where there is none."""
+    flows = reading.influence
+    if flows is None:
         return ()
-    for output, source in forbidden(law, reading.influence):
-        return reading.influence.steps(source, output)
-    return ()
+    paths = (flows.steps(source, output) for output, source in forbidden(law, flows))
+    return next(filter(None, paths), ())
 
 
 def user_line(law: Law, reading: Reading, leaf: str = "") -> str | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,8 @@ from bnverify.evidence import Counterexample, Evidence, Status
 from bnverify.jaxpr.arithmetic import numbers, operations
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import READ_NEEDS, Judge, judged
-from bnverify.laws import LAWS, Law
-from bnverify.laws.mismatch import Mismatch, factor
+from bnverify.laws import LAWS, UNTRIGGERED, Law
+from bnverify.laws.mismatch import factor
 from bnverify.observe import (
     FEW_ROWS,
     SINGLE,
@@ -34,8 +35,8 @@ from bnverify.shapes import TINY_SHAPES, Shape, shape_pool, tiny_shapes
 from bnverify.stacks import stacked_cases
 from bnverify.transition import Transition
 
-Tell = Callable[[str, int], None]
-"""Told what is being done and how many cases were run so far."""
+Phase: TypeAlias = tuple[str, int]
+"""What is done from now on, and how many cases were run before it."""
 
 Residuals = Mapping[str, npt.NDArray[np.float64]]
 
@@ -63,6 +64,7 @@ NUMBERS = 2e6
 FEWEST = 10
 """Cases of a shape, however few a stack of a large model holds."""
 
+UNREACHED = "no case reached its precondition"
 
 MOST_READ = 3
 """Of how many counterexamples the numbers are read."""
@@ -142,12 +144,10 @@ class Tally:
 
     @property
     def verdict(self) -> tuple[Status, str]:
-        """The status of the law, and what it rests on."""
+        """The status of a law that is not violated, and what it rests on."""
         witness = self.law.kind == "witness"
         if self.worst is None:
-            return "untriggered", "no case reached its precondition"
-        if self.violated:
-            return "violated", never(self.law, self.triggered) if witness else too_far(self.worst)
+            return "untriggered", UNREACHED
         if witness and not self.shown:
             reason = f"{never(self.law, self.triggered)}; it takes {ENOUGH} to decide"
             return "untriggered", reason
@@ -281,16 +281,6 @@ class Runner:
 
     # Running.
 
-    def run(self, seed: int, tell: Tell, *, fail_fast: bool = False) -> Run:
-        """Run everything the plan asks for, and return what it says about each law.
-
-        Args:
-            seed: from which all cases are drawn.
-            tell: told of progress.
-            fail_fast: whether to stop at the first stack of cases that shows a violation.
-        """
-        return Run(self, seed, tell, fail_fast=fail_fast)
-
     def prepare(self, shapes: Iterable[Shape]) -> None:
         """Begin to compile for some shapes, all at once; what fails, fails when it is called."""
         if not self.stacks:
@@ -347,9 +337,53 @@ class Runner:
         needs = {need for law in laws for need in law.observes}
         return observe_singly(self.single, cases, needs, batched=self._batched)
 
-    def mismatch(self, law: Law, case: Case) -> Mismatch | None:
-        """Return where a case breaks a law most; None where no single value is to blame."""
-        return self.judge.mismatch(self._observed_singly(stack([case]), [law]), law)
+    def hold(self, law: Law, case: Case) -> Evidence:
+        """Return what a case that is run by itself says about a law."""
+        found = self.singly(stack([case]), [law]).get(law.name, np.full(1, UNTRIGGERED))
+        residual = float(np.nan_to_num(found[0], nan=np.inf))
+        if residual > 1:
+            return self.violation(law, case, residual)
+        if residual < 0:
+            return Evidence.of(law.name, "untriggered", reason=UNREACHED)
+        return Evidence.of(law.name, "held", cases=1, residual=residual)
+
+    def violation(
+        self, law: Law, case: Case, residual: float, *, cases: int = 1, failed: int = 1
+    ) -> Evidence:
+        """Return the evidence of a law that is broken.
+
+        Args:
+            law: the law.
+            case: one that breaks it; of a witness law, one that does not show it.
+            residual: the worst that was seen.
+            cases: how many cases reached the law's precondition.
+            failed: how many of them broke it.
+        """
+        mismatch = None
+        if law.kind == "witness":
+            said = never(law, cases)
+        else:
+            mismatch = self.judge.mismatch(self._observed_singly(stack([case]), [law]), law)
+            said = str(mismatch) if mismatch is not None else too_far(residual)
+        return Evidence.of(
+            law.name,
+            "violated",
+            cases=cases,
+            residual=residual,
+            reason=", ".join(filter(None, (said, self.note))),
+            shape=case.shape,
+            mismatch=mismatch,
+            failed=failed,
+        )
+
+    def unreached(self, law: Law) -> str:
+        """Return why no case reached a law's precondition."""
+        if self.refusal:
+            return f"cannot be seen of a step that does not trace: {self.refusal}"
+        if law.name in self.judge.incomparable:
+            return "what it compares differs in structure or shape: a law of structure says how"
+        refused = {**self.single.refused, **self._batched.refused}
+        return next((refused[need] for need in law.observes if need in refused), UNREACHED)
 
     def confirmed(self, law: Law, case: Case, worst: float) -> bool:
         """Return whether a case that is run by itself violates a law.
@@ -397,10 +431,6 @@ class Runner:
             [each.law for each in broken],
         )
 
-    def refused(self) -> Mapping[str, str]:
-        """Return name of a fact that no run could observe -> what was raised."""
-        return {**self.single.refused, **self._batched.refused}
-
 
 class Run:
     """One run of a subject for one seed, and what it says about each law.
@@ -408,7 +438,6 @@ class Run:
     Args:
         runner: runs and judges the subject.
         seed: from which all cases are drawn.
-        tell: told of progress.
         fail_fast: whether to stop at the first stack of cases that shows a violation.
 
     Attributes:
@@ -417,17 +446,18 @@ class Run:
         notes: what the report should say besides.
     """
 
-    def __init__(self, runner: Runner, seed: int, tell: Tell, *, fail_fast: bool) -> None:
+    def __init__(self, runner: Runner, seed: int, *, fail_fast: bool = False) -> None:
         self._runner = runner
         self._plan, self._domain = runner.plan, runner.domain
-        self._seed, self._tell, self._fail_fast = seed, tell, fail_fast
+        self._seed, self._fail_fast = seed, fail_fast
         self.tallies = {law.name: Tally(law) for law in runner.laws}
         self.cases = 0
         self.notes: list[str] = []
-        if runner.laws:
-            self._run()
 
-    def _run(self) -> None:
+    def steps(self) -> Iterator[Phase]:
+        """Run everything the plan asks for, and yield each phase as it begins."""
+        if not self._runner.laws:
+            return
         rng = np.random.default_rng(self._seed)
         tiny = self._runner.tiny()
         further, notes = self._runner.further(self._seed)
@@ -437,14 +467,14 @@ class Run:
         self._runner.prepare(shapes)
         for shape in shapes:
             if not self._enough:
-                self._stack(shape, self._plan.blocks, rng)
-        self._descend(rng)
+                yield from self._stack(shape, self._plan.blocks, rng)
+        yield from self._descend(rng)
         if self._runner.unstacked:
             self.notes.append(self._runner.unstacked)
-        self._explore(tiny[-1])
+        yield from self._explore(tiny[-1])
         broken = [t for t in self.tallies.values() if t.violated and t.law.kind == "residual"]
         for place, tally in enumerate(broken):
-            self._tell(f"shrinking {tally.law.name}", self.cases)
+            yield f"shrinking {tally.law.name}", self.cases
             shrink.simplify(self._runner, tally, broken[place + 1 :], tiny, self._seed)
 
     @property
@@ -452,24 +482,26 @@ class Run:
         residual = (tally for tally in self.tallies.values() if tally.law.kind == "residual")
         return self._fail_fast and any(tally.violated for tally in residual)
 
-    def _stack(self, shape: Shape, blocks: int, rng: np.random.Generator) -> None:
+    def _stack(self, shape: Shape, blocks: int, rng: np.random.Generator) -> Iterator[Phase]:
         """Run stacks of cases of one shape; half of each is bred from the worst of those before."""
         runner = self._runner
         if runner.stacks:
             size = runner.block(shape)
             try:
                 blocks = max(blocks, math.ceil(min(FEWEST, self._plan.block) / size))
-                self._blocks(shape, blocks, size, rng)
+                yield from self._blocks(shape, blocks, size, rng)
             except Exception as error:  # noqa: BLE001 - whatever a user's code raises under vmap
                 runner.unstack(error)
             else:
                 return
-        self._blocks(shape, 1, self._plan.examples, rng)
+        yield from self._blocks(shape, 1, self._plan.examples, rng)
 
-    def _blocks(self, shape: Shape, blocks: int, size: int, rng: np.random.Generator) -> None:
+    def _blocks(
+        self, shape: Shape, blocks: int, size: int, rng: np.random.Generator
+    ) -> Iterator[Phase]:
         worst: dict[str, tuple[float, Case]] = {}
         for _ in range(blocks):
-            self._tell(f"cases of shape {shape}", self.cases)
+            yield f"cases of shape {shape}", self.cases
             cases = stacked_cases(rng, shape, size, self._domain)
             if worst and size > 1:
                 parents = [case for _, case in worst.values()]
@@ -487,7 +519,7 @@ class Run:
             if self._enough:
                 break
 
-    def _descend(self, rng: np.random.Generator) -> None:
+    def _descend(self, rng: np.random.Generator) -> Iterator[Phase]:
         """Look for smaller violating cases of the laws that only large batches were seen to break.
 
         First for fewer rows of few features; then, of what is left, for few features or few rows.
@@ -499,19 +531,19 @@ class Run:
         for rows in BETWEEN:
             if not any(shape[0] > rows for shape in self._violating()):
                 break
-            self._stack((rows, width), 1, rng)
+            yield from self._stack((rows, width), 1, rng)
         large = [shape for shape in self._violating() if shape[0] > 2 and shape[1] > max(2, width)]
         if large:
             rows, columns = min(large)
-            self._stack((rows, width), 1, rng)
-            self._stack((2, columns), 1, rng)
+            yield from self._stack((rows, width), 1, rng)
+            yield from self._stack((2, columns), 1, rng)
 
     def _violating(self) -> list[Shape]:
         """Return the shape of the simplest case of each violated law that has one."""
         broken = (tally.case for tally in self.tallies.values() if tally.violated)
         return [case.shape for case in broken if case is not None]
 
-    def _explore(self, shape: Shape) -> None:
+    def _explore(self, shape: Shape) -> Iterator[Phase]:
         """Run a few cases of one shape one at a time, for the laws that compare ways of running.
 
         Uncompiled, and by the subject's one-call function, as few as the plan says: they compile
@@ -520,7 +552,7 @@ class Run:
         laws = [law for law in self._runner.laws if SINGLE.intersection(law.observes)]
         if self._enough or not self._plan.examples or not laws:
             return
-        self._tell("cases one at a time", self.cases)
+        yield "cases one at a time", self.cases
         cases = shrink.draw([shape], self._domain, self._plan.examples, self._seed)
         ranked = shrink.rich(cases)
         compiled = [law for law in laws if not {"eager", "solution"}.intersection(law.observes)]
@@ -547,38 +579,23 @@ class Run:
         Args:
             target: how counterexamples find the subject; None: the reader puts it in.
         """
-        runner, found = self._runner, []
-        refused = runner.refused()
-        for tally in self.tallies.values():
-            status, reason = tally.verdict
-            law, case = tally.law, tally.case
-            worst = None if status == "untriggered" or tally.dismissed else tally.worst
-            if runner.refusal and not tally.triggered:
-                reason = f"cannot be seen of a step that does not trace: {runner.refusal}"
-            elif status == "untriggered" and law.name in runner.judge.incomparable:
-                reason = (
-                    "what it compares differs in structure or shape: a law of structure says how"
-                )
-            elif status == "untriggered":
-                reason = next((refused[need] for need in law.observes if need in refused), reason)
-            violated = status == "violated"
-            mismatch = None
-            if violated and law.kind == "residual" and case is not None:
-                mismatch = runner.mismatch(law, case)
-                reason = str(mismatch) if mismatch is not None else reason
-            found.append(
-                Evidence(
-                    law.name,
-                    law.family,
-                    status,
-                    tally.triggered,
-                    worst,
-                    "; ".join(text for text in (reason, runner.note) if text),
-                    counterexample=Counterexample(law.name, case, target) if violated else None,
-                    shape=case.shape if violated and case is not None else None,
-                    example=case.code() if tally.shown and case is not None else None,
-                    mismatch=mismatch,
-                    failed=tally.broken if violated else 0,
-                )
+        return [self._evidence(tally, target) for tally in self.tallies.values()]
+
+    def _evidence(self, tally: Tally, target: str | None) -> Evidence:
+        law, case, runner = tally.law, tally.case, self._runner
+        if tally.violated and case is not None and tally.worst is not None:
+            found = runner.violation(
+                law, case, tally.worst, cases=tally.triggered, failed=tally.broken
             )
-        return found
+            return replace(found, counterexample=Counterexample(law.name, case, target))
+        status, reason = tally.verdict
+        if not tally.triggered:
+            reason = runner.unreached(law)
+        return Evidence.of(
+            law.name,
+            status,
+            cases=tally.triggered,
+            residual=None if status == "untriggered" or tally.dismissed else tally.worst,
+            reason=", ".join(filter(None, (reason, runner.note))),
+            example=case.code() if tally.shown and case is not None else None,
+        )

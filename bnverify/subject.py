@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 Tree = Any  # a JAX pytree of arrays: no narrower type exists across the supported releases
 
@@ -235,3 +235,55 @@ class Subject:
         known = [name for name in optional if getattr(self, name) is not None]
         shows = f", with {', '.join(known)}" if known else ""
         return f"Subject({self.name!r}{shows})"
+
+
+@dataclass(frozen=True)
+class CheckpointedSubject:
+    """A subject with its user's own way to save and restore.
+
+    Attributes:
+        subject: the training step.
+        save: (state) -> anything, by value: it must not keep a reference to the state.
+        restore: (a state initialised from another seed, what ``save`` returned) -> the state.
+        begin: called as each life begins: where checkpoints go to a directory, empty it here.
+    """
+
+    subject: Subject
+    save: Callable[[State], Any]
+    restore: Callable[[State, Any], Any]
+    begin: Callable[[], None] | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the training step."""
+        return self.subject.name
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """A data-parallel step under verification.
+
+    Attributes:
+        name: how reports call it.
+        single: the step on one device that it must equal; its ``init`` makes the state.
+        step: one device's part, called with ``axis`` mapped over the devices: ``(state, x, y, lr)
+            -> (State, StepInfo)`` of its shard, the state being the same on all.
+        axis: the name of the mapped axis.
+        counted_step: the same for shards with padding, ``(state, x, y, weights, lr)``: weights
+            (n,) are 1 for rows that count and 0 for the others. None: it takes no padding.
+        sharded_step: the whole step as it is given to ``jax.jit`` with a sharded batch; None:
+            the single-device step itself, which JAX splits.
+        exempt: law name -> why the law does not apply.
+    """
+
+    name: str
+    single: Subject
+    step: Callable[..., tuple[State, StepInfo]]
+    axis: str = "data"
+    counted_step: Callable[..., tuple[State, StepInfo]] | None = None
+    sharded_step: Callable[..., tuple[State, StepInfo]] | None = None
+    exempt: Mapping[str, str] = field(default_factory=dict)
+
+
+Target: TypeAlias = Subject | CheckpointedSubject | Parallel
+"""What can be verified."""

@@ -18,7 +18,7 @@ from bnverify.mutants import (
     users_tests,  # its classes are called Tests..., which pytest would collect
 )
 from bnverify.mutants.audit import Audit, Finding
-from bnverify.shard import Shard
+from bnverify.profile import Shard
 
 Shards = Callable[..., dict[str, str]]
 
@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
     "doubled": ({**TWO, "3.json": TWO["2.json"]}, "2.json and 3.json are both shard 2/2"),
     "of other counts": (
         {**TWO, "3.json": shards(report(list(LAWS)), 3)["3.json"]},
-        "1.json is shard 1/2, 3.json is 3/3: not of the same work",
+        "1.json and 3.json differ in number of shards: 2 and 3",
     ),
     "no JSON": ({**TWO, "1.json": "{"}, "1.json is not JSON"),
     "no report": ({**TWO, "1.json": "[]"}, "1.json was not written by `bnverify check`"),
@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
     "other seed": (changed(TWO, "2.json", seed=4), "1.json and 2.json differ in seed: 3 and 4"),
     "other selection": (
         changed(TWO, "2.json", of=["momentum_is_as_declared"]),
-        "1.json and 2.json are parts of different selections",
+        "1.json and 2.json differ in selection",
     ),
     "a law unanswered": (
         changed(TWO, "2.json", results=[]),
@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
     ),
     "an audit": (
         {**TWO, "2.json": Shard(2, 2).stamp(Audit((KILLED,)).to_json(), [])},
-        "shards of different work: audit and check",
+        "1.json and 2.json differ in kind: check and audit",
     ),
 }
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bnverify import flax_module, probe
+from bnverify import probe
 from bnverify.errors import UsageError
 
 _WORDS = {
@@ -362,11 +362,11 @@ def linen_module(module: Any) -> None:
     Raises:
         UsageError: saying what it is, and what to pass.
     """
-    kind = flax_module.kind(module)
+    kind = probe.flax_kind(module)
     if kind == "linen" and isinstance(module, type):
-        raise UsageError(f"linen takes a module, not its class: {flax_module.wrapped(module)}")
+        raise UsageError(f"linen takes a module, not its class: {probe.wrapped(module)}")
     if kind == "nnx":
-        raise UsageError(f"that is an nnx module: {flax_module.wrapped(module)}")
+        raise UsageError(f"that is an nnx module: {probe.wrapped(module)}")
     if kind is None:
         raise UsageError(f"linen takes a flax.linen module, got {_described(module)}")
 
@@ -377,13 +377,13 @@ def nnx_maker(make_module: Any) -> None:
     Raises:
         UsageError: saying what it is, and what to pass.
     """
-    kind = flax_module.kind(make_module)
+    kind = probe.flax_kind(make_module)
     if kind == "linen":
-        raise UsageError(f"that is a linen module: {flax_module.wrapped(make_module)}")
+        raise UsageError(f"that is a linen module: {probe.wrapped(make_module)}")
     if kind == "nnx" and not isinstance(make_module, type):
         raise UsageError(
             "nnx makes the module anew for every seed, so it takes the class, or a function of "
-            f"rngs: {flax_module.wrapped(make_module)}"
+            f"rngs: {probe.wrapped(make_module)}"
         )
     if not callable(make_module):
         raise UsageError(f"nnx takes what makes an nnx module, got {_described(make_module)}")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bnverify import arguments
 from bnverify.errors import UsageError, did_you_mean
+from bnverify.profile import Shard
 from bnverify.report import formats
-from bnverify.shard import Shard
 
 if TYPE_CHECKING:
     from bnverify.mutants.audit import Audit

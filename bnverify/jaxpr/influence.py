@@ -112,13 +112,6 @@ class Influence:
         steps = (", ".join(names) + (f" at {at}" if at else "") for at, names in lines)
         return (source, *steps, output)
 
-    def explain(self, source: str, output: str) -> str:
-        """Return the same in one line."""
-        steps = self.steps(source, output)
-        if not steps:
-            return f"nothing leads from {source} to {output}"
-        return " -> ".join(steps) if len(steps) > 2 else f"{source} is {output}, unchanged"
-
 
 def _under(name: str, leaves: dict[str, int]) -> list[int]:
     return [node for leaf, node in leaves.items() if leaf == name or leaf.startswith(f"{name}/")]

@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from bnverify.families import Family
 from bnverify.laws.arithmetic import wide, xp
+from bnverify.profile import Family
 from bnverify.transition import Transition
 
 Kind: TypeAlias = Literal["structure", "residual", "witness", "life", "parallel"]

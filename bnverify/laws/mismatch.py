@@ -131,7 +131,7 @@ class Watch:
     """Keeps the worst entry of all the comparisons that a law makes about one case.
 
     Args:
-        t: a stacked transition of a single case, whose leaves are known by name.
+        t: a stacked transition of a single case, or a tree, whose leaves are known by name.
 
     Attributes:
         worst: the worst entry so far; None where nothing was too far off.
@@ -139,7 +139,7 @@ class Watch:
         comparable: whether all that was to be compared could be.
     """
 
-    def __init__(self, t: Transition) -> None:
+    def __init__(self, t: Transition | Mapping[str, Any]) -> None:
         self.worst: Mismatch | None = None
         self.row: tuple[Any, ...] = ()
         self.comparable = True
@@ -196,11 +196,11 @@ def watch() -> Watch | None:
 
 
 @contextmanager
-def watching(t: Transition) -> Iterator[Watch]:
+def watching(t: Transition | Mapping[str, Any]) -> Iterator[Watch]:
     """Keep the worst entry of every comparison made within this context.
 
     Args:
-        t: a stacked transition of a single case.
+        t: a stacked transition of a single case, or a tree of leaves, (1, ...).
     """
     told = Watch(t)
     token = _WATCH.set(told)
@@ -224,8 +224,11 @@ def not_finite(t: Transition) -> Mismatch | None:
     return None
 
 
-def _parts(t: Transition) -> Iterator[tuple[str, Any]]:
+def _parts(t: Transition | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield run, "" for the observed step, and what it gave, named as the influence names it."""
+    if isinstance(t, Mapping):
+        yield "", t
+        return
     yield "", _state(t.after)
     yield "", {**_fields(t.info), "eval_loss": t.eval_loss}
     yield "before", _state(t.before)

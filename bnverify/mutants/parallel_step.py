@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from bnverify import reference as single
-from bnverify.parallel.subject import Parallel
-from bnverify.subject import State, StepInfo, Subject, Tree
+from bnverify.subject import Parallel, State, StepInfo, Subject, Tree
 
 AXIS = "data"
 

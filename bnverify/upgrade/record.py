@@ -31,8 +31,7 @@ from bnverify.case import Case, Domain
 from bnverify.compile_cache import machine
 from bnverify.errors import UsageError, first_line
 from bnverify.lazy import jax
-from bnverify.lifetime.checkpoint import subject_of
-from bnverify.neighbours import importable
+from bnverify.probe import subject_of
 from bnverify.pytree import path_name, stack, take
 from bnverify.stacks import stacked_cases
 from bnverify.upgrade.recorded_laws import verdicts
@@ -88,7 +87,7 @@ def record(
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
     name = target
     made = _Recorder(seed if old is None else old.manifest["seed"], old)
-    with importable(targets.directory(target)):
+    with targets.importable(targets.directory(target)):
         try:
             made.subject = subject_of(targets.load(target))
         except UsageError as error:
