@@ -35,7 +35,7 @@ from bnverify.jaxpr.elementwise import (
 )
 from bnverify.jaxpr.interpreter import open_jaxpr
 from bnverify.jaxpr.products import dot_general
-from bnverify.jaxpr.values import is_float, is_key
+from bnverify.jaxpr.values import is_float, is_key, widen
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Inputs = Sequence[Array]
@@ -129,9 +129,8 @@ def hold(value: Any) -> Array:
         NotImplementedError: its dtype is complex, or an integer of less than 8 bits.
     """
     dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
-    if is_key(dtype):
-        return np.asarray(jax.random.key_data(value))[None, None]
-    return np.asarray(value).astype(held_dtype(dtype), copy=False)[None, None]
+    held_dtype(dtype)  # refuses what has none
+    return widen(value, dtype)[None, None]
 
 
 def release(array: Array, aval: Any) -> Any:

@@ -444,8 +444,8 @@ class Rows:
         self._point = begun + _TURNS * _BODY
         if not turns:
             stacked = eqn.outvars[len(carry) :]
-            empty = [np.zeros((1, 1, *var.aval.shape), _held(var.aval.dtype)) for var in stacked]
-            return [*carry, *empty]
+            empty = (widen(np.zeros(var.aval.shape), var.aval.dtype) for var in stacked)
+            return [*carry, *(array[None, None] for array in empty)]
         columns = zip(*(ys[turn] for turn in turns), strict=True)
         return [*carry, *(np.stack(np.broadcast_arrays(*column), axis=2) for column in columns)]
 
@@ -518,10 +518,6 @@ def _decided(value: Array) -> tuple[Array, Array]:
 def _trailing(mask: Array, value: Array) -> Array:
     """Return a mask (1, cases) to broadcast against ``value``."""
     return mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
-
-
-def _held(dtype: Any) -> Any:
-    return np.float64 if is_float(dtype) else dtype
 
 
 class Rounding:

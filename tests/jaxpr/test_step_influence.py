@@ -164,9 +164,7 @@ def test_evaluation_that_writes_is_seen_and_explained():
     assert here("_, stats = apply(") in " ".join(flows.steps("x", "eval_batch_stats")) or (
         "reference.py" in " ".join(flows.steps("x", "eval_batch_stats"))
     )
-    assert " ".join(flows.steps("batch_stats", "eval_loss")) == (
-        "nothing leads from batch_stats to eval_loss"
-    )
+    assert flows.steps("batch_stats", "eval_loss") == ()
 
 
 def test_paths_are_shortest_and_in_the_order_of_computation():
@@ -174,9 +172,7 @@ def test_paths_are_shortest_and_in_the_order_of_computation():
     flows = read(reference.sgd())
     assert [link.primitive for link in flows.path("lr", "params")] == ["mul", "mul", "add"]
     assert flows.path("batch_stats", "eval_batch_stats") == ()
-    assert " ".join(flows.steps("batch_stats", "eval_batch_stats")) == (
-        "batch_stats is eval_batch_stats, unchanged"
-    )
+    assert flows.steps("batch_stats", "eval_batch_stats") == ("batch_stats", "eval_batch_stats")
     assert flows.path("y", "batch_stats") is None
 
 
