@@ -14,7 +14,6 @@ from importlib import metadata
 from typing import Any, TypeAlias
 
 from bnverify import compile_cache, proof
-from bnverify.case import Case
 from bnverify.clues import tree_clues
 from bnverify.diagnose import diagnosed
 from bnverify.errors import UsageError, did_you_mean
@@ -22,12 +21,12 @@ from bnverify.evidence import READ_ONLY, Counterexample, Evidence, Report, Viola
 from bnverify.laws import FAMILIES, LAWS, STEP_LAWS, Law
 from bnverify.lifetime.check import Lives
 from bnverify.lifetime.life import Life
+from bnverify.model import Case, Parallel, Subject, Target
 from bnverify.parallel import check as devices
 from bnverify.probe import subject_of
 from bnverify.profile import Profile, ProfileName, named
 from bnverify.remarks import remarks
 from bnverify.runs import Run, Runner
-from bnverify.subject import Parallel, Subject, Target
 
 STOPPED = "stopped at a violation"
 

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from bnverify.case import Case
 from bnverify.laws import LAWS
 from bnverify.laws.mismatch import Mismatch
 from bnverify.mistakes import MISTAKES, Mistake
+from bnverify.model import Case
 
 Status: TypeAlias = Literal["proved", "held", "violated", "untriggered", "exempt"]
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnverify.case import Case
 from bnverify.jaxpr.rounding import Rounding, rounding
 from bnverify.jaxpr.slope import Slope, directional_derivative
 from bnverify.jaxpr.tracing import Abstract, Tracer, as_function
@@ -15,9 +14,8 @@ from bnverify.laws import Law
 from bnverify.laws.arithmetic import wide
 from bnverify.laws.mismatch import Mismatch, not_finite, watching
 from bnverify.lazy import jax
+from bnverify.model import Case, Outcome, State, Transition, Tree
 from bnverify.pytree import is_floating
-from bnverify.subject import State, Tree
-from bnverify.transition import Outcome, Transition
 
 READ = {"noise": None, "directional_derivative": "slope", "layer_input_noise": "layer_inputs"}
 """What laws need of the rounding -> what to ask ``RoundingBounds`` for besides the outcome's."""

@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from bnverify import compat
-from bnverify.case import Case
 from bnverify.errors import first_line
 from bnverify.jaxpr.tracing import Abstract, Program, Tracer, as_function
 from bnverify.lazy import jax, jnp
+from bnverify.model import Case, Outcome, State, Subject, Transition, Tree
 from bnverify.pytree import form, signature, stack, take
 from bnverify.reruns import (
     EVALS,
@@ -30,8 +30,6 @@ from bnverify.reruns import (
     shift,
     shift_biases,
 )
-from bnverify.subject import State, Subject, Tree
-from bnverify.transition import Outcome, Transition
 
 How: TypeAlias = Literal["vmap", "jit", "eager"]
 

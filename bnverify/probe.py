@@ -10,14 +10,7 @@ import numpy as np
 
 from bnverify.errors import UsageError
 from bnverify.lazy import jax
-from bnverify.subject import (
-    CheckpointedSubject,
-    Parallel,
-    State,
-    StepInfo,
-    Subject,
-    Target,
-)
+from bnverify.model import CheckpointedSubject, Parallel, State, StepInfo, Subject, Target
 
 CALLS = {
     "init": ("seed", "x"),

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from bnverify.case import Case
 from bnverify.evidence import Evidence
 from bnverify.jaxpr.influence import Influence, influence
 from bnverify.jaxpr.rounding import evaluate
@@ -19,10 +18,9 @@ from bnverify.jaxpr.shapes import Run, TraceError, Traces, trace_subject
 from bnverify.jaxpr.tracing import Abstract, Tracer, trace
 from bnverify.laws import Law
 from bnverify.lazy import jax, jnp
+from bnverify.model import Case, Subject, Transition
 from bnverify.observe import CompiledSubject, observe
 from bnverify.pytree import stack, take
-from bnverify.subject import Subject
-from bnverify.transition import Transition
 
 MISSING_CAPABILITY = {
     "optimizer": "the subject does not show its optimizer",

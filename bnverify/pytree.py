@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnverify.lazy import jax, jnp
-from bnverify.subject import Tree
+from bnverify.model import Tree
 
 T = TypeVar("T")
 """A tree of arrays of some kind: a case, a state, an outcome."""

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from bnverify import shrink
-from bnverify.case import Case, Domain
 from bnverify.clues import Clues, general_cases, read_clues
 from bnverify.errors import first_line
 from bnverify.evidence import Counterexample, Evidence, Status
@@ -20,6 +19,7 @@ from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import READ_NEEDS, Judge, judged
 from bnverify.laws import LAWS, UNTRIGGERED, Law
 from bnverify.laws.mismatch import factor
+from bnverify.model import Case, Domain, Shape, Transition
 from bnverify.observe import (
     FEW_ROWS,
     SINGLE,
@@ -31,9 +31,8 @@ from bnverify.observe import (
 )
 from bnverify.profile import Profile
 from bnverify.pytree import stack, take
-from bnverify.shapes import TINY_SHAPES, Shape, shape_pool, tiny_shapes
+from bnverify.shapes import TINY_SHAPES, shape_pool, tiny_shapes
 from bnverify.stacks import stacked_cases
-from bnverify.transition import Transition
 
 Phase: TypeAlias = tuple[str, int]
 """What is done from now on, and how many cases were run before it."""

@@ -12,11 +12,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from bnverify import strategies
-from bnverify.case import Case, Domain
 from bnverify.evidence import Call
 from bnverify.judge import FAINT
+from bnverify.model import Case, Domain, Shape
 from bnverify.pytree import stack, take
-from bnverify.shapes import Shape
 
 if TYPE_CHECKING:
     from bnverify.laws import Law

@@ -20,8 +20,8 @@ from typing import Any, TypeAlias, TypeVar
 from bnverify import probe
 from bnverify.adapters import explain
 from bnverify.errors import UsageError, did_you_mean, first_line
+from bnverify.model import CheckpointedSubject, Parallel, Subject
 from bnverify.probe import subject_of
-from bnverify.subject import CheckpointedSubject, Parallel, Subject
 
 T = TypeVar("T")
 

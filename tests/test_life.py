@@ -19,7 +19,6 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 import bnverify
 from bnverify import reference
 from bnverify.adapters.linen import linen
-from bnverify.case import Case
 from bnverify.check import show_again
 from bnverify.cli import main
 from bnverify.evidence import Call, Counterexample, Evidence, Violation
@@ -37,12 +36,12 @@ from bnverify.lifetime.life import (
     values_differ,
 )
 from bnverify.mistakes import MISTAKES
+from bnverify.model import Case, CheckpointedSubject, State, Subject
 from bnverify.mutants.life_faults import LIFE_FAULTS, correct
 from bnverify.observe import CompiledSubject
 from bnverify.probe import subject_of
 from bnverify.profile import Profile
 from bnverify.shrink import fewest, shorten
-from bnverify.subject import CheckpointedSubject, State, Subject
 
 SCRIPTED = Profile("scripted", examples=0)  # one life for each way to save, nothing drawn
 FEW = Profile("few", examples=2)

@@ -11,10 +11,10 @@ import pytest
 
 import bnverify
 from bnverify import zoo
+from bnverify.model import Subject
 from bnverify.mutants import CONTROLS
 from bnverify.proof import read
 from bnverify.remarks import remarks
-from bnverify.subject import Subject
 
 
 class Model(nn.Module):

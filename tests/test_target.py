@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bnverify import target
-from bnverify.subject import Subject
+from bnverify.model import Subject
 from bnverify.target import TargetError, load
 
 STEPS = """

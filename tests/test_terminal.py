@@ -8,12 +8,12 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 
-from bnverify.case import Case
 from bnverify.check import LawJudged, PhaseStarted
 from bnverify.evidence import READ_ONLY, Cause, Counterexample, Evidence, Report
 from bnverify.laws import LAWS
 from bnverify.laws.mismatch import Mismatch
 from bnverify.mistakes import MISTAKES
+from bnverify.model import Case
 from bnverify.report import terminal
 from bnverify.report.formats import render
 from bnverify.report.matrix import LEGEND, matrix

@@ -13,8 +13,8 @@ import numpy as np
 from bnverify.adapters.explain import is_library
 from bnverify.adapters.traced import Flows, labels, labels_anywhere
 from bnverify.adapters.watch import watching
+from bnverify.model import State, Subject
 from bnverify.pytree import path_name
-from bnverify.subject import State, Subject
 
 ROWS = 24  # of the traces: a size that no feature has by chance, and that a step may split evenly
 FEATURES = 6  # where any will do

@@ -13,9 +13,9 @@ import numpy as np
 
 from bnverify.clues.seen import LOOSE, Clues, Seen, raw
 from bnverify.lazy import jax, jnp
+from bnverify.model import State
 from bnverify.pytree import is_floating, path_name
 from bnverify.reruns import other_statistic, reverse_rows, with_statistics
-from bnverify.subject import State
 
 MOST_ROWS = 64
 """Up to so many rows each is trained on by itself."""

@@ -88,8 +88,8 @@ def _check(args: argparse.Namespace, shard: Shard) -> tuple[Report, list[str], b
             what = target.load(args.target)
 
         from bnverify.check import Check, Finished, choose
+        from bnverify.model import Parallel
         from bnverify.report.progress import progress
-        from bnverify.subject import Parallel
 
         select, ignore = arguments.names(args.select), arguments.names(args.ignore)
         laws = choose(select, ignore, parallel=isinstance(what, Parallel))

@@ -211,7 +211,7 @@ def trace_subject(
     """Return ``subject`` traced for as many sizes as it allows, without compiling anything.
 
     Args:
-        subject: see ``bnverify.subject.Subject``.
+        subject: see ``bnverify.model.Subject``.
         concrete: (N, D) to fall back to where no size may be symbolic; D gives way to the
             subject's own ``features``.
         tracer: of the subject, to share its traces; told whether ``init`` needs the batch.

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from bnverify.laws.arithmetic import wide, xp
+from bnverify.model import Transition
 from bnverify.profile import Family
-from bnverify.transition import Transition
 
 Kind: TypeAlias = Literal["structure", "residual", "witness", "life", "parallel"]
 Check: TypeAlias = Callable[[Transition], Any]

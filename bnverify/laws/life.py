@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bnverify.case import Case
 from bnverify.laws.arithmetic import (
     UNTRIGGERED,
     measurable,
@@ -25,9 +24,9 @@ from bnverify.laws.arithmetic import (
 from bnverify.laws.law import beyond_one_step
 from bnverify.laws.mismatch import Mismatch, watching
 from bnverify.lazy import jax
+from bnverify.model import Case, State
 from bnverify.pytree import form, is_floating, path_name
 from bnverify.reruns import RERUNS
-from bnverify.subject import State
 
 FLAX_SAVING = "Flax, saving and loading checkpoints: flax.serialization"
 

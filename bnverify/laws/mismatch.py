@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from bnverify.lazy import jax
+from bnverify.model import Transition
 from bnverify.pytree import path_name
-from bnverify.transition import Transition
 
 RUNS = {
     "before": "before the step",

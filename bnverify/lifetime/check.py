@@ -17,18 +17,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bnverify import compile_cache
-from bnverify.case import Case
 from bnverify.errors import did_you_mean, first_line
 from bnverify.evidence import Call, Evidence, Violation
 from bnverify.laws import LAWS
 from bnverify.laws.arithmetic import floats
 from bnverify.lifetime.life import COPIES, EVALUATED, FOLDED, Life, Record, exemption, ways
+from bnverify.model import Case, CheckpointedSubject, Shape, Subject
 from bnverify.observe import CompiledSubject
 from bnverify.probe import subject_of
 from bnverify.profile import PROFILES, Profile, ProfileName, named
-from bnverify.shapes import Shape
 from bnverify.shrink import shorten
-from bnverify.subject import CheckpointedSubject, Subject
 
 if TYPE_CHECKING:
     from hypothesis.stateful import RuleBasedStateMachine

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnverify.case import Case
 from bnverify.errors import did_you_mean, first_line
 from bnverify.evidence import Call, Cause, Counterexample, Evidence, Violation
 from bnverify.laws import LAWS
@@ -32,11 +31,19 @@ from bnverify.laws.arithmetic import floats
 from bnverify.laws.life import EmaHistory
 from bnverify.laws.mismatch import Mismatch
 from bnverify.lazy import LazyModule, jax, jnp
+from bnverify.model import (
+    Case,
+    CheckpointedSubject,
+    Outcome,
+    State,
+    StepInfo,
+    Subject,
+    Target,
+    Tree,
+)
 from bnverify.observe import CompiledSubject
 from bnverify.probe import subject_of
 from bnverify.pytree import path_name
-from bnverify.subject import CheckpointedSubject, State, StepInfo, Subject, Target, Tree
-from bnverify.transition import Outcome
 
 serialization: Any = LazyModule("flax.serialization")
 ocp: Any = LazyModule("orbax.checkpoint")

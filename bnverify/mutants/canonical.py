@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from bnverify.lazy import LazyModule, jax, jnp
-from bnverify.subject import LayerInput, State, StepInfo, Subject, Tree
+from bnverify.model import LayerInput, State, StepInfo, Subject, Tree
 
 optax: Any = LazyModule("optax")
 model: Any = LazyModule("bnverify.mutants.model")

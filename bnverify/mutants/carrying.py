@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 from bnverify.lazy import jnp
+from bnverify.model import State, StepInfo, Tree
 from bnverify.mutants.canonical import CanonicalStep
 from bnverify.mutants.catalogue import mutant
 from bnverify.mutants.optimizers import WithAdam, WithMomentum
 from bnverify.mutants.trees import mapped
-from bnverify.subject import State, StepInfo, Tree
 
 fault = partial(mutant, family="carrying", blind=True)
 

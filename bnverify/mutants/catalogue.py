@@ -15,8 +15,8 @@ from importlib import resources
 from typing import TypeVar
 
 from bnverify.mistakes import MISTAKES
+from bnverify.model import Subject
 from bnverify.mutants.canonical import CanonicalStep
-from bnverify.subject import Subject
 
 Parts = TypeVar("Parts", bound=type[CanonicalStep])
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bnverify.lazy import LazyModule
+from bnverify.model import State
 from bnverify.mutants import canonical
 from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm
 from bnverify.mutants.catalogue import control
@@ -19,7 +20,6 @@ from bnverify.mutants.optimizers import (
     WithMomentum,
 )
 from bnverify.mutants.train_state_faults import TrainStateStep
-from bnverify.subject import State
 
 optax: Any = LazyModule("optax")
 

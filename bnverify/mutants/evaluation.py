@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 from bnverify.lazy import LazyModule, jnp
+from bnverify.model import State
 from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm, Moments
 from bnverify.mutants.catalogue import mutant
 from bnverify.mutants.trees import edited, mapped
-from bnverify.subject import State
 
 optax: Any = LazyModule("optax")
 fault = partial(mutant, family="evaluation", blind=True)

@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 from bnverify.lazy import jax, jnp
+from bnverify.model import State, StepInfo, Tree
 from bnverify.mutants import canonical
 from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm, Moments
 from bnverify.mutants.catalogue import mutant
 from bnverify.mutants.trees import edited, mapped
-from bnverify.subject import State, StepInfo, Tree
 
 fault = partial(mutant, family="gradient", blind=True)
 Gradients = tuple[tuple[Any, Tree], Tree]

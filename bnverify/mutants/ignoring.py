@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 from bnverify.lazy import jnp
+from bnverify.model import State, StepInfo
 from bnverify.mutants.canonical import CanonicalStep
 from bnverify.mutants.catalogue import mutant
-from bnverify.subject import State, StepInfo
 
 fault = partial(mutant, family="ignoring")
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from bnverify.lazy import LazyModule, jax, jnp
 from bnverify.lifetime.life import serialization
+from bnverify.model import CheckpointedSubject, State, StepInfo, Subject
 from bnverify.mutants.beyond_one_step import Fault, enter
 from bnverify.mutants.carrying import CallsCountedInPython
 from bnverify.mutants.evaluation import EvalWritesStatistics
 from bnverify.mutants.trees import mapped
 from bnverify.mutants.two_steps import FirstBatchReplacesTheInitialStatistics
-from bnverify.subject import CheckpointedSubject, State, StepInfo, Subject
 
 reference: Any = LazyModule("bnverify.reference")
 np: Any = LazyModule("numpy")

@@ -15,8 +15,8 @@ from typing import Any
 
 from bnverify.lazy import LazyModule, jax, jnp
 from bnverify.mistakes import MISTAKES
+from bnverify.model import Subject
 from bnverify.mutants.beyond_one_step import Fault
-from bnverify.subject import Subject
 
 code: Any = LazyModule("bnverify.mutants.loop_model")
 optax: Any = LazyModule("optax")

@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 
 import bnverify
 from bnverify.adapters.batches import rows
-from bnverify.subject import Subject
+from bnverify.model import Subject
 
 FEATURES = 2
 

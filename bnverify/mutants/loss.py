@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 from bnverify.lazy import jnp
+from bnverify.model import LayerInput, State, StepInfo, Tree
 from bnverify.mutants import canonical
 from bnverify.mutants.canonical import CanonicalStep
 from bnverify.mutants.catalogue import mutant
 from bnverify.mutants.trees import mapped
-from bnverify.subject import LayerInput, State, StepInfo, Tree
 
 fault = partial(mutant, family="loss", blind=True)
 

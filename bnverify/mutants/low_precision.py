@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 from bnverify.lazy import jnp
+from bnverify.model import State, Tree
 from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm, Moments
 from bnverify.mutants.catalogue import mutant
 from bnverify.mutants.loss import TrainingError
 from bnverify.mutants.optimizers import WithMomentum
 from bnverify.mutants.trees import mapped
-from bnverify.subject import State, Tree
 
 fault = partial(mutant, family="low_precision", blind=True)
 

@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 from bnverify.lazy import LazyModule, jax, jnp
+from bnverify.model import LayerInput, State, StepInfo, Tree
 from bnverify.mutants.canonical import CanonicalStep
 from bnverify.mutants.catalogue import mutant
 from bnverify.mutants.optimizers import DECAY, WithMomentum
 from bnverify.mutants.trees import edited, mapped
-from bnverify.subject import LayerInput, State, StepInfo, Tree
 
 optax: Any = LazyModule("optax")
 nnx: Any = LazyModule("flax.nnx")

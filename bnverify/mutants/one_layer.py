@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 from bnverify.lazy import LazyModule, jax, jnp
+from bnverify.model import State, Tree
 from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm, Moments
 from bnverify.mutants.catalogue import mutant
 from bnverify.mutants.optimizers import DECAY, WithMaskedDecay
 from bnverify.mutants.trees import by_path, edited
-from bnverify.subject import State, Tree
 
 optax: Any = LazyModule("optax")
 fault = partial(mutant, family="one_layer", blind=True)

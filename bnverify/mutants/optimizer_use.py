@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from bnverify.lazy import LazyModule, jax, jnp
+from bnverify.model import State, StepInfo, Tree
 from bnverify.mutants.canonical import CanonicalStep
 from bnverify.mutants.catalogue import mutant
 from bnverify.mutants.optimizers import (
@@ -16,7 +17,6 @@ from bnverify.mutants.optimizers import (
     WithMomentum,
 )
 from bnverify.mutants.trees import edited, mapped, of_normalisation
-from bnverify.subject import State, StepInfo, Tree
 
 optax: Any = LazyModule("optax")
 fault = partial(mutant, family="optimizer", blind=True)

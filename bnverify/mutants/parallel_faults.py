@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from bnverify.lazy import LazyModule, jax, jnp
+from bnverify.model import Parallel, State, StepInfo, Tree
 from bnverify.mutants.beyond_one_step import Fault, enter
 from bnverify.mutants.parallel_step import AXIS, AxisName, Norm, ParallelStep, one_device
-from bnverify.subject import Parallel, State, StepInfo, Tree
 
 nn: Any = LazyModule("flax.linen")
 single: Any = LazyModule("bnverify.reference")

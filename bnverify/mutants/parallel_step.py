@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from bnverify import reference as single
-from bnverify.subject import Parallel, State, StepInfo, Subject, Tree
+from bnverify.model import Parallel, State, StepInfo, Subject, Tree
 
 AXIS = "data"
 

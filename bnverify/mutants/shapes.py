@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 from bnverify.lazy import LazyModule, jax, jnp
+from bnverify.model import State, StepInfo, Tree
 from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm
 from bnverify.mutants.catalogue import mutant
 from bnverify.mutants.optimizers import WithAdam, WithMomentum
 from bnverify.mutants.trees import edited, mapped
-from bnverify.subject import State, StepInfo, Tree
 
 core: Any = LazyModule("flax.core")
 fault = partial(mutant, family="shapes", blind=True)

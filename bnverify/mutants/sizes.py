@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 from bnverify.lazy import jnp
+from bnverify.model import State, Tree
 from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm, Moments
 from bnverify.mutants.catalogue import mutant
 from bnverify.mutants.loss import TrainingError
 from bnverify.mutants.trees import edited
-from bnverify.subject import State, Tree
 
 fault = partial(mutant, family="sizes", blind=True)
 

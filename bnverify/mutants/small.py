@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from bnverify.lazy import jnp
+from bnverify.model import State, StepInfo, Tree
 from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm, Moments
 from bnverify.mutants.catalogue import mutant
 from bnverify.mutants.trees import edited, mapped
-from bnverify.subject import State, StepInfo, Tree
 
 fault = partial(mutant, family="small", blind=True)
 

@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any
 
 from bnverify.lazy import jnp
+from bnverify.model import Tree
 from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm, Moments
 from bnverify.mutants.catalogue import mutant
-from bnverify.subject import Tree
 
 fault = partial(mutant, family="statistics", blind=True)
 

@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 from bnverify.lazy import LazyModule, jax, jnp
+from bnverify.model import State, StepInfo, Tree
 from bnverify.mutants import canonical
 from bnverify.mutants.canonical import CanonicalStep
 from bnverify.mutants.catalogue import mutant
 from bnverify.mutants.optimizers import WithAdam, WithMomentum
-from bnverify.subject import State, StepInfo, Tree
 
 train_state_model: Any = LazyModule("bnverify.mutants.train_state_model")
 fault = partial(mutant, family="train_state", blind=True)

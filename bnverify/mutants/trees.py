@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bnverify.lazy import jax
-from bnverify.subject import Tree
+from bnverify.model import Tree
 
 
 def edited(tree: Tree, path: str, change: Callable[[Any], Any]) -> Tree:

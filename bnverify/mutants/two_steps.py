@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 from bnverify.lazy import jax, jnp
+from bnverify.model import State, Tree
 from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm, Moments
 from bnverify.mutants.catalogue import mutant
 from bnverify.mutants.optimizers import WithAdam, WithMomentum
 from bnverify.mutants.trees import mapped
-from bnverify.subject import State, Tree
 
 fault = partial(mutant, family="two_steps", blind=True)
 

@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 from bnverify import compile_cache, shrink
-from bnverify.case import Case, Domain
 from bnverify.errors import UsageError, first_line
 from bnverify.evidence import DEVICES, Cause, Counterexample, Evidence
 from bnverify.jaxpr.tracing import Tracer
@@ -29,15 +28,14 @@ from bnverify.laws import LAWS
 from bnverify.laws.arithmetic import alike, holds_if, wide, within_noise
 from bnverify.laws.mismatch import factor
 from bnverify.lazy import jax
+from bnverify.model import Case, Domain, Parallel, Transition, Tree
 from bnverify.observe import CompiledSubject, observe
 from bnverify.parallel.modes import MODES, PMAP, UNEQUAL, has_pmap
 from bnverify.profile import Profile, ProfileName, named
 from bnverify.pytree import path_name, stack, take
 from bnverify.runs import Tally
 from bnverify.stacks import stacked_cases
-from bnverify.subject import Parallel, Tree
 from bnverify.target import load
-from bnverify.transition import Transition
 
 NAMES = tuple(name for name, law in LAWS.items() if law.kind == "parallel")
 """The laws of many devices, in the order of reports."""

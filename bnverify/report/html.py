@@ -23,8 +23,8 @@ from bnverify.report.violations import groups
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from bnverify.case import Case
     from bnverify.evidence import Counterexample, Evidence, Report
+    from bnverify.model import Case
     from bnverify.mutants.audit import Audit
     from bnverify.mutants.users_tests import TestsAudit
     from bnverify.report.formats import Told

@@ -13,14 +13,14 @@ import pytest
 from bnverify import probe
 from bnverify.errors import first_line
 from bnverify.laws import LAWS
+from bnverify.model import CheckpointedSubject, Parallel, Subject
 from bnverify.probe import subject_of
-from bnverify.subject import CheckpointedSubject, Parallel, Subject
 from bnverify.testing.workers import shared
 
 if TYPE_CHECKING:
     from bnverify.evidence import Evidence, Report
+    from bnverify.model import Target
     from bnverify.profile import Profile, ProfileName
-    from bnverify.subject import Target
     from bnverify.testing.memory import Memory
 
 KNOWN = pytest.StashKey[str]()

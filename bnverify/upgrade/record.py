@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnverify import target as targets
-from bnverify.case import Case, Domain
 from bnverify.compile_cache import machine
 from bnverify.errors import UsageError, first_line
 from bnverify.lazy import jax
+from bnverify.model import Case, Domain
 from bnverify.probe import subject_of
 from bnverify.pytree import path_name, stack, take
 from bnverify.stacks import stacked_cases
@@ -41,7 +41,7 @@ from bnverify.upgrade.rounding_noise import Noise
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from bnverify.subject import State, Subject
+    from bnverify.model import State, Subject
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 ROWS = (2, 5, 32)

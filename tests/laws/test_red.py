@@ -15,13 +15,13 @@ import pytest
 import bnverify
 from bnverify import reference
 from bnverify.laws import LAWS
+from bnverify.model import State, Subject
 from bnverify.mutants import MUTANTS
 from bnverify.mutants.life_faults import LIFE_FAULTS
 from bnverify.mutants.loop_faults import LOOP_FAULTS
 from bnverify.mutants.parallel_faults import PARALLEL_FAULTS
 from bnverify.parallel.check import on_devices
 from bnverify.profile import Profile
-from bnverify.subject import State, Subject
 
 FEW = Profile("few", tiny=2, shapes=0, block=64, examples=4)
 SGD = reference.sgd()

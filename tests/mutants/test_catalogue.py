@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnverify.case import Domain
 from bnverify.mistakes import MISTAKES
+from bnverify.model import Domain, Subject
 from bnverify.mutants import CONTROLS, MUTANTS
 from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm
 from bnverify.mutants.nnx_faults import NnxStep
 from bnverify.mutants.train_state_faults import TrainStateStep
 from bnverify.mutants.trees import mapped
-from bnverify.subject import Subject
 
 BASES = (TrainStateStep, NnxStep, HandwrittenNorm, CanonicalStep)
 OBSERVED = 3  # steps: the default domain has at most two before the observed one
