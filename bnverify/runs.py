@@ -14,7 +14,6 @@ from bnverify import shrink
 from bnverify.clues import Clues, general_cases, read_clues
 from bnverify.errors import first_line
 from bnverify.evidence import Counterexample, Evidence, Status
-from bnverify.jaxpr.arithmetic import numbers, operations
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import READ_NEEDS, Judge, judged
 from bnverify.laws import LAWS, UNTRIGGERED, Law
@@ -53,12 +52,6 @@ LONG = 3
 
 SINGLES = 20
 """The most cases that are run one at a time: what they show, a few show."""
-
-OPERATIONS = 2e9
-"""Operations of the steps of one stack, some seconds of a core; a larger model has smaller stacks."""
-
-NUMBERS = 2e6
-"""Numbers that the equations of the steps of one stack make, about a second of reading their rounding."""
 
 FEWEST = 10
 """Cases of a shape, however few a stack of a large model holds."""
@@ -210,9 +203,8 @@ class Runner:
         self.judge, self._second = (Judge(tracer, abstract, seed) for seed in (0, 1))
         stacked: How = "eager" if refusal else "vmap"
         alone: How = "eager" if refusal else "jit"
-        self._batched = CompiledSubject(subject, stacked, tracer=tracer, block=self.block)
+        self._batched = CompiledSubject(subject, stacked, tracer=tracer, most=plan.block)
         self.single = CompiledSubject(subject, alone, tracer=tracer)
-        self._sizes: dict[int, tuple[float, float]] = {}
         # A function that is init, one step and evaluate in one call is compared with a first step.
         first = bool(laws) and all("solution" in law.observes for law in laws)
         self.domain = Domain(max_warmup=0) if first else Domain()
@@ -221,30 +213,7 @@ class Runner:
 
     def block(self, shape: Shape) -> int:
         """Return how many cases of a shape (N, D) are stacked: one at least."""
-        rows, features = shape
-        done, made = self._size(features)
-        most = min(OPERATIONS / max(rows * done, 1), NUMBERS / max(rows * made, 1))
-        return max(1, min(self.plan.block, int(most)))
-
-    def _size(self, features: int) -> tuple[float, float]:
-        """Return for one row how many operations a step takes and how many numbers it makes.
-
-        As a trace of few rows has it; 0 where there is none.
-        """
-        if features not in self._sizes:
-            self._sizes[features] = 0.0, 0.0
-            if self.refusal:
-                return self._sizes[features]
-            rows = 2
-            try:
-                state = self._tracer.state(rows, features)
-                batch = self._tracer.batch(rows, features)
-                given = state, batch.x, batch.y, batch.lr
-                jaxpr = self._tracer.trace("step", self.subject.step, *given).jaxpr
-                self._sizes[features] = operations(jaxpr) / rows, numbers(jaxpr) / rows
-            except Exception:  # noqa: BLE001, S110 - a step may not take so few: its run will tell
-                pass
-        return self._sizes[features]
+        return self._batched.block(shape)
 
     def tiny(self) -> list[Shape]:
         """Return the tiny shapes that the plan asks for, the largest last."""
@@ -259,7 +228,7 @@ class Runner:
         tiny = tiny_shapes(domain=self.domain, features=features)
         width = features[0] if features else 4
         drawn = [*pool[len(tiny) :], *((rows, width) for rows in self.plan.large)]
-        found = [(min(rows, self._most_rows(width)), width) for rows, width in drawn]
+        found = [(min(rows, self._batched.most_rows(width)), width) for rows, width in drawn]
         if found == drawn:
             return list(dict.fromkeys(found)), []
         most = max(rows for rows, _ in found)
@@ -273,10 +242,6 @@ class Runner:
             return 0
         shapes = {*self.tiny(), *self.further(seed)[0]}
         return len(shapes) + any(SINGLE.intersection(law.observes) for law in self.laws)
-
-    def _most_rows(self, features: int) -> int:
-        per_row, _ = self._size(features)
-        return max(2, int(OPERATIONS / max(per_row, 1)))
 
     # Running.
 

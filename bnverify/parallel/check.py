@@ -147,9 +147,7 @@ class Check:
         self._raised: dict[str, tuple[Case, str]] = {}
         self._broken: dict[str, Broken] = {}
         tracer = Tracer(parallel.single)
-        self._calls = CompiledSubject(
-            parallel.single, "vmap", tracer=tracer, block=lambda shape: BLOCK
-        )
+        self._calls = CompiledSubject(parallel.single, "vmap", tracer=tracer, most=BLOCK)
         self._judge = Judge(tracer, None)
         self._mapped = {name: MODES[name].make(parallel) for name in self._possible()}
 
