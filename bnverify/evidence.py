@@ -367,6 +367,7 @@ class Report:
         lines = [f"{self.subject}: {self.verdict}", self.counts]
         for result in self.violated:
             lines.append(f"violated: {result.law}: {result.reason}")
+            lines += [f"  {result.further}"] if result.further else []
             lines += [f"  likely cause: {result.diagnosis}"] if result.diagnosis else []
         return "\n".join(lines)
 
