@@ -296,7 +296,7 @@ def test_a_printed_report_is_its_verdict() -> None:
         "my step: 1 of 5 laws violated",
         "1 proved, 1 held, 1 violated, 1 untriggered, 1 exempt; 1,234,567 cases in 12.3 s",
         f"violated: variance_is_never_negative: {WRONG}",
-        "  If it is meant: negative=True",
+        "  batch_stats -> mul at steps.py:3 (step) -> params; If it is meant: negative=True",
         f"  likely cause: {CAUSE}",
     ]
     assert repr(REPORT).startswith("<Report my step: 1 of 5 laws violated; 1 proved")
