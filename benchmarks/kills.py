@@ -15,8 +15,7 @@ import time
 
 from bnverify.check import Check
 from bnverify.errors import first_line
-from bnverify.profile import PROFILES
-from bnverify.shard import Shard
+from bnverify.profile import PROFILES, Shard
 from tests.faults import FAULTS, Fault
 
 

@@ -33,7 +33,7 @@ import numpy as np
 import optax
 
 from bnverify.jaxpr.rounding import ROWS, Rounded, rounding
-from bnverify.subject import State, StepInfo
+from bnverify.model import State, StepInfo
 
 OPTIMIZERS = {
     "sgd": optax.sgd,

@@ -29,15 +29,14 @@ import jax
 import numpy as np
 
 from bnverify import proof, reference
-from bnverify.case import Domain
 from bnverify.check import Check
 from bnverify.jaxpr.rounding import ROWS
 from bnverify.laws import STEP_LAWS, Law
+from bnverify.model import Domain, Subject
 from bnverify.profile import Profile
 from bnverify.runs import Runner
 from bnverify.shapes import TINY_SHAPES
 from bnverify.stacks import stacked_cases
-from bnverify.subject import Subject
 
 
 def stacked_laws(subject: Subject, reading: proof.Reading) -> list[Law]:

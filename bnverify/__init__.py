@@ -18,51 +18,51 @@ if TYPE_CHECKING:
     from bnverify.adapters.loop import train_state as train_state
     from bnverify.adapters.nnx import nnx as nnx
     from bnverify.adapters.solution import solution as solution
-    from bnverify.case import Case as Case
-    from bnverify.case import Domain as Domain
-    from bnverify.case import InvalidCase as InvalidCase
     from bnverify.check import replay as replay
     from bnverify.check import verify as verify
     from bnverify.evidence import Evidence as Evidence
     from bnverify.evidence import Report as Report
     from bnverify.evidence import Violation as Violation
     from bnverify.lifetime.check import check_life as check_life
-    from bnverify.lifetime.checkpoint import CheckpointedSubject as CheckpointedSubject
+    from bnverify.lifetime.check import life as life
     from bnverify.lifetime.life import Life as Life
-    from bnverify.lifetime.machine import life as life
+    from bnverify.model import Case as Case
+    from bnverify.model import CheckpointedSubject as CheckpointedSubject
+    from bnverify.model import Domain as Domain
+    from bnverify.model import InvalidCase as InvalidCase
+    from bnverify.model import LayerInput as LayerInput
+    from bnverify.model import Parallel as Parallel
+    from bnverify.model import State as State
+    from bnverify.model import StepInfo as StepInfo
+    from bnverify.model import Subject as Subject
     from bnverify.parallel.check import check_parallel as check_parallel
-    from bnverify.parallel.subject import Parallel as Parallel
     from bnverify.profile import Profile as Profile
     from bnverify.reference import train_step as train_step
-    from bnverify.subject import LayerInput as LayerInput
-    from bnverify.subject import State as State
-    from bnverify.subject import StepInfo as StepInfo
-    from bnverify.subject import Subject as Subject
     from bnverify.target import TargetError as TargetError
     from bnverify.target import load as load
     from bnverify.testing.suite import suite as suite
 
 _HOME = {
-    "Case": "case",
-    "Domain": "case",
+    "Case": "model",
+    "Domain": "model",
     "Evidence": "evidence",
-    "InvalidCase": "case",
-    "LayerInput": "subject",
+    "InvalidCase": "model",
+    "LayerInput": "model",
     "Life": "lifetime.life",
-    "CheckpointedSubject": "lifetime.checkpoint",
-    "Parallel": "parallel.subject",
+    "CheckpointedSubject": "model",
+    "Parallel": "model",
     "Profile": "profile",
     "Report": "evidence",
-    "State": "subject",
-    "StepInfo": "subject",
-    "Subject": "subject",
+    "State": "model",
+    "StepInfo": "model",
+    "Subject": "model",
     "TargetError": "target",
     "Violation": "evidence",
     "check_life": "lifetime.check",
     "check_parallel": "parallel.check",
     "classes": "adapters.batches",
     "declare": "adapters.look",
-    "life": "lifetime.machine",
+    "life": "lifetime.check",
     "linen": "adapters.linen",
     "load": "target",
     "loop": "adapters.loop",

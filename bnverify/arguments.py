@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bnverify import deadline, target
+from bnverify import target
 from bnverify.profile import PROFILES
 from bnverify.report.formats import FORMATS, Output, parse
 
@@ -166,7 +166,3 @@ def lines(args: argparse.Namespace) -> Iterator[Callable[[str], None]]:
     finally:
         if terminal:
             sys.stderr.write("\r\033[K")
-
-
-TIME_LIMIT = deadline.DEFAULT
-"""Seconds allowed for importing a target, or for one call of its Python code."""

@@ -13,24 +13,20 @@ from functools import cached_property
 from importlib import metadata
 from typing import Any, TypeAlias
 
-from bnverify import compile_cache, deadline, proof
-from bnverify.case import Case
+from bnverify import compile_cache, proof
 from bnverify.clues import tree_clues
 from bnverify.diagnose import diagnosed
 from bnverify.errors import UsageError, did_you_mean
 from bnverify.evidence import READ_ONLY, Counterexample, Evidence, Report, Violation
 from bnverify.laws import FAMILIES, LAWS, STEP_LAWS, Law
 from bnverify.lifetime.check import Lives
-from bnverify.lifetime.checkpoint import CheckpointedSubject, subject_of
 from bnverify.lifetime.life import Life
+from bnverify.model import Case, Parallel, Subject, Target
 from bnverify.parallel import check as devices
-from bnverify.parallel.subject import Parallel
+from bnverify.probe import subject_of
 from bnverify.profile import Profile, ProfileName, named
-from bnverify.pytree import stack
 from bnverify.remarks import remarks
-from bnverify.runs import Run, Runner, never, too_far
-from bnverify.subject import Subject
-from bnverify.target import Target
+from bnverify.runs import Run, Runner
 
 STOPPED = "stopped at a violation"
 
@@ -115,20 +111,10 @@ def choose(
     ]
 
 
-def guarded(what: Target, seconds: float) -> Target:
-    """Return ``what`` with a time limit on each call of its functions; see ``deadline.guard``."""
-    if isinstance(what, Parallel):
-        return replace(what, single=deadline.guard(what.single, seconds))
-    if isinstance(what, CheckpointedSubject):
-        return replace(what, subject=deadline.guard(what.subject, seconds))
-    return deadline.guard(what, seconds)
-
-
 class _Found:
-    """The findings of one run of a check so far.
+    """What one run of a check has found so far; each finding is an event.
 
     Args:
-        tell: the listener.
         fail_fast: whether to stop at a violation.
         proofs_only: whether to read only the traced step.
 
@@ -140,26 +126,25 @@ class _Found:
         planned: the number of planned phases, without those that shrink counterexamples.
     """
 
-    def __init__(self, tell: Listener, *, fail_fast: bool, proofs_only: bool) -> None:
+    def __init__(self, *, fail_fast: bool, proofs_only: bool) -> None:
         self.fail_fast = fail_fast
         self.planned = 1
         self._begun: dict[str, None] = {}
         self.known: dict[str, Evidence] = {}
         self.cases = 0
         self.notes: list[str] = []
-        self._tell = tell
         self._proofs_only = proofs_only
 
-    def settle(self, evidence: Evidence) -> None:
-        """Record the evidence for a law, and tell the listener."""
+    def settle(self, evidence: Evidence) -> LawJudged:
+        """Take the evidence for a law as known."""
         self.known[evidence.law] = evidence
-        self._tell(LawJudged(evidence))
+        return LawJudged(evidence)
 
-    def phase(self, name: str, done: int = 0) -> None:
-        """Tell the listener what is being done, after ``done`` cases of the current run."""
+    def phase(self, name: str, done: int = 0) -> PhaseStarted:
+        """Begin a phase, or go on with it after ``done`` cases of its run."""
         self._begun.setdefault(name)
         behind = min((len(self._begun) - 1) / max(self.planned, 1), 0.95)
-        self._tell(PhaseStarted(name, self.cases + done, behind))
+        return PhaseStarted(name, self.cases + done, behind)
 
     @property
     def idle(self) -> str:
@@ -220,40 +205,69 @@ class Check:
         Raises:
             UsageError: the seed is not a whole number of at least 0.
         """
+        for event in self.events(seed, fail_fast=fail_fast):
+            if listener is not None:
+                listener(event)
+        assert isinstance(event, Finished)
+        return event.report
+
+    def events(self, seed: int = 0, *, fail_fast: bool = False) -> Iterator[Event]:
+        """Yield what happens, as it happens; ``Finished``, with the report, at the end.
+
+        Where Ctrl-C interrupts the check after some laws were judged, it yields a report of those before it
+        raises KeyboardInterrupt.
+
+        Args:
+            seed: as for :meth:`run`.
+            fail_fast: as for :meth:`run`.
+
+        Raises:
+            UsageError: the seed is no whole number of at least 0.
+        """
         if not hasattr(seed, "__index__") or seed < 0:
             raise UsageError(f"seed must be a whole number, at least 0, got {seed!r}")
         started = time.perf_counter()
-        tell: Listener = listener or (lambda event: None)
-        tell(Started(self._what.name, tuple(self._chosen)))
-        found = _Found(tell, fail_fast=fail_fast, proofs_only=self._proofs_only)
+        yield Started(self._what.name, tuple(self._chosen))
+        found = _Found(fail_fast=fail_fast, proofs_only=self._proofs_only)
         beyond = {LAWS[name].family for name in self._chosen if name not in STEP_LAWS}
         found.planned = bool(self._laws) + len(beyond)
-        if self._laws:
-            self._check_step(found, seed)
-        for family in ("life", "parallel"):
-            names = [name for name in self._chosen if LAWS[name].family == family]
-            if names:
-                self._check_beyond(found, family, names, seed)
+        try:
+            if self._laws:
+                yield from self._check_step(found, seed)
+            for family in ("life", "parallel"):
+                names = [name for name in self._chosen if LAWS[name].family == family]
+                if names:
+                    yield from self._check_beyond(found, family, names, seed)
+        except KeyboardInterrupt:
+            if found.known:
+                found.notes.append("interrupted: this is what was known by then")
+                yield Finished(self._report(found, seed, started))
+            raise
+        yield Finished(self._report(found, seed, started))
+
+    def _report(self, found: _Found, seed: int, started: float) -> Report:
         influence = _matrix(self._reading) if self._laws else {}
-        report = Report(
+        results = [
+            found.known.get(name) or Evidence.of(name, "untriggered", reason="interrupted")
+            for name in self._chosen
+        ]
+        return Report(
             subject=self._what.name,
             profile=self._plan.name,
             seed=seed,
-            results=tuple(diagnosed([found.known[name] for name in self._chosen], influence)),
+            results=tuple(diagnosed(results, influence)),
             cases=found.cases,
             seconds=time.perf_counter() - started,
             versions=versions(),
             influence=influence,
             notes=tuple(found.notes),
         )
-        tell(Finished(report))
-        return report
 
-    def _check_step(self, found: _Found, seed: int) -> None:
-        """Prove the laws that the trace proves, and run cases for the others."""
-        found.phase("tracing")
+    def _check_step(self, found: _Found, seed: int) -> Iterator[Event]:
+        """Prove what can be proved of the step, and run it for the rest."""
+        yield found.phase("tracing")
         for evidence in self._proved:
-            found.settle(evidence)
+            yield found.settle(evidence)
         found.notes += self._notes
         if not found.idle:
             found.planned += sum(runner.phases(seed) for runner in self._runners)
@@ -261,31 +275,56 @@ class Check:
             if reason := found.idle:
                 for law in runner.laws:
                     if law.name not in found.known:
-                        found.settle(Evidence.of(law.name, "untriggered", reason=reason))
+                        yield found.settle(Evidence.of(law.name, "untriggered", reason=reason))
                 continue
             compile_cache.enable()
-            run: Run = runner.run(seed, found.phase, fail_fast=found.fail_fast)
+            run = Run(runner, seed, fail_fast=found.fail_fast)
+            for phase, done in run.steps():
+                yield found.phase(phase, done)
             found.cases += run.cases
             found.notes += run.notes
-            results = [self._explained(evidence) for evidence in run.evidence(self._target)]
-            for evidence in _with_clues(results, runner, seed, found):
-                # A violation proved from the trace stands; a run can only add a counterexample.
-                if evidence.status == "violated" or evidence.law not in found.known:
-                    found.settle(evidence)
+            results = run.evidence(self._target)
+            clues = {}
+            if broken := [each for each in results if each.status == "violated"]:
+                yield found.phase("reading the numbers of the violations")
+                clues = runner.clues(broken, seed)
+            for evidence in results:
+                # A flow that is proved missing stays so; a run only adds the case that shows it.
+                if evidence.status == "violated":
+                    yield found.settle(self._explained(replace(evidence, clues=clues)))
+                elif evidence.law not in found.known:
+                    yield found.settle(evidence)
 
-    def _check_beyond(self, found: _Found, family: str, names: list[str], seed: int) -> None:
-        """Check the laws of the family "life" or "parallel"."""
+    def _check_beyond(
+        self, found: _Found, family: str, names: list[str], seed: int
+    ) -> Iterator[Event]:
+        """Check the laws of the life of a state, or of many devices."""
         if reason := found.idle:
             results, cases = [Evidence.of(n, "untriggered", reason=reason) for n in names], 0
         elif family == "life":
-            found.phase("checkpoints")
+            yield found.phase("the life of the state")
             results, cases = self._lives.run(seed), self._lives.cases
         else:
-            found.phase("several devices")
+            yield found.phase("many devices")
             results, cases = self._mapped(names, seed)
         found.cases += cases
         for evidence in results:
-            found.settle(evidence)
+            yield found.settle(evidence)
+
+    def judge(self, law: Law, case: Case) -> Evidence:
+        """Return what one case says about a law of the step, whether or not it is exempt.
+
+        Args:
+            law: one of ``STEP_LAWS``.
+            case: run by itself, as a user would.
+        """
+        if law.kind == "structure":
+            return self._explained(proof.judge_structure(law, self._reading))
+        missing = proof.prove_missing(law, self._reading)
+        if missing is not None:
+            return self._explained(missing)
+        *_, runner = self._running([law])
+        return self._explained(runner.hold(law, case))
 
     @cached_property
     def _reading(self) -> proof.Reading:
@@ -303,12 +342,15 @@ class Check:
 
     @cached_property
     def _runners(self) -> list[Runner]:
-        """The runners of the other laws: one for the subject, one for the momentum probe."""
+        """What runs the laws that need running."""
         known = {each.law for each in self._proved if not _missing_flow(each)}
-        running = [law for law in self._laws if law.name not in known]
+        return self._running([law for law in self._laws if law.name not in known])
+
+    def _running(self, laws: Collection[Law]) -> list[Runner]:
+        """Return what runs some laws; a momentum probe, last, those about an empty optimizer state."""
         reading, probe = self._reading, self._reading.probe
-        probed = [law for law in running if probe is not None and "opt_state" in law.capabilities]
-        own = [law for law in running if law not in probed]
+        probed = [law for law in laws if probe is not None and "opt_state" in law.capabilities]
+        own = [law for law in laws if law not in probed]
         runners = [
             Runner(
                 reading.tracer(self._subject),
@@ -324,19 +366,16 @@ class Check:
         return runners
 
     def _explained(self, evidence: Evidence) -> Evidence:
-        """Return the evidence of a violation with the path of a forbidden dependency, and the hint.
-
-        The hint says what to declare if the step violates the law by design.
-        """
+        """Return the evidence of a violation with the path of a forbidden flow, and what may allow it."""
         if evidence.status != "violated":
             return evidence
         law, mismatch = LAWS[evidence.law], evidence.mismatch
-        way = proof.explain(law, self._reading)
-        hint = self._subject.hints.get(evidence.law, "")
-        said = (evidence.reason, way, hint)
-        line = proof.user_line(law, self._reading, mismatch.leaf if mismatch is not None else "")
-        path = proof.offending_path(law, self._reading)
-        return replace(evidence, reason="; ".join(filter(None, said)), line=line, path=path)
+        return replace(
+            evidence,
+            hint=self._subject.hints.get(evidence.law, ""),
+            line=proof.user_line(law, self._reading, mismatch.leaf if mismatch is not None else ""),
+            path=proof.offending_path(law, self._reading),
+        )
 
     @cached_property
     def _lives(self) -> Lives:
@@ -414,34 +453,14 @@ def replay(what: Target, case: Case, law: str) -> float | None:
     if law not in LAWS:
         raise UsageError(f"no law is named {law!r}{did_you_mean(law, LAWS)}")
     if isinstance(what, Parallel) and LAWS[law].family == "parallel":
-        residual = devices.replay(what, case, law)
-        return None if residual < 0 else residual
-    if law not in STEP_LAWS:
-        raise UsageError(f"{law} is not about one step, so it cannot be checked on one case")
-    subject, claim = subject_of(what), LAWS[law]
-    reading = proof.read(subject)
-    if claim.kind == "structure":
-        evidence = proof.judge_structure(claim, reading)
-        if evidence.status == "violated":
-            raise Violation(evidence)
-        return None
-    missing = proof.prove_missing(claim, reading)
-    if missing is not None:
-        raise Violation(missing)
-    tracer = reading.tracer(subject)
-    runner = Runner(tracer, reading.abstract, [claim], named("quick"), refusal=reading.refusal)
-    residual = float(runner.singly(stack([case]), [claim]).get(law, [-1.0])[0])
-    if residual > 1:
-        mismatch = None
-        if claim.kind == "witness":
-            seen = never(claim, 1)
-        else:
-            mismatch = runner.mismatch(claim, case)
-            seen = str(mismatch) if mismatch is not None else too_far(residual)
-        reason = "; ".join(filter(None, (seen, proof.explain(claim, reading))))
-        known = {"residual": residual, "reason": reason, "mismatch": mismatch}
-        raise Violation(Evidence.of(law, "violated", cases=1, failed=1, **known))
-    return None if residual < 0 else residual
+        evidence = devices.judge(what, case, law)
+    elif law in STEP_LAWS:
+        evidence = Check(what, "quick", select=[law]).judge(LAWS[law], case)
+    else:
+        raise UsageError(f"{law} is not about one step: no single case shows it")
+    if evidence.status == "violated":
+        raise Violation(evidence)
+    return evidence.residual
 
 
 def show_again(what: Target, counterexample: Counterexample) -> None:
@@ -491,18 +510,6 @@ def _without_running(
                 proved = replace(proved, counterexample=Counterexample(law.name, target=target))
             if proved is not None:
                 yield proved
-
-
-def _with_clues(
-    results: list[Evidence], runner: Runner, seed: int, found: _Found
-) -> list[Evidence]:
-    """Return ``results`` with the clues added to each violation."""
-    broken = [each for each in results if each.status == "violated"]
-    if not broken:
-        return results
-    found.phase("looking for causes")
-    known = runner.clues(broken, seed)
-    return [replace(each, clues=known) if each in broken else each for each in results]
 
 
 def _missing_flow(evidence: Evidence) -> bool:

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from bnverify.case import Case
 from bnverify.laws import LAWS
 from bnverify.laws.mismatch import Mismatch
 from bnverify.mistakes import MISTAKES, Mistake
+from bnverify.model import Case
 
 Status: TypeAlias = Literal["proved", "held", "violated", "untriggered", "exempt"]
 
@@ -191,6 +191,7 @@ class Evidence:
         line: ``path:line`` of the user's code behind the violation; None if it is unknown.
         path: how an output depends on an input that must not affect it: the input, the operations
             in between with their lines, the output; empty if no such dependency was traced.
+        hint: what to declare if the step violates the law by design; empty if nothing is known.
     """
 
     law: str
@@ -208,6 +209,7 @@ class Evidence:
     failed: int = 0
     line: str | None = None
     path: tuple[str, ...] = ()
+    hint: str = ""
 
     @classmethod
     def of(cls, law: str, status: Status, **known: Any) -> Evidence:
@@ -220,16 +222,12 @@ class Evidence:
         return str(self.cause) if self.cause is not None else None
 
     @property
-    def seen(self) -> str:
-        """What was observed: the first part of ``reason``."""
-        known = str(self.mismatch) if self.mismatch is not None else ""
-        return known or self.reason.split("; ")[0]
-
-    @property
     def further(self) -> str:
-        """The rest of ``reason``: the path of a forbidden dependency, and what to declare if intended."""
-        further = self.reason.removeprefix(self.seen).removeprefix("; ")
-        return f"I{further[1:]}" if further.startswith("if ") else further
+        """What led to a violation: the path of a forbidden flow, and what to declare if it is meant."""
+        path = " -> ".join(self.path)
+        if len(self.path) == 2:
+            path = f"{self.path[0]} is {self.path[1]}, unchanged"
+        return "; ".join(filter(None, (path, self.hint[:1].upper() + self.hint[1:])))
 
     @property
     def extent(self) -> str:
@@ -272,6 +270,8 @@ class Evidence:
     def __str__(self) -> str:
         """Return the law, the reason, the likely cause and the script that reproduces a violation."""
         parts = [f"{self.law}: {LAWS[self.law].claim}", self.reason]
+        if self.further:
+            parts.append(self.further)
         if self.diagnosis:
             parts.append(f"Likely cause: {self.diagnosis}")
         text = "\n".join(parts)
@@ -367,6 +367,7 @@ class Report:
         lines = [f"{self.subject}: {self.verdict}", self.counts]
         for result in self.violated:
             lines.append(f"violated: {result.law}: {result.reason}")
+            lines += [f"  {result.further}"] if result.further else []
             lines += [f"  likely cause: {result.diagnosis}"] if result.diagnosis else []
         return "\n".join(lines)
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnverify.case import Case
 from bnverify.jaxpr.rounding import Rounding, rounding
 from bnverify.jaxpr.slope import Slope, directional_derivative
 from bnverify.jaxpr.tracing import Abstract, Tracer, TreeFunction
@@ -15,9 +14,8 @@ from bnverify.laws import Law
 from bnverify.laws.arithmetic import wide
 from bnverify.laws.mismatch import Mismatch, not_finite, watching
 from bnverify.lazy import jax
+from bnverify.model import Case, Outcome, State, Transition, Tree
 from bnverify.pytree import is_floating
-from bnverify.subject import State, Tree
-from bnverify.transition import Outcome, Transition
 
 READ = {"noise": None, "directional_derivative": "slope", "layer_input_noise": "layer_inputs"}
 """Name in a law's ``observes`` -> the extra argument for ``RoundingBounds``; None: no extra one."""
@@ -204,6 +202,11 @@ class Judge:
         with watching(t) as seen:
             law.check(t)
         return seen.worst or (not_finite(t) if seen.comparable else None)
+
+    def with_rounding(self, t: Transition) -> Transition:
+        """Return stacked transitions with their exact outcomes and the noise around them."""
+        known = self.bounds(t.before, t.case)
+        return t._replace(exact=known.exact, noise=_unless_faint(t.case, known.noise))
 
     def _with_facts(self, t: Transition, laws: Collection[Law]) -> Transition:
         """Return stacked transitions with the exact values, noise and facts that the laws need."""

@@ -12,7 +12,7 @@ from bnverify.diagnose import diagnosed
 from bnverify.errors import UsageError
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import STEP_LAWS
-from bnverify.shard import Shard
+from bnverify.profile import Shard
 
 Part: TypeAlias = Mapping[str, Any]
 Merged: TypeAlias = Report | Audit

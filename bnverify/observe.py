@@ -15,10 +15,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from bnverify import compat
-from bnverify.case import Case
 from bnverify.errors import first_line
+from bnverify.jaxpr.arithmetic import count_operations, count_values
 from bnverify.jaxpr.tracing import Abstract, Program, Tracer, TreeFunction
 from bnverify.lazy import jax, jnp
+from bnverify.model import Case, Outcome, State, Subject, Transition, Tree
 from bnverify.pytree import form, signature, stack, take
 from bnverify.reruns import (
     EVALS,
@@ -30,10 +31,14 @@ from bnverify.reruns import (
     shift,
     shift_biases,
 )
-from bnverify.subject import State, Subject, Tree
-from bnverify.transition import Outcome, Transition
 
 How: TypeAlias = Literal["vmap", "jit", "eager"]
+
+OPERATIONS = 2e9
+"""Operations of the steps of one stack, some seconds of a core; a larger model has smaller stacks."""
+
+NUMBERS = 2e6
+"""Numbers that the equations of the steps of one stack make, about a second of reading their rounding."""
 
 FEW_ROWS = 8
 """Rows are evaluated one by one in batches of up to this many rows."""
@@ -100,8 +105,8 @@ class CompiledSubject:
         how: "vmap": compiled under ``jax.vmap``; "jit": compiled, and called for one case after
             another, as a user would; "eager": called for one case after another, without jit.
         tracer: the tracer to use, shared with other readers of the subject's traces.
-        block: shape (N, D) of a case -> the number of cases in one call under vmap; larger stacks
-            are split into blocks, smaller ones padded.
+        most: the number of cases in one call under vmap, or fewer for a large model; larger stacks
+            are split into blocks, smaller ones padded. None: all at once.
 
     Attributes:
         subject: as given.
@@ -115,21 +120,53 @@ class CompiledSubject:
         how: How = "vmap",
         *,
         tracer: Tracer | None = None,
-        block: Callable[[tuple[int, int]], int] | None = None,
+        most: int | None = None,
     ) -> None:
         self.subject = subject
         self.tracer = tracer or Tracer(subject)
         self.refused: dict[str, str] = {}
         self._how = how
-        self._block = block
+        self._most = most
+        self._sizes: dict[int, tuple[float, float]] = {}
         self._programs: dict[Any, Future[Callable[..., Any]]] = {}
         self._compilers = ThreadPoolExecutor(COMPILERS)
+
+    def block(self, shape: tuple[int, int]) -> int:
+        """Return how many cases of a shape (N, D) a call of a vectorised program takes: one at least."""
+        rows, features = shape
+        done, made = self._size(features)
+        room = min(OPERATIONS / max(rows * done, 1), NUMBERS / max(rows * made, 1))
+        return max(1, int(min(self._most or 1, room)))
+
+    def most_rows(self, features: int) -> int:
+        """Return how many rows of a width are run at most."""
+        return max(2, int(OPERATIONS / max(self._size(features)[0], 1)))
+
+    def _size(self, features: int) -> tuple[float, float]:
+        """Return for one row how many operations a step takes and how many numbers it makes.
+
+        As a trace of few rows has it; 0 where there is none.
+        """
+        if features not in self._sizes:
+            self._sizes[features] = 0.0, 0.0
+            if self._how == "eager":
+                return self._sizes[features]
+            rows = 2
+            try:
+                state = self.tracer.state(rows, features)
+                batch = self.tracer.batch(rows, features)
+                given = state, batch.x, batch.y, batch.lr
+                jaxpr = self.tracer.trace("step", self.subject.step, *given).jaxpr
+                self._sizes[features] = count_operations(jaxpr) / rows, count_values(jaxpr) / rows
+            except Exception:  # noqa: BLE001, S110 - the step may not accept two rows
+                pass
+        return self._sizes[features]
 
     def prepare(self, shapes: Iterable[tuple[int, int]]) -> None:
         """Start compiling ``init``, ``step`` and ``evaluate`` for shapes (N, D), in the background."""
         for rows, features in shapes:
             case, state = self.tracer.batch(rows, features), self.tracer.state(rows, features)
-            size = self._block((rows, features)) if self._block else 1
+            size = self.block((rows, features))
             calls = {
                 "init": (case.seed, self.tracer.init_batch(case.x)),
                 "step": (state, case.x, case.y, case.lr),
@@ -159,7 +196,7 @@ class CompiledSubject:
             program = self._program(name, function, single, None)
             given = ([leaf[i] for leaf in leaves] for i in range(cases))
             return stack([_host(program(*each)) for each in given])
-        size = self._block(shape) if self._block else cases
+        size = self.block(shape) if self._most else cases
         program = self._program(name, function, single, size)
         parts = []
         for start in range(0, cases, size):

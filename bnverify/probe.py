@@ -1,14 +1,16 @@
-"""Whether a subject's functions can be called as a Subject's are, and return what theirs do."""
+"""What is given as a subject: whether its functions are a Subject's, or it is a Flax module by itself."""
 
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import numpy as np
 
+from bnverify.errors import UsageError
 from bnverify.lazy import jax
-from bnverify.subject import State, StepInfo, Subject
+from bnverify.model import CheckpointedSubject, Parallel, State, StepInfo, Subject, Target
 
 CALLS = {
     "init": ("seed", "x"),
@@ -21,6 +23,21 @@ FEATURES = 3
 
 class Unfit(Exception):
     """A function is not what the field of a Subject that holds it must be; one line says why."""
+
+
+def subject_of(what: Target) -> Subject:
+    """Return the training step of ``what``, on one device.
+
+    Raises:
+        UsageError: it is none of the three.
+    """
+    if isinstance(what, Parallel):
+        return what.single
+    given: Any = what.subject if isinstance(what, CheckpointedSubject) else what
+    if not isinstance(given, Subject):
+        called = type(given).__name__
+        raise UsageError(f"a bnverify.Subject is needed, got a {called}{advice(given)}")
+    return given
 
 
 def accepts(signature: inspect.Signature, *arguments: str) -> bool:
@@ -114,3 +131,38 @@ def described(value: Any) -> str:
     if isinstance(value, tuple):
         return "(" + ", ".join(type(part).__name__ for part in value) + ")"
     return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+# A Flax module by itself, which is easily passed where a training step is needed.
+
+
+def flax_kind(value: Any) -> str | None:
+    """Return "linen" or "nnx" for a Flax module or a class of such; None for anything else."""
+    for name in ("linen", "nnx"):
+        flax = sys.modules.get(f"flax.{name}")  # not loaded: nothing is a module of it
+        if flax is not None and issubclass(_class(value), flax.Module):
+            return name
+    return None
+
+
+def wrapped(module: Any) -> str:
+    """Return the code that makes a subject of a Flax module, or of a class of such."""
+    name = _class(module).__name__
+    if flax_kind(module) == "nnx":
+        return f"bnverify.nnx({name})"
+    try:
+        inspect.signature(_class(module)).bind()
+    except TypeError:
+        return f"bnverify.linen({name}(...))"
+    return f"bnverify.linen({name}())"
+
+
+def advice(value: Any) -> str:
+    """Return "; " and what to do with a Flax module; "" for anything else."""
+    if flax_kind(value) is None:
+        return ""
+    return f"; what is verified is a training step around a Flax module: subject = {wrapped(value)}"
+
+
+def _class(value: Any) -> type[Any]:
+    return value if isinstance(value, type) else type(value)

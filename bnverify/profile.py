@@ -1,9 +1,33 @@
-"""How much a check does."""
+"""What can be asked of a check: which families of laws, how much work, and which shard of it.
+
+The command line and the pytest plugin know these before anything heavy is imported.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+from bnverify.errors import UsageError
+
+T = TypeVar("T")
+
+Family: TypeAlias = Literal[
+    "structure",
+    "influence",
+    "statistics",
+    "update",
+    "evaluation",
+    "metamorphic",
+    "life",
+    "parallel",
+]
+
+FAMILIES: tuple[Family, ...] = get_args(Family)
+"""In the order of reports."""
 
 ProfileName: TypeAlias = Literal["quick", "ci", "nightly"]
 
@@ -61,3 +85,51 @@ def named(profile: ProfileName | Profile) -> Profile:
     if found is None:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {profile!r}")
     return found
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``index`` of ``count`` equal parts, counted from 1; by default everything.
+
+    Attributes:
+        index: which part.
+        count: how many parts there are.
+    """
+
+    index: int = 1
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Return the shard written as ``K/N``.
+
+        Raises:
+            UsageError: it is not so written, or K is not in 1 to N.
+        """
+        match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(f"a shard is K/N with K in 1 to N, got {text!r}")
+        return cls(int(match[1]), int(match[2]))
+
+    def take(self, items: Sequence[T]) -> list[T]:
+        """Return every N-th item, starting with the K-th, because neighbouring items cost about the same."""
+        return list(items[self.index - 1 :: self.count])
+
+    def stamp(self, text: str, whole: Sequence[str], **same: Any) -> str:
+        """Return the JSON report of a shard with the fields that ``bnverify merge`` needs.
+
+        Args:
+            text: a JSON object.
+            whole: the names of all items of all shards, in order.
+            same: fields that must agree in all shards.
+        """
+        data = {
+            **json.loads(text),
+            **same,
+            "shard": str(self),
+            "of": list(whole),
+        }
+        return json.dumps(data, indent=2) + "\n"

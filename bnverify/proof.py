@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from bnverify.case import Case
 from bnverify.evidence import Evidence
 from bnverify.jaxpr.influence import Influence, influence
 from bnverify.jaxpr.rounding import evaluate
@@ -19,10 +18,9 @@ from bnverify.jaxpr.shapes import Run, TraceError, Traces, trace_subject
 from bnverify.jaxpr.tracing import Abstract, Tracer, trace
 from bnverify.laws import Law
 from bnverify.lazy import jax, jnp
+from bnverify.model import Case, Subject, Transition
 from bnverify.observe import CompiledSubject, observe
 from bnverify.pytree import stack, take
-from bnverify.subject import Subject
-from bnverify.transition import Transition
 
 MISSING_CAPABILITY = {
     "optimizer": "the subject's optimizer is unknown",
@@ -400,22 +398,13 @@ def forbidden(law: Law, flows: Influence) -> list[tuple[str, str]]:
     ]
 
 
-def explain(law: Law, reading: Reading) -> str:
-    """Return the path of a forbidden dependency in one line; empty if there is none."""
-    if reading.influence is None:
-        return ""
-    for output, source in forbidden(law, reading.influence):
-        return reading.influence.explain(source, output)
-    return ""
-
-
 def offending_path(law: Law, reading: Reading) -> tuple[str, ...]:
-    """Return the path of a forbidden dependency as separate steps; see ``Evidence.path``."""
-    if reading.influence is None:
+    """Return how a forbidden dependency comes about, step by step; empty where there is none."""
+    flows = reading.influence
+    if flows is None:
         return ()
-    for output, source in forbidden(law, reading.influence):
-        return reading.influence.steps(source, output)
-    return ()
+    paths = (flows.steps(source, output) for output, source in forbidden(law, flows))
+    return next(filter(None, paths), ())
 
 
 def user_line(law: Law, reading: Reading, leaf: str = "") -> str | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from bnverify.lazy import jax, jnp
-from bnverify.subject import Tree
+from bnverify.model import Tree
 
 T = TypeVar("T")
 """A tree of arrays of some kind: a case, a state, an outcome."""
@@ -42,18 +42,6 @@ def stack(trees: Sequence[T]) -> T:
     """Return trees of one form as one whose leaves have a leading stack axis."""
     stacked: T = jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *trees)
     return stacked
-
-
-def stacks(trees: Sequence[T], size: int) -> Iterator[tuple[T, int]]:
-    """Yield trees of one form, ``size`` in each stack, with how many of a stack count.
-
-    The last stack is filled up: a program is compiled for one size.
-    """
-    for start in range(0, len(trees), size):
-        part = trees[start : start + size]
-        places = np.arange(size)
-        places[len(part) :] = 0
-        yield take(stack(part), places), len(part)
 
 
 def take(tree: T, index: int | npt.NDArray[np.intp]) -> T:

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from bnverify import oracle
-from bnverify.case import Case
-from bnverify.subject import LayerInput, State, StepInfo, Subject, Tree
+from bnverify.model import Case, LayerInput, State, StepInfo, Subject, Tree
 
 HIDDEN = oracle.HIDDEN
 MOMENTUM = oracle.MOMENTUM  # as in Flax: the weight of the old value

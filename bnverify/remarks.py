@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from bnverify.jaxpr.influence import Influence
 from bnverify.lazy import jax
 from bnverify.mistakes import MISTAKES, Mistake
+from bnverify.model import Subject
 from bnverify.proof import asked
 from bnverify.pytree import path_name
-from bnverify.subject import Subject
 
 MASK_HANDS_ON = Mistake(
     "mask_hands_gradients_on",
@@ -29,13 +29,12 @@ UPDATES_CLIPPED = Mistake(
 SELDOM = 0.5  # with a smaller momentum the statistics are mostly those of the last batch
 
 
-def remarks(subject: Subject, influence: Influence | None, *, ask: bool = True) -> Iterator[str]:
-    """Yield the notes about a subject, one line each.
+def remarks(subject: Subject, influence: Influence | None) -> Iterator[str]:
+    """Yield what a report should say of a subject besides the laws, a line for each mistake.
 
     Args:
-        subject: the subject.
-        influence: which inputs affect which outputs; None if the subject does not trace.
-        ask: whether to run the optimizer, which some notes need.
+        subject: what is verified.
+        influence: what reaches what in it; None where it does not trace.
     """
     if subject.momentum is not None and 0 < subject.momentum < SELDOM:
         yield _line(f"the momentum is {subject.momentum:.4g}", "momentum_reversed")
@@ -44,59 +43,30 @@ def remarks(subject: Subject, influence: Influence | None, *, ask: bool = True) 
         if untrained:
             what = f"used in evaluation but not in training: {_listed(untrained)}"
             yield _line(what, "statistics_trained_as_params")
-    answers = _answers(subject) if ask else None
-    if answers is None:
-        return
-    norms = _norms(answers.paths, answers.owners)
-    if decayed := norms & answers.decayed:
-        yield _line(f"a gradient of 0 changes {_listed(decayed)}", "decay_of_norm_parameters")
-    if answers.uphill:
-        yield _line(f"against descent: {_listed(answers.uphill)}", MASK_HANDS_ON)
-    if answers.clipped:
-        yield _line("a larger learning rate does not make the update larger", UPDATES_CLIPPED)
+    if subject.optimizer is not None:
+        yield from _of_optimizer(subject)
 
 
-class _Answers(NamedTuple):
-    """An optimizer's updates for gradients of 0 and of 1, with params of 1 and lr = 1.
-
-    Attributes:
-        paths: the paths of all params.
-        owners: the paths of the layers with running statistics.
-        decayed: the paths of the params that a gradient of 0 changes.
-        uphill: the paths of the params that a gradient of 1 increases.
-        clipped: whether the size of the updates is limited.
-    """
-
-    paths: tuple[str, ...]
-    owners: frozenset[str]
-    decayed: set[str]
-    uphill: set[str]
-    clipped: bool
-
-
-def _answers(subject: Subject) -> _Answers | None:
-    """Return the updates of the subject's optimizer; None if it is unknown or raises."""
-    if subject.optimizer is None:
-        return None
+def _of_optimizer(subject: Subject) -> Iterator[str]:
+    """Yield what the optimizer's updates by gradients of 0 and of 1 say, at params of 1 and a rate of 1."""
     shape: Any = jax.ShapeDtypeStruct
     x = shape((4, subject.features[0] if subject.features else 3), "float32")
     try:
         state = jax.eval_shape(subject.init, shape((), "int32"), x)
     except Exception:  # noqa: BLE001 - whatever a user's code raises
-        return None
+        return
     answers = asked(subject.optimizer, state.params, (0.0, 1.0), 1.0)
     if answers is None:
-        return None
-    still, pushed = answers
-    paths = _paths(state.params)
-    named = list(zip(paths, still, pushed, strict=True))
-    return _Answers(
-        tuple(paths),
-        frozenset(path.rpartition("/")[0] for path in _paths(state.batch_stats)),
-        {path for path, at_rest, _ in named if np.any(at_rest != 0)},
-        {path for path, _, at_one in named if np.any(at_one > 0)},
-        _is_clipped(subject.optimizer, state.params),
-    )
+        return
+    layers = {path.rpartition("/")[0] for path in _paths(state.batch_stats)}
+    at_zero, at_one = (dict(zip(_paths(state.params), each, strict=True)) for each in answers)
+    decayed = {path for path, update in at_zero.items() if np.any(update != 0)}
+    if of_norms := {path for path in decayed if path.rpartition("/")[0] in layers}:
+        yield _line(f"moved by a gradient of 0: {_listed(of_norms)}", "decay_of_norm_parameters")
+    if uphill := {path for path, update in at_one.items() if np.any(update > 0)}:
+        yield _line(f"uphill: {_listed(uphill)}", MASK_HANDS_ON)
+    if _is_clipped(subject.optimizer, state.params):
+        yield _line("a larger learning rate makes no larger update", UPDATES_CLIPPED)
 
 
 def _is_clipped(optimizer: Any, params: Any) -> bool:
@@ -113,10 +83,6 @@ def _is_clipped(optimizer: Any, params: Any) -> bool:
 
 def _paths(tree: Any) -> list[str]:
     return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-
-
-def _norms(paths: Collection[str], owners: Collection[str]) -> set[str]:
-    return {path for path in paths if path.rpartition("/")[0] in owners}
 
 
 def _evaluated_untrained(influence: Influence) -> set[str]:

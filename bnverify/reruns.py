@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from bnverify.case import Case
 from bnverify.lazy import jax, jnp
+from bnverify.model import Case, Outcome, State, Subject, Tree
 from bnverify.pytree import is_floating, path_name
-from bnverify.subject import State, Subject, Tree
-from bnverify.transition import Outcome
 
 Inputs = tuple[State, Case]
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from bnverify import shrink
-from bnverify.case import Case, Domain
 from bnverify.clues import Clues, general_cases, read_clues
 from bnverify.errors import first_line
 from bnverify.evidence import Counterexample, Evidence, Status
-from bnverify.jaxpr.arithmetic import count_operations, count_values
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import READ_NEEDS, Judge, judged
-from bnverify.laws import LAWS, Law
-from bnverify.laws.mismatch import Mismatch, factor
+from bnverify.laws import LAWS, UNTRIGGERED, Law
+from bnverify.laws.mismatch import factor
+from bnverify.model import Case, Domain, Shape, Transition
 from bnverify.observe import (
     FEW_ROWS,
     SINGLE,
@@ -30,12 +30,11 @@ from bnverify.observe import (
 )
 from bnverify.profile import Profile
 from bnverify.pytree import stack, take
-from bnverify.shapes import TINY_SHAPES, Shape, shape_pool, tiny_shapes
+from bnverify.shapes import TINY_SHAPES, shape_pool, tiny_shapes
 from bnverify.stacks import stacked_cases
-from bnverify.transition import Transition
 
-Tell = Callable[[str, int], None]
-"""Called with what is being done and the number of cases run so far."""
+Phase: TypeAlias = tuple[str, int]
+"""What is done from now on, and how many cases were run before it."""
 
 Residuals = Mapping[str, npt.NDArray[np.float64]]
 
@@ -54,15 +53,10 @@ LONG = 3
 SINGLES = 20
 """The most cases that are run one at a time."""
 
-OPERATIONS = 2e9
-"""The most operations in the steps of one stack, a few seconds on one core."""
-
-NUMBERS = 2e6
-"""The most values computed in the steps of one stack; reading their rounding takes about a second."""
-
 FEWEST = 10
 """The fewest cases of a shape, even if a large model allows only small stacks."""
 
+UNREACHED = "no case reached its precondition"
 
 MOST_READ = 3
 """The most counterexamples that clues are read from."""
@@ -142,12 +136,10 @@ class Tally:
 
     @property
     def verdict(self) -> tuple[Status, str]:
-        """The status of the law, and the reason."""
+        """The status of a law that is not violated, and what it rests on."""
         witness = self.law.kind == "witness"
         if self.worst is None:
-            return "untriggered", "no case reached its precondition"
-        if self.violated:
-            return "violated", never(self.law, self.triggered) if witness else too_far(self.worst)
+            return "untriggered", UNREACHED
         if witness and not self.shown:
             reason = (
                 f"{never(self.law, self.triggered)}; at least {ENOUGH} cases are needed to decide"
@@ -213,41 +205,17 @@ class Runner:
         self.judge, self._second = (Judge(tracer, abstract, seed) for seed in (0, 1))
         stacked: How = "eager" if refusal else "vmap"
         alone: How = "eager" if refusal else "jit"
-        self._batched = CompiledSubject(subject, stacked, tracer=tracer, block=self.block)
+        self._batched = CompiledSubject(subject, stacked, tracer=tracer, most=plan.block)
         self.single = CompiledSubject(subject, alone, tracer=tracer)
-        self._sizes: dict[int, tuple[float, float]] = {}
-        # A one-call function (init, step, evaluate) can only be compared with a first step.
+        # A function that is init, one step and evaluate in one call is compared with a first step.
         first = bool(laws) and all("solution" in law.observes for law in laws)
         self.domain = Domain(max_warmup=0) if first else Domain()
 
     # Sizes: how many cases, of which shapes.
 
     def block(self, shape: Shape) -> int:
-        """Return how many cases of a shape (N, D) fit in a stack, at least one."""
-        rows, features = shape
-        done, made = self._size(features)
-        most = min(OPERATIONS / max(rows * done, 1), NUMBERS / max(rows * made, 1))
-        return max(1, min(self.plan.block, int(most)))
-
-    def _size(self, features: int) -> tuple[float, float]:
-        """Return (operations, values computed) of a step per row of its batch.
-
-        They are counted in a trace of two rows; 0 if that is not possible.
-        """
-        if features not in self._sizes:
-            self._sizes[features] = 0.0, 0.0
-            if self.refusal:
-                return self._sizes[features]
-            rows = 2
-            try:
-                state = self._tracer.state(rows, features)
-                batch = self._tracer.batch(rows, features)
-                given = state, batch.x, batch.y, batch.lr
-                jaxpr = self._tracer.trace("step", self.subject.step, *given).jaxpr
-                self._sizes[features] = count_operations(jaxpr) / rows, count_values(jaxpr) / rows
-            except Exception:  # noqa: BLE001, S110 - the step may not accept two rows
-                pass
-        return self._sizes[features]
+        """Return how many cases of a shape (N, D) are stacked: one at least."""
+        return self._batched.block(shape)
 
     def tiny(self) -> list[Shape]:
         """Return the tiny shapes of the plan, the largest last."""
@@ -262,7 +230,7 @@ class Runner:
         tiny = tiny_shapes(domain=self.domain, features=features)
         width = features[0] if features else 4
         drawn = [*pool[len(tiny) :], *((rows, width) for rows in self.plan.large)]
-        found = [(min(rows, self._most_rows(width)), width) for rows, width in drawn]
+        found = [(min(rows, self._batched.most_rows(width)), width) for rows, width in drawn]
         if found == drawn:
             return list(dict.fromkeys(found)), []
         most = max(rows for rows, _ in found)
@@ -277,21 +245,7 @@ class Runner:
         shapes = {*self.tiny(), *self.further(seed)[0]}
         return len(shapes) + any(SINGLE.intersection(law.observes) for law in self.laws)
 
-    def _most_rows(self, features: int) -> int:
-        per_row, _ = self._size(features)
-        return max(2, int(OPERATIONS / max(per_row, 1)))
-
     # Running.
-
-    def run(self, seed: int, tell: Tell, *, fail_fast: bool = False) -> Run:
-        """Run all cases of the plan.
-
-        Args:
-            seed: the seed of all cases.
-            tell: called with the progress.
-            fail_fast: whether to stop at the first stack of cases that shows a violation.
-        """
-        return Run(self, seed, tell, fail_fast=fail_fast)
 
     def prepare(self, shapes: Iterable[Shape]) -> None:
         """Start compiling for several shapes in the background; errors are raised by the later call."""
@@ -349,9 +303,53 @@ class Runner:
         needs = {need for law in laws for need in law.observes}
         return observe_singly(self.single, cases, needs, batched=self._batched)
 
-    def mismatch(self, law: Law, case: Case) -> Mismatch | None:
-        """Return the entry with the largest error in a violating case; None if there is no such entry."""
-        return self.judge.mismatch(self._observed_singly(stack([case]), [law]), law)
+    def hold(self, law: Law, case: Case) -> Evidence:
+        """Return what a case that is run by itself says about a law."""
+        found = self.singly(stack([case]), [law]).get(law.name, np.full(1, UNTRIGGERED))
+        residual = float(np.nan_to_num(found[0], nan=np.inf))
+        if residual > 1:
+            return self.violation(law, case, residual)
+        if residual < 0:
+            return Evidence.of(law.name, "untriggered", reason=UNREACHED)
+        return Evidence.of(law.name, "held", cases=1, residual=residual)
+
+    def violation(
+        self, law: Law, case: Case, residual: float, *, cases: int = 1, failed: int = 1
+    ) -> Evidence:
+        """Return the evidence of a law that is broken.
+
+        Args:
+            law: the law.
+            case: one that breaks it; of a witness law, one that does not show it.
+            residual: the worst that was seen.
+            cases: how many cases reached the law's precondition.
+            failed: how many of them broke it.
+        """
+        mismatch = None
+        if law.kind == "witness":
+            said = never(law, cases)
+        else:
+            mismatch = self.judge.mismatch(self._observed_singly(stack([case]), [law]), law)
+            said = str(mismatch) if mismatch is not None else too_far(residual)
+        return Evidence.of(
+            law.name,
+            "violated",
+            cases=cases,
+            residual=residual,
+            reason=", ".join(filter(None, (said, self.note))),
+            shape=case.shape,
+            mismatch=mismatch,
+            failed=failed,
+        )
+
+    def unreached(self, law: Law) -> str:
+        """Return why no case reached a law's precondition."""
+        if self.refusal:
+            return f"cannot be seen of a step that does not trace: {self.refusal}"
+        if law.name in self.judge.incomparable:
+            return "what it compares differs in structure or shape: a law of structure says how"
+        refused = {**self.single.refused, **self._batched.refused}
+        return next((refused[need] for need in law.observes if need in refused), UNREACHED)
 
     def confirmed(self, law: Law, case: Case, worst: float) -> bool:
         """Return whether a case violates a law when it is run on its own.
@@ -399,18 +397,13 @@ class Runner:
             [each.law for each in broken],
         )
 
-    def refused(self) -> Mapping[str, str]:
-        """Return a dict: name of a fact that could not be observed -> the error that was raised."""
-        return {**self.single.refused, **self._batched.refused}
-
 
 class Run:
     """One run of a subject for one seed, and its results.
 
     Args:
         runner: runs and judges the subject.
-        seed: the seed of all cases.
-        tell: called with the progress.
+        seed: from which all cases are drawn.
         fail_fast: whether to stop at the first stack of cases that shows a violation.
 
     Attributes:
@@ -419,17 +412,18 @@ class Run:
         notes: notes for the report.
     """
 
-    def __init__(self, runner: Runner, seed: int, tell: Tell, *, fail_fast: bool) -> None:
+    def __init__(self, runner: Runner, seed: int, *, fail_fast: bool = False) -> None:
         self._runner = runner
         self._plan, self._domain = runner.plan, runner.domain
-        self._seed, self._tell, self._fail_fast = seed, tell, fail_fast
+        self._seed, self._fail_fast = seed, fail_fast
         self.tallies = {law.name: Tally(law) for law in runner.laws}
         self.cases = 0
         self.notes: list[str] = []
-        if runner.laws:
-            self._run()
 
-    def _run(self) -> None:
+    def steps(self) -> Iterator[Phase]:
+        """Run everything the plan asks for, and yield each phase as it begins."""
+        if not self._runner.laws:
+            return
         rng = np.random.default_rng(self._seed)
         tiny = self._runner.tiny()
         further, notes = self._runner.further(self._seed)
@@ -439,14 +433,14 @@ class Run:
         self._runner.prepare(shapes)
         for shape in shapes:
             if not self._enough:
-                self._stack(shape, self._plan.blocks, rng)
-        self._descend(rng)
+                yield from self._stack(shape, self._plan.blocks, rng)
+        yield from self._descend(rng)
         if self._runner.unstacked:
             self.notes.append(self._runner.unstacked)
-        self._explore(tiny[-1])
+        yield from self._explore(tiny[-1])
         broken = [t for t in self.tallies.values() if t.violated and t.law.kind == "residual"]
         for place, tally in enumerate(broken):
-            self._tell(f"shrinking {tally.law.name}", self.cases)
+            yield f"shrinking {tally.law.name}", self.cases
             shrink.simplify(self._runner, tally, broken[place + 1 :], tiny, self._seed)
 
     @property
@@ -454,24 +448,26 @@ class Run:
         residual = (tally for tally in self.tallies.values() if tally.law.kind == "residual")
         return self._fail_fast and any(tally.violated for tally in residual)
 
-    def _stack(self, shape: Shape, blocks: int, rng: np.random.Generator) -> None:
-        """Run stacks of cases of one shape; after the first, half of each is bred from the worst cases."""
+    def _stack(self, shape: Shape, blocks: int, rng: np.random.Generator) -> Iterator[Phase]:
+        """Run stacks of cases of one shape; half of each is bred from the worst of those before."""
         runner = self._runner
         if runner.stacks:
             size = runner.block(shape)
             try:
                 blocks = max(blocks, math.ceil(min(FEWEST, self._plan.block) / size))
-                self._blocks(shape, blocks, size, rng)
-            except Exception as error:  # noqa: BLE001 - user code may raise anything under vmap
+                yield from self._blocks(shape, blocks, size, rng)
+            except Exception as error:  # noqa: BLE001 - whatever a user's code raises under vmap
                 runner.unstack(error)
             else:
                 return
-        self._blocks(shape, 1, self._plan.examples, rng)
+        yield from self._blocks(shape, 1, self._plan.examples, rng)
 
-    def _blocks(self, shape: Shape, blocks: int, size: int, rng: np.random.Generator) -> None:
+    def _blocks(
+        self, shape: Shape, blocks: int, size: int, rng: np.random.Generator
+    ) -> Iterator[Phase]:
         worst: dict[str, tuple[float, Case]] = {}
         for _ in range(blocks):
-            self._tell(f"cases of shape {shape}", self.cases)
+            yield f"cases of shape {shape}", self.cases
             cases = stacked_cases(rng, shape, size, self._domain)
             if worst and size > 1:
                 parents = [case for _, case in worst.values()]
@@ -489,8 +485,8 @@ class Run:
             if self._enough:
                 break
 
-    def _descend(self, rng: np.random.Generator) -> None:
-        """Look for smaller counterexamples of the laws that only large batches violated so far.
+    def _descend(self, rng: np.random.Generator) -> Iterator[Phase]:
+        """Look for smaller violating cases of the laws that only large batches were seen to break.
 
         First with fewer rows and few features, then with few features or few rows.
         """
@@ -501,20 +497,20 @@ class Run:
         for rows in BETWEEN:
             if not any(shape[0] > rows for shape in self._violating()):
                 break
-            self._stack((rows, width), 1, rng)
+            yield from self._stack((rows, width), 1, rng)
         large = [shape for shape in self._violating() if shape[0] > 2 and shape[1] > max(2, width)]
         if large:
             rows, columns = min(large)
-            self._stack((rows, width), 1, rng)
-            self._stack((2, columns), 1, rng)
+            yield from self._stack((rows, width), 1, rng)
+            yield from self._stack((2, columns), 1, rng)
 
     def _violating(self) -> list[Shape]:
         """Return the shape of the simplest counterexample of each violated law."""
         broken = (tally.case for tally in self.tallies.values() if tally.violated)
         return [case.shape for case in broken if case is not None]
 
-    def _explore(self, shape: Shape) -> None:
-        """Run a few cases of one shape one at a time, for the laws that compare jit, eager and vmap.
+    def _explore(self, shape: Shape) -> Iterator[Phase]:
+        """Run a few cases of one shape one at a time, for the laws that compare ways of running.
 
         Eager runs, and calls of the one-call function, are limited by the plan: outside of jit every
         operation is compiled separately.
@@ -522,7 +518,7 @@ class Run:
         laws = [law for law in self._runner.laws if SINGLE.intersection(law.observes)]
         if self._enough or not self._plan.examples or not laws:
             return
-        self._tell("cases one at a time", self.cases)
+        yield "cases one at a time", self.cases
         cases = shrink.draw([shape], self._domain, self._plan.examples, self._seed)
         ranked = shrink.rich(cases)
         compiled = [law for law in laws if not {"eager", "solution"}.intersection(law.observes)]
@@ -549,39 +545,23 @@ class Run:
         Args:
             target: the name of the subject in counterexample scripts; None: a placeholder.
         """
-        runner, found = self._runner, []
-        refused = runner.refused()
-        for tally in self.tallies.values():
-            status, reason = tally.verdict
-            law, case = tally.law, tally.case
-            worst = None if status == "untriggered" or tally.dismissed else tally.worst
-            if runner.refusal and not tally.triggered:
-                reason = f"needs a step that JAX can trace: {runner.refusal}"
-            elif status == "untriggered" and law.name in runner.judge.incomparable:
-                reason = (
-                    "the trees that it compares differ in structure or shape: a law of structure "
-                    "says how"
-                )
-            elif status == "untriggered":
-                reason = next((refused[need] for need in law.observes if need in refused), reason)
-            violated = status == "violated"
-            mismatch = None
-            if violated and law.kind == "residual" and case is not None:
-                mismatch = runner.mismatch(law, case)
-                reason = str(mismatch) if mismatch is not None else reason
-            found.append(
-                Evidence(
-                    law.name,
-                    law.family,
-                    status,
-                    tally.triggered,
-                    worst,
-                    "; ".join(text for text in (reason, runner.note) if text),
-                    counterexample=Counterexample(law.name, case, target) if violated else None,
-                    shape=case.shape if violated and case is not None else None,
-                    example=case.code() if tally.shown and case is not None else None,
-                    mismatch=mismatch,
-                    failed=tally.broken if violated else 0,
-                )
+        return [self._evidence(tally, target) for tally in self.tallies.values()]
+
+    def _evidence(self, tally: Tally, target: str | None) -> Evidence:
+        law, case, runner = tally.law, tally.case, self._runner
+        if tally.violated and case is not None and tally.worst is not None:
+            found = runner.violation(
+                law, case, tally.worst, cases=tally.triggered, failed=tally.broken
             )
-        return found
+            return replace(found, counterexample=Counterexample(law.name, case, target))
+        status, reason = tally.verdict
+        if not tally.triggered:
+            reason = runner.unreached(law)
+        return Evidence.of(
+            law.name,
+            status,
+            cases=tally.triggered,
+            residual=None if status == "untriggered" or tally.dismissed else tally.worst,
+            reason=", ".join(filter(None, (reason, runner.note))),
+            example=case.code() if tally.shown and case is not None else None,
+        )

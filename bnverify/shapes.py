@@ -13,9 +13,7 @@ from collections.abc import Sequence
 
 from hypothesis.errors import InvalidArgument
 
-from bnverify.case import Domain
-
-Shape = tuple[int, int]
+from bnverify.model import Domain, Shape
 
 TINY_SHAPES: tuple[Shape, ...] = ((1, 1), (2, 1), (2, 2))
 POOL_SIZE = 8

@@ -12,11 +12,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from bnverify import strategies
-from bnverify.case import Case, Domain
 from bnverify.evidence import Call
 from bnverify.judge import FAINT
+from bnverify.model import Case, Domain, Shape
 from bnverify.pytree import stack, take
-from bnverify.shapes import Shape
 
 if TYPE_CHECKING:
     from bnverify.laws import Law
@@ -86,7 +85,7 @@ def simplify(
     assert tally.case is not None
     candidates: Sequence[Case | None]
     if law in runner.affordable(tally.case.shape) and runner.stacks:
-        candidates = [_simplest(runner, tally, others)]
+        candidates = [_simplest_stacked(runner, tally, others)]
     elif {"eager", "solution"}.intersection(law.observes):
         candidates = _plainer(tally.case, shapes)
     else:
@@ -98,16 +97,30 @@ def simplify(
     tally.dismissed = True
 
 
-def _simplest(runner: Runner, tally: Tally, others: Collection[Tally]) -> Case:
-    """Return the simplest violating case of the same shape, from stacked runs."""
-    assert tally.case is not None
-    best, name = tally.case, tally.law.name
-    block = runner.block(best.shape)
+def simplest(case: Case, breaks: Callable[[list[Case]], int | None]) -> Case:
+    """Return a case of the same shape that breaks a law, too, and reads easier.
+
+    Args:
+        case: one that breaks the law.
+        breaks: from cases of one shape, the simplest first, to the place of the first that breaks it, or
+            None.
+    """
     for _ in range(ROUNDS):
-        candidates = simpler(best)[:block]
-        if not candidates:
+        candidates = simpler(case)
+        found = breaks(candidates) if candidates else None
+        if found is None:
             break
-        cases = stack(candidates)
+        case = candidates[found]
+    return case
+
+
+def _simplest_stacked(runner: Runner, tally: Tally, others: Collection[Tally]) -> Case:
+    """Return the simplest case that violates the same law in a stack; keep what ``others`` show."""
+    assert tally.case is not None
+    block = runner.block(tally.case.shape)
+
+    def breaks(candidates: list[Case]) -> int | None:
+        cases = stack(candidates[:block])
         broken = {
             law: np.nan_to_num(values, nan=np.inf) > 1
             for law, values in runner.residuals(cases).items()
@@ -115,11 +128,9 @@ def _simplest(runner: Runner, tally: Tally, others: Collection[Tally]) -> Case:
         for other in others:
             if other.law.name in broken:
                 other.keep_simplest(cases, broken[other.law.name])
-        failing = np.flatnonzero(broken[name])
-        if not len(failing):
-            break
-        best = candidates[int(failing[0])]
-    return best
+        return next(map(int, np.flatnonzero(broken[tally.law.name])), None)
+
+    return simplest(tally.case, breaks)
 
 
 def _found(shapes: Sequence[Shape], runner: Runner, law: Law, seed: int) -> Case | None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bnverify.case import INT32, Case, Domain
+from bnverify.model import INT32, Case, Domain
 
 Floats = npt.NDArray[np.float32]
 Size = tuple[int, int, int]

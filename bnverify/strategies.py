@@ -1,6 +1,6 @@
 """Hypothesis strategies for the input of a training step.
 
-All draw from a :class:`~bnverify.case.Domain`, and shrink towards one row, one feature, zeros, seed 0
+All draw from a :class:`~bnverify.model.Domain`, and shrink towards one row, one feature, zeros, seed 0
 and learning rate 0.
 
 Shapes come from a pool (:mod:`bnverify.shapes`). Small arrays are drawn element by element, which
@@ -25,15 +25,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
 
-from bnverify.case import INT32, Case, Domain
-from bnverify.shapes import (
-    DEFAULT_DOMAIN,
-    POOL_SIZE,
-    Shape,
-    check_domain,
-    shape_pool,
-    tiny_shapes,
-)
+from bnverify.model import INT32, Case, Domain, Shape
+from bnverify.shapes import DEFAULT_DOMAIN, POOL_SIZE, check_domain, shape_pool, tiny_shapes
 from bnverify.stacks import KINDS, exponents, fill, largest_float32
 
 __all__ = [

@@ -8,19 +8,20 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import threading
+import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
-from bnverify import deadline, flax_module, probe
+from bnverify import probe
 from bnverify.adapters import explain
 from bnverify.errors import UsageError, did_you_mean, first_line
-from bnverify.lifetime.checkpoint import CheckpointedSubject, subject_of
-from bnverify.neighbours import importable
-from bnverify.parallel.subject import Parallel
-from bnverify.subject import Subject
+from bnverify.model import CheckpointedSubject, Parallel, Subject
+from bnverify.probe import subject_of
 
 T = TypeVar("T")
 
@@ -35,42 +36,68 @@ class TargetError(UsageError):
     """A target that cannot be loaded or verified; the message is one line."""
 
 
-def load(target: str, *, time_limit: float = deadline.DEFAULT) -> Target:
+_BESIDE: dict[str, tuple[Path, ModuleType]] = {}
+"""Modules imported from beside a target: name -> the target's directory, and the module."""
+
+
+@contextmanager
+def importable(home: Path) -> Iterator[None]:
+    """Put a directory first on ``sys.path`` while the block runs.
+
+    Args:
+        home: an absolute path.
+
+    Raises:
+        TargetError: ``home`` has a module of the same name as one that another target imported from
+            its own directory. Python would give this target that one.
+    """
+    for name, (other, module) in _BESIDE.items():
+        if other != home and sys.modules.get(name) is module and _holds(home, name):
+            raise TargetError(
+                f"{name} was imported from {other} for another target, and {home} has a module of that "
+                "name, too: load the two in separate processes"
+            )
+    path, known = sys.path[:], set(sys.modules)
+    sys.path.insert(0, str(home))
+    importlib.invalidate_caches()  # a file written a moment ago must be found
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - known:
+            if "." not in name and _holds(home, name):
+                _BESIDE[name] = home, sys.modules[name]
+
+
+def _holds(home: Path, name: str) -> bool:
+    return (home / f"{name}.py").is_file() or (home / name).is_dir()
+
+
+def load(target: str) -> Target:
     """Return the subject that ``target`` names.
 
     Args:
         target: ``package.module:name`` or ``path/file.py:name`` of a Subject, a CheckpointedSubject
             or a Parallel, of a function without arguments that returns one, or of a function with
             the signature of the reference, ``(seed, x_batch, y_batch, lr)``. A file may import
-            modules next to it.
-        time_limit: the limit in seconds for importing the module, for creating the subject, and for
-            tracing it.
+            modules from its own directory.
 
     Raises:
         TargetError: the target cannot be loaded or verified; the message says why, in one line.
     """
     source, name = _split(target)
-    try:
-        with importable(directory(target)):
-            with deadline.limit(time_limit, f"importing {source}"):
-                module = _import(source)
-            value = _lookup(module, source, name)
-            with deadline.limit(time_limit, f"making the subject of {target}"):
-                made = _made(value, target)
-            with deadline.limit(time_limit, f"tracing {target}"):
-                _check(subject_of(made), target)
-            if isinstance(made, Subject) and not made.hints:  # adapters have analysed theirs
-                from bnverify.adapters.look import completed
-
-                with deadline.limit(time_limit, f"tracing {target}"):
-                    made = _looked_at(made, completed)
-    except deadline.OverTime as error:
-        raise TargetError(str(error)) from None
+    with importable(directory(target)):
+        made = _made(_lookup(_import(source), source, name), target)
+        _check(subject_of(made), target)
+        if isinstance(made, Subject) and not made.hints:  # an adapter has looked already
+            made = _looked_at(made)
     return made
 
 
-def _looked_at(made: Subject, completed: Callable[..., Subject]) -> Subject:
-    """Return a Subject written by hand, completed by an analysis of its traces."""
+def _looked_at(made: Subject) -> Subject:
+    """Return a Subject written by hand with what a look at its programs shows."""
+    from bnverify.adapters.look import completed
+
     try:
         return completed(made, written_by_hand=True)
     except Exception:  # noqa: BLE001 - a step that does not trace may still run
@@ -192,6 +219,14 @@ def user_line(error: BaseException) -> str:
     return f" ({frame.filename}:{frame.lineno}: {frame.line})" if frame else ""
 
 
+def running_line(thread: threading.Thread) -> str:
+    """Return the same of the line in a user's code that a thread is at."""
+    frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - documented, for debugging
+    frames = reversed(traceback.extract_stack(frame))
+    at = next((each for each in frames if not explain.is_library(each.filename)), None)
+    return f" ({at.filename}:{at.lineno}: {at.line})" if at else ""
+
+
 def _lookup(module: ModuleType, source: str, name: str) -> Any:
     value: Any = module
     for part in name.split("."):
@@ -234,8 +269,8 @@ def _made(value: Any, target: str) -> Target:
 
 
 def _refuse_module(value: Any, what: str) -> None:
-    """Refuse a bare Flax module, with the adapter to use."""
-    advice = flax_module.advice(value)
+    """Refuse a Flax module by itself, and say what makes a subject of it."""
+    advice = probe.advice(value)
     if advice:
         raise TargetError(f"{what} is not a training step{advice}")
 

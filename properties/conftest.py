@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from bnverify.case import Case
+    from bnverify.model import Case, Subject
     from bnverify.proof import Reading
     from bnverify.runs import Runner
-    from bnverify.subject import Subject
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 DEFAULT = ("sgd", "adam")

@@ -1,16 +1,22 @@
-"""docs/architecture.md says who may import whom; here it is held against the code."""
+"""docs/architecture.md says who may import whom and who calls whom; here that is held against the code."""
 
 from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
+from bnverify.cli import main
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bnverify"
+HOP = re.compile(r"^\d+\. `([\w/]+\.py):(\w+)`", re.MULTILINE)
 ROW = re.compile(r"^\| ([\w ]+) \| ((?:`\w+` ?)+)\|$", re.MULTILINE)
 
 
@@ -28,7 +34,7 @@ def listed(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Yield the modules and folders that a file imports from, wherever in it; not those for types alone."""
+    """Yield the modules of the package that a file imports, wherever in it; not those for types alone."""
     tree = ast.parse(path.read_text())
     for_types = {
         child
@@ -39,16 +45,23 @@ def imports(path: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if node in for_types:
             continue
-        if isinstance(node, ast.ImportFrom) and node.module == "bnverify":
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bnverify."):
-            yield (node.module or "").split(".")[1]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bnverify":
+            for name in node.names:
+                yield next(
+                    filter(MODULES.__contains__, (f"{node.module}.{name.name}", node.module))
+                )
         elif isinstance(node, ast.Import):
-            parts = [name.name.split(".") for name in node.names]
-            yield from (p[1] for p in parts if p[0] == "bnverify" and len(p) > 1)
+            yield from (name.name for name in node.names if name.name in MODULES)
+
+
+def module(path: Path) -> str:
+    """Return the dotted name of a file of the package."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+MODULES = {"bnverify", *map(module, FILES)}
 
 
 def test_the_table_lists_every_module_once() -> None:
@@ -63,9 +76,52 @@ def test_modules_import_from_their_own_row_or_from_above() -> None:
         (str(path.relative_to(PACKAGE)), name)
         for path in FILES
         for name in imports(path)
-        if ranks.get(name, -1) > ranks[listed(path)]
+        if ranks.get(name.partition(".")[2].partition(".")[0], -1) > ranks[listed(path)]
     }
     assert later == set()
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Neither when they are loaded nor later, in a function; nor within a package."""
+    graph = {module(path): set(imports(path)) - {"bnverify"} for path in FILES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_a_case_goes_through_the_files_of_the_page_and_never_back() -> None:
+    """In a real check each function is first called after the one before it; no file calls an earlier one."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    hops = [(file, function) for file, function in HOP.findall(page)]
+    places = {file: place for place, (file, _) in enumerate(hops)}
+    assert len(places) == len(hops) <= 12
+    entered: dict[tuple[str, str], None] = {}
+    back: set[tuple[str, str]] = set()
+
+    def named(frame: FrameType | None) -> tuple[str, str] | None:
+        if frame is None or not frame.f_code.co_filename.startswith(f"{PACKAGE}/"):
+            return None
+        return frame.f_code.co_filename.removeprefix(f"{PACKAGE}/"), frame.f_code.co_name
+
+    def follow(frame: FrameType, event: str, _: object) -> None:
+        callee = named(frame) if event == "call" else None
+        if callee is None or callee[0] not in places:
+            return
+        entered.setdefault(callee)
+        caller = named(frame.f_back)
+        if caller is not None and places.get(caller[0], -1) > places[callee[0]]:
+            back.add((":".join(caller), ":".join(callee)))
+
+    law = hops[-3][1]
+    sys.setprofile(follow)
+    try:
+        status = main(["check", "-q", "--profile", "quick", "--select", law])
+    finally:
+        sys.setprofile(None)
+    assert status == 0
+    assert back == set()
+    assert [each for each in entered if each in hops] == hops
 
 
 @pytest.mark.parametrize("name", ["oracle.py", "upgrade/compare.py"])

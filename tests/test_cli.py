@@ -15,11 +15,10 @@ from xml.etree import ElementTree as ET
 import pytest
 
 import bnverify
-from bnverify import commands, deadline
-from bnverify.check import LawJudged, Started
+from bnverify import commands
 from bnverify.cli import SHELLS, main
 from bnverify.commands import check
-from bnverify.evidence import Evidence, Violation
+from bnverify.evidence import Violation
 from bnverify.laws import LAWS
 from bnverify.mistakes import MISTAKES
 
@@ -137,17 +136,38 @@ def test_status_2_and_one_line_if_the_command_is_unusable(run: Run, line: str) -
     assert err.startswith("bnverify: ")
 
 
-def test_a_step_that_hangs_while_it_is_checked_is_unusable(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The time limit applies to later calls of the target as well."""
+HANGING = {
+    "an import": "while True:\n    pass  # here\n",
+    "a step that catches everything": (
+        "from dataclasses import replace\n"
+        "from bnverify import reference\n"
+        "def step(state, x, y, lr):\n"
+        "    while True:\n"
+        "        try:\n"
+        "            while True:\n"
+        "                pass  # here\n"
+        "        except BaseException:\n"
+        "            pass\n"
+        "x = replace(reference.sgd(), step=step)\n"
+    ),
+}
 
-    def verify(*args: object, **options: object) -> None:
-        raise deadline.OverTime("step of mine took more than 1 s")
 
-    monkeypatch.setattr("bnverify.check.verify", verify)
-    status, _, err = run("check")
-    assert (status, err) == (2, "bnverify: step of mine took more than 1 s\n")
+@pytest.mark.parametrize("name", HANGING)
+def test_a_target_that_hangs_is_unusable(name: str, tmp_path: Path) -> None:
+    """Past the time limit the process ends with status 2, and one line says where it was."""
+    file = tmp_path / "hangs.py"
+    file.write_text(HANGING[name])
+    process = start("check", f"{file}:x", "--time-limit", "8")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.count("\n") == 1
+    assert err.startswith(f"bnverify: loading {file}:x took more than 8 s ({file}:")
+    lines = HANGING[name].splitlines()
+    assert lines[int(err.split("hangs.py:")[2].split(":")[0]) - 1].strip() in {
+        "pass  # here",
+        "while True:",
+    }
 
 
 def test_a_step_that_raises_on_some_input_is_unusable(run: Run, tmp_path: Path) -> None:
@@ -180,8 +200,8 @@ def test_a_step_that_raises_on_some_input_is_unusable(run: Run, tmp_path: Path) 
 def test_status_3_if_bnverify_itself_fails(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """An internal error is one line that names the file with the traceback."""
-    monkeypatch.setattr("bnverify.check.verify", None)  # calling it raises inside bnverify
+    """An internal error is one line, and its traceback lies in the file that the line names."""
+    monkeypatch.setattr("bnverify.check.choose", None)  # to call it fails in our own code
     monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "cache"))
     status, _, err = run("check")
     assert status == 3
@@ -197,7 +217,7 @@ def test_the_traceback_is_kept_if_the_cache_is_not_writable(
 ) -> None:
     """It is then saved among the temporary files."""
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(check, "_verify", lambda args: 1 / 0)
+    monkeypatch.setattr(check, "_check", lambda args, shard: 1 / 0)
     monkeypatch.setenv("BNVERIFY_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
     _, _, err = run("check")
@@ -208,10 +228,10 @@ def test_the_traceback_is_kept_if_the_cache_is_not_writable(
 def test_ctrl_c_ends_without_a_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The exit status is 130, as shells expect."""
 
-    def interrupted(args: object) -> None:
+    def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check, "_verify", interrupted)
+    monkeypatch.setattr(check, "_check", interrupted)
     assert run("check") == (130, "", "bnverify: interrupted\n")
 
 
@@ -234,14 +254,12 @@ def test_ctrl_c_during_a_long_check(tmp_path: Path) -> None:
 def test_ctrl_c_prints_the_results_so_far(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Laws proved before are in the report; the others are untriggered."""
 
-    def verify(*args: object, listener: Callable[[object], None], **options: object) -> None:
-        listener(Started("mine", ("gradients_match_params", "eval_repeats_to_the_bit")))
-        proved = Evidence.of("gradients_match_params", "proved", reason="every N and D")
-        listener(LawJudged(proved))
+    def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bnverify.check.verify", verify)
-    status, out, err = run("check", "-v")
+    monkeypatch.setattr("bnverify.check.Run", interrupted)
+    laws = "gradients_match_params,eval_repeats_to_the_bit"
+    status, out, err = run("check", "-v", "--select", laws)
     assert status == 130
     assert "none violated, 1 not reached" in out
     assert "note: interrupted" in out
@@ -385,10 +403,10 @@ def test_leaves_option(run: Run, tmp_path: Path) -> None:
 def test_a_full_disk_is_reported(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that was writable before the check and is not after it gives one line."""
 
-    def write(*args: object) -> None:
+    def write(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bnverify.atomic_file.write", write)
+    monkeypatch.setattr(Path, "write_text", write)
     status, _, err = run("check", "-q", "--proofs", "--select", "structure", "--json", "x.json")
     assert (status, err) == (
         2,

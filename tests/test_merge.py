@@ -15,7 +15,7 @@ from bnverify.errors import UsageError
 from bnverify.evidence import Evidence, Report
 from bnverify.laws import LAWS
 from bnverify.merge import merge
-from bnverify.shard import Shard
+from bnverify.profile import Shard
 
 Shards = Callable[..., dict[str, str]]
 
@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
     "doubled": ({**TWO, "3.json": TWO["2.json"]}, "2.json and 3.json are both shard 2/2"),
     "of other counts": (
         {**TWO, "3.json": shards(report(list(LAWS)), 3)["3.json"]},
-        "1.json is shard 1/2, 3.json is 3/3: not of the same work",
+        "1.json and 3.json differ in number of shards: 2 and 3",
     ),
     "no JSON": ({**TWO, "1.json": "{"}, "1.json is not JSON"),
     "no report": ({**TWO, "1.json": "[]"}, "1.json was not written by `bnverify check`"),
@@ -113,7 +113,7 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
     "other seed": (changed(TWO, "2.json", seed=4), "1.json and 2.json differ in seed: 3 and 4"),
     "other selection": (
         changed(TWO, "2.json", of=["momentum_is_as_declared"]),
-        "1.json and 2.json are parts of different selections",
+        "1.json and 2.json differ in selection",
     ),
     "a law unanswered": (
         changed(TWO, "2.json", results=[]),

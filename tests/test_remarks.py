@@ -11,9 +11,9 @@ import pytest
 
 import bnverify
 from bnverify import zoo
+from bnverify.model import Subject
 from bnverify.proof import read
 from bnverify.remarks import remarks
-from bnverify.subject import Subject
 from tests.faults import CONTROLS
 
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 import bnverify
-from bnverify import Case, compat, reference, runs, shrink, verify
+from bnverify import Case, compat, observe, reference, runs, shrink, verify
 from bnverify.check import STOPPED, Check, Event, Finished, LawJudged, PhaseStarted, Started
 from bnverify.evidence import Report
 from bnverify.jaxpr.tracing import Tracer
@@ -381,7 +381,7 @@ def test_a_large_model_has_fewer_cases_of_fewer_rows(monkeypatch: pytest.MonkeyP
     sizes = [small.block((rows, 4)) for rows in (1, 64, 1000, 100_000, 10**7)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == 1
-    monkeypatch.setattr(runs, "OPERATIONS", 2e4)
+    monkeypatch.setattr(observe, "OPERATIONS", 2e4)
     report = verify(reference.sgd(), plan, select=["batch_stats_change_only_by_ema"])
     (note,) = report.notes
     assert re.match(r"a large model: cases of at most \d+ rows; .*narrower", note)

@@ -21,8 +21,8 @@ from hypothesis.database import (
 )
 
 from bnverify import strategies
-from bnverify.case import Case
 from bnverify.evidence import Counterexample, Evidence
+from bnverify.model import Case
 from bnverify.testing import memory
 
 Machines = Callable[[str], ExampleDatabase]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
 
 from bnverify import shapes, strategies
-from bnverify.case import Case, Domain
+from bnverify.model import Case, Domain
 from bnverify.stacks import KINDS, stacked_cases
 
 DOMAIN = Domain()

@@ -16,9 +16,9 @@ from hypothesis.database import ExampleDatabase, InMemoryExampleDatabase
 # Imported before any test runs: pytester unloads modules first imported inside it, and jax cannot
 # be imported twice in one process.
 from bnverify import Subject, check
-from bnverify.case import Case
 from bnverify.evidence import Call, Cause, Counterexample, Evidence, Report, Violation
 from bnverify.laws import FAMILIES, LAWS
+from bnverify.model import Case
 from bnverify.target import load
 from bnverify.testing import memory, plugin
 from bnverify.testing.workers import shared

@@ -1,16 +1,15 @@
 """What a target names, and what is said of one that names nothing to verify."""
 
-import inspect
+import contextlib
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bnverify import deadline, probe, target
-from bnverify.subject import Subject
+from bnverify import target
+from bnverify.model import Subject
 from bnverify.target import TargetError, load
 
 STEPS = """
@@ -69,16 +68,6 @@ def makes_a_number():
 def raises():
     return 1 / 0
 
-def hangs():
-    while True:
-        try:
-            while True:
-                pass
-        except BaseException:
-            pass
-        else:
-            pass
-
 def without(**changes):
     from dataclasses import replace
     return replace(subject, **changes)
@@ -98,12 +87,6 @@ def forgetful(state, x, y, lr):
     raise ModifyScopeVariableError("as Flax does")
 
 raises_in_step = without(step=forgetful)
-
-def slow(state, x, y, lr):
-    while True:
-        pass
-
-hangs_in_step = without(step=slow)
 
 def concrete(state, x, y, lr):
     if float(x[0, 0]) > 100:
@@ -243,102 +226,47 @@ def test_the_line_that_raises_is_shown(here: Path) -> None:
         load("steps.py:raises")
 
 
-@pytest.mark.parametrize("name", ["hangs_in_step", "hangs"])
-def test_code_that_hangs_is_ended(here: Path, name: str) -> None:
-    """Past the time limit a loop ends with a TargetError that says which."""
-    if name == "hangs":
-        (here / "steps.py").write_text(STEPS.replace("except BaseException", "except Exception"))
-    with pytest.raises(TargetError, match=f"steps.py:{name} took more than 0.3 s"):
-        load(f"steps.py:{name}", time_limit=0.3)
+@pytest.mark.parametrize("package", [True, False], ids=["package", "module"])
+def test_modules_of_one_name_beside_two_targets_are_refused(here: Path, package: bool) -> None:
+    """The second is not verified with the first one's model: each needs a process of its own."""
+    for name in ("one", "two"):
+        home = here / name
+        (home / "model").mkdir(parents=True)
+        if package:
+            (home / "model" / "__init__.py").write_text("")
+        else:
+            (home / "model.py").write_text("")
+        (home / "check.py").write_text(
+            "import model\nfrom bnverify import reference\nsubject = reference.sgd()\n"
+        )
+    load("one/check.py:subject")
+    load("one/check.py:subject")
+    with pytest.raises(TargetError, match=rf"model was imported from {here}/one for another"):
+        load("two/check.py:subject")
+    del sys.modules["model"]
+    load("two/check.py:subject")
+    del sys.modules["model"]
 
 
-def test_an_import_that_hangs_is_ended(here: Path) -> None:
-    """Likewise at import."""
-    (here / "loops.py").write_text("while True:\n    pass\n")
-    with pytest.raises(TargetError, match=r"importing loops.py took more than 0.3 s"):
-        load("loops.py:x", time_limit=0.3)
+def test_what_a_program_had_imported_stays(here: Path) -> None:
+    """A file called like a module that is imported already hides nothing and is refused nothing."""
+    import json
+
+    for name in ("one", "two"):
+        (here / name).mkdir()
+        (here / name / "json.py").write_text("")
+        with target.importable(here / name):
+            assert sys.path[0] == str(here / name)
+            assert sys.modules["json"] is json
 
 
-def test_a_limit_rings_again() -> None:
-    """Code that swallows the first signal meets the next."""
-
-    def swallow() -> None:
-        with deadline.limit(0.05, "swallowing"):
-            for _ in range(2):
-                try:
-                    while True:
-                        pass
-                except deadline.OverTime:
-                    pass
-            while True:
-                pass
-
-    # Rung at 0.05 s and each second after; the third is not swallowed.
-    with pytest.raises(deadline.OverTime, match=r"swallowing took more than 0.05 s"):
-        swallow()
-
-
-def test_a_limit_inside_a_limit_gives_the_outer_one_back() -> None:
-    """The outer limit still holds after the inner one is gone."""
-
-    def nested() -> None:
-        with deadline.limit(0.2, "the outer"):
-            with deadline.limit(60, "the inner"):
-                pass
-            while True:
-                pass
-
-    with pytest.raises(deadline.OverTime, match="the outer"):
-        nested()
-
-
-def test_another_thread_has_no_limit() -> None:
-    """Signals reach the main thread alone, so elsewhere the block just runs."""
-    done = []
-
-    def run() -> None:
-        with deadline.limit(1e-6, "anything"):
-            done.append(sum(range(1000)))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert done == [sum(range(1000))]
-
-
-def test_guarded_functions_are_limited_and_otherwise_the_same(here: Path) -> None:
-    """A guarded subject gives what the subject gives, and ends where one of its calls hangs."""
-    subject = load("steps.py:subject")
-    hanging = load("steps.py:does_not_trace")
-    with pytest.raises(deadline.OverTime, match="step of mine took more than"):
-        deadline.guard(_hang(hanging), 0.05).step(None, None, None, None)
-    guarded = deadline.guard(subject, 60)
-    assert guarded.layer_inputs is None
-    assert inspect.signature(guarded.step) == inspect.signature(subject.step)
-    probe.check(guarded)
-
-
-def _hang(subject: Subject) -> Subject:
-    from dataclasses import replace
-
-    def step(state: object, x: object, y: object, lr: object) -> None:
-        while True:
-            pass
-
-    return replace(subject, step=step)  # type: ignore[arg-type] # it never returns
-
-
-def test_an_optimizer_put_in_is_guarded_too() -> None:
-    """What with_optimizer makes of a guarded subject is guarded."""
-    made = Subject("probed", _nothing, _nothing, _nothing)
-    subject = Subject("plain", _nothing, _nothing, _nothing, with_optimizer=lambda tx: made)
-    around = deadline.guard(subject, 60).with_optimizer
-    assert around is not None
-    assert around(None).step is not made.step
-
-
-def _nothing(*args: object) -> None:
-    """Stand in for a function of a subject."""
+def test_the_path_is_restored_after_an_error(tmp_path: Path) -> None:
+    """Whatever happens in the block, sys.path is as before."""
+    before = sys.path[:]
+    with contextlib.suppress(KeyError), target.importable(tmp_path):
+        assert sys.path[0] == str(tmp_path)
+        raise KeyError
+    assert sys.path == before
 
 
 def test_importing_the_module_loads_no_jax() -> None:

@@ -8,12 +8,12 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 
-from bnverify.case import Case
 from bnverify.check import LawJudged, PhaseStarted
 from bnverify.evidence import READ_ONLY, Cause, Counterexample, Evidence, Report
 from bnverify.laws import LAWS
 from bnverify.laws.mismatch import Mismatch
 from bnverify.mistakes import MISTAKES
+from bnverify.model import Case
 from bnverify.report import terminal
 from bnverify.report.formats import render
 from bnverify.report.matrix import LEGEND, matrix
@@ -45,11 +45,12 @@ REPORT = Report(
             "violated",
             12,
             3e9,
-            f"{WRONG}; if it is meant: negative=True",
+            str(WRONG),
             SHOWN,
             CAUSE,
             (1, 40),
             mismatch=WRONG,
+            hint="if it is meant: negative=True",
             failed=7,
             path=("batch_stats", "mul at steps.py:3 (step)", "params"),
         ),
@@ -296,7 +297,8 @@ def test_str_of_a_report_is_its_verdict() -> None:
     assert str(REPORT).splitlines() == [
         "my step: 1 of 5 laws violated",
         "1 proved, 1 held, 1 violated, 1 untriggered, 1 exempt; 1,234,567 cases in 12.3 s",
-        f"violated: variance_is_never_negative: {WRONG}; if it is meant: negative=True",
+        f"violated: variance_is_never_negative: {WRONG}",
+        "  batch_stats -> mul at steps.py:3 (step) -> params; If it is meant: negative=True",
         f"  likely cause: {CAUSE}",
     ]
     assert repr(REPORT).startswith("<Report my step: 1 of 5 laws violated; 1 proved")

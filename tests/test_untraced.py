@@ -14,8 +14,8 @@ from jax.experimental import io_callback
 
 import bnverify
 from bnverify import reference
+from bnverify.model import State
 from bnverify.profile import Profile
-from bnverify.subject import State
 
 SGD = reference.sgd()
 FEW = Profile("few", tiny=1, shapes=0, block=16, examples=3)

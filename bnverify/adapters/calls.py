@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bnverify import flax_module, probe
+from bnverify import probe
 from bnverify.errors import UsageError
 
 _WORDS = {
@@ -361,11 +361,11 @@ def linen_module(module: Any) -> None:
     Raises:
         UsageError: it is not; the message says what to pass.
     """
-    kind = flax_module.kind(module)
+    kind = probe.flax_kind(module)
     if kind == "linen" and isinstance(module, type):
-        raise UsageError(f"linen takes a module, not its class: {flax_module.wrapped(module)}")
+        raise UsageError(f"linen takes a module, not its class: {probe.wrapped(module)}")
     if kind == "nnx":
-        raise UsageError(f"that is an nnx module: {flax_module.wrapped(module)}")
+        raise UsageError(f"that is an nnx module: {probe.wrapped(module)}")
     if kind is None:
         raise UsageError(f"linen takes a flax.linen module, got {_described(module)}")
 
@@ -376,13 +376,13 @@ def nnx_maker(make_module: Any) -> None:
     Raises:
         UsageError: it is not; the message says what to pass.
     """
-    kind = flax_module.kind(make_module)
+    kind = probe.flax_kind(make_module)
     if kind == "linen":
-        raise UsageError(f"that is a linen module: {flax_module.wrapped(make_module)}")
+        raise UsageError(f"that is a linen module: {probe.wrapped(make_module)}")
     if kind == "nnx" and not isinstance(make_module, type):
         raise UsageError(
             "nnx needs the class, or a function of rngs, because it makes a new module for every "
-            f"seed: {flax_module.wrapped(make_module)}"
+            f"seed: {probe.wrapped(make_module)}"
         )
     if not callable(make_module):
         raise UsageError(

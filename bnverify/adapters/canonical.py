@@ -14,7 +14,7 @@ from bnverify.adapters.explain import explaining
 from bnverify.adapters.look import completed
 from bnverify.adapters.programs import RATE, sizes_of
 from bnverify.adapters.traced import Flows
-from bnverify.subject import State, StepInfo, Subject, Tree
+from bnverify.model import State, StepInfo, Subject, Tree
 
 CLAIMS = frozenset({"lr", "row_losses", "eval_is_training_loss"})
 

@@ -1,4 +1,4 @@
-"""What a look at a step's programs shows of what laws claim: ``bnverify.subject.Look``.
+"""What a look at a step's programs shows of what laws claim: ``bnverify.model.Look``.
 
 Facts only: the laws say which of them are wrong. Reachability tells what may happen, so a fact is
 told where a step certainly does, or certainly does not, what a law asks for.
@@ -20,8 +20,8 @@ from bnverify.adapters.layers import Layers
 from bnverify.adapters.programs import ROWS, Programs
 from bnverify.adapters.schedules import schedules
 from bnverify.adapters.traced import DRAWS, Flows
+from bnverify.model import Axis, Copy, Draw, Look, Mask
 from bnverify.proof import asked
-from bnverify.subject import Axis, Copy, Draw, Look, Mask
 
 PARAMS, STATISTICS = "params/", "batch_stats/"
 SAME_VALUES = frozenset(

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from bnverify.adapters.programs import RATE, Programs
 from bnverify.adapters.traced import layer_input, links, marked
 from bnverify.adapters.watch import Call, Recording, watching
+from bnverify.model import LayerInput, Pass, State
 from bnverify.pytree import path_name
-from bnverify.subject import LayerInput, Pass, State
 
 
 class Layers:

@@ -21,7 +21,7 @@ from bnverify.adapters.declared import Declarations
 from bnverify.adapters.explain import explaining
 from bnverify.adapters.modes import Mode, call_mode, known_names, named
 from bnverify.adapters.programs import sizes_of
-from bnverify.subject import State, Subject, Tree
+from bnverify.model import State, Subject, Tree
 
 
 def linen(

@@ -23,7 +23,7 @@ from bnverify.adapters.programs import Programs
 from bnverify.adapters.schedules import updates_every
 from bnverify.adapters.trees import partition, union
 from bnverify.errors import UsageError
-from bnverify.subject import State, Subject
+from bnverify.model import State, Subject
 
 
 def completed(

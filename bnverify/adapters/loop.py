@@ -39,7 +39,7 @@ from bnverify.adapters.reports import (
 from bnverify.adapters.traced import Flows, evaluated, holds_tracers
 from bnverify.adapters.watch import Updates, evaluating, noting, updates, watching
 from bnverify.errors import UsageError
-from bnverify.subject import State, StepInfo, Subject
+from bnverify.model import State, StepInfo, Subject
 
 Optimizer = Callable[[Any], Any]
 

@@ -19,7 +19,7 @@ from bnverify.adapters.modes import Mode, call_mode
 from bnverify.adapters.objects import Parts
 from bnverify.adapters.watch import noting
 from bnverify.errors import UsageError
-from bnverify.subject import State, Subject, Tree
+from bnverify.model import State, Subject, Tree
 
 
 def nnx(

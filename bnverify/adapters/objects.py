@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnverify.adapters.reports import is_metrics
 from bnverify.errors import UsageError
-from bnverify.subject import State
+from bnverify.model import State
 
 Tree = Any
 Path = tuple[str, ...]

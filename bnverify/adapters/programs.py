@@ -13,8 +13,8 @@ import numpy as np
 from bnverify.adapters.explain import is_library
 from bnverify.adapters.traced import Flows, labels, labels_anywhere
 from bnverify.adapters.watch import watching
+from bnverify.model import State, Subject
 from bnverify.pytree import path_name
-from bnverify.subject import State, Subject
 
 ROWS = 24  # in the traces: unlikely as a feature size, and divisible by many numbers of shards
 FEATURES = 6  # if any will do

@@ -20,8 +20,8 @@ from bnverify.adapters.traced import Evaluation
 from bnverify.jaxpr.interpreter import live, read
 from bnverify.jaxpr.rounding import evaluate
 from bnverify.jaxpr.tracing import trace
+from bnverify.model import Schedule, State, Subject
 from bnverify.pytree import path_name
-from bnverify.subject import Schedule, State, Subject
 
 MOST = 64  # the largest number of steps per update that is tried
 BATCHES = re.compile(r"batches|micro_?steps|mini_?steps", re.IGNORECASE)

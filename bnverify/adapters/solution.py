@@ -18,7 +18,7 @@ from bnverify.adapters.calls import plain
 from bnverify.adapters.explain import explaining
 from bnverify.adapters.linen import linen
 from bnverify.laws import LAWS
-from bnverify.subject import State, StepInfo, Subject
+from bnverify.model import State, StepInfo, Subject
 
 Solution = Callable[..., Any]
 

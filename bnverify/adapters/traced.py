@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bnverify.jaxpr.graph import Graph, source_line
 from bnverify.jaxpr.interpreter import Body, called_jaxpr, inner_jaxprs, open_jaxpr, read
-from bnverify.subject import LayerInput
+from bnverify.model import LayerInput
 
 PREFIX = "bnverify:"
 PRIMITIVE = "name"  # of checkpoint_name, which does nothing where no policy asks for the name

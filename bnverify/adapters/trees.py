@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from bnverify.adapters.reports import is_metrics
 from bnverify.errors import UsageError, did_you_mean
+from bnverify.model import State, Tree
 from bnverify.pytree import path_name
-from bnverify.subject import State, Tree
 
 Path = tuple[str, ...]
 

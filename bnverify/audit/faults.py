@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bnverify.lazy import jax, jnp
-from bnverify.subject import Subject, Tree
+from bnverify.model import Subject, Tree
 
 PARTS = ("params", "batch_stats", "opt_state")
 

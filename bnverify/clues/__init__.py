@@ -17,16 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from bnverify.case import Case
 from bnverify.clues.average import average, recorded_moments
 from bnverify.clues.modes import modes, row_order
 from bnverify.clues.observed import NEEDS, Clues, ObservedCase
 from bnverify.clues.update import gradient, optimizer_state, update, update_of_another_trace
 from bnverify.judge import RoundingBounds
 from bnverify.lazy import jax
+from bnverify.model import Case, Transition
 from bnverify.observe import FEW_ROWS, CompiledSubject, observe
 from bnverify.pytree import path_name, stack
-from bnverify.transition import Transition
 
 __all__ = ["Clues", "general_cases", "read_clues", "tree_clues"]
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from bnverify.clues.observed import LOOSE, Clues, ObservedCase, raw
 from bnverify.lazy import jax, jnp
+from bnverify.model import State
 from bnverify.pytree import is_floating, path_name
 from bnverify.reruns import other_statistic, reverse_rows, with_statistics
-from bnverify.subject import State
 
 MOST_ROWS = 64
 """Up to this many rows, each row is also trained on separately."""

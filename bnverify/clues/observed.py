@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from bnverify.case import Case
 from bnverify.judge import RoundingBounds
 from bnverify.lazy import jax, jnp
+from bnverify.model import Case, State, Transition
 from bnverify.observe import CompiledSubject, optimizer_update
 from bnverify.pytree import is_floating, path_name
 from bnverify.reruns import own_statistics
-from bnverify.subject import State
-from bnverify.transition import Transition
 
 Clues = dict[str, Any]
 """What was recognised, by name: numbers, strings and lists of names, as in JSON."""

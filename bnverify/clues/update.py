@@ -22,9 +22,9 @@ from bnverify.clues.observed import (
 )
 from bnverify.judge import some_direction
 from bnverify.lazy import jax
+from bnverify.model import Outcome
 from bnverify.pytree import form, is_floating, path_name, take
 from bnverify.reruns import other_param, with_params
-from bnverify.transition import Outcome
 
 
 def update(observed: ObservedCase) -> Clues:

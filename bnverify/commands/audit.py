@@ -8,8 +8,8 @@ from typing import Any
 
 from bnverify import arguments
 from bnverify.errors import UsageError, did_you_mean
+from bnverify.profile import Shard
 from bnverify.report import formats
-from bnverify.shard import Shard
 
 
 def add_parser(subparsers: Any) -> None:

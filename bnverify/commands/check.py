@@ -6,19 +6,20 @@ import argparse
 import contextlib
 import os
 import sys
-import time
+import threading
 from typing import TYPE_CHECKING, Any
 
-from bnverify import arguments, deadline, target
+from bnverify import arguments, target
 from bnverify.errors import UsageError
-from bnverify.neighbours import importable
-from bnverify.shard import Shard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
-    from bnverify.check import Event, Listener
-    from bnverify.evidence import Evidence, Report
+    from bnverify.evidence import Report
+    from bnverify.profile import Shard
+
+TIME_LIMIT = 120.0
+"""Seconds: importing a large model takes ten, tracing it some more."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,24 +50,25 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--leaves", action="store_true", help="report dependencies by leaf instead of by tree"
     )
-    parser.add_argument("--shard", metavar="K/N", help="check only part K of N of the laws")
-    what = "importing the target, or one call of its Python code,"
-    arguments.add_time_limit(parser, arguments.TIME_LIMIT, what)
+    parser.add_argument("--shard", metavar="K/N", help="check only the K-th of N parts of the laws")
+    arguments.add_time_limit(parser, TIME_LIMIT, "importing the target and tracing it")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the target, report, and return the exit status."""
+    """Check the target, show what was seen and return the exit status."""
+    from bnverify.profile import Shard
+
     arguments.settle(args)
     outputs = arguments.outputs(args)
-    # Keep what the target prints out of machine-readable output.
+    shard = Shard.parse(args.shard) if args.shard else Shard()
+    # What a target prints must not end up in a report that is read by a machine.
     plain = all(each.format == "terminal" or each.file for each in outputs)
     with contextlib.nullcontext() if plain else contextlib.redirect_stdout(sys.stderr):
-        report, whole, interrupted = _verify(args)
+        report, laws, interrupted = _check(args, shard)
     report = report if args.leaves else report.by_trees()
     from bnverify.report import formats
 
-    text = report.to_json()
-    text = Shard.parse(args.shard).stamp(text, whole) if args.shard else text
+    text = shard.stamp(report.to_json(), laws) if args.shard else report.to_json()
     formats.write([report], outputs, arguments.verbosity(args), json=text)
     if interrupted:
         sys.stdout.flush()
@@ -74,104 +76,67 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
-def _verify(args: argparse.Namespace) -> tuple[Report, list[str], bool]:
-    """Return the report, the names of the laws of all shards, and whether it was interrupted."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # all results are about the CPU backend
+def _check(args: argparse.Namespace, shard: Shard) -> tuple[Report, list[str], bool]:
+    """Return the report, the names of the laws of all shards, and whether the check was interrupted."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
     from bnverify import compat
 
     compat.compile_quickly()
-    with importable(target.directory(args.target)):
-        what = target.load(args.target, time_limit=args.time_limit)
+    # A step may import from its directory whenever it is called.
+    with target.importable(target.directory(args.target)):
+        with _time_limit(args.time_limit, f"loading {args.target}"):
+            what = target.load(args.target)
 
-        from bnverify.check import choose, guarded, verify
-        from bnverify.parallel.subject import Parallel
+        from bnverify.check import Check, Finished, choose
+        from bnverify.model import Parallel
         from bnverify.report.progress import progress
 
         select, ignore = arguments.names(args.select), arguments.names(args.ignore)
-        try:
-            laws = choose(select, ignore, parallel=isinstance(what, Parallel))
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        own = Shard.parse(args.shard).take(laws) if args.shard else laws
+        laws = choose(select, ignore, parallel=isinstance(what, Parallel))
+        own = shard.take(laws)
         if not own:
-            raise UsageError("no law is left to check; widen --select, --ignore or --shard")
-        shown = contextlib.nullcontext(_discard) if args.quiet else progress(what.name)
-        with shown as listener:
-            partial = _PartialReport(listener)
+            raise UsageError("no law is left to check")
+        check = Check(
+            what,
+            args.profile,
+            select=own,
+            proofs_only=args.proofs,
+            target=target.anywhere(args.target),
+        )
+        report = None
+        with contextlib.nullcontext() if args.quiet else progress(what.name) as listener:
             try:
-                report = verify(
-                    guarded(what, args.time_limit),
-                    args.profile,
-                    seed=args.seed,
-                    select=own,
-                    proofs_only=args.proofs,
-                    fail_fast=args.fail_fast,
-                    target=target.anywhere(args.target),
-                    listener=partial.listen,
-                )
+                for event in check.events(args.seed, fail_fast=args.fail_fast):
+                    if listener is not None:
+                        listener(event)
+                    if isinstance(event, Finished):
+                        report = event.report
             except KeyboardInterrupt:
-                if not partial.evidence:
+                if report is None:
                     raise
-                return partial.report(what.name, args), laws, True
-            except deadline.OverTime as error:
-                raise target.TargetError(str(error)) from None
+                return report, laws, True
             except Exception as error:
                 if target.user_line(error):  # raised by the target's code, not by bnverify
                     raise target.refused(error, args.target) from None
                 raise
+    assert report is not None
     return report, laws, False
 
 
-def _discard(event: Event) -> None:
-    """Ignore the event."""
+@contextlib.contextmanager
+def _time_limit(seconds: float, doing: str) -> Iterator[None]:
+    """End this process with status 2, and the line that it is at, where the block takes longer."""
 
+    def end() -> None:
+        at = target.running_line(threading.main_thread())
+        sys.stderr.write(f"bnverify: {doing} took more than {seconds:g} s{at}\n")
+        sys.stderr.flush()
+        os._exit(2)  # an exception could be caught by the code that hangs
 
-class _PartialReport:
-    """Collects the results of a check, in case it is interrupted.
-
-    Args:
-        listener: receives every event as well.
-
-    Attributes:
-        evidence: law -> its evidence so far.
-    """
-
-    def __init__(self, listener: Listener) -> None:
-        self.evidence: dict[str, Evidence] = {}
-        self._listener: Callable[[Event], None] = listener
-        self._laws: tuple[str, ...] = ()
-        self._cases, self._begun = 0, time.perf_counter()
-
-    def listen(self, event: Event) -> None:
-        """Handle one event."""
-        from bnverify.check import LawJudged, PhaseStarted, Started
-
-        if isinstance(event, Started):
-            self._laws = event.laws
-        elif isinstance(event, PhaseStarted):
-            self._cases = event.cases
-        elif isinstance(event, LawJudged):
-            self.evidence[event.evidence.law] = event.evidence
-        self._listener(event)
-
-    def report(self, name: str, args: argparse.Namespace) -> Report:
-        """Return a report of the results so far; the other laws are untriggered."""
-        from bnverify.check import versions
-        from bnverify.diagnose import diagnosed
-        from bnverify.evidence import Evidence, Report
-
-        reason = "interrupted"
-        results = [
-            self.evidence.get(law) or Evidence.of(law, "untriggered", reason=reason)
-            for law in self._laws
-        ]
-        return Report(
-            name,
-            args.profile,
-            args.seed,
-            tuple(diagnosed(results, {})),
-            self._cases,
-            time.perf_counter() - self._begun,
-            versions(),
-            notes=("interrupted: these are the results up to then",),
-        )
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

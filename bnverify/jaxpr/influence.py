@@ -111,13 +111,6 @@ class Influence:
         steps = (", ".join(names) + (f" at {at}" if at else "") for at, names in lines)
         return (source, *steps, output)
 
-    def explain(self, source: str, output: str) -> str:
-        """Return the path from ``source`` to ``output`` as one line of text."""
-        steps = self.steps(source, output)
-        if not steps:
-            return f"no data flows from {source} to {output}"
-        return " -> ".join(steps) if len(steps) > 2 else f"{output} is {source}, unchanged"
-
 
 def _under(name: str, leaves: dict[str, int]) -> list[int]:
     return [node for leaf, node in leaves.items() if leaf == name or leaf.startswith(f"{name}/")]

@@ -34,7 +34,7 @@ from bnverify.jaxpr.elementwise import (
 )
 from bnverify.jaxpr.interpreter import open_jaxpr
 from bnverify.jaxpr.products import dot_general
-from bnverify.jaxpr.values import Array, is_float, is_key
+from bnverify.jaxpr.values import Array, is_float, is_key, widen
 
 Inputs = Sequence[Array]
 Form = Callable[[Any, Inputs], Array | list[Array]]
@@ -112,9 +112,8 @@ def from_jax(value: Any) -> Array:
         NotImplementedError: its dtype is complex, or an integer of less than 8 bits.
     """
     dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
-    if is_key(dtype):
-        return np.asarray(jax.random.key_data(value))[None, None]
-    return np.asarray(value).astype(stored_dtype(dtype), copy=False)[None, None]
+    stored_dtype(dtype)  # raises if there is none
+    return widen(value, dtype)[None, None]
 
 
 def to_jax(array: Array, aval: Any) -> Any:

@@ -448,12 +448,8 @@ class RoundingReading:
         self._draw_index = first_draw + _ITERATIONS * _BODY
         if not iterations:
             stacked = eqn.outvars[len(carry) :]
-            types = [np.float64 if is_float(v.aval.dtype) else v.aval.dtype for v in stacked]
-            empty = [
-                np.zeros((1, 1, *var.aval.shape), dtype)
-                for var, dtype in zip(stacked, types, strict=True)
-            ]
-            return [*carry, *empty]
+            empty = (widen(np.zeros(var.aval.shape), var.aval.dtype) for var in stacked)
+            return [*carry, *(array[None, None] for array in empty)]
         columns = zip(*(ys[index] for index in iterations), strict=True)
         return [*carry, *(np.stack(np.broadcast_arrays(*column), axis=2) for column in columns)]
 

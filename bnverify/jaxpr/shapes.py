@@ -208,7 +208,7 @@ def trace_subject(
     """Trace ``subject`` for as many sizes as possible, without compiling anything.
 
     Args:
-        subject: see ``bnverify.subject.Subject``.
+        subject: see ``bnverify.model.Subject``.
         concrete: the (N, D) to use if no size can be symbolic; ``subject.features`` overrides D.
         tracer: the subject's tracer, to share its traces; its ``init_is_free`` is set.
         corners: whether to also trace the smallest sizes.

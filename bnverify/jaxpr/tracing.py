@@ -9,7 +9,7 @@ import jax
 import jax.extend.core
 import numpy as np
 
-from bnverify.case import Case
+from bnverify.model import Case
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +92,7 @@ class Tracer:
     Proofs, compilation and rounding bounds all use the same traces.
 
     Args:
-        subject: see ``bnverify.subject.Subject``.
+        subject: see ``bnverify.model.Subject``.
 
     Attributes:
         subject: as given.

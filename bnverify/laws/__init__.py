@@ -6,9 +6,9 @@ from bnverify.laws import structure, influence, statistics, update, evaluation, 
 from bnverify.laws import life, parallel
 
 # isort: on
-from bnverify.families import FAMILIES
 from bnverify.laws.arithmetic import UNTRIGGERED
 from bnverify.laws.law import LAWS, STEP_LAWS, Law
+from bnverify.profile import FAMILIES
 
 __all__ = ["FAMILIES", "LAWS", "STEP_LAWS", "UNTRIGGERED", "Law"]
 

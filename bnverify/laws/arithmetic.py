@@ -25,9 +25,9 @@ import numpy as np
 
 from bnverify.laws.mismatch import watch
 from bnverify.lazy import jax, jnp
+from bnverify.model import LayerInput, Tree
 from bnverify.pytree import is_floating, path_name
 from bnverify.reruns import huge, old_weight
-from bnverify.subject import LayerInput, Tree
 
 _NAMESPACE: ContextVar[Any] = ContextVar("array namespace", default=np)
 

@@ -22,9 +22,8 @@ from bnverify.laws.arithmetic import (
 )
 from bnverify.laws.law import law
 from bnverify.lazy import jnp
+from bnverify.model import State, Transition
 from bnverify.reruns import NUDGES
-from bnverify.subject import State
-from bnverify.transition import Transition
 
 FLAX_GUIDE = (
     "Flax, Applying batch normalization: "
@@ -43,7 +42,7 @@ NUDGED = tuple(f"nudged_statistics_{pattern}" for pattern in range(NUDGES))
         "statistics_trained_as_params",
         "wrong_moments",
     ),
-    source="bnverify.reference; limits: bnverify.case.Domain",
+    source="bnverify.reference; limits: bnverify.model.Domain",
 )
 def eval_loss_is_finite(t: Transition) -> Any:
     """After one step from the initial state, the eval loss is finite.

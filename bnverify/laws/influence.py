@@ -10,7 +10,7 @@ from typing import Any
 
 from bnverify.laws.arithmetic import any_over, differs, holds_if, same, when, within_noise
 from bnverify.laws.law import law
-from bnverify.transition import Transition
+from bnverify.model import Transition
 
 FLAX_SOURCE = "Flax, linen/normalization.py: train mode normalises by the batch's moments"
 

@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from bnverify.families import Family
 from bnverify.laws.arithmetic import wide, xp
-from bnverify.transition import Transition
+from bnverify.model import Transition
+from bnverify.profile import Family
 
 Kind: TypeAlias = Literal["structure", "residual", "witness", "life", "parallel"]
 Check: TypeAlias = Callable[[Transition], Any]

@@ -17,8 +17,8 @@ from bnverify.laws.arithmetic import (
 )
 from bnverify.laws.law import law
 from bnverify.lazy import jax
+from bnverify.model import Outcome, Transition
 from bnverify.reruns import shift
-from bnverify.transition import Outcome, Transition
 
 PURE = "JAX, pure functions: https://docs.jax.dev/en/latest/notebooks/Common_Gotchas_in_JAX.html"
 

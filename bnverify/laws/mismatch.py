@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from bnverify.lazy import jax
+from bnverify.model import Transition
 from bnverify.pytree import path_name
-from bnverify.transition import Transition
 
 RUNS = {
     "before": "before the step",
@@ -132,7 +132,7 @@ class Watch:
     """Keeps the worst entry of all comparisons that a law makes on one case.
 
     Args:
-        t: a stacked transition of a single case; its leaves give the comparisons their names.
+        t: a stacked transition of a single case, or a tree; its leaves give the comparisons their names.
 
     Attributes:
         worst: the worst entry so far; None if everything was within its tolerance.
@@ -140,7 +140,7 @@ class Watch:
         comparable: False once trees of different structure or shapes were to be compared.
     """
 
-    def __init__(self, t: Transition) -> None:
+    def __init__(self, t: Transition | Mapping[str, Any]) -> None:
         self.worst: Mismatch | None = None
         self.row: tuple[Any, ...] = ()
         self.comparable = True
@@ -197,11 +197,11 @@ def watch() -> Watch | None:
 
 
 @contextmanager
-def watching(t: Transition) -> Iterator[Watch]:
+def watching(t: Transition | Mapping[str, Any]) -> Iterator[Watch]:
     """Record every comparison made within this context; see :class:`Watch`.
 
     Args:
-        t: a stacked transition of a single case.
+        t: a stacked transition of a single case, or a tree of leaves, (1, ...).
     """
     told = Watch(t)
     token = _WATCH.set(told)
@@ -225,8 +225,11 @@ def not_finite(t: Transition) -> Mismatch | None:
     return None
 
 
-def _parts(t: Transition) -> Iterator[tuple[str, Any]]:
+def _parts(t: Transition | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield (run, its results by name); the run is "" for the observed step."""
+    if isinstance(t, Mapping):
+        yield "", t
+        return
     yield "", _state(t.after)
     yield "", {**_fields(t.info), "eval_loss": t.eval_loss}
     yield "before", _state(t.before)

@@ -35,10 +35,9 @@ from bnverify.laws.arithmetic import (
 )
 from bnverify.laws.law import law
 from bnverify.lazy import jax
+from bnverify.model import Transition, Tree
 from bnverify.pytree import is_floating, path_name
 from bnverify.reruns import AVERAGE, other_statistic, own_weight
-from bnverify.subject import Tree
-from bnverify.transition import Transition
 
 IOFFE = "Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167"
 FLAX_SOURCE = "Flax, linen/normalization.py, BatchNorm"

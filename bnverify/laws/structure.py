@@ -6,9 +6,8 @@ from typing import Any
 
 from bnverify.laws.law import law
 from bnverify.lazy import jax, jnp
+from bnverify.model import Transition, Tree
 from bnverify.pytree import path_name
-from bnverify.subject import Tree
-from bnverify.transition import Transition
 
 FLAX_GUIDE = (
     "Flax, Applying batch normalization: "

@@ -26,8 +26,8 @@ from bnverify.laws.arithmetic import (
 )
 from bnverify.laws.law import law
 from bnverify.lazy import jax
+from bnverify.model import Transition
 from bnverify.pytree import is_floating, path_name
-from bnverify.transition import Transition
 
 OPTAX = "Optax, apply_updates: https://optax.readthedocs.io/en/latest/api/apply_updates.html"
 

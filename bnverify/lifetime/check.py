@@ -1,25 +1,35 @@
-"""The evidence on the life of a state: histories lived, and what breaks a law in one made small."""
+"""The evidence on the life of a state: which histories are lived, and what breaks a law made small.
+
+``check_life`` lives scripted histories and others drawn from a seed; ``life`` is a Hypothesis state
+machine for users' own tests:
+
+    TestLife = bnverify.life(subject).TestCase
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from bnverify import compile_cache
 from bnverify.errors import did_you_mean, first_line
 from bnverify.evidence import Call, Evidence, Violation
 from bnverify.laws import LAWS
 from bnverify.laws.arithmetic import floats
-from bnverify.lifetime.checkpoint import CheckpointedSubject, subject_of, ways
-from bnverify.lifetime.histories import drawn, scripted
-from bnverify.lifetime.life import EVALUATED, FOLDED, Life, Record, exemption
+from bnverify.lifetime.life import COPIES, EVALUATED, FOLDED, Life, Record, exemption, ways
+from bnverify.model import Case, CheckpointedSubject, Shape, Subject
 from bnverify.observe import CompiledSubject
+from bnverify.probe import subject_of
 from bnverify.profile import PROFILES, Profile, ProfileName, named
-from bnverify.shapes import Shape
 from bnverify.shrink import shorten
-from bnverify.subject import Subject
+
+if TYPE_CHECKING:
+    from hypothesis.stateful import RuleBasedStateMachine
 
 NAMES = tuple(name for name, law in LAWS.items() if law.kind == "life")
 """The laws of the life of a state, in the order of reports."""
@@ -239,3 +249,155 @@ class Lives:
 
         shorten(calls, breaks)
         return shortest
+
+
+# Histories: scripted ones in which everything happens, and others drawn from a seed. They are not drawn by
+# Hypothesis, whose draws depend on the constants in whatever modules happen to be imported: the same
+# seed must give the same histories.
+
+# Small numbers of few digits: they stay far from overflow, and a counterexample reads well.
+QUARTERS = 8
+"""The largest number in a batch, in quarters."""
+RATES = (0.125, 0.0, 0.5)
+SEEDS = 4
+LONGEST = 12
+"""Calls in a drawn history after the first."""
+
+
+def scripted(way: str, shape: Shape) -> tuple[list[Call], list[Call]]:
+    """Return two histories: one in which everything happens, and one with a resumed process.
+
+    Args:
+        way: how the first is saved.
+        shape: (N, D) of the batches.
+    """
+    rng = np.random.default_rng(0)
+    first, second = (_batch(rng, shape) for _ in range(2))
+    train, again = Call("train", first), Call("train", second)
+    save, restore = Call("save", way), Call("restore")
+    copies = [Call("copy", name) for name in COPIES]
+    begin, evaluate = Call("begin", first), Call("evaluate", second)
+    # Twice saved: what a first checkpoint gets right a second may not.
+    saved = [begin, train, evaluate, save, again, save, train, restore, *copies, train, again]
+    return saved, [begin, train, Call("resume"), again]
+
+
+def drawn(seed: int, count: int, ways: Sequence[str], shape: Shape) -> Iterator[list[Call]]:
+    """Yield ``count`` histories, the same ones for the same arguments.
+
+    Args:
+        seed: from which they are drawn.
+        count: how many.
+        ways: in which a state can be saved; empty: none is saved.
+        shape: (N, D) of the batches.
+    """
+    for index in range(count):
+        yield _history(np.random.default_rng((seed, index)), ways, shape)
+
+
+def _history(rng: np.random.Generator, ways: Sequence[str], shape: Shape) -> list[Call]:
+    calls = [Call("begin", _batch(rng, shape))]
+    saved = False
+    for _ in range(rng.integers(1, LONGEST + 1)):
+        names = ["train", "train", "evaluate", "copy", "resume"]
+        names += ["save"] * bool(ways) + ["restore", "restore"] * saved
+        name = _one_of(rng, names)
+        saved = saved or name == "save"
+        argument = {"copy": tuple(COPIES), "save": ways}.get(name, ())
+        if name in {"train", "evaluate"}:
+            calls.append(Call(name, _batch(rng, shape)))
+        else:
+            calls.append(Call(name, _one_of(rng, argument) if argument else None))
+    return calls
+
+
+def _batch(rng: np.random.Generator, shape: Shape) -> Case:
+    def numbers(of: Any) -> Any:
+        return rng.integers(-QUARTERS, QUARTERS + 1, of) / 4
+
+    return Case.of(int(rng.integers(SEEDS)), numbers(shape), numbers(shape[0]), _one_of(rng, RATES))
+
+
+def _one_of(rng: np.random.Generator, items: Sequence[Any]) -> Any:
+    return items[int(rng.integers(len(items)))]
+
+
+# For users' own tests. One shape serves a whole machine: a shape costs seconds to compile, a step then takes
+# a millisecond.
+
+
+def batches(shape: tuple[int, int]) -> st.SearchStrategy[Case]:
+    """Strategy for the batches of a life: one shape (N, D), small numbers of few digits."""
+    numbers = st.integers(-QUARTERS, QUARTERS).map(lambda k: k / 4)
+
+    def array(of: Any) -> st.SearchStrategy[Any]:
+        return hnp.arrays(np.float32, of, elements=numbers, fill=st.nothing())
+
+    return st.builds(
+        Case.of,
+        st.integers(0, SEEDS - 1),
+        array(shape),
+        array(shape[0]),
+        st.sampled_from(RATES),
+    )
+
+
+def life(
+    lived: Subject | CheckpointedSubject, *, name: str | None = None, ignore: Collection[str] = ()
+) -> type[RuleBasedStateMachine]:
+    """Return a state machine that lives the life of a state in every order.
+
+    Args:
+        lived: a Subject, saved by ``flax.serialization``, or a CheckpointedSubject with its own way to save
+            and restore.
+        name: how counterexamples find ``lived``: "module:name"; None: the reader puts it in.
+        ignore: names of laws that are not asked.
+
+    Raises:
+        ValueError: the step takes no batch of 2, 4 or 24 rows.
+    """
+    from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+    subject = subject_of(lived)
+    calls = CompiledSubject(subject, "jit")
+    shape = shape_for(calls)
+    saved, _ = offered(lived, calls, shape, orbax=False)
+    cases = batches(shape)
+
+    class Machine(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.life = Life(lived, calls=calls, ignore=ignore, target=name)
+
+        @initialize(case=cases)
+        def begin(self, case: Case) -> None:
+            self.life.begin(case)
+
+        @rule(case=cases)
+        def train(self, case: Case) -> None:
+            self.life.train(case)
+
+        @rule(case=cases)
+        def evaluate(self, case: Case) -> None:
+            self.life.evaluate(case)
+
+        @precondition(lambda self: bool(saved))
+        @rule(way=st.sampled_from(saved or [""]))
+        def save(self, way: str) -> None:
+            self.life.save(way)
+
+        @precondition(lambda self: self.life.saved is not None)
+        @rule()
+        def restore(self) -> None:
+            self.life.restore()
+
+        @rule(way=st.sampled_from(sorted(COPIES)))
+        def copy(self, way: str) -> None:
+            self.life.copy(way)
+
+        @rule()
+        def resume(self) -> None:
+            self.life.resume()
+
+    Machine.__name__ = Machine.__qualname__ = f"Life[{subject.name}]"
+    return Machine

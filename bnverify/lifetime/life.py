@@ -2,35 +2,51 @@
 
 Two histories run side by side. One is saved, restored, copied and resumed; its twin only ever
 trains. At each moment they must be equal bit for bit. A third, in float64, says what the running
-statistics must be if every batch was folded in exactly once (``bnverify.lifetime.fold``).
+statistics must be if every batch was folded in exactly once (``bnverify.laws.life``).
 
 A law is broken as it happens: the call that shows it is the one that raises.
 """
 
 from __future__ import annotations
 
+import re
+import shutil
+import tempfile
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnverify.case import Case
 from bnverify.errors import did_you_mean, first_line
 from bnverify.evidence import Call, Cause, Counterexample, Evidence, Violation
 from bnverify.laws import LAWS
 from bnverify.laws.arithmetic import floats
-from bnverify.lazy import jax, jnp
-from bnverify.lifetime.checkpoint import COPIES, CheckpointedSubject, Way, subject_of, ways
-from bnverify.lifetime.fold import EmaHistory
+from bnverify.laws.life import EmaHistory
+from bnverify.laws.mismatch import Mismatch
+from bnverify.lazy import LazyModule, jax, jnp
+from bnverify.model import (
+    Case,
+    CheckpointedSubject,
+    Outcome,
+    State,
+    StepInfo,
+    Subject,
+    Target,
+    Tree,
+)
 from bnverify.observe import CompiledSubject
-from bnverify.parallel.subject import Parallel
+from bnverify.probe import subject_of
 from bnverify.pytree import path_name
-from bnverify.subject import State, StepInfo, Subject, Tree
-from bnverify.transition import Outcome
+
+serialization: Any = LazyModule("flax.serialization")
+ocp: Any = LazyModule("orbax.checkpoint")
 
 VALUES = "a_checkpoint_keeps_every_value"
 TYPES = "a_checkpoint_keeps_types_and_containers"
@@ -79,8 +95,7 @@ class Life:
     """One state's life, held to the laws as it goes.
 
     Args:
-        lived: a Subject, a CheckpointedSubject with its own way to save and restore, or a Parallel, of which the
-            single-device step is taken.
+        lived: the subject; of a Parallel, its step on one device.
         calls: the subject's functions, to share what they compiled; None: new ones.
         ignore: names of laws that are not asked.
         record: counts how often each law was tested; None: it is not counted.
@@ -89,7 +104,7 @@ class Life:
 
     def __init__(
         self,
-        lived: Subject | CheckpointedSubject | Parallel,
+        lived: Target,
         *,
         calls: CompiledSubject | None = None,
         ignore: Collection[str] = (),
@@ -268,14 +283,14 @@ class Life:
         )
 
     def _hold_fold(self) -> None:
-        error = self._fold.error(self._twin)
-        if error.residual < 0:
+        residual, mismatch = self._fold.error(self._twin)
+        if residual < 0:
             return
         self._asks(FOLDED)
-        self._record.worst = max(self._record.worst, error.residual)
-        if error.residual > 1:
+        self._record.worst = max(self._record.worst, residual)
+        if mismatch is not None:
             suspected = self._fold.suspect(self._twin)
-            self._break(FOLDED, error.reason, suspected, error.residual)
+            self._break(FOLDED, str(mismatch), suspected, residual, mismatch)
 
     def _same(self, law: str | None, actual: Any, expected: Any) -> None:
         if law is None or not self._asks(law):
@@ -311,7 +326,12 @@ class Life:
             self.ended = True
 
     def _break(
-        self, law: str, reason: str, mistake: str = "", residual: float = float("inf")
+        self,
+        law: str,
+        reason: str,
+        mistake: str = "",
+        residual: float = float("inf"),
+        mismatch: Mismatch | None = None,
     ) -> None:
         first = self._history[0].argument
         assert isinstance(first, Case)
@@ -326,6 +346,7 @@ class Life:
                 counterexample=shown,
                 cause=Cause(mistake or LAWS[law].mistakes[0]),
                 shape=first.shape,
+                mismatch=mismatch,
             )
         )
 
@@ -353,6 +374,119 @@ def _known(name: str, table: Any) -> Any:
 def _listed(paths: list[str]) -> str:
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(paths[:3]) + more
+
+
+# Ways to save a state, restore it and copy it. ``flax.serialization`` needs a template to restore into:
+# a state of the same structure, here one that was initialised from another seed, so that a value that
+# is not restored is noticed.
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to save and restore.
+
+    Attributes:
+        save: (state) -> anything.
+        restore: (a template, what ``save`` returned) -> the state.
+    """
+
+    save: Callable[[State], Any]
+    restore: Callable[[State, Any], Any]
+
+
+def _save_bytes(state: State) -> Any:
+    return serialization.to_bytes(state)
+
+
+def _restore_bytes(template: State, data: Any) -> Any:
+    return serialization.from_bytes(template, data)
+
+
+def _restore_state_dict(template: State, data: Any) -> Any:
+    return serialization.from_state_dict(template, data)
+
+
+def _save_state_dict(state: State) -> Any:
+    # By value: a training loop that overwrites its buffers must not reach the checkpoint.
+    as_dict = serialization.to_state_dict(state)
+    return jax.tree_util.tree_map(lambda leaf: jnp.array(leaf, copy=True), as_dict)
+
+
+class _Folder:
+    """A directory that is removed when nothing refers to it any more."""
+
+    def __init__(self) -> None:
+        home = tempfile.mkdtemp(prefix="bnverify-")
+        self.path = Path(home) / "state"
+        weakref.finalize(self, shutil.rmtree, home, ignore_errors=True)
+
+
+def _save_orbax(state: State) -> Any:
+    folder = _Folder()
+    with warnings.catch_warnings():
+        # Releases of orbax for jax 0.4 use what that jax deprecates; it says nothing of the state.
+        warnings.simplefilter("ignore")
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder.path, state)
+    return folder
+
+
+def _restore_orbax(template: State, folder: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in _save_orbax
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder.path, template)
+
+
+WAYS: dict[str, Way] = {
+    "bytes": Way(_save_bytes, _restore_bytes),
+    "state_dict": Way(_save_state_dict, _restore_state_dict),
+}
+"""The ways of ``flax.serialization``: quick enough to be drawn a hundred times."""
+
+ORBAX = Way(_save_orbax, _restore_orbax)
+"""Orbax's own, into a directory on disk: a few tenths of a second each."""
+
+
+def has_orbax() -> bool:
+    """Return whether orbax is installed, and works with this jax.
+
+    orbax 0.11.24 needs ``jax.monitoring.record_scalar``, which jax 0.5.3 lacks; 0.11.0 does not.
+    """
+    try:
+        version = metadata.version("orbax-checkpoint")
+    except metadata.PackageNotFoundError:
+        return False
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
+    return numbers <= (0, 11, 0) or hasattr(jax.monitoring, "record_scalar")
+
+
+def ways(lived: Target) -> Mapping[str, Way]:
+    """Return the ways in which ``lived`` is saved: its own, or the libraries'."""
+    if isinstance(lived, CheckpointedSubject):
+        return {"own": Way(lived.save, lived.restore)}
+    return {**WAYS, "orbax": ORBAX} if has_orbax() else WAYS
+
+
+def _copied(state: State) -> Any:
+    return jax.tree_util.tree_map(jnp.copy, state)
+
+
+def _put(state: State) -> Any:
+    return jax.device_put(state)
+
+
+def _rebuilt(state: State) -> Any:
+    leaves, structure = jax.tree_util.tree_flatten(state)
+    return jax.tree_util.tree_unflatten(structure, leaves)
+
+
+COPIES: dict[str, Callable[[State], Any]] = {
+    "jnp.copy": _copied,
+    "device_put": _put,
+    "unflatten": _rebuilt,
+}
+"""Ways to copy a state; each keeps everything."""
 
 
 # In what two states differ, and which mistake in saving or restoring explains it.

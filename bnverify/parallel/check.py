@@ -11,9 +11,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,24 +20,22 @@ import numpy as np
 import numpy.typing as npt
 
 from bnverify import compile_cache, shrink
-from bnverify.case import Case, Domain
 from bnverify.errors import UsageError, first_line
-from bnverify.evidence import DEVICES, Cause, Counterexample, Evidence, Violation
+from bnverify.evidence import DEVICES, Cause, Counterexample, Evidence
 from bnverify.jaxpr.tracing import Tracer
-from bnverify.judge import FAINT, RoundingBounds
+from bnverify.judge import Judge
 from bnverify.laws import LAWS
-from bnverify.laws.arithmetic import UNTRIGGERED, alike, holds_if, when, wide, within_noise
+from bnverify.laws.arithmetic import alike, holds_if, wide, within_noise
 from bnverify.laws.mismatch import factor
 from bnverify.lazy import jax
+from bnverify.model import Case, Domain, Parallel, Transition, Tree
 from bnverify.observe import CompiledSubject, observe
 from bnverify.parallel.modes import MODES, PMAP, UNEQUAL, has_pmap
-from bnverify.parallel.subject import Parallel
 from bnverify.profile import Profile, ProfileName, named
 from bnverify.pytree import path_name, stack, take
+from bnverify.runs import Tally
 from bnverify.stacks import stacked_cases
-from bnverify.subject import Tree
 from bnverify.target import load
-from bnverify.transition import Transition
 
 NAMES = tuple(name for name, law in LAWS.items() if law.kind == "parallel")
 """The laws of many devices, in the order of reports."""
@@ -62,8 +59,6 @@ TIME_LIMIT = 1800.0
 """Seconds for the process with simulated devices."""
 
 Residuals: TypeAlias = npt.NDArray[np.float64]
-Explain: TypeAlias = Callable[[int], tuple[str, str]]
-"""From the place of a case in a stack to the most likely mistake and in what the outcome differs."""
 
 
 def check_parallel(
@@ -112,52 +107,19 @@ def run(
     return check.run(plan, seed), check.cases
 
 
-def replay(parallel: Parallel, case: Case, law: str) -> float:
-    """Run one case, as a counterexample's script does, and return the law's residual.
+def judge(parallel: Parallel, case: Case, law: str) -> Evidence:
+    """Return what one case says about a law of many devices.
 
     Raises:
-        Violation: the case breaks the law.
         UsageError: this process lacks what the law needs, as devices.
     """
     check = Check(parallel, [law])
     check.hold(stack([case]))
+    check.confirm(law)
     evidence = check.evidence(law)
-    if evidence.status == "violated":
-        raise Violation(evidence)
     if evidence.status == "untriggered" and check.missing:
         raise UsageError(f"{law} cannot be judged here: {evidence.reason}")
-    return UNTRIGGERED if evidence.residual is None else evidence.residual
-
-
-@dataclass
-class Tally:
-    """What the cases run so far say about one law.
-
-    Attributes:
-        cases: how many cases had digits to compare.
-        worst: the largest error in units of the error allowed.
-        case: the simplest case beyond it.
-        mistake: what explains that case, a name in ``bnverify.mistakes``; empty where the step raises.
-        reason: in what the outcome differs, one line.
-    """
-
-    cases: int = 0
-    worst: float = UNTRIGGERED
-    case: Case | None = None
-    mistake: str = ""
-    reason: str = ""
-
-    def add(self, cases: Case, residuals: Residuals, explain: Explain) -> None:
-        """Count stacked cases and their residuals, (K,), and keep the simplest that is beyond 1."""
-        self.cases += int(np.sum(residuals >= 0))
-        self.worst = max(self.worst, float(np.max(residuals)))
-        beyond = [int(index) for index in np.flatnonzero(residuals > 1)]
-        if not beyond:
-            return
-        rank, index = min((shrink.complexity(take(cases, index)), index) for index in beyond)
-        if self.case is None or rank < shrink.complexity(self.case):
-            self.case = take(cases, index)
-            self.mistake, self.reason = explain(index)
+    return evidence
 
 
 class Check:
@@ -181,13 +143,12 @@ class Check:
         self._parallel = parallel
         self._names = names
         self._target = target
-        self._tallies = {name: Tally() for name in NAMES}
-        self._simplest: list[Case] = []
+        self._tallies = {name: Tally(LAWS[name]) for name in NAMES}
+        self._raised: dict[str, tuple[Case, str]] = {}
+        self._broken: dict[str, Broken] = {}
         tracer = Tracer(parallel.single)
-        self._calls = CompiledSubject(
-            parallel.single, "vmap", tracer=tracer, block=lambda shape: BLOCK
-        )
-        self._bounds = RoundingBounds(tracer)
+        self._calls = CompiledSubject(parallel.single, "vmap", tracer=tracer, most=BLOCK)
+        self._judge = Judge(tracer, None)
         self._mapped = {name: MODES[name].make(parallel) for name in self._possible()}
 
     def _possible(self) -> Iterator[str]:
@@ -223,6 +184,7 @@ class Check:
                 self.cases += count * len(self._modes(rows))
                 self.hold(stacked_cases(rng, shape, count, MILD))
         for name in self._names:
+            self.confirm(name)
             self._simplify(name)
         return [self.evidence(name) for name in self._names]
 
@@ -238,8 +200,7 @@ class Check:
         for mode in modes:
             if (seen := self._seen(mode, t)) is not None:
                 for law, residuals in seen.judged().items():
-                    explain = partial(_explained, law, seen)
-                    self._tallies[law].add(cases, residuals, explain)
+                    self._tallies[law].add(cases, residuals)
 
     def _modes(self, rows: int) -> list[str]:
         """Return the modes that take a batch of so many rows."""
@@ -247,8 +208,7 @@ class Check:
 
     def _on_one_device(self, cases: Case) -> Transition:
         """Return the transitions of stacked cases on one device, with their rounding."""
-        t = observe(self._calls, cases, ())
-        return t._replace(noise=self._bounds(t.before, cases).noise)
+        return self._judge.with_rounding(observe(self._calls, cases, ()))
 
     def _seen(self, mode: str, t: Transition) -> Seen | None:
         """Return what a mode gives of stacked cases; None, and a violation, where it raises."""
@@ -259,70 +219,106 @@ class Check:
                 outcome = self._mapped[mode](before, case.x, case.y, case.lr)
                 outcomes.append(jax.tree_util.tree_map(np.asarray, outcome))
             except Exception as error:  # noqa: BLE001 - whatever a user's code raises
-                reason = f"it raises {first_line(error)}"
-                self._tallies[mode] = Tally(worst=np.inf, case=case, reason=reason)
+                self._raised[mode] = case, f"it raises {first_line(error)}"
                 return None
         state, info = stack(outcomes)
         return Seen(mode, state, info, t)
 
-    def _simplify(self, law: str) -> None:
-        """Put a simpler case in the place of the one that breaks ``law``."""
-        tally = self._tallies[law]
-        if tally.case is None or not tally.mistake:
-            return
-        shape = tally.case.shape
-        if self._replaced(law, [case for case in self._simplest if case.shape == shape]):
-            return  # what is simplest for another law
-        for _ in range(shrink.ROUNDS):
-            if not self._replaced(law, shrink.simpler(tally.case)):
-                break
-        self._simplest.append(tally.case)
+    def confirm(self, law: str) -> None:
+        """Run the simplest case that breaks a law once more, by itself; dismiss the law without one.
 
-    def _replaced(self, law: str, candidates: Sequence[Case]) -> bool:
-        """Put the first of some cases that shows the same in place; return whether one does."""
+        A case by itself has other draws of its rounding than in the stack that it was found in.
+        """
         tally = self._tallies[law]
-        for start in range(0, len(candidates), BLOCK):
-            t = self._on_one_device(stack(candidates[start : start + BLOCK]))
-            for mode in self._modes(t.case.shape[0]):
-                shows = law == mode or (law == REPLICAS and MODES[mode].replicated)
-                if not shows or (seen := self._seen(mode, t)) is None:
-                    continue
-                for index in map(int, np.flatnonzero(seen.judged()[law] > 1)):
-                    mistake, reason = _explained(law, seen, index)
-                    if mistake == tally.mistake:
-                        tally.case, tally.reason = candidates[start + index], reason
-                        return True
-        return False
+        if not tally.violated:
+            return
+        for case in (tally.case, tally.worst_case):
+            found = next(self._breaking(law, [case]), None) if case is not None else None
+            if found is not None:
+                self._broken[law] = found[1]
+                return
+        tally.dismissed = True
+
+    def _simplify(self, law: str) -> None:
+        """Put a simpler case that shows the same in the place of the one that breaks ``law``."""
+        if law not in self._broken:
+            return
+        broken = self._broken[law]
+
+        def breaks(candidates: list[Case]) -> int | None:
+            for start in range(0, len(candidates), BLOCK):
+                for place, found in self._breaking(law, candidates[start : start + BLOCK]):
+                    if found.mistake == broken.mistake:
+                        self._broken[law] = found
+                        return start + place
+            return None
+
+        # What is simplest for another law is tried first.
+        others = [each.case for name, each in self._broken.items() if name != law]
+        if breaks([case for case in others if case.shape == broken.case.shape]) is None:
+            shrink.simplest(broken.case, breaks)
+
+    def _breaking(self, law: str, cases: Sequence[Case]) -> Iterator[tuple[int, Broken]]:
+        """Yield those of some cases of one shape that break ``law``, each after its place among them."""
+        if not cases:
+            return
+        t = self._on_one_device(stack(cases))
+        for mode in self._modes(t.case.shape[0]):
+            shows = law == mode or (law == REPLICAS and MODES[mode].replicated)
+            if shows and (seen := self._seen(mode, t)) is not None:
+                for place in map(int, np.flatnonzero(seen.judged()[law] > 1)):
+                    yield place, Broken(cases[place], *_explained(law, seen, place))
 
     def evidence(self, name: str) -> Evidence:
         """Return what is known about one law."""
         tally = self._tallies[name]
         if name in self._parallel.exempt:
             return Evidence.of(name, "exempt", reason=self._parallel.exempt[name])
-        if tally.case is not None:
-            return Evidence.of(
-                name,
-                "violated",
-                cases=tally.cases,
-                residual=tally.worst,
-                reason=tally.reason,
-                counterexample=Counterexample(name, tally.case, self._target, devices=True),
-                cause=Cause(tally.mistake) if tally.mistake else None,
-                shape=tally.case.shape,
-            )
-        if tally.cases:
-            reason = self.missing.get(name, "")
-            return Evidence.of(name, "held", cases=tally.cases, residual=tally.worst, reason=reason)
+        if name in self._raised:
+            case, reason = self._raised[name]
+            return self._violated(name, Broken(case, "", reason), np.inf)
+        if name in self._broken:
+            return self._violated(name, self._broken[name], tally.worst)
+        if tally.triggered:
+            reason = tally.verdict[1] or self.missing.get(name, "")
+            worst = None if tally.dismissed else tally.worst
+            return Evidence.of(name, "held", cases=tally.triggered, residual=worst, reason=reason)
         if name == UNEQUAL and self._parallel.counted_step is None:
             reason = "the step takes no padding: no counted_step"
             return Evidence.of(name, "exempt", reason=reason)
         modes = [mode for mode in MODES if name in {mode, REPLICAS}]
-        reasons = [self.missing.get(mode) or self._tallies[mode].reason for mode in modes]
+        reasons = [self.missing.get(mode) or self._raised.get(mode, ("", ""))[1] for mode in modes]
         reason = next(filter(None, reasons), "no case had digits to compare")
         return Evidence.of(name, "untriggered", reason=reason)
 
+    def _violated(self, name: str, broken: Broken, worst: float | None) -> Evidence:
+        return Evidence.of(
+            name,
+            "violated",
+            cases=self._tallies[name].triggered,
+            residual=worst,
+            reason=broken.reason,
+            counterexample=Counterexample(name, broken.case, self._target, devices=True),
+            cause=Cause(broken.mistake) if broken.mistake else None,
+            shape=broken.case.shape,
+        )
+
 
 # What a mode gave, how far that is from one device, and which mistake makes it so.
+
+
+class Broken(NamedTuple):
+    """A case that breaks a law.
+
+    Attributes:
+        case: the case.
+        mistake: what explains it, a name in ``bnverify.mistakes``; empty where the step raises.
+        reason: in what the outcome differs, one line.
+    """
+
+    case: Case
+    mistake: str
+    reason: str
 
 
 class Seen(NamedTuple):
@@ -342,10 +338,7 @@ class Seen(NamedTuple):
 
     def judged(self) -> dict[str, Residuals]:
         """Return law -> residuals, (K,)."""
-        x = np.abs(self.t.case.x).max(axis=(1, 2))
-        faint = (x > 0) & (x < FAINT)  # whole chains of values are flushed to zero
-        worst = np.max([*self.parts().values()], axis=0)
-        found = {self.mode: when(~faint, worst)}
+        found = {self.mode: np.max([*self.parts().values()], axis=0)}
         if MODES[self.mode].replicated:
             found[REPLICAS] = holds_if(~np.any([*self.disagreeing().values()], axis=0))
         return found

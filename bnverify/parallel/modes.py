@@ -10,7 +10,7 @@ import numpy as np
 
 from bnverify.evidence import DEVICES
 from bnverify.lazy import jax
-from bnverify.parallel.subject import Parallel
+from bnverify.model import Parallel
 
 Mapped = Callable[..., Any]
 """``(state, x, y, lr) -> (State, StepInfo)``, every leaf with a leading axis over the devices."""

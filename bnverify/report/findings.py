@@ -195,7 +195,7 @@ def _of_law(evidence: Evidence, line: str | None = None) -> Finding:
         evidence.law,
         evidence.family,
         "failed",
-        ", ".join(filter(None, (evidence.seen, evidence.extent))),
+        ", ".join(filter(None, (evidence.reason, evidence.extent))),
         evidence.mismatch.leaf if evidence.mismatch is not None else "",
         claim,
         evidence.further,

@@ -127,15 +127,13 @@ def write(
 
 
 def save(file: Path, text: str, option: str) -> None:
-    """Write a file atomically.
+    """Write a file.
 
     Raises:
         UsageError: it cannot be written; the message names ``option``.
     """
-    from bnverify import atomic_file
-
     try:
-        atomic_file.write(file, text.encode())
+        file.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise UsageError(f"{option} {file} cannot be written: {cause(error)}") from None
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from bnverify.audit.run import Audit
-    from bnverify.case import Case
     from bnverify.evidence import Counterexample, Evidence, Report
+    from bnverify.model import Case
     from bnverify.report.formats import AnyReport
     from bnverify.upgrade.policy import Difference, Judgement
 

@@ -85,7 +85,7 @@ class _EventPrinter:
                 self._proved += 1
             elif evidence.status == "violated" and evidence.law not in self._violated:
                 self._violated.add(evidence.law)
-                self._line(f"violated: {evidence.law}: {evidence.seen}")
+                self._line(f"violated: {evidence.law}: {evidence.reason}")
 
     def _start(self, event: PhaseStarted) -> None:
         if self._proved and event.phase != self._phase:

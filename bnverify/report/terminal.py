@@ -226,7 +226,7 @@ class Screen:
         if evidence.law in LAWS:
             self._print(LAWS[evidence.law].claim, indent=indent)
         extent = f", {evidence.extent}" if evidence.extent else ""
-        self._print(f"{evidence.seen}{extent}", style="red", indent=indent)
+        self._print(f"{evidence.reason}{extent}", style="red", indent=indent)
         if evidence.line:
             self._print(f"at {near(evidence.line)}", indent=indent)
         if evidence.further:

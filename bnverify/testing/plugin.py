@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bnverify.families import FAMILIES
+from bnverify.profile import FAMILIES, PROFILES, Shard
 
 if TYPE_CHECKING:
     from bnverify.testing.known_failures import KnownFailure
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--bnverify-profile",
         metavar="NAME",
-        choices=["quick", "ci", "nightly"],
+        choices=list(PROFILES),
         help="the profile of every bnverify.suite, instead of its own",
     )
     group.addoption(
@@ -99,9 +99,8 @@ def pytest_collection_modifyitems(
         items[:] = kept
 
 
-def _shard(text: str) -> Any:
+def _shard(text: str) -> Shard:
     from bnverify.errors import UsageError
-    from bnverify.shard import Shard
 
     try:
         return Shard.parse(text)
@@ -180,6 +179,6 @@ def pytest_runtest_makereport(
         if isinstance(call.excinfo.value, Violation):
             representation: Any = call.excinfo.getrepr(style="value")
             if representation.reprcrash is not None:
-                representation.reprcrash.message = call.excinfo.value.evidence.seen
+                representation.reprcrash.message = call.excinfo.value.evidence.reason
             report.longrepr = representation
     return report

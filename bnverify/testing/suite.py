@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bnverify import flax_module
+from bnverify import probe
 from bnverify.errors import first_line
 from bnverify.laws import LAWS
-from bnverify.lifetime.checkpoint import CheckpointedSubject, subject_of
-from bnverify.parallel.subject import Parallel
-from bnverify.subject import Subject
+from bnverify.model import CheckpointedSubject, Parallel, Subject
+from bnverify.probe import subject_of
 from bnverify.testing.workers import shared
 
 if TYPE_CHECKING:
     from bnverify.evidence import Evidence, Report
+    from bnverify.model import Target
     from bnverify.profile import Profile, ProfileName
-    from bnverify.target import Target
     from bnverify.testing.memory import Memory
 
 KNOWN = pytest.StashKey[str]()
@@ -49,7 +48,7 @@ def suite(
     Raises:
         ValueError: ``subject`` is neither a subject nor a function.
     """
-    if flax_module.kind(subject) or not callable(subject):
+    if probe.flax_kind(subject) or not callable(subject):
         subject_of(subject)  # type: ignore[arg-type] # raises for anything else
     check = Check(subject, profile)
     # With --dist loadgroup, all laws of one suite go to one worker.

@@ -27,12 +27,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnverify import target as targets
-from bnverify.case import Case, Domain
 from bnverify.compile_cache import machine
 from bnverify.errors import UsageError, first_line
 from bnverify.lazy import jax
-from bnverify.lifetime.checkpoint import subject_of
-from bnverify.neighbours import importable
+from bnverify.model import Case, Domain
+from bnverify.probe import subject_of
 from bnverify.pytree import path_name, stack, take
 from bnverify.stacks import stacked_cases
 from bnverify.upgrade.recorded_laws import verdicts
@@ -42,7 +41,7 @@ from bnverify.upgrade.rounding_noise import Noise
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from bnverify.subject import State, Subject
+    from bnverify.model import State, Subject
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 ROWS = (2, 5, 32)
@@ -88,7 +87,7 @@ def record(
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # recordings are of the CPU backend
     name = target
     made = _Recorder(seed if old is None else old.manifest["seed"], old)
-    with importable(targets.directory(target)):
+    with targets.importable(targets.directory(target)):
         try:
             made.subject = subject_of(targets.load(target))
         except UsageError as error:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import stat
 import struct
@@ -33,11 +34,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 import msgspec
 import numpy as np
 
-from bnverify import atomic_file
 from bnverify.errors import UsageError, cause
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
 
 CONTENT = 2
@@ -180,9 +179,19 @@ def write(path: str | os.PathLike[str], manifest: Manifest, arrays: Mapping[str,
         }
         file = io.BytesIO()
         np.savez_compressed(file, manifest=np.frombuffer(text, np.uint8), **members)
-        atomic_file.write(Path(path), file.getvalue())
+        _replace(Path(path).resolve(), file.getvalue())  # a link to the file stays one
     except (ValueError, TypeError, OSError, msgspec.ValidationError) as error:
         raise RecordingError(f"cannot write the recording {path}: {cause(error)}") from None
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file beside ``path``, then rename it: a run that is cut short leaves the old recording."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike[str]) -> Recording:

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 from flax import nnx as flax_nnx
 
-from bnverify.case import Case
-from bnverify.subject import State, Subject
+from bnverify.model import Case, State, Subject
 
 CASE = Case.of(
     3, np.linspace(-2, 2, 15, dtype=np.float32).reshape(5, 3) ** 3, [1.0, -2.0, 0.5, 3.0, 0.0], 0.1

@@ -15,8 +15,8 @@ from flax import nnx
 from flax.training import dynamic_scale
 
 import bnverify
+from bnverify.model import Subject
 from bnverify.profile import Profile
-from bnverify.subject import Subject
 
 loop = partial(bnverify.train_state, features=3)
 GRADIENT = "gradients_are_gradients_of_the_loss"

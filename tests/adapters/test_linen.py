@@ -15,7 +15,7 @@ from bnverify import reference
 from bnverify.adapters.batches import classes
 from bnverify.adapters.explain import SubjectError
 from bnverify.adapters.linen import linen
-from bnverify.case import Case
+from bnverify.model import Case
 
 
 def net_called_with(argument: str, *, inverted: bool) -> nn.Module:

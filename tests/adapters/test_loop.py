@@ -18,7 +18,7 @@ from flax import nnx
 import bnverify
 from bnverify.adapters.explain import SubjectError
 from bnverify.errors import UsageError
-from bnverify.subject import State, StepInfo, Subject
+from bnverify.model import State, StepInfo, Subject
 
 BATCH = {"image": CASE.x, "label": CASE.y}
 loop = partial(bnverify.train_state, features=3)

@@ -15,9 +15,8 @@ from bnverify.adapters.batches import classes
 from bnverify.adapters.explain import SubjectError
 from bnverify.adapters.linen import linen
 from bnverify.adapters.nnx import nnx
-from bnverify.case import Case
+from bnverify.model import Case, State
 from bnverify.reference import Model as LinenModel
-from bnverify.subject import State
 
 
 class Counter(flax_nnx.Variable):

@@ -14,7 +14,7 @@ from flax import nnx as flax_nnx
 from bnverify.adapters.explain import SubjectError
 from bnverify.adapters.nnx import nnx
 from bnverify.adapters.nnx_loop import nnx_loop
-from bnverify.subject import State
+from bnverify.model import State
 
 HOLDS_MODEL = "model" not in inspect.signature(flax_nnx.Optimizer.update).parameters  # to flax 0.10
 

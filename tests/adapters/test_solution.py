@@ -13,8 +13,8 @@ import pytest
 from bnverify import reference, verify
 from bnverify.adapters.explain import SubjectError
 from bnverify.adapters.solution import AGREEMENT, OUTSIDE, solution
-from bnverify.case import Case
 from bnverify.laws import LAWS
+from bnverify.model import Case
 
 # No pattern: a row at a kink of the ReLU makes compiled and eager runs differ by more than rounding.
 CASE = Case.of(3, np.random.default_rng(1).standard_normal((5, 3)), np.arange(5.0), 0.1)

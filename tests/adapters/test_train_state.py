@@ -15,7 +15,7 @@ from flax.training import dynamic_scale, train_state
 from bnverify import reference
 from bnverify.adapters import train_state as adapter
 from bnverify.adapters.explain import SubjectError
-from bnverify.subject import Subject
+from bnverify.model import Subject
 
 adapt = adapter.train_state
 

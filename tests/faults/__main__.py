@@ -22,8 +22,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
 
 from bnverify.errors import UsageError, did_you_mean
-from bnverify.profile import PROFILES
-from bnverify.shard import Shard
+from bnverify.profile import PROFILES, Shard
 from tests.faults import FAULTS, Fault, audit
 
 

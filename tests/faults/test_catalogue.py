@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnverify.case import Domain
 from bnverify.mistakes import MISTAKES
-from bnverify.subject import Subject
+from bnverify.model import Domain, Subject
 from tests.faults import CONTROLS, FAULTS
 from tests.faults.frameworks import NnxStep, TrainStateStep
 from tests.faults.steps import CanonicalStep, HandwrittenNorm, mapped

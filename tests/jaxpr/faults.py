@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bnverify import reference
-from bnverify.subject import State, StepInfo, Subject
+from bnverify.model import State, StepInfo, Subject
 
 MODEL = reference.MODEL
 

@@ -13,7 +13,7 @@ import pytest
 from bnverify import reference
 from bnverify.jaxpr import Abstract, TraceError, leaf_names, trace_subject
 from bnverify.jaxpr.shapes import CORNERS
-from bnverify.subject import State, StepInfo, Subject
+from bnverify.model import State, StepInfo, Subject
 
 
 def linear(features=None, shape=lambda d: (d,), step=None) -> Subject:

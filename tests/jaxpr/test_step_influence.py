@@ -119,18 +119,17 @@ def test_a_step_in_eval_mode_is_explained():
     assert flows.matrix["batch_stats"] == {"batch_stats"}
     assert flows.unchanged["batch_stats/BatchNorm_0/mean"] == "batch_stats/BatchNorm_0/mean"
     assert "batch_stats" in flows.matrix["params"]
-    why = flows.explain("batch_stats", "params")
-    assert why.startswith("batch_stats -> ")
-    assert why.endswith(" -> params")
-    assert "reference.py" in why
+    first, *between, last = flows.steps("batch_stats", "params")
+    assert (first, last) == ("batch_stats", "params")
+    assert any("reference.py" in step for step in between)
 
 
 def test_a_loss_that_reads_old_statistics_is_explained():
     """The path from the old statistics to the params names the line that reads them."""
     flows = read(faults.loss_reads_old_statistics())
     assert "batch_stats" in flows.matrix["params"] & flows.matrix["loss"] & flows.matrix["grads"]
-    assert here("jnp.sum(old * params") in flows.explain("batch_stats", "loss")
-    assert here("jnp.sum(old * params") in flows.explain("batch_stats", "params")
+    assert here("jnp.sum(old * params") in " ".join(flows.steps("batch_stats", "loss"))
+    assert here("jnp.sum(old * params") in " ".join(flows.steps("batch_stats", "params"))
 
 
 def test_the_path_of_a_violation_has_one_step_per_line():
@@ -142,7 +141,6 @@ def test_the_path_of_a_violation_has_one_step_per_line():
     assert source == "batch_stats"
     assert (output, source) in law.must_not_reach
     assert any(here("jnp.sum(old * params") in step for step in steps)
-    assert proof.explain(law, reading) == " -> ".join(path)
     assert proof.offending_path(law, proof.read(reference.sgd())) == ()
     assert read(reference.sgd()).steps("batch_stats", "eval_batch_stats") == (
         "batch_stats",
@@ -154,7 +152,7 @@ def test_statistics_in_the_optimizer_are_explained():
     """Statistics that the optimizer updates depend on lr, on its state and, through it, on y."""
     flows = read(faults.statistics_in_the_optimizer())
     assert flows.matrix["batch_stats"] >= {"lr", "opt_state"}
-    assert here("optimizer(lr).update") in flows.explain("lr", "batch_stats")
+    assert here("optimizer(lr).update") in " ".join(flows.steps("lr", "batch_stats"))
     assert "opt_state/0/trace/batch_stats/BatchNorm_0/mean" in flows.leaves
 
 
@@ -163,12 +161,10 @@ def test_evaluation_that_writes_is_explained():
     flows = read(faults.evaluation_writes())
     assert "batch_stats" not in flows.matrix["eval_loss"]
     assert "x" in flows.matrix["eval_batch_stats"]
-    assert here("_, stats = apply(") in flows.explain("x", "eval_batch_stats") or (
-        "reference.py" in flows.explain("x", "eval_batch_stats")
+    assert here("_, stats = apply(") in " ".join(flows.steps("x", "eval_batch_stats")) or (
+        "reference.py" in " ".join(flows.steps("x", "eval_batch_stats"))
     )
-    assert flows.explain("batch_stats", "eval_loss") == (
-        "no data flows from batch_stats to eval_loss"
-    )
+    assert flows.steps("batch_stats", "eval_loss") == ()
 
 
 def test_paths_are_shortest_and_in_the_order_of_computation():
@@ -176,9 +172,7 @@ def test_paths_are_shortest_and_in_the_order_of_computation():
     flows = read(reference.sgd())
     assert [link.primitive for link in flows.path("lr", "params")] == ["mul", "mul", "add"]
     assert flows.path("batch_stats", "eval_batch_stats") == ()
-    assert flows.explain("batch_stats", "eval_batch_stats") == (
-        "eval_batch_stats is batch_stats, unchanged"
-    )
+    assert flows.steps("batch_stats", "eval_batch_stats") == ("batch_stats", "eval_batch_stats")
     assert flows.path("y", "batch_stats") is None
 
 

@@ -8,12 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from bnverify.case import Case
 from bnverify.laws import LAWS, UNTRIGGERED
+from bnverify.model import Case, LayerInput, Outcome, State, StepInfo, Transition
 from bnverify.pytree import stack
 from bnverify.reruns import huge, nudged_inputs
-from bnverify.subject import LayerInput, State, StepInfo
-from bnverify.transition import Outcome, Transition
 
 CASE = stack([Case.of(0, [[1.0]], [0.0], 0.1)])
 

@@ -40,8 +40,8 @@ from bnverify.laws.arithmetic import (
     worst_of,
     xp,
 )
+from bnverify.model import LayerInput
 from bnverify.reruns import huge
-from bnverify.subject import LayerInput
 
 INF, NAN = math.inf, math.nan
 

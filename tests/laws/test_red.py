@@ -15,9 +15,9 @@ import pytest
 import bnverify
 from bnverify import reference
 from bnverify.laws import LAWS
+from bnverify.model import State, Subject
 from bnverify.parallel.check import on_devices
 from bnverify.profile import Profile
-from bnverify.subject import State, Subject
 from tests.faults import FAULTS
 from tests.faults.life import LIFE_FAULTS
 from tests.faults.loops import LOOP_FAULTS

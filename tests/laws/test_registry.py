@@ -13,8 +13,8 @@ import bnverify
 from bnverify.laws import FAMILIES, LAWS, STEP_LAWS
 from bnverify.laws.law import beyond_one_step, law
 from bnverify.mistakes import MISTAKES
+from bnverify.model import Transition
 from bnverify.proof import MISSING_CAPABILITY
-from bnverify.transition import Transition
 
 
 @pytest.mark.parametrize("name", LAWS)

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 
 from bnverify import compat, reference
-from bnverify.case import Case
 from bnverify.laws import LAWS, STEP_LAWS, UNTRIGGERED
 from bnverify.laws.arithmetic import array_namespace, sum_over
+from bnverify.model import Case, LayerInput, Look, Outcome, Transition
 from bnverify.observe import Again, CompiledSubject, Solution, Uncompiled, observe
-from bnverify.subject import LayerInput, Look
-from bnverify.transition import Outcome, Transition
 
 STACK = 256
 SHAPE = (2, 2)

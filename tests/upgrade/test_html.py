@@ -12,11 +12,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from bnverify.case import Case
 from bnverify.evidence import Call, Cause, Counterexample, Evidence, Report
 from bnverify.laws import LAWS
 from bnverify.laws.mismatch import Mismatch
 from bnverify.mistakes import MISTAKES
+from bnverify.model import Case
 from bnverify.report.html import _of_check, page
 from bnverify.upgrade.compare import Comparison
 from bnverify.upgrade.policy import Difference, Policy, judge

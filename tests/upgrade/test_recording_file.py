@@ -408,8 +408,31 @@ def test_any_manifest_gives_a_recording_or_a_recording_error(tmp_path_factory, t
     refused(path)
 
 
-def test_the_module_imports_no_jax():
-    """Recordings can be read quickly, and where jax is not installed."""
+def test_a_write_that_fails_leaves_the_old_recording(sample, tmp_path, monkeypatch):
+    """A full disk costs no recording, and leaves no half of one beside it."""
+    old = sample.read_bytes()
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(RecordingError, match="No space left"):
+        write(sample, MANIFEST, {**CONTENT, "more": np.ones(2)})
+    assert [entry.name for entry in sample.parent.iterdir()] == [sample.name]
+    assert sample.read_bytes() == old
+
+
+def test_a_link_to_a_recording_stays_a_link(tmp_path):
+    """The file that the link names is written, with the rights of any other file."""
+    (tmp_path / "plain").touch()
+    (tmp_path / "link").symlink_to("target")
+    write(tmp_path / "link", MANIFEST, CONTENT)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_the_module_loads_without_jax():
+    """Recordings are read where no jax is, and quickly."""
     code = "import sys, bnverify.upgrade.recording; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
