@@ -214,8 +214,8 @@ class Check:
     def events(self, seed: int = 0, *, fail_fast: bool = False) -> Iterator[Event]:
         """Yield what happens, as it happens; ``Finished``, with the report, at the end.
 
-        Where Ctrl-C interrupts the check after some laws were judged, it yields a report of those before it
-        raises KeyboardInterrupt.
+        Where Ctrl-C interrupts the check after some laws were judged, a report of those is yielded
+        before KeyboardInterrupt is raised.
 
         Args:
             seed: as for :meth:`run`.
@@ -347,7 +347,10 @@ class Check:
         return self._running([law for law in self._laws if law.name not in known])
 
     def _running(self, laws: Collection[Law]) -> list[Runner]:
-        """Return what runs some laws; a momentum probe, last, those about an empty optimizer state."""
+        """Return what runs some laws.
+
+        Those about the optimizer's state are run, last, on a momentum probe where that state is empty.
+        """
         reading, probe = self._reading, self._reading.probe
         probed = [law for law in laws if probe is not None and "opt_state" in law.capabilities]
         own = [law for law in laws if law not in probed]
@@ -366,7 +369,7 @@ class Check:
         return runners
 
     def _explained(self, evidence: Evidence) -> Evidence:
-        """Return the evidence of a violation with the path of a forbidden flow, and what may allow it."""
+        """Return the evidence of a violation with the line and the path that lead to it, and a hint."""
         if evidence.status != "violated":
             return evidence
         law, mismatch = LAWS[evidence.law], evidence.mismatch

@@ -1,7 +1,7 @@
 """The nouns: a case is given to a subject, and a transition is what one observed step did with it.
 
-A subject is a training step as pure functions over a split state; with its user's own checkpoints it is a
-``CheckpointedSubject``, on many devices a ``Parallel``.
+A subject is a training step as pure functions over a split state; with its user's own checkpoints it
+is a ``CheckpointedSubject``, on many devices a ``Parallel``.
 """
 
 from __future__ import annotations

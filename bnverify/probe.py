@@ -1,4 +1,4 @@
-"""What is given as a subject: whether its functions are a Subject's, or it is a Flax module by itself."""
+"""Whether what is given as a subject is one, and what to say where it is not."""
 
 from __future__ import annotations
 

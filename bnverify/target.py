@@ -54,8 +54,8 @@ def importable(home: Path) -> Iterator[None]:
     for name, (other, module) in _BESIDE.items():
         if other != home and sys.modules.get(name) is module and _holds(home, name):
             raise TargetError(
-                f"{name} was imported from {other} for another target, and {home} has a module of that "
-                "name, too: load the two in separate processes"
+                f"{name} was imported from {other} for another target, and {home} has a module of "
+                "that name, too: load the two in separate processes"
             )
     path, known = sys.path[:], set(sys.modules)
     sys.path.insert(0, str(home))

@@ -1,4 +1,4 @@
-"""docs/architecture.md says who may import whom and who calls whom; here that is held against the code."""
+"""What docs/architecture.md says of imports and calls is held against the code."""
 
 from __future__ import annotations
 

@@ -163,8 +163,8 @@ class EmaHistory:
         """Return how far the statistics of ``state`` are from what they must be.
 
         Returns:
-            The worst error in units of the error allowed, below 0 where there is nothing to compare; and
-            where it is beyond 1, its entry.
+            The worst error in units of the error allowed, below 0 where there is nothing to compare;
+            and its entry, where it is beyond 1.
         """
         beside = self._beside(state)
         worst = UNTRIGGERED

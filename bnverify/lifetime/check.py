@@ -251,9 +251,9 @@ class Lives:
         return shortest
 
 
-# Histories: scripted ones in which everything happens, and others drawn from a seed. They are not drawn by
-# Hypothesis, whose draws depend on the constants in whatever modules happen to be imported: the same
-# seed must give the same histories.
+# Histories: scripted ones in which everything happens, and others drawn from a seed. They are not
+# drawn by Hypothesis, whose draws depend on the constants in whatever modules happen to be imported:
+# the same seed must give the same histories.
 
 # Small numbers of few digits: they stay far from overflow, and a counterexample reads well.
 QUARTERS = 8
@@ -322,8 +322,8 @@ def _one_of(rng: np.random.Generator, items: Sequence[Any]) -> Any:
     return items[int(rng.integers(len(items)))]
 
 
-# For users' own tests. One shape serves a whole machine: a shape costs seconds to compile, a step then takes
-# a millisecond.
+# For users' own tests. One shape serves a whole machine: a shape costs seconds to compile, a step then
+# takes a millisecond.
 
 
 def batches(shape: tuple[int, int]) -> st.SearchStrategy[Case]:
@@ -348,8 +348,8 @@ def life(
     """Return a state machine that lives the life of a state in every order.
 
     Args:
-        lived: a Subject, saved by ``flax.serialization``, or a CheckpointedSubject with its own way to save
-            and restore.
+        lived: a Subject, saved by ``flax.serialization``, or a CheckpointedSubject with its own way
+            to save and restore.
         name: how counterexamples find ``lived``: "module:name"; None: the reader puts it in.
         ignore: names of laws that are not asked.
 

@@ -376,9 +376,9 @@ def _listed(paths: list[str]) -> str:
     return ", ".join(paths[:3]) + more
 
 
-# Ways to save a state, restore it and copy it. ``flax.serialization`` needs a template to restore into:
-# a state of the same structure, here one that was initialised from another seed, so that a value that
-# is not restored is noticed.
+# Ways to save a state, restore it and copy it. ``flax.serialization`` needs a template to restore
+# into: a state of the same structure, here one that was initialised from another seed, so that a value
+# that is not restored is noticed.
 
 
 @dataclass(frozen=True)

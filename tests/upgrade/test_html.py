@@ -175,7 +175,7 @@ def checked():
         "violated",
         cases=12,
         residual=1e5,
-        reason="it is",
+        reason=str(Mismatch(HOSTILE, (0,), -0.25, 0.0, 1e-7)),
         counterexample=Counterexample(LAW, Case.of(0, x, x[:, 0], 0.1, 2), f"{HOSTILE}.py:x"),
         cause=Cause("sample_variance", "the variance is <wrong>"),
         mismatch=Mismatch(HOSTILE, (0,), -0.25, 0.0, 1e-7),
