@@ -79,8 +79,8 @@ def _moved(distance: Array) -> Array:
 
 def _exceeds(moved: Array, exact: Array, dtype: Any, times: float) -> Array:
     """Return where a row moved at least 1/``times`` of row 0's distance from 0; see ``in_doubt``."""
-    faint = np.where(exact == 0, 0, arithmetic.faint(dtype))
-    doubt = moved > np.abs(exact) / times - faint
+    threshold = np.where(exact == 0, 0, arithmetic.underflow_threshold(dtype))
+    doubt = moved > np.abs(exact) / times - threshold
     doubt[0] = False
     return np.asarray(doubt)
 
@@ -130,7 +130,7 @@ def extreme(sign: int, left: Array, right: Array, dtype: Any, sides: Sides) -> A
     return np.where(beyond, bound + sign * share * np.abs(distance), plain)
 
 
-def signed(value: Array, dtype: Any, sides: Sides) -> Array:
+def with_random_sign(value: Array, dtype: Any, sides: Sides) -> Array:
     """Return ``value`` with a random sign in the rows where its sign is in doubt."""
     exact = value[:1]
     turned = np.where(sides.choices(value.shape[2:]), -1.0, 1.0)
@@ -139,7 +139,7 @@ def signed(value: Array, dtype: Any, sides: Sides) -> Array:
     return np.where(in_doubt(value, dtype), side, value)
 
 
-def amplified(value: Array) -> Array:
+def with_amplified_noise(value: Array) -> Array:
     """Return the input of a step function with each row FLIP times as far from row 0."""
     moved = FLIP * (value - value[:1])
     uniform, upper = (
@@ -149,7 +149,7 @@ def amplified(value: Array) -> Array:
     return np.where(np.isfinite(far), far, value)
 
 
-def near_pole(value: Array) -> Array:
+def nan_without_digits(value: Array) -> Array:
     """Return a denominator or similar, with NaN in the rows that have lost all digits."""
     exact = value[:1]
     lost = POLE * np.abs(value - exact) > np.abs(exact)

@@ -17,7 +17,7 @@ need not cancel. But often it is such a function, and then the errors of equal v
 Where that matters, half of the rows draw equal errors for equal digits. The error model:
 
 - A result is off by an ulp of its dtype; an approximated function, by a few.
-- A sum of n terms also rounds its partial sums: ``arithmetic.growth`` ulps of the sum, and where terms
+- A sum of n terms also rounds its partial sums: ``arithmetic.rounding_ulps`` ulps of the sum, and where terms
   cancel, as many ulps of each term.
 - A product that is added may or may not be rounded, because the compiler may use a fused multiply-add.
   It may decide differently for each use of the sum and of values computed from it elementwise. If the
@@ -147,7 +147,7 @@ class RoundingReading:
         errors = self._errors(value, dtype, units, added)
         errors += 1
         rounded = np.multiply(value, errors, out=errors if errors.shape[1] > 1 else None)
-        if not arithmetic.is_wide(dtype):  # float16: moderate values can be subnormal
+        if not arithmetic.has_float32_range(dtype):  # float16: moderate values can be subnormal
             step = float(info.smallest_subnormal) * units
             self._draw_index += 1
             below = step * self._draws.independent(self._draw_index, shape)
@@ -181,13 +181,13 @@ class RoundingReading:
             dtype: the program's dtype.
             room: how much larger than the sum the partial sums may be.
         """
-        info, wide = limits(dtype), arithmetic.is_wide(dtype)
-        # Scaling by a literal up to NEAR is not checked again.
-        most = float(info.max) / room / (arithmetic.NEAR if wide else 1)
+        info, wide = limits(dtype), arithmetic.has_float32_range(dtype)
+        # Scaling by a literal up to LITERAL_SCALE is not checked again.
+        most = float(info.max) / room / (arithmetic.LITERAL_SCALE if wide else 1)
         # float16 is computed in float32, where its subnormal numbers are normal and not flushed.
         tiny = float(info.tiny) if wide else 0.0
         exact = np.abs(value[:1])
-        near_zero = (exact < tiny * arithmetic.NEAR**2) & (exact > 0)
+        near_zero = (exact < tiny * arithmetic.LITERAL_SCALE**2) & (exact > 0)
         if value.max(initial=0) <= most and value.min(initial=0) >= -most and not near_zero.any():
             return value
         elements = tuple(range(2, value.ndim))
@@ -195,7 +195,7 @@ class RoundingReading:
         cases = np.flatnonzero(far | near_zero.any(axis=(0, *elements)))
         odd = np.arange(self.count) % 2 == 1
         largest = np.full(odd.shape, most)
-        least = tiny * np.where(odd, arithmetic.NEAR, 1 / arithmetic.NEAR)
+        least = tiny * np.where(odd, arithmetic.LITERAL_SCALE, 1 / arithmetic.LITERAL_SCALE)
         largest[0], least[0] = np.inf, 0
         clipped = np.broadcast_to(value, (self.count, *value.shape[1:])).copy()
         some = clipped[:, cases]
@@ -345,18 +345,18 @@ class RoundingReading:
         """Return the inputs, adjusted for step functions, ``sign`` and poles; see ``kinks``."""
         name, pole, ready = eqn.primitive.name, arithmetic.pole(eqn), list(inputs)
         to_integer = name == "convert_element_type" and not is_float(eqn.outvars[0].aval.dtype)
-        if noisy[0] and (to_integer or name in arithmetic.STEPS):
-            ready[0] = kinks.amplified(inputs[0])
+        if noisy[0] and (to_integer or name in arithmetic.STEP_FUNCTIONS):
+            ready[0] = kinks.with_amplified_noise(inputs[0])
         if noisy[0] and name == "sign":
             self._draw_index += 1
             sides = self._draws.sides(self._draw_index)
-            ready[0] = kinks.signed(inputs[0], eqn.invars[0].aval.dtype, sides)
+            ready[0] = kinks.with_random_sign(inputs[0], eqn.invars[0].aval.dtype, sides)
         if pole is not None and noisy[pole]:
-            ready[pole] = kinks.near_pole(inputs[pole])
+            ready[pole] = kinks.nan_without_digits(inputs[pole])
         return ready
 
     def _arithmetic(self, eqn: Any, inputs: Sequence[Array]) -> list[Array]:
-        units, terms = arithmetic.growth(eqn), arithmetic.terms(eqn)
+        units, terms = arithmetic.rounding_ulps(eqn), arithmetic.terms(eqn)
         added = self._added.get(id(eqn), math.inf)
         name = eqn.primitive.name
         unrounded = inputs
@@ -366,7 +366,7 @@ class RoundingReading:
             inputs = [
                 self.round(
                     value,
-                    arithmetic.summed_in(atom.aval.dtype, eqn),
+                    arithmetic.accumulation_dtype(atom.aval.dtype, eqn),
                     units * share,
                     added * terms,
                 )
@@ -409,7 +409,7 @@ class RoundingReading:
         made = eqn.outvars[0].aval.dtype
         if not is_float(made):
             return output
-        dtype = arithmetic.summed_in(made, eqn)
+        dtype = arithmetic.accumulation_dtype(made, eqn)
         squares = numeric.apply(eqn, [value[:1] * value[:1] for value in inputs])[0]
         length = np.sqrt(squares)
         errors = self._errors(output, dtype, units, added)
@@ -420,7 +420,7 @@ class RoundingReading:
         self, eqn: Any, value: Array, dtype: Any, units: float, added: float, *, exact: bool
     ) -> Array:
         rounded = value if exact else self.round(value, dtype, units, added)
-        if arithmetic.leaves_range(eqn):
+        if arithmetic.may_leave_range(eqn):
             return self.clip_to_range(rounded, dtype, room=1 if exact else 4)
         return rounded
 
@@ -638,7 +638,7 @@ def _noise(value: Array, dtype: Any) -> Array:
         return np.where(np.all(value == value[:1], axis=0), 0.0, np.inf)
     distance = value[1:] - value[:1]
     noise = SAFETY * np.sqrt(np.sum(distance * distance, axis=0))
-    return np.where(np.isfinite(noise), noise, np.inf) + arithmetic.faint(dtype)
+    return np.where(np.isfinite(noise), noise, np.inf) + arithmetic.underflow_threshold(dtype)
 
 
 def rounding(function: Callable[..., Any], *args: Any, seed: int = 0) -> Rounding:

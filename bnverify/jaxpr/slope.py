@@ -100,7 +100,9 @@ class _SlopeReading(RoundingReading):
 
     def _guard(self, eqn: Any, inputs: Sequence[Array], noisy: list[bool]) -> list[Array]:
         """Return the inputs; those of a step function with their values at p."""
-        steps = eqn.primitive.name in arithmetic.STEPS or not is_float(eqn.outvars[0].aval.dtype)
+        steps = eqn.primitive.name in arithmetic.STEP_FUNCTIONS or not is_float(
+            eqn.outvars[0].aval.dtype
+        )
         return [
             value[:1] if steps and moves else value
             for value, moves in zip(inputs, noisy, strict=True)
