@@ -1,4 +1,4 @@
-"""``bnverify audit``: which faults the laws notice, or which faults a user's own tests would miss."""
+"""``bnverify audit``: which faults the laws notice, or a user's own tests would miss."""
 
 from __future__ import annotations
 

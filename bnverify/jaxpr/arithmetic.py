@@ -195,8 +195,8 @@ def terms(eqn: Any) -> int:
 def rounding_ulps(eqn: Any) -> float:
     """Return how many roundings, in ulps of the result, an equation amounts to.
 
-    A sum of n numbers rounds n - 1 partial sums. Independent errors add up to sqrt(n) roundings; those
-    of equal numbers agree, and add up to a fraction of n.
+    A sum of n numbers rounds n - 1 partial sums. Independent errors add up to sqrt(n) roundings;
+    those of equal numbers agree, and add up to a fraction of n.
     """
     name = eqn.primitive.name
     if name in _APPROXIMATE:
@@ -309,9 +309,9 @@ def count_values(jaxpr: Any) -> int:
 def additions_after(jaxpr: Any) -> dict[int, float]:
     """Return, for each equation, how many numbers may later be added to its result.
 
-    Errors that agree matter where elements are added: n equal errors sum to n times one, n independent
-    errors to sqrt(n). Results that are not added up any more, as in most of an optimizer, need no
-    agreeing errors.
+    Errors that agree matter where elements are added: n equal errors sum to n times one, n
+    independent errors to sqrt(n). Results that are not added up any more, as in most of an
+    optimizer, need no agreeing errors.
 
     Args:
         jaxpr: closed or open, as returned by ``jax.make_jaxpr``.

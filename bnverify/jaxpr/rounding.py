@@ -1,33 +1,35 @@
 """A bound on the rounding error of a traced program's results.
 
-The program is evaluated in float64 by walking its jaxpr in NumPy (nothing is compiled): once exactly,
-and ``ROWS`` times with random rounding. The spread of these rows about the exact one is the tolerance
-of each number. The method assumes nothing about the model, and an ill-conditioned input widens its own
-tolerance.
+The program is evaluated in float64 by walking its jaxpr in NumPy (nothing is compiled): once
+exactly, and ``ROWS`` times with random rounding. The spread of these rows about the exact one is
+the tolerance of each number. The method assumes nothing about the model, and an ill-conditioned
+input widens its own tolerance.
 
 Every value is an array (rows, cases, *shape). Row 0 is the exact run. In every other row each
 equation's result is multiplied by 1 + e, with e drawn for each row, equation and element, somewhat
-larger than a rounding error of the program's dtype: one possible outcome of the program's arithmetic.
-An axis of size 1 stands for values that are equal in all rows (nothing was rounded yet) or in all
-cases (constants).
+larger than a rounding error of the program's dtype: one possible outcome of the program's
+arithmetic. An axis of size 1 stands for values that are equal in all rows (nothing was rounded yet)
+or in all cases (constants).
 
-Draws are mostly independent, because the error of compiled arithmetic is not a function of the values
-alone: sums are reordered, and a product may be fused with the addition that uses it, so equal terms
-need not cancel. But often it is such a function, and then the errors of equal values agree and add up.
-Where that matters, half of the rows draw equal errors for equal digits. The error model:
+Draws are mostly independent, because the error of compiled arithmetic is not a function of the
+values alone: sums are reordered, and a product may be fused with the addition that uses it, so
+equal terms need not cancel. But often it is such a function, and then the errors of equal values
+agree and add up. Where that matters, half of the rows draw equal errors for equal digits. The error
+model:
 
 - A result is off by an ulp of its dtype; an approximated function, by a few.
-- A sum of n terms also rounds its partial sums: ``arithmetic.rounding_ulps`` ulps of the sum, and where terms
-  cancel, as many ulps of each term.
-- A product that is added may or may not be rounded, because the compiler may use a fused multiply-add.
-  It may decide differently for each use of the sum and of values computed from it elementwise. If the
-  sum cancels the product, its uses differ by the product's rounding error and need not cancel.
+- A sum of n terms also rounds its partial sums: ``arithmetic.rounding_ulps`` ulps of the sum, and
+  where terms cancel, as many ulps of each term.
+- A product that is added may or may not be rounded, because the compiler may use a fused
+  multiply-add. It may decide differently for each use of the sum and of values computed from it
+  elementwise. If the sum cancels the product, its uses differ by the product's rounding error and
+  need not cancel.
 - Overflow in the program's dtype makes a row infinite, and so the tolerance.
 - Inputs, and operations that only move data, do not round.
 
-Random rounding as a test of numerical stability is due to La Porte and Vignes (CESTAC) and to Parker
-(Monte Carlo arithmetic, 1997). ``benchmarks/rounding_soundness.py`` compares the bounds with float32
-runs.
+Random rounding as a test of numerical stability is due to La Porte and Vignes (CESTAC) and to
+Parker (Monte Carlo arithmetic, 1997). ``benchmarks/rounding_soundness.py`` compares the bounds with
+float32 runs.
 """
 
 from __future__ import annotations
@@ -115,8 +117,8 @@ class RoundingReading:
         self._added = added or {}
         self._draw_index = seed * _DRAWS_PER_SEED
         self._draws = drawn or draws.Draws(count)
-        # Keyed by id(variable): products; errors between the uses of a sum with a fused product; such
-        # sums that have been used.
+        # Keyed by id(variable): products; errors between the uses of a sum with a fused product;
+        # such sums that have been used.
         self._products: set[int] = set()
         self._fma_errors: dict[int, Array] = {}
         self._used: set[int] = set()
@@ -173,8 +175,9 @@ class RoundingReading:
     def clip_to_range(self, value: Array, dtype: Any, room: float = 4) -> Array:
         """Return ``value`` as ``dtype`` can hold it: overflow becomes infinite, underflow 0.
 
-        Row 0 stays exact. Near underflow only every other row is flushed: if all were, the loss could
-        cancel later. Cases well within the range, which is nearly all, are returned unchanged.
+        Row 0 stays exact. Near underflow only every other row is flushed: if all were, the loss
+        could cancel later. Cases well within the range, which is nearly all, are returned
+        unchanged.
 
         Args:
             value: what to clip.
@@ -402,9 +405,9 @@ class RoundingReading:
     ) -> Array:
         """Return a sum of products with an error in its partial sums, independent for each output.
 
-        The errors of the factors are shared by all outputs that use a factor, so they cancel wherever
-        these outputs cancel. In addition each of the n terms has an error of its own, as many ulps as
-        the whole sum; together these are the root of the sum of their squares.
+        The errors of the factors are shared by all outputs that use a factor, so they cancel
+        wherever these outputs cancel. In addition each of the n terms has an error of its own, as
+        many ulps as the whole sum; together these are the root of the sum of their squares.
         """
         made = eqn.outvars[0].aval.dtype
         if not is_float(made):
@@ -518,7 +521,7 @@ def _exact_where(eqn: Any, inputs: Sequence[Array]) -> Array | None:
 
 
 def _decision(value: Array) -> tuple[Array, Array]:
-    """Return the exact row of a predicate or index, (1, cases), and whether all rows agree with it."""
+    """Return row 0 of a predicate or index, (1, cases), and whether all rows agree with it."""
     exact = value[:1] > 0.5 if is_float(value.dtype) else value[:1]  # soft booleans are floats
     return exact, np.all(value == exact, axis=0, keepdims=True)
 
@@ -628,8 +631,8 @@ def _leaves(program: tracing.Program, args: Any) -> list[Array]:
 def _noise(value: Array, dtype: Any) -> Array:
     """Return the distance of a result's rows from the exact one, times ``SAFETY``.
 
-    Rows are combined by their Euclidean norm: it varies less than the maximum and is never below it,
-    so a jump in a single row counts in full.
+    Rows are combined by their Euclidean norm: it varies less than the maximum and is never below
+    it, so a jump in a single row counts in full.
     """
     exact = value[0]
     if not has_rows(value):

@@ -75,8 +75,8 @@ def doubling_the_batch_changes_nothing(t: Transition) -> Any:
     """Repeating every row gives the same loss, gradients, params and statistics, within rounding.
 
     The second run has the same values and sums of twice as many terms. How far a sum of n terms
-    rounds grows at most in proportion to n (``bnverify.jaxpr.arithmetic.rounding_ulps``), so that run errs
-    by at most twice the first one's noise: together, three halves of it for each. A single row is
+    rounds grows at most in proportion to n (``bnverify.jaxpr.arithmetic.rounding_ulps``), so that
+    run errs by at most twice the first one's noise: together, three halves of it for each. A single row is
     not compared: a sum of one term does not round at all.
     """
     noise = jax.tree_util.tree_map(lambda n: 1.5 * wide(n), t.noise)

@@ -1,4 +1,4 @@
-"""An audit's report on a terminal and as a picture: the matrix of faults and laws, and the survivors."""
+"""An audit on a terminal and as a picture: the matrix of faults and laws, and the survivors."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def killers(audit: Audit) -> list[str]:
 
 
 def matrix(audit: Audit, laws: list[str], *, hit: str, miss: str) -> Iterator[str]:
-    """Yield the lines of the matrix: one column per law, headed by its number written vertically."""
+    """Yield the lines of the matrix: one column per law, headed by its number, vertically."""
     numbers = [f"{number:>2}" for number in range(1, len(laws) + 1)]
     for digit in range(2):
         yield " " * (NAME + 2) + "".join(number[digit] for number in numbers).rstrip()
@@ -166,7 +166,7 @@ def tests_summary(audit: TestsAudit) -> str:
 
 
 def _tests(console: Console, audit: TestsAudit) -> None:
-    """Print which faults a user's tests notice, and for those they miss, what is wrong and the fix."""
+    """Print which faults a user's tests notice, and the meaning and fix of those they miss."""
     console.print(Text(f"{audit.command}, faults in {', '.join(audit.targets)}", "bold"))
     for finding in audit.findings:
         line = Text(f" {finding.verdict:<12}", VERDICTS[finding.verdict]) + Text(finding.fault)
