@@ -212,10 +212,10 @@ def test_a_sitecustomize_of_the_users_still_runs(
     ("arguments", "said"),
     [
         (["--select", "no_such_fault"], "no fault is named 'no_such_fault'"),
-        (["--target", "a:b"], "there is no --tests"),
+        (["--target", "a:b"], "--target needs --tests"),
         (["--tests", "true"], "--tests needs --target"),
-        (["--tests", "true", "--target", "a"], "a target is module:name"),
-        (["--tests", "true", "--target", "a:b", "--picture", "x.svg"], "has no laws"),
+        (["--tests", "true", "--target", "a"], "is not module:name"),
+        (["--tests", "true", "--target", "a:b", "--picture", "x.svg"], "--picture cannot be used with --tests"),
     ],
 )
 def test_unusable_arguments_are_refused(
@@ -273,12 +273,12 @@ def test_the_matrix_reads_without_colour() -> None:
 
 
 def test_survivors_are_shown_with_their_reason() -> None:
-    """A survivor without a reason is called a gap, and what a law alone kills is listed."""
+    """A survivor without a reason is unexplained, and the faults that only one law kills are listed."""
     file = io.StringIO()
     show(AUDIT, file)
     shown = file.getvalue()
     assert "survives: three: equivalent: <nothing> differs" in shown
-    assert "survives: five: a gap" in shown
+    assert "survives: five: unexplained" in shown
     assert "law_b alone kills: two" in shown
     assert "3 of 5 faults killed, 2 survive, 1 of them unexplained" in shown
 
