@@ -90,8 +90,8 @@ FAULTS = (
     Fault(
         "kinks_are_never_in_doubt",
         "bnverify/jaxpr/kinks.py",
-        "doubt = moved > np.abs(exact) / times - faint",
-        "doubt = moved > np.abs(exact) * 1e9 + faint",
+        "doubt = moved > np.abs(exact) / times - threshold",
+        "doubt = moved > np.abs(exact) * 1e9 + threshold",
         ROUNDING,
     ),
     Fault(

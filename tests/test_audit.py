@@ -181,7 +181,7 @@ def test_a_sitecustomize_of_the_users_still_runs(
     [
         ([], "the following arguments are required: --tests, --target"),
         (["--tests", "true"], "the following arguments are required: --target"),
-        (["--tests", "true", "--target", "a"], "a target is module:name"),
+        (["--tests", "true", "--target", "a"], "is not module:name"),
         (["--tests", "true", "--target", "a:b", "--select", "no"], "no fault is named 'no'"),
         (["--tests", "true", "--target", "a:b", "--shard", "60/60"], "no fault is left to audit"),
     ],

@@ -1,13 +1,13 @@
 """Recognise known mistakes in the numbers of a case that violates a law.
 
 A person who debugs a violation looks at the numbers: the update is -1 times the expected one, the
-recorded variance is N / (N - 1) times the batch's. This package does the same: on a few cases of a step
-that breaks a law it runs the step and the evaluation again with modified inputs, using the compiled
-functions, and compares the results with those of known mistakes. It returns what it recognises as plain
-data, from which ``bnverify.diagnose`` derives the mistake.
+recorded variance is N / (N - 1) times the batch's. This package does the same: on a few cases of a
+step that breaks a law it runs the step and the evaluation again with modified inputs, using the
+compiled functions, and compares the results with those of known mistakes. It returns what it
+recognises as plain data, from which ``bnverify.diagnose`` derives the mistake.
 
-Each reader returns the first possibility that fits, or nothing. Only steps that break a law are read,
-so a clue alone never reports anything.
+Each reader returns the first possibility that fits, or nothing. Only steps that break a law are
+read, so a clue alone never reports anything.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def read_clues(
 def general_cases(shape: tuple[int, int]) -> list[Case]:
     """Return random cases of a shape, at the first step and at a later one.
 
-    A smallest counterexample often has constant features or gradients of 0, which fit many mistakes; a
-    random case does not.
+    A smallest counterexample often has constant features or gradients of 0, which fit many
+    mistakes; a random case does not.
     """
     rng = np.random.default_rng(0)
     rows, features = shape

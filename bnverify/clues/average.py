@@ -149,7 +149,7 @@ class _Layer:
 
     @classmethod
     def of(cls, given: Any, *measured: tuple[Any, Any]) -> _Layer:
-        """Return the layer, from its input and the results of the step for statistics 0 and huge."""
+        """Return the layer, from its input and the step's results for statistics of 0 and huge ones."""
         own = moments(given)
         recorded, entered, kept = [], [], []
         for low, high in measured:

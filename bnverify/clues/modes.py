@@ -75,7 +75,8 @@ def _with_other_targets(observed: ObservedCase, train: float, own: float) -> Ite
     mean = np.broadcast_to(y.mean(axis=-1, keepdims=True), y.shape).astype(y.dtype)
     at_mean = observed.loss_of(observed.own, y=mean)
     spread = float(np.var(np.asarray(y, np.float64)))
-    # The mean squared error over all pairs of rows is that for the mean target plus the targets' variance.
+    # The mean squared error over all pairs of rows is that for the mean target plus the targets'
+    # variance.
     if spread > 1e-3 * abs(train) and _same(train, at_mean + spread):
         yield "broadcast in training"
     if all(_same(loss, own) for loss in moved):
@@ -108,7 +109,7 @@ def _rounded(kind: Any, name: str, value: Any) -> Any:
 
 
 def _changed(observed: ObservedCase, change: Callable[[str, Any], Any]) -> State:
-    """Return the state with the batch's moments as statistics, changed by ``change(name, value)``."""
+    """Return the state with the batch's moments, changed by ``change(name, value)``, as statistics."""
 
     def leaf(path: Any, value: Any) -> Any:
         return change(path_name(path), value).astype(value.dtype) if is_floating(value) else value
@@ -147,7 +148,7 @@ def _one_moment(observed: ObservedCase) -> State:
 
 
 def _mean_of_rows(observed: ObservedCase) -> float:
-    """Return the mean training loss of batches that repeat one row; NaN if there are too many rows."""
+    """Return the mean training loss of batches that repeat one row; NaN for too many rows."""
     if not 1 < observed.rows <= MOST_ROWS:
         return np.nan
     losses = []

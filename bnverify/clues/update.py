@@ -86,7 +86,7 @@ def _near(factor: float, expected: float) -> bool:
 
 
 def _of_the_update(factor: float, rate: float) -> Iterator[Clues]:
-    """Yield what it means to move by the optimizer's update times a factor."""
+    """Yield what it means to move by a factor times the optimizer's update."""
     if _near(factor, -1):
         yield {"params": "opposite", "factor": factor}
     if _near(factor, 2):
@@ -97,7 +97,7 @@ def _of_the_update(factor: float, rate: float) -> Iterator[Clues]:
 
 
 def _of_the_gradient(factor: float, rate: float) -> Iterator[Clues]:
-    """Yield what it means to move by the gradient times a factor instead of the optimizer's update."""
+    """Yield what it means to move by a factor times the gradient instead."""
     if rate and _near(factor, -rate):
         yield {"params": "plain descent"}
 
@@ -140,7 +140,7 @@ def _factor(base: Leaves, actual: Leaves, size: Leaves | None = None) -> float |
 
 
 def _decays(before: Leaves, after: Leaves, expected: Leaves) -> dict[str, float]:
-    """Return leaf -> the multiple of itself that was added to the update; {} if others were added."""
+    """Return leaf -> the multiple of itself added to the update; {} if something else was added."""
     found = {}
     for name, old in before.items():
         extra = after[name] - expected[name]
@@ -176,8 +176,8 @@ def update_of_another_trace(observed: ObservedCase) -> Clues:
 def optimizer_state(observed: ObservedCase) -> Clues:
     """Return what happens to the optimizer's state instead of its update.
 
-    The step starts from a state that differs from the initial one and from that after one update, so that
-    keeping, clearing and recreating it can be told apart.
+    The step starts from a state that differs from the initial one and from that after one update,
+    so that keeping, clearing and recreating it can be told apart.
     """
     once = observed.expected.opt_state
     if form(once) != form(observed.t.before.opt_state):
@@ -211,7 +211,7 @@ def optimizer_state(observed: ObservedCase) -> Clues:
 
 
 def gradient(observed: ObservedCase) -> Clues:
-    """Return by which factor the gradient of each leaf differs from the slope of the reported loss."""
+    """Return the factor between each leaf's gradient and the slope of the reported loss."""
     grads, params = observed.t.info.grads, observed.t.before.params
     if form(grads) != form(params):
         return {}

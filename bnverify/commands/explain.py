@@ -79,7 +79,7 @@ class _Page:
         self._width = width
 
     def lines(self, name: str) -> Iterator[str]:
-        """Yield the lines that describe a law, family or mistake, given its name or a prefix of it."""
+        """Yield the description of a law, family or mistake, given its name or a prefix."""
         from bnverify.laws import FAMILIES, LAWS
         from bnverify.mistakes import MISTAKES
 

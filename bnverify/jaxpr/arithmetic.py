@@ -162,10 +162,10 @@ PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
 """Sums of products, in which each factor contributes to many outputs."""
 
 # Step functions of a real number.
-STEPS = frozenset({"argmax", "argmin", "ceil", "floor", "round"})
+STEP_FUNCTIONS = frozenset({"argmax", "argmin", "ceil", "floor", "round"})
 
-NEAR = 1e3
-"""A literal between 1/NEAR and NEAR scales a value without a range check."""
+LITERAL_SCALE = 1e3
+"""A literal between 1/LITERAL_SCALE and LITERAL_SCALE scales a value without a range check."""
 
 # Depend on the bits of the program's own dtype, so they run in it.
 BITWISE = frozenset({"bitcast_convert_type", "nextafter", "reduce_precision"})
@@ -192,11 +192,11 @@ def terms(eqn: Any) -> int:
     return max(int(count), 1)
 
 
-def growth(eqn: Any) -> float:
+def rounding_ulps(eqn: Any) -> float:
     """Return how many roundings, in ulps of the result, an equation amounts to.
 
-    A sum of n numbers rounds n - 1 partial sums. Independent errors add up to sqrt(n) roundings; those
-    of equal numbers agree, and add up to a fraction of n.
+    A sum of n numbers rounds n - 1 partial sums. Independent errors add up to sqrt(n) roundings;
+    those of equal numbers agree, and add up to a fraction of n.
     """
     name = eqn.primitive.name
     if name in _APPROXIMATE:
@@ -207,7 +207,7 @@ def growth(eqn: Any) -> float:
     return math.sqrt(count) + count / 64
 
 
-def summed_in(dtype: Any, eqn: Any) -> Any:
+def accumulation_dtype(dtype: Any, eqn: Any) -> Any:
     """Return the dtype in which terms of ``dtype`` are accumulated."""
     products = eqn.primitive.name in {"dot_general", "conv_general_dilated"}
     # Products of 16-bit numbers are accumulated in float32 and rounded once at the end.
@@ -222,10 +222,10 @@ def is_exact(eqn: Any) -> bool:
     if name == "convert_element_type":
         old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
         return bool(old == np.bool_ or (is_float(old) and jnp.promote_types(old, new) == new))
-    return any(_leaves_digits(eqn, position) for position in range(len(eqn.invars)))
+    return any(_is_exact_literal(eqn, position) for position in range(len(eqn.invars)))
 
 
-def _leaves_digits(eqn: Any, position: int) -> bool:
+def _is_exact_literal(eqn: Any, position: int) -> bool:
     """Return whether the input is a literal 0 that is added or a power of two that scales."""
     name, atom = eqn.primitive.name, eqn.invars[position]
     number = compat.literal(atom)
@@ -238,29 +238,32 @@ def _leaves_digits(eqn: Any, position: int) -> bool:
     return power and (name == "mul" or (name == "div" and position == 1))
 
 
-def is_wide(dtype: Any) -> bool:
+def has_float32_range(dtype: Any) -> bool:
     """Return whether ``dtype`` has the exponent range of float32, unlike float16."""
     return int(limits(dtype).nexp) >= 8
 
 
-def faint(dtype: Any) -> float:
+def underflow_threshold(dtype: Any) -> float:
     """Return the magnitude below which values of ``dtype`` may be the result of an underflow.
 
     XLA flushes subnormal float32 numbers to zero. float16 is computed in float32, so its subnormal
     numbers only lose digits, and rounding the rows loses as many.
     """
     info = limits(dtype)
-    return float(info.tiny) * 2**16 if is_wide(dtype) else float(info.smallest_subnormal)
+    return float(info.tiny) * 2**16 if has_float32_range(dtype) else float(info.smallest_subnormal)
 
 
-def leaves_range(eqn: Any) -> bool:
+def may_leave_range(eqn: Any) -> bool:
     """Return whether an equation may overflow or underflow from values well within the range."""
     if eqn.primitive.name == "convert_element_type":
         old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
         return is_float(old) and int(limits(new).maxexp) < int(limits(old).maxexp)
     literals = [compat.literal(atom) for atom in eqn.invars]
-    near = any(n is not None and n.ndim == 0 and 1 / NEAR <= abs(n) <= NEAR for n in literals)
-    harmless = near and len(eqn.invars) == 2 and is_wide(eqn.outvars[0].aval.dtype)
+    near = any(
+        n is not None and n.ndim == 0 and 1 / LITERAL_SCALE <= abs(n) <= LITERAL_SCALE
+        for n in literals
+    )
+    harmless = near and len(eqn.invars) == 2 and has_float32_range(eqn.outvars[0].aval.dtype)
     return eqn.primitive.name in _SCALING and not harmless
 
 
@@ -306,9 +309,9 @@ def count_values(jaxpr: Any) -> int:
 def additions_after(jaxpr: Any) -> dict[int, float]:
     """Return, for each equation, how many numbers may later be added to its result.
 
-    Errors that agree matter where elements are added: n equal errors sum to n times one, n independent
-    errors to sqrt(n). Results that are not added up any more, as in most of an optimizer, need no
-    agreeing errors.
+    Errors that agree matter where elements are added: n equal errors sum to n times one, n
+    independent errors to sqrt(n). Results that are not added up any more, as in most of an
+    optimizer, need no agreeing errors.
 
     Args:
         jaxpr: closed or open, as returned by ``jax.make_jaxpr``.

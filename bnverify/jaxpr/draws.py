@@ -66,8 +66,8 @@ class Draws:
         count: the number of rows; row 0 has no errors.
 
     Attributes:
-        tied: (rows,), the half of the rows in which values with equal digits get equal errors. These
-            are not the rows that force a side of a kink, so that both effects are seen.
+        tied: (rows,), the half of the rows in which values with equal digits get equal errors.
+            These are not the rows that force a side of a kink, so that both effects are seen.
     """
 
     def __init__(self, count: int) -> None:
@@ -118,25 +118,26 @@ class Draws:
         return draw
 
     def tie(self, seed: int, exact: Array, dtype: Any, scale: float, *, out: Array) -> None:
-        """Overwrite the ``tied`` rows of ``out``, (rows, cases, *shape), with ``scale`` times draws.
+        """Overwrite the ``tied`` rows of ``out`` with ``scale`` times draws.
 
         Values with equal digits get equal errors, whatever their sign and exponent, as in real
         rounding. A sum over a batch of n equal rows then has n times the error, where independent
-        errors add up to sqrt(n). In float32 the difference is small compared with the tolerance of a
-        short sum; in 16-bit dtypes it is not.
+        errors add up to sqrt(n). In float32 the difference is small compared with the tolerance of
+        a short sum; in 16-bit dtypes it is not.
 
         Args:
             seed: distinct for each equation.
             exact: the values without rounding, (cases, *shape).
             dtype: the dtype they are rounded to.
             scale: a factor for the draws.
-            out: the errors to overwrite.
+            out: the errors to overwrite, (rows, cases, *shape).
         """
         rng = np.random.default_rng(seed)
         odd = rng.integers(-(2**30), 2**30, self.count, np.int32) * 2 + 1
         size = scale * (rng.uniform(0.5, 1.5, self.count) / _SCALE)
-        # Hash the digits that the program holds, so values that differ in float64 only are equal. The
-        # top bit of the product with an odd number depends on every bit; it becomes the error's sign.
+        # Hash the digits that the program holds, so values that differ in float64 only are equal.
+        # The top bit of the product with an odd number depends on every bit; it becomes the error's
+        # sign.
         held = exact.astype(np.float32).view(np.int32)
         dropped = _MANTISSA - int(limits(dtype).nmant)
         if dropped > 0:  # to the nearest, ties to even

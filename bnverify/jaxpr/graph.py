@@ -172,7 +172,7 @@ class Graph:
         return reached
 
     def shortest(self, starts: Sequence[int], ends: Sequence[int]) -> list[int] | None:
-        """Return the nodes of a shortest path from one of ``starts`` to one of ``ends``, or None."""
+        """Return the nodes of a shortest path from any of ``starts`` to any of ``ends``, or None."""
         goals, towards = set(starts), {end: end for end in ends}
         queue = deque(ends)
         while queue:
@@ -192,8 +192,8 @@ class Graph:
 
 # ---- Where in the user's code an equation was written.
 
-# Frames in these files are not the user's code. Other frames of bnverify count as the user's, because
-# the reference step and the adapters' losses are there.
+# Frames in these files are not the user's code. Other frames of bnverify count as the user's,
+# because the reference step and the adapters' losses are there.
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "chex")
 _WATCHING = ("adapters/watch.py", "adapters/traced.py")
 

@@ -1,8 +1,8 @@
 """Which parts of the old state and of the batch can reach which results of a step.
 
-``influence`` reads the traced step and evaluation as graphs. A pair that is *absent* from its matrix
-is proved: that input cannot change that output, for all values and every size in ``scope``. A pair
-that is present may flow; only running the step can show whether it does.
+``influence`` reads the traced step and evaluation as graphs. A pair that is *absent* from its
+matrix is proved: that input cannot change that output, for all values and every size in ``scope``.
+A pair that is present may flow; only running the step can show whether it does.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Influence:
     """Which input trees and leaves can reach which output trees and leaves.
 
     Outputs are the new "params", "batch_stats", "opt_state" and "extra" (if any), "loss", "grads",
-    "eval_loss", and "eval_params" etc. if the subject returns the state after evaluation. Inputs are
-    the old "params", "batch_stats", "opt_state" and "extra" (for evaluation, those passed in), "x",
-    "y" and "lr".
+    "eval_loss", and "eval_params" etc. if the subject returns the state after evaluation. Inputs
+    are the old "params", "batch_stats", "opt_state" and "extra" (for evaluation, those passed in),
+    "x", "y" and "lr".
 
     Attributes:
         matrix: output tree -> the input trees that may reach it. Trees that the subject does not

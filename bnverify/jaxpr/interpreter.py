@@ -71,7 +71,7 @@ class Reading(Protocol[V]):
     def while_loop(
         self, eqn: Any, inputs: Sequence[V], predicate: Body[V], body: Body[V]
     ) -> Sequence[V]:
-        """Read a while loop; ``predicate`` and ``body`` each take their own consts, then the carry."""
+        """Read a while loop; ``predicate`` and ``body`` take their own consts, then the carry."""
 
     def cond(self, eqn: Any, inputs: Sequence[V], branches: Sequence[Body[V]]) -> Sequence[V]:
         """Read a branch; ``inputs[0]`` is the index, the rest are inputs of every branch."""

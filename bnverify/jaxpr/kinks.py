@@ -1,18 +1,18 @@
 """Where rounding does more than move a result a little: kinks and poles.
 
-Near a kink (``max``, a comparison, ``sign``) rounding decides which side is taken. A row is in doubt
-if FLIP times its distance from row 0 exceeds row 0's distance from the kink. In a comparison such a
-row takes a side independently of row 0; in ``max`` and ``min`` it takes the noisy operand. The
-consequences thus become part of the spread of the rows. If a row's noise itself exceeds the distance,
-the outcome of the comparison is unknown. The elements of an array may flip one by one or together
-(all rows of a batch share the error of their mean), so rows choose differently: half of them draw a
-side for each element, a quarter moves FLIP times as far as its own noise, a quarter puts all elements
-on one side.
+Near a kink (``max``, a comparison, ``sign``) rounding decides which side is taken. A row is in
+doubt if FLIP times its distance from row 0 exceeds row 0's distance from the kink. In a comparison
+such a row takes a side independently of row 0; in ``max`` and ``min`` it takes the noisy operand.
+The consequences thus become part of the spread of the rows. If a row's noise itself exceeds the
+distance, the outcome of the comparison is unknown. The elements of an array may flip one by one or
+together (all rows of a batch share the error of their mean), so rows choose differently: half of
+them draw a side for each element, a quarter moves FLIP times as far as its own noise, a quarter
+puts all elements on one side.
 
 Near a pole (a denominator, the argument of ``log``) a few rows are too small a sample for the worst
 case. A row that differs from row 0 by more than a POLE-th of its value becomes NaN, so results that
-depend on it have no known error. Booleans that depend on rounding are *soft*: floats 0 or 1, or NaN if
-unknown, so that NaN passes through decisions.
+depend on it have no known error. Booleans that depend on rounding are *soft*: floats 0 or 1, or NaN
+if unknown, so that NaN passes through decisions.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ _MOVES = frozenset(
 def in_doubt(distance: Array, dtype: Any, times: float = FLIP) -> Array:
     """Return for each row whether ``times`` its rounding could take it across 0.
 
-    Also true if the distance is so small that it may be an underflow, but not 0. Row 0 is not rounded
-    and never in doubt.
+    Also true if the distance is so small that it may be an underflow, but not 0. Row 0 is not
+    rounded and never in doubt.
     """
     return _exceeds(_moved(distance), distance[:1], dtype, times)
 
@@ -78,15 +78,15 @@ def _moved(distance: Array) -> Array:
 
 
 def _exceeds(moved: Array, exact: Array, dtype: Any, times: float) -> Array:
-    """Return where a row moved at least 1/``times`` of row 0's distance from 0; see ``in_doubt``."""
-    faint = np.where(exact == 0, 0, arithmetic.faint(dtype))
-    doubt = moved > np.abs(exact) / times - faint
+    """Return where a row moved by 1/``times`` of row 0's distance from 0; see ``in_doubt``."""
+    threshold = np.where(exact == 0, 0, arithmetic.underflow_threshold(dtype))
+    doubt = moved > np.abs(exact) / times - threshold
     doubt[0] = False
     return np.asarray(doubt)
 
 
 def aligned(*values: Array) -> list[Array]:
-    """Return ``values`` with equal rank: operands that lax allows to be scalars get axes of size 1."""
+    """Return ``values`` with equal rank: scalar operands of lax get axes of size 1."""
     rank = max(value.ndim for value in values)
     return [value.reshape(value.shape + (1,) * (rank - value.ndim)) for value in values]
 
@@ -114,8 +114,8 @@ def extreme(sign: int, left: Array, right: Array, dtype: Any, sides: Sides) -> A
 
     If all rows were clipped to a bound that has no noise, their spread would be 0. Rows in doubt
     instead move beyond the bound by a random share of their distance from it. The share is random
-    because two values symmetric about the bound, as in a normalised batch of two rows, must not both
-    be beyond it by the same amount: later arithmetic may cancel their difference.
+    because two values symmetric about the bound, as in a normalised batch of two rows, must not
+    both be beyond it by the same amount: later arithmetic may cancel their difference.
     """
     plain: Array = (np.maximum if sign > 0 else np.minimum)(left, right)
     if has_rows(left) == has_rows(right):
@@ -130,7 +130,7 @@ def extreme(sign: int, left: Array, right: Array, dtype: Any, sides: Sides) -> A
     return np.where(beyond, bound + sign * share * np.abs(distance), plain)
 
 
-def signed(value: Array, dtype: Any, sides: Sides) -> Array:
+def with_random_sign(value: Array, dtype: Any, sides: Sides) -> Array:
     """Return ``value`` with a random sign in the rows where its sign is in doubt."""
     exact = value[:1]
     turned = np.where(sides.choices(value.shape[2:]), -1.0, 1.0)
@@ -139,7 +139,7 @@ def signed(value: Array, dtype: Any, sides: Sides) -> Array:
     return np.where(in_doubt(value, dtype), side, value)
 
 
-def amplified(value: Array) -> Array:
+def with_amplified_noise(value: Array) -> Array:
     """Return the input of a step function with each row FLIP times as far from row 0."""
     moved = FLIP * (value - value[:1])
     uniform, upper = (
@@ -149,7 +149,7 @@ def amplified(value: Array) -> Array:
     return np.where(np.isfinite(far), far, value)
 
 
-def near_pole(value: Array) -> Array:
+def nan_without_digits(value: Array) -> Array:
     """Return a denominator or similar, with NaN in the rows that have lost all digits."""
     exact = value[:1]
     lost = POLE * np.abs(value - exact) > np.abs(exact)

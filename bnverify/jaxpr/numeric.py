@@ -1,7 +1,7 @@
 """The primitives of a training step as NumPy functions on stacked arrays.
 
-:func:`apply` runs one equation of a jaxpr on arrays with two extra leading axes, (rows, cases), each
-of full size or of size 1, which broadcast between the inputs. Nothing is compiled.
+:func:`apply` runs one equation of a jaxpr on arrays with two extra leading axes, (rows, cases),
+each of full size or of size 1, which broadcast between the inputs. Nothing is compiled.
 
 Floats are stored and computed in float64, whatever the program's dtype. Integers and booleans keep
 the program's dtype, with XLA's semantics (wrap-around, division by zero, out-of-bounds indices). A
@@ -117,7 +117,7 @@ def from_jax(value: Any) -> Array:
 
 
 def to_jax(array: Array, aval: Any) -> Any:
-    """Return an array of this module as a JAX array of dtype ``aval.dtype``; inverse of ``from_jax``."""
+    """Return an array as a JAX array of dtype ``aval.dtype``; the inverse of ``from_jax``."""
     if is_key(aval.dtype):
         tag = str(aval.dtype).removeprefix("key<").removesuffix(">")
         return jax.random.wrap_key_data(jnp.asarray(array), impl=_KEY_TYPES[tag])

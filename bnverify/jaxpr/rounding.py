@@ -1,33 +1,35 @@
 """A bound on the rounding error of a traced program's results.
 
-The program is evaluated in float64 by walking its jaxpr in NumPy (nothing is compiled): once exactly,
-and ``ROWS`` times with random rounding. The spread of these rows about the exact one is the tolerance
-of each number. The method assumes nothing about the model, and an ill-conditioned input widens its own
-tolerance.
+The program is evaluated in float64 by walking its jaxpr in NumPy (nothing is compiled): once
+exactly, and ``ROWS`` times with random rounding. The spread of these rows about the exact one is
+the tolerance of each number. The method assumes nothing about the model, and an ill-conditioned
+input widens its own tolerance.
 
 Every value is an array (rows, cases, *shape). Row 0 is the exact run. In every other row each
 equation's result is multiplied by 1 + e, with e drawn for each row, equation and element, somewhat
-larger than a rounding error of the program's dtype: one possible outcome of the program's arithmetic.
-An axis of size 1 stands for values that are equal in all rows (nothing was rounded yet) or in all
-cases (constants).
+larger than a rounding error of the program's dtype: one possible outcome of the program's
+arithmetic. An axis of size 1 stands for values that are equal in all rows (nothing was rounded yet)
+or in all cases (constants).
 
-Draws are mostly independent, because the error of compiled arithmetic is not a function of the values
-alone: sums are reordered, and a product may be fused with the addition that uses it, so equal terms
-need not cancel. But often it is such a function, and then the errors of equal values agree and add up.
-Where that matters, half of the rows draw equal errors for equal digits. The error model:
+Draws are mostly independent, because the error of compiled arithmetic is not a function of the
+values alone: sums are reordered, and a product may be fused with the addition that uses it, so
+equal terms need not cancel. But often it is such a function, and then the errors of equal values
+agree and add up. Where that matters, half of the rows draw equal errors for equal digits. The error
+model:
 
 - A result is off by an ulp of its dtype; an approximated function, by a few.
-- A sum of n terms also rounds its partial sums: ``arithmetic.growth`` ulps of the sum, and where terms
-  cancel, as many ulps of each term.
-- A product that is added may or may not be rounded, because the compiler may use a fused multiply-add.
-  It may decide differently for each use of the sum and of values computed from it elementwise. If the
-  sum cancels the product, its uses differ by the product's rounding error and need not cancel.
+- A sum of n terms also rounds its partial sums: ``arithmetic.rounding_ulps`` ulps of the sum, and
+  where terms cancel, as many ulps of each term.
+- A product that is added may or may not be rounded, because the compiler may use a fused
+  multiply-add. It may decide differently for each use of the sum and of values computed from it
+  elementwise. If the sum cancels the product, its uses differ by the product's rounding error and
+  need not cancel.
 - Overflow in the program's dtype makes a row infinite, and so the tolerance.
 - Inputs, and operations that only move data, do not round.
 
-Random rounding as a test of numerical stability is due to La Porte and Vignes (CESTAC) and to Parker
-(Monte Carlo arithmetic, 1997). ``benchmarks/rounding_soundness.py`` compares the bounds with float32
-runs.
+Random rounding as a test of numerical stability is due to La Porte and Vignes (CESTAC) and to
+Parker (Monte Carlo arithmetic, 1997). ``benchmarks/rounding_soundness.py`` compares the bounds with
+float32 runs.
 """
 
 from __future__ import annotations
@@ -115,8 +117,8 @@ class RoundingReading:
         self._added = added or {}
         self._draw_index = seed * _DRAWS_PER_SEED
         self._draws = drawn or draws.Draws(count)
-        # Keyed by id(variable): products; errors between the uses of a sum with a fused product; such
-        # sums that have been used.
+        # Keyed by id(variable): products; errors between the uses of a sum with a fused product;
+        # such sums that have been used.
         self._products: set[int] = set()
         self._fma_errors: dict[int, Array] = {}
         self._used: set[int] = set()
@@ -147,7 +149,7 @@ class RoundingReading:
         errors = self._errors(value, dtype, units, added)
         errors += 1
         rounded = np.multiply(value, errors, out=errors if errors.shape[1] > 1 else None)
-        if not arithmetic.is_wide(dtype):  # float16: moderate values can be subnormal
+        if not arithmetic.has_float32_range(dtype):  # float16: moderate values can be subnormal
             step = float(info.smallest_subnormal) * units
             self._draw_index += 1
             below = step * self._draws.independent(self._draw_index, shape)
@@ -173,21 +175,22 @@ class RoundingReading:
     def clip_to_range(self, value: Array, dtype: Any, room: float = 4) -> Array:
         """Return ``value`` as ``dtype`` can hold it: overflow becomes infinite, underflow 0.
 
-        Row 0 stays exact. Near underflow only every other row is flushed: if all were, the loss could
-        cancel later. Cases well within the range, which is nearly all, are returned unchanged.
+        Row 0 stays exact. Near underflow only every other row is flushed: if all were, the loss
+        could cancel later. Cases well within the range, which is nearly all, are returned
+        unchanged.
 
         Args:
             value: what to clip.
             dtype: the program's dtype.
             room: how much larger than the sum the partial sums may be.
         """
-        info, wide = limits(dtype), arithmetic.is_wide(dtype)
-        # Scaling by a literal up to NEAR is not checked again.
-        most = float(info.max) / room / (arithmetic.NEAR if wide else 1)
+        info, wide = limits(dtype), arithmetic.has_float32_range(dtype)
+        # Scaling by a literal up to LITERAL_SCALE is not checked again.
+        most = float(info.max) / room / (arithmetic.LITERAL_SCALE if wide else 1)
         # float16 is computed in float32, where its subnormal numbers are normal and not flushed.
         tiny = float(info.tiny) if wide else 0.0
         exact = np.abs(value[:1])
-        near_zero = (exact < tiny * arithmetic.NEAR**2) & (exact > 0)
+        near_zero = (exact < tiny * arithmetic.LITERAL_SCALE**2) & (exact > 0)
         if value.max(initial=0) <= most and value.min(initial=0) >= -most and not near_zero.any():
             return value
         elements = tuple(range(2, value.ndim))
@@ -195,7 +198,7 @@ class RoundingReading:
         cases = np.flatnonzero(far | near_zero.any(axis=(0, *elements)))
         odd = np.arange(self.count) % 2 == 1
         largest = np.full(odd.shape, most)
-        least = tiny * np.where(odd, arithmetic.NEAR, 1 / arithmetic.NEAR)
+        least = tiny * np.where(odd, arithmetic.LITERAL_SCALE, 1 / arithmetic.LITERAL_SCALE)
         largest[0], least[0] = np.inf, 0
         clipped = np.broadcast_to(value, (self.count, *value.shape[1:])).copy()
         some = clipped[:, cases]
@@ -345,18 +348,18 @@ class RoundingReading:
         """Return the inputs, adjusted for step functions, ``sign`` and poles; see ``kinks``."""
         name, pole, ready = eqn.primitive.name, arithmetic.pole(eqn), list(inputs)
         to_integer = name == "convert_element_type" and not is_float(eqn.outvars[0].aval.dtype)
-        if noisy[0] and (to_integer or name in arithmetic.STEPS):
-            ready[0] = kinks.amplified(inputs[0])
+        if noisy[0] and (to_integer or name in arithmetic.STEP_FUNCTIONS):
+            ready[0] = kinks.with_amplified_noise(inputs[0])
         if noisy[0] and name == "sign":
             self._draw_index += 1
             sides = self._draws.sides(self._draw_index)
-            ready[0] = kinks.signed(inputs[0], eqn.invars[0].aval.dtype, sides)
+            ready[0] = kinks.with_random_sign(inputs[0], eqn.invars[0].aval.dtype, sides)
         if pole is not None and noisy[pole]:
-            ready[pole] = kinks.near_pole(inputs[pole])
+            ready[pole] = kinks.nan_without_digits(inputs[pole])
         return ready
 
     def _arithmetic(self, eqn: Any, inputs: Sequence[Array]) -> list[Array]:
-        units, terms = arithmetic.growth(eqn), arithmetic.terms(eqn)
+        units, terms = arithmetic.rounding_ulps(eqn), arithmetic.terms(eqn)
         added = self._added.get(id(eqn), math.inf)
         name = eqn.primitive.name
         unrounded = inputs
@@ -366,7 +369,7 @@ class RoundingReading:
             inputs = [
                 self.round(
                     value,
-                    arithmetic.summed_in(atom.aval.dtype, eqn),
+                    arithmetic.accumulation_dtype(atom.aval.dtype, eqn),
                     units * share,
                     added * terms,
                 )
@@ -402,14 +405,14 @@ class RoundingReading:
     ) -> Array:
         """Return a sum of products with an error in its partial sums, independent for each output.
 
-        The errors of the factors are shared by all outputs that use a factor, so they cancel wherever
-        these outputs cancel. In addition each of the n terms has an error of its own, as many ulps as
-        the whole sum; together these are the root of the sum of their squares.
+        The errors of the factors are shared by all outputs that use a factor, so they cancel
+        wherever these outputs cancel. In addition each of the n terms has an error of its own, as
+        many ulps as the whole sum; together these are the root of the sum of their squares.
         """
         made = eqn.outvars[0].aval.dtype
         if not is_float(made):
             return output
-        dtype = arithmetic.summed_in(made, eqn)
+        dtype = arithmetic.accumulation_dtype(made, eqn)
         squares = numeric.apply(eqn, [value[:1] * value[:1] for value in inputs])[0]
         length = np.sqrt(squares)
         errors = self._errors(output, dtype, units, added)
@@ -420,7 +423,7 @@ class RoundingReading:
         self, eqn: Any, value: Array, dtype: Any, units: float, added: float, *, exact: bool
     ) -> Array:
         rounded = value if exact else self.round(value, dtype, units, added)
-        if arithmetic.leaves_range(eqn):
+        if arithmetic.may_leave_range(eqn):
             return self.clip_to_range(rounded, dtype, room=1 if exact else 4)
         return rounded
 
@@ -514,7 +517,7 @@ def _exact_where(eqn: Any, inputs: Sequence[Array]) -> Array | None:
 
 
 def _decision(value: Array) -> tuple[Array, Array]:
-    """Return the exact row of a predicate or index, (1, cases), and whether all rows agree with it."""
+    """Return row 0 of a predicate or index, (1, cases), and whether all rows agree with it."""
     exact = value[:1] > 0.5 if is_float(value.dtype) else value[:1]  # soft booleans are floats
     return exact, np.all(value == exact, axis=0, keepdims=True)
 
@@ -624,8 +627,8 @@ def _leaves(program: tracing.Program, args: Any) -> list[Array]:
 def _noise(value: Array, dtype: Any) -> Array:
     """Return the distance of a result's rows from the exact one, times ``SAFETY``.
 
-    Rows are combined by their Euclidean norm: it varies less than the maximum and is never below it,
-    so a jump in a single row counts in full.
+    Rows are combined by their Euclidean norm: it varies less than the maximum and is never below
+    it, so a jump in a single row counts in full.
     """
     exact = value[0]
     if not has_rows(value):
@@ -634,7 +637,7 @@ def _noise(value: Array, dtype: Any) -> Array:
         return np.where(np.all(value == value[:1], axis=0), 0.0, np.inf)
     distance = value[1:] - value[:1]
     noise = SAFETY * np.sqrt(np.sum(distance * distance, axis=0))
-    return np.where(np.isfinite(noise), noise, np.inf) + arithmetic.faint(dtype)
+    return np.where(np.isfinite(noise), noise, np.inf) + arithmetic.underflow_threshold(dtype)
 
 
 def rounding(function: Callable[..., Any], *args: Any, seed: int = 0) -> Rounding:

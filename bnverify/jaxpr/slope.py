@@ -4,10 +4,10 @@ Central differences at two distances with Richardson extrapolation:
 
     D(h) = (f(p + h v) - f(p - h v)) / 2h,    slope = (4 D(h/2) - D(h)) / 3.
 
-The truncation error is at most D(h) - D(h/2) if h is small enough. A third distance, a thousandth of
-h, checks that: after three normalisations of a tiny input the function can bend within a millionth,
-and the larger differences then agree with each other but not with the slope. All points are
-evaluated in one vectorised run. Wherever the program takes a decision (a comparison, ``max``,
+The truncation error is at most D(h) - D(h/2) if h is small enough. A third distance, a thousandth
+of h, checks that: after three normalisations of a tiny input the function can bend within a
+millionth, and the larger differences then agree with each other but not with the slope. All points
+are evaluated in one vectorised run. Wherever the program takes a decision (a comparison, ``max``,
 ``sign``, ``argmax``), every point follows the decision taken at p, so a kink between the points is
 harmless: the result is the slope of the smooth piece that p lies on. If p lies on a kink itself,
 there is no slope, and the result is not ``reliable``.
@@ -100,7 +100,9 @@ class _SlopeReading(RoundingReading):
 
     def _guard(self, eqn: Any, inputs: Sequence[Array], noisy: list[bool]) -> list[Array]:
         """Return the inputs; those of a step function with their values at p."""
-        steps = eqn.primitive.name in arithmetic.STEPS or not is_float(eqn.outvars[0].aval.dtype)
+        steps = eqn.primitive.name in arithmetic.STEP_FUNCTIONS or not is_float(
+            eqn.outvars[0].aval.dtype
+        )
         return [
             value[:1] if steps and moves else value
             for value, moves in zip(inputs, noisy, strict=True)

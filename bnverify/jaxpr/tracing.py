@@ -70,7 +70,7 @@ def trace(function: Callable[..., Any], *args: Any) -> Program:
 
 
 class TreeFunction:
-    """A traced program as a function on pytrees; calling it does not call the traced Python code."""
+    """A traced program as a function on pytrees; it does not call the traced Python code."""
 
     def __init__(self, program: Program) -> None:
         self._run = jax.extend.core.jaxpr_as_fun(program.jaxpr)

@@ -75,7 +75,7 @@ def doubling_the_batch_changes_nothing(t: Transition) -> Any:
     """Repeating every row gives the same loss, gradients, params and statistics, within rounding.
 
     In the second run every sum has twice as many terms. The rounding of a sum of n terms grows at
-    most in proportion to n (``bnverify.jaxpr.arithmetic.growth``), so that run errs by at most twice
+    most in proportion to n (``bnverify.jaxpr.arithmetic.rounding_ulps``), so that run errs by at most twice
     the noise of the first: 1.5 times the noise for each on average. A single row is skipped, because
     a sum of one term does not round.
     """

@@ -1,6 +1,7 @@
 """The content of any report as a list of findings, for machine-readable formats.
 
-A finding is about a rule: a law of a check, a class of difference of an upgrade, a fault of an audit.
+A finding is about a rule: a law of a check, a class of difference of an upgrade, a fault of an
+audit.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Group:
 
     @property
     def which(self) -> str:
-        """The law that the counterexample is for, to append to a heading; empty if there is one law."""
+        """The law of the counterexample, to append to a heading; empty if there is one law."""
         simplest = self._simplest
         return f" {simplest.law}" if simplest is not None and len(self.violations) > 1 else ""
 
@@ -178,7 +179,7 @@ def _of_check(report: Report) -> Findings:
 
 
 def _of_law(evidence: Evidence, line: str | None = None) -> Finding:
-    """Return the finding of a law; ``line`` is that of its cause, used if it has none of its own."""
+    """Return the finding of a law; ``line`` is that of its cause, a fallback for its own."""
     claim = LAWS[evidence.law].claim if evidence.law in LAWS else ""
     if evidence.status != "violated":
         passed = evidence.status in {"proved", "held"}

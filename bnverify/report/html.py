@@ -156,8 +156,8 @@ def _residuals(report: Report) -> dict[str, Any] | None:
 def _worst(evidence: Evidence) -> float | None:
     """Return the largest error in units of the tolerance; None if the law measures no error.
 
-    A witness law has no error. The counterexample was found after the cases were counted, so its error
-    may be the largest.
+    A witness law has no error. The counterexample was found after the cases were counted, so its
+    error may be the largest.
     """
     if evidence.law not in LAWS or LAWS[evidence.law].kind == "witness":
         return None

@@ -1,4 +1,4 @@
-"""A report as text for a terminal, at least 80 columns wide; colour only repeats signs and words."""
+"""A report as text for a terminal of 80 columns; colour only repeats signs and words."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ class Screen:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._out = io.StringIO()
-        # Through memory, because rich would swallow the error of a closed pipe. Without highlighting,
-        # because only statuses are coloured.
+        # Through memory, because rich would swallow the error of a closed pipe. Without
+        # highlighting, because only statuses are coloured.
         self._console = Console(
             file=self._out,
             force_terminal=stream.isatty() if stream is not None else False,

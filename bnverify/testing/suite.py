@@ -34,15 +34,15 @@ def suite(
 ) -> Callable[..., None]:
     """Return a parametrized pytest test, one test for each law, to assign to a ``test_*`` name.
 
-    A law that is proved or held passes. A violated law fails with its reason, counterexample and the
-    likely mistake. An untriggered or exempt law is skipped with its reason, so a pass always means
-    that the law was exercised. The check runs once, for all selected laws. ``-m bnverify_statistics``
-    or ``-k statistics`` selects a family.
+    A law that is proved or held passes. A violated law fails with its reason, counterexample and
+    the likely mistake. An untriggered or exempt law is skipped with its reason, so a pass always
+    means that the law was exercised. The check runs once, for all selected laws. ``-m
+    bnverify_statistics`` or ``-k statistics`` selects a family.
 
     Args:
-        subject: the training step, a CheckpointedSubject or a Parallel; or a function that returns a
-            training step or CheckpointedSubject, called when a test first runs. The laws about several
-            devices are included only if a Parallel is given.
+        subject: the training step, a CheckpointedSubject or a Parallel; or a function that returns
+            a training step or CheckpointedSubject, called when a test first runs. The laws about
+            several devices are included only if a Parallel is given.
         profile: how many cases to check; ``--bnverify-profile`` overrides it.
 
     Raises:

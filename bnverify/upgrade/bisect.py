@@ -93,8 +93,8 @@ def first_changed(
 ) -> tuple[int, int]:
     """Return the indices of the newest release known unchanged and the oldest known changed.
 
-    The first release must be unchanged and the last changed. If a release is unavailable, its nearest
-    neighbour is tried instead, so unavailable releases may lie between the two.
+    The first release must be unchanged and the last changed. If a release is unavailable, its
+    nearest neighbour is tried instead, so unavailable releases may lie between the two.
 
     Args:
         releases: oldest first.

@@ -35,7 +35,8 @@ SIGMAS = 6.0
 LAST_PLACES = 16
 """Initial values agree within this many ulps of the leaf's largest value.
 
-A random bit pattern becomes a number through a dozen elementary functions, each accurate to one or two ulps.
+A random bit pattern becomes a number through a dozen elementary functions, each accurate to one or
+two ulps.
 """
 
 _AVERAGES = ("mean", "mean square", "mean fourth power")
@@ -203,7 +204,7 @@ def _initial_leaves(old: Recording, new: Recording) -> list[str]:
 def _initial_difference(
     old: Recording, new: Recording, leaf: str, which: str
 ) -> tuple[bool, float]:
-    """Return whether any initial value differs, and by how many ulps of the leaf's largest value."""
+    """Return whether initial values differ, and by how many ulps of the leaf's largest value."""
     ulps, differs = 0.0, False
     for shape in range(len(new.manifest["shapes"])):
         before = old.arrays[f"shape{shape}/init/{leaf}"]

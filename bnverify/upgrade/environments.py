@@ -4,10 +4,10 @@
         new = resolve(parse("jax==0.10.2"), work)
         new.run(["-c", "import jax; print(jax.__version__)"], work)
 
-`uv pip compile` turns a requirement into exact pins for a Python that supports them. `uv run` creates
-the environment of these pins or finds it in uv's cache, which is locked and never holds an incomplete
-environment. bnverify itself and the user's project are added through PYTHONPATH, so editing either
-needs no new environment.
+`uv pip compile` turns a requirement into exact pins for a Python that supports them. `uv run`
+creates the environment of these pins or finds it in uv's cache, which is locked and never holds an
+incomplete environment. bnverify itself and the user's project are added through PYTHONPATH, so
+editing either needs no new environment.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Requirement:
         return set(names) if exact else set()
 
     def constraints(self) -> list[str]:
-        """Return constraints for unnamed packages whose metadata allow versions that do not work."""
+        """Return constraints on unnamed packages whose metadata allow versions that do not work."""
         names = _names(self.lines())
         version = names.get("jax")
         if version and "flax" not in names and Version(version) < Version("0.4.33"):
@@ -111,8 +111,8 @@ def parse(text: str, directory: Path | None = None) -> Requirement:
     """Parse the argument of `--from` or `--to`.
 
     Args:
-        text: `installed` for the running interpreter; `latest` for the newest releases; the path of a
-            virtual environment or its interpreter; a requirements file; or a list such as
+        text: `installed` for the running interpreter; `latest` for the newest releases; the path of
+            a virtual environment or its interpreter; a requirements file; or a list such as
             `jax==0.9.2,flax==0.12.6`.
         directory: the base of relative paths; by default the current directory.
 
@@ -164,7 +164,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def _names(lines: Sequence[str]) -> dict[str, str | None]:
-    """Return package -> pinned version, or None if not pinned, for the lines that name a package."""
+    """Return package -> pinned version, or None, for the lines that name a package."""
     found = (_LINE.match(line) for line in lines)
     return {canonicalize_name(match[1]): match[2] for match in found if match}
 
@@ -317,7 +317,7 @@ class Environment:
         )
 
     def _command(self, work: Workspace) -> list[str]:
-        """Return the uv command that creates the environment, or finds it in the cache, and runs it."""
+        """Return the uv command that creates the environment or finds it, and runs it."""
         if self.pins is None:
             made = [f"--with={name}" for name in OWN]
         else:
@@ -339,7 +339,8 @@ class Environment:
             rough.mkdir()
             install = ["pip", "install", "--no-deps", "--python", str(self.python), "--target"]
             if self.hashed:
-                # `uv run` checks no hashes, but uses the checked wheels that this puts into uv's cache.
+                # `uv run` checks no hashes, but uses the checked wheels that this puts into uv's
+                # cache.
                 pins = work.write(f"hashed-{self._name}.txt", self.pins or ())
                 hashes = ["--constraint", str(self.hashed), "--verify-hashes", "-r", str(pins)]
                 uv.run([*install, str(rough / "checked"), *self.options, *hashes], work.path)
@@ -520,7 +521,8 @@ def _local(pin: str, directory: Path) -> Path | None:
 def _copied(path: Path, work: Workspace) -> tuple[Path, str]:
     """Copy a file or a directory's sources; return the copy and its hash.
 
-    Some build back ends write into the source directory, and the hash must be that of what is built.
+    Some build back ends write into the source directory, and the hash must be that of what is
+    built.
     """
     place = Path(tempfile.mkdtemp(prefix="copy-", dir=work.path)) / path.name
     if not path.is_dir():

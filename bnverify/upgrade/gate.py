@@ -4,8 +4,8 @@
 
 Recordings are cached under a hash of everything that determines them: the exact releases and the
 Python, the sources of bnverify, of the target and of its project, the seed, the processor, and the
-variables that configure jax. Recordings made in an existing environment are not cached, because it may
-change in place.
+variables that configure jax. Recordings made in an existing environment are not cached, because it
+may change in place.
 """
 
 from __future__ import annotations

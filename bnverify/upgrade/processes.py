@@ -1,7 +1,7 @@
 """Run a command that never outlives bnverify, however bnverify ends.
 
-`run` starts this file as a program, the supervisor, which starts the command in its own session. The
-supervisor's stdin is a pipe that `run` keeps open. When the pipe closes (time limit, Ctrl-C, or
+`run` starts this file as a program, the supervisor, which starts the command in its own session.
+The supervisor's stdin is a pipe that `run` keeps open. When the pipe closes (time limit, Ctrl-C, or
 bnverify was killed by SIGKILL), the supervisor ends the command and everything it started. uv does
 not do this for the commands it runs.
 """
@@ -32,8 +32,8 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command; return its status and output.
 
-    The status is the command's own, 128 + n if it was killed by signal n, or 127 if it cannot be run.
-    The command's stdin is empty.
+    The status is the command's own, 128 + n if it was killed by signal n, or 127 if it cannot be
+    run. The command's stdin is empty.
 
     Args:
         command: the program and its arguments.

@@ -4,15 +4,15 @@
     replay = record("steps.py:make", old=recording)  # in the new one
 
 Cases are drawn by NumPy from a seed, so they are the same everywhere. A recording starts each case
-from the state that `init` makes and takes a few steps. A replay uses the cases *and the state before
-every step* from the recording, so that a changed random stream does not look like a changed step, and
-a difference in one step does not carry over to the next. It also records what its own `init` makes
-from the same seeds.
+from the state that `init` makes and takes a few steps. A replay uses the cases *and the state
+before every step* from the recording, so that a changed random stream does not look like a changed
+step, and a difference in one step does not carry over to the next. It also records what its own
+`init` makes from the same seeds.
 
-To compare initial values as distributions, whatever the random stream, `SEEDS` seeds each give three
-averages over each leaf h: of h, h^2 and h^4. These tell initialisers apart by mean, spread and tails.
-The recording has their mean and variance over the seeds; `compare` tests two recordings as two
-samples.
+To compare initial values as distributions, whatever the random stream, `SEEDS` seeds each give
+three averages over each leaf h: of h, h^2 and h^4. These tell initialisers apart by mean, spread
+and tails. The recording has their mean and variance over the seeds; `compare` tests two recordings
+as two samples.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ class _Recorder:
     def _record_step(
         self, index: int, step: int, before: Any, case: Case, trees: dict[str, Tree]
     ) -> Any:
-        """Record a step from the states `before` and the evaluation after it; return the new states."""
+        """Record a step from `before` and the evaluation after it; return the new states."""
         home = f"shape{index}/step{step}"
         after, info = self._each("step", before, case.x, case.y, case.lr)
         # Evaluation also starts from the recorded states, so that only its own changes count.
@@ -406,8 +406,8 @@ def _on_host(tree: Any) -> Any:
 def _costs(function: Callable[..., Any], args: tuple[Any, ...], *, times: bool) -> dict[str, float]:
     """Return the number of instructions of the compiled function and, if asked, times in seconds.
 
-    `compile_time` is the time to compile, `run_time` that of the fastest call. Empty if the function
-    does not compile.
+    `compile_time` is the time to compile, `run_time` that of the fastest call. Empty if the
+    function does not compile.
     """
     started = time.perf_counter()
     try:
@@ -477,8 +477,8 @@ def _described(tree: Any, prefix: str) -> Tree:
 def fill(tree: Any, values: Mapping[str, Any]) -> tuple[Any, bool]:
     """Return `tree` with other values in its leaves, and whether their paths agreed.
 
-    If the paths differ but the shapes agree one by one, leaves are matched by position: a renamed path
-    is reported, and does not hide other changes.
+    If the paths differ but the shapes agree one by one, leaves are matched by position: a renamed
+    path is reported, and does not hide other changes.
 
     Args:
         tree: gives the structure and the dtypes.

@@ -152,14 +152,14 @@ class Recording:
 def write(path: str | os.PathLike[str], manifest: Manifest, arrays: Mapping[str, Any]) -> None:
     """Write a recording atomically: the file is complete, old or new, even if interrupted.
 
-    A file with the same content is left alone: compressed bytes differ between zlib and zlib-ng, and a
-    recording under version control should only change if its content does.
+    A file with the same content is left alone: compressed bytes differ between zlib and zlib-ng,
+    and a recording under version control should only change if its content does.
 
     Args:
         path: the file; its directory must exist.
         manifest: the description; its `dtypes` is replaced. Floats that may be NaN must be arrays.
-        arrays: name -> anything that `np.asarray` accepts, of any shape, with a bool or numeric dtype
-            of NumPy or ml_dtypes.
+        arrays: name -> anything that `np.asarray` accepts, of any shape, with a bool or numeric
+            dtype of NumPy or ml_dtypes.
 
     Raises:
         RecordingError: a value cannot be stored, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""The rounding noise of recorded values: how far float32 arithmetic may take them from the exact ones.
+"""The rounding noise of recorded values: how far arithmetic may take them from the exact ones.
 
 The noise of a value is finite; infinite, if rounding leaves no digits to compare; or NaN, if it is
 unknown because the program contains something that cannot be evaluated.
@@ -61,7 +61,8 @@ class Noise:
 def _float32(bound: Any, unknown: bool) -> Any:
     """Return a bound as float32, rounded up.
 
-    If the program contains something unknown, an infinite bound may stem from it, so it becomes NaN.
+    If the program contains something unknown, an infinite bound may stem from it, so it becomes
+    NaN.
     """
     with np.errstate(over="ignore"):
         narrow = (np.asarray(bound, np.float64) * (1 + 2.0**-23)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The files a target consists of: its location, its project, which files are sources, their hash."""
+"""The files of a target: its location, its project, which files are sources, their hash."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def locate(target: str, project: Path | None = None) -> Target:
 
     Args:
         target: `package.module:name` or `path/file.py:name`.
-        project: the user's choice; by default the nearest buildable directory above the file or, for
-            a module, above the working directory.
+        project: the user's choice; by default the nearest buildable directory above the file or,
+            for a module, above the working directory.
 
     Raises:
         UsageError: there is no such file.
@@ -92,8 +92,8 @@ def _modules(directory: Path) -> Iterator[Path]:
 def files(directory: Path) -> list[Path]:
     """Return the source files of a directory, relative to it, sorted.
 
-    In a git repository: files that are tracked or not ignored. Elsewhere: all files except in hidden
-    directories and virtual environments, byte code and build products.
+    In a git repository: files that are tracked or not ignored. Elsewhere: all files except in
+    hidden directories and virtual environments, byte code and build products.
 
     Raises:
         TreeError: their total size exceeds the limit.

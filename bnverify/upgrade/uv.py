@@ -1,7 +1,8 @@
 """Run uv: which program, with which variables, its error messages, the Pythons it finds.
 
 uv does not see what would silently change its result: the uv settings of other projects, an active
-virtual environment, constraints in variables. The user's indexes, proxies, credentials and cache apply.
+virtual environment, constraints in variables. The user's indexes, proxies, credentials and cache
+apply.
 """
 
 from __future__ import annotations
@@ -174,8 +175,8 @@ class Python:
 def pythons() -> Iterator[Python]:
     """Yield one Python for each minor version: the running one, then the nearest first.
 
-    Nearest first, so that both sides of an upgrade differ as little as possible; of two equally near,
-    the older, because more packages support it. None is downloaded.
+    Nearest first, so that both sides of an upgrade differ as little as possible; of two equally
+    near, the older, because more packages support it. None is downloaded.
     """
     own = Python(Path(sys.executable), platform.python_version())
     yield own
@@ -195,7 +196,7 @@ _INSTALLED = ("--only-installed", "--output-format", "json")
 
 
 def _with_pyenv() -> dict[str, str]:
-    """Return variables with which uv finds all of pyenv's Pythons; its shims on PATH run only one."""
+    """Return variables with which uv finds all of pyenv's Pythons, not only the shims'."""
     root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     others = os.environ.get("PATH", "").split(os.pathsep)
     places = [*sorted(map(str, root.glob("versions/3.[1-9][0-9].*/bin"))), *others]

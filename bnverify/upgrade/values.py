@@ -1,4 +1,4 @@
-"""The distance between the values of two recordings in units of rounding noise, and what explains it.
+"""The distance between two recordings in units of rounding noise, and what explains it.
 
 Imports no jax: comparing needs neither of the two environments.
 """
@@ -70,8 +70,9 @@ def allowed(
 ) -> Floats:
     """Return how much values may differ because of rounding: the sum of both sides' noise.
 
-    If one side's noise is unknown (NaN, or None for all), the other's is used for both. The smallest
-    normal number is always allowed, because releases differ in whether they flush subnormal numbers.
+    If one side's noise is unknown (NaN, or None for all), the other's is used for both. The
+    smallest normal number is always allowed, because releases differ in whether they flush
+    subnormal numbers.
     """
     nowhere = np.full(np.shape(old), np.nan)
     left = nowhere if old_noise is None else old_noise.astype(np.float64)
@@ -180,15 +181,15 @@ def _complexity(old: Recording, shape: int, case: int) -> tuple[float, ...]:
 # What explains a change: each step moves the leaf r times as far, or not at all, or the variance is
 # divided by N - 1 instead of N.
 #
-# A step takes a leaf from s to o in the old environment and, from the same s, to n in the new one. Two
-# hypotheses explain most changes of a training step, and both are tested on every value:
+# A step takes a leaf from s to o in the old environment and, from the same s, to n in the new one.
+# Two hypotheses explain most changes of a training step, and both are tested on every value:
 #
 #     n - s = r (o - s)         each step moves it r times as far: another momentum or learning rate
 #     n - k o = m (1 - k) s     the batch's contribution is k times as large, with momentum m;
 #                               k = N / (N - 1): the variance is divided by N - 1 instead of N
 #
-# A hypothesis is reported only if no value contradicts it: the residual is within the rounding noise
-# of both sides everywhere. r and m are fitted by least squares, weighted by that noise.
+# A hypothesis is reported only if no value contradicts it: the residual is within the rounding
+# noise of both sides everywhere. r and m are fitted by least squares, weighted by that noise.
 
 _DIGITS = 1e3
 """A factor is known to three digits if its term is this many times the noise (Euclidean norms)."""
@@ -243,7 +244,7 @@ def _four(old: Recording, new: Recording, leaf: str, shape: int) -> Floats:
 
 
 def _factor(then: Floats, now: Floats, noise: Floats) -> float | None:
-    """Return r if now = r * then within the noise everywhere and r is well determined, else None."""
+    """Return r if now = r * then within the noise everywhere and r is well known, else None."""
     known, changed = then / noise, now / noise
     weight = float(np.sum(known**2))
     if not np.isfinite(weight) or weight < _DIGITS**2:

@@ -1,4 +1,4 @@
-"""Standalone scripts that reproduce a difference with jax, flax, NumPy and the user's code, no bnverify.
+"""Standalone scripts that reproduce a difference without bnverify.
 
 A script contains the state before the step and the batch, runs one function of the target in the
 environment it is started in, prints the recorded and the current value, and exits with status 1 if
@@ -119,7 +119,7 @@ def of_error(target: str, features: int = 3) -> str:
 
 
 def of_value(old: Recording, new: Recording, place: Place) -> str | None:
-    """Return a script that reproduces one value beyond the noise; None if the state cannot be rebuilt.
+    """Return a script that reproduces one value; None if the state cannot be rebuilt.
 
     Args:
         old: the recording; the script contains its state before the step.

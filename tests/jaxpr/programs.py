@@ -1,7 +1,7 @@
 """Random programs of primitives that occur in training steps, drawn by Hypothesis.
 
-A program is a list of operations on arrays of one shape. Every operation is jitted once for the test
-session, so running a program compiles nothing, and tracing it gives nested calls.
+A program is a list of operations on arrays of one shape. Every operation is jitted once for the
+test session, so running a program compiles nothing, and tracing it gives nested calls.
 """
 
 from __future__ import annotations
