@@ -107,12 +107,9 @@ class NnxLayerNormMlp(nnx.Module):
 
 subjects.linen("mlp", "Two hidden layers.", Mlp(widths=(8, 4)))
 subjects.nnx("mlp", "One hidden layer.", NnxMlp)
-for enter, model in (subjects.linen, LayerNormMlp()), (subjects.nnx, NnxLayerNormMlp):
-    enter(
-        "mlp_without_statistics",
-        "The control: no law of statistics may have anything to say of it.",
-        model,
-    )
+CONTROL = "The control: no law of statistics may have anything to say of it."
+subjects.linen("mlp_without_statistics", CONTROL, LayerNormMlp())
+subjects.nnx("mlp_without_statistics", CONTROL, NnxLayerNormMlp)
 
 
 # BatchNorm with each of its options.
@@ -179,9 +176,9 @@ with_option(
 with_option(
     "float16", "Arithmetic in float16 around float32 params and statistics.", dtype=jnp.float16
 )
-MASKED = "masked", "A padded batch whose padding is masked."
-subjects.linen(*MASKED, MaskedMlp(), batch=padded, loss=masked_mse)
-subjects.nnx(*MASKED, NnxMlp, batch=padded, loss=masked_mse)
+MASKED = "A padded batch whose padding is masked."
+subjects.linen("masked", MASKED, MaskedMlp(), batch=padded, loss=masked_mse)
+subjects.nnx("masked", MASKED, NnxMlp, batch=padded, loss=masked_mse)
 
 
 # Other optimizers than plain SGD.
