@@ -10,11 +10,11 @@ import numpy as np
 from bnverify.jaxpr.influence import Influence
 from bnverify.lazy import jax
 from bnverify.mistakes import MISTAKES, Mistake
-from bnverify.proof import asked
+from bnverify.proof import first_updates
 from bnverify.pytree import path_name
 from bnverify.subject import Subject
 
-MASK_HANDS_ON = Mistake(
+MASKED_GRADIENTS = Mistake(
     "mask_hands_gradients_on",
     "optax.masked passes the gradients of the masked-out leaves on unchanged, as their updates",
     "use optax.multi_transform, with optax.set_to_zero() for frozen leaves",
@@ -26,7 +26,7 @@ UPDATES_CLIPPED = Mistake(
     "clip first: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr))",
     "https://optax.readthedocs.io/en/latest/api/transformations.html#optax.clip_by_global_norm",
 )
-SELDOM = 0.5  # with a smaller momentum the statistics are mostly those of the last batch
+LOW_MOMENTUM = 0.5  # with a smaller momentum the statistics are mostly those of the last batch
 
 
 def remarks(subject: Subject, influence: Influence | None, *, ask: bool = True) -> Iterator[str]:
@@ -37,7 +37,7 @@ def remarks(subject: Subject, influence: Influence | None, *, ask: bool = True) 
         influence: which inputs affect which outputs; None if the subject does not trace.
         ask: whether to run the optimizer, which some notes need.
     """
-    if subject.momentum is not None and 0 < subject.momentum < SELDOM:
+    if subject.momentum is not None and 0 < subject.momentum < LOW_MOMENTUM:
         yield _line(f"the momentum is {subject.momentum:.4g}", "momentum_reversed")
     if influence is not None:
         untrained = _evaluated_untrained(influence)
@@ -51,7 +51,7 @@ def remarks(subject: Subject, influence: Influence | None, *, ask: bool = True) 
     if decayed := norms & answers.decayed:
         yield _line(f"a gradient of 0 changes {_listed(decayed)}", "decay_of_norm_parameters")
     if answers.uphill:
-        yield _line(f"against descent: {_listed(answers.uphill)}", MASK_HANDS_ON)
+        yield _line(f"against descent: {_listed(answers.uphill)}", MASKED_GRADIENTS)
     if answers.clipped:
         yield _line("a larger learning rate does not make the update larger", UPDATES_CLIPPED)
 
@@ -84,7 +84,7 @@ def _answers(subject: Subject) -> _Answers | None:
         state = jax.eval_shape(subject.init, shape((), "int32"), x)
     except Exception:  # noqa: BLE001 - whatever a user's code raises
         return None
-    answers = asked(subject.optimizer, state.params, (0.0, 1.0), 1.0)
+    answers = first_updates(subject.optimizer, state.params, (0.0, 1.0), 1.0)
     if answers is None:
         return None
     still, pushed = answers
@@ -103,7 +103,7 @@ def _is_clipped(optimizer: Any, params: Any) -> bool:
     """Return whether the update stops growing with the learning rate above some size."""
     sizes = []
     for rate in (1e-6, 1e-3, 1e3):
-        answers = asked(optimizer, params, (1.0,), rate)
+        answers = first_updates(optimizer, params, (1.0,), rate)
         if answers is None:
             return False
         sizes.append(float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in answers[0]))))
