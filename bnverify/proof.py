@@ -233,13 +233,11 @@ def is_plain_sgd(subject: Subject, abstract: Transition) -> bool:
     """Return whether the optimizer has no state and turns a gradient g into -lr * g."""
     if subject.optimizer is None or jax.tree_util.tree_leaves(abstract.before.opt_state):
         return False
-    answers = first_updates(subject.optimizer, abstract.before.params, (1.0,), 0.25)
+    answers = asked(subject.optimizer, abstract.before.params, (1.0,), 0.25)
     return answers is not None and all(np.all(leaf == -0.25) for leaf in answers[0])
 
 
-def first_updates(
-    optimizer: Any, params: Any, gradients: Collection[float], lr: float
-) -> Any | None:
+def asked(optimizer: Any, params: Any, gradients: Collection[float], lr: float) -> Any | None:
     """Return an optimizer's first update for gradients that are constant throughout.
 
     Its traced update is evaluated in NumPy, at params of 1.

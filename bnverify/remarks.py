@@ -10,7 +10,7 @@ import numpy as np
 from bnverify.jaxpr.influence import Influence
 from bnverify.lazy import jax
 from bnverify.mistakes import MISTAKES, Mistake
-from bnverify.proof import first_updates
+from bnverify.proof import asked
 from bnverify.pytree import path_name
 from bnverify.subject import Subject
 
@@ -84,7 +84,7 @@ def _answers(subject: Subject) -> _Answers | None:
         state = jax.eval_shape(subject.init, shape((), "int32"), x)
     except Exception:  # noqa: BLE001 - whatever a user's code raises
         return None
-    answers = first_updates(subject.optimizer, state.params, (0.0, 1.0), 1.0)
+    answers = asked(subject.optimizer, state.params, (0.0, 1.0), 1.0)
     if answers is None:
         return None
     still, pushed = answers
@@ -103,7 +103,7 @@ def _is_clipped(optimizer: Any, params: Any) -> bool:
     """Return whether the update stops growing with the learning rate above some size."""
     sizes = []
     for rate in (1e-6, 1e-3, 1e3):
-        answers = first_updates(optimizer, params, (1.0,), rate)
+        answers = asked(optimizer, params, (1.0,), rate)
         if answers is None:
             return False
         sizes.append(float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in answers[0]))))
