@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bnverify.check import Check
-from bnverify.diagnose import Known, causes, known_of
+from bnverify.diagnose import Findings, causes, findings_of
 from bnverify.errors import first_line
 from tests.faults import FAULTS, Fault
 
@@ -57,7 +57,7 @@ def checked(fault: Fault, profile: str) -> Evidence:
         return {"fault": fault.name, "refused": first_line(error)}
     # As before it was diagnosed: what has a diagnosis is not asked about again.
     results = [replace(each, cause=None) for each in report.results]
-    known = known_of(results, report.influence)
+    known = findings_of(results, report.influence)
     return {
         "fault": fault.name,
         "broken": known.broken,
@@ -81,7 +81,7 @@ def named(evidence: Evidence) -> str:
     """Return the mistake that a report names first: at the first broken law; "" where none is."""
     if not evidence.get("broken"):
         return ""
-    known = Known(tuple(evidence["broken"]), evidence["flows"], evidence["clues"])
+    known = Findings(tuple(evidence["broken"]), evidence["flows"], evidence["clues"])
     return causes(known)[known.broken[0]].mistake
 
 

@@ -20,7 +20,7 @@ from bnverify.laws import LAWS
 
 
 @dataclass(frozen=True)
-class Known:
+class Findings:
     """The findings about a step that the rules look at.
 
     Attributes:
@@ -70,13 +70,13 @@ class Rule:
     """
 
     mistake: str
-    applies: Callable[[Known], bool]
+    applies: Callable[[Findings], bool]
     seen: str = ""
 
-    def told(self, known: Known) -> str:
+    def describe(self, findings: Findings) -> str:
         """Return ``seen`` with this step's clues filled in; empty if one of them is missing."""
         try:
-            return self.seen.format_map(_Readable(known.clues))
+            return self.seen.format_map(_Readable(findings.clues))
         except KeyError:
             return ""
 
@@ -600,15 +600,15 @@ RULED = frozenset(rule.mistake for rule in RULES)
 """The mistakes that have a rule."""
 
 
-def causes(known: Known) -> dict[str, Cause]:
+def causes(findings: Findings) -> dict[str, Cause]:
     """Return a dict: violated law -> the mistake that explains it, by the first rules first."""
-    left = list(known.broken)
+    left = list(findings.broken)
     found: dict[str, Cause] = {}
     for rule in RULES:
         explained = [law for law in left if rule.mistake in LAWS[law].mistakes]
-        if explained and rule.applies(known):
+        if explained and rule.applies(findings):
             left = [law for law in left if law not in explained]
-            found |= dict.fromkeys(explained, Cause(rule.mistake, rule.told(known)))
+            found |= dict.fromkeys(explained, Cause(rule.mistake, rule.describe(findings)))
     surest = next(iter(found.values()), None)
     # A remaining law is due to a mistake without a rule, or else follows from the first one found.
     unruled: dict[str, Cause] = {}
@@ -621,14 +621,14 @@ def causes(known: Known) -> dict[str, Cause]:
     return found | unruled
 
 
-def known_of(results: Sequence[Evidence], influence: Mapping[str, Any]) -> Known:
+def findings_of(results: Sequence[Evidence], influence: Mapping[str, Any]) -> Findings:
     """Return what the evidence and a report's ``influence`` say about one step."""
     broken = [each for each in results if _unexplained(each)]
     clues: dict[str, Any] = {}
     for each in broken:
         clues = {**each.clues, **clues}
     names = tuple(each.law for each in broken if each.law in LAWS)
-    return Known(names, influence.get("matrix", {}), clues)
+    return Findings(names, influence.get("matrix", {}), clues)
 
 
 def diagnosed(results: Sequence[Evidence], influence: Mapping[str, Any]) -> list[Evidence]:
@@ -638,7 +638,7 @@ def diagnosed(results: Sequence[Evidence], influence: Mapping[str, Any]) -> list
         results: the evidence for all laws.
         influence: which inputs may affect which outputs, as in ``Report.influence``.
     """
-    found = causes(known_of(results, influence))
+    found = causes(findings_of(results, influence))
     return [
         replace(each, cause=found.get(each.law)) if _unexplained(each) else each for each in results
     ]

@@ -30,7 +30,7 @@ FAINT = 2.0**-60
 """If all of x is smaller, its squares and products underflow."""
 
 
-class Known(NamedTuple):
+class Bounds(NamedTuple):
     """Exact values and rounding noise of K steps and evaluations; every leaf is (K, ...), float64.
 
     Attributes:
@@ -63,7 +63,7 @@ class RoundingBounds:
         self._seed = seed
         self._read: dict[Any, Rounding] = {}
 
-    def __call__(self, before: State, case: Case, also: Collection[str] = ()) -> Known:
+    def __call__(self, before: State, case: Case, also: Collection[str] = ()) -> Bounds:
         """Return the exact outcomes of one step and evaluation, and their rounding noise.
 
         Args:
@@ -75,7 +75,7 @@ class RoundingBounds:
         reading = self._rounding(before, case, with_inputs=with_inputs)
         given = before, case.x, case.y, case.lr
         (exact, inputs), (noise, input_noise) = reading.evaluate(*given)
-        known = Known(exact, noise, layer_inputs=inputs, layer_input_noise=input_noise)
+        known = Bounds(exact, noise, layer_inputs=inputs, layer_input_noise=input_noise)
         place = _place(reading.program.out[0].info.loss, reading.program.out)
         if "slope" not in also or place is None or np.ndim(exact.info.loss) != 1:
             return known  # training_loss_is_a_scalar reports a loss that is no scalar

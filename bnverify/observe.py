@@ -237,7 +237,7 @@ class CompiledSubject:
         if key not in self._programs:
             traced = self.tracer.trace(name, function, *single)
             self._programs[key] = self._compilers.submit(_compiled, _lowered(traced, size))
-        return _Later(self._programs[key])
+        return _PendingProgram(self._programs[key])
 
     def init(self, case: Case) -> State:
         """Return the initial states."""
@@ -278,7 +278,7 @@ class CompiledSubject:
         return state
 
 
-class _Later:
+class _PendingProgram:
     """A program that is still being compiled."""
 
     def __init__(self, program: Future[Callable[..., Any]]) -> None:

@@ -329,7 +329,7 @@ def prove_influence(law: Law, reading: Reading) -> Evidence | None:
     if flows is None or not flows.proved:
         return None
     if law.returns_unchanged:
-        return _prove_handed_on(law, flows)
+        return _prove_unchanged(law, flows)
     if not law.must_not_reach:
         return None
     absent = [output for output, _ in law.must_not_reach if output not in flows.matrix]
@@ -344,7 +344,7 @@ def prove_influence(law: Law, reading: Reading) -> Evidence | None:
     )
 
 
-def _prove_handed_on(law: Law, flows: Influence) -> Evidence | None:
+def _prove_unchanged(law: Law, flows: Influence) -> Evidence | None:
     """Return a proof that certain trees are returned unchanged; None if the trace does not prove it."""
     named = dict(law.returns_unchanged)
     leaves = [leaf for leaf in flows.leaves if leaf.split("/", 1)[0] in named]
@@ -374,7 +374,7 @@ def prove_missing(law: Law, reading: Reading) -> Evidence | None:
         for output, source in law.must_reach
         if output in flows.matrix and source not in flows.matrix[output]
     ]
-    kept = [tree for tree in law.must_change if _handed_back(tree, flows)]
+    kept = [tree for tree in law.must_change if _returned_unchanged(tree, flows)]
     if not missing and not kept:
         return None
     said = [f"{source} cannot change {output}" for output, source in missing]
@@ -383,7 +383,7 @@ def prove_missing(law: Law, reading: Reading) -> Evidence | None:
     return Evidence.of(law.name, "violated", reason=reason)
 
 
-def _handed_back(tree: str, flows: Influence) -> bool:
+def _returned_unchanged(tree: str, flows: Influence) -> bool:
     """Return whether the step returns every leaf of a tree unchanged."""
     leaves = [leaf for leaf in flows.leaves if leaf.split("/", 1)[0] == tree]
     return bool(leaves) and all(flows.unchanged.get(leaf) == leaf for leaf in leaves)

@@ -14,7 +14,7 @@ from bnverify.model import Subject
 from bnverify.proof import asked
 from bnverify.pytree import path_name
 
-MASK_HANDS_ON = Mistake(
+MASKED_GRADIENTS = Mistake(
     "mask_hands_gradients_on",
     "optax.masked passes the gradients of the masked-out leaves on unchanged, as their updates",
     "use optax.multi_transform, with optax.set_to_zero() for frozen leaves",
@@ -26,7 +26,7 @@ UPDATES_CLIPPED = Mistake(
     "clip first: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr))",
     "https://optax.readthedocs.io/en/latest/api/transformations.html#optax.clip_by_global_norm",
 )
-SELDOM = 0.5  # with a smaller momentum the statistics are mostly those of the last batch
+LOW_MOMENTUM = 0.5  # with a smaller momentum the statistics are mostly those of the last batch
 
 
 def remarks(subject: Subject, influence: Influence | None) -> Iterator[str]:
@@ -36,7 +36,7 @@ def remarks(subject: Subject, influence: Influence | None) -> Iterator[str]:
         subject: what is verified.
         influence: what reaches what in it; None where it does not trace.
     """
-    if subject.momentum is not None and 0 < subject.momentum < SELDOM:
+    if subject.momentum is not None and 0 < subject.momentum < LOW_MOMENTUM:
         yield _line(f"the momentum is {subject.momentum:.4g}", "momentum_reversed")
     if influence is not None:
         untrained = _evaluated_untrained(influence)
@@ -64,7 +64,7 @@ def _of_optimizer(subject: Subject) -> Iterator[str]:
     if of_norms := {path for path in decayed if path.rpartition("/")[0] in layers}:
         yield _line(f"moved by a gradient of 0: {_listed(of_norms)}", "decay_of_norm_parameters")
     if uphill := {path for path, update in at_one.items() if np.any(update > 0)}:
-        yield _line(f"uphill: {_listed(uphill)}", MASK_HANDS_ON)
+        yield _line(f"uphill: {_listed(uphill)}", MASKED_GRADIENTS)
     if _is_clipped(subject.optimizer, state.params):
         yield _line("a larger learning rate makes no larger update", UPDATES_CLIPPED)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bnverify.clues import general_cases, read_clues
-from bnverify.diagnose import RULES, Known, causes, diagnosed
+from bnverify.diagnose import RULES, Findings, causes, diagnosed
 from bnverify.evidence import Cause, Evidence
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import RoundingBounds
@@ -32,7 +32,7 @@ def evidence(law: str, status: str, **clues: Any) -> Evidence:
 
 
 def names(*broken: str, flows: Any = None, **clues: Any) -> list[str]:
-    found = causes(Known(broken, flows or {}, clues))
+    found = causes(Findings(broken, flows or {}, clues))
     return list(dict.fromkeys(cause.mistake for cause in found.values()))
 
 

@@ -20,7 +20,7 @@ from bnverify import Case, compat, observe, reference, runs, shrink, verify
 from bnverify.check import STOPPED, Check, Event, Finished, LawJudged, PhaseStarted, Started
 from bnverify.evidence import Report
 from bnverify.jaxpr.tracing import Tracer
-from bnverify.judge import Known, RoundingBounds
+from bnverify.judge import Bounds, RoundingBounds
 from bnverify.laws import LAWS, STEP_LAWS
 from bnverify.observe import SINGLE
 from bnverify.profile import Profile, named
@@ -227,7 +227,7 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> Any:
     evaluate = RoundingBounds.__call__
 
     def shrink(*seeds: int) -> None:
-        def call(self: RoundingBounds, *args: Any, **options: Any) -> Known:
+        def call(self: RoundingBounds, *args: Any, **options: Any) -> Bounds:
             known = evaluate(self, *args, **options)
             factor = 0.08 if self._seed in seeds else 1.0
             return known._replace(

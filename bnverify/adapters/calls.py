@@ -137,7 +137,7 @@ def caller(
     found.things_in_order(whole=whole)
     found.batch_in_order(order)
     if found.left:
-        raise UsageError(_untold(what, raw, found.left[0], allowed))
+        raise UsageError(_unknown_role(what, raw, found.left[0], allowed))
     roles = found.roles
     positional = [roles[p.name] for p in parameters if p.name in roles and not _by_keyword(p)]
     named = {p.name: roles[p.name] for p in parameters if p.name in roles and _by_keyword(p)}
@@ -237,7 +237,7 @@ def _role(asked: str, parameter: str, allowed: Collection[str], things: Sequence
     raise UsageError(f"roles={{{parameter!r}: {asked!r}}} names no role; the roles are {known}")
 
 
-def _untold(what: str, function: Any, name: str, allowed: Collection[str]) -> str:
+def _unknown_role(what: str, function: Any, name: str, allowed: Collection[str]) -> str:
     return (
         f"{what}{inspect.signature(function)}: it is unknown what to pass as {name!r}. If it is one "
         f"of {', '.join(sorted(allowed))}, declare roles={{{name!r}: ...}}; otherwise bind it: "

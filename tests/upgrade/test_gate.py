@@ -123,7 +123,9 @@ def test_releases_that_cannot_be_imported_are_reported(target, sides, tmp_path):
     """They resolve and install, but do not work; the error suggests a fix."""
     altered_step.alter(tmp_path / OLD)
     (tmp_path / OLD / "optax.py").write_text("import numpy.absent_module")
-    with pytest.raises(UsageError, match=r"(?s)old.* cannot be imported.*absent_module.*same months"):
+    with pytest.raises(
+        UsageError, match=r"(?s)old.* cannot be imported.*absent_module.*same months"
+    ):
         gate(target)
 
 
