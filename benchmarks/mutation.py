@@ -219,8 +219,8 @@ FAULTS = (
     Fault(
         "a_law_that_no_case_reached_holds",
         "bnverify/runs.py",
-        'return "untriggered", "no case reached its precondition"',
-        'return "held", "no case reached its precondition"',
+        'return "untriggered", UNREACHED',
+        'return "held", UNREACHED',
         RUNS,
     ),
     Fault(
@@ -261,7 +261,7 @@ FAULTS = (
     # The life of a state, and many devices.
     Fault(
         "the_fold_forgets_the_momentum",
-        "bnverify/lifetime/fold.py",
+        "bnverify/laws/life.py",
         "own, kept = wide(zero), self.momentum * self.expected",
         "own, kept = wide(zero), 0.9 * self.expected",
         LIFE,
@@ -357,7 +357,7 @@ FAULTS = (
     ),
     Fault(
         "a_shard_takes_its_neighbours_items",
-        "bnverify/shard.py",
+        "bnverify/profile.py",
         "return list(items[self.index - 1 :: self.count])",
         "return list(items[self.index :: self.count])",
         ("tests/test_merge.py",),

@@ -1,4 +1,4 @@
-"""The findings of all shards of one piece of work as the findings of one machine."""
+"""Merging the reports of all shards of a check or an audit into one."""
 
 from __future__ import annotations
 
@@ -17,29 +17,36 @@ from bnverify.profile import Shard
 Part: TypeAlias = Mapping[str, Any]
 Merged: TypeAlias = Report | Audit
 
-SAME = ("bnverify", "versions", "subject", "command", "targets", "profile", "seed", "of")
-"""What all shards of one piece of work say alike, where they say it."""
+SAME = ("bnverify", "subject", "command", "targets", "profile", "seed")
+"""Fields that must agree in all shards that have them."""
 
 
 def merge(texts: Mapping[str, str]) -> Merged:
-    """Return what one machine would have found.
+    """Return the report that one machine would have made.
 
-    The laws that a shard checks steer where it looks for bad cases. So where a profile looks more
-    than once at a shape, a number of cases or a residual may differ from the one machine's.
+    The laws of a shard steer its search for bad cases, so with a profile that runs several stacks for
+    a shape, a number of cases or a residual may differ from those of one machine.
 
     Args:
-        texts: file name -> what ``--json`` wrote there, all shards of one ``check`` or ``audit``.
+        texts: file name -> its JSON report; all shards of one ``check`` or ``audit``.
 
     Raises:
-        UsageError: in one line, which files are no shards, or not all those of one piece of work.
+        UsageError: a file is not a shard, or the shards do not belong together.
     """
     parts = {name: _read(name, text) for name, text in texts.items()}
-    ordered = _in_order(parts)
-    kinds = {_kind(part) for part in ordered}
-    if len(kinds) > 1:
-        raise UsageError(f"shards of different work: {' and '.join(sorted(kinds))}")
-    for field in SAME:
-        _same(field, parts)
+    found: dict[Shard, str] = {}
+    for name, part in parts.items():
+        shard = Shard.parse(part["shard"])
+        if shard in found:
+            raise UsageError(f"{found[shard]} and {name} are both shard {part['shard']}")
+        found[shard] = name
+    _refuse_differences(parts)
+    count = next(iter(found)).count
+    whole = [Shard(index, count) for index in range(1, count + 1)]
+    missing = [f"{shard.index}/{count}" for shard in whole if shard not in found]
+    if missing:
+        raise UsageError(f"missing: shard {', '.join(missing)}")
+    ordered = [parts[found[shard]] for shard in whole]
     return _report(ordered) if "results" in ordered[0] else _audit(ordered)
 
 
@@ -48,80 +55,61 @@ def _read(name: str, text: str) -> Part:
         data = json.loads(text)
     except ValueError as error:
         raise UsageError(f"{name} is not JSON: {error}") from None
-    if not isinstance(data, dict) or not {"results", "command"} & set(data):
+    if not isinstance(data, dict) or not {"results", "findings"} & set(data):
         raise UsageError(f"{name} was not written by `bnverify check` or `bnverify audit`")
     if "shard" not in data or "of" not in data:
-        raise UsageError(f"{name} is no shard: it was written without --shard K/N")
+        raise UsageError(f"{name} is not a shard: it was written without --shard K/N")
     return data
 
 
-def _in_order(parts: Mapping[str, Part]) -> list[Part]:
-    """Return the parts by their number; refuse them where they are not one of each."""
-    found: dict[int, str] = {}
-    shards = {name: Shard.parse(part["shard"]) for name, part in parts.items()}
-    (first, one), *_ = shards.items()
-    for name, shard in shards.items():
-        if shard.count != one.count:
-            raise UsageError(f"{first} is shard {one}, {name} is {shard}: not of the same work")
-        if shard.index in found:
-            raise UsageError(f"{found[shard.index]} and {name} are both shard {shard}")
-        found[shard.index] = name
-    missing = [f"{k}/{one.count}" for k in range(1, one.count + 1) if k not in found]
-    if missing:
-        raise UsageError(f"missing: shard {', '.join(missing)}")
-    return [parts[found[index]] for index in sorted(found)]
+def _work(part: Part) -> dict[str, Any]:
+    """Return what must agree in all shards, keyed by its name in messages."""
+    return {
+        "kind": "check" if "results" in part else "audit",
+        "number of shards": Shard.parse(part["shard"]).count,
+        **{field: part.get(field) for field in SAME},
+        **part.get("versions", {}),
+        "selection": part["of"],
+    }
 
 
-def _kind(part: Part) -> str:
-    return "check" if "results" in part else "audit"
+def _refuse_differences(parts: Mapping[str, Part]) -> None:
+    (first, one), *others = ((name, _work(part)) for name, part in parts.items())
+    for name, other in others:
+        for field in {**one, **other}:
+            here, there = one.get(field), other.get(field)
+            if here != there:
+                said = "" if field == "selection" else f": {here} and {there}"
+                raise UsageError(f"{first} and {name} differ in {field}{said}")
 
 
-def _same(field: str, parts: Mapping[str, Part]) -> None:
-    (first, one), *others = parts.items()
-    for name, part in others:
-        if part.get(field) != one.get(field):
-            here, there = one.get(field), part.get(field)
-            if isinstance(here, dict) and isinstance(there, dict):
-                field = next(key for key in {**here, **there} if here.get(key) != there.get(key))
-                here, there = here.get(field), there.get(field)
-            if field == "of":
-                raise UsageError(f"{first} and {name} are parts of different selections")
-            raise UsageError(f"{first} and {name} differ in {field}: {here} and {there}")
-
-
-def _whole(parts: Sequence[Part], field: str, key: str) -> list[Any]:
-    """Return what all parts found, in the order of the one machine."""
+def _all(parts: Sequence[Part], field: str, key: str) -> list[Any]:
+    """Return the results of all parts, in the order of a single machine."""
     found = {each[key]: each for part in parts for each in part[field]}
     names = parts[0]["of"]
     missing = [name for name in names if name not in found]
     if missing:
-        raise UsageError(f"no shard says anything of {missing[0]}")
+        raise UsageError(f"no shard contains {missing[0]}")
     return [found[name] for name in names]
 
 
 def _report(parts: Sequence[Part]) -> Report:
     reports = [Report.from_json(part) for part in parts]
-    results = [Evidence.from_json(each) for each in _whole(parts, "results", "law")]
+    results = [Evidence.from_json(each) for each in _all(parts, "results", "law")]
+    # The cause of a violation is diagnosed from the violations of all shards.
+    results = [replace(each, cause=None) if each.law in STEP_LAWS else each for each in results]
     influence = next((report.influence for report in reports if report.influence), {})
-    notes = dict.fromkeys(note for report in reports for note in report.notes)
     return replace(
         reports[0],
-        # A mistake is recognised by what is broken in all shards. Laws beyond one step know theirs by
-        # themselves.
-        results=tuple(
-            diagnosed(
-                [replace(each, cause=None) if each.law in STEP_LAWS else each for each in results],
-                influence,
-            )
-        ),
-        cases=max(report.cases for report in reports),  # they draw the same ones
+        results=tuple(diagnosed(results, influence)),
+        cases=max(report.cases for report in reports),  # the shards draw the same cases
         seconds=sum(report.seconds for report in reports),
         influence=influence,
-        notes=tuple(notes),
+        notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
     )
 
 
 def _audit(parts: Sequence[Part]) -> Audit:
-    findings = tuple(Finding(**each) for each in _whole(parts, "findings", "fault"))
-    seconds = max(part["seconds"] for part in parts)  # each ran the tests as they are, too
+    findings = tuple(Finding(**each) for each in _all(parts, "findings", "fault"))
+    seconds = max(part["seconds"] for part in parts)  # each ran the tests without a fault, too
     return Audit(parts[0]["command"], tuple(parts[0]["targets"]), seconds, findings)

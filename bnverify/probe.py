@@ -139,14 +139,14 @@ def described(value: Any) -> str:
 def flax_kind(value: Any) -> str | None:
     """Return "linen" or "nnx" for a Flax module or a class of such; None for anything else."""
     for name in ("linen", "nnx"):
-        flax = sys.modules.get(f"flax.{name}")  # not loaded: nothing is a module of it
+        flax = sys.modules.get(f"flax.{name}")  # if it is not imported, nothing is a module of it
         if flax is not None and issubclass(_class(value), flax.Module):
             return name
     return None
 
 
 def wrapped(module: Any) -> str:
-    """Return the code that makes a subject of a Flax module, or of a class of such."""
+    """Return the code that makes a Subject of a Flax module or module class."""
     name = _class(module).__name__
     if flax_kind(module) == "nnx":
         return f"bnverify.nnx({name})"
@@ -158,10 +158,10 @@ def wrapped(module: Any) -> str:
 
 
 def advice(value: Any) -> str:
-    """Return "; " and what to do with a Flax module; "" for anything else."""
+    """Return "; " and how to make a Subject of a Flax module; "" for anything else."""
     if flax_kind(value) is None:
         return ""
-    return f"; what is verified is a training step around a Flax module: subject = {wrapped(value)}"
+    return f"; to check a training step with a Flax module, write subject = {wrapped(value)}"
 
 
 def _class(value: Any) -> type[Any]:

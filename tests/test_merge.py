@@ -96,7 +96,7 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
     "no report": ({**TWO, "1.json": "[]"}, "1.json was not written by `bnverify check`"),
     "no shard": (
         {**TWO, "1.json": report(["momentum_is_as_declared"]).to_json()},
-        "1.json is no shard: it was written without --shard K/N",
+        "1.json is not a shard: it was written without --shard K/N",
     ),
     "other releases": (
         changed(TWO, "2.json", versions={**VERSIONS, "jax": "0.10.1"}),
@@ -117,11 +117,11 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
     ),
     "a law unanswered": (
         changed(TWO, "2.json", results=[]),
-        f"no shard says anything of {list(LAWS)[1]}",
+        f"no shard contains {list(LAWS)[1]}",
     ),
     "an audit": (
         {**TWO, "2.json": Shard(2, 2).stamp(AUDIT.to_json(), [])},
-        "shards of different work: audit and check",
+        "1.json and 2.json differ in kind: check and audit",
     ),
 }
 

@@ -35,14 +35,14 @@ sys.exit(pytest.main(["--collect-only", "-qq", "-m", "", "-p", "no:cacheprovider
 
 ENDS = {
     "audit": "tests/test_audit.py::test_the_command_tells_what_the_tests_miss",
-    "bisect": "tests/upgrade/test_bisect.py::test_the_first_changed_release_is_found_in_logarithmically_many_tries",
+    "bisect": "tests/upgrade/test_bisect.py::test_the_first_changed_release_is_found_in_logarithmically_many_trials",
     "check": "tests/test_docs.py::test_the_readme_shows_what_check_prints",
-    "compare": "tests/upgrade/test_compare.py::test_the_command_tells_and_exits_by_the_policy",
-    "explain": "tests/test_cli.py::test_explain_tells_all_about_a_law",
-    "gate": "tests/upgrade/test_gate.py::test_the_gate_tells_a_changed_step_and_then_answers_from_its_cache",
+    "compare": "tests/upgrade/test_compare.py::test_the_command_reports_and_exits_by_the_policy",
+    "explain": "tests/test_cli.py::test_explain_a_law",
+    "gate": "tests/upgrade/test_gate.py::test_a_changed_step_is_reported_and_then_answered_from_the_cache",
     "list": "tests/test_cli.py::test_list_names_every_law",
     "merge": "tests/test_merge.py::test_the_merged_report_is_that_of_one_machine",
-    "record": "tests/upgrade/test_recording.py::test_the_command_writes_a_file_and_refuses_in_one_line",
+    "record": "tests/upgrade/test_recording.py::test_the_command_writes_a_file_or_reports_an_error_in_one_line",
 }
 """A command -> the test of the default tier that runs it from one end to the other."""
 
