@@ -120,7 +120,10 @@ def _tolerance(law: Law) -> str:
     beyond = f" beyond the step's {noise}" if "noise" in law.observes else ""
     more = " See the derivation for the factor." if law.derivation else ""
     rules = (
-        (law.kind == "structure", "None: the law compares structures, shapes and dtypes, not values."),
+        (
+            law.kind == "structure",
+            "None: the law compares structures, shapes and dtypes, not values.",
+        ),
         (law.kind == "witness", f"One case with a change{beyond} is enough."),
         ("noise" in law.observes, f"The step's own {noise}, for each case.{more}"),
         (
