@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnverify.case import Case
-from bnverify.jaxpr.rounding import Rounding, rounding
+from bnverify.jaxpr.arithmetic import is_wide_throughout
+from bnverify.jaxpr.rounding import Rounding, evaluate_stacked, rounding
 from bnverify.jaxpr.slope import Slope, directional_derivative
 from bnverify.jaxpr.tracing import Abstract, Tracer, as_function
 from bnverify.laws import Law
@@ -16,13 +17,17 @@ from bnverify.laws.arithmetic import wide
 from bnverify.laws.mismatch import Mismatch, not_finite, watching
 from bnverify.lazy import jax
 from bnverify.pytree import is_floating
+from bnverify.reruns import constant_features
 from bnverify.subject import State, Tree
 from bnverify.transition import Outcome, Transition
 
 READ = {"noise": None, "directional_derivative": "slope", "layer_input_noise": "layer_inputs"}
 """What laws need of the rounding -> what to ask ``RoundingBounds`` for besides the outcome's."""
 
-READ_NEEDS = frozenset({*READ, "layer_inputs"})
+EXACT = "exact:constant_features"
+"""The outcome of that re-run in float64, without its rounding."""
+
+READ_NEEDS = frozenset({*READ, "layer_inputs", EXACT})
 """What laws can ask of the step's traced program."""
 
 FALLIBLE = frozenset({"expected_update"})
@@ -88,6 +93,19 @@ class RoundingBounds:
         slope = directional_derivative(reading.program, args, direction, at, around, place)
         stacked = jax.tree_util.tree_map(lambda leaf: leaf[None], direction)
         return known._replace(direction=stacked, slope=slope)
+
+    def exact(self, before: State, case: Case) -> tuple[Outcome, bool]:
+        """Return the outcomes of one step without rounding, and whether all its floats are wide.
+
+        A float is wide that has float32's range at least: float16 has not.
+
+        Args:
+            before: stacked states.
+            case: stacked cases.
+        """
+        program = self._rounding(before, case, with_inputs=False).program
+        outcome, _ = evaluate_stacked(program, before, case.x, case.y, case.lr)
+        return outcome, is_wide_throughout(program.jaxpr)
 
     def slopes(self, before: State, case: Case, directions: Iterable[Tree]) -> list[Slope]:
         """Return the slope of the reported loss along each of some directions.
@@ -204,13 +222,18 @@ class Judge:
         t = self._with_facts(t, [law])
         with watching(t) as seen:
             law.check(t)
-        return seen.worst or (not_finite(t) if seen.comparable else None)
+        if seen.worst is not None or not seen.comparable:
+            return seen.worst
+        return not_finite(t, ["constant_features"] if EXACT in law.observes else [""])
 
     def _with_facts(self, t: Transition, laws: Collection[Law]) -> Transition:
         """Return stacked transitions with what the laws need of the traced step and the subject."""
         needs = {need for law in laws for need in law.observes}
         facts = {**t.facts, **self._facts}
-        if not needs.isdisjoint(READ_NEEDS):
+        if EXACT in needs:
+            exact, wide_range = self.bounds.exact(t.before, constant_features(t.case))
+            facts |= {"exact_constant_features": exact, "wide_range": wide_range}
+        if not needs.isdisjoint(READ_NEEDS - {EXACT}):
             also = [name for need, name in READ.items() if need in needs and name is not None]
             known = self.bounds(t.before, t.case, {*also, *needs & {"layer_inputs"}})
             noise, input_noise = _unless_faint(t.case, (known.noise, known.layer_input_noise))

@@ -910,6 +910,22 @@ mistake(
         h = (h - mean) / jnp.sqrt(var + 1e-5)
     """,
 )
+mistake(
+    "variance_below_zero",
+    "the variance E[h^2] - E[h]^2 is not kept from rounding to less than zero",
+    "jnp.maximum(var, 0.0), or the mean of the squared deviations",
+    "https://github.com/google/flax/issues/1491",
+    looks="NaN in a batch where a feature is constant and far from zero.",
+    wrong="""
+        var = jnp.mean(h**2, axis=0) - mean**2
+        h = (h - mean) * jax.lax.rsqrt(var + 1e-5)
+    """,
+    right="""
+        var = jnp.mean(h**2, axis=0) - mean**2
+        var = jnp.maximum(var, 0.0)
+        h = (h - mean) * jax.lax.rsqrt(var + 1e-5)
+    """,
+)
 
 # Purity.
 mistake(

@@ -296,3 +296,13 @@ def numbers(jaxpr: Any) -> int:
         made += sum(math.prod(var.aval.shape) for var in eqn.outvars)
         made += sum(map(numbers, inner_jaxprs(eqn)))
     return made
+
+
+def is_wide_throughout(jaxpr: Any) -> bool:
+    """Return whether no equation of a program makes a value of a narrow range, as float16 has."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    return all(
+        all(is_wide(v.aval.dtype) for v in eqn.outvars if is_float(getattr(v.aval, "dtype", int)))
+        and all(map(is_wide_throughout, inner_jaxprs(eqn)))
+        for eqn in inner.eqns
+    )

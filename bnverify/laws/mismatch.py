@@ -8,7 +8,7 @@ leaves its worst entry here. Leaves are known by identity, so laws need not name
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -40,6 +40,8 @@ RUNS = {
     "doubled_batch": "with every row repeated",
     "shifted_bias": "with a shifted bias",
     "second_step": "after a second step",
+    "far_statistics": "with running statistics far from the batch's",
+    "constant_features": "with features of 1000.1 or 0.1 in every row",
 }
 """Which run of the step a value comes from, in words."""
 
@@ -210,11 +212,16 @@ def watching(t: Transition) -> Iterator[Watch]:
         _WATCH.reset(token)
 
 
-def not_finite(t: Transition) -> Mismatch | None:
-    """Return the first value of a single case's outcome that is not finite; None where all are."""
+def not_finite(t: Transition, where: Collection[str] = ("",)) -> Mismatch | None:
+    """Return the first value of a single case's outcome that is not finite; None where all are.
+
+    Args:
+        t: the transition of one case, stacked.
+        where: the runs that are looked at; "" is the observed step.
+    """
     watch = Watch(t)
     for run, part in _parts(t):
-        if run:
+        if run not in where:
             continue
         for leaf in jax.tree_util.tree_leaves(part):
             bad = np.where(np.isfinite(np.asarray(leaf, np.float64)), 0.0, np.inf)
