@@ -911,6 +911,20 @@ mistake(
     """,
 )
 mistake(
+    "optimizer_departs_from_its_paper",
+    "the optimizer computes another formula than its paper's",
+    "use the release of Optax that follows it (`bnverify bisect` finds where it changed), or write the "
+    "transformation out",
+    "https://github.com/pytorch/pytorch/issues/41477",
+    looks="After an upgrade the same code trains differently, most of all where gradients are small.",
+    wrong="""
+        update = -lr * m_hat / jnp.sqrt(v_hat + eps)
+    """,
+    right="""
+        update = -lr * m_hat / (jnp.sqrt(v_hat) + eps)
+    """,
+)
+mistake(
     "variance_below_zero",
     "the variance E[h^2] - E[h]^2 is not kept from rounding to less than zero",
     "jnp.maximum(var, 0.0), or the mean of the squared deviations",
@@ -928,6 +942,21 @@ mistake(
 )
 
 # Purity.
+mistake(
+    "drawn_outside_jax",
+    "a number is drawn or counted by Python or NumPy while the step is traced, and baked in",
+    "draw it by jax.random from the seed, or from a key that the state carries",
+    "https://docs.jax.dev/en/latest/notebooks/Common_Gotchas_in_JAX.html",
+    looks="Each process starts from other params, whatever the seed; within one, all is repeatable.",
+    wrong="""
+        def kernel_init(key, shape):
+            return 0.1 * np.random.normal(size=shape)
+    """,
+    right="""
+        def kernel_init(key, shape):
+            return 0.1 * jax.random.normal(key, shape)
+    """,
+)
 mistake(
     "hidden_state",
     "the result depends on something that is not an argument",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from bnverify.case import Case
+from bnverify.errors import first_line
 from bnverify.evidence import Evidence
 from bnverify.jaxpr.influence import Influence, influence
+from bnverify.jaxpr.retrace import changed_by_tracing
 from bnverify.jaxpr.rounding import evaluate
 from bnverify.jaxpr.shapes import Run, TraceError, Traces, trace_subject
 from bnverify.jaxpr.tracing import Abstract, Tracer, trace
@@ -51,6 +53,7 @@ MISSING_CAPABILITY = {
     "axes": "no normalisation stands behind a convolution or a product with params",
     "masks": "no mask of rows is found in a loss",
     "schedules": "no gradients are accumulated over a known number of batches",
+    "papers": "no call of an Optax optimizer whose paper bnverify knows makes the optimizer",
     "row_weights": "no weights of rows are declared",
 }
 """What laws can require of a subject -> why they are exempt where it is missing."""
@@ -276,12 +279,14 @@ def asked(optimizer: Any, params: Any, gradients: Collection[float], lr: float) 
 def judge_structure(law: Law, reading: Reading) -> Evidence:
     """Return the evidence for a law of structure from the traces."""
     traced, note = reading.traced, ""
+    if "retraced" in law.observes and traced is not None:
+        return _judge_retraced(law, traced)
     if "look" in law.observes and traced is not None:
         return _judge_look(law, traced.abstract._replace(facts={"look": traced.subject.look}))
     if "opt_state" in law.capabilities and reading.probe is not None:
         traced, note = reading.probe, f", {PROBED}"
     if traced is None:
-        if reading.ran is None:
+        if reading.ran is None or "retraced" in law.observes:
             return Evidence(law.name, law.family, "untriggered", reason=reading.refusal)
         lines = law.check(reading.ran)
         scope = f"in one run, since it does not trace: {reading.refusal}"
@@ -308,6 +313,17 @@ def judge_structure(law: Law, reading: Reading) -> Evidence:
         cases=0 if traces.proved else 1,
         reason=f"{traces.scope}{note}{why}",
     )
+
+
+def _judge_retraced(law: Law, traced: Traced) -> Evidence:
+    """Return the evidence for a law about what a second trace computes."""
+    subject = traced.subject
+    try:
+        found = changed_by_tracing(subject, 4, subject.features[0] if subject.features else 3)
+    except Exception as error:  # noqa: BLE001 - whatever a user's code raises
+        return Evidence(law.name, law.family, "untriggered", reason=first_line(error))
+    evidence = _judge_look(law, traced.abstract._replace(facts={"retraced": found}))
+    return replace(evidence, reason=evidence.reason if found else "as two traces compute one batch")
 
 
 def _judge_look(law: Law, t: Transition) -> Evidence:

@@ -141,6 +141,20 @@ class Schedule(NamedTuple):
     ends: bool
 
 
+class PaperCheck(NamedTuple):
+    """An optimizer of Optax's, compared with the formula of its paper over several updates.
+
+    Attributes:
+        optimizer: what made it: "optax.adam".
+        source: the paper.
+        differs: the first update that is not the formula's, in words; empty where all are.
+    """
+
+    optimizer: str
+    source: str
+    differs: str
+
+
 class Look(NamedTuple):
     """What a look at a step's traced program shows; "may" where it cannot tell.
 
@@ -156,6 +170,7 @@ class Look(NamedTuple):
         axes: the layers behind a convolution or a product with params, by their axes.
         masks: the masks of rows in the losses.
         schedules: what is known of the learning rate's schedule.
+        papers: how Optax's optimizers that make up the user's compare with their papers.
     """
 
     draws: tuple[Draw, ...] = ()
@@ -168,6 +183,7 @@ class Look(NamedTuple):
     axes: tuple[Axis, ...] = ()
     masks: tuple[Mask, ...] = ()
     schedules: tuple[Schedule, ...] = ()
+    papers: tuple[PaperCheck, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)

@@ -17,6 +17,7 @@ import numpy as np
 
 from bnverify.adapters.declared import Declared
 from bnverify.adapters.layers import Layers
+from bnverify.adapters.papers import paper_checks
 from bnverify.adapters.programs import ROWS, Programs
 from bnverify.adapters.schedules import schedules
 from bnverify.adapters.traced import DRAWS, Flows
@@ -59,6 +60,7 @@ def look_at(
         axes=tuple(_axes(programs, layers)),
         masks=tuple(_masks(programs)),
         schedules=tuple(schedules(programs, declared, every, makers)),
+        papers=tuple(paper_checks(programs.subject.optimizer)),
     )
 
 

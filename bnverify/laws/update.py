@@ -188,6 +188,28 @@ def schedule_counts_updates(t: Transition) -> list[str]:
 
 @law(
     "update",
+    kind="structure",
+    observes=("look",),
+    capabilities=("look", "papers"),
+    mistakes=("optimizer_departs_from_its_paper",),
+    source="the papers that bnverify/optimizers.py names",
+)
+def optimizer_follows_its_paper(t: Transition) -> list[str]:
+    """An optimizer of Optax's makes the updates of its paper's formula.
+
+    Compared are eight updates by gradients of very different sizes, in float64 on both sides: the
+    optimizer's traced update without rounding, and the formula. Allowed is what one float32 rounding of
+    each number that is made of hyperparameters, as 1 - b2, moves the formula's updates.
+    """
+    return [
+        f"{each.optimizer} does not follow its paper ({each.source}): {each.differs}"
+        for each in t.facts["look"].papers
+        if each.differs
+    ]
+
+
+@law(
+    "update",
     observes=("expected_update",),
     capabilities=("optimizer", "grads", "plain_sgd"),
     mistakes=(

@@ -9,7 +9,6 @@ A law is broken as it happens: the call that shows it is the one that raises.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import numpy as np
 from bnverify.case import Case
 from bnverify.errors import did_you_mean, first_line
 from bnverify.evidence import Call, Cause, Counterexample, Evidence, Violation
+from bnverify.jaxpr.retrace import traced_anew
 from bnverify.laws import LAWS
 from bnverify.laws.arithmetic import floats
 from bnverify.lazy import jax, jnp
@@ -223,7 +223,7 @@ class Life:
 
     def _step(self, state: State, case: Case, *, resumed: bool = False) -> tuple[State, StepInfo]:
         def again(*args: Any) -> tuple[State, StepInfo]:
-            with _traced_anew():
+            with traced_anew():
                 return self._subject.step(*args)
 
         name, step = ("resumed step", again) if resumed else ("step", self._subject.step)
@@ -328,19 +328,6 @@ class Life:
                 shape=first.shape,
             )
         )
-
-
-@contextmanager
-def _traced_anew() -> Iterator[None]:
-    """Trace again, as another process would, what JAX has traced before.
-
-    JAX keeps the traces of jitted functions by the settings they were made under. This setting decides
-    over nothing but warnings.
-    """
-    other = "allow" if jax.config.jax_numpy_rank_promotion == "warn" else "warn"
-    with jax.numpy_rank_promotion(other), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _known(name: str, table: Any) -> Any:
