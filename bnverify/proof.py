@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -240,16 +240,19 @@ def is_plain_sgd(subject: Subject, abstract: Transition) -> bool:
     return answers is not None and all(np.all(leaf == -0.25) for leaf in answers[0])
 
 
-def asked(optimizer: Any, params: Any, gradients: Collection[float], lr: float) -> Any | None:
+def asked(
+    optimizer: Any, params: Any, gradients: Collection[float], lr: float, at: float = 1.0
+) -> Any | None:
     """Return how an optimizer's first update answers gradients that are one number throughout.
 
-    Its traced update is evaluated in NumPy at params of 1.
+    Its traced update is evaluated in NumPy.
 
     Args:
         optimizer: ``lr -> optax.GradientTransformation``.
         params: a tree like the params; a size that is no number counts as 2.
         gradients: the numbers.
         lr: the learning rate.
+        at: what every param is.
 
     Returns:
         A list of the update's leaves for each gradient; None where the optimizer does not answer, or
@@ -259,7 +262,7 @@ def asked(optimizer: Any, params: Any, gradients: Collection[float], lr: float) 
     def ones(leaf: Any) -> Any:
         # In the params' own tree and ranks, since masks go by names and by ranks.
         sizes = (size if isinstance(size, int) else 2 for size in leaf.shape)
-        return np.ones(tuple(sizes), leaf.dtype)
+        return np.full(tuple(sizes), at, leaf.dtype)
 
     def update(params: Any, gradients: Any, rate: Any) -> Any:
         tx = optimizer(rate)
@@ -279,10 +282,8 @@ def asked(optimizer: Any, params: Any, gradients: Collection[float], lr: float) 
 def judge_structure(law: Law, reading: Reading) -> Evidence:
     """Return the evidence for a law of structure from the traces."""
     traced, note = reading.traced, ""
-    if "retraced" in law.observes and traced is not None:
-        return _judge_retraced(law, traced)
-    if "look" in law.observes and traced is not None:
-        return _judge_look(law, traced.abstract._replace(facts={"look": traced.subject.look}))
+    if traced is not None and not {"look", "retraced"}.isdisjoint(law.observes):
+        return _judge_seen(law, traced)
     if "opt_state" in law.capabilities and reading.probe is not None:
         traced, note = reading.probe, f", {PROBED}"
     if traced is None:
@@ -315,25 +316,23 @@ def judge_structure(law: Law, reading: Reading) -> Evidence:
     )
 
 
-def _judge_retraced(law: Law, traced: Traced) -> Evidence:
-    """Return the evidence for a law about what a second trace computes."""
-    subject = traced.subject
-    try:
-        found = changed_by_tracing(subject, 4, subject.features[0] if subject.features else 3)
-    except Exception as error:  # noqa: BLE001 - whatever a user's code raises
-        return Evidence(law.name, law.family, "untriggered", reason=first_line(error))
-    evidence = _judge_look(law, traced.abstract._replace(facts={"retraced": found}))
-    return replace(evidence, reason=evidence.reason if found else "as two traces compute one batch")
-
-
-def _judge_look(law: Law, t: Transition) -> Evidence:
-    """Return the evidence for a law about what a look at the step's program shows.
+def _judge_seen(law: Law, traced: Traced) -> Evidence:
+    """Return the evidence for a law about what a look at the step shows, or a second trace of it.
 
     It is no proof that the law holds: a look tells what may happen, and at one batch size.
     """
-    lines = law.check(t)
+    facts: dict[str, Any] = {"look": traced.subject.look}
+    reason = "as read from the traced step"
+    if "retraced" in law.observes:
+        reason, subject = "as two traces compute one batch", traced.subject
+        try:
+            width = subject.features[0] if subject.features else 3
+            facts["retraced"] = changed_by_tracing(subject, 4, width)
+        except Exception as error:  # noqa: BLE001 - whatever a user's code raises
+            return Evidence(law.name, law.family, "untriggered", reason=first_line(error))
+    lines = law.check(traced.abstract._replace(facts=facts))
     if not lines:
-        return Evidence(law.name, law.family, "held", 1, reason="as read from the traced step")
+        return Evidence(law.name, law.family, "held", 1, reason=reason)
     more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
     return Evidence(law.name, law.family, "violated", 1, reason=f"{lines[0]}{more}")
 

@@ -26,6 +26,12 @@ UPDATES_CLIPPED = Mistake(
     "clip first: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr))",
     "https://optax.readthedocs.io/en/latest/api/transformations.html#optax.clip_by_global_norm",
 )
+DECAY_COUPLED = Mistake(
+    "decay_coupled",
+    "the decay is added to the gradient, and the optimizer then scales it away: no decoupled decay",
+    "optax.adamw, or optax.add_decayed_weights behind the preconditioner, before the learning rate",
+    "https://github.com/google-deepmind/optax/issues/364",
+)
 SELDOM = 0.5  # a weight of the old value below it forgets a batch within a step or two
 
 
@@ -50,7 +56,14 @@ def remarks(subject: Subject, influence: Influence | None, *, ask: bool = True) 
     norms = _norms(answers.paths, answers.owners)
     if decayed := norms & answers.decayed:
         yield _line(f"moved by a gradient of 0: {_listed(decayed)}", "decay_of_norm_parameters")
-    if answers.uphill:
+    if answers.coupled:
+        what = f"params four times as large decay no more: {_listed(answers.coupled)}"
+        yield _line(what, DECAY_COUPLED)
+    if answers.squared:
+        yield _line(
+            "the update grows with the learning rate's square", "learning_rate_applied_twice"
+        )
+    elif answers.uphill:
         yield _line(f"uphill: {_listed(answers.uphill)}", MASK_HANDS_ON)
     if answers.clipped:
         yield _line("a larger learning rate makes no larger update", UPDATES_CLIPPED)
@@ -63,15 +76,20 @@ class _Answers(NamedTuple):
         paths: of all params.
         owners: paths of the layers that keep running statistics.
         decayed: paths of the params that a gradient of 0 moves.
+        coupled: those of them that it moves as far from another value: an adaptive optimizer has
+            been given the decay as a gradient.
         uphill: paths of those that a gradient of 1 makes larger.
         clipped: whether updates are kept below some size.
+        squared: whether updates grow with the square of the learning rate.
     """
 
     paths: tuple[str, ...]
     owners: frozenset[str]
     decayed: set[str]
+    coupled: set[str]
     uphill: set[str]
     clipped: bool
+    squared: bool
 
 
 def _answers(subject: Subject) -> _Answers | None:
@@ -90,25 +108,33 @@ def _answers(subject: Subject) -> _Answers | None:
     still, pushed = answers
     paths = _paths(state.params)
     named = list(zip(paths, still, pushed, strict=True))
+    larger = asked(subject.optimizer, state.params, (0.0,), 1.0, at=4.0)
+    kept = [] if larger is None else list(zip(paths, still, larger[0], strict=True))
+    small, middle, large = _sizes(subject.optimizer, state.params)
     return _Answers(
         tuple(paths),
         frozenset(path.rpartition("/")[0] for path in _paths(state.batch_stats)),
         {path for path, at_rest, _ in named if np.any(at_rest != 0)},
+        {
+            path
+            for path, one, four in kept
+            if np.any(one != 0) and np.all(abs(four) < 1.5 * abs(one))
+        },
         {path for path, _, at_one in named if np.any(at_one > 0)},
-        _is_clipped(subject.optimizer, state.params),
+        # In proportion to the rate up to some size, and no further.
+        0.99e3 * small < middle < 1.01e3 * small and large < 0.5e6 * middle,
+        0.99e6 * small < middle < 1.01e6 * small,
     )
 
 
-def _is_clipped(optimizer: Any, params: Any) -> bool:
-    """Return whether an update grows with the learning rate up to some size, and no further."""
-    sizes = []
+def _sizes(optimizer: Any, params: Any) -> tuple[float, float, float]:
+    """Return the lengths of the updates at learning rates of 1e-6, 1e-3 and 1e3; 0 where unknown."""
+    found = []
     for rate in (1e-6, 1e-3, 1e3):
         answers = asked(optimizer, params, (1.0,), rate)
-        if answers is None:
-            return False
-        sizes.append(float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in answers[0]))))
-    small, middle, large = sizes
-    return 0.99e3 * small < middle < 1.01e3 * small and large < 0.5e6 * middle
+        leaves = answers[0] if answers is not None else []
+        found.append(float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves))))
+    return found[0], found[1], found[2]
 
 
 def _paths(tree: Any) -> list[str]:

@@ -79,14 +79,14 @@ def other_inputs(case: Case) -> Case:
 
 
 def constant_features(case: Case) -> Case:
-    """Return the case with features that are the same in all rows: 1000.1, 0.1 and so on.
+    """Return the case with features that are the same in all rows: 1000.1, 0.1 or somewhat more.
 
     All of them for an even seed; for an odd one the first, and the others vary as before.
     """
-    features = np.arange(case.shape[1])
-    some = (np.asarray(case.seed) % 2 == 0)[..., None, None] | (features == 0)
-    held = np.where(features % 2 == 0, 1000.1, 0.1).astype(np.float32)
-    return case._replace(x=np.where(some, held, case.x))
+    features, seed = np.arange(case.shape[1]), np.asarray(case.seed)[..., None, None]
+    held = np.where(features % 2 == 0, 1000.1, 0.1) * (1 + seed % 97 / 97)
+    some = (seed % 2 == 0) | (features == 0)
+    return case._replace(x=np.where(some, held, case.x).astype(np.float32))
 
 
 def other_padding(case: Case, weights: Any) -> Case:

@@ -73,7 +73,7 @@ def _twice(name: str, function: Callable[..., Any], *args: Any) -> tuple[Any, li
         elif apart.any():
             index = tuple(int(i) for i in np.argwhere(apart)[0])
             entry = f"{leaf}[{', '.join(map(str, index))}]" if index else leaf
-            values = f"{a[index]:.6g}, and {b[index]:.6g} when it is traced again"
+            values = f"{a[index]:.9g}, and {b[index]:.9g} when it is traced again"
             found.append(f"{name}: {entry} is {values}")
     return one, found
 

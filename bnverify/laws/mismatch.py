@@ -41,7 +41,7 @@ RUNS = {
     "shifted_bias": "with a shifted bias",
     "second_step": "after a second step",
     "far_statistics": "with running statistics far from the batch's",
-    "constant_features": "with features of 1000.1 or 0.1 in every row",
+    "constant_features": "with a feature that is the same in every row",
 }
 """Which run of the step a value comes from, in words."""
 

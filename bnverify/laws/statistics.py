@@ -599,9 +599,9 @@ def statistics_stay_finite(t: Transition) -> Any:
     source="https://github.com/google/flax/issues/1491",
 )
 def a_constant_feature_gives_a_finite_step(t: Transition) -> Any:
-    """In a first step, features of 1000.1 or 0.1 in every row give a finite loss and new state.
+    """In a first step, a feature of 1000.1 or 0.1 in every row gives a finite loss and new state.
 
-    float32 holds neither exactly, so the variance E[h^2] - E[h]^2 may come out below 0, and its
+    float32 holds neither exactly, nor the multiples that are tried, so the variance E[h^2] - E[h]^2 may come out below 0, and its
     root is NaN. The same step in float64 tells what the numbers call for: what exceeds 2^-30 of its
     dtype's range there is not compared. Nor is a step that computes in float16, whose range ends
     at 65504.
