@@ -1262,6 +1262,39 @@ mistake(
     """,
 )
 mistake(
+    "decay_coupled",
+    "the decay is added to the gradient, and an adaptive optimizer scales it away",
+    "optax.adamw, or optax.add_decayed_weights between the preconditioner and the learning rate",
+    "https://github.com/google-deepmind/optax/issues/364",
+    looks="Large weights decay no more than small ones, and those with large gradients hardly at all.",
+    wrong="""
+        tx = optax.chain(
+            optax.add_decayed_weights(1e-2),
+            optax.adam(lr),
+        )
+    """,
+    right="""
+        tx = optax.adamw(lr, weight_decay=1e-2)
+    """,
+)
+mistake(
+    "rate_loses_digits",
+    "the learning rate is held in 16 bits",
+    "optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)",
+    "https://github.com/google-deepmind/optax/issues/1414",
+    looks="A schedule moves in coarse steps, and a rate of 0.001 is 0.000999.",
+    wrong="""
+        tx = optax.inject_hyperparams(optax.adamw)(
+            learning_rate=1e-3  # params[0] is bfloat16
+        )
+    """,
+    right="""
+        tx = optax.inject_hyperparams(
+            optax.adamw, hyperparam_dtype=jnp.float32
+        )(learning_rate=1e-3)
+    """,
+)
+mistake(
     "frozen_gradients_scale_others",
     "gradients of frozen params scale the update of the others",
     "clip within what trains, not around it",

@@ -53,6 +53,7 @@ MISSING_CAPABILITY = {
     "axes": "no normalisation stands behind a convolution or a product with params",
     "masks": "no mask of rows is found in a loss",
     "schedules": "no gradients are accumulated over a known number of batches",
+    "rates": "no float32 param is known to move with the learning rate",
     "papers": "no call of an Optax optimizer whose paper bnverify knows makes the optimizer",
     "row_weights": "no weights of rows are declared",
 }

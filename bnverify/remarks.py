@@ -26,12 +26,6 @@ UPDATES_CLIPPED = Mistake(
     "clip first: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr))",
     "https://optax.readthedocs.io/en/latest/api/transformations.html#optax.clip_by_global_norm",
 )
-DECAY_COUPLED = Mistake(
-    "decay_coupled",
-    "the decay is added to the gradient, and the optimizer then scales it away: no decoupled decay",
-    "optax.adamw, or optax.add_decayed_weights behind the preconditioner, before the learning rate",
-    "https://github.com/google-deepmind/optax/issues/364",
-)
 SELDOM = 0.5  # a weight of the old value below it forgets a batch within a step or two
 
 
@@ -58,7 +52,7 @@ def remarks(subject: Subject, influence: Influence | None, *, ask: bool = True) 
         yield _line(f"moved by a gradient of 0: {_listed(decayed)}", "decay_of_norm_parameters")
     if answers.coupled:
         what = f"params four times as large decay no more: {_listed(answers.coupled)}"
-        yield _line(what, DECAY_COUPLED)
+        yield _line(what, "decay_coupled")
     if answers.squared:
         yield _line(
             "the update grows with the learning rate's square", "learning_rate_applied_twice"

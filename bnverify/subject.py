@@ -141,6 +141,18 @@ class Schedule(NamedTuple):
     ends: bool
 
 
+class RateUse(NamedTuple):
+    """How a hyperparameter is kept for float32 params, or how the learning rate reaches one.
+
+    Attributes:
+        path: of the hyperparameter in the optimizer's state, or of the param.
+        narrow: whether it is kept in 16 bits, or passes them on each way to the param's update.
+    """
+
+    path: str
+    narrow: bool
+
+
 class PaperCheck(NamedTuple):
     """An optimizer of Optax's, compared with the formula of its paper over several updates.
 
@@ -170,6 +182,7 @@ class Look(NamedTuple):
         axes: the layers behind a convolution or a product with params, by their axes.
         masks: the masks of rows in the losses.
         schedules: what is known of the learning rate's schedule.
+        rates: how the learning rate reaches the updates of float32 params.
         papers: how Optax's optimizers that make up the user's compare with their papers.
     """
 
@@ -183,6 +196,7 @@ class Look(NamedTuple):
     axes: tuple[Axis, ...] = ()
     masks: tuple[Mask, ...] = ()
     schedules: tuple[Schedule, ...] = ()
+    rates: tuple[RateUse, ...] = ()
     papers: tuple[PaperCheck, ...] = ()
 
 

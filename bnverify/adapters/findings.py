@@ -19,7 +19,7 @@ from bnverify.adapters.declared import Declared
 from bnverify.adapters.layers import Layers
 from bnverify.adapters.papers import paper_checks
 from bnverify.adapters.programs import ROWS, SAME_VALUES, Programs, shapes_of
-from bnverify.adapters.schedules import schedules
+from bnverify.adapters.schedules import rates, schedules
 from bnverify.adapters.traced import DRAWS, Flows
 from bnverify.proof import asked
 from bnverify.subject import Axis, Copy, Draw, Look, Mask
@@ -55,6 +55,7 @@ def look_at(
         axes=tuple(_axes(programs, layers)),
         masks=tuple(_masks(programs)),
         schedules=tuple(schedules(programs, declared, every, makers)),
+        rates=tuple(rates(programs)),
         papers=tuple(paper_checks(programs.subject.optimizer)),
     )
 

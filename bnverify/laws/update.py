@@ -190,6 +190,29 @@ def schedule_counts_updates(t: Transition) -> list[str]:
     "update",
     kind="structure",
     observes=("look",),
+    capabilities=("look", "rates"),
+    mistakes=("rate_loses_digits",),
+    source="https://github.com/google-deepmind/optax/issues/1414",
+)
+def learning_rate_keeps_its_digits(t: Transition) -> list[str]:
+    """Hyperparameters of float32 params keep float32's digits, whatever dtype other params have.
+
+    Read are those that ``optax.inject_hyperparams`` keeps in the optimizer's state, and the way of the
+    learning rate to the update of each float32 param.
+    """
+    return [
+        f"{each.path} is kept in 16 bits, beside params in float32"
+        if each.path.startswith("opt_state/")
+        else f"the learning rate reaches the update of {each.path}, which is float32, in 16 bits alone"
+        for each in t.facts["look"].rates
+        if each.narrow
+    ]
+
+
+@law(
+    "update",
+    kind="structure",
+    observes=("look",),
     capabilities=("look", "papers"),
     mistakes=("optimizer_departs_from_its_paper",),
     source="the papers that bnverify/optimizers.py names",

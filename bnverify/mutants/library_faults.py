@@ -305,3 +305,47 @@ def gradients_of_length_one(wrong: bool) -> Subject:
         return mapped(lambda g: g / (optax.global_norm(grads) + 1e-6), grads)
 
     return with_clipped(clip, wrong=wrong)
+
+
+# A learning rate in 16 bits.
+
+rounded = pair("rate_loses_digits", "learning_rate_keeps_its_digits")
+
+
+@rounded
+def rate_injected_in_bfloat16(wrong: bool) -> Subject:
+    """Hyperparameters are kept in the dtype of some bfloat16 param; the twin's in float32."""
+
+    def tx(lr: Any) -> Any:
+        dtype = jnp.bfloat16 if wrong else jnp.float32
+        return optax.inject_hyperparams(optax.sgd, hyperparam_dtype=dtype)(learning_rate=lr)
+
+    made: Subject = bnverify.linen(code.Net(), optimizer=tx, features=code.FEATURES)
+    return made
+
+
+@rounded
+def rate_cast_to_half(wrong: bool) -> Subject:
+    """The rate is cast to float16 as the gradients of a half-precision model are."""
+
+    def tx(lr: Any) -> Any:
+        return optax.adam(narrow(jnp.asarray(lr), "float16") if wrong else lr)
+
+    made: Subject = bnverify.linen(code.Net(), optimizer=tx, features=code.FEATURES)
+    return made
+
+
+@rounded
+def schedule_computed_in_bfloat16(wrong: bool) -> Subject:
+    """A schedule multiplies the rate by a factor in the type of the model's activations."""
+
+    def tx(lr: Any) -> Any:
+        def schedule(count: Any) -> Any:
+            dtype = jnp.bfloat16 if wrong else jnp.float32
+            decay = jnp.asarray(0.99, dtype) ** count
+            return (jnp.asarray(lr).astype(dtype) * decay).astype(jnp.float32)
+
+        return optax.sgd(schedule)
+
+    made: Subject = bnverify.linen(code.Net(), optimizer=tx, features=code.FEATURES)
+    return made
