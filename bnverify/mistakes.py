@@ -1278,6 +1278,21 @@ mistake(
     """,
 )
 mistake(
+    "clipped_before_averaged",
+    "each device clips its own gradient, or uses its own statistics, before they are averaged",
+    "average over the devices first, then clip",
+    "https://github.com/dmlc/gluon-nlp/pull/470",
+    looks="The same batch gives another update on more devices.",
+    wrong="""
+        grads = clip(grads)
+        grads = jax.lax.pmean(grads, "batch")
+    """,
+    right="""
+        grads = jax.lax.pmean(grads, "batch")
+        grads = clip(grads)
+    """,
+)
+mistake(
     "rate_loses_digits",
     "the learning rate is held in 16 bits",
     "optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)",

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
 from bnverify.lazy import LazyModule, jax, jnp
+from bnverify.mutants.beyond_one_step import Fault
 from bnverify.mutants.canonical import CanonicalStep, HandwrittenNorm, Moments
-from bnverify.mutants.loop_faults import code, groups, pair
+from bnverify.mutants.loop_faults import LOOP_FAULTS, code, groups, pair
 from bnverify.mutants.trees import mapped
-from bnverify.subject import State, Subject, Tree
+from bnverify.parallel.subject import Parallel
+from bnverify.subject import State, StepInfo, Subject, Tree
 
+__all__ = ["LOOP_FAULTS", "PARALLEL_RIGHT", "PARALLEL_WRONG"]
+
+reference: Any = LazyModule("bnverify.reference")
+devices: Any = LazyModule("bnverify.mutants.parallel_step")
 bnverify: Any = LazyModule("bnverify")
 optax: Any = LazyModule("optax")
 
@@ -349,3 +356,84 @@ def schedule_computed_in_bfloat16(wrong: bool) -> Subject:
 
     made: Subject = bnverify.linen(code.Net(), optimizer=tx, features=code.FEATURES)
     return made
+
+
+# Many devices. Each is a target: ``bnverify.mutants.library_faults:NAME``.
+
+LIMIT = 0.1
+
+
+def clipped(grads: Any) -> Any:
+    """Return gradients of a length of ``LIMIT`` at most."""
+    length = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree_util.tree_leaves(grads)))
+    return mapped(lambda g: g * jnp.minimum(1.0, LIMIT / (length + 1e-12)), grads)
+
+
+def data_parallel(name: str, whole_gradient: Callable[[Any], Any]) -> Parallel:
+    """Return a step for many devices that clips, beside the one on one device that does."""
+
+    def step(state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
+        differentiated = jax.value_and_grad(reference.loss_fn, has_aux=True)
+        (loss, stats), grads = differentiated(state.params, state.batch_stats, x, y)
+        grads, tx = clipped(grads), optax.sgd(lr, momentum=0.9)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(params, stats, opt_state), StepInfo(loss, grads)
+
+    parts = devices.AxisName()
+    parts.whole_gradient = whole_gradient
+    return Parallel(name, replace(reference.momentum(), step=step), parts.step, devices.AXIS)
+
+
+def clipped_before_averaging() -> Parallel:
+    """Each device clips its own gradient; the clipped ones are averaged."""
+    return data_parallel("before", lambda grads: jax.lax.pmean(clipped(grads), devices.AXIS))
+
+
+def clipped_after_averaging() -> Parallel:
+    """The devices' gradients are averaged, and the average is clipped."""
+    return data_parallel("after", lambda grads: clipped(jax.lax.pmean(grads, devices.AXIS)))
+
+
+def clipped_entry_by_entry_before_averaging() -> Parallel:
+    """Each device clips the entries of its gradient before they are averaged, and the average again."""
+
+    def whole(grads: Any) -> Any:
+        own = mapped(lambda g: jnp.clip(g, -LIMIT / 4, LIMIT / 4), grads)
+        return clipped(jax.lax.pmean(own, devices.AXIS))
+
+    return data_parallel("entries", whole)
+
+
+def scaled_by_its_own_length() -> Parallel:
+    """Each device divides its gradient by the length of its own, and the average is clipped."""
+
+    def whole(grads: Any) -> Any:
+        own = mapped(lambda g: g / (optax.global_norm(grads) + 1e-12), grads)
+        return clipped(jax.lax.pmean(own, devices.AXIS))
+
+    return data_parallel("length", whole)
+
+
+def summed_then_divided() -> Parallel:
+    """The devices' gradients are added up and divided by their number, then clipped."""
+
+    def whole(grads: Any) -> Any:
+        total = jax.lax.psum(grads, devices.AXIS)
+        return clipped(mapped(lambda g: g / jax.lax.psum(1, devices.AXIS), total))
+
+    return data_parallel("summed", whole)
+
+
+PARALLEL_LAW = "pmap_equals_one_device"
+PARALLEL_WRONG: dict[str, Fault] = {
+    make.__name__: Fault(
+        make.__name__, "clipped_before_averaged", str(make.__doc__), make, PARALLEL_LAW
+    )
+    for make in (
+        clipped_before_averaging,
+        clipped_entry_by_entry_before_averaging,
+        scaled_by_its_own_length,
+    )
+}
+PARALLEL_RIGHT = ("clipped_after_averaging", "summed_then_divided")

@@ -16,8 +16,8 @@ import bnverify
 from bnverify import reference
 from bnverify.laws import LAWS
 from bnverify.mutants import MUTANTS
+from bnverify.mutants.library_faults import LOOP_FAULTS  # with those of the libraries
 from bnverify.mutants.life_faults import LIFE_FAULTS
-from bnverify.mutants.loop_faults import LOOP_FAULTS
 from bnverify.mutants.parallel_faults import PARALLEL_FAULTS
 from bnverify.parallel.check import on_devices
 from bnverify.profile import Profile
@@ -254,6 +254,11 @@ RED: dict[str | Callable[[], Any], tuple[str, ...]] = {
     "declared_frozen_and_trained": ("frozen_params_stay",),
     "clip_around_the_groups": ("frozen_gradients_scale_nothing",),
     "schedule_over_all_batches": ("schedule_counts_updates",),
+    "all_variables_cast_to_half": ("running_statistics_hold_float32_digits",),
+    "only_the_recorded_variance_is_clipped": ("a_constant_feature_gives_a_finite_step",),
+    "kernels_drawn_by_numpy": ("a_fresh_trace_gives_the_same",),
+    "epsilon_under_the_root": ("optimizer_follows_its_paper",),
+    "rate_cast_to_half": ("learning_rate_keeps_its_digits",),
     "mean_of_masked_losses": ("only_rows_that_count_are_counted",),
     "padding_in_the_moments": ("rows_of_weight_zero_change_nothing",),
 }

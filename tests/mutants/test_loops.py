@@ -7,6 +7,7 @@ from itertools import groupby
 import pytest
 
 import bnverify
+import bnverify.mutants.library_faults
 from bnverify.laws import LAWS
 from bnverify.mutants.loop_faults import LOOP_CONTROLS, LOOP_FAULTS
 from bnverify.profile import Profile
