@@ -80,10 +80,10 @@ def rates(programs: Programs) -> Iterator[RateUse]:
     singles = [
         p for p, (_, t) in programs.types.items() if p.startswith("params/") and t == "float32"
     ]
-    for path, (_, dtype) in programs.types.items():
-        kept = path.startswith("opt_state/") and "hyperparams" in path.split("/")
-        if kept and singles and programs.is_floating(path):
-            yield RateUse(path, dtype.itemsize < 4)
+    for name, (_, dtype) in programs.types.items():
+        kept = name.startswith("opt_state/") and "hyperparams" in name.split("/")
+        if kept and singles and programs.is_floating(name):
+            yield RateUse(name, dtype.itemsize < 4)
     optimizer = programs.subject.optimizer
     if optimizer is None:
         return

@@ -170,13 +170,14 @@ def noise_drawn_by_numpy(wrong: bool) -> Subject:
     """Inputs are perturbed by noise that is drawn while a compiled loss is traced."""
     once = np.random.default_rng(0).normal()
 
-    @jax.jit
     def perturbed(x: Any) -> Any:
         return x * np.float32(1 + 0.1 * (np.random.default_rng().normal() if wrong else once))
 
+    compiled = jax.jit(perturbed)
+
     class Parts(CanonicalStep):
         def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
-            return perturbed(x), y
+            return compiled(x), y
 
     return Parts().subject("noise_drawn_by_numpy")
 
