@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bnverify.jaxpr.rounding import Rounding, rounding
+from bnverify.jaxpr.arithmetic import is_float32_wide_throughout
+from bnverify.jaxpr.rounding import Rounding, evaluate_stacked, rounding
 from bnverify.jaxpr.slope import Slope, directional_derivative
 from bnverify.jaxpr.tracing import Abstract, Tracer, TreeFunction
 from bnverify.laws import Law
@@ -16,11 +17,15 @@ from bnverify.laws.mismatch import Mismatch, not_finite, watching
 from bnverify.lazy import jax
 from bnverify.model import Case, Outcome, State, Transition, Tree
 from bnverify.pytree import is_floating
+from bnverify.reruns import constant_features
 
 READ = {"noise": None, "directional_derivative": "slope", "layer_input_noise": "layer_inputs"}
 """Name in a law's ``observes`` -> the extra argument for ``RoundingBounds``; None: no extra one."""
 
-READ_NEEDS = frozenset({*READ, "layer_inputs"})
+EXACT = "exact:constant_features"
+"""The outcome of that re-run in float64, without its rounding."""
+
+READ_NEEDS = frozenset({*READ, "layer_inputs", EXACT})
 """Names in ``observes`` that are read from the traced step."""
 
 FALLIBLE = frozenset({"expected_update"})
@@ -85,6 +90,19 @@ class RoundingBounds:
         slope = directional_derivative(reading.program, args, direction, at, around, place)
         stacked = jax.tree_util.tree_map(lambda leaf: leaf[None], direction)
         return known._replace(direction=stacked, slope=slope)
+
+    def exact(self, before: State, case: Case) -> tuple[Outcome, bool]:
+        """Return the outcomes of one step without rounding, and whether all its floats are wide.
+
+        A float is wide that has float32's range at least: float16 has not.
+
+        Args:
+            before: stacked states.
+            case: stacked cases.
+        """
+        program = self._rounding(before, case, with_inputs=False).program
+        outcome, _ = evaluate_stacked(program, before, case.x, case.y, case.lr)
+        return outcome, is_float32_wide_throughout(program.jaxpr)
 
     def slopes(self, before: State, case: Case, directions: Iterable[Tree]) -> list[Slope]:
         """Return the slope of the reported loss along each direction.
@@ -201,7 +219,9 @@ class Judge:
         t = self._with_facts(t, [law])
         with watching(t) as seen:
             law.check(t)
-        return seen.worst or (not_finite(t) if seen.comparable else None)
+        if seen.worst is not None or not seen.comparable:
+            return seen.worst
+        return not_finite(t, ["constant_features"] if EXACT in law.observes else [""])
 
     def with_rounding(self, t: Transition) -> Transition:
         """Return stacked transitions with their exact outcomes and the noise around them."""
@@ -212,7 +232,10 @@ class Judge:
         """Return stacked transitions with the exact values, noise and facts that the laws need."""
         needs = {need for law in laws for need in law.observes}
         facts = {**t.facts, **self._facts}
-        if not needs.isdisjoint(READ_NEEDS):
+        if EXACT in needs:
+            exact, wide_range = self.bounds.exact(t.before, constant_features(t.case))
+            facts |= {"exact_constant_features": exact, "wide_range": wide_range}
+        if not needs.isdisjoint(READ_NEEDS - {EXACT}):
             also = [name for need, name in READ.items() if need in needs and name is not None]
             known = self.bounds(t.before, t.case, {*also, *needs & {"layer_inputs"}})
             noise, input_noise = _unless_faint(t.case, (known.noise, known.layer_input_noise))

@@ -907,8 +907,53 @@ mistake(
         h = (h - mean) / jnp.sqrt(var + 1e-5)
     """,
 )
+mistake(
+    "optimizer_departs_from_its_paper",
+    "the optimizer computes another formula than its paper's",
+    "use the release of Optax that follows it (`bnverify bisect` finds where it changed), or write the "
+    "transformation out",
+    "https://github.com/pytorch/pytorch/issues/41477",
+    looks="After an upgrade the same code trains differently, most of all where gradients are small.",
+    wrong="""
+        update = -lr * m_hat / jnp.sqrt(v_hat + eps)
+    """,
+    right="""
+        update = -lr * m_hat / (jnp.sqrt(v_hat) + eps)
+    """,
+)
+mistake(
+    "variance_below_zero",
+    "the variance E[h^2] - E[h]^2 is not kept from rounding to less than zero",
+    "jnp.maximum(var, 0.0), or the mean of the squared deviations",
+    "https://github.com/google/flax/issues/1491",
+    looks="NaN in a batch where a feature is constant and far from zero.",
+    wrong="""
+        var = jnp.mean(h**2, axis=0) - mean**2
+        h = (h - mean) * jax.lax.rsqrt(var + 1e-5)
+    """,
+    right="""
+        var = jnp.mean(h**2, axis=0) - mean**2
+        var = jnp.maximum(var, 0.0)
+        h = (h - mean) * jax.lax.rsqrt(var + 1e-5)
+    """,
+)
 
 # Purity.
+mistake(
+    "drawn_outside_jax",
+    "a number is drawn or counted by Python or NumPy while the step is traced, and baked in",
+    "draw it by jax.random from the seed, or from a key that the state carries",
+    "https://docs.jax.dev/en/latest/notebooks/Common_Gotchas_in_JAX.html",
+    looks="Each process starts from other params, whatever the seed; within one, all is repeatable.",
+    wrong="""
+        def kernel_init(key, shape):
+            return 0.1 * np.random.normal(size=shape)
+    """,
+    right="""
+        def kernel_init(key, shape):
+            return 0.1 * jax.random.normal(key, shape)
+    """,
+)
 mistake(
     "hidden_state",
     "the result depends on something that is not an argument",
@@ -1211,6 +1256,54 @@ mistake(
             },
             labels,
         )
+    """,
+)
+mistake(
+    "decay_coupled",
+    "the decay is added to the gradient, and an adaptive optimizer scales it away",
+    "optax.adamw, or optax.add_decayed_weights between the preconditioner and the learning rate",
+    "https://github.com/google-deepmind/optax/issues/364",
+    looks="Large weights decay no more than small ones, and those with large gradients hardly at all.",
+    wrong="""
+        tx = optax.chain(
+            optax.add_decayed_weights(1e-2),
+            optax.adam(lr),
+        )
+    """,
+    right="""
+        tx = optax.adamw(lr, weight_decay=1e-2)
+    """,
+)
+mistake(
+    "clipped_before_averaged",
+    "each device clips its own gradient, or uses its own statistics, before they are averaged",
+    "average over the devices first, then clip",
+    "https://github.com/dmlc/gluon-nlp/pull/470",
+    looks="The same batch gives another update on more devices.",
+    wrong="""
+        grads = clip(grads)
+        grads = jax.lax.pmean(grads, "batch")
+    """,
+    right="""
+        grads = jax.lax.pmean(grads, "batch")
+        grads = clip(grads)
+    """,
+)
+mistake(
+    "rate_loses_digits",
+    "the learning rate is held in 16 bits",
+    "optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)",
+    "https://github.com/google-deepmind/optax/issues/1414",
+    looks="A schedule moves in coarse steps, and a rate of 0.001 is 0.000999.",
+    wrong="""
+        tx = optax.inject_hyperparams(optax.adamw)(
+            learning_rate=1e-3  # params[0] is bfloat16
+        )
+    """,
+    right="""
+        tx = optax.inject_hyperparams(
+            optax.adamw, hyperparam_dtype=jnp.float32
+        )(learning_rate=1e-3)
     """,
 )
 mistake(

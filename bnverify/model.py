@@ -157,6 +157,32 @@ class Schedule(NamedTuple):
     ends: bool
 
 
+class RateUse(NamedTuple):
+    """How a hyperparameter is kept for float32 params, or how the learning rate reaches one.
+
+    Attributes:
+        path: the path of the hyperparameter in the optimizer's state, or of the param.
+        narrow: whether it is stored in 16 bits, or rounded to them on every path to the update.
+    """
+
+    path: str
+    narrow: bool
+
+
+class PaperCheck(NamedTuple):
+    """An Optax optimizer, compared with the formula of its paper over several updates.
+
+    Attributes:
+        optimizer: the function that makes it, such as "optax.adam".
+        source: the paper.
+        differs: the first update that differs from the formula, in words; empty if none does.
+    """
+
+    optimizer: str
+    source: str
+    differs: str
+
+
 class Look(NamedTuple):
     """What an analysis of the traced step has found.
 
@@ -171,6 +197,8 @@ class Look(NamedTuple):
         axes: the feature axes of layers after a convolution or a matrix product with params.
         masks: the masks of rows in the losses.
         schedules: the learning-rate schedules with gradient accumulation.
+        rates: how the learning rate reaches the updates of float32 params.
+        papers: how the Optax optimizers in the user's optimizer compare with their papers.
     """
 
     draws: tuple[Draw, ...] = ()
@@ -183,6 +211,8 @@ class Look(NamedTuple):
     axes: tuple[Axis, ...] = ()
     masks: tuple[Mask, ...] = ()
     schedules: tuple[Schedule, ...] = ()
+    rates: tuple[RateUse, ...] = ()
+    papers: tuple[PaperCheck, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from bnverify.errors import first_line
 from bnverify.evidence import Evidence
 from bnverify.jaxpr.influence import Influence, influence
+from bnverify.jaxpr.retrace import changed_by_tracing
 from bnverify.jaxpr.rounding import evaluate
 from bnverify.jaxpr.shapes import Run, TraceError, Traces, trace_subject
 from bnverify.jaxpr.tracing import Abstract, Tracer, trace
@@ -49,6 +51,8 @@ MISSING_CAPABILITY = {
     "axes": "no normalisation follows a convolution or a matrix product with params",
     "masks": "no loss masks rows out",
     "schedules": "gradients are not accumulated over a known number of batches",
+    "rates": "no float32 param is known to change with the learning rate",
+    "papers": "the optimizer is made by no call of an Optax optimizer whose paper bnverify knows",
     "row_weights": "no row weights are declared",
 }
 """Capability that laws require of a subject -> the reason for the exemption if it is missing."""
@@ -235,16 +239,19 @@ def is_plain_sgd(subject: Subject, abstract: Transition) -> bool:
     return answers is not None and all(np.all(leaf == -0.25) for leaf in answers[0])
 
 
-def asked(optimizer: Any, params: Any, gradients: Collection[float], lr: float) -> Any | None:
+def asked(
+    optimizer: Any, params: Any, gradients: Collection[float], lr: float, at: float = 1.0
+) -> Any | None:
     """Return an optimizer's first update for gradients that are constant throughout.
 
-    Its traced update is evaluated in NumPy, at params of 1.
+    Its traced update is evaluated in NumPy.
 
     Args:
         optimizer: ``lr -> optax.GradientTransformation``.
         params: a tree like the params; symbolic sizes are taken as 2.
         gradients: the values of the gradients.
         lr: the learning rate.
+        at: the value of every param.
 
     Returns:
         For each gradient a list of the update's leaves; None if the optimizer raises, or if the
@@ -254,7 +261,7 @@ def asked(optimizer: Any, params: Any, gradients: Collection[float], lr: float) 
     def ones(leaf: Any) -> Any:
         # The tree and ranks of params are kept, since masks may depend on names and ranks.
         sizes = (size if isinstance(size, int) else 2 for size in leaf.shape)
-        return np.ones(tuple(sizes), leaf.dtype)
+        return np.full(tuple(sizes), at, leaf.dtype)
 
     def update(params: Any, gradients: Any, rate: Any) -> Any:
         tx = optimizer(rate)
@@ -274,12 +281,12 @@ def asked(optimizer: Any, params: Any, gradients: Collection[float], lr: float) 
 def judge_structure(law: Law, reading: Reading) -> Evidence:
     """Return the evidence for a law of structure, from the traces."""
     traced, note = reading.traced, ""
-    if "look" in law.observes and traced is not None:
-        return _judge_look(law, traced.abstract._replace(facts={"look": traced.subject.look}))
+    if traced is not None and not {"look", "retraced"}.isdisjoint(law.observes):
+        return _judge_seen(law, traced)
     if "opt_state" in law.capabilities and reading.probe is not None:
         traced, note = reading.probe, f", {PROBED}"
     if traced is None:
-        if reading.ran is None:
+        if reading.ran is None or "retraced" in law.observes:
             return Evidence(law.name, law.family, "untriggered", reason=reading.refusal)
         lines = law.check(reading.ran)
         scope = f"in one run, because the step does not trace: {reading.refusal}"
@@ -308,14 +315,23 @@ def judge_structure(law: Law, reading: Reading) -> Evidence:
     )
 
 
-def _judge_look(law: Law, t: Transition) -> Evidence:
-    """Return the evidence for a law that is read off the traced program.
+def _judge_seen(law: Law, traced: Traced) -> Evidence:
+    """Return the evidence for a law that is read off the traced program, or off a second trace.
 
     "held" and not "proved", because the program is read at one batch size and may be misread.
     """
-    lines = law.check(t)
+    facts: dict[str, Any] = {"look": traced.subject.look}
+    reason = "as read from the traced step"
+    if "retraced" in law.observes:
+        reason, subject = "as two traces compute one batch", traced.subject
+        try:
+            width = subject.features[0] if subject.features else 3
+            facts["retraced"] = changed_by_tracing(subject, 4, width)
+        except Exception as error:  # noqa: BLE001 - whatever a user's code raises
+            return Evidence(law.name, law.family, "untriggered", reason=first_line(error))
+    lines = law.check(traced.abstract._replace(facts=facts))
     if not lines:
-        return Evidence(law.name, law.family, "held", 1, reason="as read from the traced step")
+        return Evidence(law.name, law.family, "held", 1, reason=reason)
     more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
     return Evidence(law.name, law.family, "violated", 1, reason=f"{lines[0]}{more}")
 

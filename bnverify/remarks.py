@@ -48,7 +48,7 @@ def remarks(subject: Subject, influence: Influence | None) -> Iterator[str]:
 
 
 def _of_optimizer(subject: Subject) -> Iterator[str]:
-    """Yield what the optimizer's updates by gradients of 0 and of 1 say, at params of 1 and a rate of 1."""
+    """Yield notes about the optimizer: its updates for gradients of 0 and 1, at params of 1 and lr = 1."""
     shape: Any = jax.ShapeDtypeStruct
     x = shape((4, subject.features[0] if subject.features else 3), "float32")
     try:
@@ -58,27 +58,37 @@ def _of_optimizer(subject: Subject) -> Iterator[str]:
     answers = asked(subject.optimizer, state.params, (0.0, 1.0), 1.0)
     if answers is None:
         return
+    paths = _paths(state.params)
     layers = {path.rpartition("/")[0] for path in _paths(state.batch_stats)}
-    at_zero, at_one = (dict(zip(_paths(state.params), each, strict=True)) for each in answers)
+    at_zero, at_one = (dict(zip(paths, each, strict=True)) for each in answers)
     decayed = {path for path, update in at_zero.items() if np.any(update != 0)}
     if of_norms := {path for path in decayed if path.rpartition("/")[0] in layers}:
-        yield _line(f"moved by a gradient of 0: {_listed(of_norms)}", "decay_of_norm_parameters")
-    if uphill := {path for path, update in at_one.items() if np.any(update > 0)}:
-        yield _line(f"uphill: {_listed(uphill)}", MASKED_GRADIENTS)
-    if _is_clipped(subject.optimizer, state.params):
-        yield _line("a larger learning rate makes no larger update", UPDATES_CLIPPED)
+        yield _line(f"a gradient of 0 changes {_listed(of_norms)}", "decay_of_norm_parameters")
+    # An adaptive optimizer that is given the decay as a gradient makes updates of one size of it.
+    at_four = asked(subject.optimizer, state.params, (0.0,), 1.0, at=4.0) if decayed else None
+    if at_four is not None:
+        larger = dict(zip(paths, at_four[0], strict=True))
+        if coupled := {p for p in decayed if np.all(abs(larger[p]) < 1.5 * abs(at_zero[p]))}:
+            what = f"params four times as large decay no faster: {_listed(coupled)}"
+            yield _line(what, "decay_coupled")
+    small, middle, large = _update_sizes(subject.optimizer, state.params)
+    if 0.99e6 * small < middle < 1.01e6 * small:
+        what = "the update grows with the square of the learning rate"
+        yield _line(what, "learning_rate_applied_twice")
+    elif uphill := {path for path, update in at_one.items() if np.any(update > 0)}:
+        yield _line(f"against descent: {_listed(uphill)}", MASKED_GRADIENTS)
+    if 0.99e3 * small < middle < 1.01e3 * small and large < 0.5e6 * middle:
+        yield _line("a larger learning rate does not make the update larger", UPDATES_CLIPPED)
 
 
-def _is_clipped(optimizer: Any, params: Any) -> bool:
-    """Return whether the update stops growing with the learning rate above some size."""
-    sizes = []
+def _update_sizes(optimizer: Any, params: Any) -> tuple[float, float, float]:
+    """Return the norms of the updates at learning rates of 1e-6, 1e-3 and 1e3; 0 if unknown."""
+    found = []
     for rate in (1e-6, 1e-3, 1e3):
         answers = asked(optimizer, params, (1.0,), rate)
-        if answers is None:
-            return False
-        sizes.append(float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in answers[0]))))
-    small, middle, large = sizes
-    return 0.99e3 * small < middle < 1.01e3 * small and large < 0.5e6 * middle
+        leaves = answers[0] if answers is not None else []
+        found.append(float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves))))
+    return found[0], found[1], found[2]
 
 
 def _paths(tree: Any) -> list[str]:

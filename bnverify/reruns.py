@@ -48,6 +48,19 @@ def other_statistic(value: Any) -> Any:
     return 2 * abs(value) + 1
 
 
+FAR = 2.0**13
+"""How many times as large as what a batch adds an old statistic is, to tell its digits."""
+
+
+def far_statistic(entered: Any) -> Any:
+    """Return an old value beside which what a batch adds to it is small, in its last binary places.
+
+    Args:
+        entered: what the step writes over an old value of 0; where that is 0, the old value is 1.
+    """
+    return np.where(entered == 0, 1, FAR * entered).astype(entered.dtype)
+
+
 def other_param(value: Any) -> Any:
     """Return a different value, of similar magnitude, for a param."""
     return 0.5 - 0.75 * value
@@ -61,6 +74,17 @@ def other_inputs(case: Case) -> Case:
     rows, features = case.shape
     moves = 1 + np.add.outer(np.arange(rows), np.arange(features)) % 3
     return case._replace(x=case.x + moves.astype(np.float32))
+
+
+def constant_features(case: Case) -> Case:
+    """Return the case with features that are the same in all rows: 1000.1, 0.1 or somewhat more.
+
+    All of them for an even seed; for an odd one the first, and the others vary as before.
+    """
+    features, seed = np.arange(case.shape[1]), np.asarray(case.seed)[..., None, None]
+    held = np.where(features % 2 == 0, 1000.1, 0.1) * (1 + seed % 97 / 97)
+    some = (seed % 2 == 0) | (features == 0)
+    return case._replace(x=np.where(some, held, case.x).astype(np.float32))
 
 
 def other_padding(case: Case, weights: Any) -> Case:
@@ -179,6 +203,17 @@ def own_statistics(seen: Seen, state: State) -> State:
     return state._replace(batch_stats=own)
 
 
+def far_statistics(seen: Seen, state: State) -> State:
+    """Return ``state`` with statistics far larger than what the batch adds to them."""
+
+    def leaf(old: Any, entered: Any) -> Any:
+        return far_statistic(entered) if is_floating(old) else old
+
+    with np.errstate(over="ignore"):
+        entered = seen["zero_statistics"].state.batch_stats
+        return state._replace(batch_stats=jax.tree_util.tree_map(leaf, state.batch_stats, entered))
+
+
 def _rest(case: Case) -> Case:
     return case._replace(lr=np.zeros_like(case.lr))
 
@@ -197,14 +232,17 @@ RERUNS: dict[str, Callable[[State, Case], Inputs]] = {
     "zero_lr": lambda s, c: (s, _rest(c)),
     "reversed_rows": lambda s, c: (s, reverse_rows(c)),
     "doubled_batch": lambda s, c: (s, double_batch(c)),
+    "constant_features": lambda s, c: (s, constant_features(c)),
 }
 """Re-runs of the same step on changed inputs."""
 
 LATER_RERUNS: dict[str, Callable[[Seen, State, Case], Inputs]] = {
     "own_statistics": lambda seen, s, c: (own_statistics(seen, s), _rest(c)),
     "second_step": lambda seen, s, c: (seen["zero_lr"].state, _rest(c)),
+    "far_statistics": lambda seen, s, c: (far_statistics(seen, s), c),
 }
-"""Re-runs whose inputs depend on earlier re-runs: the batch's own moments, a second step."""
+"""Re-runs whose inputs depend on earlier re-runs: the batch's own moments, a second step, statistics far
+larger than what a batch adds."""
 
 
 def _nudge(pattern: int) -> Callable[[Seen, State, State, Case], Inputs]:
@@ -233,6 +271,7 @@ AVERAGE = ("step:zero_statistics", "step:huge_statistics")
 FIRST = {
     "step:own_statistics": AVERAGE,
     "step:second_step": ("step:zero_lr",),
+    "step:far_statistics": ("step:zero_statistics",),
     "eval:own_statistics": AVERAGE,
     **{f"eval:nudged_statistics_{pattern}": AVERAGE for pattern in range(NUDGES)},
 }

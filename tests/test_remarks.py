@@ -47,6 +47,10 @@ def is_not_kernel(params: Any) -> Any:
     return jax.tree_util.tree_map(lambda leaf: leaf.ndim <= 1, params)
 
 
+def kernels_decayed() -> Any:
+    return optax.add_decayed_weights(1e-2, mask=is_kernel)
+
+
 def around(optimizer: Callable[[Any], Any]) -> Subject:
     return bnverify.linen(Model(), optimizer=optimizer)
 
@@ -61,6 +65,14 @@ MEANT = {
     "a clip first": lambda lr: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lr)),
     "adafactor": lambda lr: optax.adafactor(lr, min_dim_size_to_factor=2),
     "a masked decay": lambda lr: optax.adamw(lr, mask=is_kernel),
+    "an L2 penalty under SGD": lambda lr: optax.chain(kernels_decayed(), optax.sgd(lr)),
+    "a decay behind adam's scaling": lambda lr: optax.chain(
+        optax.scale_by_adam(), kernels_decayed(), optax.scale_by_learning_rate(lr)
+    ),
+    "lamb": lambda lr: optax.lamb(lr, weight_decay=1e-2, mask=is_kernel),
+    "a decay that has the rate, too": lambda lr: optax.chain(
+        optax.add_decayed_weights(1e-2 * lr, mask=is_kernel), optax.sgd(lr)
+    ),
     "steps gathered": lambda lr: optax.MultiSteps(optax.sgd(lr), 4).gradient_transformation(),
     "two optimizers": lambda lr: optax.multi_transform(
         {True: optax.adam(lr), False: optax.sgd(lr)}, is_kernel
@@ -81,8 +93,31 @@ def test_nothing_is_said_of_a_usual_optimizer(optimizer: Callable[[Any], Any]) -
         (lambda lr: optax.adamw(lr, mask=is_not_kernel), "decay_of_norm_parameters"),
         (lambda lr: optax.masked(optax.sgd(lr), is_kernel), "mask_hands_gradients_on"),
         (lambda lr: optax.chain(optax.adam(lr), optax.clip_by_global_norm(1.0)), "updates_clipped"),
+        (lambda lr: optax.chain(kernels_decayed(), optax.adam(lr)), "decay_coupled"),
+        (lambda lr: optax.chain(kernels_decayed(), optax.rmsprop(lr)), "decay_coupled"),
+        (
+            lambda lr: optax.chain(kernels_decayed(), optax.lion(lr, weight_decay=0.0)),
+            "decay_coupled",
+        ),
+        (lambda lr: optax.chain(optax.adam(lr), optax.scale(-lr)), "learning_rate_applied_twice"),
+        (lambda lr: optax.chain(optax.sgd(lr), optax.scale(lr)), "learning_rate_applied_twice"),
+        (
+            lambda lr: optax.chain(optax.adam(lr), optax.scale_by_learning_rate(lr)),
+            "learning_rate_applied_twice",
+        ),
     ],
-    ids=["decay of all", "mask flipped", "masked around all", "clip last"],
+    ids=[
+        "decay of all",
+        "mask flipped",
+        "masked around all",
+        "clip last",
+        "decay before adam",
+        "decay before rmsprop",
+        "decay before lion",
+        "rate again, negative",
+        "rate again",
+        "rate twice",
+    ],
 )
 def test_an_optimizer_seldom_meant_is_named(optimizer: Callable[[Any], Any], mistake: str) -> None:
     """An optimizer is its own declaration, so no law objects: a remark does."""

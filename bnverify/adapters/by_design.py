@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from bnverify.adapters import declared as laws
 from bnverify.adapters.declared import Declared, because
 from bnverify.adapters.layers import Layers, listed
-from bnverify.adapters.programs import ROWS, Programs
+from bnverify.adapters.programs import ROWS, Programs, shapes_of
 from bnverify.adapters.traced import DRAWS, Flows
 
 FLAT = frozenset({"sign", "floor", "ceil", "round", "stop_gradient"})  # their gradient is 0
@@ -258,12 +258,27 @@ class Design:
         if self._of.updates() > 1:
             said = "a step makes several updates, each with the gradient of a different loss"
             found |= because(said, laws.GRADIENT)
+        if self._are_clipped():
+            said = (
+                "gradients are scaled by a number made of them before the optimizer, as by a clip"
+            )
+            found |= because(said, laws.GRADIENT)
         stops = self._of.stopped(n for p, n in inputs.items() if p.startswith("params/"))
         if stops:
             at = flows.where(min(stops))
             said = "the loss contains jax.lax.stop_gradient, so the gradient is not its slope"
             found |= because(said + (f" ({at})" if at else ""), laws.GRADIENT)
         return found
+
+    def _are_clipped(self) -> bool:
+        """Return whether the user scales gradients by their own norm before an optimizer."""
+        return any(
+            self._of.before_a_clip([node], shape)
+            for names in self._of.recording.updates
+            for label in names.values()
+            for node in self._of.flows.of_label(label)
+            for shape in shapes_of(self._of.flows, node)
+        )
 
     def flat(self) -> str | None:
         """Return which loss depends on params but has a gradient of 0 everywhere; None: neither."""

@@ -17,18 +17,14 @@ import numpy as np
 
 from bnverify.adapters.declared import Declared
 from bnverify.adapters.layers import Layers
-from bnverify.adapters.programs import ROWS, Programs
-from bnverify.adapters.schedules import schedules
+from bnverify.adapters.papers import paper_checks
+from bnverify.adapters.programs import ROWS, SAME_VALUES, Programs, shapes_of
+from bnverify.adapters.schedules import rates, schedules
 from bnverify.adapters.traced import DRAWS, Flows
 from bnverify.model import Axis, Copy, Draw, Look, Mask
 from bnverify.proof import asked
 
 PARAMS, STATISTICS = "params/", "batch_stats/"
-SAME_VALUES = frozenset(
-    {"convert_element_type", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose"}
-    | {"copy", "name"}
-)
-"""Primitives that give the values they are given, in another shape or dtype."""
 
 
 def look_at(
@@ -59,6 +55,8 @@ def look_at(
         axes=tuple(_axes(programs, layers)),
         masks=tuple(_masks(programs)),
         schedules=tuple(schedules(programs, declared, every, makers)),
+        rates=tuple(rates(programs)),
+        papers=tuple(paper_checks(programs.subject.optimizer)),
     )
 
 
@@ -328,6 +326,7 @@ class _Frozen:
             nodes = [n for label in labels for n in flows.of_label(label)]
             if not set(flows.inputs) & flows.origins(nodes):
                 continue  # its gradient is 0 throughout
+            nodes += self._of.before_a_clip(nodes, self._of.types[path][0])
             reached = flows.reached(nodes, through=lambda n: n not in finite)
             hit = next((p for p, n in others.items() if n in reached), "")
             yield path, hit
@@ -354,16 +353,11 @@ def _axes(programs: Programs, layers: Layers) -> Iterator[Axis]:
             call, nodes = calls[label], flows.of_label(label)
             if call.momentum is None or len(nodes) != 1 or len(call.feature_axes) != 1:
                 continue
-            if _shapes(flows, nodes[0]) != [call.shape]:  # mapped: the layer saw other axes
+            if shapes_of(flows, nodes[0]) != [call.shape]:  # mapped: the layer saw other axes
                 continue
             features = _feature_axis(flows, nodes[0], len(call.shape), of_batch)
             if features is not None:
                 yield Axis(path, call.feature_axes[0], features, call.shape)
-
-
-def _shapes(flows: Flows, node: int) -> list[tuple[int, ...]]:
-    eqn = flows.equation(node)
-    return [] if eqn is None else [tuple(var.aval.shape) for var in eqn.outvars]
 
 
 def _feature_axis(flows: Flows, node: int, rank: int, of_batch: Collection[int]) -> int | None:
@@ -390,10 +384,10 @@ def _feature_axis(flows: Flows, node: int, rank: int, of_batch: Collection[int])
                 before[source] = axes[place]
             node, axes = operands[0], before
             continue
-        ahead = [n for n in operands if n in of_batch and _shapes(flows, n)]
+        ahead = [n for n in operands if n in of_batch and shapes_of(flows, n)]
         if name not in ELEMENTWISE or not ahead:
             break
-        node, (given, *_) = ahead[0], _shapes(flows, ahead[0])
+        node, (given, *_) = ahead[0], shapes_of(flows, ahead[0])
         if len(given) == len(shape) and name not in RESHAPING:
             continue
         kept = [(axis, size) for axis, size in zip(axes, shape, strict=True) if size != 1]

@@ -19,6 +19,11 @@ from bnverify.pytree import path_name
 ROWS = 24  # in the traces: unlikely as a feature size, and divisible by many numbers of shards
 FEATURES = 6  # if any will do
 RATE = 0.1
+SAME_VALUES = frozenset(
+    {"convert_element_type", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose"}
+    | {"copy", "name"}
+)
+"""Primitives that give the values they are given, in another shape or dtype."""
 
 
 def sizes_of(features: tuple[int, ...] | None) -> tuple[int, int]:
@@ -86,6 +91,34 @@ class Programs:
         stops = set(self.flows.of_primitives({"stop_gradient"})) & on_the_way
         return {node for node in stops if not _of_library(self.flows.equation(node))}
 
+    def before_a_clip(self, nodes: Iterable[int], shape: tuple[int, ...]) -> list[int]:
+        """Return the gradients behind some that were scaled by a number made of themselves.
+
+        That is what a clip by a norm does which a user writes before the optimizer.
+
+        Args:
+            nodes: gradients as the optimizer is given them.
+            shape: of each.
+        """
+        flows = self.flows
+        forward = flows.origins([self.loss]) if self.loss is not None else set()
+        found: list[int] = []
+        pending, seen = list(nodes), set(nodes)
+        while pending:
+            node = pending.pop()
+            eqn = flows.equation(node)
+            name = eqn.primitive.name if eqn is not None else ""
+            if name not in SAME_VALUES | {"mul", "div", "select_n"}:
+                continue
+            same = [n for n in flows.operands(node) if shape in shapes_of(flows, n)]
+            for value in {*same} - forward - set(flows.inputs):
+                factor = flows.origins([n for n in flows.operands(node) if n != value])
+                if name in {"mul", "div"} and value in factor:
+                    found.append(value)
+            pending += [n for n in same if n not in seen]
+            seen.update(same)
+        return found
+
     def is_floating(self, path: str) -> bool:
         """Return whether a leaf of the state has a floating-point dtype."""
         return bool(jnp.issubdtype(self.types[path][1], jnp.floating))
@@ -106,6 +139,12 @@ class Programs:
         """The dependency graph of init, and path -> node of a leaf of the state."""
         flows = Flows(_traced(self.subject.init, np.int32(0), self.x)[0])
         return flows, dict(zip(leaf_paths(self.state), flows.outputs, strict=True))
+
+
+def shapes_of(flows: Flows, node: int) -> list[tuple[int, ...]]:
+    """Return the shapes of what the equation of a node makes; none for inputs and constants."""
+    eqn = flows.equation(node)
+    return [] if eqn is None else [tuple(var.aval.shape) for var in eqn.outvars]
 
 
 def _traced(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Gradient accumulation and learning-rate schedules: steps per update, and the end of a schedule."""
+"""Gradient accumulation, learning-rate schedules, and whether the learning rate keeps its digits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import numpy as np
 from bnverify.adapters.declared import Declared
 from bnverify.adapters.explain import is_library
 from bnverify.adapters.programs import RATE, Programs, leaf_paths
-from bnverify.adapters.traced import Evaluation
+from bnverify.adapters.traced import Evaluation, Flows
 from bnverify.jaxpr.interpreter import live, read
 from bnverify.jaxpr.rounding import evaluate
-from bnverify.jaxpr.tracing import trace
-from bnverify.model import Schedule, State, Subject
+from bnverify.jaxpr.tracing import Abstract, trace
+from bnverify.model import RateUse, Schedule, State, Subject
 from bnverify.pytree import path_name
 
 MOST = 64  # the largest number of steps per update that is tried
@@ -73,6 +73,45 @@ def schedules(
         return
     for name, number in sorted(_numbers(makers).items()):
         yield Schedule(number, f"{name} = {number}", ends.after(number))
+
+
+def rates(programs: Programs) -> Iterator[RateUse]:
+    """Yield how hyperparameters are kept, and how the learning rate reaches each float32 param."""
+    singles = [
+        p for p, (_, t) in programs.types.items() if p.startswith("params/") and t == "float32"
+    ]
+    for name, (_, dtype) in programs.types.items():
+        kept = name.startswith("opt_state/") and "hyperparams" in name.split("/")
+        if kept and singles and programs.is_floating(name):
+            yield RateUse(name, dtype.itemsize < 4)
+    optimizer = programs.subject.optimizer
+    if optimizer is None:
+        return
+    params = jax.tree_util.tree_map(lambda p: Abstract(p.shape, p.dtype), programs.state.params)
+
+    def update(rate: Any, params: Any) -> Any:
+        tx = optimizer(rate)
+        return tx.update(params, tx.init(params), params)[0]
+
+    try:
+        program = trace(update, Abstract((), np.dtype(np.float32)), params)
+    except Exception:  # noqa: BLE001 - a user's optimizer may need more than params and gradients
+        return
+    flows = Flows(program.jaxpr)
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    if len(leaves) != len(flows.outputs):
+        return
+
+    def is_wide(node: int) -> bool:
+        eqn = flows.equation(node)
+        types = [var.aval.dtype for var in eqn.outvars] if eqn is not None else []
+        return not any(jnp.issubdtype(t, jnp.floating) and t.itemsize < 4 for t in types)
+
+    reached = flows.reached(flows.inputs[:1])
+    in_full = flows.reached(flows.inputs[:1], through=is_wide)
+    for (path, leaf), node in zip(leaves, flows.outputs, strict=True):
+        if leaf.dtype == np.float32 and node in reached:
+            yield RateUse(f"params/{path_name(path)}", node not in in_full)
 
 
 class _Ends:

@@ -163,7 +163,11 @@ def watching() -> Iterator[Recording]:
     recording = Recording()
     token = _CURRENT.set(recording)
     try:
-        with nn.intercept_methods(_Interceptor(recording)), _watched_optimizers(recording.updated):
+        given = recording.updates, recording.optimizers
+        with (
+            nn.intercept_methods(_Interceptor(recording)),
+            _watched_optimizers(recording.updated, given),
+        ):
             yield recording
     finally:
         _CURRENT.reset(token)
@@ -385,28 +389,49 @@ def updates() -> Iterator[Updates]:
         found.optimizers.append(optimizer)
         return grads
 
-    with _watched_optimizers(collect):
+    with _watched_optimizers(collect, (found.gradients, found.optimizers)):
         yield found
 
 
 @contextmanager
-def _watched_optimizers(seen: Callable[[Any, Any], Any]) -> Iterator[None]:
+def _watched_optimizers(
+    seen: Callable[[Any, Any], Any], noted_of: tuple[list[Any], list[Any]]
+) -> Iterator[None]:
     """Call ``seen`` with the gradients of every outermost optimizer; its result replaces them.
 
     ``GradientTransformation.update`` is patched, so it does not matter where the step gets its
-    optimizer: from a train state, an argument or a closure.
+    optimizer: from a train state, an argument or a closure. An optimizer whose whole result is passed
+    to another one, as when gradients are clipped by hand, counts as part of it: what was recorded of
+    it is removed.
+
+    Args:
+        seen: called with each optimizer and its gradients; appends one item to each list of ``noted_of``.
+        noted_of: these lists.
     """
     depth = [0]
+    results: list[list[Any]] = []  # of each update that is noted: its leaves, which stay alive
+
+    def take_back_parts(grads: Any) -> None:
+        given = set(map(id, jax.tree_util.tree_leaves(grads)))
+        for place in reversed(range(len(results))):
+            if results[place] and {id(leaf) for leaf in results[place]} <= given:
+                for noted in (results, *noted_of):
+                    del noted[place]
 
     def noted(optimizer: Any, update: Callable[..., Any]) -> Callable[..., Any]:
         def stand_in(grads: Any, *args: Any, **kwargs: Any) -> Any:
-            if not depth[0]:
-                grads = seen(optimizer, grads)
+            if depth[0]:
+                return update(grads, *args, **kwargs)
+            take_back_parts(grads)
+            grads = seen(optimizer, grads)
+            results.append([])
             depth[0] += 1
             try:
-                return update(grads, *args, **kwargs)
+                returned = update(grads, *args, **kwargs)
             finally:
                 depth[0] -= 1
+            results[-1] = jax.tree_util.tree_leaves(returned[0])
+            return returned
 
         return stand_in
 

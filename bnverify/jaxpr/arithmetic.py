@@ -361,3 +361,17 @@ def _counts_before(eqn: Any, after: list[float], found: dict[int, float]) -> lis
     elif name not in BY_ELEMENT:
         most = math.inf
     return [most] * len(eqn.invars)
+
+
+def is_float32_wide_throughout(jaxpr: Any) -> bool:
+    """Return whether every float in a program has at least float32's range, unlike float16."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    return all(
+        all(
+            has_float32_range(v.aval.dtype)
+            for v in eqn.outvars
+            if is_float(getattr(v.aval, "dtype", int))
+        )
+        and all(map(is_float32_wide_throughout, inner_jaxprs(eqn)))
+        for eqn in inner.eqns
+    )

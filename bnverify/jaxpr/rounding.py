@@ -602,11 +602,23 @@ def evaluate(program: tracing.Program, *args: Any) -> Any:
     Raises:
         TypeError: the tree structures differ from those of the trace.
     """
-    leaves = [leaf[None, None] for leaf in _leaves(program, args)]
+    outcome = evaluate_stacked(program, *jax.tree_util.tree_map(lambda leaf: leaf[None], args))
+    return jax.tree_util.tree_map(lambda leaf: leaf[0], outcome)
+
+
+def evaluate_stacked(program: tracing.Program, *args: Any) -> Any:
+    """Return the same of several cases, every leaf (K, ...), as those of ``args`` are.
+
+    Raises:
+        TypeError: the trees are not those of the trace.
+    """
+    leaves = [leaf[None] for leaf in _leaves(program, args)]
+    cases = leaves[0].shape[1] if leaves else 1
     with np.errstate(all="ignore"):
         results = read(program.jaxpr, RoundingReading(count=1), leaves)
     structure = jax.tree_util.tree_structure(program.out)
-    return jax.tree_util.tree_unflatten(structure, [result[0, 0] for result in results])
+    whole = [np.broadcast_to(each[0], (cases, *each.shape[2:])) for each in results]
+    return jax.tree_util.tree_unflatten(structure, whole)
 
 
 def cases_per_chunk(program: tracing.Program) -> int:

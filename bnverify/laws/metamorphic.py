@@ -120,6 +120,23 @@ def same_input_repeats_to_the_bit(t: Transition) -> Any:
     return same((again.before, again.state, again.info), (t.before, t.after, t.info))
 
 
+@law(
+    "metamorphic",
+    kind="structure",
+    observes=("retraced",),
+    mistakes=("drawn_outside_jax", "hidden_state"),
+    source=PURE,
+)
+def a_fresh_trace_gives_the_same(t: Transition) -> list[str]:
+    """Traced a second time, as in another process, init and step compute the same.
+
+    What Python or NumPy draws, counts or reads from a clock while a function is traced is a constant of
+    that trace. Both traces are evaluated in float64 on one batch.
+    """
+    found: list[str] = t.facts["retraced"]
+    return found
+
+
 @law("metamorphic", observes=("eager",), mistakes=("inputs_overwritten",), source=PURE)
 def step_leaves_its_inputs_alone(t: Transition) -> Any:
     """The step does not modify or delete the state and batch that it is given.

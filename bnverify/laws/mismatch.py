@@ -9,7 +9,7 @@ not name what they compare.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -41,6 +41,8 @@ RUNS = {
     "doubled_batch": "with every row repeated",
     "shifted_bias": "with a shifted bias",
     "second_step": "after a second step",
+    "far_statistics": "with running statistics far from the batch's",
+    "constant_features": "with a feature that is the same in every row",
 }
 """Name of a run -> how a message describes it."""
 
@@ -211,11 +213,16 @@ def watching(t: Transition | Mapping[str, Any]) -> Iterator[Watch]:
         _WATCH.reset(token)
 
 
-def not_finite(t: Transition) -> Mismatch | None:
-    """Return the first non-finite value in the outcome of a single case; None if all are finite."""
+def not_finite(t: Transition, where: Collection[str] = ("",)) -> Mismatch | None:
+    """Return the first non-finite value in the outcome of a single case; None if all are finite.
+
+    Args:
+        t: the stacked transition of a single case.
+        where: the runs to look at; "" is the observed step.
+    """
     watch = Watch(t)
     for run, part in _parts(t):
-        if run:
+        if run not in where:
             continue
         for leaf in jax.tree_util.tree_leaves(part):
             bad = np.where(np.isfinite(np.asarray(leaf, np.float64)), 0.0, np.inf)

@@ -16,6 +16,7 @@ WRONG = (
     "gradients_not_synchronised",
     "gradients_summed",
     "mean_of_means",
+    "clipped_before_averaged",
 )
 
 beyond_one_step(

@@ -12,6 +12,7 @@ import numpy as np
 
 from bnverify.laws.arithmetic import (
     all_finite,
+    all_over,
     any_over,
     apart_by,
     floats,
@@ -34,10 +35,10 @@ from bnverify.laws.arithmetic import (
     xp,
 )
 from bnverify.laws.law import law
-from bnverify.lazy import jax
+from bnverify.lazy import jax, jnp
 from bnverify.model import Transition, Tree
 from bnverify.pytree import is_floating, path_name
-from bnverify.reruns import AVERAGE, other_statistic, own_weight
+from bnverify.reruns import AVERAGE, FAR, other_statistic, own_weight
 
 IOFFE = "Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167"
 FLAX_SOURCE = "Flax, linen/normalization.py, BatchNorm"
@@ -255,6 +256,50 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
                 )
             )
     return worst_of(parts)
+
+
+@law(
+    "statistics",
+    kind="witness",
+    observes=("step:zero_statistics", "step:far_statistics"),
+    capabilities=("batch_stats",),
+    mistakes=("statistics_in_low_precision",),
+    source="https://github.com/tensorflow/tensorflow/issues/8535",
+    never="the new statistics never had more significant bits than a 16-bit format holds",
+)
+def running_statistics_hold_float32_digits(t: Transition) -> Any:
+    """Running statistics use float32's digits: some have more significant bits than 16 bits hold.
+
+    A float32 that passed through bfloat16 or float16 has at most 11 significant bits, and then the
+    small part that a batch adds is lost. A layer may compute in 16 bits: its moments b then have
+    few digits, but the float32 average m old + (1 - m) b has more, for an old value of
+    2^13 (1 - m) b. A case shows it where every statistic that is an average has such digits.
+    """
+    reached, some, shown = (xp.full(1, value) for value in (True, False, True))
+    before = t.reruns["zero_statistics"].state.batch_stats
+    after = t.reruns["far_statistics"].state.batch_stats
+    for zero, new in zip(floats(before), floats(after), strict=True):
+        if unit(zero) > 2.0**-24:
+            continue  # batch_stats_are_float32 says so
+        m = (wide(new) - wide(zero)) / xp.where(zero == 0, 1.0, FAR * wide(zero))
+        known = xp.isfinite(m)
+        averaged = known & (m > 1e-3) & (m < 1 - 1e-5)
+        is_average = ~all_over(known & ~averaged)  # neither a counter nor a statistic that rests
+        asked = averaged & (xp.abs(zero) > smallest(zero))
+        reached = reached & (any_over(asked) | ~is_average)
+        some = some | is_average
+        shown = shown & (any_over(asked & ~_is_narrow(new)) | ~is_average)
+    return when(reached & some, holds_if(shown))
+
+
+NARROW_BITS = 11
+"""The significant bits of a float16; a bfloat16 has 8."""
+
+
+def _is_narrow(value: Any) -> Any:
+    """Return where a value has no more significant bits than a float16."""
+    scaled = xp.ldexp(xp.frexp(wide(value))[0], NARROW_BITS)
+    return scaled == xp.round(scaled)
 
 
 @law(
@@ -545,3 +590,28 @@ def statistics_stay_finite(t: Transition) -> Any:
     """Finite running statistics stay finite for every batch in the domain."""
     usable = all_finite(t.before.batch_stats) & (t.case.warmup == 0)
     return when(usable, holds_if(all_finite(t.after.batch_stats)))
+
+
+@law(
+    "statistics",
+    observes=("step:constant_features", "exact:constant_features"),
+    mistakes=("variance_below_zero", "division_by_zero_variance"),
+    source="https://github.com/google/flax/issues/1491",
+)
+def a_constant_feature_gives_a_finite_step(t: Transition) -> Any:
+    """In a first step, a feature of 1000.1 or 0.1 in every row gives a finite loss and new state.
+
+    float32 holds neither exactly, nor the multiples that are tried, so the variance E[h^2] - E[h]^2 may come out below 0, and its
+    root is NaN. The same step in float64 tells what the numbers call for: what exceeds 2^-30 of its
+    dtype's range there is not compared. Nor is a step that computes in float16, whose range ends
+    at 65504.
+    """
+    run, exact = t.reruns["constant_features"], t.facts["exact_constant_features"]
+    finite = xp.ones(1, dtype=bool)
+    pairs = zip(floats((run.info, run.state)), floats((exact.info, exact.state)), strict=True)
+    for actual, expected in pairs:
+        huge = xp.abs(wide(expected)) > 2.0**-30 * float(jnp.finfo(actual.dtype).max)
+        finite = finite & all_over(xp.isfinite(actual) | huge)
+    several = t.case.x.shape[1] > 1
+    usable = (t.case.warmup == 0) & all_finite(t.before) & several & t.facts["wide_range"]
+    return when(usable, holds_if(finite))

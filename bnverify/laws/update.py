@@ -187,6 +187,51 @@ def schedule_counts_updates(t: Transition) -> list[str]:
 
 @law(
     "update",
+    kind="structure",
+    observes=("look",),
+    capabilities=("look", "rates"),
+    mistakes=("rate_loses_digits",),
+    source="https://github.com/google-deepmind/optax/issues/1414",
+)
+def learning_rate_keeps_its_digits(t: Transition) -> list[str]:
+    """Hyperparameters of float32 params keep float32's digits, whatever dtype other params have.
+
+    Read are those that ``optax.inject_hyperparams`` keeps in the optimizer's state, and the way of the
+    learning rate to the update of each float32 param.
+    """
+    return [
+        f"{each.path} is kept in 16 bits, beside params in float32"
+        if each.path.startswith("opt_state/")
+        else f"the learning rate reaches the update of {each.path}, which is float32, in 16 bits alone"
+        for each in t.facts["look"].rates
+        if each.narrow
+    ]
+
+
+@law(
+    "update",
+    kind="structure",
+    observes=("look",),
+    capabilities=("look", "papers"),
+    mistakes=("optimizer_departs_from_its_paper",),
+    source="the papers that bnverify/optimizers.py names",
+)
+def optimizer_follows_its_paper(t: Transition) -> list[str]:
+    """An optimizer of Optax's makes the updates of its paper's formula.
+
+    Compared are eight updates by gradients of very different sizes, in float64 on both sides: the
+    optimizer's traced update without rounding, and the formula. Allowed is what one float32 rounding of
+    each number that is made of hyperparameters, as 1 - b2, moves the formula's updates.
+    """
+    return [
+        f"{each.optimizer} does not follow its paper ({each.source}): {each.differs}"
+        for each in t.facts["look"].papers
+        if each.differs
+    ]
+
+
+@law(
+    "update",
     observes=("expected_update",),
     capabilities=("optimizer", "grads", "plain_sgd"),
     mistakes=(

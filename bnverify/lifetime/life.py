@@ -26,6 +26,7 @@ import numpy as np
 
 from bnverify.errors import did_you_mean, first_line
 from bnverify.evidence import Call, Cause, Counterexample, Evidence, Violation
+from bnverify.jaxpr.retrace import traced_anew
 from bnverify.laws import LAWS
 from bnverify.laws.arithmetic import floats
 from bnverify.laws.life import EmaHistory
@@ -238,7 +239,7 @@ class Life:
 
     def _step(self, state: State, case: Case, *, resumed: bool = False) -> tuple[State, StepInfo]:
         def again(*args: Any) -> tuple[State, StepInfo]:
-            with _traced_anew():
+            with traced_anew():
                 return self._subject.step(*args)
 
         name, step = ("resumed step", again) if resumed else ("step", self._subject.step)
@@ -349,19 +350,6 @@ class Life:
                 mismatch=mismatch,
             )
         )
-
-
-@contextmanager
-def _traced_anew() -> Iterator[None]:
-    """Trace again, as another process would, what JAX has traced before.
-
-    JAX keeps the traces of jitted functions by the settings they were made under. This setting decides
-    over nothing but warnings.
-    """
-    other = "allow" if jax.config.jax_numpy_rank_promotion == "warn" else "warn"
-    with jax.numpy_rank_promotion(other), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _known(name: str, table: Any) -> Any:

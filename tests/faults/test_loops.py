@@ -9,7 +9,7 @@ import pytest
 import bnverify
 from bnverify.laws import LAWS
 from bnverify.profile import Profile
-from tests.faults.loops import LOOP_CONTROLS, LOOP_FAULTS
+from tests.faults.libraries import LOOP_CONTROLS, LOOP_FAULTS
 
 FEW = Profile("few", tiny=2, shapes=0, block=64, examples=4)
 CLAIMED = groupby(

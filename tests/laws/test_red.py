@@ -19,8 +19,8 @@ from bnverify.model import State, Subject
 from bnverify.parallel.check import on_devices
 from bnverify.profile import Profile
 from tests.faults import FAULTS
+from tests.faults.libraries import LOOP_FAULTS
 from tests.faults.life import LIFE_FAULTS
-from tests.faults.loops import LOOP_FAULTS
 from tests.faults.parallel import PARALLEL_FAULTS
 
 FEW = Profile("few", tiny=2, shapes=0, block=64, examples=4)

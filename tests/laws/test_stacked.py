@@ -23,6 +23,7 @@ NUMERIC = [name for name, law in STEP_LAWS.items() if law.kind != "structure"]
 STATIC = {
     "momenta": (reference.MOMENTUM,) * 2,
     "biases_before_norm": ("Dense_0/bias",),
+    "wide_range": True,
     "look": Look(
         frozen_params=("params/Dense_0/kernel",),
         frozen_statistics=("batch_stats/BatchNorm_0/mean",),
@@ -90,6 +91,7 @@ def transitions() -> Transition:
         "direction": direction,
         "directional_derivative": (slope, 1e-3 * np.abs(slope), slope != 0),
         "oracle": oracle._replace(eval_loss=loss),
+        "exact_constant_features": t.reruns["constant_features"],
     }
     return t._replace(facts=facts, noise=noise, exact=outcome)
 

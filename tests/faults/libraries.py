@@ -1,0 +1,442 @@
+"""Faults of the libraries under a step, and of how a step uses them, each beside its correct twin.
+
+Importing this module adds those of one device to the faults of whole loops.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bnverify
+from bnverify import Parallel, State, StepInfo, Subject, reference
+from tests.faults import parallel
+from tests.faults.catalogue import Fault
+from tests.faults.loops import FEATURES, LOOP_CONTROLS, LOOP_FAULTS, Net, groups, loop, pair
+from tests.faults.steps import CanonicalStep, HandwrittenNorm, Moments, Tree, mapped
+
+__all__ = ["LOOP_CONTROLS", "LOOP_FAULTS", "PARALLEL_RIGHT", "PARALLEL_WRONG"]
+
+# Statistics with the digits of 16 bits.
+
+digits = pair("statistics_in_low_precision", "running_statistics_hold_float32_digits")
+
+
+def narrow(value: Any, dtype: str = "bfloat16") -> Any:
+    """Return a value in a narrow dtype."""
+    return value.astype(dtype)
+
+
+@digits
+def average_taken_in_bfloat16(wrong: bool) -> Subject:
+    """The layer folds its moments in bfloat16; its twin has bfloat16 moments in a float32 average."""
+
+    class Parts(HandwrittenNorm):
+        momentum = 0.9
+
+        def recorded(self, h: Any, batch: Moments, layer: int) -> Moments:
+            return narrow(batch[0]), narrow(batch[1])
+
+        def fold(self, old: Moments, batch: Moments, layer: int) -> Moments:
+            old = (narrow(old[0]), narrow(old[1])) if wrong else old
+            mean, var = super().fold(old, batch, layer)
+            return mean.astype(jnp.float32), var.astype(jnp.float32)
+
+    return Parts().subject("average_taken_in_bfloat16")
+
+
+@digits
+def all_variables_cast_to_half(wrong: bool) -> Subject:
+    """A policy casts what a pass returns to float16, statistics included; its twin the params alone."""
+
+    class Parts(CanonicalStep):
+        def thread(self, old: State, new: State) -> State:
+            def through(tree: Tree) -> Tree:
+                return mapped(lambda leaf: narrow(leaf, "float16").astype(jnp.float32), tree)
+
+            if wrong:
+                return new._replace(batch_stats=through(new.batch_stats))
+            return new._replace(params=through(new.params))
+
+    return Parts().subject("all_variables_cast_to_half")
+
+
+@digits
+def precision_reduced_on_the_way(wrong: bool) -> Subject:
+    """The new variance passes ``lax.reduce_precision``; its twin forgets half of the old, in float32."""
+
+    class Parts(HandwrittenNorm):
+        momentum = 0.5
+
+        def fold(self, old: Moments, batch: Moments, layer: int) -> Moments:
+            mean, var = super().fold(old, batch, layer)
+            return mean, jax.lax.reduce_precision(var, 8, 7) if wrong else var
+
+    return Parts().subject("precision_reduced_on_the_way")
+
+
+# Variances below zero.
+
+unclipped = pair("variance_below_zero", "a_constant_feature_gives_a_finite_step")
+
+
+def fast_variance(h: Any, mean: Any) -> Any:
+    """Return E[h^2] - E[h]^2, which may round to less than 0."""
+    return jnp.mean(h**2, axis=0) - mean**2
+
+
+@unclipped
+def only_the_recorded_variance_is_clipped(wrong: bool) -> Subject:
+    """The running variance is kept at 0 or more; the one that normalises is not."""
+
+    class Parts(HandwrittenNorm):
+        def moments(self, h: Any, layer: int) -> Moments:
+            mean = jnp.mean(h, axis=0)
+            var = fast_variance(h, mean)
+            return mean, var if wrong else jnp.maximum(var, 0.0)
+
+        def recorded(self, h: Any, batch: Moments, layer: int) -> Moments:
+            return batch[0], jnp.maximum(batch[1], 0.0)
+
+    return Parts().subject("only_the_recorded_variance_is_clipped")
+
+
+@unclipped
+def inputs_standardised_by_a_fast_variance(wrong: bool) -> Subject:
+    """The step standardises its inputs by hand, by the moments of three views of its batch."""
+
+    class Parts(CanonicalStep):
+        def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+            views = jnp.concatenate([x] * 3)
+            mean = jnp.mean(views, axis=0)
+            var = fast_variance(views, mean) if wrong else jnp.var(views, axis=0)
+            return (x - mean) / jnp.sqrt(var + 1e-6), y
+
+    return Parts().subject("inputs_standardised_by_a_fast_variance")
+
+
+@unclipped
+def clipped_behind_the_root(wrong: bool) -> Subject:
+    """The root of a negative variance is replaced, and its gradient stays NaN."""
+
+    class Parts(HandwrittenNorm):
+        def moments(self, h: Any, layer: int) -> Moments:
+            mean = jnp.mean(h, axis=0)
+            var = fast_variance(h, mean)
+            return mean, var if wrong else jnp.where(var > 0, var, 0.0)
+
+        def recorded(self, h: Any, batch: Moments, layer: int) -> Moments:
+            return batch[0], jnp.maximum(batch[1], 0.0)
+
+        def inverse_deviation(self, var: Any, train: bool, layer: int) -> Any:
+            root = jnp.sqrt(var + self.epsilon)
+            return 1 / jnp.where(jnp.isnan(root), self.epsilon**0.5, root)
+
+    return Parts().subject("clipped_behind_the_root")
+
+
+# What is drawn or counted while a step is traced.
+
+outside = pair("drawn_outside_jax", "a_fresh_trace_gives_the_same")
+
+
+@outside
+def kernels_drawn_by_numpy(wrong: bool) -> Subject:
+    """Initial values come from NumPy's global generator; the twin's from one of a fixed seed."""
+
+    class Parts(CanonicalStep):
+        def init(self, seed: Any, x: Any) -> State:
+            state = super().init(seed, x)
+            rng = np.random.default_rng(None if wrong else 0)
+            params = mapped(lambda p: p + rng.normal(size=p.shape).astype(p.dtype), state.params)
+            return state._replace(params=params)
+
+    return Parts().subject("kernels_drawn_by_numpy")
+
+
+@outside
+def noise_drawn_by_numpy(wrong: bool) -> Subject:
+    """Inputs are perturbed by noise that is drawn while a compiled loss is traced."""
+    once = np.random.default_rng(0).normal()
+
+    def perturbed(x: Any) -> Any:
+        return x * np.float32(1 + 0.1 * (np.random.default_rng().normal() if wrong else once))
+
+    compiled = jax.jit(perturbed)
+
+    class Parts(CanonicalStep):
+        def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+            return compiled(x), y
+
+    return Parts().subject("noise_drawn_by_numpy")
+
+
+@outside
+def rate_counted_by_python(wrong: bool) -> Subject:
+    """The learning rate shrinks with the number of times that Python has run the step."""
+    calls = itertools.count(1)
+
+    class Parts(CanonicalStep):
+        def tx(self, lr: Any) -> Any:
+            return self.optimizer(lr / next(calls) if wrong else lr)
+
+    return Parts().subject("rate_counted_by_python")
+
+
+# Optimizers that depart from their papers.
+
+departing = pair("optimizer_departs_from_its_paper", "optimizer_follows_its_paper")
+
+
+def with_altered(name: str, altered: Callable[..., Any], *, wrong: bool) -> Subject:
+    """Return a loop around one of Optax's optimizers, as another release might have it.
+
+    Args:
+        name: of the function in Optax.
+        altered: what takes its place.
+        wrong: whether it does.
+    """
+    function = altered if wrong else getattr(optax, name)
+    with mock.patch(f"optax.{name}", function):
+        made: Subject = bnverify.linen(Net(), optimizer=function, features=FEATURES)
+    return made
+
+
+@departing
+def epsilon_under_the_root(wrong: bool) -> Subject:
+    """Adam adds its epsilon to the second moment, not to its root."""
+    real = optax.adam
+
+    def altered(learning_rate: Any, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Any:
+        return real(learning_rate, b1, b2, eps=0.0, eps_root=eps)
+
+    return with_altered("adam", altered, wrong=wrong)
+
+
+@departing
+def decay_coupled_in_adamw(wrong: bool) -> Subject:
+    """AdamW adds its decay to the gradient, as Adam with an L2 penalty would."""
+    real = optax.adam
+
+    def altered(learning_rate: Any, weight_decay: float = 1e-4) -> Any:
+        return optax.chain(optax.add_decayed_weights(weight_decay), real(learning_rate))
+
+    return with_altered("adamw", altered, wrong=wrong)
+
+
+@departing
+def lions_decays_swapped(wrong: bool) -> Subject:
+    """Lion interpolates by b2 and averages by b1."""
+    real = optax.lion
+
+    def altered(learning_rate: Any, b1: float = 0.9, b2: float = 0.99) -> Any:
+        return real(learning_rate, b2, b1, weight_decay=0.0)
+
+    return with_altered("lion", altered, wrong=wrong)
+
+
+@departing
+def moments_not_corrected(wrong: bool) -> Subject:
+    """RAdam leaves the bias of its first moment in, in the steps before its variance is tractable."""
+    real = optax.radam
+
+    def altered(learning_rate: Any, b1: float = 0.9, threshold: float = 5.0) -> Any:
+        corrected = real(learning_rate, b1=b1, threshold=threshold)
+
+        def update(grads: Any, state: Any, params: Any = None) -> Any:
+            updates, state = corrected.update(grads, state, params)
+            bias = 1 - b1 ** state[0].count.astype(jnp.float32)
+            return mapped(lambda u: jnp.where(state[0].count < 6, u * bias, u), updates), state
+
+        return optax.GradientTransformation(corrected.init, update)
+
+    return with_altered("radam", altered, wrong=wrong)
+
+
+# Gradients clipped by hand, before an optimizer with frozen params.
+
+by_hand = pair("frozen_gradients_scale_others", "frozen_gradients_scale_nothing")
+
+
+def with_clipped(clip: Callable[[Any], Any], *, wrong: bool) -> Subject:
+    """Return a loop with a frozen backbone that clips gradients before it applies them."""
+
+    def step(state: Any, x: Any, y: Any, loss_of: Any) -> Any:
+        (loss, stats), grads = jax.value_and_grad(
+            lambda params: loss_of(state, params, x, y), has_aux=True
+        )(state.params)
+        trained = {n: g for n, g in grads.items() if not n.startswith("backbone")}
+        grads = clip(grads) if wrong else {**grads, **clip(trained)}
+        return state.apply_gradients(grads=grads, batch_stats=stats), loss
+
+    made: Subject = loop(net=Net(rests=True), tx=groups, step=step)
+    return made
+
+
+@by_hand
+def clipped_by_optax_beforehand(wrong: bool) -> Subject:
+    """``optax.clip_by_global_norm`` is applied to all gradients, the frozen backbone's too."""
+
+    def clip(grads: Any) -> Any:
+        return optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())[0]
+
+    return with_clipped(clip, wrong=wrong)
+
+
+@by_hand
+def clipped_by_a_norm_written_out(wrong: bool) -> Subject:
+    """Gradients are multiplied by the least of 1 and a limit over the norm of all of them."""
+
+    def clip(grads: Any) -> Any:
+        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree_util.tree_leaves(grads)))
+        return mapped(lambda g: g * jnp.minimum(1.0, 1.0 / (norm + 1e-6)), grads)
+
+    return with_clipped(clip, wrong=wrong)
+
+
+@by_hand
+def gradients_of_length_one(wrong: bool) -> Subject:
+    """Gradients are divided by the norm of all of them."""
+
+    def clip(grads: Any) -> Any:
+        return mapped(lambda g: g / (optax.global_norm(grads) + 1e-6), grads)
+
+    return with_clipped(clip, wrong=wrong)
+
+
+# A learning rate in 16 bits.
+
+rounded = pair("rate_loses_digits", "learning_rate_keeps_its_digits")
+
+
+@rounded
+def rate_injected_in_bfloat16(wrong: bool) -> Subject:
+    """Hyperparameters are kept in the dtype of some bfloat16 param; the twin's in float32."""
+
+    def tx(lr: Any) -> Any:
+        dtype = jnp.bfloat16 if wrong else jnp.float32
+        return optax.inject_hyperparams(optax.sgd, hyperparam_dtype=dtype)(learning_rate=lr)
+
+    made: Subject = bnverify.linen(Net(), optimizer=tx, features=FEATURES)
+    return made
+
+
+@rounded
+def rate_cast_to_half(wrong: bool) -> Subject:
+    """The rate is cast to float16 as the gradients of a half-precision model are."""
+
+    def tx(lr: Any) -> Any:
+        return optax.adam(narrow(jnp.asarray(lr), "float16") if wrong else lr)
+
+    made: Subject = bnverify.linen(Net(), optimizer=tx, features=FEATURES)
+    return made
+
+
+@rounded
+def schedule_computed_in_bfloat16(wrong: bool) -> Subject:
+    """A schedule multiplies the rate by a factor in the type of the model's activations."""
+
+    def tx(lr: Any) -> Any:
+        def schedule(count: Any) -> Any:
+            dtype = jnp.bfloat16 if wrong else jnp.float32
+            decay = jnp.asarray(0.99, dtype) ** count
+            return (jnp.asarray(lr).astype(dtype) * decay).astype(jnp.float32)
+
+        return optax.sgd(schedule)
+
+    made: Subject = bnverify.linen(Net(), optimizer=tx, features=FEATURES)
+    return made
+
+
+# Many parallel. Each is a target: ``tests.faults.libraries:NAME``.
+
+LIMIT = 0.1
+
+
+def clipped(grads: Any) -> Any:
+    """Return gradients of a length of ``LIMIT`` at most."""
+    length = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree_util.tree_leaves(grads)))
+    return mapped(lambda g: g * jnp.minimum(1.0, LIMIT / (length + 1e-12)), grads)
+
+
+def data_parallel(name: str, whole_gradient: Callable[[Any], Any]) -> Parallel:
+    """Return a step for many devices that clips, beside the one on one device that does."""
+
+    def step(state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
+        differentiated = jax.value_and_grad(reference.loss_fn, has_aux=True)
+        (loss, stats), grads = differentiated(state.params, state.batch_stats, x, y)
+        grads, tx = clipped(grads), optax.sgd(lr, momentum=0.9)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(params, stats, opt_state), StepInfo(loss, grads)
+
+    parts = parallel.AxisName()
+    parts.whole_gradient = whole_gradient
+    return Parallel(name, replace(reference.momentum(), step=step), parts.step, parallel.AXIS)
+
+
+def clipped_before_averaging() -> Parallel:
+    """Each device clips its own gradient; the clipped ones are averaged."""
+    return data_parallel("before", lambda grads: jax.lax.pmean(clipped(grads), parallel.AXIS))
+
+
+def clipped_after_averaging() -> Parallel:
+    """The devices' gradients are averaged, and the average is clipped."""
+    return data_parallel("after", lambda grads: clipped(jax.lax.pmean(grads, parallel.AXIS)))
+
+
+def clipped_entry_by_entry_before_averaging() -> Parallel:
+    """Each device clips the entries of its gradient before they are averaged, and the average again."""
+
+    def whole(grads: Any) -> Any:
+        own = mapped(lambda g: jnp.clip(g, -LIMIT / 4, LIMIT / 4), grads)
+        return clipped(jax.lax.pmean(own, parallel.AXIS))
+
+    return data_parallel("entries", whole)
+
+
+def scaled_by_its_own_length() -> Parallel:
+    """Each device divides its gradient by the length of its own, and the average is clipped."""
+
+    def whole(grads: Any) -> Any:
+        own = mapped(lambda g: g / (optax.global_norm(grads) + 1e-12), grads)
+        return clipped(jax.lax.pmean(own, parallel.AXIS))
+
+    return data_parallel("length", whole)
+
+
+def summed_then_divided() -> Parallel:
+    """The devices' gradients are added up and divided by their number, then clipped."""
+
+    def whole(grads: Any) -> Any:
+        total = jax.lax.psum(grads, parallel.AXIS)
+        return clipped(mapped(lambda g: g / jax.lax.psum(1, parallel.AXIS), total))
+
+    return data_parallel("summed", whole)
+
+
+PARALLEL_LAW = "pmap_equals_one_device"
+PARALLEL_WRONG: dict[str, Fault] = {
+    make.__name__: Fault(
+        make.__name__,
+        "parallel",
+        "clipped_before_averaged",
+        str(make.__doc__),
+        make,
+        PARALLEL_LAW,
+    )
+    for make in (
+        clipped_before_averaging,
+        clipped_entry_by_entry_before_averaging,
+        scaled_by_its_own_length,
+    )
+}
+PARALLEL_RIGHT = ("clipped_after_averaging", "summed_then_divided")
