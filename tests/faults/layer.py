@@ -25,9 +25,14 @@ from tests.faults.steps import (
 )
 
 
-def sample_variance(h: Any) -> Any:
+def sample_variance(h: Any, mean: Any) -> Any:
     """Return the variance of h (N, channels) with the divisor N - 1, at least 1."""
-    return jnp.sum((h - jnp.mean(h, axis=0)) ** 2, axis=0) / jnp.maximum(h.shape[0] - 1, 1)
+    return jnp.sum((h - mean) ** 2, axis=0) / jnp.maximum(h.shape[0] - 1, 1)
+
+
+def sample_moments(s: Any, h: Any, layer: int) -> Moments:
+    mean = jnp.mean(h, axis=0)
+    return mean, sample_variance(h, mean)
 
 
 def roots_averaged(s: Any, old: Moments, batch: Moments, layer: int) -> Moments:
@@ -152,7 +157,7 @@ fault("mean_and_variance_swapped", "wrong_moments",
       recorded=lambda s, h, batch, layer: (batch[1], batch[0]))
 fault("sample_variance", "sample_variance",
       "The running variance divides by N - 1.",
-      recorded=lambda s, h, batch, layer: (batch[0], sample_variance(h)), minimal=(2, 1))
+      recorded=lambda s, h, batch, layer: (batch[0], sample_variance(h, batch[0])), minimal=(2, 1))
 fault("variance_about_zero", "wrong_moments",
       "The running variance is the mean of squares: the mean was not taken off.",
       recorded=lambda s, h, batch, layer: (batch[0], jnp.mean(h**2, axis=0)))
@@ -254,11 +259,11 @@ fault("running_variance_normalises", "loss_reads_old_statistics",
       training_moments=lambda s, batch, old, new, layer: (batch[0], old[1]), minimal=(2, 1))
 fault("sample_variance_normalises", "sample_variance",
       "The variance that normalises in training divides by N - 1, the recorded one by N.",
-      moments=lambda s, h, layer: (jnp.mean(h, axis=0), sample_variance(h)),
+      moments=sample_moments,
       recorded=lambda s, h, batch, layer: s.right.moments(h, layer), minimal=(2, 1))
 fault("sample_variance_throughout", "sample_variance",
       "Both the normalising and the recorded variance divide by N - 1.",
-      moments=lambda s, h, layer: (jnp.mean(h, axis=0), sample_variance(h)), minimal=(2, 1))
+      moments=sample_moments, minimal=(2, 1))
 fault("root_forgotten_in_training", "modes_differ",
       "Training divides by the variance, evaluation by its root.",
       inverse_deviation=lambda s, var, train, layer:
