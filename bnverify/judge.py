@@ -19,8 +19,16 @@ from bnverify.pytree import is_floating
 from bnverify.subject import State, Tree
 from bnverify.transition import Outcome, Transition
 
-READ = {"noise": None, "directional_derivative": "slope", "layer_input_noise": "layer_inputs"}
+READ = {
+    "noise": None,
+    "gradient_noise": None,
+    "directional_derivative": "slope",
+    "layer_input_noise": "layer_inputs",
+}
 """What laws need of the rounding -> what to ask ``RoundingBounds`` for besides the outcome's."""
+
+OPTIONAL = frozenset({"gradient_noise"})
+"""What laws can be judged without, where a step does not trace or its rounding cannot be read."""
 
 READ_NEEDS = frozenset({*READ, "layer_inputs"})
 """What laws can ask of the step's traced program."""
@@ -43,6 +51,7 @@ class Known(NamedTuple):
         layer_inputs: what each normalisation layer is given, without rounding; None where it was
             not asked for.
         layer_input_noise: likewise, how far rounding may move each value.
+        unknown: names of primitives whose rounding cannot be read in any case.
     """
 
     exact: Any
@@ -51,6 +60,7 @@ class Known(NamedTuple):
     slope: Any = None
     layer_inputs: Any = None
     layer_input_noise: Any = None
+    unknown: frozenset[str] = frozenset()
 
 
 class RoundingBounds:
@@ -78,7 +88,13 @@ class RoundingBounds:
         reading = self._rounding(before, case, with_inputs=with_inputs)
         given = before, case.x, case.y, case.lr
         (exact, inputs), (noise, input_noise) = reading.evaluate(*given)
-        known = Known(exact, noise, layer_inputs=inputs, layer_input_noise=input_noise)
+        known = Known(
+            exact,
+            noise,
+            layer_inputs=inputs,
+            layer_input_noise=input_noise,
+            unknown=reading.unknown,
+        )
         place = _place(reading.program.out[0].info.loss, reading.program.out)
         if "slope" not in also or place is None or np.ndim(exact.info.loss) != 1:
             return known  # a loss that is no scalar has no slope: a law of structure says so
@@ -174,6 +190,7 @@ class Judge:
     def __init__(self, tracer: Tracer, abstract: Transition | None, seed: int = 0) -> None:
         self.incomparable: set[str] = set()
         self._subject = tracer.subject
+        self._traces = abstract is not None
         self.bounds = RoundingBounds(tracer, seed)
         self._facts = _static_facts(tracer.subject, abstract) if abstract is not None else {}
 
@@ -209,6 +226,7 @@ class Judge:
     def _with_facts(self, t: Transition, laws: Collection[Law]) -> Transition:
         """Return stacked transitions with what the laws need of the traced step and the subject."""
         needs = {need for law in laws for need in law.observes}
+        needs -= frozenset() if self._traces else OPTIONAL
         facts = {**t.facts, **self._facts}
         if not needs.isdisjoint(READ_NEEDS):
             also = [name for need, name in READ.items() if need in needs and name is not None]
@@ -219,6 +237,7 @@ class Judge:
                 "directional_derivative": known.slope,
                 "layer_inputs": known.layer_inputs,
                 "layer_input_noise": input_noise,
+                "gradient_noise": None if known.unknown else noise.info.grads,
             }
             t = t._replace(exact=known.exact, noise=noise)
         if self._subject.oracle is not None:
@@ -228,7 +247,8 @@ class Judge:
 
 def judged(laws: Iterable[Law], available: Collection[str]) -> list[Law]:
     """Return the laws with a residual whose needs are all ``available``."""
-    return [law for law in laws if law.kind != "structure" and set(law.observes) <= set(available)]
+    known = set(available) | OPTIONAL
+    return [law for law in laws if law.kind != "structure" and set(law.observes) <= known]
 
 
 def _static_facts(subject: Any, abstract: Transition) -> Mapping[str, Any]:

@@ -358,7 +358,7 @@ class Runner:
         cases, bred from the worst, one finds the first reading's luck.
         """
         judges = [self.judge]
-        if "noise" in law.observes and worst < shrink.CLEAR:
+        if {"noise", "gradient_noise"} & set(law.observes) and worst < shrink.CLEAR:
             judges.append(self._second)
         return all(
             self.singly(stack([case]), [law], judge).get(law.name, np.full(1, -1.0))[0] > 1

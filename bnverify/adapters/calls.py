@@ -36,6 +36,13 @@ ROLES = {role: tuple(words.split()) for role, words in _WORDS.items()}
 
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 
+
+def role_of(parameter: str) -> str | None:
+    """Return what a parameter's name says it is; None: nothing. Any name that ends in "_rng" is a key."""
+    is_key = parameter.endswith("_rng") or parameter.startswith("rng_")
+    return ROLE_OF.get(parameter) or ("key" if is_key else None)
+
+
 _KINDS = {
     "model": "model net network module",
     "optimizer": "optimizer opt optim tx",
@@ -47,6 +54,9 @@ _KINDS = {
 }
 KIND_OF = {name: kind for kind, words in _KINDS.items() for name in words.split()}
 """Name of a parameter -> the kind of carried object that it takes."""
+
+TARGET = "target"
+"""As often the network that is followed by another as what a row should be."""
 
 # Filled even where they have a default: laws need to set the rate, and a model that draws random
 # numbers does not take None for a key.
@@ -135,7 +145,10 @@ def caller(
             found.assign(name, _role(asked[name], name, allowed, things))
         else:
             found.by_name(name)
+    if TARGET not in asked:
+        found.target_as_a_thing(required)
     found.things_in_order(whole=whole)
+    found.target_as_targets()
     found.batch_in_order(order)
     if found.left:
         raise UsageError(_untold(what, raw, found.left[0], allowed))
@@ -143,7 +156,7 @@ def caller(
     positional = [roles[p.name] for p in parameters if p.name in roles and not _by_keyword(p)]
     named = {p.name: roles[p.name] for p in parameters if p.name in roles and _by_keyword(p)}
     for p in parameters:
-        role = ROLE_OF.get(p.name, "")
+        role = role_of(p.name) or ""
         if _is_optional(p) and role in OPTIONAL and role in allowed and role not in roles.values():
             named[p.name] = role
     return Caller(raw, tuple(positional), named, roles)
@@ -179,7 +192,8 @@ class _Assignment:
 
     def by_name(self, parameter: str) -> None:
         """Give a parameter the role that its name tells, or leave it."""
-        kind = KIND_OF.get(parameter)
+        role = role_of(parameter)
+        kind = "key" if role == "key" else KIND_OF.get(parameter)
         alike = [name for name, each in self._unclaimed.items() if each and each == kind]
         if parameter in self._unclaimed:
             self.assign(parameter, f"thing:{parameter}")
@@ -187,10 +201,24 @@ class _Assignment:
             self.assign(parameter, self._known[parameter])
         elif alike:
             self.assign(parameter, f"thing:{alike[0]}")
-        elif ROLE_OF.get(parameter) in self._allowed:
-            self.assign(parameter, ROLE_OF[parameter])
+        elif role is not None and role in self._allowed:
+            self.assign(parameter, role)
         else:
             self.left.append(parameter)
+
+    def target_as_a_thing(self, parameters: Sequence[str]) -> None:
+        """Leave ``target`` to the things that are left, unless it is the other half of some inputs."""
+        others = {role for name, role in self.roles.items() if name != TARGET}
+        is_half = "inputs" in others and "targets" not in others
+        if self.roles.get(TARGET) == "targets" and self._unclaimed and not is_half:
+            del self.roles[TARGET]
+            self.left = [name for name in parameters if name in {*self.left, TARGET}]
+
+    def target_as_targets(self) -> None:
+        """Take ``target`` for the targets where no thing was left for it."""
+        if TARGET in self.left and "targets" in self._allowed:
+            self.left.remove(TARGET)
+            self.assign(TARGET, "targets")
 
     def things_in_order(self, *, whole: bool | None) -> None:
         """Give the parameters that are left the things that are, or the first of them all as one."""
@@ -401,9 +429,7 @@ def nnx_caller(
         UsageError: it has more required parameters.
     """
     roles = dict(told or {})
-    names = [
-        n for n in required_names(make) if n not in roles and ROLE_OF.get(n) not in ("lr", "tx")
-    ]
+    names = [n for n in required_names(make) if n not in roles and role_of(n) not in ("lr", "tx")]
     others = [name for name in names if name != "rngs"]
     rngs = "rngs" if "rngs" in parameter_names(make) else others.pop() if others else None
     if len(others) > 1:

@@ -282,9 +282,11 @@ def _array(leaf: Any) -> Any:
 
 
 def kind_of(tree: Any) -> str:
-    """Return whether a loose tree is params, statistics or an optimizer's state; "" for others."""
+    """Return whether a loose tree is params, statistics, an optimizer's state or a key; "" for others."""
     if _is_optax(tree):
         return OPTIMIZER
+    if _is_prng_key(tree):
+        return "key"
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     if not isinstance(tree, Mapping) or not leaves:
         return ""
@@ -292,6 +294,14 @@ def kind_of(tree: Any) -> str:
     if last <= {"mean", "var"}:
         return STATISTICS
     return PARAMS if last & {"kernel", "scale", "bias", "embedding", "w", "b"} else ""
+
+
+def _is_prng_key(value: Any) -> bool:
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is None:
+        return False
+    typed = bool(jnp.issubdtype(dtype, jax.dtypes.prng_key)) and shape == ()
+    return typed or (dtype == jnp.uint32 and shape in {(2,), (4,)})
 
 
 def search(things: Mapping[str, Any], layers: Mapping[str, Sequence[str]]) -> str | None:

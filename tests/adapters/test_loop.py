@@ -343,6 +343,57 @@ class TestRoles:
         ):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
+    def test_a_function_compiled_inside_shows_all_that_a_plain_one_does(self) -> None:
+        """Its layers, its biases, its one update; and a library's own stop_gradient stays its own."""
+
+        def loss_of(params: Any, state: Any, batch: Any) -> Any:
+            out, stats = code.run(state, params, state.batch_stats, batch["image"])
+            labels = jnp.zeros(len(batch["label"]), jnp.int32) + (batch["label"] > 0)
+            losses = optax.softmax_cross_entropy_with_integer_labels(out, labels)
+            return jnp.mean(losses), stats
+
+        def plain(state: Any, batch: Any) -> Any:
+            slope = jax.value_and_grad(loss_of, has_aux=True)
+            (value, stats), grads = slope(state.params, state, batch)
+            return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": value}
+
+        def step(state: Any, batch: Any) -> Any:
+            return inner(state, batch)
+
+        inner = jax.jit(plain)
+        create = partial(code.create, model=code.Model(out=2))
+        found, expected = loop(create, step), loop(create, plain)
+        assert found.momentum == 0.9
+        assert found.biases_before_norm == ("Dense_0/bias",)
+        assert found.exempt == expected.exempt
+        assert "gradients_are_gradients_of_the_loss" not in found.exempt
+
+    @pytest.mark.parametrize("key", [jax.random.PRNGKey, jax.random.key])
+    def test_a_key_that_is_carried_is_no_new_one(self, key: Any) -> None:
+        """``rng, state, info = update(rng, state, batch)``: the step hands its own key on."""
+
+        def step(rng: Any, state: Any, batch: Any) -> Any:
+            rng, _ = jax.random.split(rng)
+            state, info = code.train_step(state, batch)
+            return rng, state, info
+
+        def create(seed: Any, lr: Any) -> Any:
+            return key(seed), code.create(jax.random.PRNGKey(seed), lr)
+
+        subject = loop(create, step)
+        before, after, _ = one_step(subject)
+        assert paths(before.extra) == ["fields/rng", "fields/state/step"]
+        assert np.any(before.extra["fields"]["rng"] != after.extra["fields"]["rng"])
+
+    def test_any_name_of_a_random_number_generator_is_a_key(self) -> None:
+        """``z_rng``, as in Flax's own VAE, and ``rng_g`` of a GAN."""
+
+        def step(state: Any, rng_g: Any, batch: Any, z_rng: Any) -> Any:
+            assert z_rng.shape == rng_g.shape == (2,)
+            return code.train_step(state, batch)
+
+        assert "key" in one_step(loop(code.create, step))[0].extra
+
 
 class TestByHand:
     def test_a_subject_by_hand_is_looked_at(self) -> None:
