@@ -45,7 +45,7 @@ def limit(seconds: float, doing: str) -> Iterator[None]:
         return
 
     def ring(number: int, frame: object) -> None:
-        raise OverTime(f"{doing} took more than {seconds:g} s")
+        raise OverTime(f"{doing} took more than {seconds:g} s; --time-limit gives it longer")
 
     previous = signal.signal(signal.SIGALRM, ring)
     # Again every second: a bare `except:` in a loop swallows the first.

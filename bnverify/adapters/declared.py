@@ -36,6 +36,7 @@ MIXED_STATISTICS = (
 )
 GRADIENT = ("gradients_are_gradients_of_the_loss",)
 FREE_STATISTICS = ("batch_stats_are_free_of_targets",)
+OWN_EVALUATION = ("eval_uses_the_running_statistics",)
 INITIAL = ("initial_statistics_are_zero_and_one",)
 
 HINTS = {
@@ -62,8 +63,8 @@ HINTS = {
     "inputs_reach_the_statistics": "if they are frozen by design: frozen=[...]",
     "batch_stats_change_only_by_ema": "if some of these variables are no moving averages: "
     "carried=[...]",
-    "gradients_are_gradients_of_the_loss": "if the reported loss lacks a penalty on the params: "
-    "penalty=True",
+    "gradients_are_gradients_of_the_loss": "if the reported loss is not the differentiated one by "
+    "design (it lacks a penalty, or smooths no labels): penalty=True",
     "eval_at_the_batchs_own_moments_is_the_training_loss": "if the two losses differ by design: "
     "same_loss=False",
 }
@@ -91,8 +92,8 @@ class Declared:
         batches: how many batches training has, where gradients are accumulated: a schedule of the
             learning rate must end sooner. None: what the user's code calls so.
         same_loss: whether training and evaluation report one formula.
-        penalty: whether the loss that is differentiated has a term of params alone that the
-            reported one lacks. None: read from the program.
+        penalty: whether the loss that is differentiated is another one than is reported: it has a
+            term of params alone, or smooths labels. None: whether its program shows such a term.
         exempt: law name -> why it does not apply.
     """
 

@@ -48,6 +48,13 @@ BY_TRAINING = (
 )
 
 
+SPLIT = (
+    "create returns what nnx.split gave. Use bnverify.nnx_loop with a function that makes the objects "
+    "themselves, (model, optimizer), and in the step around yours write graphdef, state = "
+    "nnx.split((model, optimizer)) before the call and nnx.update((model, optimizer), state) after it"
+)
+
+
 class Options(Declarations, total=False):
     """What a loop may be told, besides its functions and its batch; see ``loop``."""
 
@@ -323,6 +330,8 @@ class _Loop:
     ) -> _Loop:
         """Return this loop with how its steps take the things that it carries."""
         things, earnest = self._look_at_things(), False
+        if any(isinstance(thing, nnx.GraphDef | nnx.State) for thing in things.values()):
+            raise UsageError(SPLIT)
         of_nnx = any(map(objects.is_object, things.values()))
         kind_of = objects.kind_of if of_nnx else trees.kind_of
         kinds = [Thing(name, kind_of(thing)) for name, thing in things.items()]

@@ -14,6 +14,10 @@ Reading: TypeAlias = str | Callable[[Any, Any], Any] | None
 """Where a report has its loss: a key, a function of (report, batch), or None to look for it."""
 
 
+DENOMINATOR = "denominator"
+"""What the metrics of a step are sums over, beside them, as Flax's own examples of text have it."""
+
+
 class NoLoss(UsageError):
     """A report in which no loss is found."""
 
@@ -83,7 +87,7 @@ def loss_of(report: Any, how: Reading, batch: Any) -> Any:
 
     Args:
         report: a mapping of metrics, metrics that ``compute()`` gives, a loss, or a tuple with one
-            of them. A pair is a sum and a count.
+            of them. A pair is a sum and a count; so are "loss" and "denominator".
         how: see ``Reading``.
         batch: what the step was given.
 
@@ -106,7 +110,8 @@ def _in_part(part: Any, key: str, *, named: bool) -> Any:
     if is_metrics(part):
         part = part.compute()
     if isinstance(part, Mapping):
-        return part.get(key)
+        found, count = part.get(key), None if named else part.get(DENOMINATOR)
+        return found if found is None or count is None else (found, count)
     if named and hasattr(part, key):
         return getattr(part, key)
     if hasattr(part, "_fields") and hasattr(part, key):  # a NamedTuple of metrics

@@ -69,6 +69,8 @@ def apply(eqn: Any, inputs: Inputs) -> list[Array]:
     form = FORMS.get(eqn.primitive.name)
     if form is None:
         raise NotImplementedError(f"primitive {eqn.primitive.name!r} has no NumPy form")
+    if any(0 in getattr(atom.aval, "shape", ()) for atom in (*eqn.invars, *eqn.outvars)):
+        raise NotImplementedError("an array without elements, of which reshape(-1) says nothing")
     for array, atom in zip(inputs, eqn.invars, strict=True):
         if array.ndim != LEAD + len(atom.aval.shape) and not eqn.primitive.name.startswith(
             "random_"

@@ -176,6 +176,45 @@ class TestPasses:
         assert "given the targets" in found(step).exempt[TARGETS]
 
 
+class TestEvaluatedAverages:
+    @pytest.mark.parametrize("statistics_too", [True, False])
+    def test_an_average_of_params_and_statistics(self, statistics_too: bool) -> None:
+        """Evaluation may be that of the average alone; one whose statistics stay is no such design."""
+
+        class Averaged(code.TrainState):
+            ema_params: Any = None
+            ema_batch_stats: Any = None
+
+        def create(rng: Any, lr: Any) -> Any:
+            made = code.variables(rng)
+            return Averaged.create(
+                apply_fn=code.Model().apply,
+                tx=optax.sgd(lr),
+                **made,
+                ema_params=made["params"],
+                ema_batch_stats=made["batch_stats"],
+            )
+
+        def averaged(old: Any, new: Any) -> Any:
+            return jax.tree_util.tree_map(lambda o, n: 0.99 * o + 0.01 * n, old, new)
+
+        def step(state: Any, batch: Any) -> Any:
+            state, metrics = code.train_step(state, batch)
+            state = state.replace(ema_params=averaged(state.ema_params, state.params))
+            if statistics_too:
+                stats = averaged(state.ema_batch_stats, state.batch_stats)
+                state = state.replace(ema_batch_stats=stats)
+            return state, metrics
+
+        def evaluation(state: Any, batch: Any) -> Any:
+            state = state.replace(params=state.ema_params, batch_stats=state.ema_batch_stats)
+            return code.eval_step(state, batch)
+
+        subject = loop(create, step, evaluation)
+        reason = subject.exempt.get("eval_uses_the_running_statistics", "")
+        assert ("ema_params and ema_batch_stats, which follow" in reason) == statistics_too
+
+
 class TestRows:
     def test_a_mask_in_the_denominator(self) -> None:
         """A loss over the rows that count is no mean over rows."""
