@@ -118,6 +118,7 @@ class Domain:
         max_abs_y: the largest magnitude in y.
         max_lr: the largest learning rate.
         max_warmup: the most steps before the observed one.
+        multiple: N is a multiple of it, for a step that splits its batch.
     """
 
     max_rows: int = 64
@@ -126,12 +127,14 @@ class Domain:
     max_abs_y: float = 1e3
     max_lr: float = 1.0
     max_warmup: int = 2
+    multiple: int = 1
 
     def contains(self, case: Case) -> bool:
         """Tell whether the laws are claimed for ``case``."""
         rows, features = case.shape
         return bool(
             rows <= self.max_rows
+            and rows % self.multiple == 0
             and features <= self.max_features
             and np.max(np.abs(case.x)) <= self.max_abs_x
             and np.max(np.abs(case.y)) <= self.max_abs_y

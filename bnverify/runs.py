@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,9 @@ Tell = Callable[[str, int], None]
 """Told what is being done and how many cases were run so far."""
 
 Residuals = Mapping[str, npt.NDArray[np.float64]]
+
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 24)
+"""How many parts a step may split its batch into, to be tried in turn."""
 
 BETWEEN = (3, 4, 5, 9, 17, 33)
 """Row counts at which a fault of larger batches may show: just beyond each power of two."""
@@ -216,7 +219,22 @@ class Runner:
         self._sizes: dict[int, tuple[float, float]] = {}
         # A function that is init, one step and evaluate in one call is compared with a first step.
         first = bool(laws) and all("solution" in law.observes for law in laws)
-        self.domain = Domain(max_warmup=0) if first else Domain()
+        domain = Domain(max_warmup=0) if first else Domain()
+        self.domain = replace(domain, multiple=self._multiple())
+
+    def _multiple(self) -> int:
+        """Return the number of which every N is a multiple: some steps split their batch."""
+        if self.subject.rows is not None or self.refusal:
+            return self.subject.rows or 1
+        width = self.subject.features[0] if self.subject.features else 1
+        for rows in SPLITS:
+            try:
+                state, batch = self._tracer.state(rows, width), self._tracer.batch(rows, width)
+                self._tracer.trace("step", self.subject.step, state, batch.x, batch.y, batch.lr)
+            except Exception:  # noqa: BLE001, S112 - whatever a user's code raises when traced
+                continue
+            return rows
+        return 1
 
     # Sizes: how many cases, of which shapes.
 
@@ -236,7 +254,7 @@ class Runner:
             self._sizes[features] = 0.0, 0.0
             if self.refusal:
                 return self._sizes[features]
-            rows = 2
+            rows = 2 * self.domain.multiple
             try:
                 state = self._tracer.state(rows, features)
                 batch = self._tracer.batch(rows, features)
@@ -259,14 +277,23 @@ class Runner:
         pool = shape_pool(seed, domain=self.domain, features=features, size=size)
         tiny = tiny_shapes(domain=self.domain, features=features)
         width = features[0] if features else 4
-        drawn = [*pool[len(tiny) :], *((rows, width) for rows in self.plan.large)]
-        found = [(min(rows, self._most_rows(width)), width) for rows, width in drawn]
+        large = [(self._fitting(rows), width) for rows in self.plan.large]
+        drawn = [*pool[len(tiny) :], *large]
+        found = [(self._fitting(min(rows, self._most_rows(width))), width) for rows, width in drawn]
+        notes = []
+        if self.domain.multiple > 1:
+            notes.append(f"batches of multiples of {self.domain.multiple} rows: others are refused")
         if found == drawn:
-            return list(dict.fromkeys(found)), []
+            return list(dict.fromkeys(found)), notes
         most = max(rows for rows, _ in found)
         narrower = "the same code with narrower layers is checked far faster"
         note = f"a large model: cases of at most {most} rows; {narrower}"
-        return list(dict.fromkeys(found)), [note]
+        return list(dict.fromkeys(found)), [*notes, note]
+
+    def _fitting(self, rows: int) -> int:
+        """Return the next smaller N that the step takes, or the smallest."""
+        multiple = self.domain.multiple
+        return max(rows // multiple, 1) * multiple
 
     def phases(self, seed: int) -> int:
         """Return how many things a run tells of: each shape, and the cases run one at a time."""
@@ -386,7 +413,7 @@ class Runner:
             if each.shape is not None and "step:doubled_batch" in LAWS[each.law].observes
             for rows, features in [each.shape]
         ]
-        several = [shape for shape in self.further(seed)[0] if shape[0] > 2]
+        several = [s for s in self.further(seed)[0] if s[0] > 2 * self.domain.multiple]
         shape = min(several, default=self.tiny()[-1])
         small = self.stacks and self.block(shape) == self.plan.block
         most = 1 if self.refusal else MOST_READ
@@ -433,7 +460,7 @@ class Run:
         further, notes = self._runner.further(self._seed)
         self.notes += notes
         # A single row shows least: it is its own mean.
-        shapes = [*sorted(tiny, key=lambda shape: shape[0] == 1), *further]
+        shapes = [*sorted(tiny, key=lambda shape: shape[0] == self._domain.multiple), *further]
         self._runner.prepare(shapes)
         for shape in shapes:
             if not self._enough:
@@ -496,15 +523,20 @@ class Run:
             return
         features = self._runner.subject.features
         width = features[0] if features else 1
-        for rows in BETWEEN:
-            if not any(shape[0] > rows for shape in self._violating()):
+        multiple = self._domain.multiple
+        for parts in BETWEEN:
+            if not any(shape[0] > parts * multiple for shape in self._violating()):
                 break
-            self._stack((rows, width), 1, rng)
-        large = [shape for shape in self._violating() if shape[0] > 2 and shape[1] > max(2, width)]
+            self._stack((parts * multiple, width), 1, rng)
+        large = [
+            shape
+            for shape in self._violating()
+            if shape[0] > 2 * multiple and shape[1] > max(2, width)
+        ]
         if large:
             rows, columns = min(large)
             self._stack((rows, width), 1, rng)
-            self._stack((2, columns), 1, rng)
+            self._stack((2 * multiple, columns), 1, rng)
 
     def _violating(self) -> list[Shape]:
         """Return the shape of the simplest case of each violated law that has one."""

@@ -183,6 +183,7 @@ class Subject:
         step: ``(state, x, y: (N,) float32, lr: float32 scalar) -> (State, StepInfo)``.
         evaluate: ``(state, x, y) -> (1,)``, the loss in eval mode.
         features: the D it accepts; None: any.
+        rows: the N it accepts are the multiples of this number. None: found by what its step takes.
         optimizer: ``lr -> optax.GradientTransformation``, where it is known.
         exempt: law name -> why the law does not apply.
         momentum: the declared weight of the old value in the moving average, where known.
@@ -228,6 +229,7 @@ class Subject:
     row_weights: Callable[..., Tree] | None = None
     updates_every: int = 1
     look: Look | None = None
+    rows: int | None = None
 
     def __repr__(self) -> str:
         """Return the name, and what the subject shows besides its three functions."""

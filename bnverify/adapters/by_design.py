@@ -119,6 +119,13 @@ class Design:
             numbers = ", ".join(f"{m:.4g}" for m in sorted(momenta))
             said = f"its layers weigh the old value differently: {numbers}"
             found |= because(said, ("one_momentum_for_the_whole_model",))
+        parts = self._layers.parts()
+        if parts:
+            rows, of = min(parts.values()), self._of.x.shape[0]
+            said = f"a batch is normalised in parts, {rows} of {of} rows at once: {listed(parts)}"
+            found |= because(said, laws.PARTS)
+            # Averages of the parts' moments may cancel, to the rounding of each.
+            found |= because(f"{said}, each with moments of its own", laws.ONE_FOLD)
         several = {
             path: self._layers.writes(path)
             for path in self._layers.owners

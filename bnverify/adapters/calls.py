@@ -384,6 +384,17 @@ def sizes(features: int | Collection[int] | None) -> tuple[int, ...] | None:
     return found
 
 
+def multiple(rows: int | None) -> int | None:
+    """Return of which number the rows of a batch are a multiple, as a user says; None: not said.
+
+    Raises:
+        UsageError: it is no positive whole number.
+    """
+    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+        raise UsageError(f"rows must be the number of which N is a multiple, got {rows!r}")
+    return rows
+
+
 def linen_module(module: Any) -> None:
     """Refuse what is no linen module.
 

@@ -22,6 +22,7 @@ ONE_FOLD = (
     "equal_steps_converge_geometrically",
     "eval_at_the_batchs_own_moments_is_the_training_loss",
 )
+PARTS = ("row_order_changes_nothing", "doubling_the_batch_changes_nothing")
 OLD_STATISTICS = (
     "training_is_free_of_old_statistics",
     "eval_at_the_batchs_own_moments_is_the_training_loss",

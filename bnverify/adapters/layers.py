@@ -6,6 +6,7 @@ how often it folds a batch in, which bias goes into it and nowhere else: that is
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property, partial
@@ -107,6 +108,29 @@ class Layers:
         features = max(len(call.feature_axes) for call in traced)
         sliced = len(writing) == 1 and all(len(leaf.shape) > features for leaf in self.owners[path])
         return 1 if sliced else None
+
+    def parts(self) -> dict[str, int]:
+        """Return path of a layer -> how many rows it normalises at once, where a step splits its batch.
+
+        A call is seen once that stands for several, in a loop or under ``jax.vmap``. One that stands for
+        itself alone sees a part of the batch, and nothing sees the rest: that is no split.
+        """
+        found = {}
+        for path in self.owners:
+            for label in self.training(path):
+                call = self._of.recording.calls[label]
+                rows = call.shape[0] if len(call.shape) > 1 and 0 not in call.feature_axes else 0
+                splits = 1 < rows < self._of.x.shape[0] and self._of.x.shape[0] % rows == 0
+                if splits and self._stands_for_several(label, call):
+                    found[path] = rows
+        return found
+
+    def _stands_for_several(self, label: str, call: Call) -> bool:
+        if not self._of.inline[label]:
+            return True
+        flows = self._of.flows
+        sizes = [flows.equation(node).outvars[0].aval.size for node in flows.of_label(label)]
+        return any(size > math.prod(call.shape) for size in sizes)
 
     def passes(self) -> tuple[Pass, ...]:
         """Return the batches of the layers that are given several, or one several times.

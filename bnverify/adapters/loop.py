@@ -68,6 +68,7 @@ class Options(Declarations, total=False):
     switch: bool
     axis_name: str | None
     features: int | Collection[int] | None
+    rows: int | None
     name: str | None
 
 
@@ -112,6 +113,8 @@ def loop(
             axis_name: the mapped axis that the steps average over: they run under ``jax.vmap`` with
                 one shard. By default found where JAX says that the axis is unbound.
             features: the D that the model accepts, where not any will do.
+            rows: the N that the step accepts are the multiples of this number. By default found,
+                where the step refuses others.
             name: how reports call it; by default the name of ``train_step``.
             targets, row_losses, online, carried, frozen, passes, weights, pretrained, same_loss,
             penalty, exempt: see ``bnverify.adapters.declared.Declared``.
@@ -182,7 +185,7 @@ def _subject(
     if eval_step is not None:
         given["eval_step"] = eval_step
     calls.functions(**given, optimizer=optimizer, batch=batch)
-    accepted = calls.sizes(options.get("features"))
+    accepted, rows = calls.sizes(options.get("features")), calls.multiple(options.get("rows"))
     of_nnx = kind == "nnx_loop"
     told = dict(options.get("roles") or {})
     if of_nnx:
@@ -200,7 +203,7 @@ def _subject(
         create=making,
         batch=batch,
         optimizer=optimizer,
-        sizes=(4, sizes_of(accepted)[1]),
+        sizes=sizes_of(accepted, rows),
         loss=options.get("loss"),
         eval_loss=options.get("eval_loss"),
         switch=options.get("switch", True),
@@ -215,15 +218,22 @@ def _subject(
         declared,
         name=options.get("name") or f"{kind}:{label_of(train_step)}",
         features=accepted,
+        rows=rows,
     )
 
 
 def _made(
-    found: _Loop, declared: Declared, *, name: str, features: tuple[int, ...] | None
+    found: _Loop,
+    declared: Declared,
+    *,
+    name: str,
+    features: tuple[int, ...] | None,
+    rows: int | None,
 ) -> Subject:
     def probed(optimizer: Optimizer) -> Subject:
         other = replace(found, optimizer=optimizer).settled()
-        return _made(other, declared, name=f"{name}, another optimizer", features=features)
+        called = f"{name}, another optimizer"
+        return _made(other, declared, name=called, features=features, rows=rows)
 
     claims = {
         "lr": found.takes_rate and not found.keeps_rate(),
@@ -236,6 +246,7 @@ def _made(
         step=found.step,
         evaluate=found.evaluate,
         features=features,
+        rows=rows,
         optimizer=found.optimizer_of,
         after_eval=found.state_after_evaluation if found.evaluation_returns_a_state() else None,
         with_optimizer=probed if found.takes("tx") else None,

@@ -76,6 +76,10 @@ OPTIMIZER = r"optimizer must be a function of the learning rate, like .*, got a 
         ),
         (lambda: bnverify.linen(Net(), batch=(1, 2)), "batch must be .*, got a tuple"),  # type: ignore[arg-type]
         (lambda: bnverify.linen(Net(), features="4"), "features must be the D .*, got '4'"),  # type: ignore[arg-type]
+        (
+            lambda: bnverify.train_state(nothing, nothing, rows=0),
+            "rows must be the number of which N is a multiple, got 0",
+        ),
         (lambda: bnverify.linen(Net(), features=0), "features must be the D .*, got 0"),
         (lambda: bnverify.linen(Net(), features=()), r"features must be the D .*, got \(\)"),
     ],

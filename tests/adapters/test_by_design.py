@@ -166,6 +166,47 @@ class TestPasses:
         assert "runs in a loop" in exempt["batch_stats_change_only_by_ema"]
         assert TARGETS not in found(code.train_step).exempt
 
+    @pytest.mark.parametrize("how", ["scanned", "mapped"])
+    def test_a_batch_that_is_split(self, how: str) -> None:
+        """Each part is normalised by itself; only batches that can be split are run."""
+
+        def step(state: Any, batch: Any) -> Any:
+            parts = jax.tree_util.tree_map(lambda a: a.reshape(2, -1, *a.shape[1:]), batch)
+
+            def slope(stats: Any, part: Any) -> Any:
+                def loss(params: Any) -> Any:
+                    out, new = code.run(state, params, stats, part["image"])
+                    return code.mse(out, part["label"]), new
+
+                (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+                return stats, (value, grads)
+
+            if how == "scanned":
+                stats, found = jax.lax.scan(slope, state.batch_stats, parts)
+            else:
+                stats, found = jax.vmap(slope, (None, 0))(state.batch_stats, parts)
+                stats = jax.tree_util.tree_map(lambda s: s.mean(0), stats)
+            value, grads = jax.tree_util.tree_map(lambda a: a.mean(0), found)
+            return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": value}
+
+        subject = found(step)
+        assert "in parts, 12 of 24 rows" in subject.exempt["row_order_changes_nothing"]
+        assert "batch_stats_change_only_by_ema" in subject.exempt
+        assert "one_momentum_for_the_whole_model" not in subject.exempt
+        assert subject.momentum == (None if how == "scanned" else MOMENTUM)
+        report = bnverify.verify(subject, FEW, select=["statistics", "metamorphic"])
+        assert report.ok, report
+        assert any("multiples of 2 rows" in note for note in report.notes)
+
+    def test_half_of_a_batch_is_no_split(self) -> None:
+        """A step that leaves the other half out stays under the law of the rows' order."""
+
+        def step(state: Any, batch: Any) -> Any:
+            half = {name: a[: a.shape[0] // 2 + 1] for name, a in batch.items()}
+            return code.train_step(state, half)
+
+        assert "row_order_changes_nothing" not in found(step).exempt
+
     def test_a_model_that_is_given_the_targets(self) -> None:
         """A conditional model: its statistics are of the targets, too."""
 
