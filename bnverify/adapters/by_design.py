@@ -91,7 +91,8 @@ class Design:
                 "evaluation draws random numbers for each row",
                 ("row_order_changes_nothing", "eval_rows_are_independent"),
             )
-        if set(seen) & self._of.flows.reached(self._of.flows.of_primitives(DRAWS)):
+        trained = {n for p, n in self._of.outputs.items() if p.startswith("params/")}
+        if trained.union(seen) & self._of.flows.reached(self._of.flows.of_primitives(DRAWS)):
             found |= because(
                 "the training pass draws random numbers for each row",
                 (

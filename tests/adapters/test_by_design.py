@@ -106,6 +106,23 @@ class TestStoppedGradients:
         assert set(state.extra["carried"]) == {"Renorm_0/steps"}  # a counter is no average
 
 
+def test_random_numbers_behind_the_statistics_of_a_step_that_reports_nothing() -> None:
+    """As in Flax's own VAE: neither a loss nor the statistics depend on them, but the update does."""
+
+    def step(state: Any, batch: Any, z_rng: Any) -> Any:
+        def loss(params: Any) -> Any:
+            out, stats = code.run(state, params, state.batch_stats, batch["image"])
+            out += jax.random.normal(z_rng, out.shape)
+            return code.mse(out, batch["label"]), stats
+
+        grads, stats = jax.grad(loss, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, batch_stats=stats)
+
+    exempt = loop(code.create, step, code.eval_step).exempt
+    assert "random numbers" in exempt["doubling_the_batch_changes_nothing"]
+    assert "random numbers" in exempt["row_order_changes_nothing"]
+
+
 class TestPasses:
     """A model that is run more than once in a step."""
 
