@@ -34,7 +34,8 @@ def loaded(file: Path, name: str) -> Subject:
     beside = {path.stem for path in file.parent.glob("*.py")}
     for module in beside & set(sys.modules):
         del sys.modules[module]
-    subject: Subject = load(f"{file}:{name}")
+    subject = load(f"{file}:{name}")
+    assert isinstance(subject, Subject)
     return subject
 
 

@@ -384,13 +384,15 @@ def sizes(features: int | Collection[int] | None) -> tuple[int, ...] | None:
     return found
 
 
-def multiple(rows: int | None) -> int | None:
+def multiple(rows: Any) -> int | None:
     """Return of which number the rows of a batch are a multiple, as a user says; None: not said.
 
     Raises:
         UsageError: it is no positive whole number.
     """
-    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+    if rows is None:
+        return None
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise UsageError(f"rows must be the number of which N is a multiple, got {rows!r}")
     return rows
 
