@@ -21,6 +21,9 @@ from bnverify.adapters.watch import Call, Recording, watching
 from bnverify.pytree import path_name
 from bnverify.subject import LayerInput, Pass, State
 
+ELSEWHERE = "extra/"
+"""Stands for the path of a layer whose statistics lie in ``State.extra``: a target network's."""
+
 
 class Layers:
     """The layers of one subject.
@@ -49,12 +52,16 @@ class Layers:
         found: dict[str, list[str]] = defaultdict(list)
         for label, call in self._of.recording.calls.items():
             path = self._owner(label, call)
-            if path is not None and self._of.anywhere[label]:
+            if path in self.owners and self._of.anywhere[label]:
                 found[path].append(label)
         return found
 
     def _owner(self, label: str, call: Call) -> str | None:
-        """Return whose call it is, by where its statistics come from, or else by their names."""
+        """Return whose call it is, by where its statistics come from, or else by their names.
+
+        ``ELSEWHERE``: it is of a network whose statistics are no part of the State's. None: it cannot be
+        told.
+        """
         if call.known:
             return call.path if call.path in self.owners else None
         fitting = [p for p in self.owners if p == call.path or p.endswith(f"/{call.path}")]
@@ -66,7 +73,7 @@ class Layers:
                 ]
                 elsewhere = {self._of.inputs[p] for p in self._of.inputs if p.startswith("extra/")}
                 if len(own) == 1 or (not own and elsewhere & set(self._of.flows.operands(node))):
-                    return own[0] if own else None
+                    return own[0] if own else ELSEWHERE
         return fitting[0] if len(fitting) == 1 else None
 
     @cached_property
@@ -75,7 +82,8 @@ class Layers:
         alike = tuple(f"{network}/" for network in self._of.recording.alike)
         found = {path for path in self.owners if alike and path.startswith(alike)}
         for label, call in self._of.recording.calls.items():
-            if call.training and not any(label in each for each in self.calls.values()):
+            untold = not any(label in each for each in self.calls.values())
+            if call.training and untold and self._owner(label, call) != ELSEWHERE:
                 found |= {p for p in self.owners if p.endswith(f"/{call.path}")}
         return found
 

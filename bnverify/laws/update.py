@@ -75,7 +75,7 @@ def params_follow_the_optimizer(t: Transition) -> Any:
     def leaf(old: Any, new: Any, expected: Any, grad: Any, noise: Any, *moved: Any) -> Any:
         scale = xp.abs(wide(old)) + xp.abs(wide(expected))
         # They were moved by eight roundings.
-        apart = [xp.abs(wide(value) - wide(expected)) for value in moved]
+        apart = [xp.abs(wide(value) - wide(expected)) for value in moved] or [0.0]
         known = noise <= xp.abs(wide(grad)) / 64 + smallest(grad)
         twice = xp.where(known, 2 * apart[0] * _roundings(grad, noise), np.inf)
         allowed = 16 * unit(new) * scale + 2 * sum(apart) + twice + smallest(new)
@@ -163,7 +163,7 @@ def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
         return residual(new, expected, allowed)
 
     expected = t.facts["expected_update"].opt_state
-    moved = t.facts["nudged_updates"][0].opt_state
+    moved = t.facts["nudged_updates"][0].opt_state  # by the gradient alone
     return trees(leaf, t.before.opt_state, t.after.opt_state, expected, moved, _times_moved(t))
 
 

@@ -215,6 +215,45 @@ class TestPasses:
         assert report.ok, report
         assert any("multiples of 2 rows" in note for note in report.notes)
 
+    def test_a_target_network_is_another_one(self) -> None:
+        """Its layers write statistics of its own; those of the model are counted without them."""
+
+        class Inner(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                return nn.tanh(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+
+        class Outer(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(nn.Dense(3)(x))
+                return nn.Dense(1)(Inner(name="inner")(x, train))
+
+        class Both(code.TrainState):
+            target_params: Any = None
+            target_stats: Any = None
+
+        def create(rng: Any, lr: Any) -> Any:
+            made = code.variables(rng, model=Outer())
+            kept = {"target_params": made["params"], "target_stats": made["batch_stats"]}
+            return Both.create(apply_fn=Outer().apply, tx=optax.sgd(lr), **made, **kept)
+
+        def step(state: Any, batch: Any) -> Any:
+            x = batch["image"]
+            goal, target_stats = code.run(state, state.target_params, state.target_stats, x)
+
+            def loss(params: Any) -> Any:
+                out, stats = code.run(state, params, state.batch_stats, x)
+                return code.mse(out, batch["label"] + goal[:, 0]), stats
+
+            (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+            state = state.apply_gradients(grads=grads, batch_stats=stats, target_stats=target_stats)
+            return state.replace(target_params=state.params), {"loss": value}
+
+        subject = found(step, create)
+        assert subject.momentum == MOMENTUM
+        assert "one_momentum_for_the_whole_model" not in subject.exempt
+
     def test_half_of_a_batch_is_no_split(self) -> None:
         """A step that leaves the other half out stays under the law of the rows' order."""
 
