@@ -27,6 +27,7 @@ from bnverify.reruns import (
     RERUNS,
     nudged_inputs,
     other_padding,
+    shaken,
     shift,
     shift_biases,
 )
@@ -289,7 +290,8 @@ def observe(calls: CompiledSubject, case: Case, needs: Collection[str]) -> Trans
             or "step:shifted_bias", "eval:NAME" of ``EVALS`` or "eval:rows", "other_padding" of
             either where rows have weights, or a fact:
             "expected_update" (what the subject's optimizer makes of its gradients, and in
-            "nudged_updates" of gradients and of a state moved by a few roundings), "after_eval".
+            "nudged_updates" of gradients and of a state moved by a few roundings, in
+            "shaken_update" of gradients moved far), "after_eval".
             Others are left to the caller.
 
     Returns:
@@ -400,6 +402,7 @@ def _facts(
             expected = update(grads, given)
             nudged = [update(*changed) for changed in nudged_inputs(grads, given)]
             facts |= {"expected_update": expected, "nudged_updates": nudged}
+            facts["shaken_update"] = update(shaken(grads), given)
         except Exception as error:  # noqa: BLE001 - whatever a user's optimizer raises
             calls.refused["expected_update"] = f"the optimizer raised {first_line(error)}"
     if "after_eval" in wanted and subject.after_eval is not None:

@@ -84,14 +84,24 @@ def other_targets(case: Case) -> Case:
 NUDGES = 3
 
 
-def nudged(value: Any, pattern: int) -> Any:
-    """Return ``value``, (K, ...), with its elements moved up and down by eight roundings.
+SHAKEN = 2.0**-6
+"""Where a gradient errs by more of itself than this, its update is no longer predicted."""
+
+
+def nudged(value: Any, pattern: int, by: float | None = None) -> Any:
+    """Return ``value``, (K, ...), with its elements moved up and down.
 
     The pattern of signs is the same in each of the K cases.
+
+    Args:
+        value: what to move.
+        pattern: of the signs.
+        by: how far, in units of the value; None: by eight roundings.
     """
+    by = 4 * float(jnp.finfo(value.dtype).eps) if by is None else by
     index = np.arange(value.shape[-1] if value.ndim > 1 else 1)
     signs = 1 - 2 * ((index * (2654435769, 0, 1)[pattern] >> (4 if pattern == 0 else 0)) % 2)
-    moved = value * (1 + 4 * float(jnp.finfo(value.dtype).eps) * signs)
+    moved = value * (1 + by * signs)
     return moved.reshape(value.shape)
 
 
@@ -102,6 +112,11 @@ def nudged_inputs(grads: Tree, state: State) -> list[tuple[Tree, State]]:
     if any(map(is_floating, jax.tree_util.tree_leaves(state.opt_state))):
         found.append((grads, state._replace(opt_state=_changed(state.opt_state, nudge))))
     return found
+
+
+def shaken(grads: Tree) -> Tree:
+    """Return gradients of which each element is off by ``SHAKEN`` of itself."""
+    return _changed(grads, partial(nudged, pattern=0, by=SHAKEN))
 
 
 def reverse_rows(case: Case) -> Case:

@@ -30,6 +30,7 @@ from bnverify.laws.arithmetic import (
 from bnverify.laws.law import law
 from bnverify.lazy import jax
 from bnverify.pytree import is_floating, path_name
+from bnverify.reruns import SHAKEN
 from bnverify.subject import Tree
 from bnverify.transition import Transition
 
@@ -67,65 +68,63 @@ def params_follow_the_optimizer(t: Transition) -> Any:
     update is a sum that cancels, the rounding of its terms is what is left: as much more is
     allowed as 16 u of the gradient, and of the optimizer's state, would move the new params.
 
-    A compiler may compute the gradient twice, once to return it and once to update by it. The two
-    differ by its noise n, which moves the params n / 8 u |g| times as far as eight roundings do.
-    That holds while n is small; where it exceeds |g| / 64 nothing is compared.
+    A compiler may compute the gradient g twice, once to return it and once to update by it. The two
+    differ by its noise n. Where n is below |g| / 64, it moves the params less than 64 n / |g| times
+    as far, but for a factor of 2, as |g| / 64 does; beyond nothing is compared.
     """
 
-    def leaf(old: Any, new: Any, expected: Any, grad: Any, noise: Any, *moved: Any) -> Any:
+    def leaf(old: Any, new: Any, expected: Any, far: Any, share: Any, *moved: Any) -> Any:
         scale = xp.abs(wide(old)) + xp.abs(wide(expected))
         # They were moved by eight roundings.
-        apart = [xp.abs(wide(value) - wide(expected)) for value in moved] or [0.0]
-        known = noise <= xp.abs(wide(grad)) / 64 + smallest(grad)
-        twice = xp.where(known, 2 * apart[0] * _roundings(grad, noise), np.inf)
-        allowed = 16 * unit(new) * scale + 2 * sum(apart) + twice + smallest(new)
+        cancelled = 2 * sum(xp.abs(wide(value) - wide(expected)) for value in moved)
+        twice = xp.where(share <= 1, 2 * xp.abs(wide(far) - wide(expected)) * share, np.inf)
+        allowed = 16 * unit(new) * scale + cancelled + twice + smallest(new)
         return residual(new, expected, allowed)
 
-    moved = [update.params for update in t.facts["nudged_updates"]]
     expected = t.facts["expected_update"].params
+    far = t.facts.get("shaken_update", t.facts["expected_update"]).params
+    moved = [update.params for update in t.facts["nudged_updates"]]
     structure = jax.tree_util.tree_structure(t.before.params)
-    grads, noise = (jax.tree_util.tree_unflatten(structure, part) for part in _gradient(t))
-    return trees(leaf, t.before.params, t.after.params, expected, grads, noise, *moved)
+    shares = jax.tree_util.tree_unflatten(structure, _shares(t))
+    return trees(leaf, t.before.params, t.after.params, expected, far, shares, *moved)
 
 
-def _gradient(t: Transition) -> tuple[list[Any], list[Any]]:
-    """Return the leaves of the gradient, and their noise: 0 where none could be read."""
+def _shares(t: Transition) -> list[Any]:
+    """Return the noise of each leaf of the gradient in units of |g| / 64; 0 where none could be read."""
     grads = jax.tree_util.tree_leaves(t.info.grads)
     noise = t.facts.get("gradient_noise")
     if noise is None:
-        return grads, [np.zeros(grad.shape) for grad in grads]
-    return grads, jax.tree_util.tree_leaves(noise)
+        return [np.zeros(grad.shape) for grad in grads]
+    return [
+        xp.where(known <= smallest(grad), 0.0, known / (SHAKEN * xp.abs(wide(grad))))
+        for grad, known in zip(grads, jax.tree_util.tree_leaves(noise), strict=True)
+    ]
 
 
-def _times_moved(t: Transition) -> Tree:
-    """Return a tree like the optimizer's state: how many times as far as a nudge its noise moves it.
+def _shares_of_state(t: Transition) -> Tree:
+    """Return a tree like the optimizer's state: the share of the gradient behind each leaf.
 
-    A leaf that is alike to a param, as Optax keeps them, goes by that param's gradient; any other by
-    the least certain number of all.
+    That is the param's own, for a leaf like it as Optax keeps them; for any other the largest of all.
     """
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(t.info.grads)[0]]
-    times, most = {}, xp.zeros(1)
-    for path, grad, noise in zip(paths, *_gradient(t), strict=True):
-        relative = xp.where(noise <= smallest(grad), 0.0, noise / xp.abs(wide(grad)))
-        times[path] = _roundings(grad, noise) * (1 + relative)
-        most = xp.maximum(most, max_over(times[path], initial=0.0))
-    most = xp.minimum(most, 2.0**200)  # what does not move at all is compared all the same
+    leaves = jax.tree_util.tree_flatten_with_path(t.info.grads)[0]
+    shares = dict(zip((path_name(path) for path, _ in leaves), _shares(t), strict=True))
+    most = xp.zeros(1)
+    for share in shares.values():
+        most = xp.maximum(most, max_over(share, initial=0.0))
+    most = xp.minimum(most, 2.0**64)  # times nothing it is nothing: that leaf is compared
 
     def leaf(path: Any, value: Any) -> Any:
         name = path_name(path)
-        own = [p for p in times if name == p or name.endswith(f"/{p}")]
-        fitting = [p for p in own if times[p].shape[1:] == value.shape[1:]]
+        fitting = [
+            own
+            for own, share in shares.items()
+            if f"/{name}".endswith(f"/{own}") and share.shape[1:] == value.shape[1:]
+        ]
         if fitting:
-            return times[max(fitting, key=len)]
+            return shares[max(fitting, key=len)]
         return xp.broadcast_to(per_case(most, value), value.shape)
 
     return jax.tree_util.tree_map_with_path(leaf, t.before.opt_state)
-
-
-def _roundings(grad: Any, noise: Any) -> Any:
-    """Return how many times eight roundings of a gradient its noise is; 0 of what is subnormal."""
-    size = 8 * unit(grad) * xp.abs(wide(grad))
-    return xp.where(noise <= smallest(grad), 0.0, noise / size)
 
 
 @law(
@@ -149,22 +148,22 @@ def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
 
     As for the params, in units of the largest magnitude of the leaf, since a decayed sum may
     cancel: 16 u max(|old|, |new|). The noise n of a gradient g that is computed twice is allowed as
-    there; a second moment is moved by it as by n / |g| (1 + n / |g|) times g, a first one by less.
+    there, at any size: a second moment is moved by n (2 |g| + n), as far as by |g| / 64, times
+    64 n / |g| (1 + n / |g|), and a first moment by less.
     """
 
-    def leaf(old: Any, new: Any, expected: Any, moved: Any, times: Any) -> Any:
+    def leaf(old: Any, new: Any, expected: Any, far: Any, share: Any) -> Any:
         if not is_floating(new):
             return same(new, expected)
         scale = xp.maximum(widest(old), widest(expected))
-        apart = xp.abs(wide(moved) - wide(expected))
-        twice = 2 * apart * times
-        twice = xp.where(xp.isnan(twice), np.inf, twice)  # 0 times anything: nothing is known
+        twice = 2 * xp.abs(wide(far) - wide(expected)) * share * (1 + SHAKEN * share)
+        twice = xp.where(xp.isnan(twice), np.inf, twice)  # 0 times infinity: nothing is known
         allowed = 16 * unit(new) * per_case(scale, new) + twice + smallest(new)
         return residual(new, expected, allowed)
 
     expected = t.facts["expected_update"].opt_state
-    moved = t.facts["nudged_updates"][0].opt_state  # by the gradient alone
-    return trees(leaf, t.before.opt_state, t.after.opt_state, expected, moved, _times_moved(t))
+    far = t.facts.get("shaken_update", t.facts["expected_update"]).opt_state
+    return trees(leaf, t.before.opt_state, t.after.opt_state, expected, far, _shares_of_state(t))
 
 
 @law(
