@@ -15,11 +15,28 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
-from bnverify import Report, Subject, reference, zoo
+from bnverify import Report, Subject, load, reference, zoo
 from bnverify.check import Check
 from bnverify.profile import PROFILES
 from tests.faults import CONTROLS
+from tests.faults.libraries import LOOP_CONTROLS
+
+ROOT = Path(__file__).parents[1]
+FLAX_EXAMPLES = ("imagenet", "guide", "nnx_guide", "mnist")
+"""Functions of ``tests/adapters/test_flax_examples.py``."""
+
+
+def loaded(file: Path, name: str) -> Subject:
+    """Return a subject of a file; other files may have modules beside them of the same names."""
+    beside = {path.stem for path in file.parent.glob("*.py")}
+    for module in beside & set(sys.modules):
+        del sys.modules[module]
+    subject = load(f"{file}:{name}")
+    assert isinstance(subject, Subject)
+    return subject
 
 
 def subjects() -> dict[str, Callable[[], Subject]]:
@@ -29,6 +46,11 @@ def subjects() -> dict[str, Callable[[], Subject]]:
     }
     found |= {f"zoo:{name}": getattr(zoo, name) for name in zoo.SUBJECTS}
     found |= {f"control:{name}": control.make for name, control in CONTROLS.items()}
+    found |= {f"loop:{name}": make for name, make in LOOP_CONTROLS.items()}
+    for file in sorted(ROOT.glob("examples/*/check.py")):
+        found[f"example:{file.parent.name}"] = partial(loaded, file, "subject")
+    flax = ROOT / "tests/adapters/test_flax_examples.py"
+    found |= {f"example:flax_{name}": partial(loaded, flax, name) for name in FLAX_EXAMPLES}
     return found
 
 

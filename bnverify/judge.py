@@ -19,8 +19,16 @@ from bnverify.model import Case, Outcome, State, Transition, Tree
 from bnverify.pytree import is_floating
 from bnverify.reruns import constant_features
 
-READ = {"noise": None, "directional_derivative": "slope", "layer_input_noise": "layer_inputs"}
+READ = {
+    "noise": None,
+    "gradient_noise": None,
+    "directional_derivative": "slope",
+    "layer_input_noise": "layer_inputs",
+}
 """Name in a law's ``observes`` -> the extra argument for ``RoundingBounds``; None: no extra one."""
+
+OPTIONAL = frozenset({"gradient_noise"})
+"""What laws can do without, if a step does not trace or its rounding cannot be read."""
 
 EXACT = "exact:constant_features"
 """The outcome of that re-run in float64, without its rounding."""
@@ -45,6 +53,7 @@ class Bounds(NamedTuple):
         slope: the slope of the loss along ``direction``, a ``bnverify.jaxpr.slope.Slope``; or None.
         layer_inputs: the input of each normalisation layer without rounding; None unless requested.
         layer_input_noise: the rounding noise of ``layer_inputs``.
+        unknown: names of primitives whose rounding cannot be read in any case.
     """
 
     exact: Any
@@ -53,6 +62,7 @@ class Bounds(NamedTuple):
     slope: Any = None
     layer_inputs: Any = None
     layer_input_noise: Any = None
+    unknown: frozenset[str] = frozenset()
 
 
 class RoundingBounds:
@@ -80,7 +90,13 @@ class RoundingBounds:
         reading = self._rounding(before, case, with_inputs=with_inputs)
         given = before, case.x, case.y, case.lr
         (exact, inputs), (noise, input_noise) = reading.evaluate(*given)
-        known = Bounds(exact, noise, layer_inputs=inputs, layer_input_noise=input_noise)
+        known = Bounds(
+            exact,
+            noise,
+            layer_inputs=inputs,
+            layer_input_noise=input_noise,
+            unknown=reading.unknown,
+        )
         place = _place(reading.program.out[0].info.loss, reading.program.out)
         if "slope" not in also or place is None or np.ndim(exact.info.loss) != 1:
             return known  # training_loss_is_a_scalar reports a loss that is no scalar
@@ -189,6 +205,7 @@ class Judge:
     def __init__(self, tracer: Tracer, abstract: Transition | None, seed: int = 0) -> None:
         self.incomparable: set[str] = set()
         self._subject = tracer.subject
+        self._traces = abstract is not None
         self.bounds = RoundingBounds(tracer, seed)
         self._facts = _static_facts(tracer.subject, abstract) if abstract is not None else {}
 
@@ -231,6 +248,7 @@ class Judge:
     def _with_facts(self, t: Transition, laws: Collection[Law]) -> Transition:
         """Return stacked transitions with the exact values, noise and facts that the laws need."""
         needs = {need for law in laws for need in law.observes}
+        needs -= frozenset() if self._traces else OPTIONAL
         facts = {**t.facts, **self._facts}
         if EXACT in needs:
             exact, wide_range = self.bounds.exact(t.before, constant_features(t.case))
@@ -244,6 +262,7 @@ class Judge:
                 "directional_derivative": known.slope,
                 "layer_inputs": known.layer_inputs,
                 "layer_input_noise": input_noise,
+                "gradient_noise": None if known.unknown else noise.info.grads,
             }
             t = t._replace(exact=known.exact, noise=noise)
         if self._subject.oracle is not None:
@@ -253,7 +272,8 @@ class Judge:
 
 def judged(laws: Iterable[Law], available: Collection[str]) -> list[Law]:
     """Return the laws, except those of structure, whose ``observes`` are all ``available``."""
-    return [law for law in laws if law.kind != "structure" and set(law.observes) <= set(available)]
+    known = set(available) | OPTIONAL
+    return [law for law in laws if law.kind != "structure" and set(law.observes) <= known]
 
 
 def _static_facts(subject: Any, abstract: Transition) -> Mapping[str, Any]:

@@ -228,6 +228,7 @@ class Subject:
         step: ``(state, x, y: (N,) float32, lr: float32 scalar) -> (State, StepInfo)``.
         evaluate: ``(state, x, y) -> (1,)``, the loss in eval mode.
         features: the values of D that it accepts; None: any.
+        rows: the number of rows is a multiple of it. None: found, if the step refuses other batches.
         optimizer: ``lr -> optax.GradientTransformation``; None if it is unknown.
         exempt: law name -> why the law does not apply.
         momentum: the momentum of its normalisation layers, the weight of the old value; None if it
@@ -274,6 +275,7 @@ class Subject:
     row_weights: Callable[..., Tree] | None = None
     updates_every: int = 1
     look: Look | None = None
+    rows: int | None = None
 
     def __repr__(self) -> str:
         """Return the name and the optional attributes that are set."""
@@ -445,6 +447,7 @@ class Domain:
         max_abs_y: the largest magnitude in y.
         max_lr: the largest learning rate.
         max_warmup: the largest number of steps before the observed one.
+        multiple: the number of rows is a multiple of it, for a step that splits its batch.
     """
 
     max_rows: int = 64
@@ -453,12 +456,14 @@ class Domain:
     max_abs_y: float = 1e3
     max_lr: float = 1.0
     max_warmup: int = 2
+    multiple: int = 1
 
     def contains(self, case: Case) -> bool:
         """Return whether the laws are claimed for ``case``."""
         rows, features = case.shape
         return bool(
             rows <= self.max_rows
+            and rows % self.multiple == 0
             and features <= self.max_features
             and np.max(np.abs(case.x)) <= self.max_abs_x
             and np.max(np.abs(case.y)) <= self.max_abs_y

@@ -28,6 +28,7 @@ from bnverify.reruns import (
     RERUNS,
     nudged_inputs,
     other_padding,
+    shaken,
     shift,
     shift_biases,
 )
@@ -107,6 +108,7 @@ class CompiledSubject:
         tracer: the tracer to use, shared with other readers of the subject's traces.
         most: the number of cases in one call under vmap, or fewer for a large model; larger stacks
             are split into blocks, smaller ones padded. None: all at once.
+        multiple: the number of rows is a multiple of it.
 
     Attributes:
         subject: as given.
@@ -121,44 +123,46 @@ class CompiledSubject:
         *,
         tracer: Tracer | None = None,
         most: int | None = None,
+        multiple: int = 1,
     ) -> None:
         self.subject = subject
         self.tracer = tracer or Tracer(subject)
         self.refused: dict[str, str] = {}
         self._how = how
         self._most = most
+        self._multiple = multiple
         self._sizes: dict[int, tuple[float, float]] = {}
         self._programs: dict[Any, Future[Callable[..., Any]]] = {}
         self._compilers = ThreadPoolExecutor(COMPILERS)
 
     def block(self, shape: tuple[int, int]) -> int:
-        """Return how many cases of a shape (N, D) a call of a vectorised program takes: one at least."""
+        """Return the number of cases of a shape (N, D) in one call under vmap, at least one."""
         rows, features = shape
         done, made = self._size(features)
         room = min(OPERATIONS / max(rows * done, 1), NUMBERS / max(rows * made, 1))
         return max(1, int(min(self._most or 1, room)))
 
     def most_rows(self, features: int) -> int:
-        """Return how many rows of a width are run at most."""
+        """Return the largest number of rows, for a number of features."""
         return max(2, int(OPERATIONS / max(self._size(features)[0], 1)))
 
     def _size(self, features: int) -> tuple[float, float]:
-        """Return for one row how many operations a step takes and how many numbers it makes.
+        """Return (operations, values computed) of a step per row of its batch.
 
-        As a trace of few rows has it; 0 where there is none.
+        They are counted in a trace of few rows; 0 if that is not possible.
         """
         if features not in self._sizes:
             self._sizes[features] = 0.0, 0.0
             if self._how == "eager":
                 return self._sizes[features]
-            rows = 2
+            rows = 2 * self._multiple
             try:
                 state = self.tracer.state(rows, features)
                 batch = self.tracer.batch(rows, features)
                 given = state, batch.x, batch.y, batch.lr
                 jaxpr = self.tracer.trace("step", self.subject.step, *given).jaxpr
                 self._sizes[features] = count_operations(jaxpr) / rows, count_values(jaxpr) / rows
-            except Exception:  # noqa: BLE001, S110 - the step may not accept two rows
+            except Exception:  # noqa: BLE001, S110 - the step may not accept so few rows
                 pass
         return self._sizes[features]
 
@@ -325,9 +329,9 @@ def observe(calls: CompiledSubject, case: Case, needs: Collection[str]) -> Trans
         needs: names from ``VOLUME``: "step:NAME" with a name of ``RERUNS`` or ``LATER_RERUNS``,
             "step:shifted_bias", "eval:NAME" with a name of ``EVALS``, "eval:rows",
             "step:other_padding" and "eval:other_padding" (for subjects with row weights),
-            "expected_update" (the subject's optimizer applied to its gradients, and, as
-            "nudged_updates", to perturbed gradients and states), "after_eval". Other names are
-            ignored.
+            "expected_update" (the subject's optimizer applied to its gradients and, as
+            "nudged_updates", to gradients and states perturbed by a few roundings, and, as
+            "shaken_update", to gradients perturbed far), "after_eval". Other names are ignored.
 
     Returns:
         The transition, with ``exact`` and ``noise`` still None. If the step changes the structure
@@ -437,6 +441,7 @@ def _facts(
             expected = update(grads, given)
             nudged = [update(*changed) for changed in nudged_inputs(grads, given)]
             facts |= {"expected_update": expected, "nudged_updates": nudged}
+            facts["shaken_update"] = update(shaken(grads), given)
         except Exception as error:  # noqa: BLE001 - whatever a user's optimizer raises
             calls.refused["expected_update"] = f"the optimizer raised {first_line(error)}"
     if "after_eval" in wanted and subject.after_eval is not None:

@@ -106,14 +106,24 @@ def other_targets(case: Case) -> Case:
 NUDGES = 3
 
 
-def nudged(value: Any, pattern: int) -> Any:
-    """Return ``value``, (K, ...), with each element perturbed by 8 u, up or down.
+SHAKEN = 2.0**-6
+"""If a gradient has a larger relative error than this, its update is not predicted."""
+
+
+def nudged(value: Any, pattern: int, by: float | None = None) -> Any:
+    """Return ``value``, (K, ...), with each element perturbed, up or down.
 
     The pattern of signs is the same in all K cases.
+
+    Args:
+        value: the value to perturb.
+        pattern: the number of the pattern of signs.
+        by: the relative size of the perturbation; None: 8 u.
     """
+    by = 4 * float(jnp.finfo(value.dtype).eps) if by is None else by
     index = np.arange(value.shape[-1] if value.ndim > 1 else 1)
     signs = 1 - 2 * ((index * (2654435769, 0, 1)[pattern] >> (4 if pattern == 0 else 0)) % 2)
-    moved = value * (1 + 4 * float(jnp.finfo(value.dtype).eps) * signs)
+    moved = value * (1 + by * signs)
     return moved.reshape(value.shape)
 
 
@@ -124,6 +134,11 @@ def nudged_inputs(grads: Tree, state: State) -> list[tuple[Tree, State]]:
     if any(map(is_floating, jax.tree_util.tree_leaves(state.opt_state))):
         found.append((grads, state._replace(opt_state=_changed(state.opt_state, nudge))))
     return found
+
+
+def shaken(grads: Tree) -> Tree:
+    """Return gradients of which each element is off by ``SHAKEN`` of itself."""
+    return _changed(grads, partial(nudged, pattern=0, by=SHAKEN))
 
 
 def reverse_rows(case: Case) -> Case:

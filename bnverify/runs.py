@@ -38,6 +38,9 @@ Phase: TypeAlias = tuple[str, int]
 
 Residuals = Mapping[str, npt.NDArray[np.float64]]
 
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 24)
+"""How many parts a step may split its batch into, to be tried in turn."""
+
 BETWEEN = (3, 4, 5, 9, 17, 33)
 """Row counts for smaller counterexamples of faults that need large batches: just above powers of two."""
 
@@ -205,11 +208,29 @@ class Runner:
         self.judge, self._second = (Judge(tracer, abstract, seed) for seed in (0, 1))
         stacked: How = "eager" if refusal else "vmap"
         alone: How = "eager" if refusal else "jit"
-        self._batched = CompiledSubject(subject, stacked, tracer=tracer, most=plan.block)
+        multiple = self._multiple()
+        self._batched = CompiledSubject(
+            subject, stacked, tracer=tracer, most=plan.block, multiple=multiple
+        )
         self.single = CompiledSubject(subject, alone, tracer=tracer)
         # A function that is init, one step and evaluate in one call is compared with a first step.
         first = bool(laws) and all("solution" in law.observes for law in laws)
-        self.domain = Domain(max_warmup=0) if first else Domain()
+        domain = Domain(max_warmup=0) if first else Domain()
+        self.domain = replace(domain, multiple=multiple)
+
+    def _multiple(self) -> int:
+        """Return the number of which every N is a multiple: some steps split their batch."""
+        if self.subject.rows is not None or self.refusal:
+            return self.subject.rows or 1
+        width = self.subject.features[0] if self.subject.features else 1
+        for rows in SPLITS:
+            try:
+                state, batch = self._tracer.state(rows, width), self._tracer.batch(rows, width)
+                self._tracer.trace("step", self.subject.step, state, batch.x, batch.y, batch.lr)
+            except Exception:  # noqa: BLE001, S112 - whatever a user's code raises when traced
+                continue
+            return rows
+        return 1
 
     # Sizes: how many cases, of which shapes.
 
@@ -229,14 +250,26 @@ class Runner:
         pool = shape_pool(seed, domain=self.domain, features=features, size=size)
         tiny = tiny_shapes(domain=self.domain, features=features)
         width = features[0] if features else 4
-        drawn = [*pool[len(tiny) :], *((rows, width) for rows in self.plan.large)]
-        found = [(min(rows, self._batched.most_rows(width)), width) for rows, width in drawn]
+        large = [(self._fitting(rows), width) for rows in self.plan.large]
+        drawn = [*pool[len(tiny) :], *large]
+        most = self._batched.most_rows
+        found = [(self._fitting(min(rows, most(width))), width) for rows, width in drawn]
+        notes = []
+        if self.domain.multiple > 1:
+            notes.append(
+                f"the step only accepts batches of multiples of {self.domain.multiple} rows"
+            )
         if found == drawn:
-            return list(dict.fromkeys(found)), []
+            return list(dict.fromkeys(found)), notes
         most = max(rows for rows, _ in found)
         narrower = "the same code with narrower layers is checked far faster"
         note = f"a large model: cases of at most {most} rows; {narrower}"
-        return list(dict.fromkeys(found)), [note]
+        return list(dict.fromkeys(found)), [*notes, note]
+
+    def _fitting(self, rows: int) -> int:
+        """Return the next smaller N that the step takes, or the smallest."""
+        multiple = self.domain.multiple
+        return max(rows // multiple, 1) * multiple
 
     def phases(self, seed: int) -> int:
         """Return the number of phases of a run: one per shape, and one for single cases."""
@@ -358,7 +391,7 @@ class Runner:
         reading of it: among thousands of cases, bred from the worst, one exceeds the first by chance.
         """
         judges = [self.judge]
-        if "noise" in law.observes and worst < shrink.CLEAR:
+        if {"noise", "gradient_noise"} & set(law.observes) and worst < shrink.CLEAR:
             judges.append(self._second)
         return all(
             self.singly(stack([case]), [law], judge).get(law.name, np.full(1, -1.0))[0] > 1
@@ -386,7 +419,7 @@ class Runner:
             if each.shape is not None and "step:doubled_batch" in LAWS[each.law].observes
             for rows, features in [each.shape]
         ]
-        several = [shape for shape in self.further(seed)[0] if shape[0] > 2]
+        several = [s for s in self.further(seed)[0] if s[0] > 2 * self.domain.multiple]
         shape = min(several, default=self.tiny()[-1])
         small = self.stacks and self.block(shape) == self.plan.block
         most = 1 if self.refusal else MOST_READ
@@ -428,8 +461,8 @@ class Run:
         tiny = self._runner.tiny()
         further, notes = self._runner.further(self._seed)
         self.notes += notes
-        # Single rows come last: they normalise to 0 and show the least.
-        shapes = [*sorted(tiny, key=lambda shape: shape[0] == 1), *further]
+        # The smallest batches come last: single rows normalise to 0 and show the least.
+        shapes = [*sorted(tiny, key=lambda shape: shape[0] == self._domain.multiple), *further]
         self._runner.prepare(shapes)
         for shape in shapes:
             if not self._enough:
@@ -494,15 +527,20 @@ class Run:
             return
         features = self._runner.subject.features
         width = features[0] if features else 1
-        for rows in BETWEEN:
-            if not any(shape[0] > rows for shape in self._violating()):
+        multiple = self._domain.multiple
+        for parts in BETWEEN:
+            if not any(shape[0] > parts * multiple for shape in self._violating()):
                 break
-            yield from self._stack((rows, width), 1, rng)
-        large = [shape for shape in self._violating() if shape[0] > 2 and shape[1] > max(2, width)]
+            yield from self._stack((parts * multiple, width), 1, rng)
+        large = [
+            shape
+            for shape in self._violating()
+            if shape[0] > 2 * multiple and shape[1] > max(2, width)
+        ]
         if large:
             rows, columns = min(large)
             yield from self._stack((rows, width), 1, rng)
-            yield from self._stack((2, columns), 1, rng)
+            yield from self._stack((2 * multiple, columns), 1, rng)
 
     def _violating(self) -> list[Shape]:
         """Return the shape of the simplest counterexample of each violated law."""

@@ -51,15 +51,17 @@ def shape_pool(
     pool = set(tiny)
     choose = random.Random(seed)  # noqa: S311 - chooses input, guards nothing
     strata = size - len(TINY_SHAPES)
+    most = domain.max_rows // domain.multiple  # parts of a batch that a step splits
     if strata > 1:
-        pool.add((domain.max_rows, widths[-1]))
+        pool.add((most * domain.multiple, widths[-1]))
         strata -= 1
     for i in range(strata):
         for _ in range(10):  # where the domain has few shapes, the pool stays smaller
             at = (i + choose.random()) / strata
-            rows = min(domain.max_rows, int(3 * (domain.max_rows / 3 + 1) ** at))
-            if i == 0 and rows > 2:
-                rows -= 1 - rows % 2
+            parts = min(most, int(3 * (most / 3 + 1) ** at))
+            if i == 0 and parts > 2:
+                parts -= 1 - parts % 2
+            rows = parts * domain.multiple
             width = widths[int((len(widths) + 1) ** choose.random()) - 1]
             if (rows, width) not in pool:
                 pool.add((rows, width))
@@ -81,7 +83,10 @@ def tiny_shapes(
     """
     check_domain(domain)
     widths = _widths(domain, features)
-    found = {(min(n, domain.max_rows), widths[min(d, len(widths)) - 1]) for n, d in TINY_SHAPES}
+    most = domain.max_rows // domain.multiple
+    found = {
+        (min(n, most) * domain.multiple, widths[min(d, len(widths)) - 1]) for n, d in TINY_SHAPES
+    }
     return tuple(sorted(found, key=lambda shape: (math.prod(shape), shape)))
 
 
@@ -110,5 +115,9 @@ def check_domain(domain: Domain) -> None:
             raise InvalidArgument(
                 f"domain.{name} must be finite and above 0, got {getattr(domain, name)!r}"
             )
+    if not 1 <= domain.multiple <= domain.max_rows:
+        raise InvalidArgument(
+            f"domain.multiple must be from 1 to {domain.max_rows}, got {domain.multiple!r}"
+        )
     if domain.max_warmup < 0:
         raise InvalidArgument(f"domain.max_warmup must be at least 0, got {domain.max_warmup!r}")

@@ -282,6 +282,16 @@ def test_a_pool_keeps_to_the_features_a_subject_accepts() -> None:
     assert pool[:2] == ((1, 784), (2, 784))
 
 
+@pytest.mark.parametrize("multiple", [2, 5, 24])
+def test_a_pool_keeps_to_the_batches_that_a_step_can_split(multiple: int) -> None:
+    """From the smallest of them to the largest of the domain, an odd number of parts among them."""
+    pool = shapes.shape_pool(0, domain=Domain(multiple=multiple))
+    assert {rows % multiple for rows, _ in pool} == {0}
+    assert pool[0] == (multiple, 1)
+    assert max(rows for rows, _ in pool) == 64 // multiple * multiple
+    assert any(rows // multiple % 2 for rows, _ in pool)
+
+
 def test_a_small_domain_has_a_small_pool() -> None:
     """Where there are not enough shapes the pool is what there is."""
     pool = shapes.shape_pool(0, domain=Domain(max_rows=1, max_features=2))
@@ -368,6 +378,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     ),
     "rows must be at least 1, got 0": lambda: strategies.targets(0),
     "domain must be a bnverify.Domain, got 64": lambda: strategies.cases(domain=64),
+    "domain.multiple must be from 1 to 64, got 65": lambda: strategies.cases(
+        domain=Domain(multiple=65)
+    ),
     "domain.max_rows must be at least 1, got 0": lambda: strategies.cases(
         domain=Domain(max_rows=0)
     ),

@@ -91,7 +91,8 @@ class Design:
                 "evaluation draws random numbers for each row",
                 ("row_order_changes_nothing", "eval_rows_are_independent"),
             )
-        if set(seen) & self._of.flows.reached(self._of.flows.of_primitives(DRAWS)):
+        trained = {n for p, n in self._of.outputs.items() if p.startswith("params/")}
+        if trained.union(seen) & self._of.flows.reached(self._of.flows.of_primitives(DRAWS)):
             found |= because(
                 "the training pass draws random numbers for each row",
                 (
@@ -119,6 +120,13 @@ class Design:
             numbers = ", ".join(f"{m:.4g}" for m in sorted(momenta))
             said = f"its layers have different momenta: {numbers}"
             found |= because(said, ("one_momentum_for_the_whole_model",))
+        parts = self._layers.parts()
+        if parts:
+            rows, of = min(parts.values()), self._of.x.shape[0]
+            said = f"a batch is normalised in parts, {rows} of {of} rows at once: {listed(parts)}"
+            found |= because(said, laws.PARTS)
+            # Averages of the parts' moments may cancel, to the rounding of each.
+            found |= because(f"{said}, each with moments of its own", laws.ONE_FOLD)
         several = {
             path: self._layers.writes(path)
             for path in self._layers.owners

@@ -35,6 +35,13 @@ ROLES = {role: tuple(words.split()) for role, words in _WORDS.items()}
 
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 
+
+def role_of(parameter: str) -> str | None:
+    """Return what a parameter's name says it is; None: nothing. Any name that ends in "_rng" is a key."""
+    is_key = parameter.endswith("_rng") or parameter.startswith("rng_")
+    return ROLE_OF.get(parameter) or ("key" if is_key else None)
+
+
 _KINDS = {
     "model": "model net network module",
     "optimizer": "optimizer opt optim tx",
@@ -46,6 +53,9 @@ _KINDS = {
 }
 KIND_OF = {name: kind for kind, words in _KINDS.items() for name in words.split()}
 """Name of a parameter -> the kind of thing that it takes."""
+
+TARGET = "target"
+"""A name both for the targets and for a network that follows another."""
 
 # These are passed even if the parameter has a default: laws change the learning rate, and None is no
 # valid key for a model that draws random numbers.
@@ -134,7 +144,10 @@ def caller(
             found.assign(name, _role(asked[name], name, allowed, things))
         else:
             found.by_name(name)
+    if TARGET not in asked:
+        found.target_as_a_thing(required)
     found.things_in_order(whole=whole)
+    found.target_as_targets()
     found.batch_in_order(order)
     if found.left:
         raise UsageError(_unknown_role(what, raw, found.left[0], allowed))
@@ -142,7 +155,7 @@ def caller(
     positional = [roles[p.name] for p in parameters if p.name in roles and not _by_keyword(p)]
     named = {p.name: roles[p.name] for p in parameters if p.name in roles and _by_keyword(p)}
     for p in parameters:
-        role = ROLE_OF.get(p.name, "")
+        role = role_of(p.name) or ""
         if _is_optional(p) and role in OPTIONAL and role in allowed and role not in roles.values():
             named[p.name] = role
     return Caller(raw, tuple(positional), named, roles)
@@ -178,7 +191,8 @@ class _Assignment:
 
     def by_name(self, parameter: str) -> None:
         """Assign the role that the parameter's name suggests, if any."""
-        kind = KIND_OF.get(parameter)
+        role = role_of(parameter)
+        kind = "key" if role == "key" else KIND_OF.get(parameter)
         alike = [name for name, each in self._unclaimed.items() if each and each == kind]
         if parameter in self._unclaimed:
             self.assign(parameter, f"thing:{parameter}")
@@ -186,10 +200,24 @@ class _Assignment:
             self.assign(parameter, self._known[parameter])
         elif alike:
             self.assign(parameter, f"thing:{alike[0]}")
-        elif ROLE_OF.get(parameter) in self._allowed:
-            self.assign(parameter, ROLE_OF[parameter])
+        elif role is not None and role in self._allowed:
+            self.assign(parameter, role)
         else:
             self.left.append(parameter)
+
+    def target_as_a_thing(self, parameters: Sequence[str]) -> None:
+        """Leave ``target`` to the things that are left, unless it is the other half of some inputs."""
+        others = {role for name, role in self.roles.items() if name != TARGET}
+        is_half = "inputs" in others and "targets" not in others
+        if self.roles.get(TARGET) == "targets" and self._unclaimed and not is_half:
+            del self.roles[TARGET]
+            self.left = [name for name in parameters if name in {*self.left, TARGET}]
+
+    def target_as_targets(self) -> None:
+        """Take ``target`` for the targets where no thing was left for it."""
+        if TARGET in self.left and "targets" in self._allowed:
+            self.left.remove(TARGET)
+            self.assign(TARGET, "targets")
 
     def things_in_order(self, *, whole: bool | None) -> None:
         """Assign the remaining things in order, or all of them to the first remaining parameter."""
@@ -355,6 +383,19 @@ def sizes(features: int | Collection[int] | None) -> tuple[int, ...] | None:
     return found
 
 
+def multiple(rows: Any) -> int | None:
+    """Return of which number the rows of a batch are a multiple, as a user says; None: not said.
+
+    Raises:
+        UsageError: it is no positive whole number.
+    """
+    if rows is None:
+        return None
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise UsageError(f"rows must be the number of which N is a multiple, got {rows!r}")
+    return rows
+
+
 def linen_module(module: Any) -> None:
     """Check that an argument is a linen module.
 
@@ -402,9 +443,7 @@ def nnx_caller(
         UsageError: it has more required parameters.
     """
     roles = dict(told or {})
-    names = [
-        n for n in required_names(make) if n not in roles and ROLE_OF.get(n) not in ("lr", "tx")
-    ]
+    names = [n for n in required_names(make) if n not in roles and role_of(n) not in ("lr", "tx")]
     others = [name for name in names if name != "rngs"]
     rngs = "rngs" if "rngs" in parameter_names(make) else others.pop() if others else None
     if len(others) > 1:

@@ -22,6 +22,7 @@ ONE_FOLD = (
     "equal_steps_converge_geometrically",
     "eval_at_the_batchs_own_moments_is_the_training_loss",
 )
+PARTS = ("row_order_changes_nothing", "doubling_the_batch_changes_nothing")
 OLD_STATISTICS = (
     "training_is_free_of_old_statistics",
     "eval_at_the_batchs_own_moments_is_the_training_loss",
@@ -36,6 +37,7 @@ MIXED_STATISTICS = (
 )
 GRADIENT = ("gradients_are_gradients_of_the_loss",)
 FREE_STATISTICS = ("batch_stats_are_free_of_targets",)
+OWN_EVALUATION = ("eval_uses_the_running_statistics",)
 INITIAL = ("initial_statistics_are_zero_and_one",)
 
 HINTS = {
@@ -62,8 +64,8 @@ HINTS = {
     "inputs_reach_the_statistics": "if they are frozen by design: frozen=[...]",
     "batch_stats_change_only_by_ema": "if some of these variables are not moving averages: "
     "carried=[...]",
-    "gradients_are_gradients_of_the_loss": "if the reported loss lacks a penalty on the params: "
-    "penalty=True",
+    "gradients_are_gradients_of_the_loss": "if the reported loss is not the differentiated one by "
+    "design (it lacks a penalty, or smooths no labels): penalty=True",
     "eval_at_the_batchs_own_moments_is_the_training_loss": "if the two losses differ by design: "
     "same_loss=False",
 }
@@ -90,8 +92,8 @@ class Declared:
         batches: the number of batches in training, with gradient accumulation; a learning-rate
             schedule must be shorter. None: an integer in the user's code whose name says so.
         same_loss: whether training and evaluation compute the same loss of outputs and targets.
-        penalty: whether the differentiated loss has a penalty on the params that the reported loss
-            lacks. None: found in the trace.
+        penalty: whether the differentiated loss differs from the reported one: it has a penalty on
+            the params, or smoothed labels. None: whether the trace shows a penalty.
         exempt: law name -> why it does not apply.
     """
 

@@ -120,6 +120,11 @@ REFUSED = {
             "from flax 0.11 on: Optimizer(model, tx, wrt=nnx.Param) and optimizer.update(model, grads)",
         ),
         Mistake(
+            "whole_batch_as_a_half",
+            "the parameter has the name of one half of the batch, and the step reads all of it there",
+            'say that it is the whole: roles={"inputs": "batch"}, with the parameter\'s own name',
+        ),
+        Mistake(
             "batch_key",
             "the batch does not have the key that the step reads",
             'pass a function that makes the batch: batch=lambda x, y: {"image": x, "label": y}, or (x, y)',
@@ -217,6 +222,7 @@ SYMPTOMS = (
     Symptom("batch_key", ("KeyError",), r"^('(images?|labels?|x|y|inputs?|targets?|data)'|[01])$"),
     Symptom("batch_key", ("AttributeError",), r"'(dict|tuple|list)' object has no attribute '\w+'"),
     Symptom("batch_key", ("TypeError",), r"tuple indices must be integers or slices, not str"),
+    Symptom("whole_batch_as_a_half", ("TypeError",), r"does not support string indexing"),
     Symptom("input_without_axes", ("IndexError",), r"^tuple index out of range$"),
 )
 

@@ -120,7 +120,7 @@ def _copies(programs: Programs) -> Iterator[Copy]:
         for node in flows.of_label(label)
     }
     results = [node for node in flows.outputs if node not in flows.inputs]
-    read = flows.origins(results) | {inputs[p] for p in _read_by_evaluation(programs)}
+    read = flows.origins(results) | {inputs[p] for p in read_by_evaluation(programs)}
     known: set[str] = set()
     for network in _networks(programs):
         own_params, own_statistics = PARAMS + network, STATISTICS + network
@@ -145,10 +145,11 @@ def _copies(programs: Programs) -> Iterator[Copy]:
             stay = [beside[0] + end for end in kept]
             written = any(outputs.get(path) != inputs[path] for path in stay)
             if written or any(inputs[path] in read for path in stay):
-                yield Copy(_shown(head), _shown(beside[0]), written)
+                yield Copy(carried_name(head), carried_name(beside[0]), written)
 
 
-def _read_by_evaluation(programs: Programs) -> list[str]:
+def read_by_evaluation(programs: Programs) -> list[str]:
+    """Return the paths of the leaves of the state on which the eval loss may depend."""
     behind = programs.eval_flows.origins(programs.eval_flows.outputs)
     return [p for p, n in programs.eval_inputs.items() if n in behind and p in programs.inputs]
 
@@ -193,7 +194,8 @@ def _role(head: str) -> tuple[str, ...]:
     return tuple(word for word in words if word and word not in _PARTS)
 
 
-def _shown(head: str) -> str:
+def carried_name(head: str) -> str:
+    """Return how a user knows what lies at a path: "ema_params" for "extra/fields/ema_params/"."""
     return head.removeprefix("extra/").removeprefix("fields/").rstrip("/")
 
 

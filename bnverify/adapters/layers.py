@@ -6,6 +6,7 @@ State it is, how often it updates its statistics, and which biases are only adde
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property, partial
@@ -19,6 +20,9 @@ from bnverify.adapters.traced import layer_input, links, marked
 from bnverify.adapters.watch import Call, Recording, watching
 from bnverify.model import LayerInput, Pass, State
 from bnverify.pytree import path_name
+
+ELSEWHERE = "extra/"
+"""Stands for the path of a layer whose statistics lie in ``State.extra``: a target network's."""
 
 
 class Layers:
@@ -48,12 +52,15 @@ class Layers:
         found: dict[str, list[str]] = defaultdict(list)
         for label, call in self._of.recording.calls.items():
             path = self._owner(label, call)
-            if path is not None and self._of.anywhere[label]:
+            if path in self.owners and self._of.anywhere[label]:
                 found[path].append(label)
         return found
 
     def _owner(self, label: str, call: Call) -> str | None:
-        """Return the layer of a call, by where its statistics come from, or else by name."""
+        """Return the layer of a call, by where its statistics come from, or else by name.
+
+        ``ELSEWHERE``: a network whose statistics are not in the State. None: unknown.
+        """
         if call.known:
             return call.path if call.path in self.owners else None
         fitting = [p for p in self.owners if p == call.path or p.endswith(f"/{call.path}")]
@@ -65,7 +72,7 @@ class Layers:
                 ]
                 elsewhere = {self._of.inputs[p] for p in self._of.inputs if p.startswith("extra/")}
                 if len(own) == 1 or (not own and elsewhere & set(self._of.flows.operands(node))):
-                    return own[0] if own else None
+                    return own[0] if own else ELSEWHERE
         return fitting[0] if len(fitting) == 1 else None
 
     @cached_property
@@ -74,7 +81,8 @@ class Layers:
         alike = tuple(f"{network}/" for network in self._of.recording.alike)
         found = {path for path in self.owners if alike and path.startswith(alike)}
         for label, call in self._of.recording.calls.items():
-            if call.training and not any(label in each for each in self.calls.values()):
+            untold = not any(label in each for each in self.calls.values())
+            if call.training and untold and self._owner(label, call) != ELSEWHERE:
                 found |= {p for p in self.owners if p.endswith(f"/{call.path}")}
         return found
 
@@ -107,6 +115,29 @@ class Layers:
         features = max(len(call.feature_axes) for call in traced)
         sliced = len(writing) == 1 and all(len(leaf.shape) > features for leaf in self.owners[path])
         return 1 if sliced else None
+
+    def parts(self) -> dict[str, int]:
+        """Return path of a layer -> how many rows it normalises at once, where a step splits its batch.
+
+        A call is seen once that stands for several, in a loop or under ``jax.vmap``. One that stands for
+        itself alone sees a part of the batch, and nothing sees the rest: that is no split.
+        """
+        found = {}
+        for path in self.owners:
+            for label in self.training(path):
+                call = self._of.recording.calls[label]
+                rows = call.shape[0] if len(call.shape) > 1 and 0 not in call.feature_axes else 0
+                splits = 1 < rows < self._of.x.shape[0] and self._of.x.shape[0] % rows == 0
+                if splits and self._stands_for_several(label, call):
+                    found[path] = rows
+        return found
+
+    def _stands_for_several(self, label: str, call: Call) -> bool:
+        if not self._of.inline[label]:
+            return True
+        flows = self._of.flows
+        sizes = [flows.equation(node).outvars[0].aval.size for node in flows.of_label(label)]
+        return any(size > math.prod(call.shape) for size in sizes)
 
     def passes(self) -> tuple[Pass, ...]:
         """Return the batches of layers that process several batches, or one batch several times.

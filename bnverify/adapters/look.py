@@ -17,13 +17,13 @@ import jax
 from bnverify.adapters import declared as laws
 from bnverify.adapters.by_design import Design
 from bnverify.adapters.declared import HINTS, Declarations, Declared, because, declared_by
-from bnverify.adapters.findings import look_at
+from bnverify.adapters.findings import carried_name, look_at, read_by_evaluation
 from bnverify.adapters.layers import Layers
 from bnverify.adapters.programs import Programs
 from bnverify.adapters.schedules import updates_every
 from bnverify.adapters.trees import partition, union
 from bnverify.errors import UsageError
-from bnverify.model import State, Subject
+from bnverify.model import Copy, State, Subject
 
 
 def completed(
@@ -67,6 +67,7 @@ def completed(
     makers = [*makers, *filter(None, [subject.optimizer])]
     seen = look_at(programs, layers, declared, every, makers)
     found = design.exempt()
+    found |= _of_an_evaluated_copy(programs, seen.copies)
     if declared.pretrained or any(with_statistics for _, with_statistics in seen.pretrained):
         told = "pretrained=True: " if declared.pretrained else ""
         found |= because(f"{told}training starts from a pretrained model", laws.INITIAL)
@@ -75,6 +76,8 @@ def completed(
         penalty = not written_by_hand and design.has_penalty()
     if penalty and not set(laws.GRADIENT) & set(found):
         said = "the differentiated loss has a penalty on the params that the reported loss lacks"
+        if declared.penalty:
+            said = "the differentiated loss is declared to differ from the reported one"
         found |= because(said, laws.GRADIENT)
     biases = () if design.is_online() else layers.biases()
     return replace(
@@ -106,6 +109,18 @@ def declare(subject: Subject, **declared: Unpack[Declarations]) -> Subject:
         TypeError: there is no such declaration.
     """
     return completed(subject, declared_by(declared), written_by_hand=True)
+
+
+def _of_an_evaluated_copy(programs: Programs, copies: Sequence[Copy]) -> dict[str, str]:
+    """Return the law that fails where evaluation is that of an average of the model, and the reason."""
+    read = read_by_evaluation(programs)
+    if any(path.startswith("batch_stats/") for path in read):
+        return {}
+    for copy in copies:
+        if copy.written and any(carried_name(p).startswith(f"{copy.batch_stats}/") for p in read):
+            said = f"evaluation uses {copy.params} and {copy.batch_stats}, which follow the model's own"
+            return because(said, laws.OWN_EVALUATION)
+    return {}
 
 
 def _keeps_its_rate(programs: Programs) -> bool:

@@ -46,6 +46,13 @@ Optimizer = Callable[[Any], Any]
 BY_TRAINING = "there is no eval_step: evaluation is the training loss with the model in eval mode"
 
 
+SPLIT = (
+    "create returns what nnx.split gave. Use bnverify.nnx_loop with a function that makes the objects "
+    "themselves, (model, optimizer), and in the step around yours write graphdef, state = "
+    "nnx.split((model, optimizer)) before the call and nnx.update((model, optimizer), state) after it"
+)
+
+
 class Options(Declarations, total=False):
     """Keyword arguments of ``loop``."""
 
@@ -59,6 +66,7 @@ class Options(Declarations, total=False):
     switch: bool
     axis_name: str | None
     features: int | Collection[int] | None
+    rows: int | None
     name: str | None
 
 
@@ -103,6 +111,8 @@ def loop(
             axis_name: the mapped axis that the steps average over; they then run under ``jax.vmap``
                 as its only shard. By default found from JAX's error about an unbound axis name.
             features: the values of D that the model accepts; by default any.
+            rows: the number of rows is a multiple of it. By default found, if the step refuses other
+                batches.
             name: its name in reports; by default that of ``train_step``.
             targets, row_losses, online, carried, frozen, passes, weights, pretrained, batches,
             same_loss, penalty, exempt: see ``bnverify.adapters.declared.Declared``.
@@ -176,7 +186,7 @@ def _subject(
     if eval_step is not None:
         given["eval_step"] = eval_step
     calls.functions(**given, optimizer=optimizer, batch=batch)
-    accepted = calls.sizes(options.get("features"))
+    accepted, rows = calls.sizes(options.get("features")), calls.multiple(options.get("rows"))
     of_nnx = kind == "nnx_loop"
     told = dict(options.get("roles") or {})
     if of_nnx:
@@ -194,7 +204,7 @@ def _subject(
         create=making,
         batch=batch,
         optimizer=optimizer,
-        sizes=(4, sizes_of(accepted)[1]),
+        sizes=sizes_of(accepted, rows),
         loss=options.get("loss"),
         eval_loss=options.get("eval_loss"),
         switch=options.get("switch", True),
@@ -209,15 +219,22 @@ def _subject(
         declared,
         name=options.get("name") or f"{kind}:{label_of(train_step)}",
         features=accepted,
+        rows=rows,
     )
 
 
 def _made(
-    found: _Loop, declared: Declared, *, name: str, features: tuple[int, ...] | None
+    found: _Loop,
+    declared: Declared,
+    *,
+    name: str,
+    features: tuple[int, ...] | None,
+    rows: int | None,
 ) -> Subject:
     def probed(optimizer: Optimizer) -> Subject:
         other = replace(found, optimizer=optimizer).settled()
-        return _made(other, declared, name=f"{name}, another optimizer", features=features)
+        called = f"{name}, another optimizer"
+        return _made(other, declared, name=called, features=features, rows=rows)
 
     claims = {
         "lr": found.takes_rate and not found.keeps_rate(),
@@ -230,6 +247,7 @@ def _made(
         step=found.step,
         evaluate=found.evaluate,
         features=features,
+        rows=rows,
         optimizer=found.optimizer_of,
         after_eval=found.state_after_evaluation if found.evaluation_returns_a_state() else None,
         with_optimizer=probed if found.takes("tx") else None,
@@ -326,6 +344,8 @@ class _Loop:
     ) -> _Loop:
         """Return this loop with its things matched to the parameters of its steps."""
         things, earnest = self._look_at_things(), False
+        if any(isinstance(thing, nnx.GraphDef | nnx.State) for thing in things.values()):
+            raise UsageError(SPLIT)
         of_nnx = any(map(objects.is_object, things.values()))
         kind_of = objects.kind_of if of_nnx else trees.kind_of
         kinds = [Thing(name, kind_of(thing)) for name, thing in things.items()]

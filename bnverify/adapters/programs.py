@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from typing import Any
@@ -26,9 +27,9 @@ SAME_VALUES = frozenset(
 """Primitives that give the values they are given, in another shape or dtype."""
 
 
-def sizes_of(features: tuple[int, ...] | None) -> tuple[int, int]:
-    """Return the (N, D) of the traces."""
-    return ROWS, features[0] if features else FEATURES
+def sizes_of(features: tuple[int, ...] | None, rows: int | None = None) -> tuple[int, int]:
+    """Return the (N, D) of the traces, N a multiple of ``rows``."""
+    return math.lcm(ROWS, rows or 1), features[0] if features else FEATURES
 
 
 class Programs:
@@ -55,7 +56,7 @@ class Programs:
 
     def __init__(self, subject: Subject) -> None:
         shape: Any = jax.ShapeDtypeStruct
-        sizes = sizes_of(subject.features)
+        sizes = sizes_of(subject.features, subject.rows)
         x, y = shape(sizes, "float32"), shape(sizes[:1], "float32")
         self.subject, self.x = subject, x
         self.state: State = jax.eval_shape(subject.init, shape((), "int32"), x)

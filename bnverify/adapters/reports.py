@@ -14,6 +14,10 @@ Reading: TypeAlias = str | Callable[[Any, Any], Any] | None
 """Where the loss is in a report: a key, a function of (report, batch), or None to search for it."""
 
 
+DENOMINATOR = "denominator"
+"""What the metrics of a step are sums over, beside them, as Flax's own examples of text have it."""
+
+
 class NoLoss(UsageError):
     """No loss is found in a report."""
 
@@ -83,7 +87,7 @@ def loss_of(report: Any, how: Reading, batch: Any) -> Any:
 
     Args:
         report: a mapping of metrics, an object with ``compute()``, a loss, or a tuple with one of
-            them. A pair is (sum, count).
+            them. A pair is (sum, count), and so are "loss" and "denominator".
         how: see ``Reading``.
         batch: the batch that was passed to the step.
 
@@ -106,7 +110,8 @@ def _in_part(part: Any, key: str, *, named: bool) -> Any:
     if is_metrics(part):
         part = part.compute()
     if isinstance(part, Mapping):
-        return part.get(key)
+        found, count = part.get(key), None if named else part.get(DENOMINATOR)
+        return found if found is None or count is None else (found, count)
     if named and hasattr(part, key):
         return getattr(part, key)
     if hasattr(part, "_fields") and hasattr(part, key):  # a NamedTuple of metrics

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -77,12 +78,16 @@ class Evaluation:
         label = label_of(eqn)
         if label is not None:
             self.found.setdefault(label, []).extend(inputs)
-            return inputs
-        given = eqn.primitive.get_bind_params(eqn.params)
-        # A pair up to jax 0.9; from 0.10 on one mapping that includes the functions.
-        functions, params = given if isinstance(given, tuple) else ((), given)
-        out = eqn.primitive.bind(*functions, *inputs, **params)
-        return out if eqn.primitive.multiple_results else [out]
+            # The mark stays, because the program may be read again as part of the one that runs it.
+            return [mark(value, label) for value in inputs]
+        # By JAX's own interpreter, which keeps the lines of the user's code.
+        atoms = list(zip(eqn.invars, inputs, strict=True))
+        given = [(atom, value) for atom, value in atoms if not hasattr(atom, "val")]
+        alone: Any = SimpleNamespace(
+            constvars=[], invars=[atom for atom, _ in given], eqns=[eqn], outvars=eqn.outvars
+        )
+        results: list[Any] = jax.core.eval_jaxpr(alone, [], *(value for _, value in given))
+        return results
 
     def call(self, eqn: Any, inputs: Sequence[Any], body: Body[Any]) -> Sequence[Any]:
         """Enter it if it contains marks and can be inlined, else run it."""

@@ -31,8 +31,11 @@ _NAMES = {
     "optimizer_state": OPTIMIZER,
     "optim_state": OPTIMIZER,
 }
-# Trees of several networks side by side: g_params, g_batch_stats and g_opt_state.
-PREFIXED = re.compile(r"^(.+)_(params|batch_stats|stats|opt_state)$")
+# Trees of several networks side by side: g_params, g_batch_stats and g_opt_state, or params_g.
+_OF_NETWORK = re.compile(r"^(?P<network>.+)_(?P<part>params|batch_stats|stats|opt_state)$")
+_OF_NETWORK_LAST = re.compile(
+    r"^(?P<part>params|variables|batch_stats|stats|opt_state|optimizer_state)_(?P<network>.+)$"
+)
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ def layout(
         part: _by_network(found[part], names, len(found[PARAMS]) > 1)
         for part in (PARAMS, STATISTICS, OPTIMIZER)
     }
+    parts[OPTIMIZER] = _optimizers_by_network(parts, things)
     return Layout(parts, tuple(rest), tuple(found[METRICS]), dict(names))
 
 
@@ -196,12 +200,18 @@ def _part(path: Path, node: Any, told: Mapping[str, Path]) -> str | None:
 
 
 def _prefixed(name: str, siblings: set[str], told: Mapping[str, Path]) -> str | None:
-    """Return the part of a name like ``g_params``, if there is also a ``g_opt_state``."""
-    match = PREFIXED.match(name)
-    if match is None or f"{match[1]}_opt_state" not in siblings or name in _NAMES:
+    """Return the part of a name like ``g_params`` or ``params_g``, if the network has an opt_state too."""
+    part, network = _network_in(name)
+    if not network or not {f"{network}_opt_state", f"opt_state_{network}"} & siblings:
         return None
-    part = STATISTICS if match[2] == "stats" else match[2]
-    return None if part in told else part
+    part = {"stats": STATISTICS, "optimizer_state": OPTIMIZER}.get(part, part)
+    return None if part in told or part == "variables" else part
+
+
+def _network_in(name: str) -> tuple[str, str]:
+    """Return the part and the network in the name of a tree: "params", "g" of g_params; "" for neither."""
+    match = None if name in _NAMES else _OF_NETWORK.match(name) or _OF_NETWORK_LAST.match(name)
+    return (match["part"], match["network"]) if match else ("", "")
 
 
 def _is_optax(node: Any) -> bool:
@@ -221,11 +231,40 @@ def _by_network(paths: Sequence[Path], names: Mapping[str, str], several: bool) 
 def _joined(path: Path, names: Mapping[str, str]) -> str:
     """Return the name of the network in a path: everything except the name of the part."""
     called = (names.get(path[0], path[0]), *path[1:])
-    match = PREFIXED.match(called[-1])
-    last = (match[1],) if match and called[-1] not in _NAMES else ()
-    inner = (*called[1:-1], *last)
-    head = called[:1] if len(path) > 1 and (len(names) > 1 or not inner) else ()
+    last = _network_in(called[-1])[1]
+    inner = (*called[1:-1], *([last] if last else []))
+    outer = _network_in(called[0])[1] or called[0]
+    head = (outer,) if len(path) > 1 and (len(names) > 1 or not inner) else ()
     return "/".join((*head, *inner)) or called[0]
+
+
+def _optimizers_by_network(
+    parts: dict[str, dict[str, Path]], things: Mapping[str, Any]
+) -> dict[str, Path]:
+    """Return network -> path of its optimizer's state, where these have other names than params.
+
+    A state goes with the params whose leaves it has copies of, or else in the order of both.
+    """
+    networks, found = parts[PARAMS], parts[OPTIMIZER]
+    if len(networks) != len(found) or set(networks) == set(found):
+        return found
+    left, matched = list(found.values()), {}
+    for network, params in networks.items():
+        fitting = [path for path in left if _has_copies(at(things, path), at(things, params))]
+        matched[network] = (fitting or left)[0]
+        left.remove(matched[network])
+    return matched
+
+
+def _has_copies(state: Any, params: Any) -> bool:
+    """Return whether an optimizer's state has a leaf like each of some params, under the same path."""
+    kept, own = (
+        [(f"/{path_name(p)}", jnp.shape(leaf)) for p, leaf in pairs]
+        for pairs, _ in map(jax.tree_util.tree_flatten_with_path, (state, params))
+    )
+    return all(
+        any(there.endswith(path) and size == shape for there, size in kept) for path, shape in own
+    )
 
 
 def _children(node: Any) -> tuple[list[tuple[str, Any]], Any]:
@@ -263,7 +302,7 @@ def _replaced(node: Any, values: Mapping[Path, Any], path: Path) -> Any:
 
 def own_name(parameter: str) -> str:
     """Return the name in a State of what a parameter takes: "generator" for generator_state."""
-    told = parameter in _NAMES or PREFIXED.match(parameter)
+    told = parameter in _NAMES or _OF_NETWORK.match(parameter)
     return parameter if told else parameter.removesuffix("_state") or parameter
 
 
@@ -284,9 +323,11 @@ def _array(leaf: Any) -> Any:
 
 
 def kind_of(tree: Any) -> str:
-    """Return whether a tree is params, statistics or an optimizer state; "" if none of them."""
+    """Return whether a tree is params, statistics, an optimizer state or a key; "" if none of them."""
     if _is_optax(tree):
         return OPTIMIZER
+    if _is_prng_key(tree):
+        return "key"
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     if not isinstance(tree, Mapping) or not leaves:
         return ""
@@ -294,6 +335,14 @@ def kind_of(tree: Any) -> str:
     if last <= {"mean", "var"}:
         return STATISTICS
     return PARAMS if last & {"kernel", "scale", "bias", "embedding", "w", "b"} else ""
+
+
+def _is_prng_key(value: Any) -> bool:
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is None:
+        return False
+    typed = bool(jnp.issubdtype(dtype, jax.dtypes.prng_key)) and shape == ()
+    return typed or (dtype == jnp.uint32 and shape in {(2,), (4,)})
 
 
 def search(things: Mapping[str, Any], layers: Mapping[str, Sequence[str]]) -> str | None:

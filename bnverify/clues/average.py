@@ -127,6 +127,18 @@ def recorded_moments(observed: ObservedCase) -> Clues:
     return {}
 
 
+def _noise(kept: Any, own: Any, size: Any) -> Any:
+    """Return how far a moment may be from the layer's own: 1 - m is as uncertain as m, which errs by 4 u."""
+    share = np.maximum(np.abs(1 - kept), 4 * U)
+    return ROUNDED_SUM * size + 4 * U / share * np.abs(own)
+
+
+def _off(entered: Any, kept: Any, own: Any, size: Any) -> Any:
+    """Return where what entered an average is not its layer's own moment, weighted by 1 - m."""
+    share = 1 - kept
+    return np.abs(entered - share * own) > np.abs(share) * _noise(kept, own, size)
+
+
 @dataclass
 class _Layer:
     """One normalisation layer: its input and what it recorded, in float64.
@@ -174,7 +186,8 @@ class _Layer:
 
     def recognised(self, others: Mapping[str, _Layer], batch: int) -> Clues:
         """Return what is recorded, if it is not the input's mean and variance."""
-        if self.is_recorded(self.mean, self.var, ROUNDED_SUM):
+        measured = list(zip(self.entered, self.kept, self._own, self.size, strict=True))
+        if not any(_off(*each).any() for each in measured):
             return {}
         kinds = (self._factors, self._rounding, self._other_variance, self._rows)
         for kind in kinds:
@@ -207,8 +220,8 @@ class _Layer:
         for name, entered, kept, own, size in zip(
             ("mean", "variance"), self.entered, self.kept, self._own, self.size, strict=True
         ):
-            share, noise = 1 - kept, ROUNDED_SUM * size
-            off = np.abs(entered - share * own) > np.abs(share) * noise
+            share, noise = 1 - kept, _noise(kept, own, size)
+            off = _off(entered, kept, own, size)
             if not off.any():
                 continue
             square = float(np.sum((share * own)[off] ** 2))

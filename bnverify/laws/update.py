@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from bnverify.laws.arithmetic import (
     UNDERFLOW,
     alike,
     all_finite,
     frozen,
+    max_over,
     never,
     per_case,
     residual,
@@ -26,15 +29,16 @@ from bnverify.laws.arithmetic import (
 )
 from bnverify.laws.law import law
 from bnverify.lazy import jax
-from bnverify.model import Transition
+from bnverify.model import Transition, Tree
 from bnverify.pytree import is_floating, path_name
+from bnverify.reruns import SHAKEN
 
 OPTAX = "Optax, apply_updates: https://optax.readthedocs.io/en/latest/api/apply_updates.html"
 
 
 @law(
     "update",
-    observes=("expected_update",),
+    observes=("expected_update", "gradient_noise"),
     capabilities=("optimizer", "grads"),
     mistakes=(
         "update_dropped",
@@ -62,22 +66,69 @@ def params_follow_the_optimizer(t: Transition) -> Any:
     few operations may round differently: 16 u (|old| + |new|). Where the terms of an update cancel,
     their rounding dominates, so the tolerance also includes how far the new params move when the
     gradient, or the optimizer's state, is perturbed by 16 u.
+
+    A compiler may compute the gradient g twice, once to return it and once for the update. The two
+    differ by its noise n. Where n is below |g| / 64, it moves the params by less than 64 n / |g|
+    times as far as |g| / 64 does, up to a factor of 2; beyond that nothing is compared.
     """
 
-    def leaf(old: Any, new: Any, expected: Any, *moved: Any) -> Any:
+    def leaf(old: Any, new: Any, expected: Any, far: Any, share: Any, *moved: Any) -> Any:
         scale = xp.abs(wide(old)) + xp.abs(wide(expected))
         # The inputs were perturbed by 8 u.
         cancelled = 2 * sum(xp.abs(wide(value) - wide(expected)) for value in moved)
-        return residual(new, expected, 16 * unit(new) * scale + cancelled + smallest(new))
+        twice = xp.where(share <= 1, 2 * xp.abs(wide(far) - wide(expected)) * share, np.inf)
+        allowed = 16 * unit(new) * scale + cancelled + twice + smallest(new)
+        return residual(new, expected, allowed)
 
-    moved = [update.params for update in t.facts["nudged_updates"]]
     expected = t.facts["expected_update"].params
-    return trees(leaf, t.before.params, t.after.params, expected, *moved)
+    far = t.facts.get("shaken_update", t.facts["expected_update"]).params
+    moved = [update.params for update in t.facts["nudged_updates"]]
+    structure = jax.tree_util.tree_structure(t.before.params)
+    shares = jax.tree_util.tree_unflatten(structure, _shares(t))
+    return trees(leaf, t.before.params, t.after.params, expected, far, shares, *moved)
+
+
+def _shares(t: Transition) -> list[Any]:
+    """Return the noise of each leaf of the gradient in units of |g| / 64; 0 where none could be read."""
+    grads = jax.tree_util.tree_leaves(t.info.grads)
+    noise = t.facts.get("gradient_noise")
+    if noise is None:
+        return [np.zeros(grad.shape) for grad in grads]
+    return [
+        xp.where(known <= smallest(grad), 0.0, known / (SHAKEN * xp.abs(wide(grad))))
+        for grad, known in zip(grads, jax.tree_util.tree_leaves(noise), strict=True)
+    ]
+
+
+def _shares_of_state(t: Transition) -> Tree:
+    """Return a tree like the optimizer's state: the share of the gradient behind each leaf.
+
+    That is the param's own, for a leaf like it as Optax keeps them; for any other the largest of all.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(t.info.grads)[0]
+    shares = dict(zip((path_name(path) for path, _ in leaves), _shares(t), strict=True))
+    most = xp.zeros(1)
+    for share in shares.values():
+        most = xp.maximum(most, max_over(share, initial=0.0))
+    most = xp.minimum(most, 2.0**64)  # times nothing it is nothing: that leaf is compared
+
+    def leaf(path: Any, value: Any) -> Any:
+        name = path_name(path)
+        fitting = [
+            own
+            for own, share in shares.items()
+            if f"/{name}".endswith(f"/{own}") and share.shape[1:] == value.shape[1:]
+        ]
+        if fitting:
+            return shares[max(fitting, key=len)]
+        return xp.broadcast_to(per_case(most, value), value.shape)
+
+    return jax.tree_util.tree_map_with_path(leaf, t.before.opt_state)
 
 
 @law(
     "update",
-    observes=("expected_update",),
+    observes=("expected_update", "gradient_noise"),
     capabilities=("optimizer", "grads", "opt_state"),
     mistakes=(
         "old_optimizer_state_kept",
@@ -95,17 +146,23 @@ def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
     """The new optimizer state is the one that tx.update returns.
 
     The tolerance is 16 u max(|old|, |new|), with the maximum over the whole leaf, because the terms
-    of a decayed sum may cancel.
+    of a decayed sum may cancel. The noise n of a gradient g that is computed twice is allowed as for
+    the params, at any size: it moves a second moment by n (2 |g| + n), which is as far as |g| / 64
+    does, times 64 n / |g| (1 + n / |g|), and a first moment by less.
     """
 
-    def leaf(old: Any, new: Any, expected: Any) -> Any:
+    def leaf(old: Any, new: Any, expected: Any, far: Any, share: Any) -> Any:
         if not is_floating(new):
             return same(new, expected)
         scale = xp.maximum(widest(old), widest(expected))
-        return residual(new, expected, 16 * unit(new) * scale + smallest(new))
+        twice = 2 * xp.abs(wide(far) - wide(expected)) * share * (1 + SHAKEN * share)
+        twice = xp.where(xp.isnan(twice), np.inf, twice)  # 0 times infinity: nothing is known
+        allowed = 16 * unit(new) * per_case(scale, new) + twice + smallest(new)
+        return residual(new, expected, allowed)
 
     expected = t.facts["expected_update"].opt_state
-    return trees(leaf, t.before.opt_state, t.after.opt_state, expected)
+    far = t.facts.get("shaken_update", t.facts["expected_update"]).opt_state
+    return trees(leaf, t.before.opt_state, t.after.opt_state, expected, far, _shares_of_state(t))
 
 
 @law(

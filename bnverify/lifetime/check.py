@@ -80,7 +80,9 @@ def shape_for(calls: CompiledSubject) -> Shape:
     """
     subject, trace = calls.subject, calls.tracer.trace
     failure: Exception | None = None
-    for rows, features in SHAPES:
+    multiple = subject.rows or 1
+    fitting = [shape for shape in SHAPES if shape[0] % multiple == 0] or [(2 * multiple, 3)]
+    for rows, features in fitting:
         shape = rows, subject.features[0] if subject.features else features
         try:
             batch, state = calls.tracer.batch(*shape), calls.tracer.state(*shape)
@@ -90,7 +92,7 @@ def shape_for(calls: CompiledSubject) -> Shape:
             failure = error
         else:
             return shape
-    sizes = ", ".join(str(rows) for rows, _ in SHAPES)
+    sizes = ", ".join(str(rows) for rows, _ in fitting)
     assert failure is not None
     raise Untraceable(
         f"{subject.name} traces at none of {sizes} rows: {first_line(failure)}"

@@ -76,6 +76,10 @@ OPTIMIZER = r"optimizer must be a function of the learning rate, like .*, got a 
         ),
         (lambda: bnverify.linen(Net(), batch=(1, 2)), "batch must be .*, got a tuple"),  # type: ignore[arg-type]
         (lambda: bnverify.linen(Net(), features="4"), "features must be the D .*, got '4'"),  # type: ignore[arg-type]
+        (
+            lambda: bnverify.train_state(nothing, nothing, rows=0),
+            "rows must be the number of which N is a multiple, got 0",
+        ),
         (lambda: bnverify.linen(Net(), features=0), "features must be the D .*, got 0"),
         (lambda: bnverify.linen(Net(), features=()), r"features must be the D .*, got \(\)"),
     ],
@@ -97,3 +101,31 @@ def test_functions_of_any_kind_are_taken() -> None:
     """Functions with optional parameters, classes, and builtins without a signature are accepted."""
     calls.functions(optimizer=optax.adam, loss=max, batch=lambda x, y, scale=1: (x, y))
     calls.functions(loss=lambda *args: args[0])
+
+
+def _roles(function: Callable[..., Any], things: int, **asked: Any) -> dict[str, str]:
+    """Return what each parameter of a step is, with so many things of one kind carried."""
+    carried = [calls.Thing(str(number), "model") for number in range(things)]
+    allowed, order = ("batch", "inputs", "targets"), ("batch", "inputs", "targets")
+    asked = {"allowed": allowed, "order": order, "things": carried, **asked}
+    return dict(calls.caller(function, "train_step", **asked).roles)
+
+
+def test_target_is_a_network_where_one_is_left_for_it() -> None:
+    """A network that follows another is called so as often as what a row should be."""
+    followed = _roles(lambda model, target, batch: None, 2)
+    assert followed == {"model": "thing:0", "target": "thing:1", "batch": "batch"}
+    beside = _roles(lambda model, target, x, y: None, 2)
+    assert beside == {"model": "thing:0", "target": "thing:1", "x": "inputs", "y": "targets"}
+    unnamed = _roles(lambda model, target, transitions: None, 2)
+    assert unnamed == {"model": "thing:0", "target": "thing:1", "transitions": "batch"}
+
+
+def test_target_is_the_targets_where_all_networks_have_a_parameter() -> None:
+    """And where it is the other half of some inputs; or where the user says so."""
+    half = {"model": "thing:0", "x": "inputs", "target": "targets"}
+    assert _roles(lambda model, x, target: None, 1) == half
+    assert _roles(lambda model, x, target: None, 2) == half
+    assert _roles(lambda model, features_in, target: None, 1)["features_in"] == "inputs"
+    told = _roles(lambda model, target, batch: None, 2, told={"target": "targets"})
+    assert told["target"] == "targets"

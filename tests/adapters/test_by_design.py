@@ -106,6 +106,23 @@ class TestStoppedGradients:
         assert set(state.extra["carried"]) == {"Renorm_0/steps"}  # a counter is no average
 
 
+def test_random_numbers_behind_the_statistics_of_a_step_that_reports_nothing() -> None:
+    """As in Flax's own VAE: neither a loss nor the statistics depend on them, but the update does."""
+
+    def step(state: Any, batch: Any, z_rng: Any) -> Any:
+        def loss(params: Any) -> Any:
+            out, stats = code.run(state, params, state.batch_stats, batch["image"])
+            out += jax.random.normal(z_rng, out.shape)
+            return code.mse(out, batch["label"]), stats
+
+        grads, stats = jax.grad(loss, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, batch_stats=stats)
+
+    exempt = loop(code.create, step, code.eval_step).exempt
+    assert "random numbers" in exempt["doubling_the_batch_changes_nothing"]
+    assert "random numbers" in exempt["row_order_changes_nothing"]
+
+
 class TestPasses:
     """A model that is called several times in a step."""
 
@@ -166,6 +183,86 @@ class TestPasses:
         assert "called in a loop" in exempt["batch_stats_change_only_by_ema"]
         assert TARGETS not in found(code.train_step).exempt
 
+    @pytest.mark.parametrize("how", ["scanned", "mapped"])
+    def test_a_batch_that_is_split(self, how: str) -> None:
+        """Each part is normalised by itself; only batches that can be split are run."""
+
+        def step(state: Any, batch: Any) -> Any:
+            parts = jax.tree_util.tree_map(lambda a: a.reshape(2, -1, *a.shape[1:]), batch)
+
+            def slope(stats: Any, part: Any) -> Any:
+                def loss(params: Any) -> Any:
+                    out, new = code.run(state, params, stats, part["image"])
+                    return code.mse(out, part["label"]), new
+
+                (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+                return stats, (value, grads)
+
+            if how == "scanned":
+                stats, found = jax.lax.scan(slope, state.batch_stats, parts)
+            else:
+                stats, found = jax.vmap(slope, (None, 0))(state.batch_stats, parts)
+                stats = jax.tree_util.tree_map(lambda s: s.mean(0), stats)
+            value, grads = jax.tree_util.tree_map(lambda a: a.mean(0), found)
+            return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": value}
+
+        subject = found(step)
+        assert "in parts, 12 of 24 rows" in subject.exempt["row_order_changes_nothing"]
+        assert "batch_stats_change_only_by_ema" in subject.exempt
+        assert "one_momentum_for_the_whole_model" not in subject.exempt
+        assert subject.momentum == (None if how == "scanned" else MOMENTUM)
+        report = bnverify.verify(subject, FEW, select=["statistics", "metamorphic"])
+        assert report.ok, report
+        assert any("multiples of 2 rows" in note for note in report.notes)
+
+    def test_a_target_network_is_another_one(self) -> None:
+        """Its layers write statistics of its own; those of the model are counted without them."""
+
+        class Inner(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                return nn.tanh(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+
+        class Outer(nn.Module):
+            @nn.compact
+            def __call__(self, x: Any, train: bool) -> Any:
+                x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(nn.Dense(3)(x))
+                return nn.Dense(1)(Inner(name="inner")(x, train))
+
+        class Both(code.TrainState):
+            target_params: Any = None
+            target_stats: Any = None
+
+        def create(rng: Any, lr: Any) -> Any:
+            made = code.variables(rng, model=Outer())
+            kept = {"target_params": made["params"], "target_stats": made["batch_stats"]}
+            return Both.create(apply_fn=Outer().apply, tx=optax.sgd(lr), **made, **kept)
+
+        def step(state: Any, batch: Any) -> Any:
+            x = batch["image"]
+            goal, target_stats = code.run(state, state.target_params, state.target_stats, x)
+
+            def loss(params: Any) -> Any:
+                out, stats = code.run(state, params, state.batch_stats, x)
+                return code.mse(out, batch["label"] + goal[:, 0]), stats
+
+            (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+            state = state.apply_gradients(grads=grads, batch_stats=stats, target_stats=target_stats)
+            return state.replace(target_params=state.params), {"loss": value}
+
+        subject = found(step, create)
+        assert subject.momentum == MOMENTUM
+        assert "one_momentum_for_the_whole_model" not in subject.exempt
+
+    def test_half_of_a_batch_is_no_split(self) -> None:
+        """A step that leaves the other half out stays under the law of the rows' order."""
+
+        def step(state: Any, batch: Any) -> Any:
+            half = {name: a[: a.shape[0] // 2 + 1] for name, a in batch.items()}
+            return code.train_step(state, half)
+
+        assert "row_order_changes_nothing" not in found(step).exempt
+
     def test_a_model_that_is_given_the_targets(self) -> None:
         """The statistics of a conditional model depend on the targets."""
 
@@ -174,6 +271,45 @@ class TestPasses:
             return code.train_step(state, {**batch, "image": x})
 
         assert "targets are an input" in found(step).exempt[TARGETS]
+
+
+class TestEvaluatedAverages:
+    @pytest.mark.parametrize("statistics_too", [True, False])
+    def test_an_average_of_params_and_statistics(self, statistics_too: bool) -> None:
+        """Evaluation may be that of the average alone; one whose statistics stay is no such design."""
+
+        class Averaged(code.TrainState):
+            ema_params: Any = None
+            ema_batch_stats: Any = None
+
+        def create(rng: Any, lr: Any) -> Any:
+            made = code.variables(rng)
+            return Averaged.create(
+                apply_fn=code.Model().apply,
+                tx=optax.sgd(lr),
+                **made,
+                ema_params=made["params"],
+                ema_batch_stats=made["batch_stats"],
+            )
+
+        def averaged(old: Any, new: Any) -> Any:
+            return jax.tree_util.tree_map(lambda o, n: 0.99 * o + 0.01 * n, old, new)
+
+        def step(state: Any, batch: Any) -> Any:
+            state, metrics = code.train_step(state, batch)
+            state = state.replace(ema_params=averaged(state.ema_params, state.params))
+            if statistics_too:
+                stats = averaged(state.ema_batch_stats, state.batch_stats)
+                state = state.replace(ema_batch_stats=stats)
+            return state, metrics
+
+        def evaluation(state: Any, batch: Any) -> Any:
+            state = state.replace(params=state.ema_params, batch_stats=state.ema_batch_stats)
+            return code.eval_step(state, batch)
+
+        subject = loop(create, step, evaluation)
+        reason = subject.exempt.get("eval_uses_the_running_statistics", "")
+        assert ("ema_params and ema_batch_stats, which follow" in reason) == statistics_too
 
 
 class TestRows:

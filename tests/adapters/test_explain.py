@@ -87,6 +87,7 @@ REFUSED: dict[str, list[Callable[[], Any]]] = {
         lambda: BATCH[0],
         lambda: tuple(BATCH.values())["image"],
     ],
+    "whole_batch_as_a_half": [lambda: X["image"]],
     "input_without_axes": [lambda: MODEL.apply(VARIABLES, next(iter(BATCH)), train=False)],
 }
 CASES = [(name, run) for name, runs in REFUSED.items() for run in runs]

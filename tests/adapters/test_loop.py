@@ -217,6 +217,46 @@ class TestSeveralNetworks:
 
         assert set(moved(loop(gan, step, evaluation)).params) == {"gen", "disc"}
 
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_loose_trees_go_by_network_too(self, reverse: bool) -> None:
+        """``variables_g`` and ``opt_state_g``; and optimizer states whose names say nothing."""
+
+        def create(rng: Any) -> Any:
+            g, d = (code.variables(rng, model=code.Model(out=n)) for n in (3, 1))
+            states = [code.TX.init(each["params"]) for each in (g, d)]
+            return g, d, *(reversed(states) if reverse else states)
+
+        def moved_by_itself(tree: Any, state: Any, x: Any) -> Any:
+            def loss(params: Any) -> Any:
+                given = {**tree, "params": params}
+                out, new = code.Model(out=len(params["Dense_1"]["bias"])).apply(
+                    given, x, train=True, mutable=["batch_stats"]
+                )
+                return jnp.mean(out**2), new
+
+            (value, new), grads = jax.value_and_grad(loss, has_aux=True)(tree["params"])
+            updates, state = code.TX.update(grads, state, tree["params"])
+            return {"params": optax.apply_updates(tree["params"], updates), **new}, state, value
+
+        def named(
+            variables_g: Any, variables_d: Any, opt_state_g: Any, opt_state_d: Any, x: Any
+        ) -> Any:
+            variables_g, opt_state_g, _ = moved_by_itself(variables_g, opt_state_g, x)
+            variables_d, opt_state_d, loss = moved_by_itself(variables_d, opt_state_d, x)
+            return variables_g, variables_d, opt_state_g, opt_state_d, loss
+
+        def unnamed(variables_g: Any, variables_d: Any, first: Any, second: Any, x: Any) -> Any:
+            g, d, second, first, loss = named(variables_g, variables_d, second, first, x)
+            return g, d, first, second, loss
+
+        subject = bnverify.loop(create, unnamed if reverse else named, features=3)
+        state = moved(subject)
+        assert set(state.params) == set(state.batch_stats) == set(state.opt_state) == {"g", "d"}
+        assert subject.optimizer is not None
+        expected = jax.eval_shape(subject.optimizer(0.1).init, state.params)
+        shapes = partial(jax.tree_util.tree_map, jnp.shape)
+        assert shapes(state.opt_state) == shapes(expected)
+
     def test_batches_that_a_network_trains_on_are_counted(self) -> None:
         """Real and generated rows count as two batches; the generator's pass does not count."""
         exempt = loop(gan, gan_step, gan_eval).exempt
@@ -262,6 +302,27 @@ class TestEvaluation:
             loop(code.create, code.train_step, errors)
         with pytest.raises(UsageError, match=r"no 'errors'.*did you mean 'error'"):
             loop(code.create, code.train_step, errors, eval_loss="errors")
+
+    def test_a_sum_beside_its_denominator_is_a_mean(self) -> None:
+        """As the metrics of Flax's examples of text; a loss that is named is taken as it is."""
+
+        def summed(state: Any, batch: Any) -> Any:
+            rows = len(batch["label"])
+            mean = code.eval_step(state, batch)["loss"]
+            return {"loss": mean * rows, "denominator": jnp.float32(rows)}
+
+        plain, found, named = (
+            loop(code.create, code.train_step, code.eval_step),
+            loop(code.create, code.train_step, summed),
+            loop(code.create, code.train_step, summed, eval_loss="loss"),
+        )
+        _, after, _ = one_step(plain)
+        expected = plain.evaluate(after, CASE.x, CASE.y)
+        np.testing.assert_allclose(found.evaluate(after, CASE.x, CASE.y), expected, rtol=1e-6)
+        rows = len(CASE.y)
+        np.testing.assert_allclose(
+            named.evaluate(after, CASE.x, CASE.y), expected * rows, rtol=1e-6
+        )
 
 
 class TestRoles:
@@ -349,6 +410,57 @@ class TestRoles:
         ):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
+    def test_a_function_compiled_inside_shows_all_that_a_plain_one_does(self) -> None:
+        """Its layers, its biases, its one update; and a library's own stop_gradient stays its own."""
+
+        def loss_of(params: Any, state: Any, batch: Any) -> Any:
+            out, stats = code.run(state, params, state.batch_stats, batch["image"])
+            labels = jnp.zeros(len(batch["label"]), jnp.int32) + (batch["label"] > 0)
+            losses = optax.softmax_cross_entropy_with_integer_labels(out, labels)
+            return jnp.mean(losses), stats
+
+        def plain(state: Any, batch: Any) -> Any:
+            slope = jax.value_and_grad(loss_of, has_aux=True)
+            (value, stats), grads = slope(state.params, state, batch)
+            return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": value}
+
+        def step(state: Any, batch: Any) -> Any:
+            return inner(state, batch)
+
+        inner = jax.jit(plain)
+        create = partial(code.create, model=code.Model(out=2))
+        found, expected = loop(create, step), loop(create, plain)
+        assert found.momentum == 0.9
+        assert found.biases_before_norm == ("Dense_0/bias",)
+        assert found.exempt == expected.exempt
+        assert "gradients_are_gradients_of_the_loss" not in found.exempt
+
+    @pytest.mark.parametrize("key", [jax.random.PRNGKey, jax.random.key])
+    def test_a_key_that_is_carried_is_no_new_one(self, key: Any) -> None:
+        """``rng, state, info = update(rng, state, batch)``: the step hands its own key on."""
+
+        def step(rng: Any, state: Any, batch: Any) -> Any:
+            rng, _ = jax.random.split(rng)
+            state, info = code.train_step(state, batch)
+            return rng, state, info
+
+        def create(seed: Any, lr: Any) -> Any:
+            return key(seed), code.create(jax.random.PRNGKey(seed), lr)
+
+        subject = loop(create, step)
+        before, after, _ = one_step(subject)
+        assert paths(before.extra) == ["fields/rng", "fields/state/step"]
+        assert np.any(before.extra["fields"]["rng"] != after.extra["fields"]["rng"])
+
+    def test_any_name_of_a_random_number_generator_is_a_key(self) -> None:
+        """``z_rng``, as in Flax's own VAE, and ``rng_g`` of a GAN."""
+
+        def step(state: Any, rng_g: Any, batch: Any, z_rng: Any) -> Any:
+            assert z_rng.shape == rng_g.shape == (2,)
+            return code.train_step(state, batch)
+
+        assert "key" in one_step(loop(code.create, step))[0].extra
+
 
 class TestByHand:
     def test_a_subject_by_hand_is_looked_at(self) -> None:
@@ -390,6 +502,15 @@ class TestByHand:
 
 
 class TestNnx:
+    def test_what_nnx_split_gave_is_refused_with_the_way_out(self) -> None:
+        """The functional form carries a graph and a state; bnverify takes the objects."""
+
+        def create(rng: Any) -> Any:
+            return nnx.split(nnx.BatchNorm(3, rngs=nnx.Rngs(rng)))
+
+        with pytest.raises(UsageError, match=r"create returns what nnx\.split gave.*nnx\.update"):
+            bnverify.loop(create, lambda graphdef, state, x: (state, 0.0), features=3)
+
     def test_an_update_by_closure_is_explained(self) -> None:
         """The error names the mistake and its fix."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from bnverify.laws import LAWS, UNTRIGGERED
 from bnverify.model import Case, LayerInput, Outcome, State, StepInfo, Transition
 from bnverify.pytree import stack
-from bnverify.reruns import huge, nudged_inputs
+from bnverify.reruns import huge, nudged_inputs, shaken
 
 CASE = stack([Case.of(0, [[1.0]], [0.0], 0.1)])
 
@@ -47,6 +48,48 @@ def test_an_update_whose_terms_cancel_may_round_otherwise() -> None:
 
     assert error(nudged) <= 1
     assert error([]) > 1
+
+
+@pytest.mark.parametrize(
+    "name", ["params_follow_the_optimizer", "optimizer_state_follows_the_optimizer"]
+)
+def test_a_gradient_that_is_computed_twice_may_differ_by_its_noise(name: str) -> None:
+    """The one that is returned and the one by which the params move; not by more than that."""
+    law = LAWS[name]
+    tx = optax.adam(0.1)
+    grads = {"w": np.linspace(1e-8, 9e-8, 8, dtype=np.float32)[None]}
+    params = {"w": np.ones((1, 8), np.float32)}
+    state = jax.tree_util.tree_map(
+        lambda leaf: np.asarray(leaf)[None], tx.init({"w": params["w"][0]})
+    )
+    before = State(params, {}, state)
+
+    def updated(grads: object, state: State) -> State:
+        opt_state = jax.tree_util.tree_map(lambda leaf: leaf[0], state.opt_state)
+        given = jax.tree_util.tree_map(lambda leaf: leaf[0], (grads, state.params))
+        updates, opt_state = tx.update(given[0], opt_state, given[1])
+        made = State(optax.apply_updates(given[1], updates), {}, opt_state)
+        return State(*jax.tree_util.tree_map(lambda leaf: np.asarray(leaf)[None], made))
+
+    used = {"w": (grads["w"] * np.float32(1 + 5e-3)).astype(np.float32)}
+    after, expected = updated(used, before), updated(grads, before)
+    nudged = [updated(*given) for given in nudged_inputs(grads, before)]
+    far = updated(shaken(grads), before)
+
+    def error(relative: float | None) -> float:
+        noise = None if relative is None else {"w": relative * np.abs(grads["w"].astype(float))}
+        facts = {
+            "expected_update": expected,
+            "nudged_updates": nudged,
+            "shaken_update": far,
+            "gradient_noise": noise,
+        }
+        return law.check(transition(before, after, grads, facts=facts)).item()
+
+    assert error(1e-2) <= 1
+    assert error(1e-5) > 1
+    assert error(None) > 1  # nothing could be read
+    assert error(np.inf) <= 0  # nothing is known: of a float leaf nothing is compared
 
 
 def test_biases_of_a_run_that_has_diverged_are_not_judged() -> None:
