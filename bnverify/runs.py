@@ -261,9 +261,9 @@ class Runner:
             )
         if found == drawn:
             return list(dict.fromkeys(found)), notes
-        most = max(rows for rows, _ in found)
+        limit = max(rows for rows, _ in found)
         narrower = "the same code with narrower layers is checked far faster"
-        note = f"a large model: cases of at most {most} rows; {narrower}"
+        note = f"a large model: cases of at most {limit} rows; {narrower}"
         return list(dict.fromkeys(found)), [*notes, note]
 
     def _fitting(self, rows: int) -> int:
