@@ -323,10 +323,10 @@ def _judge_seen(law: Law, traced: Traced) -> Evidence:
     facts: dict[str, Any] = {"look": traced.subject.look}
     reason = "as read from the traced step"
     if "retraced" in law.observes:
-        reason, subject = "as two traces compute one batch", traced.subject
+        reason, subject = "two traces agree on a batch", traced.subject
         try:
-            width = subject.features[0] if subject.features else 3
-            facts["retraced"] = changed_by_tracing(subject, 4, width)
+            width = subject.features[0] if subject.features else 2
+            facts["retraced"] = changed_by_tracing(traced.tracer, 2 * (subject.rows or 1), width)
         except Exception as error:  # noqa: BLE001 - whatever a user's code raises
             return Evidence(law.name, law.family, "untriggered", reason=first_line(error))
     lines = law.check(traced.abstract._replace(facts=facts))

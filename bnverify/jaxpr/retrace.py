@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from bnverify.jaxpr.rounding import evaluate
-from bnverify.jaxpr.tracing import leaf_names, trace
+from bnverify.jaxpr.tracing import Tracer, leaf_names, trace
 from bnverify.lazy import jax
-from bnverify.model import Outcome, Subject
+from bnverify.model import Outcome
 
 SAME = 1e-9
 """Relative: float64 results that differ by less are one computation in another order."""
@@ -32,33 +32,37 @@ def traced_anew() -> Iterator[None]:
         yield
 
 
-def changed_by_tracing(subject: Subject, rows: int, features: int) -> list[str]:
-    """Return what ``init`` and ``step`` compute otherwise when they are traced a second time.
+def changed_by_tracing(tracer: Tracer, rows: int, features: int) -> list[str]:
+    """Return what ``init`` and ``step`` compute differently when they are traced a second time.
 
-    Both traces are evaluated in float64 on one batch, so that nothing is compiled.
+    Both traces are evaluated in float64 on one batch, so nothing is compiled.
 
     Args:
-        subject: what is verified.
+        tracer: the subject's tracer, with the first traces.
         rows: N of the batch.
         features: D of the batch.
     """
+    subject, case = tracer.subject, tracer.batch(rows, features)
     rng = np.random.default_rng(0)
-    x, y = (rng.normal(size=size).astype(np.float32) for size in ((rows, features), (rows,)))
-
-    def step(state: Any, x: Any, y: Any, lr: Any) -> Outcome:
-        return Outcome(*subject.step(state, x, y, lr))
-
-    state, found = _twice("init", subject.init, np.int32(1), x)
-    _, further = _twice("step", step, state, x, y, np.float32(0.1))
+    x, y = (rng.normal(size=leaf.shape).astype(np.float32) for leaf in (case.x, case.y))
+    start = case.seed, tracer.init_batch(case.x)
+    state, found = _twice(tracer, "init", subject.init, start, (np.int32(1), tracer.init_batch(x)))
+    types = tracer.state(rows, features), case.x, case.y, case.lr
+    given = state, x, y, np.float32(0.1)
+    _, further = _twice(tracer, "step", subject.step, types, given)
     return [*found, *further]
 
 
-def _twice(name: str, function: Callable[..., Any], *args: Any) -> tuple[Any, list[str]]:
-    """Return what a function gives, and the leaves that a second trace of it gives otherwise."""
-    first = trace(partial(function), *args)
+def _twice(
+    tracer: Tracer, name: str, function: Callable[..., Any], types: Any, args: Any
+) -> tuple[Any, list[str]]:
+    """Return the result of a function, and the leaves in which that of a second trace differs."""
+    first = tracer.trace(name, function, *types)
     with traced_anew():
-        second = trace(partial(function), *args)
+        second = trace(partial(function), *types)
     one, other = evaluate(first, *args), evaluate(second, *args)
+    if name == "step":
+        one, other = Outcome(*one), Outcome(*other)
     leaves, others = jax.tree_util.tree_leaves(one), jax.tree_util.tree_leaves(other)
     if jax.tree_util.tree_structure(one) != jax.tree_util.tree_structure(other):
         return one, [f"{name} gives another tree when it is traced again"]
