@@ -71,12 +71,12 @@ def mnist() -> bnverify.Subject:
 @pytest.mark.parametrize(
     ("make", "momentum"),
     [
-        (imagenet, 0.9),
-        (guide, 0.99),
-        (nnx_guide, 0.99),
-        (mnist, 0.99),
+        pytest.param(imagenet, 0.9, id="imagenet"),
+        pytest.param(nnx_guide, 0.99, id="nnx-guide"),
+        # The same guide in linen, and a loop like that of examples/nnx_loop.
+        pytest.param(guide, 0.99, id="guide", marks=pytest.mark.nightly),
+        pytest.param(mnist, 0.99, id="mnist", marks=pytest.mark.nightly),
     ],
-    ids=["imagenet", "guide", "nnx-guide", "mnist"],
 )
 def test_an_example_is_right(make: Callable[[], bnverify.Subject], momentum: float) -> None:
     """Momentum and optimizer are found, and no law of the statistics is untriggered."""
