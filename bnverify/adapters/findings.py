@@ -15,11 +15,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bnverify.adapters.declared import Declared
-from bnverify.adapters.layers import Layers
-from bnverify.adapters.papers import paper_checks
-from bnverify.adapters.programs import ROWS, SAME_VALUES, Programs, shapes_of
-from bnverify.adapters.schedules import rates, schedules
+from bnverify.adapters.by_design import Declared
+from bnverify.adapters.optimizer import paper_checks, rates, schedules
+from bnverify.adapters.programs import ROWS, SAME_VALUES, Layers, Programs, shapes_of
 from bnverify.adapters.traced import DRAWS, Flows
 from bnverify.model import Axis, Copy, Draw, Look, Mask
 from bnverify.proof import asked

@@ -10,20 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Unpack
 
 import jax
 
-from bnverify.adapters import declared as laws
-from bnverify.adapters.by_design import Design
-from bnverify.adapters.declared import HINTS, Declarations, Declared, because, declared_by
+from bnverify.adapters.by_design import (
+    GRADIENT,
+    HINTS,
+    INITIAL,
+    OWN_EVALUATION,
+    Declarations,
+    Declared,
+    Design,
+    because,
+    declared_by,
+)
 from bnverify.adapters.findings import carried_name, look_at, read_by_evaluation
-from bnverify.adapters.layers import Layers
-from bnverify.adapters.programs import Programs
-from bnverify.adapters.schedules import updates_every
-from bnverify.adapters.trees import partition, union
+from bnverify.adapters.optimizer import updates_every
+from bnverify.adapters.programs import Layers, Programs
 from bnverify.errors import UsageError
-from bnverify.model import Copy, State, Subject
+from bnverify.model import Copy, State, Subject, Tree
+from bnverify.pytree import path_name
 
 
 def completed(
@@ -70,15 +78,15 @@ def completed(
     found |= _of_an_evaluated_copy(programs, seen.copies)
     if declared.pretrained or any(with_statistics for _, with_statistics in seen.pretrained):
         told = "pretrained=True: " if declared.pretrained else ""
-        found |= because(f"{told}training starts from a pretrained model", laws.INITIAL)
+        found |= because(f"{told}training starts from a pretrained model", INITIAL)
     penalty = declared.penalty
     if penalty is None:
         penalty = not written_by_hand and design.has_penalty()
-    if penalty and not set(laws.GRADIENT) & set(found):
+    if penalty and not set(GRADIENT) & set(found):
         said = "the differentiated loss has a penalty on the params that the reported loss lacks"
         if declared.penalty:
             said = "the differentiated loss is declared to differ from the reported one"
-        found |= because(said, laws.GRADIENT)
+        found |= because(said, GRADIENT)
     biases = () if design.is_online() else layers.biases()
     return replace(
         subject,
@@ -103,7 +111,7 @@ def declare(subject: Subject, **declared: Unpack[Declarations]) -> Subject:
 
     Args:
         subject: init, step and evaluate; attributes that are already set are kept.
-        **declared: see ``bnverify.adapters.declared.Declared``.
+        **declared: see ``bnverify.adapters.by_design.Declared``.
 
     Raises:
         TypeError: there is no such declaration.
@@ -119,7 +127,7 @@ def _of_an_evaluated_copy(programs: Programs, copies: Sequence[Copy]) -> dict[st
     for copy in copies:
         if copy.written and any(carried_name(p).startswith(f"{copy.batch_stats}/") for p in read):
             said = f"evaluation uses {copy.params} and {copy.batch_stats}, which follow the model's own"
-            return because(said, laws.OWN_EVALUATION)
+            return because(said, OWN_EVALUATION)
     return {}
 
 
@@ -190,3 +198,51 @@ def _carrying(subject: Subject, patterns: Sequence[str]) -> Subject:
         after_eval=None if after_eval is None else left,
         with_optimizer=None if other is None else lambda tx: _carrying(other(tx), patterns),
     )
+
+
+def partition(tree: Tree, patterns: Sequence[str]) -> tuple[Tree, dict[str, Any]]:
+    """Return (a tree without the leaves whose path matches a pattern, a dict of those leaves).
+
+    Args:
+        tree: any pytree. Leaves are removed from nested dicts, and replaced by None elsewhere.
+        patterns: ``fnmatch`` patterns of paths joined by "/".
+    """
+    if not patterns:
+        return tree, {}
+    taken: dict[str, Any] = {}
+
+    def kept(path: Any, leaf: Any) -> Any:
+        name = path_name(path)
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            taken[name] = leaf
+            return None
+        return leaf
+
+    return _pruned(jax.tree_util.tree_map_with_path(kept, tree)), taken
+
+
+def _pruned(tree: Tree) -> Tree:
+    if not isinstance(tree, Mapping):
+        return tree
+    inner = {key: _pruned(value) for key, value in tree.items()}
+    return {
+        k: v
+        for k, v in inner.items()
+        if v is not None and not (not jax.tree_util.tree_leaves(v) and tree[k] != v)
+    }
+
+
+def union(tree: Tree, taken: Mapping[str, Any], whole: Any) -> Tree:
+    """Undo ``partition``.
+
+    Args:
+        tree: the tree without the leaves that were taken.
+        taken: path -> leaf that was taken.
+        whole: a tree with the structure of the whole.
+    """
+    if not taken:
+        return tree
+    left = {path_name(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    names = [path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(whole)[0]]
+    leaves = [taken[name] if name in taken else left[name] for name in names]
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(whole), leaves)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnverify.adapters.reports import is_metrics
+from bnverify.adapters.batches import is_metrics
 from bnverify.errors import UsageError
 from bnverify.model import State
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bnverify.adapters.reports import is_metrics
+from bnverify.adapters.batches import is_metrics
 from bnverify.errors import UsageError, did_you_mean
 from bnverify.model import State, Tree
 from bnverify.pytree import path_name
@@ -367,47 +366,3 @@ def search(things: Mapping[str, Any], layers: Mapping[str, Sequence[str]]) -> st
                 return None
     holder = min(holders, key=len, default="").partition("/")[2]
     return holder or None
-
-
-def partition(tree: Tree, patterns: Sequence[str]) -> tuple[Tree, dict[str, Any]]:
-    """Return (a tree without the leaves whose path matches a pattern, a dict of those leaves).
-
-    Args:
-        tree: any pytree. Leaves are removed from nested dicts, and replaced by None elsewhere.
-        patterns: ``fnmatch`` patterns of paths joined by "/".
-    """
-    if not patterns:
-        return tree, {}
-    taken: dict[str, Any] = {}
-
-    def kept(path: Any, leaf: Any) -> Any:
-        name = path_name(path)
-        if any(fnmatchcase(name, pattern) for pattern in patterns):
-            taken[name] = leaf
-            return None
-        return leaf
-
-    return _pruned(jax.tree_util.tree_map_with_path(kept, tree)), taken
-
-
-def _pruned(tree: Tree) -> Tree:
-    if not isinstance(tree, Mapping):
-        return tree
-    inner = {key: _pruned(value) for key, value in tree.items()}
-    return {k: v for k, v in inner.items() if v is not None and not (_is_empty(v) and tree[k] != v)}
-
-
-def union(tree: Tree, taken: Mapping[str, Any], whole: Any) -> Tree:
-    """Undo ``partition``.
-
-    Args:
-        tree: the tree without the leaves that were taken.
-        taken: path -> leaf that was taken.
-        whole: a tree with the structure of the whole.
-    """
-    if not taken:
-        return tree
-    left = {path_name(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-    names = [path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(whole)[0]]
-    leaves = [taken[name] if name in taken else left[name] for name in names]
-    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(whole), leaves)

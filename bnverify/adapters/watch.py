@@ -19,7 +19,7 @@ import jax
 import optax
 from flax import nnx
 
-from bnverify.adapters.modes import INFERENCE, TRAINING, known_names, trains
+from bnverify.adapters.calls import INFERENCE, TRAINING, known_names, trains
 from bnverify.adapters.objects import modules_of, variable_path
 from bnverify.adapters.traced import mark
 
