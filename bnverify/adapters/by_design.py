@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict
 import jax
 import jax.numpy as jnp
 
-from bnverify.adapters.programs import ROWS, Layers, Programs, listed, shapes_of
+from bnverify.adapters.programs import ROWS, SAME_VALUES, Layers, Programs, listed, under
 from bnverify.adapters.traced import DRAWS, Flows
 
 TARGETS = (
@@ -188,8 +188,7 @@ class Design:
 
     def _renormalised(self) -> set[int]:
         """Return the nodes where gradients through running statistics are stopped."""
-        statistics = [n for path, n in self._of.inputs.items() if path.startswith("batch_stats/")]
-        return self._of.stopped(statistics)
+        return self._of.stopped(under(self._of.inputs, "batch_stats/"))
 
     def exempt(self) -> dict[str, str]:
         """Return the laws that the step violates by design, each with the reason."""
@@ -203,7 +202,7 @@ class Design:
 
     def _of_variables(self) -> dict[str, str]:
         """Return the laws that do not apply because of other variables and random numbers."""
-        seen = [n for p, n in self._of.outputs.items() if p.startswith("batch_stats/")]
+        seen = under(self._of.outputs, "batch_stats/")
         seen += [] if self._of.loss is None else [self._of.loss]
         found: dict[str, str] = {}
         moving = [
@@ -227,13 +226,13 @@ class Design:
                 ("eval_at_the_batchs_own_moments_is_the_training_loss",),
             )
         draws = self._of.eval_flows.of_primitives(DRAWS)
-        if set(self._of.eval_flows.outputs) & self._of.eval_flows.reached(draws):
+        if self._of.eval_flows.depends_on(draws):
             found |= because(
                 "evaluation draws random numbers for each row",
                 ("row_order_changes_nothing", "eval_rows_are_independent"),
             )
-        trained = {n for p, n in self._of.outputs.items() if p.startswith("params/")}
-        if trained.union(seen) & self._of.flows.reached(self._of.flows.of_primitives(DRAWS)):
+        trained = under(self._of.outputs, "params/")
+        if {*trained, *seen} & self._of.flows.reached(self._of.flows.of_primitives(DRAWS)):
             found |= because(
                 "the training pass draws random numbers for each row",
                 (
@@ -322,27 +321,21 @@ class Design:
             return False
 
         def has_rows(node: int) -> bool:
-            eqn = flows.equation(node)
-            shapes = [var.aval.shape for var in eqn.outvars] if eqn is not None else []
-            return any(size and size % ROWS == 0 for shape in shapes for size in shape)
+            return any(size and size % ROWS == 0 for shape in flows.shapes(node) for size in shape)
 
         behind = flows.origins([self._of.loss]) if self._of.loss is not None else set()
         return not any(has_rows(node) for node in of_x & of_y & behind)
 
     def _uses_targets(self) -> bool:
-        return any(
-            set(flows.outputs) & flows.reached([inputs["y"]])
-            for flows, inputs in (
-                (self._of.flows, self._of.inputs),
-                (self._of.eval_flows, self._of.eval_inputs),
-            )
+        of = self._of
+        return of.flows.depends_on([of.inputs["y"]]) or of.eval_flows.depends_on(
+            [of.eval_inputs["y"]]
         )
 
     def _enters(self, batch: Callable[[Any, Any], Any]) -> bool:
-        y = jax.ShapeDtypeStruct(self._of.x.shape[:1], "float32")
-        jaxpr = jax.make_jaxpr(lambda x, y: jax.tree_util.tree_leaves(batch(x, y)))(self._of.x, y)
-        flows = Flows(jaxpr)
-        return bool(set(flows.outputs) & flows.reached(flows.inputs[1:]))
+        made = jax.make_jaxpr(lambda x, y: jax.tree_util.tree_leaves(batch(x, y)))
+        flows = Flows(made(self._of.x, self._of.y))
+        return flows.depends_on(flows.inputs[1:])
 
     def _of_rows(self) -> dict[str, str]:
         if self._declared.row_losses is not None:
@@ -368,7 +361,7 @@ class Design:
     def _divides_by_the_batch(self) -> int | None:
         flows, inputs = self._of.eval_flows, self._of.eval_inputs
         data = flows.reached([inputs["x"], inputs["y"]])
-        of_params = flows.reached(n for p, n in inputs.items() if p.startswith("params/"))
+        of_params = flows.reached(under(inputs, "params/"))
         behind = flows.origins(flows.outputs)
         for node in flows.of_primitives({"div"}):
             above, below = flows.equation(node).invars
@@ -394,11 +387,8 @@ class Design:
         if given:
             found |= because("the targets are an input of the model", FREE_STATISTICS)
         elif self._of.updates() > 1:
-            moving = [
-                n for p, n in inputs.items() if p in ("y", "lr") or p.startswith("opt_state/")
-            ]
-            moved = flows.reached(moving)
-            if any(n in moved for p, n in self._of.outputs.items() if p.startswith("batch_stats/")):
+            moved = flows.reached(under(inputs, "y", "lr", "opt_state/"))
+            if not moved.isdisjoint(under(self._of.outputs, "batch_stats/")):
                 said = "a step updates params several times and runs the model on updated params"
                 found |= because(said, FREE_STATISTICS)
         elif moved_since:
@@ -412,7 +402,7 @@ class Design:
                 "gradients are scaled by a number made of them before the optimizer, as by a clip"
             )
             found |= because(said, GRADIENT)
-        stops = self._of.stopped(n for p, n in inputs.items() if p.startswith("params/"))
+        stops = self._of.stopped(under(inputs, "params/"))
         if stops:
             at = flows.where(min(stops))
             said = "the loss contains jax.lax.stop_gradient, so the gradient is not its slope"
@@ -423,10 +413,9 @@ class Design:
         """Return whether the user scales gradients by their own norm before an optimizer."""
         return any(
             self._of.before_a_clip([node], shape)
-            for names in self._of.recording.updates
-            for label in names.values()
-            for node in self._of.flows.of_label(label)
-            for shape in shapes_of(self._of.flows, node)
+            for update in self._of.gradients
+            for node in update
+            for shape in self._of.flows.shapes(node)
         )
 
     def flat(self) -> str | None:
@@ -441,7 +430,7 @@ class Design:
             ("train_step", self._of.flows, self._of.inputs, self._of.loss),
         )
         for what, flows, inputs, loss in pairs:
-            params = [node for path, node in inputs.items() if path.startswith("params/")]
+            params = under(inputs, "params/")
             depends = loss is not None and loss in flows.reached(params)
             if depends and loss not in flows.reached(params, through=_has_slope(flows)):
                 return what
@@ -452,29 +441,20 @@ class Design:
         if self._of.loss is None:
             return False
         inputs, flows = self._of.inputs, self._of.flows
-        params = flows.reached(n for path, n in inputs.items() if path.startswith("params/"))
-        others = [n for p, n in inputs.items() if p in ("x", "y") or p.startswith("extra/")]
-        data = flows.reached(others)
+        params = flows.reached(under(inputs, "params/"))
+        data = flows.reached(under(inputs, "x", "y", "extra/"))
         # The scale of dynamic loss scaling is not constant, but independent of params and batch.
-        varying = params | flows.reached(n for path, n in inputs.items() if path in ("x", "y"))
+        varying = params | flows.reached(under(inputs, "x", "y"))
 
         def of_params_alone(node: int) -> bool:
             return any(each in params - data for each in _terms(flows, node, varying))
 
-        gradients = [
-            node
-            for names in self._of.recording.updates
-            for label in names.values()
-            for node in flows.of_label(label)
-        ]
+        gradients = [node for update in self._of.gradients for node in update]
         return any(map(of_params_alone, gradients)) and not of_params_alone(self._of.loss)
 
 
 SUMS = frozenset({"add", "add_any", "sub", "neg"})
-UNCHANGED = frozenset(
-    {"name", "convert_element_type", "reshape", "squeeze", "broadcast_in_dim", "transpose", "copy"}
-    | {"psum", "psum_invariant", "pvary", "pbroadcast"}
-)
+UNCHANGED = SAME_VALUES | {"psum", "psum_invariant", "pvary", "pbroadcast"}
 
 
 def _terms(flows: Flows, node: int, varying: Set[int]) -> list[int]:

@@ -27,8 +27,9 @@ from bnverify.adapters.calls import Caller, Mode, call_mode, known_names, named
 from bnverify.adapters.explain import explaining
 from bnverify.adapters.look import completed
 from bnverify.adapters.objects import Parts
-from bnverify.adapters.programs import RATE, sizes_of
+from bnverify.adapters.programs import RATE, example_of, sizes_of
 from bnverify.adapters.traced import Flows
+from bnverify.adapters.trees import extra_of
 from bnverify.adapters.watch import noting
 from bnverify.errors import UsageError
 from bnverify.model import State, StepInfo, Subject, Tree
@@ -237,11 +238,10 @@ class Step:
 
     def keeps_rate(self, sizes: tuple[int, int]) -> bool:
         """Return whether the optimizer state stores the learning rate, so that later ones are ignored."""
-        shape: Any = jax.ShapeDtypeStruct
-        seed, x = shape((), "int32"), shape(sizes, "float32")
+        seed, x, _ = example_of(sizes)
         params = jax.eval_shape(self.init, seed, x).params
         flows = Flows(jax.make_jaxpr(lambda lr, p: self.optimizer(lr).init(p))(RATE, params))
-        return bool(set(flows.outputs) & flows.reached(flows.inputs[:1]))
+        return flows.depends_on(flows.inputs[:1])
 
 
 def subject(
@@ -396,7 +396,7 @@ class _Variables:
         The PRNG key only changes in training.
         """
         inputs, targets = self.module.batch(x, y)
-        extra = dict(state.extra or {})
+        extra = extra_of(state)
         key = extra.get("key")
         rngs = None
         if key is not None and (train or self.random_eval):
@@ -440,9 +440,7 @@ def _look(
         rngs: the names of the PRNG streams.
         mutable: the user's choice; None: all collections except ``params``.
     """
-    seed = jax.ShapeDtypeStruct((), "int32")
-    x = jax.ShapeDtypeStruct(sizes, "float32")
-    y = jax.ShapeDtypeStruct(sizes[:1], "float32")
+    seed, x, y = example_of(sizes)
 
     def initial(seed: Any, x: Any) -> Any:
         key = jax.random.PRNGKey(seed)
@@ -529,7 +527,7 @@ class _NnxModule:
         """Return one forward pass on the batch made from x and y."""
         parts = self._parts(x.shape[1])
         inputs, targets = self.batch(x, y)
-        extra = dict(state.extra or {})
+        extra = extra_of(state)
 
         def run(inputs: Any) -> Any:
             module = parts.merge(
@@ -538,7 +536,7 @@ class _NnxModule:
             module.train() if train else module.eval()
             mode = call_mode(type(module).__call__, self.train_argument)(train)
             with noting({"": module}):
-                outputs = module(*(inputs if isinstance(inputs, tuple) else (inputs,)), **mode)
+                outputs = module(*_positional(inputs), **mode)
             _, batch_stats, *rest = parts.split(module)
             return outputs, batch_stats, _extra(*rest)
 

@@ -28,10 +28,12 @@ from bnverify.adapters.by_design import (
 )
 from bnverify.adapters.findings import carried_name, look_at, read_by_evaluation
 from bnverify.adapters.optimizer import updates_every
-from bnverify.adapters.programs import Layers, Programs
+from bnverify.adapters.programs import Layers, Programs, example_of
+from bnverify.adapters.trees import extra_of
 from bnverify.errors import UsageError
+from bnverify.jaxpr.tracing import leaf_names
 from bnverify.model import Copy, State, Subject, Tree
-from bnverify.pytree import path_name
+from bnverify.pytree import by_path, path_name
 
 
 def completed(
@@ -133,8 +135,8 @@ def _of_an_evaluated_copy(programs: Programs, copies: Sequence[Copy]) -> dict[st
 
 def _keeps_its_rate(programs: Programs) -> bool:
     """Return whether a step ignores the learning rate, and its optimizer is unknown."""
-    reached = programs.flows.reached([programs.inputs["lr"]])
-    return programs.subject.optimizer is None and not reached & set(programs.flows.outputs)
+    flows, rate = programs.flows, programs.inputs["lr"]
+    return programs.subject.optimizer is None and not flows.depends_on([rate])
 
 
 def _refuse_flat(design: Design) -> None:
@@ -161,17 +163,16 @@ class _Carrying:
         if not carried:
             return state
         extra = {
-            **(dict(state.extra) if isinstance(state.extra, Mapping) else {}),
+            **extra_of(state),
             "carried": carried,
         }
         return state._replace(batch_stats=averages, extra=extra)
 
     def whole(self, state: State, x: Any) -> State:
-        extra = dict(state.extra) if isinstance(state.extra, Mapping) else {}
+        extra = extra_of(state)
         carried = extra.pop("carried", {})
-        shape: Any = jax.ShapeDtypeStruct
-        sizes = shape(x.shape, "float32")
-        template = jax.eval_shape(self.subject.init, shape((), "int32"), sizes).batch_stats
+        seed, inputs, _ = example_of(x.shape)
+        template = jax.eval_shape(self.subject.init, seed, inputs).batch_stats
         joined = union(state.batch_stats, carried, template)
         return state._replace(batch_stats=joined, extra=extra or ())
 
@@ -242,7 +243,6 @@ def union(tree: Tree, taken: Mapping[str, Any], whole: Any) -> Tree:
     """
     if not taken:
         return tree
-    left = {path_name(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-    names = [path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(whole)[0]]
-    leaves = [taken[name] if name in taken else left[name] for name in names]
+    left = by_path(tree)
+    leaves = [taken[name] if name in taken else left[name] for name in leaf_names(whole)]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(whole), leaves)

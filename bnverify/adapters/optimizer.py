@@ -26,14 +26,14 @@ import optax
 
 from bnverify.adapters.by_design import Declared
 from bnverify.adapters.explain import is_library
-from bnverify.adapters.programs import RATE, Programs, leaf_paths
+from bnverify.adapters.programs import RATE, Programs
 from bnverify.adapters.traced import Evaluation, Flows
 from bnverify.jaxpr.interpreter import live, read
 from bnverify.jaxpr.rounding import evaluate
-from bnverify.jaxpr.tracing import Abstract, trace
+from bnverify.jaxpr.tracing import Abstract, leaf_names, trace
 from bnverify.model import PaperCheck, RateUse, Schedule, State, Subject
 from bnverify.optimizers import PAPERS, Paper, expected
-from bnverify.pytree import path_name
+from bnverify.pytree import by_path
 
 MOST = 64  # the largest number of steps per update that is tried
 BATCHES = re.compile(r"batches|micro_?steps|mini_?steps", re.IGNORECASE)
@@ -42,7 +42,7 @@ BATCHES = re.compile(r"batches|micro_?steps|mini_?steps", re.IGNORECASE)
 
 def updates_every(subject: Subject, state: State) -> int:
     """Return the number of steps per update with ``optax.MultiSteps``; 1 without it."""
-    counts = [p for p in leaf_paths(state) if p.startswith("opt_state/") and "mini_step" in p]
+    counts = [p for p in leaf_names(state) if p.startswith("opt_state/") and "mini_step" in p]
     if not counts or subject.optimizer is None:
         return 1
     zeros = jax.tree_util.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.params)
@@ -51,8 +51,7 @@ def updates_every(subject: Subject, state: State) -> int:
     program, after = jax.make_jaxpr(lambda k: tx.update(zeros, k, zeros)[1], return_shape=True)(
         kept
     )
-    names = [path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(after)[0]]
-    place = next(i for i, name in enumerate(names) if name.endswith("mini_step"))
+    place = next(i for i, name in enumerate(leaf_names(after)) if name.endswith("mini_step"))
     # Only the counter is computed, from one step to the next.
     counting = live(program, place)
     leaves = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree_util.tree_leaves(kept)]
@@ -110,7 +109,7 @@ def rates(programs: Programs) -> Iterator[RateUse]:
     except Exception:  # noqa: BLE001 - a user's optimizer may need more than params and gradients
         return
     flows = Flows(program.jaxpr)
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    leaves = by_path(params)
     if len(leaves) != len(flows.outputs):
         return
 
@@ -121,9 +120,9 @@ def rates(programs: Programs) -> Iterator[RateUse]:
 
     reached = flows.reached(flows.inputs[:1])
     in_full = flows.reached(flows.inputs[:1], through=is_wide)
-    for (path, leaf), node in zip(leaves, flows.outputs, strict=True):
+    for (path, leaf), node in zip(leaves.items(), flows.outputs, strict=True):
         if leaf.dtype == np.float32 and node in reached:
-            yield RateUse(f"params/{path_name(path)}", node not in in_full)
+            yield RateUse(f"params/{path}", node not in in_full)
 
 
 class _Ends:

@@ -19,9 +19,11 @@ import numpy as np
 
 from bnverify.adapters.explain import is_library
 from bnverify.adapters.traced import Flows, labels, labels_anywhere, layer_input, links, marked
+from bnverify.adapters.trees import extra_of
 from bnverify.adapters.watch import Call, Recording, watching
+from bnverify.jaxpr.tracing import leaf_names
 from bnverify.model import LayerInput, Pass, State, Subject
-from bnverify.pytree import path_name
+from bnverify.pytree import by_path, is_floating
 
 ROWS = 24  # in the traces: unlikely as a feature size, and divisible by many numbers of shards
 FEATURES = 6  # if any will do
@@ -31,6 +33,17 @@ SAME_VALUES = frozenset(
     | {"copy", "name"}
 )
 """Primitives that give the values they are given, in another shape or dtype."""
+
+
+def example_of(sizes: tuple[int, int]) -> tuple[Any, Any, Any]:
+    """Return a seed and a batch, x (N, D) and y (N,), as ShapeDtypeStructs to trace with."""
+    shape: Any = jax.ShapeDtypeStruct
+    return shape((), "int32"), shape(sizes, "float32"), shape(sizes[:1], "float32")
+
+
+def under(nodes: Mapping[str, int], *heads: str) -> list[int]:
+    """Return those of the nodes by path whose path starts with one of ``heads``: "params/"."""
+    return [node for path, node in nodes.items() if path.startswith(heads)]
 
 
 def sizes_of(features: tuple[int, ...] | None, rows: int | None = None) -> tuple[int, int]:
@@ -46,7 +59,7 @@ class Programs:
 
     Attributes:
         subject: as given.
-        x: the inputs of the traces, a ShapeDtypeStruct.
+        x: the inputs of the traces, a ShapeDtypeStruct; ``y``: the targets.
         state: the initial state, of ShapeDtypeStructs; ``after``: the state after one step.
         info: the StepInfo of the step, likewise.
         step: the program of the step; ``evaluate``: that of the evaluation.
@@ -61,12 +74,10 @@ class Programs:
     """
 
     def __init__(self, subject: Subject) -> None:
-        shape: Any = jax.ShapeDtypeStruct
-        sizes = sizes_of(subject.features, subject.rows)
-        x, y = shape(sizes, "float32"), shape(sizes[:1], "float32")
-        self.subject, self.x = subject, x
-        self.state: State = jax.eval_shape(subject.init, shape((), "int32"), x)
-        given = (self.state, x, y)
+        self.subject = subject
+        seed, self.x, self.y = example_of(sizes_of(subject.features, subject.rows))
+        self.state: State = jax.eval_shape(subject.init, seed, self.x)
+        given = (self.state, self.x, self.y)
         with watching() as self.recording:
             self.step, out = _traced(subject.step, *given, np.float32(RATE))
         if self.state.batch_stats and not self.recording.calls:
@@ -80,13 +91,13 @@ class Programs:
         self.flows = Flows(self.step)
         self.eval_flows = Flows(self.evaluate)
         self.inline, self.anywhere = labels(self.step), labels_anywhere(self.step)
-        names = leaf_paths(self.state)
+        names = leaf_names(self.state)
         leaves = jax.tree_util.tree_leaves(self.state)
         self.types = {n: (leaf.shape, leaf.dtype) for n, leaf in zip(names, leaves, strict=True)}
         self.inputs = dict(zip(names, self.flows.inputs, strict=False))
         self.inputs |= dict(zip(("x", "y", "lr"), self.flows.inputs[len(names) :], strict=True))
         self.eval_inputs = dict(zip((*names, "x", "y"), self.eval_flows.inputs, strict=True))
-        after = leaf_paths(self.after)
+        after = leaf_names(self.after)
         self.outputs = dict(zip(after, self.flows.outputs, strict=False))
         self.loss = self.flows.outputs[len(after)] if self.info.loss is not None else None
 
@@ -117,7 +128,7 @@ class Programs:
             name = eqn.primitive.name if eqn is not None else ""
             if name not in SAME_VALUES | {"mul", "div", "select_n"}:
                 continue
-            same = [n for n in flows.operands(node) if shape in shapes_of(flows, n)]
+            same = [n for n in flows.operands(node) if shape in flows.shapes(n)]
             for value in {*same} - forward - set(flows.inputs):
                 factor = flows.origins([n for n in flows.operands(node) if n != value])
                 if name in {"mul", "div"} and value in factor:
@@ -129,6 +140,14 @@ class Programs:
     def is_floating(self, path: str) -> bool:
         """Return whether a leaf of the state has a floating-point dtype."""
         return bool(jnp.issubdtype(self.types[path][1], jnp.floating))
+
+    @cached_property
+    def gradients(self) -> list[set[int]]:
+        """For each update by an optimizer the nodes of its gradients."""
+        return [
+            {node for label in names.values() for node in self.flows.of_label(label)}
+            for names in self.recording.updates
+        ]
 
     def updates(self) -> int:
         """Return the number of optimizer updates in a step; an update in a loop counts as 2."""
@@ -145,13 +164,7 @@ class Programs:
     def start(self) -> tuple[Flows, dict[str, int]]:
         """The dependency graph of init, and path -> node of a leaf of the state."""
         flows = Flows(_traced(self.subject.init, np.int32(0), self.x)[0])
-        return flows, dict(zip(leaf_paths(self.state), flows.outputs, strict=True))
-
-
-def shapes_of(flows: Flows, node: int) -> list[tuple[int, ...]]:
-    """Return the shapes of what the equation of a node makes; none for inputs and constants."""
-    eqn = flows.equation(node)
-    return [] if eqn is None else [tuple(var.aval.shape) for var in eqn.outvars]
+        return flows, dict(zip(leaf_names(self.state), flows.outputs, strict=True))
 
 
 def _traced(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
@@ -160,15 +173,6 @@ def _traced(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     anew = partial(function)
     found: tuple[Any, Any] = jax.make_jaxpr(anew, return_shape=True)(*args)
     return found
-
-
-def leaf_paths(state: State) -> list[str]:
-    """Return the path of every leaf of a State: "params/Dense_0/kernel"."""
-    return [
-        f"{name}/{path_name(path)}" if path else name
-        for name, tree in zip(state._fields, state, strict=True)
-        for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
 
 
 def _of_library(eqn: Any) -> bool:
@@ -205,9 +209,9 @@ class Layers:
     def owners(self) -> dict[str, list[Any]]:
         """Path of a layer in batch_stats -> its floating-point leaves."""
         found: dict[str, list[Any]] = defaultdict(list)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(self._of.state.batch_stats)[0]:
-            if jnp.issubdtype(leaf.dtype, jnp.floating):
-                found[path_name(path).rpartition("/")[0]].append(leaf)
+        for path, leaf in by_path(self._of.state.batch_stats).items():
+            if is_floating(leaf):
+                found[path.rpartition("/")[0]].append(leaf)
         return found
 
     @cached_property
@@ -234,7 +238,7 @@ class Layers:
                 own = [
                     p for p in fitting if self._of.inputs.get(f"batch_stats/{p}/{name}") in behind
                 ]
-                elsewhere = {self._of.inputs[p] for p in self._of.inputs if p.startswith("extra/")}
+                elsewhere = set(under(self._of.inputs, "extra/"))
                 if len(own) == 1 or (not own and elsewhere & set(self._of.flows.operands(node))):
                     return own[0] if own else ELSEWHERE
         return fitting[0] if len(fitting) == 1 else None
@@ -324,14 +328,13 @@ class Layers:
         if not new:  # the statistics are never updated; other laws report that
             return []
         marks = {label: set(flows.of_label(label)) for label in self.calls[path]}
-        starts = [n for p, n in self._of.inputs.items() if p.startswith("params/")]
-        of_params = flows.reached(starts)
+        of_params = flows.reached(under(self._of.inputs, "params/"))
         turns: dict[int, bool] = {}
         given: dict[int, Any] = {}
         for label in calls:
             turn = recording.calls[label].turn
             others = {n for each, nodes in marks.items() if each != label for n in nodes}
-            reached = flows.reached(marks[label], through=partial(_is_not_in, others))
+            reached = flows.reached(marks[label], around=others)
             turns[turn] = turns.get(turn, False) or bool(new & reached)
             batch = self._given_to(turn)
             given[turn] = ("pass", turn) if batch is None else batch
@@ -339,8 +342,7 @@ class Layers:
         for batch in dict.fromkeys(given.values()):
             own = [turn for turn in turns if given[turn] == batch]
             folds = sum(turns[turn] for turn in own)
-            mark = recording.turns[own[0] - 1] if own[0] else None
-            nodes = flows.of_label(mark) if mark else []
+            nodes = self._input_of(own[0])
             by_itself = any(self._trains(turn, path) for turn in own)
             # A batch computed from params is adversarial or perturbed.
             if folds or (by_itself and not set(nodes) & of_params):
@@ -375,26 +377,16 @@ class Layers:
         own = self._updates_of(path)
         if not own:
             return True
-        marks = {n for update in self._gradient_nodes for n in update}
-        goals = {n for index in own for n in self._gradient_nodes[index]}
+        marks = {n for update in self._of.gradients for n in update}
+        goals = {n for index in own for n in self._of.gradients[index]}
         closed = marks - goals | set(around)
         calls = self._of.flows.of_label(label)
-        reached = self._of.flows.reached(calls, through=lambda n: n not in closed)
+        reached = self._of.flows.reached(calls, around=closed)
         return bool(reached & goals) or not calls
-
-    @cached_property
-    def _gradient_nodes(self) -> list[set[int]]:
-        return [
-            {node for label in names.values() for node in self._of.flows.of_label(label)}
-            for names in self._of.recording.updates
-        ]
 
     def _updates_of(self, path: str) -> list[int]:
         """Return the indices of the updates of a layer's network; [] if that is ambiguous."""
-        params = {
-            path_name(p): leaf.size
-            for p, leaf in jax.tree_util.tree_flatten_with_path(self._of.state.params)[0]
-        }
+        params = {path: leaf.size for path, leaf in by_path(self._of.state.params).items()}
         found = []
         for index, names in enumerate(self._of.recording.updates):
             inner = {"/".join(name): self._size(label) for name, label in names.items()}
@@ -416,9 +408,13 @@ class Layers:
 
     def _given_to(self, turn: int) -> Any:
         """Return a number that is equal for forward passes with the same input; None if unknown."""
-        label = self._of.recording.turns[turn - 1] if turn else None
-        nodes = self._of.flows.of_label(label) if label else []
+        nodes = self._input_of(turn)
         return self._of.flows.number(self._of.flows.operands(nodes[0])[0]) if nodes else None
+
+    def _input_of(self, turn: int) -> list[int]:
+        """Return the nodes of the input of a forward pass; [] if it is unknown."""
+        label = self._of.recording.turns[turn - 1] if turn else None
+        return self._of.flows.of_label(label) if label else []
 
     def momentum(self) -> float | None:
         """Return the effective momentum of all layers; None if it differs or is unknown."""
@@ -442,9 +438,7 @@ class Layers:
         for label, times in self._of.inline.items():
             if label in self._of.recording.biases:
                 uses[self._of.recording.biases[label]] += times
-        params = [
-            path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(self._of.state.params)[0]
-        ]
+        params = leaf_names(self._of.state.params)
         found = []
         for source, target in sorted(links(self._of.step)):
             bias, call = self._of.recording.biases.get(source), self._of.recording.calls.get(target)
@@ -478,8 +472,8 @@ class Layers:
 
         if not once:
             return None
-        y = jax.ShapeDtypeStruct(self._of.x.shape[:1], "float32")
-        return inputs if jax.eval_shape(inputs, self._of.state, self._of.x, y) else None
+        of = self._of
+        return inputs if jax.eval_shape(inputs, of.state, of.x, of.y) else None
 
     def without_statistics(self) -> str:
         """Return an error message if layers are trained but their statistics are missing; else ""."""
@@ -495,10 +489,7 @@ class Layers:
 
     def carried_paths(self) -> list[str]:
         """Return the paths of the statistics in ``State.extra``."""
-        extra = (
-            dict(self._of.state.extra or {}) if isinstance(self._of.state.extra, Mapping) else {}
-        )
-        return list(extra.get("carried", {}))
+        return list(extra_of(self._of.state).get("carried", {}))
 
     def carried(self) -> list[str]:
         """Return patterns of the statistics that are no moving averages, or that are frozen."""
@@ -509,10 +500,8 @@ class Layers:
             )
             for pattern in (f"{path}/*", f"*/{path}/*")
         ]
-        whole = jax.tree_util.tree_flatten_with_path(self._of.state.batch_stats)[0]
-        counters = [
-            path_name(p) for p, leaf in whole if not jnp.issubdtype(leaf.dtype, jnp.floating)
-        ]
+        whole = by_path(self._of.state.batch_stats)
+        counters = [path for path, leaf in whole.items() if not is_floating(leaf)]
         return [*found, *counters, *(f"{path}/*" for path in self._frozen())]
 
     def _frozen(self) -> list[str]:
@@ -528,10 +517,6 @@ class Layers:
             if moving and resting and self.calls.get(path) and not self.training(path):
                 found.append(path)
         return found
-
-
-def _is_not_in(nodes: Collection[int], node: int) -> bool:
-    return node not in nodes
 
 
 def _inputs_of(

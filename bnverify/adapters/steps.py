@@ -31,8 +31,8 @@ from bnverify.adapters.batches import (
 )
 from bnverify.adapters.calls import Caller, Thing, caller
 from bnverify.adapters.explain import explaining
-from bnverify.adapters.objects import variable_path
-from bnverify.adapters.programs import RATE
+from bnverify.adapters.objects import by_variable_path
+from bnverify.adapters.programs import RATE, example_of
 from bnverify.adapters.traced import Flows, evaluated, holds_tracers
 from bnverify.adapters.watch import Updates, evaluating, noting, updates, watching
 from bnverify.errors import UsageError
@@ -183,12 +183,12 @@ class Loop:
         if self.earnest:
             return self.created(0, jnp.zeros(self.sizes, jnp.float32), RATE)
         found: list[dict[str, Any]] = []
-        shape: Any = jax.ShapeDtypeStruct
 
         def build(seed: Any, x: Any) -> None:
             found.append(self.created(seed, x, RATE))
 
-        jax.eval_shape(build, shape((), "int32"), shape(self.sizes, "float32"))
+        seed, x, _ = example_of(self.sizes)
+        jax.eval_shape(build, seed, x)
         return found[0]
 
     def with_statistics(self) -> Loop:
@@ -223,7 +223,7 @@ class Loop:
             return self._split(things, {}, self._layout(self.sizes[1], lr)).opt_state
 
         flows = Flows(jax.make_jaxpr(opt_state)(RATE))
-        return bool(set(flows.outputs) & flows.reached(flows.inputs))
+        return flows.depends_on(flows.inputs)
 
     def _layout(self, features: Any, lr: Any = RATE) -> Any:
         """Return the layout of the things; for nnx it is computed in the current trace."""
@@ -327,7 +327,7 @@ class Loop:
         return done
 
     def _evaluated(self, state: State, x: Any, y: Any) -> _Done:
-        extra = dict(state.extra) if isinstance(state.extra, Mapping) else {}
+        extra = trees.extra_of(state)
         more = {"key": extra["key"]} if "key" in extra else {}
         layout = self._layout(x.shape[1])
         function, how = self.evaluation or self.train, self.eval_loss
@@ -485,9 +485,8 @@ class Loop:
 
     def example(self) -> tuple[Any, Any, Any]:
         """Return a state and a batch as ShapeDtypeStructs."""
-        shape: Any = jax.ShapeDtypeStruct
-        x, y = shape(self.sizes, "float32"), shape(self.sizes[:1], "float32")
-        return jax.eval_shape(self.init, shape((), "int32"), x), x, y
+        seed, x, y = example_of(self.sizes)
+        return jax.eval_shape(self.init, seed, x), x, y
 
     def settled(self) -> Loop:
         """Return this loop with its mapped axis, and the way its gradients can be observed."""
@@ -552,15 +551,11 @@ def _things(made: Any) -> dict[str, Any]:
 
 
 def _next_key(state: State) -> tuple[dict[str, Any], Any]:
-    extra = state.extra if isinstance(state.extra, Mapping) else {}
+    extra = trees.extra_of(state)
     if "key" not in extra:
         return {}, None
     key, now = jax.random.split(extra["key"])
     return {"key": key}, now
-
-
-def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
-    return {variable_path(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _matched(
@@ -569,7 +564,7 @@ def _matched(
     """Return network -> the index of the update with its gradients; {} if that is ambiguous."""
     found: dict[str, int] = {}
     for network in networks:
-        own = _by_path(params if network == "" else params[network])
+        own = by_variable_path(params if network == "" else params[network])
         fitting = [
             index
             for index, gradients in enumerate(given)
@@ -593,10 +588,9 @@ def _gradients(
     def tree(network: str) -> Any:
         gradients = given[places[network]]
         own = params if network == "" else params[network]
-        paths, structure = jax.tree_util.tree_flatten_with_path(own)
         # The axis of the surrounding vmap, of size 1, may remain.
-        leaves = [gradients[variable_path(path)].reshape(leaf.shape) for path, leaf in paths]
-        return jax.tree_util.tree_unflatten(structure, leaves)
+        leaves = [gradients[p].reshape(leaf.shape) for p, leaf in by_variable_path(own).items()]
+        return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(own), leaves)
 
     return tree("") if set(places) == {""} else {network: tree(network) for network in places}
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from bnverify.adapters.batches import is_metrics
 from bnverify.errors import UsageError, did_you_mean
+from bnverify.jaxpr.tracing import leaf_names
 from bnverify.model import State, Tree
-from bnverify.pytree import path_name
+from bnverify.pytree import by_path, path_name
 
 Path = tuple[str, ...]
 
@@ -92,7 +93,7 @@ class Layout:
         for part, nets in self.parts.items():
             for net, path in nets.items():
                 values[path] = trees[part] if set(nets) == {""} else trees[part][net]
-        fields = dict(state.extra or {}).get("fields", {})
+        fields = extra_of(state).get("fields", {})
         for path in self.rest:
             values[path] = at(fields, self._named(path))
         return {name: _replaced(tree, values, (name,)) for name, tree in template.items()}
@@ -106,6 +107,11 @@ class Layout:
     def networks(self) -> tuple[str, ...]:
         """Return the names of the networks in the State."""
         return tuple(self.parts.get(PARAMS, {}))
+
+
+def extra_of(state: State) -> dict[str, Any]:
+    """Return ``State.extra`` as a new dict; {} if it is not a mapping."""
+    return dict(state.extra) if isinstance(state.extra, Mapping) else {}
 
 
 def layout(
@@ -258,8 +264,8 @@ def _optimizers_by_network(
 def _has_copies(state: Any, params: Any) -> bool:
     """Return whether an optimizer's state has a leaf like each of some params, under the same path."""
     kept, own = (
-        [(f"/{path_name(p)}", jnp.shape(leaf)) for p, leaf in pairs]
-        for pairs, _ in map(jax.tree_util.tree_flatten_with_path, (state, params))
+        [(f"/{path}", jnp.shape(leaf)) for path, leaf in by_path(tree).items()]
+        for tree in (state, params)
     )
     return all(
         any(there.endswith(path) and size == shape for there, size in kept) for path, shape in own
@@ -327,10 +333,9 @@ def kind_of(tree: Any) -> str:
         return OPTIMIZER
     if _is_prng_key(tree):
         return "key"
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    if not isinstance(tree, Mapping) or not leaves:
+    last = {path.rpartition("/")[2] for path in leaf_names(tree)}
+    if not isinstance(tree, Mapping) or not last:
         return ""
-    last = {path_name(path).rpartition("/")[2] for path, _ in leaves}
     if last <= {"mean", "var"}:
         return STATISTICS
     return PARAMS if last & {"kernel", "scale", "bias", "embedding", "w", "b"} else ""
@@ -354,8 +359,7 @@ def search(things: Mapping[str, Any], layers: Mapping[str, Sequence[str]]) -> st
     Returns:
         The path of the subtree, joined by "/"; None if they are not all in one subtree.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(dict(things))[0]
-    paths = [path_name(path) for path, _ in leaves]
+    paths = leaf_names(dict(things))
     holders: set[str] = set()
     for layer, names in layers.items():
         for name in names:
