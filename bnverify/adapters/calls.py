@@ -2,7 +2,8 @@
 
 The roles are: the objects in the state of a loop ("things": a train state, a model, an optimizer, a
 pytree), the batch or its inputs and targets, a PRNG key, the learning rate, an optimizer. Most are found
-by name, others by order; ``roles=`` declares the rest. The user must bind all other parameters.
+by name, others by order; ``roles=`` declares the rest. The user must bind all other parameters. The
+argument of a module that selects train mode is found by its name, too.
 """
 
 from __future__ import annotations
@@ -331,7 +332,6 @@ def label_of(function: Callable[..., Any]) -> str:
 
 # The argument that selects train or eval mode, found by its name.
 
-
 TRAINING = ("train", "training", "is_training", "is_train", "train_mode")
 INFERENCE = (
     "use_running_average",
@@ -496,15 +496,24 @@ def nnx_maker(make_module: Any) -> None:
 
 
 def nnx_caller(
-    make: Callable[..., Any], what: str, told: Mapping[str, str] | None = None
+    make: Callable[..., Any],
+    what: str,
+    sizes: Collection[int] | None,
+    told: Mapping[str, str] | None = None,
 ) -> Caller:
     """Return how to call a function that makes nnx objects: with ``rngs``, D, lr and an optimizer.
 
     The PRNG streams are passed as ``rngs`` or as the last required parameter; one other required
     parameter is the number of features, whatever its name.
 
+    Args:
+        make: the user's function.
+        what: its name in messages: "make".
+        sizes: the values of D that its model accepts; None: any.
+        told: parameter -> role, as declared by the user.
+
     Raises:
-        UsageError: it has more required parameters.
+        UsageError: it has more required parameters, or none for D although any D is accepted.
     """
     roles = dict(told or {})
     names = [n for n in required_names(make) if n not in roles and role_of(n) not in ("lr", "tx")]
@@ -517,7 +526,13 @@ def nnx_caller(
         )
     roles |= {} if rngs is None else {rngs: "rngs"}
     roles |= dict.fromkeys(others, "features")
-    return caller(make, what, allowed=("rngs", "features", "lr", "tx"), told=roles)
+    found = caller(make, what, allowed=("rngs", "features", "lr", "tx"), told=roles)
+    if sizes is None and not found.takes("features"):
+        raise UsageError(
+            f"{what} has no parameter for the number of features: pass features=D, the D that its "
+            "model accepts, or add one, as in lambda din, rngs: ..."
+        )
+    return found
 
 
 def _takes(function: Any, count: int) -> bool:

@@ -31,7 +31,6 @@ from bnverify.adapters.programs import RATE, example_of, sizes_of
 from bnverify.adapters.traced import Flows
 from bnverify.adapters.trees import extra_of
 from bnverify.adapters.watch import noting
-from bnverify.errors import UsageError
 from bnverify.model import State, StepInfo, Subject, Tree
 
 CLAIMS = frozenset({"lr", "row_losses", "eval_is_training_loss"})
@@ -154,12 +153,7 @@ def nnx(
     calls.nnx_maker(make_module)
     calls.functions(optimizer=optimizer, loss=loss, batch=batch)
     sizes = calls.sizes(features)
-    maker = calls.nnx_caller(make_module, "make_module")
-    if sizes is None and not maker.takes("features"):
-        raise UsageError(
-            "make_module has no parameter for the number of features: pass features=D, the D that "
-            "its module accepts, or add one, as in lambda din, rngs: Model(din, rngs=rngs)"
-        )
+    maker = calls.nnx_caller(make_module, "make_module", sizes)
     model = _NnxModule(maker, batch, train_argument, axis_name)
     label = getattr(make_module, "__name__", type(make_module).__name__)
     return subject(

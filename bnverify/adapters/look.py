@@ -1,9 +1,9 @@
 """Analysing the traces of a Subject: its normalisation layers, and which laws apply to it.
 
 Every adapter first makes a plain Subject of a user's code: init, step and evaluate. Here each is traced
-once (``programs``). What was recorded during tracing gives the layers (``layers``) and what the step
-does by design (``by_design``). A law that a step violates by design becomes exempt, with the reason.
-What cannot be determined is left out.
+once (``programs``). What was recorded during tracing gives the layers, what the step does by design
+(``by_design``), and facts that laws judge (``findings``). A law that a step violates by design becomes
+exempt, with the reason. What cannot be determined is left out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A user's own training loop as a Subject, run unchanged.
+"""A user's own training loop as a Subject, run unchanged: what a user gives, and what becomes of it.
 
 ``create`` makes the state of the loop: train states, pytrees, nnx objects. ``train_step`` and
 ``eval_step`` are called with it, with a batch, and with other arguments matched by name. Their results
 are split into the new state and the report, which has the loss. Gradients are observed where the step
-passes them to an optimizer.
+passes them to an optimizer. ``bnverify.adapters.steps`` runs them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,13 @@ from typing import Any, Unpack
 import optax
 
 from bnverify.adapters import calls
-from bnverify.adapters.batches import (
-    Reading,
-    image_and_label,
-    rows,
-)
+from bnverify.adapters.batches import Reading, image_and_label, rows
 from bnverify.adapters.by_design import Declarations, Declared, declared_by
 from bnverify.adapters.calls import caller, label_of
 from bnverify.adapters.explain import explaining
 from bnverify.adapters.look import completed
 from bnverify.adapters.programs import sizes_of
 from bnverify.adapters.steps import Loop, Optimizer
-from bnverify.errors import UsageError
 from bnverify.model import Subject
 
 BY_TRAINING = "there is no eval_step: evaluation is the training loss with the model in eval mode"
@@ -166,15 +161,9 @@ def _subject(
         given["eval_step"] = eval_step
     calls.functions(**given, optimizer=optimizer, batch=batch)
     accepted, rows = calls.sizes(options.get("features")), calls.multiple(options.get("rows"))
-    of_nnx = kind == "nnx_loop"
     told = dict(options.get("roles") or {})
-    if of_nnx:
-        making = calls.nnx_caller(create, creates, told)
-        if accepted is None and not making.takes("features"):
-            raise UsageError(
-                f"{creates} has no parameter for the number of features: pass features=D, the D that "
-                "its model accepts, or add one, as in lambda din, rngs: ..."
-            )
+    if kind == "nnx_loop":
+        making = calls.nnx_caller(create, creates, accepted, told)
     else:
         roles = ("key", "rngs", "seed", "batch", "inputs", "targets", "lr", "tx", "features")
         words = {"rngs": "key"} if kind == "train_state" else {}

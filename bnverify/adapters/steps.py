@@ -40,7 +40,6 @@ from bnverify.model import State, StepInfo
 
 Optimizer = Callable[[Any], Any]
 
-
 SPLIT = (
     "create returns what nnx.split gave. Use bnverify.nnx_loop with a function that makes the objects "
     "themselves, (model, optimizer), and in the step around yours write graphdef, state = "
