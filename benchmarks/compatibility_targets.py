@@ -11,7 +11,7 @@ def linen() -> bnverify.Subject:
     """Return a linen model: Dense, BatchNorm with its defaults, ReLU, Dense."""
     import flax.linen as nn
 
-    from bnverify.adapters.linen import linen as adapt
+    from bnverify.adapters.canonical import linen as adapt
 
     class Model(nn.Module):
         @nn.compact
@@ -27,7 +27,7 @@ def nnx() -> bnverify.Subject:
     """Return an nnx model: Linear, BatchNorm with its defaults, ReLU, Linear."""
     from flax import nnx as nn
 
-    from bnverify.adapters.nnx import nnx as adapt
+    from bnverify.adapters.canonical import nnx as adapt
 
     class Model(nn.Module):  # type: ignore[misc] # flax before 0.10 has no types for it
         def __init__(self, rngs: Any) -> None:

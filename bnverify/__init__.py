@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from bnverify.adapters.batches import classes as classes
-    from bnverify.adapters.linen import linen as linen
+    from bnverify.adapters.canonical import linen as linen
+    from bnverify.adapters.canonical import nnx as nnx
     from bnverify.adapters.look import declare as declare
     from bnverify.adapters.loop import loop as loop
     from bnverify.adapters.loop import nnx_loop as nnx_loop
     from bnverify.adapters.loop import train_state as train_state
-    from bnverify.adapters.nnx import nnx as nnx
     from bnverify.adapters.solution import solution as solution
     from bnverify.check import replay as replay
     from bnverify.check import verify as verify
@@ -63,10 +63,10 @@ _HOME = {
     "classes": "adapters.batches",
     "declare": "adapters.look",
     "life": "lifetime.check",
-    "linen": "adapters.linen",
+    "linen": "adapters.canonical",
     "load": "target",
     "loop": "adapters.loop",
-    "nnx": "adapters.nnx",
+    "nnx": "adapters.canonical",
     "nnx_loop": "adapters.loop",
     "replay": "check",
     "solution": "adapters.solution",

@@ -20,11 +20,19 @@ def is_floating(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
+def key_name(key: Any) -> str:
+    """Return one step of a pytree path as a string: a dict key, an attribute or an index."""
+    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+
 def path_name(path: Any) -> str:
     """Return a pytree path as "outer/inner": dict keys, attributes and indices alike."""
-    return "/".join(
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
-    )
+    return "/".join(map(key_name, path))
+
+
+def by_path(tree: Tree) -> dict[str, Any]:
+    """Return the leaves of a tree by their paths, as ``path_name`` gives them, in order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def form(tree: Tree) -> Any:

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 import bnverify
 from bnverify import reference
-from bnverify.adapters.linen import linen
+from bnverify.adapters.canonical import linen
 from bnverify.check import show_again
 from bnverify.cli import main
 from bnverify.evidence import Call, Counterexample, Evidence, Violation

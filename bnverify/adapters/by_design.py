@@ -1,18 +1,159 @@
-"""The laws that a step violates by design, with the reasons: found in its traces, or declared."""
+"""The laws that a step violates by design, with the reasons: declared by its user, or found in its traces.
+
+Such a law is exempt. ``Declared`` is what a user may say of a step, the same for every adapter; the report
+on a violation says which declaration would make the law exempt. ``Design`` reads the traced programs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
 
 import jax
 import jax.numpy as jnp
 
-from bnverify.adapters import declared as laws
-from bnverify.adapters.declared import Declared, because
-from bnverify.adapters.layers import Layers, listed
-from bnverify.adapters.programs import ROWS, Programs, shapes_of
+from bnverify.adapters.programs import ROWS, SAME_VALUES, Layers, Programs, listed, under
 from bnverify.adapters.traced import DRAWS, Flows
+
+TARGETS = (
+    "targets_reach_the_params",
+    "targets_belong_to_their_rows",
+    "targets_reach_the_evaluation",
+)
+INDEPENDENT_ROWS = ("eval_rows_are_independent", "doubling_the_batch_changes_nothing")
+ONE_FOLD = (
+    "batch_stats_change_only_by_ema",
+    "batch_like_the_statistics_is_a_fixed_point",
+    "equal_steps_converge_geometrically",
+    "eval_at_the_batchs_own_moments_is_the_training_loss",
+)
+PARTS = ("row_order_changes_nothing", "doubling_the_batch_changes_nothing")
+OLD_STATISTICS = (
+    "training_is_free_of_old_statistics",
+    "eval_at_the_batchs_own_moments_is_the_training_loss",
+)
+MIXED_STATISTICS = (
+    "batch_stats_change_only_by_ema",
+    "one_momentum_for_the_whole_model",
+    "momentum_is_as_declared",
+    "batch_moments_are_the_layers_own",
+    "batch_like_the_statistics_is_a_fixed_point",
+    "equal_steps_converge_geometrically",
+)
+GRADIENT = ("gradients_are_gradients_of_the_loss",)
+FREE_STATISTICS = ("batch_stats_are_free_of_targets",)
+OWN_EVALUATION = ("eval_uses_the_running_statistics",)
+INITIAL = ("initial_statistics_are_zero_and_one",)
+
+HINTS = {
+    "eval_rows_are_independent": "if rows are compared by design: row_losses=False; if they have "
+    "weights or a mask: weights=",
+    "doubling_the_batch_changes_nothing": "if rows are compared by design: row_losses=False",
+    **dict.fromkeys(TARGETS, "if the loss has no targets: targets=False"),
+    "training_is_free_of_old_statistics": "if training also normalises by running statistics by "
+    "design: online=True; if some layers are frozen: frozen=[...]",
+    "momentum_is_as_declared": "if a layer processes several batches per step by design: passes=",
+    "one_momentum_for_the_whole_model": "if a layer processes several batches per step by design: "
+    "passes=",
+    "initial_statistics_are_zero_and_one": "if training starts from a pretrained model: "
+    "pretrained=True",
+    "each_step_draws_anew": "if the same numbers are intended: exempt=",
+    "every_pass_reaches_the_statistics": "if a forward pass is left out by design: passes=",
+    "each_batch_is_folded_in_once": "if a layer processes several batches per step by design: passes=",
+    "layers_keep_the_feature_axis": "if another axis is normalised by design: exempt=",
+    "frozen_statistics_stay": "if the statistics should follow the new data: frozen=False",
+    "frozen_params_stay": "if only the statistics are frozen: frozen=['LAYER/mean', 'LAYER/var']",
+    "trained_params_come_with_their_statistics": "if nothing is pretrained: pretrained=False",
+    "schedule_counts_updates": "if training has another number of batches: batches=",
+    "step_moves_the_statistics": "if they are frozen by design: frozen=[...]",
+    "inputs_reach_the_statistics": "if they are frozen by design: frozen=[...]",
+    "batch_stats_change_only_by_ema": "if some of these variables are not moving averages: "
+    "carried=[...]",
+    "gradients_are_gradients_of_the_loss": "if the reported loss is not the differentiated one by "
+    "design (it lacks a penalty, or smooths no labels): penalty=True",
+    "eval_at_the_batchs_own_moments_is_the_training_loss": "if the two losses differ by design: "
+    "same_loss=False",
+}
+"""Law -> what to declare if a step violates it by design."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a user declares about a step. None: bnverify finds out.
+
+    Attributes:
+        targets: whether the loss has targets. None: if y is in the batch and is used.
+        row_losses: whether the eval loss is a mean over independent rows. None: unless it divides by
+            a number that depends on the batch, or multiplies rows with rows.
+        online: whether training also normalises by running statistics. None: if a gradient through
+            running statistics is stopped, as in batch renormalisation.
+        carried: patterns (``fnmatch``) of paths in batch_stats that are no moving averages.
+        frozen: patterns of paths in params and batch_stats that no step may change: "backbone/*" for
+            a whole layer, "backbone/mean" for one statistic. False: the statistics of layers with
+            frozen params may change. Empty: frozen layers are found.
+        passes: the number of batches that each layer processes per step. None: counted.
+        weights: (x, y) -> (N,), the weight of each row in the loss.
+        pretrained: whether params and statistics start from a pretrained model. None: found.
+        batches: the number of batches in training, with gradient accumulation; a learning-rate
+            schedule must be shorter. None: an integer in the user's code whose name says so.
+        same_loss: whether training and evaluation compute the same loss of outputs and targets.
+        penalty: whether the differentiated loss differs from the reported one: it has a penalty on
+            the params, or smoothed labels. None: whether the trace shows a penalty.
+        exempt: law name -> why it does not apply.
+    """
+
+    targets: bool | None = None
+    row_losses: bool | None = None
+    online: bool | None = None
+    carried: Sequence[str] = ()
+    frozen: Sequence[str] | Literal[False] = ()
+    passes: int | None = None
+    weights: Callable[[Any, Any], Any] | None = None
+    pretrained: bool | None = None
+    batches: int | None = None
+    same_loss: bool = False
+    penalty: bool | None = None
+    exempt: Mapping[str, str] = field(default_factory=dict)
+
+
+class Declarations(TypedDict, total=False):
+    """The fields of ``Declared`` as keywords."""
+
+    targets: bool | None
+    row_losses: bool | None
+    online: bool | None
+    carried: Collection[str]
+    frozen: Collection[str] | Literal[False]
+    passes: int | None
+    weights: Callable[[Any, Any], Any] | None
+    pretrained: bool | None
+    batches: int | None
+    same_loss: bool
+    penalty: bool | None
+    exempt: Mapping[str, str] | None
+
+
+def declared_by(given: Declarations) -> Declared:
+    """Return the declarations in some keyword arguments.
+
+    Raises:
+        TypeError: there is no such declaration.
+    """
+    unknown = sorted(set(given) - set(Declarations.__annotations__))
+    if unknown:
+        raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
+    said: Any = {**given, "exempt": dict(given.get("exempt") or {})}
+    return Declared(**said)
+
+
+def because(reason: str, *laws: Iterable[str]) -> dict[str, str]:
+    """Return a dict from each law in some groups to ``reason``."""
+    return dict.fromkeys((law for group in laws for law in group), reason)
+
+
+# What the traces show.
+
 
 FLAT = frozenset({"sign", "floor", "ceil", "round", "stop_gradient"})  # their gradient is 0
 
@@ -47,8 +188,7 @@ class Design:
 
     def _renormalised(self) -> set[int]:
         """Return the nodes where gradients through running statistics are stopped."""
-        statistics = [n for path, n in self._of.inputs.items() if path.startswith("batch_stats/")]
-        return self._of.stopped(statistics)
+        return self._of.stopped(under(self._of.inputs, "batch_stats/"))
 
     def exempt(self) -> dict[str, str]:
         """Return the laws that the step violates by design, each with the reason."""
@@ -62,7 +202,7 @@ class Design:
 
     def _of_variables(self) -> dict[str, str]:
         """Return the laws that do not apply because of other variables and random numbers."""
-        seen = [n for p, n in self._of.outputs.items() if p.startswith("batch_stats/")]
+        seen = under(self._of.outputs, "batch_stats/")
         seen += [] if self._of.loss is None else [self._of.loss]
         found: dict[str, str] = {}
         moving = [
@@ -86,13 +226,13 @@ class Design:
                 ("eval_at_the_batchs_own_moments_is_the_training_loss",),
             )
         draws = self._of.eval_flows.of_primitives(DRAWS)
-        if set(self._of.eval_flows.outputs) & self._of.eval_flows.reached(draws):
+        if self._of.eval_flows.depends_on(draws):
             found |= because(
                 "evaluation draws random numbers for each row",
                 ("row_order_changes_nothing", "eval_rows_are_independent"),
             )
-        trained = {n for p, n in self._of.outputs.items() if p.startswith("params/")}
-        if trained.union(seen) & self._of.flows.reached(self._of.flows.of_primitives(DRAWS)):
+        trained = under(self._of.outputs, "params/")
+        if {*trained, *seen} & self._of.flows.reached(self._of.flows.of_primitives(DRAWS)):
             found |= because(
                 "the training pass draws random numbers for each row",
                 (
@@ -111,10 +251,10 @@ class Design:
                 at = self._of.flows.where(min(self._renormalised()))
                 said = "training also normalises by running statistics, like batch renormalisation"
                 said += f": their gradient is stopped at {at}" if at else ""
-            found |= because(said, laws.OLD_STATISTICS)
+            found |= because(said, OLD_STATISTICS)
             if self._statistics_mix():
                 said += ", so the statistics of one layer depend on those of another"
-                found |= because(said, laws.OLD_STATISTICS, laws.MIXED_STATISTICS)
+                found |= because(said, OLD_STATISTICS, MIXED_STATISTICS)
         momenta = {m for m in self._layers.momenta().values() if m is not None}
         if len(momenta) > 1:
             numbers = ", ".join(f"{m:.4g}" for m in sorted(momenta))
@@ -124,9 +264,9 @@ class Design:
         if parts:
             rows, of = min(parts.values()), self._of.x.shape[0]
             said = f"a batch is normalised in parts, {rows} of {of} rows at once: {listed(parts)}"
-            found |= because(said, laws.PARTS)
+            found |= because(said, PARTS)
             # Averages of the parts' moments may cancel, to the rounding of each.
-            found |= because(f"{said}, each with moments of its own", laws.ONE_FOLD)
+            found |= because(f"{said}, each with moments of its own", ONE_FOLD)
         several = {
             path: self._layers.writes(path)
             for path in self._layers.owners
@@ -138,13 +278,13 @@ class Design:
         untold = [path for path, writes in several.items() if writes is None]
         if untold:
             said = "called in a loop, or in one of several identical networks, so calls cannot be counted"
-            found |= because(f"{said}: {listed(untold)}", laws.ONE_FOLD)
+            found |= because(f"{said}: {listed(untold)}", ONE_FOLD)
             if len(self._layers.owners) > 1:
                 one = ("one_momentum_for_the_whole_model",)
                 found |= because(f"{said}: {listed(untold)}", one)
         if counted:
             said = "called several times in a step, with different batches: "
-            found |= because(said + listed(counted), laws.ONE_FOLD)
+            found |= because(said + listed(counted), ONE_FOLD)
         return found
 
     def _statistics_mix(self) -> bool:
@@ -158,15 +298,15 @@ class Design:
 
     def _of_targets(self) -> dict[str, str]:
         if self._declared.targets is False:
-            return because("targets=False: the loss has no targets", laws.TARGETS)
+            return because("targets=False: the loss has no targets", TARGETS)
         if (
             self._declared.targets is None
             and self._batch is not None
             and not self._enters(self._batch)
         ):
-            return because("the batch does not contain y", laws.TARGETS)
+            return because("the batch does not contain y", TARGETS)
         if self._declared.targets is None and not self._uses_targets():
-            return because("neither the step nor its evaluation uses y", laws.TARGETS)
+            return because("neither the step nor its evaluation uses y", TARGETS)
         if self._have_a_pass_of_their_own():
             said = "y has its own forward pass, and its rows do not correspond to those of x"
             return because(said, ("targets_belong_to_their_rows",))
@@ -181,42 +321,36 @@ class Design:
             return False
 
         def has_rows(node: int) -> bool:
-            eqn = flows.equation(node)
-            shapes = [var.aval.shape for var in eqn.outvars] if eqn is not None else []
-            return any(size and size % ROWS == 0 for shape in shapes for size in shape)
+            return any(size and size % ROWS == 0 for shape in flows.shapes(node) for size in shape)
 
         behind = flows.origins([self._of.loss]) if self._of.loss is not None else set()
         return not any(has_rows(node) for node in of_x & of_y & behind)
 
     def _uses_targets(self) -> bool:
-        return any(
-            set(flows.outputs) & flows.reached([inputs["y"]])
-            for flows, inputs in (
-                (self._of.flows, self._of.inputs),
-                (self._of.eval_flows, self._of.eval_inputs),
-            )
+        of = self._of
+        return of.flows.depends_on([of.inputs["y"]]) or of.eval_flows.depends_on(
+            [of.eval_inputs["y"]]
         )
 
     def _enters(self, batch: Callable[[Any, Any], Any]) -> bool:
-        y = jax.ShapeDtypeStruct(self._of.x.shape[:1], "float32")
-        jaxpr = jax.make_jaxpr(lambda x, y: jax.tree_util.tree_leaves(batch(x, y)))(self._of.x, y)
-        flows = Flows(jaxpr)
-        return bool(set(flows.outputs) & flows.reached(flows.inputs[1:]))
+        made = jax.make_jaxpr(lambda x, y: jax.tree_util.tree_leaves(batch(x, y)))
+        flows = Flows(made(self._of.x, self._of.y))
+        return flows.depends_on(flows.inputs[1:])
 
     def _of_rows(self) -> dict[str, str]:
         if self._declared.row_losses is not None:
             said = "row_losses=False: the loss is not a mean over rows"
-            return {} if self._declared.row_losses else because(said, laws.ROWS)
+            return {} if self._declared.row_losses else because(said, INDEPENDENT_ROWS)
         found: dict[str, str] = {}
         if self._declared.weights is None:
             count = self._divides_by_the_batch()
             if count is not None:
                 at = self._of.eval_flows.where(count)
                 said = "the eval loss divides by a number that depends on the batch"
-                found |= because(said + (f" ({at})" if at else ""), laws.ROWS[:1])
+                found |= because(said + (f" ({at})" if at else ""), INDEPENDENT_ROWS[:1])
         for flows, inputs, reached in (
-            (self._of.flows, self._of.inputs, laws.ROWS),
-            (self._of.eval_flows, self._of.eval_inputs, laws.ROWS),
+            (self._of.flows, self._of.inputs, INDEPENDENT_ROWS),
+            (self._of.eval_flows, self._of.eval_inputs, INDEPENDENT_ROWS),
         ):
             for node in _pairs_of_rows(flows, inputs["x"]):
                 at = flows.where(node)
@@ -227,7 +361,7 @@ class Design:
     def _divides_by_the_batch(self) -> int | None:
         flows, inputs = self._of.eval_flows, self._of.eval_inputs
         data = flows.reached([inputs["x"], inputs["y"]])
-        of_params = flows.reached(n for p, n in inputs.items() if p.startswith("params/"))
+        of_params = flows.reached(under(inputs, "params/"))
         behind = flows.origins(flows.outputs)
         for node in flows.of_primitives({"div"}):
             above, below = flows.equation(node).invars
@@ -251,41 +385,37 @@ class Design:
                 first = call.turn <= 1 and not mark
                 (given if of_pass & of_targets or first else moved_since).add(label)
         if given:
-            found |= because("the targets are an input of the model", laws.FREE_STATISTICS)
+            found |= because("the targets are an input of the model", FREE_STATISTICS)
         elif self._of.updates() > 1:
-            moving = [
-                n for p, n in inputs.items() if p in ("y", "lr") or p.startswith("opt_state/")
-            ]
-            moved = flows.reached(moving)
-            if any(n in moved for p, n in self._of.outputs.items() if p.startswith("batch_stats/")):
+            moved = flows.reached(under(inputs, "y", "lr", "opt_state/"))
+            if not moved.isdisjoint(under(self._of.outputs, "batch_stats/")):
                 said = "a step updates params several times and runs the model on updated params"
-                found |= because(said, laws.FREE_STATISTICS)
+                found |= because(said, FREE_STATISTICS)
         elif moved_since:
             said = "the gradient is taken at perturbed params, as in sharpness-aware minimisation"
-            found |= because(said, laws.GRADIENT)
+            found |= because(said, GRADIENT)
         if self._of.updates() > 1:
             said = "a step makes several updates, each with the gradient of a different loss"
-            found |= because(said, laws.GRADIENT)
+            found |= because(said, GRADIENT)
         if self._are_clipped():
             said = (
                 "gradients are scaled by a number made of them before the optimizer, as by a clip"
             )
-            found |= because(said, laws.GRADIENT)
-        stops = self._of.stopped(n for p, n in inputs.items() if p.startswith("params/"))
+            found |= because(said, GRADIENT)
+        stops = self._of.stopped(under(inputs, "params/"))
         if stops:
             at = flows.where(min(stops))
             said = "the loss contains jax.lax.stop_gradient, so the gradient is not its slope"
-            found |= because(said + (f" ({at})" if at else ""), laws.GRADIENT)
+            found |= because(said + (f" ({at})" if at else ""), GRADIENT)
         return found
 
     def _are_clipped(self) -> bool:
         """Return whether the user scales gradients by their own norm before an optimizer."""
         return any(
             self._of.before_a_clip([node], shape)
-            for names in self._of.recording.updates
-            for label in names.values()
-            for node in self._of.flows.of_label(label)
-            for shape in shapes_of(self._of.flows, node)
+            for update in self._of.gradients
+            for node in update
+            for shape in self._of.flows.shapes(node)
         )
 
     def flat(self) -> str | None:
@@ -300,7 +430,7 @@ class Design:
             ("train_step", self._of.flows, self._of.inputs, self._of.loss),
         )
         for what, flows, inputs, loss in pairs:
-            params = [node for path, node in inputs.items() if path.startswith("params/")]
+            params = under(inputs, "params/")
             depends = loss is not None and loss in flows.reached(params)
             if depends and loss not in flows.reached(params, through=_has_slope(flows)):
                 return what
@@ -311,29 +441,20 @@ class Design:
         if self._of.loss is None:
             return False
         inputs, flows = self._of.inputs, self._of.flows
-        params = flows.reached(n for path, n in inputs.items() if path.startswith("params/"))
-        others = [n for p, n in inputs.items() if p in ("x", "y") or p.startswith("extra/")]
-        data = flows.reached(others)
+        params = flows.reached(under(inputs, "params/"))
+        data = flows.reached(under(inputs, "x", "y", "extra/"))
         # The scale of dynamic loss scaling is not constant, but independent of params and batch.
-        varying = params | flows.reached(n for path, n in inputs.items() if path in ("x", "y"))
+        varying = params | flows.reached(under(inputs, "x", "y"))
 
         def of_params_alone(node: int) -> bool:
             return any(each in params - data for each in _terms(flows, node, varying))
 
-        gradients = [
-            node
-            for names in self._of.recording.updates
-            for label in names.values()
-            for node in flows.of_label(label)
-        ]
+        gradients = [node for update in self._of.gradients for node in update]
         return any(map(of_params_alone, gradients)) and not of_params_alone(self._of.loss)
 
 
 SUMS = frozenset({"add", "add_any", "sub", "neg"})
-UNCHANGED = frozenset(
-    {"name", "convert_element_type", "reshape", "squeeze", "broadcast_in_dim", "transpose", "copy"}
-    | {"psum", "psum_invariant", "pvary", "pbroadcast"}
-)
+UNCHANGED = SAME_VALUES | {"psum", "psum_invariant", "pvary", "pbroadcast"}
 
 
 def _terms(flows: Flows, node: int, varying: Set[int]) -> list[int]:

@@ -2,7 +2,8 @@
 
 The roles are: the objects in the state of a loop ("things": a train state, a model, an optimizer, a
 pytree), the batch or its inputs and targets, a PRNG key, the learning rate, an optimizer. Most are found
-by name, others by order; ``roles=`` declares the rest. The user must bind all other parameters.
+by name, others by order; ``roles=`` declares the rest. The user must bind all other parameters. The
+argument of a module that selects train mode is found by its name, too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import inspect
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from bnverify import probe
 from bnverify.errors import UsageError
@@ -329,6 +330,69 @@ def label_of(function: Callable[..., Any]) -> str:
     return str(getattr(inner, "__name__", type(inner).__name__))
 
 
+# The argument that selects train or eval mode, found by its name.
+
+TRAINING = ("train", "training", "is_training", "is_train", "train_mode")
+INFERENCE = (
+    "use_running_average",
+    "use_running_avg",
+    "deterministic",
+    "eval_mode",
+    "is_eval",
+    "inference",
+    "testing",
+)
+
+Mode: TypeAlias = Callable[[bool], Mapping[str, bool]]
+"""Function from "train mode" (a bool) to the keyword arguments that select it."""
+
+
+def named(names: tuple[str, ...]) -> Mode:
+    """Return the mode that sets these arguments, inverted if they mean inference.
+
+    Raises:
+        ValueError: the meaning of a name is unknown.
+    """
+    for name in names:
+        if name not in (*TRAINING, *INFERENCE):
+            raise ValueError(
+                f"train_argument is {name!r}, and it is unknown whether True means training; pass a "
+                f"function, lambda train: {{{name!r}: train}} or its opposite"
+            )
+    return lambda train: {name: train if name in TRAINING else not train for name in names}
+
+
+def call_mode(function: Callable[..., Any], given: str | Mode | None = None) -> Mode:
+    """Return how to select train mode in a call of ``function``.
+
+    Args:
+        function: a module's ``__call__``.
+        given: the argument's name, or a function from a bool to keyword arguments; None: all
+            parameters with names in ``TRAINING`` and ``INFERENCE`` are set.
+
+    Raises:
+        ValueError: the meaning of the name ``given`` is unknown.
+    """
+    if callable(given):
+        return given
+    if given is not None:
+        return named((given,))
+    return named(known_names(inspect.signature(function).parameters))
+
+
+def known_names(names: Any) -> tuple[str, ...]:
+    """Return those of ``names`` that select train or eval mode."""
+    return tuple(name for name in names if name in (*TRAINING, *INFERENCE))
+
+
+def trains(values: Mapping[str, Any]) -> bool | None:
+    """Return whether named values select train mode; None if they do not tell."""
+    for name in known_names(values):
+        if isinstance(values[name], bool):
+            return values[name] if name in TRAINING else not values[name]
+    return None
+
+
 # Arguments of adapters are checked before anything runs, since later errors occur inside a trace.
 
 FUNCTIONS = {
@@ -432,15 +496,24 @@ def nnx_maker(make_module: Any) -> None:
 
 
 def nnx_caller(
-    make: Callable[..., Any], what: str, told: Mapping[str, str] | None = None
+    make: Callable[..., Any],
+    what: str,
+    sizes: Collection[int] | None,
+    told: Mapping[str, str] | None = None,
 ) -> Caller:
     """Return how to call a function that makes nnx objects: with ``rngs``, D, lr and an optimizer.
 
     The PRNG streams are passed as ``rngs`` or as the last required parameter; one other required
     parameter is the number of features, whatever its name.
 
+    Args:
+        make: the user's function.
+        what: its name in messages: "make".
+        sizes: the values of D that its model accepts; None: any.
+        told: parameter -> role, as declared by the user.
+
     Raises:
-        UsageError: it has more required parameters.
+        UsageError: it has more required parameters, or none for D although any D is accepted.
     """
     roles = dict(told or {})
     names = [n for n in required_names(make) if n not in roles and role_of(n) not in ("lr", "tx")]
@@ -453,7 +526,13 @@ def nnx_caller(
         )
     roles |= {} if rngs is None else {rngs: "rngs"}
     roles |= dict.fromkeys(others, "features")
-    return caller(make, what, allowed=("rngs", "features", "lr", "tx"), told=roles)
+    found = caller(make, what, allowed=("rngs", "features", "lr", "tx"), told=roles)
+    if sizes is None and not found.takes("features"):
+        raise UsageError(
+            f"{what} has no parameter for the number of features: pass features=D, the D that its "
+            "model accepts, or add one, as in lambda din, rngs: ..."
+        )
+    return found
 
 
 def _takes(function: Any, count: int) -> bool:

@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from bnverify.adapters.declared import Declared
-from bnverify.adapters.layers import Layers
-from bnverify.adapters.papers import paper_checks
-from bnverify.adapters.programs import ROWS, SAME_VALUES, Programs, shapes_of
-from bnverify.adapters.schedules import rates, schedules
+from bnverify.adapters.by_design import Declared
+from bnverify.adapters.optimizer import paper_checks, rates, schedules
+from bnverify.adapters.programs import ROWS, SAME_VALUES, Layers, Programs, under
 from bnverify.adapters.traced import DRAWS, Flows
 from bnverify.model import Axis, Copy, Draw, Look, Mask
 from bnverify.proof import asked
@@ -113,12 +110,7 @@ def _key(flows: Flows, node: int) -> int:
 def _copies(programs: Programs) -> Iterator[Copy]:
     """Yield each copy of the params that moves with them, where statistics lie beside it."""
     inputs, outputs, flows = programs.inputs, programs.outputs, programs.flows
-    gradients = {
-        node
-        for names in programs.recording.updates
-        for label in names.values()
-        for node in flows.of_label(label)
-    }
+    gradients = set().union(*programs.gradients)
     results = [node for node in flows.outputs if node not in flows.inputs]
     read = flows.origins(results) | {inputs[p] for p in read_by_evaluation(programs)}
     known: set[str] = set()
@@ -132,7 +124,7 @@ def _copies(programs: Programs) -> Iterator[Copy]:
         own = [own_params + end for end in ends]
         from_params = flows.reached(
             [*(inputs[p] for p in own), *(outputs[p] for p in own if p in outputs)],
-            through=lambda n: n not in gradients,
+            around=gradients,
         )
         for head in _heads(programs, own_params, ends):
             copied = [head + end for end in ends]
@@ -219,7 +211,7 @@ def _pretrained(
     everything = {p for p in outputs if p.startswith(PARAMS)} == params
     for path in layers.owners:
         own = {p for p in outputs if p.startswith(f"{PARAMS}{path}/")}
-        statistics = [n for p, n in outputs.items() if p.startswith(f"{STATISTICS}{path}/")]
+        statistics = under(outputs, f"{STATISTICS}{path}/")
         if own <= params if own else everything:
             yield path, all(node in held for node in statistics)
 
@@ -329,7 +321,7 @@ class _Frozen:
             if not set(flows.inputs) & flows.origins(nodes):
                 continue  # its gradient is 0 throughout
             nodes += self._of.before_a_clip(nodes, self._of.types[path][0])
-            reached = flows.reached(nodes, through=lambda n: n not in finite)
+            reached = flows.reached(nodes, around=finite)
             hit = next((p for p, n in others.items() if n in reached), "")
             yield path, hit
 
@@ -355,7 +347,7 @@ def _axes(programs: Programs, layers: Layers) -> Iterator[Axis]:
             call, nodes = calls[label], flows.of_label(label)
             if call.momentum is None or len(nodes) != 1 or len(call.feature_axes) != 1:
                 continue
-            if shapes_of(flows, nodes[0]) != [call.shape]:  # mapped: the layer saw other axes
+            if flows.shapes(nodes[0]) != [call.shape]:  # mapped: the layer saw other axes
                 continue
             features = _feature_axis(flows, nodes[0], len(call.shape), of_batch)
             if features is not None:
@@ -386,10 +378,10 @@ def _feature_axis(flows: Flows, node: int, rank: int, of_batch: Collection[int])
                 before[source] = axes[place]
             node, axes = operands[0], before
             continue
-        ahead = [n for n in operands if n in of_batch and shapes_of(flows, n)]
+        ahead = [n for n in operands if n in of_batch and flows.shapes(n)]
         if name not in ELEMENTWISE or not ahead:
             break
-        node, (given, *_) = ahead[0], shapes_of(flows, ahead[0])
+        node, (given, *_) = ahead[0], flows.shapes(ahead[0])
         if len(given) == len(shape) and name not in RESHAPING:
             continue
         kept = [(axis, size) for axis, size in zip(axes, shape, strict=True) if size != 1]
@@ -412,7 +404,7 @@ def _masks(programs: Programs) -> Iterator[Mask]:
     ):
         if end is None:
             continue
-        params = [n for path, n in inputs.items() if path.startswith(PARAMS)]
+        params = under(inputs, PARAMS)
         of_params = flows.reached(params)
         gates: dict[int, list[int]] = defaultdict(list)
         masks: dict[int, int] = {}
@@ -421,18 +413,13 @@ def _masks(programs: Programs) -> Iterator[Mask]:
             masks[flows.number(mask)] = mask
         for number, gated in gates.items():
             closed = set(gated)
-            passes_by = partial(_is_not_in, closed)
-            if end in flows.reached(params, through=passes_by):
+            if end in flows.reached(params, around=closed):
                 continue  # part of the loss is not masked
             after = flows.reached(closed) & flows.origins([end])
-            elsewhere = flows.reached([masks[number]], through=passes_by)
+            elsewhere = flows.reached([masks[number]], around=closed)
             counted = any(n in elsewhere for each in after - closed for n in flows.operands(each))
             if counted or _divides_by_rows(flows, after):
                 yield Mask(loss, flows.where(gated[0]), counted)
-
-
-def _is_not_in(nodes: Collection[int], node: int) -> bool:
-    return node not in nodes
 
 
 def _gates(

@@ -1,29 +1,39 @@
 """Analysing the traces of a Subject: its normalisation layers, and which laws apply to it.
 
 Every adapter first makes a plain Subject of a user's code: init, step and evaluate. Here each is traced
-once (``programs``). What was recorded during tracing gives the layers (``layers``) and what the step
-does by design (``by_design``). A law that a step violates by design becomes exempt, with the reason.
-What cannot be determined is left out.
+once (``programs``). What was recorded during tracing gives the layers, what the step does by design
+(``by_design``), and facts that laws judge (``findings``). A law that a step violates by design becomes
+exempt, with the reason. What cannot be determined is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Unpack
 
 import jax
 
-from bnverify.adapters import declared as laws
-from bnverify.adapters.by_design import Design
-from bnverify.adapters.declared import HINTS, Declarations, Declared, because, declared_by
+from bnverify.adapters.by_design import (
+    GRADIENT,
+    HINTS,
+    INITIAL,
+    OWN_EVALUATION,
+    Declarations,
+    Declared,
+    Design,
+    because,
+    declared_by,
+)
 from bnverify.adapters.findings import carried_name, look_at, read_by_evaluation
-from bnverify.adapters.layers import Layers
-from bnverify.adapters.programs import Programs
-from bnverify.adapters.schedules import updates_every
-from bnverify.adapters.trees import partition, union
+from bnverify.adapters.optimizer import updates_every
+from bnverify.adapters.programs import Layers, Programs, example_of
+from bnverify.adapters.trees import extra_of
 from bnverify.errors import UsageError
-from bnverify.model import Copy, State, Subject
+from bnverify.jaxpr.tracing import leaf_names
+from bnverify.model import Copy, State, Subject, Tree
+from bnverify.pytree import by_path, path_name
 
 
 def completed(
@@ -70,15 +80,15 @@ def completed(
     found |= _of_an_evaluated_copy(programs, seen.copies)
     if declared.pretrained or any(with_statistics for _, with_statistics in seen.pretrained):
         told = "pretrained=True: " if declared.pretrained else ""
-        found |= because(f"{told}training starts from a pretrained model", laws.INITIAL)
+        found |= because(f"{told}training starts from a pretrained model", INITIAL)
     penalty = declared.penalty
     if penalty is None:
         penalty = not written_by_hand and design.has_penalty()
-    if penalty and not set(laws.GRADIENT) & set(found):
+    if penalty and not set(GRADIENT) & set(found):
         said = "the differentiated loss has a penalty on the params that the reported loss lacks"
         if declared.penalty:
             said = "the differentiated loss is declared to differ from the reported one"
-        found |= because(said, laws.GRADIENT)
+        found |= because(said, GRADIENT)
     biases = () if design.is_online() else layers.biases()
     return replace(
         subject,
@@ -103,7 +113,7 @@ def declare(subject: Subject, **declared: Unpack[Declarations]) -> Subject:
 
     Args:
         subject: init, step and evaluate; attributes that are already set are kept.
-        **declared: see ``bnverify.adapters.declared.Declared``.
+        **declared: see ``bnverify.adapters.by_design.Declared``.
 
     Raises:
         TypeError: there is no such declaration.
@@ -119,14 +129,14 @@ def _of_an_evaluated_copy(programs: Programs, copies: Sequence[Copy]) -> dict[st
     for copy in copies:
         if copy.written and any(carried_name(p).startswith(f"{copy.batch_stats}/") for p in read):
             said = f"evaluation uses {copy.params} and {copy.batch_stats}, which follow the model's own"
-            return because(said, laws.OWN_EVALUATION)
+            return because(said, OWN_EVALUATION)
     return {}
 
 
 def _keeps_its_rate(programs: Programs) -> bool:
     """Return whether a step ignores the learning rate, and its optimizer is unknown."""
-    reached = programs.flows.reached([programs.inputs["lr"]])
-    return programs.subject.optimizer is None and not reached & set(programs.flows.outputs)
+    flows, rate = programs.flows, programs.inputs["lr"]
+    return programs.subject.optimizer is None and not flows.depends_on([rate])
 
 
 def _refuse_flat(design: Design) -> None:
@@ -153,17 +163,16 @@ class _Carrying:
         if not carried:
             return state
         extra = {
-            **(dict(state.extra) if isinstance(state.extra, Mapping) else {}),
+            **extra_of(state),
             "carried": carried,
         }
         return state._replace(batch_stats=averages, extra=extra)
 
     def whole(self, state: State, x: Any) -> State:
-        extra = dict(state.extra) if isinstance(state.extra, Mapping) else {}
+        extra = extra_of(state)
         carried = extra.pop("carried", {})
-        shape: Any = jax.ShapeDtypeStruct
-        sizes = shape(x.shape, "float32")
-        template = jax.eval_shape(self.subject.init, shape((), "int32"), sizes).batch_stats
+        seed, inputs, _ = example_of(x.shape)
+        template = jax.eval_shape(self.subject.init, seed, inputs).batch_stats
         joined = union(state.batch_stats, carried, template)
         return state._replace(batch_stats=joined, extra=extra or ())
 
@@ -190,3 +199,50 @@ def _carrying(subject: Subject, patterns: Sequence[str]) -> Subject:
         after_eval=None if after_eval is None else left,
         with_optimizer=None if other is None else lambda tx: _carrying(other(tx), patterns),
     )
+
+
+def partition(tree: Tree, patterns: Sequence[str]) -> tuple[Tree, dict[str, Any]]:
+    """Return (a tree without the leaves whose path matches a pattern, a dict of those leaves).
+
+    Args:
+        tree: any pytree. Leaves are removed from nested dicts, and replaced by None elsewhere.
+        patterns: ``fnmatch`` patterns of paths joined by "/".
+    """
+    if not patterns:
+        return tree, {}
+    taken: dict[str, Any] = {}
+
+    def kept(path: Any, leaf: Any) -> Any:
+        name = path_name(path)
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            taken[name] = leaf
+            return None
+        return leaf
+
+    return _pruned(jax.tree_util.tree_map_with_path(kept, tree)), taken
+
+
+def _pruned(tree: Tree) -> Tree:
+    if not isinstance(tree, Mapping):
+        return tree
+    inner = {key: _pruned(value) for key, value in tree.items()}
+    return {
+        k: v
+        for k, v in inner.items()
+        if v is not None and not (not jax.tree_util.tree_leaves(v) and tree[k] != v)
+    }
+
+
+def union(tree: Tree, taken: Mapping[str, Any], whole: Any) -> Tree:
+    """Undo ``partition``.
+
+    Args:
+        tree: the tree without the leaves that were taken.
+        taken: path -> leaf that was taken.
+        whole: a tree with the structure of the whole.
+    """
+    if not taken:
+        return tree
+    left = by_path(tree)
+    leaves = [taken[name] if name in taken else left[name] for name in leaf_names(whole)]
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(whole), leaves)

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnverify.adapters.reports import is_metrics
+from bnverify.adapters.batches import is_metrics
+from bnverify.adapters.trees import extra_of
 from bnverify.errors import UsageError
 from bnverify.model import State
+from bnverify.pytree import key_name
 
 Tree = Any
 Path = tuple[str, ...]
@@ -28,7 +30,7 @@ HOLDERS = ("raw_value", "value")
 
 def variable_path(path: Any) -> Path:
     """Return the path of a State's leaf in the module: ("layers", "0", "mean")."""
-    names = [_name(entry) for entry in path]
+    names = [key_name(entry) for entry in path]
     # In flax 0.8 the optimizer's copies of Variables are dicts of their arrays.
     is_holder = names[-1:] == [HOLDERS[0]] or (hasattr(path[-1], "name") and names[-1] in HOLDERS)
     if len(path) > 1 and is_holder:
@@ -36,11 +38,9 @@ def variable_path(path: Any) -> Path:
     return tuple(names)
 
 
-def _name(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
+def by_variable_path(tree: Any) -> dict[Path, Any]:
+    """Return the leaves of a tree, such as gradients, by the paths of their variables."""
+    return {variable_path(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def modules_of(node: Any) -> Iterator[tuple[str, nnx.Module]]:
@@ -97,12 +97,9 @@ class Part:
     @classmethod
     def of(cls, state: Any) -> Part:
         """Return the template of a State whose leaves are arrays or tracers."""
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
-        return cls(
-            treedef,
-            tuple(variable_path(path) for path, _ in leaves),
-            tuple(jax.random.key_impl(leaf) if is_key(leaf) else None for _, leaf in leaves),
-        )
+        found = by_variable_path(state)
+        impls = [jax.random.key_impl(leaf) if is_key(leaf) else None for leaf in found.values()]
+        return cls(jax.tree_util.tree_structure(state), tuple(found), tuple(impls))
 
     def state(self, tree: Tree) -> Any:
         """Return the State with the values of a tree that ``tree`` gave."""
@@ -123,8 +120,7 @@ class Part:
         Raises:
             UsageError: a leaf is missing from the State.
         """
-        leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-        found = {variable_path(path): leaf for path, leaf in leaves}
+        found = by_variable_path(state)
         tree: dict[str, Any] = {}
         for path in self.paths:
             if path not in found:
@@ -321,7 +317,7 @@ class Layout:
 
     def merge(self, state: State) -> dict[str, Any]:
         """Return the loop's objects with the values of ``state`` and reset metrics."""
-        extra = dict(state.extra or {})
+        extra = extra_of(state)
         kept: dict[Path, Any] = {}
         for net, (at, form) in self.optimizers.items():
             own = state.opt_state if net == "" else state.opt_state[net]

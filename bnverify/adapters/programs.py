@@ -1,9 +1,15 @@
-"""The traced programs of a subject, with what was recorded during tracing."""
+"""The traced programs of a subject, and the normalisation layers found in them.
+
+Every function is traced once. ``bnverify.adapters.watch`` has marked the input of each call of a layer. The
+program then shows which layer of the State it is, how often it updates its statistics, and which biases are
+only added before it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnverify.adapters.explain import is_library
-from bnverify.adapters.traced import Flows, labels, labels_anywhere
-from bnverify.adapters.watch import watching
-from bnverify.model import State, Subject
-from bnverify.pytree import path_name
+from bnverify.adapters.traced import Flows, labels, labels_anywhere, layer_input, links, marked
+from bnverify.adapters.trees import extra_of
+from bnverify.adapters.watch import Call, Recording, watching
+from bnverify.jaxpr.tracing import leaf_names
+from bnverify.model import LayerInput, Pass, State, Subject
+from bnverify.pytree import by_path, is_floating
 
 ROWS = 24  # in the traces: unlikely as a feature size, and divisible by many numbers of shards
 FEATURES = 6  # if any will do
@@ -25,6 +33,17 @@ SAME_VALUES = frozenset(
     | {"copy", "name"}
 )
 """Primitives that give the values they are given, in another shape or dtype."""
+
+
+def example_of(sizes: tuple[int, int]) -> tuple[Any, Any, Any]:
+    """Return a seed and a batch, x (N, D) and y (N,), as ShapeDtypeStructs to trace with."""
+    shape: Any = jax.ShapeDtypeStruct
+    return shape((), "int32"), shape(sizes, "float32"), shape(sizes[:1], "float32")
+
+
+def under(nodes: Mapping[str, int], *heads: str) -> list[int]:
+    """Return those of the nodes by path whose path starts with one of ``heads``: "params/"."""
+    return [node for path, node in nodes.items() if path.startswith(heads)]
 
 
 def sizes_of(features: tuple[int, ...] | None, rows: int | None = None) -> tuple[int, int]:
@@ -40,7 +59,7 @@ class Programs:
 
     Attributes:
         subject: as given.
-        x: the inputs of the traces, a ShapeDtypeStruct.
+        x: the inputs of the traces, a ShapeDtypeStruct; ``y``: the targets.
         state: the initial state, of ShapeDtypeStructs; ``after``: the state after one step.
         info: the StepInfo of the step, likewise.
         step: the program of the step; ``evaluate``: that of the evaluation.
@@ -55,12 +74,10 @@ class Programs:
     """
 
     def __init__(self, subject: Subject) -> None:
-        shape: Any = jax.ShapeDtypeStruct
-        sizes = sizes_of(subject.features, subject.rows)
-        x, y = shape(sizes, "float32"), shape(sizes[:1], "float32")
-        self.subject, self.x = subject, x
-        self.state: State = jax.eval_shape(subject.init, shape((), "int32"), x)
-        given = (self.state, x, y)
+        self.subject = subject
+        seed, self.x, self.y = example_of(sizes_of(subject.features, subject.rows))
+        self.state: State = jax.eval_shape(subject.init, seed, self.x)
+        given = (self.state, self.x, self.y)
         with watching() as self.recording:
             self.step, out = _traced(subject.step, *given, np.float32(RATE))
         if self.state.batch_stats and not self.recording.calls:
@@ -74,13 +91,13 @@ class Programs:
         self.flows = Flows(self.step)
         self.eval_flows = Flows(self.evaluate)
         self.inline, self.anywhere = labels(self.step), labels_anywhere(self.step)
-        names = leaf_paths(self.state)
+        names = leaf_names(self.state)
         leaves = jax.tree_util.tree_leaves(self.state)
         self.types = {n: (leaf.shape, leaf.dtype) for n, leaf in zip(names, leaves, strict=True)}
         self.inputs = dict(zip(names, self.flows.inputs, strict=False))
         self.inputs |= dict(zip(("x", "y", "lr"), self.flows.inputs[len(names) :], strict=True))
         self.eval_inputs = dict(zip((*names, "x", "y"), self.eval_flows.inputs, strict=True))
-        after = leaf_paths(self.after)
+        after = leaf_names(self.after)
         self.outputs = dict(zip(after, self.flows.outputs, strict=False))
         self.loss = self.flows.outputs[len(after)] if self.info.loss is not None else None
 
@@ -111,7 +128,7 @@ class Programs:
             name = eqn.primitive.name if eqn is not None else ""
             if name not in SAME_VALUES | {"mul", "div", "select_n"}:
                 continue
-            same = [n for n in flows.operands(node) if shape in shapes_of(flows, n)]
+            same = [n for n in flows.operands(node) if shape in flows.shapes(n)]
             for value in {*same} - forward - set(flows.inputs):
                 factor = flows.origins([n for n in flows.operands(node) if n != value])
                 if name in {"mul", "div"} and value in factor:
@@ -123,6 +140,14 @@ class Programs:
     def is_floating(self, path: str) -> bool:
         """Return whether a leaf of the state has a floating-point dtype."""
         return bool(jnp.issubdtype(self.types[path][1], jnp.floating))
+
+    @cached_property
+    def gradients(self) -> list[set[int]]:
+        """For each update by an optimizer the nodes of its gradients."""
+        return [
+            {node for label in names.values() for node in self.flows.of_label(label)}
+            for names in self.recording.updates
+        ]
 
     def updates(self) -> int:
         """Return the number of optimizer updates in a step; an update in a loop counts as 2."""
@@ -139,13 +164,7 @@ class Programs:
     def start(self) -> tuple[Flows, dict[str, int]]:
         """The dependency graph of init, and path -> node of a leaf of the state."""
         flows = Flows(_traced(self.subject.init, np.int32(0), self.x)[0])
-        return flows, dict(zip(leaf_paths(self.state), flows.outputs, strict=True))
-
-
-def shapes_of(flows: Flows, node: int) -> list[tuple[int, ...]]:
-    """Return the shapes of what the equation of a node makes; none for inputs and constants."""
-    eqn = flows.equation(node)
-    return [] if eqn is None else [tuple(var.aval.shape) for var in eqn.outvars]
+        return flows, dict(zip(leaf_names(self.state), flows.outputs, strict=True))
 
 
 def _traced(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
@@ -154,15 +173,6 @@ def _traced(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     anew = partial(function)
     found: tuple[Any, Any] = jax.make_jaxpr(anew, return_shape=True)(*args)
     return found
-
-
-def leaf_paths(state: State) -> list[str]:
-    """Return the path of every leaf of a State: "params/Dense_0/kernel"."""
-    return [
-        f"{name}/{path_name(path)}" if path else name
-        for name, tree in zip(state._fields, state, strict=True)
-        for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
 
 
 def _of_library(eqn: Any) -> bool:
@@ -174,3 +184,358 @@ def _of_library(eqn: Any) -> bool:
     except (AttributeError, TypeError, IndexError):  # tracebacks are not public API
         return False
     return is_library(caller) and not caller.startswith("<")
+
+
+# The normalisation layers.
+
+
+ELSEWHERE = "extra/"
+"""Stands for the path of a layer whose statistics lie in ``State.extra``: a target network's."""
+
+
+class Layers:
+    """The normalisation layers of one subject.
+
+    Args:
+        programs: the traced functions of the subject.
+        passes: the declared number of batches that each layer processes per step; None: counted.
+    """
+
+    def __init__(self, programs: Programs, passes: int | None = None) -> None:
+        self._of = programs
+        self._passes = passes
+
+    @cached_property
+    def owners(self) -> dict[str, list[Any]]:
+        """Path of a layer in batch_stats -> its floating-point leaves."""
+        found: dict[str, list[Any]] = defaultdict(list)
+        for path, leaf in by_path(self._of.state.batch_stats).items():
+            if is_floating(leaf):
+                found[path.rpartition("/")[0]].append(leaf)
+        return found
+
+    @cached_property
+    def calls(self) -> dict[str, list[str]]:
+        """Path of a layer in batch_stats -> the labels of its calls."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for label, call in self._of.recording.calls.items():
+            path = self._owner(label, call)
+            if path in self.owners and self._of.anywhere[label]:
+                found[path].append(label)
+        return found
+
+    def _owner(self, label: str, call: Call) -> str | None:
+        """Return the layer of a call, by where its statistics come from, or else by name.
+
+        ``ELSEWHERE``: a network whose statistics are not in the State. None: unknown.
+        """
+        if call.known:
+            return call.path if call.path in self.owners else None
+        fitting = [p for p in self.owners if p == call.path or p.endswith(f"/{call.path}")]
+        for name in call.names:
+            for node in self._of.flows.of_label(f"{label} old {name}"):
+                behind = self._of.flows.origins([node])
+                own = [
+                    p for p in fitting if self._of.inputs.get(f"batch_stats/{p}/{name}") in behind
+                ]
+                elsewhere = set(under(self._of.inputs, "extra/"))
+                if len(own) == 1 or (not own and elsewhere & set(self._of.flows.operands(node))):
+                    return own[0] if own else ELSEWHERE
+        return fitting[0] if len(fitting) == 1 else None
+
+    @cached_property
+    def _ambiguous(self) -> set[str]:
+        """The layers to which some calls cannot be assigned with certainty."""
+        alike = tuple(f"{network}/" for network in self._of.recording.alike)
+        found = {path for path in self.owners if alike and path.startswith(alike)}
+        for label, call in self._of.recording.calls.items():
+            untold = not any(label in each for each in self.calls.values())
+            if call.training and untold and self._owner(label, call) != ELSEWHERE:
+                found |= {p for p in self.owners if p.endswith(f"/{call.path}")}
+        return found
+
+    def training(self, path: str) -> list[str]:
+        """Return the labels of a layer's calls in train mode."""
+        return [
+            label for label in self.calls.get(path, ()) if self._of.recording.calls[label].training
+        ]
+
+    def writes(self, path: str) -> int | None:
+        """Return how many batches update a layer's statistics in a step; None if it is unknown.
+
+        A layer that is called twice in one forward pass, or processes several batches, counts several
+        times. A second forward pass of the same batch does not count, because it is a mistake.
+        """
+        writing = [label for label in self.training(path) if self._is_trained_by(label, path)]
+        if path in self._ambiguous:
+            return None
+        if all(self._of.inline[label] for label in writing):
+            turns: Counter[int] = Counter()
+            for label in writing:
+                turns[self._of.recording.calls[label].turn] += self._of.inline[label]
+            most: dict[Any, int] = {}
+            for turn, count in turns.items():
+                given = self._given_to(turn)
+                most[given] = max(count, most.get(given, 0))
+            return max(1, sum(most.values()))
+        # In a loop or a vmapped module, each iteration has its own slice or writes again.
+        traced = [self._of.recording.calls[label] for label in self.calls[path]]
+        features = max(len(call.feature_axes) for call in traced)
+        sliced = len(writing) == 1 and all(len(leaf.shape) > features for leaf in self.owners[path])
+        return 1 if sliced else None
+
+    def parts(self) -> dict[str, int]:
+        """Return path of a layer -> how many rows it normalises at once, where a step splits its batch.
+
+        A call is seen once that stands for several, in a loop or under ``jax.vmap``. One that stands for
+        itself alone sees a part of the batch, and nothing sees the rest: that is no split.
+        """
+        found = {}
+        for path in self.owners:
+            for label in self.training(path):
+                call = self._of.recording.calls[label]
+                rows = call.shape[0] if len(call.shape) > 1 and 0 not in call.feature_axes else 0
+                splits = 1 < rows < self._of.x.shape[0] and self._of.x.shape[0] % rows == 0
+                if splits and self._stands_for_several(label, call):
+                    found[path] = rows
+        return found
+
+    def _stands_for_several(self, label: str, call: Call) -> bool:
+        if not self._of.inline[label]:
+            return True
+        flows = self._of.flows
+        sizes = [flows.equation(node).outvars[0].aval.size for node in flows.of_label(label)]
+        return any(size > math.prod(call.shape) for size in sizes)
+
+    def passes(self) -> tuple[Pass, ...]:
+        """Return the batches of layers that process several batches, or one batch several times.
+
+        Layers that are called in a loop are left out, and so are batches that do not train the layer,
+        such as those of an adversarial attack or behind a stopped gradient.
+        """
+        found: list[Pass] = []
+        for path in self.owners:
+            calls = [n for n in self.training(path) if self._is_trained_by(n, path)]
+            plain = path not in self._ambiguous and all(self._of.inline[n] == 1 for n in calls)
+            if plain and len({self._of.recording.calls[n].turn for n in calls}) > 1:
+                found += self._passes_of(path, calls)
+        return tuple(found)
+
+    def _passes_of(self, path: str, calls: list[str]) -> list[Pass]:
+        flows, recording = self._of.flows, self._of.recording
+        old = {p: n for p, n in self._of.inputs.items() if p.startswith(f"batch_stats/{path}/")}
+        new = {self._of.outputs[p] for p, n in old.items() if self._of.outputs[p] != n}
+        if not new:  # the statistics are never updated; other laws report that
+            return []
+        marks = {label: set(flows.of_label(label)) for label in self.calls[path]}
+        of_params = flows.reached(under(self._of.inputs, "params/"))
+        turns: dict[int, bool] = {}
+        given: dict[int, Any] = {}
+        for label in calls:
+            turn = recording.calls[label].turn
+            others = {n for each, nodes in marks.items() if each != label for n in nodes}
+            reached = flows.reached(marks[label], around=others)
+            turns[turn] = turns.get(turn, False) or bool(new & reached)
+            batch = self._given_to(turn)
+            given[turn] = ("pass", turn) if batch is None else batch
+        found = []
+        for batch in dict.fromkeys(given.values()):
+            own = [turn for turn in turns if given[turn] == batch]
+            folds = sum(turns[turn] for turn in own)
+            nodes = self._input_of(own[0])
+            by_itself = any(self._trains(turn, path) for turn in own)
+            # A batch computed from params is adversarial or perturbed.
+            if folds or (by_itself and not set(nodes) & of_params):
+                at = flows.where(nodes[0]) if nodes else ""
+                found.append(Pass(path, own[0], at, folds))
+        return found
+
+    def _trains(self, turn: int, path: str) -> bool:
+        """Return whether a forward pass contributes to the update, not counting stopped gradients."""
+        flows, recording = self._of.flows, self._of.recording
+        calls = [n for n in self.training(path) if recording.calls[n].turn == turn]
+        others = {
+            node
+            for number, label in enumerate(recording.turns, 1)
+            if label and number != turn
+            for node in flows.of_label(label)
+        }
+        stops = set(flows.of_primitives({"stop_gradient"}))
+        return any(self._is_trained_by(label, path, others | stops) for label in calls)
+
+    def _is_trained_by(self, label: str, path: str, around: Collection[int] = ()) -> bool:
+        """Return whether a layer's call contributes to the update of its own network's params.
+
+        When a generator is trained through a discriminator, the discriminator's layers process a batch
+        that does not train them.
+
+        Args:
+            label: the label of the call.
+            path: the path of the layer.
+            around: nodes that the path from the call to the update must avoid.
+        """
+        own = self._updates_of(path)
+        if not own:
+            return True
+        marks = {n for update in self._of.gradients for n in update}
+        goals = {n for index in own for n in self._of.gradients[index]}
+        closed = marks - goals | set(around)
+        calls = self._of.flows.of_label(label)
+        reached = self._of.flows.reached(calls, around=closed)
+        return bool(reached & goals) or not calls
+
+    def _updates_of(self, path: str) -> list[int]:
+        """Return the indices of the updates of a layer's network; [] if that is ambiguous."""
+        params = {path: leaf.size for path, leaf in by_path(self._of.state.params).items()}
+        found = []
+        for index, names in enumerate(self._of.recording.updates):
+            inner = {"/".join(name): self._size(label) for name, label in names.items()}
+            first = next(iter(inner), "")
+            ends = [p.removesuffix(first) for p in params if first and p.endswith(first)]
+            heads = [
+                head
+                for head in ends
+                if all(params.get(head + name) == size for name, size in inner.items())
+            ]
+            if len(heads) != 1:
+                return []
+            found += [index] if path.startswith(heads[0]) else []
+        return found
+
+    def _size(self, label: str) -> int | None:
+        nodes = self._of.flows.of_label(label)
+        return int(self._of.flows.equation(nodes[0]).outvars[0].aval.size) if nodes else None
+
+    def _given_to(self, turn: int) -> Any:
+        """Return a number that is equal for forward passes with the same input; None if unknown."""
+        nodes = self._input_of(turn)
+        return self._of.flows.number(self._of.flows.operands(nodes[0])[0]) if nodes else None
+
+    def _input_of(self, turn: int) -> list[int]:
+        """Return the nodes of the input of a forward pass; [] if it is unknown."""
+        label = self._of.recording.turns[turn - 1] if turn else None
+        return self._of.flows.of_label(label) if label else []
+
+    def momentum(self) -> float | None:
+        """Return the effective momentum of all layers; None if it differs or is unknown."""
+        momenta = set(self.momenta().values())
+        return momenta.pop() if len(momenta) == 1 else None
+
+    def momenta(self) -> dict[str, float | None]:
+        """Return path of a layer -> its effective momentum per step; None if it is unknown."""
+        found: dict[str, float | None] = {}
+        for path in self.owners:
+            said = {self._of.recording.calls[label].momentum for label in self.calls.get(path, ())}
+            momentum = said.pop() if len(said) == 1 else None
+            writes = self._passes or self.writes(path)
+            told = momentum is not None and writes is not None
+            found[path] = float(momentum**writes) if told else None  # type: ignore[operator]
+        return found
+
+    def biases(self) -> tuple[str, ...]:
+        """Return the biases that affect the loss only through a normalisation over rows."""
+        uses: Counter[str] = Counter()
+        for label, times in self._of.inline.items():
+            if label in self._of.recording.biases:
+                uses[self._of.recording.biases[label]] += times
+        params = leaf_names(self._of.state.params)
+        found = []
+        for source, target in sorted(links(self._of.step)):
+            bias, call = self._of.recording.biases.get(source), self._of.recording.calls.get(target)
+            if bias is None or call is None or uses[bias] != 1:
+                continue
+            fitting = [p for p in params if p == bias or p.endswith(f"/{bias}")]
+            # The bias is constant over rows only if the layer does not reduce over the last axis.
+            last = call.feature_axes[-1:] == (len(call.shape) - 1,)
+            if call.training and last and len(fitting) == 1:
+                found += fitting
+        return tuple(found)
+
+    def layer_inputs(self) -> Callable[..., Mapping[str, LayerInput]] | None:
+        """Return a function that computes the layers' inputs in training; None if there is none.
+
+        Layers that are called more than once, in a loop or under ``vmap`` are left out.
+        """
+        once = {
+            labels[0]: path
+            for path in self.owners
+            if len(labels := self.training(path)) == 1
+            and self._of.inline[labels[0]] == 1
+            and path not in self._ambiguous
+        }
+        step = self._of.subject.step
+
+        def inputs(state: State, x: Any, y: Any) -> dict[str, LayerInput]:
+            with watching() as recording:
+                values = marked(step, state, x, y, jnp.float32(RATE))
+            return _inputs_of(values, recording, once)
+
+        if not once:
+            return None
+        of = self._of
+        return inputs if jax.eval_shape(inputs, of.state, of.x, of.y) else None
+
+    def without_statistics(self) -> str:
+        """Return an error message if layers are trained but their statistics are missing; else ""."""
+        training = {c.path for c in self._of.recording.calls.values() if c.training}
+        if not training or self.owners or self.carried_paths():
+            return ""
+        return (
+            f"normalisation layers run in training ({listed(training)}), but no running statistics "
+            "are found in the state of the step, so they cannot be checked. Give their path, as in "
+            'statistics="model_state/batch_stats"; if the step drops them, keep them: use '
+            "mutable=[...] and the updates that apply returns"
+        )
+
+    def carried_paths(self) -> list[str]:
+        """Return the paths of the statistics in ``State.extra``."""
+        return list(extra_of(self._of.state).get("carried", {}))
+
+    def carried(self) -> list[str]:
+        """Return patterns of the statistics that are no moving averages, or that are frozen."""
+        found = [
+            pattern
+            for path in sorted(
+                self._of.recording.power_iterated | self._of.evaluation.power_iterated
+            )
+            for pattern in (f"{path}/*", f"*/{path}/*")
+        ]
+        whole = by_path(self._of.state.batch_stats)
+        counters = [path for path, leaf in whole.items() if not is_floating(leaf)]
+        return [*found, *counters, *(f"{path}/*" for path in self._frozen())]
+
+    def _frozen(self) -> list[str]:
+        """Return the layers whose params and statistics are both frozen while others are trained."""
+        trained = self._of.flows.reached([self._of.inputs["x"], self._of.inputs["y"]])
+        moving = [path for path in self.owners if self.training(path)]
+        found = []
+        for path in self.owners:
+            own = {
+                n: node for n, node in self._of.outputs.items() if n.startswith(f"params/{path}/")
+            }
+            resting = own and not trained & set(own.values())
+            if moving and resting and self.calls.get(path) and not self.training(path):
+                found.append(path)
+        return found
+
+
+def _inputs_of(
+    values: Mapping[str, list[Any]], recording: Recording, once: Mapping[str, str]
+) -> dict[str, LayerInput]:
+    found = {}
+    for label, path in once.items():
+        call, given = recording.calls.get(label), values.get(label, [])
+        if call is None or len(given) != 1:
+            continue
+        masks = values.get(f"{label} mask", [])
+        mask = masks[0] if call.masked and masks else None
+        shown = layer_input(given[0], mask, call.shape, call.feature_axes)
+        if shown is not None:
+            found[path] = shown
+    return found
+
+
+def listed(paths: Iterable[str]) -> str:
+    """Return the first path and the number of others: "norm_0 and 2 more"."""
+    first, *others = sorted(paths)
+    return (first or "the model itself") + (f" and {len(others)} more" if others else "")

@@ -15,8 +15,8 @@ import numpy as np
 
 from bnverify.adapters.batches import rows
 from bnverify.adapters.calls import plain
+from bnverify.adapters.canonical import linen
 from bnverify.adapters.explain import explaining
-from bnverify.adapters.linen import linen
 from bnverify.laws import LAWS
 from bnverify.model import State, StepInfo, Subject
 

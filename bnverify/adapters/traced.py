@@ -211,15 +211,26 @@ class Flows:
         ]
 
     def reached(
-        self, nodes: Iterable[int], *, through: Callable[[int], bool] = lambda node: True
+        self,
+        nodes: Iterable[int],
+        *,
+        around: Collection[int] = (),
+        through: Callable[[int], bool] = lambda node: True,
     ) -> set[int]:
         """Return the nodes that depend on these, including themselves.
 
         Args:
             nodes: the sources.
+            around: nodes that may be neither on the path nor its end.
             through: whether a node may be on the path, or its end.
         """
-        return self._closure(nodes, self._children, through)
+        return self._closure(
+            nodes, self._children, lambda node: node not in around and through(node)
+        )
+
+    def depends_on(self, nodes: Iterable[int]) -> bool:
+        """Return whether an output of the program depends on any of these nodes."""
+        return not self.reached(nodes).isdisjoint(self.outputs)
 
     def origins(self, nodes: Iterable[int]) -> set[int]:
         """Return the nodes on which these depend, including themselves."""
@@ -266,6 +277,11 @@ class Flows:
         """Return the equation that computes a node; None for inputs and constants."""
         eqns = self._graph.equations[node]
         return eqns[-1] if eqns else None
+
+    def shapes(self, node: int) -> list[tuple[int, ...]]:
+        """Return the shapes of the results of a node's equation; [] for inputs and constants."""
+        eqn = self.equation(node)
+        return [] if eqn is None else [tuple(var.aval.shape) for var in eqn.outvars]
 
     def number(self, node: int) -> int:
         """Return a number that is equal for nodes computed in the same way from the same values."""

@@ -10,16 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bnverify.adapters.reports import is_metrics
+from bnverify.adapters.batches import is_metrics
 from bnverify.errors import UsageError, did_you_mean
+from bnverify.jaxpr.tracing import leaf_names
 from bnverify.model import State, Tree
-from bnverify.pytree import path_name
+from bnverify.pytree import by_path, path_name
 
 Path = tuple[str, ...]
 
@@ -93,7 +93,7 @@ class Layout:
         for part, nets in self.parts.items():
             for net, path in nets.items():
                 values[path] = trees[part] if set(nets) == {""} else trees[part][net]
-        fields = dict(state.extra or {}).get("fields", {})
+        fields = extra_of(state).get("fields", {})
         for path in self.rest:
             values[path] = at(fields, self._named(path))
         return {name: _replaced(tree, values, (name,)) for name, tree in template.items()}
@@ -107,6 +107,11 @@ class Layout:
     def networks(self) -> tuple[str, ...]:
         """Return the names of the networks in the State."""
         return tuple(self.parts.get(PARAMS, {}))
+
+
+def extra_of(state: State) -> dict[str, Any]:
+    """Return ``State.extra`` as a new dict; {} if it is not a mapping."""
+    return dict(state.extra) if isinstance(state.extra, Mapping) else {}
 
 
 def layout(
@@ -259,8 +264,8 @@ def _optimizers_by_network(
 def _has_copies(state: Any, params: Any) -> bool:
     """Return whether an optimizer's state has a leaf like each of some params, under the same path."""
     kept, own = (
-        [(f"/{path_name(p)}", jnp.shape(leaf)) for p, leaf in pairs]
-        for pairs, _ in map(jax.tree_util.tree_flatten_with_path, (state, params))
+        [(f"/{path}", jnp.shape(leaf)) for path, leaf in by_path(tree).items()]
+        for tree in (state, params)
     )
     return all(
         any(there.endswith(path) and size == shape for there, size in kept) for path, shape in own
@@ -328,10 +333,9 @@ def kind_of(tree: Any) -> str:
         return OPTIMIZER
     if _is_prng_key(tree):
         return "key"
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    if not isinstance(tree, Mapping) or not leaves:
+    last = {path.rpartition("/")[2] for path in leaf_names(tree)}
+    if not isinstance(tree, Mapping) or not last:
         return ""
-    last = {path_name(path).rpartition("/")[2] for path, _ in leaves}
     if last <= {"mean", "var"}:
         return STATISTICS
     return PARAMS if last & {"kernel", "scale", "bias", "embedding", "w", "b"} else ""
@@ -355,8 +359,7 @@ def search(things: Mapping[str, Any], layers: Mapping[str, Sequence[str]]) -> st
     Returns:
         The path of the subtree, joined by "/"; None if they are not all in one subtree.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(dict(things))[0]
-    paths = [path_name(path) for path, _ in leaves]
+    paths = leaf_names(dict(things))
     holders: set[str] = set()
     for layer, names in layers.items():
         for name in names:
@@ -367,47 +370,3 @@ def search(things: Mapping[str, Any], layers: Mapping[str, Sequence[str]]) -> st
                 return None
     holder = min(holders, key=len, default="").partition("/")[2]
     return holder or None
-
-
-def partition(tree: Tree, patterns: Sequence[str]) -> tuple[Tree, dict[str, Any]]:
-    """Return (a tree without the leaves whose path matches a pattern, a dict of those leaves).
-
-    Args:
-        tree: any pytree. Leaves are removed from nested dicts, and replaced by None elsewhere.
-        patterns: ``fnmatch`` patterns of paths joined by "/".
-    """
-    if not patterns:
-        return tree, {}
-    taken: dict[str, Any] = {}
-
-    def kept(path: Any, leaf: Any) -> Any:
-        name = path_name(path)
-        if any(fnmatchcase(name, pattern) for pattern in patterns):
-            taken[name] = leaf
-            return None
-        return leaf
-
-    return _pruned(jax.tree_util.tree_map_with_path(kept, tree)), taken
-
-
-def _pruned(tree: Tree) -> Tree:
-    if not isinstance(tree, Mapping):
-        return tree
-    inner = {key: _pruned(value) for key, value in tree.items()}
-    return {k: v for k, v in inner.items() if v is not None and not (_is_empty(v) and tree[k] != v)}
-
-
-def union(tree: Tree, taken: Mapping[str, Any], whole: Any) -> Tree:
-    """Undo ``partition``.
-
-    Args:
-        tree: the tree without the leaves that were taken.
-        taken: path -> leaf that was taken.
-        whole: a tree with the structure of the whole.
-    """
-    if not taken:
-        return tree
-    left = {path_name(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-    names = [path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(whole)[0]]
-    leaves = [taken[name] if name in taken else left[name] for name in names]
-    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(whole), leaves)

@@ -19,8 +19,8 @@ import jax
 import optax
 from flax import nnx
 
-from bnverify.adapters.modes import INFERENCE, TRAINING, known_names, trains
-from bnverify.adapters.objects import modules_of, variable_path
+from bnverify.adapters.calls import INFERENCE, TRAINING, known_names, trains
+from bnverify.adapters.objects import by_variable_path, modules_of
 from bnverify.adapters.traced import mark
 
 
@@ -132,13 +132,12 @@ class Recording:
 
     def updated(self, optimizer: Any, grads: Any) -> Any:
         """Record gradients that are passed to an optimizer; return them marked."""
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(grads)
         label = self.label("gradient")
-        names = [variable_path(path) for path, _ in leaves]
-        labels = [f"{label} {'/'.join(name)}" for name in names]
-        self.updates.append(dict(zip(names, labels, strict=True)))
+        labels = {name: f"{label} {'/'.join(name)}" for name in by_variable_path(grads)}
+        self.updates.append(labels)
         self.optimizers.append(optimizer)
-        marked = [mark(leaf, each) for (_, leaf), each in zip(leaves, labels, strict=True)]
+        leaves, treedef = jax.tree_util.tree_flatten(grads)
+        marked = [mark(leaf, each) for leaf, each in zip(leaves, labels.values(), strict=True)]
         return jax.tree_util.tree_unflatten(treedef, marked)
 
     def label(self, what: str) -> str:
@@ -384,8 +383,7 @@ def updates() -> Iterator[Updates]:
     found = Updates()
 
     def collect(optimizer: Any, grads: Any) -> Any:
-        leaves = jax.tree_util.tree_flatten_with_path(grads)[0]
-        found.gradients.append({variable_path(path): leaf for path, leaf in leaves})
+        found.gradients.append(by_variable_path(grads))
         found.optimizers.append(optimizer)
         return grads
 

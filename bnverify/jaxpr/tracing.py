@@ -10,6 +10,7 @@ import jax.extend.core
 import numpy as np
 
 from bnverify.model import Case
+from bnverify.pytree import key_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,15 +149,8 @@ class Tracer:
         return np.zeros((*stack, rows, features), x.dtype)
 
 
-def _key(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
-
-
 def leaf_names(tree: Any, prefix: str = "") -> list[str]:
     """Return each leaf's path joined by "/", e.g. ``params/Dense_0/kernel``."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     heads = [prefix] if prefix else []
-    return ["/".join([*heads, *(_key(entry) for entry in path)]) for path, _ in paths]
+    return ["/".join([*heads, *map(key_name, path)]) for path, _ in paths]

@@ -13,7 +13,7 @@ from flax import nnx
 
 import bnverify
 from bnverify.adapters import calls
-from bnverify.adapters.nnx_loop import nnx_loop
+from bnverify.adapters.loop import nnx_loop
 from bnverify.errors import UsageError
 
 

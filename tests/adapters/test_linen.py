@@ -13,8 +13,8 @@ from adapted_steps import CASE, one_step
 
 from bnverify import reference
 from bnverify.adapters.batches import classes
+from bnverify.adapters.canonical import linen
 from bnverify.adapters.explain import SubjectError
-from bnverify.adapters.linen import linen
 from bnverify.model import Case
 
 

@@ -12,9 +12,8 @@ from adapted_steps import CASE, NnxModel, one_step
 from flax import nnx as flax_nnx
 
 from bnverify.adapters.batches import classes
+from bnverify.adapters.canonical import linen, nnx
 from bnverify.adapters.explain import SubjectError
-from bnverify.adapters.linen import linen
-from bnverify.adapters.nnx import nnx
 from bnverify.model import Case, State
 from bnverify.reference import Model as LinenModel
 

@@ -11,9 +11,9 @@ import pytest
 from adapted_steps import CASE, NnxModel, one_step
 from flax import nnx as flax_nnx
 
+from bnverify.adapters.canonical import nnx
 from bnverify.adapters.explain import SubjectError
-from bnverify.adapters.nnx import nnx
-from bnverify.adapters.nnx_loop import nnx_loop
+from bnverify.adapters.loop import nnx_loop
 from bnverify.model import State
 
 HOLDS_MODEL = "model" not in inspect.signature(flax_nnx.Optimizer.update).parameters  # to flax 0.10

@@ -13,11 +13,9 @@ from adapted_steps import CASE, one_step
 from flax.training import dynamic_scale, train_state
 
 from bnverify import reference
-from bnverify.adapters import train_state as adapter
 from bnverify.adapters.explain import SubjectError
+from bnverify.adapters.loop import train_state as adapt
 from bnverify.model import Subject
-
-adapt = adapter.train_state
 
 
 class TrainState(train_state.TrainState):

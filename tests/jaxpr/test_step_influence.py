@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bnverify import proof, reference, verify
-from bnverify.adapters.linen import linen
+from bnverify.adapters.canonical import linen
 from bnverify.jaxpr import influence, trace_subject
 from bnverify.jaxpr.graph import source_line
 from bnverify.laws import STEP_LAWS

@@ -36,7 +36,7 @@ class Model(nn.Module):
 
 
 def make_linen():
-    from bnverify.adapters.linen import linen
+    from bnverify.adapters.canonical import linen
 
     return linen(Model())
 
@@ -52,7 +52,7 @@ class Loop(nnx.Module):
 
 
 def make_nnx():
-    from bnverify.adapters.nnx import nnx as adapt
+    from bnverify.adapters.canonical import nnx as adapt
 
     return adapt(Loop, features=3)
 '''
