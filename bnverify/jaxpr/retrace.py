@@ -1,4 +1,4 @@
-"""A step traced anew, as another process would, and what it then computes otherwise."""
+"""Trace a step a second time, as another process would, and compare the results."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from bnverify.lazy import jax
 from bnverify.model import Outcome, Subject
 
 SAME = 1e-9
-"""Relative: float64 results that differ by less are one computation in another order."""
+"""Results in float64 that differ by less, relatively, differ only in the order of operations."""
 
 
 @contextmanager
 def traced_anew() -> Iterator[None]:
-    """Trace again what JAX has traced before.
+    """Make JAX trace functions again that it has traced before.
 
-    JAX keeps the traces of jitted functions by the settings they were made under. This setting decides
-    over nothing but warnings.
+    JAX caches the traces of jitted functions by configuration. The option changed here only affects
+    warnings.
     """
     other = "allow" if jax.config.jax_numpy_rank_promotion == "warn" else "warn"
     with jax.numpy_rank_promotion(other), warnings.catch_warnings():
@@ -33,12 +33,12 @@ def traced_anew() -> Iterator[None]:
 
 
 def changed_by_tracing(subject: Subject, rows: int, features: int) -> list[str]:
-    """Return what ``init`` and ``step`` compute otherwise when they are traced a second time.
+    """Return the differences in the results of ``init`` and ``step`` when they are traced a second time.
 
-    Both traces are evaluated in float64 on one batch, so that nothing is compiled.
+    Both traces are evaluated in float64 on one batch, without compilation.
 
     Args:
-        subject: what is verified.
+        subject: the subject.
         rows: N of the batch.
         features: D of the batch.
     """
@@ -54,14 +54,14 @@ def changed_by_tracing(subject: Subject, rows: int, features: int) -> list[str]:
 
 
 def _twice(name: str, function: Callable[..., Any], *args: Any) -> tuple[Any, list[str]]:
-    """Return what a function gives, and the leaves that a second trace of it gives otherwise."""
+    """Return the result of a function, and how that of a second trace differs, one line for each leaf."""
     first = trace(partial(function), *args)
     with traced_anew():
         second = trace(partial(function), *args)
     one, other = evaluate(first, *args), evaluate(second, *args)
     leaves, others = jax.tree_util.tree_leaves(one), jax.tree_util.tree_leaves(other)
     if jax.tree_util.tree_structure(one) != jax.tree_util.tree_structure(other):
-        return one, [f"{name} gives another tree when it is traced again"]
+        return one, [f"{name} returns another tree structure when it is traced again"]
     found = []
     for leaf, a, b in zip(leaf_names(one), leaves, others, strict=True):
         apart = _apart(a, b) if a.shape == b.shape else None
@@ -78,7 +78,7 @@ def _twice(name: str, function: Callable[..., Any], *args: Any) -> tuple[Any, li
 
 
 def _apart(a: Any, b: Any) -> Any:
-    """Return where two arrays differ by more than the order of operations may make them."""
+    """Return where two arrays differ by more than the order of operations explains."""
     if a.dtype.kind != "f":
         return np.asarray(a != b)
     allowed = SAME * np.max(np.abs(a), initial=0.0, where=np.isfinite(a))
