@@ -115,7 +115,7 @@ def clipped(s: Any, grads: Tree, state: State, lr: Any) -> tuple[Tree, Tree]:
 
 
 def of_normalisation(params: Tree) -> Tree:
-    """Return a mask of ``params`` that is true for the scales and biases of normalisations."""
+    """Return a mask of ``params`` that is True for the scales and biases of normalisations."""
     return by_path(lambda path, leaf: "Norm_" in path, params)
 
 
