@@ -42,11 +42,15 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seed", type=int, default=0, help="the seed of all cases; default: 0")
     found.add_argument("--shard", metavar="K/N", help="only the K-th of N parts of the faults")
     found.add_argument(
-        "--read", metavar="FILE", type=Path, nargs="+", help="check nothing; show the files that --json wrote"
+        "--read",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        help="check nothing; show files written by --json",
     )
     found.add_argument("--json", metavar="FILE", type=Path, help="write the findings to FILE")
     found.add_argument("--picture", metavar="FILE", type=Path, help="draw the matrix as SVG")
-    found.add_argument("--learn", action="store_true", help="store the results as what later audits must find")
+    found.add_argument("--learn", action="store_true", help="store the results for later audits")
     return found
 
 

@@ -383,7 +383,7 @@ following = pair("stale_statistics", "a_copy_of_the_params_takes_their_statistic
 
 
 def with_a_copy(name: str, follow: Callable[[Any], Any]) -> Subject:
-    """Return a loop whose loss includes the distance to the outputs of a copy of the model."""
+    """Return a loop whose targets are averaged with the outputs of a copy of the model."""
 
     def kept(variables: Any, key: Any) -> Any:
         del key

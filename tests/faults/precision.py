@@ -23,9 +23,7 @@ from tests.faults.steps import (
     rounded,
 )
 
-ALLOWED = (
-    "a choice of precision: its rounding is part of the step's own arithmetic, so it is within tolerance"
-)
+ALLOWED = "a choice of precision: its rounding is part of the step, so it is within tolerance"
 
 
 def cast(dtype: Any) -> Any:
