@@ -276,8 +276,8 @@ FAULTS = (
     Fault(
         "a_life_that_nobody_lived_is_held",
         "bnverify/lifetime/check.py",
-        'return Evidence.of(name, "untriggered", reason=reason or "no life reached it")',
-        'return Evidence.of(name, "held", reason=reason or "no life reached it")',
+        'return Evidence.of(name, "untriggered", reason=reason or "no sequence reached it")',
+        'return Evidence.of(name, "held", reason=reason or "no sequence reached it")',
         LIFE,
     ),
     # The adapters.

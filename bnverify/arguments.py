@@ -95,7 +95,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT[=FILE]",
         action="append",
         default=[],
-        help=f"{', '.join(FORMATS)}; default: terminal; repeat it for several, each with a FILE",
+        help=f"{', '.join(FORMATS)}; default: terminal; may be repeated, each with a FILE",
     )
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="write the report to FILE, not to standard output"

@@ -1,7 +1,7 @@
 """Check a training step: proofs first, then cases, then checkpoints, then several devices.
 
-:func:`verify` makes one report. A :class:`Check` can make several of one subject, and reuses what
-was traced and compiled. A listener is told of the progress by events.
+:func:`verify` makes one report. A :class:`Check` can make several for one subject, and reuses what was
+traced and compiled. A listener receives events about the progress.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ class Check:
         )
 
     def _check_step(self, found: _Found, seed: int) -> Iterator[Event]:
-        """Prove what can be proved of the step, and run it for the rest."""
+        """Prove what can be proved about the step, and run it for the remaining laws."""
         yield found.phase("tracing")
         for evidence in self._proved:
             yield found.settle(evidence)
@@ -289,7 +289,7 @@ class Check:
                 yield found.phase("reading the numbers of the violations")
                 clues = runner.clues(broken, seed)
             for evidence in results:
-                # A flow that is proved missing stays so; a run only adds the case that shows it.
+                # A flow that is proved missing remains a violation; a run only adds a case that shows it.
                 if evidence.status == "violated":
                     yield found.settle(self._explained(replace(evidence, clues=clues)))
                 elif evidence.law not in found.known:
@@ -298,7 +298,7 @@ class Check:
     def _check_beyond(
         self, found: _Found, family: str, names: list[str], seed: int
     ) -> Iterator[Event]:
-        """Check the laws of the life of a state, or of many devices."""
+        """Check the laws of the families "life" and "parallel"."""
         if reason := found.idle:
             results, cases = [Evidence.of(n, "untriggered", reason=reason) for n in names], 0
         elif family == "life":
@@ -312,7 +312,7 @@ class Check:
             yield found.settle(evidence)
 
     def judge(self, law: Law, case: Case) -> Evidence:
-        """Return what one case says about a law of the step, whether or not it is exempt.
+        """Return the evidence from one case for a law about one step, even if the law is exempt.
 
         Args:
             law: one of ``STEP_LAWS``.
@@ -347,9 +347,9 @@ class Check:
         return self._running([law for law in self._laws if law.name not in known])
 
     def _running(self, laws: Collection[Law]) -> list[Runner]:
-        """Return what runs some laws.
+        """Return the runners for some laws.
 
-        Those about the optimizer's state are run, last, on a momentum probe where that state is empty.
+        If the optimizer's state is empty, laws about it are run last, with a momentum optimizer.
         """
         reading, probe = self._reading, self._reading.probe
         probed = [law for law in laws if probe is not None and "opt_state" in law.capabilities]
@@ -369,7 +369,7 @@ class Check:
         return runners
 
     def _explained(self, evidence: Evidence) -> Evidence:
-        """Return the evidence of a violation with the line and the path that lead to it, and a hint."""
+        """Return the evidence of a violation with its line of code, data flow and hint."""
         if evidence.status != "violated":
             return evidence
         law, mismatch = LAWS[evidence.law], evidence.mismatch
@@ -389,9 +389,7 @@ class Check:
 
     def _mapped(self, names: Collection[str], seed: int) -> tuple[list[Evidence], int]:
         if not isinstance(self._what, Parallel):
-            reason = (
-                "the step does not run on several devices; bnverify.Parallel declares one that does"
-            )
+            reason = "the step cannot run on several devices; declare one that can with bnverify.Parallel"
             return [Evidence.of(name, "exempt", reason=reason) for name in names], 0
         return devices.run(self._what, self._target, self._plan, seed, names)
 
@@ -412,7 +410,7 @@ def verify(
 
     Args:
         what: a Subject; a CheckpointedSubject, which has its own functions to save and restore; or a
-            Parallel, whose single-device step is checked, too.
+            Parallel, whose single-device step is checked as well.
         profile: how much to do: "quick", "ci", "nightly" or a Profile.
         seed: the seed of all cases, at least 0; the same seed gives the same report.
         select: names of laws or families to check; empty: all families that apply.
@@ -460,7 +458,7 @@ def replay(what: Target, case: Case, law: str) -> float | None:
     elif law in STEP_LAWS:
         evidence = Check(what, "quick", select=[law]).judge(LAWS[law], case)
     else:
-        raise UsageError(f"{law} is not about one step: no single case shows it")
+        raise UsageError(f"{law} is not about one step, so no single case shows it")
     if evidence.status == "violated":
         raise Violation(evidence)
     return evidence.residual
@@ -479,7 +477,7 @@ def show_again(what: Target, counterexample: Counterexample) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return package name -> version, for the packages that a verdict depends on."""
+    """Return package name -> version, for the packages that affect the verdict."""
     names = ("bnverify", "jax", "jaxlib", "flax", "optax", "numpy", "hypothesis")
     found = {}
     for name in names:

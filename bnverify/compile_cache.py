@@ -1,8 +1,8 @@
-"""JAX's own cache of compiled programs, for all processes of this machine.
+"""JAX's persistent cache of compiled programs, shared by all processes of this machine.
 
-Most of the time of a short check goes into compiling the subject's functions for each shape, and by
-default JAX keeps no program that took under a second. Here it keeps all, where every process finds
-them: https://docs.jax.dev/en/latest/persistent_compilation_cache.html
+A short check spends most of its time compiling the subject's functions for each shape, and by default JAX
+does not cache programs that compile in under a second. Here all programs are cached:
+https://docs.jax.dev/en/latest/persistent_compilation_cache.html
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 
 VARIABLE = "BNVERIFY_CACHE"
 WRONG = "0.5."
-"""Releases of jaxlib of which a program is another once it comes from the cache: none is kept.
+"""Releases of jaxlib whose cache may return a wrong program, so nothing is cached.
 
-With 0.5.3 a loop over a large array then never turns (docs/findings.md); with 0.4.38 and 0.6.2 it does.
+With 0.5.3 a cached loop over a large array makes no iteration (docs/findings.md); 0.4.38 and 0.6.2 are right.
 """
 CPUINFO = Path("/proc/cpuinfo")
 DAY = 86_400
 UNUSED = 30 * DAY
-"""Seconds after which a kept file that nobody read is removed. Each edit of a step leaves its programs."""
+"""Cached programs that no process has read for this many seconds are removed: each edit of a step leaves some."""
 
 
 def cache_root() -> Path:
-    """Return the directory of everything bnverify caches.
+    """Return the directory of all caches of bnverify.
 
     ``BNVERIFY_CACHE`` if set, else ``bnverify`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
     """
@@ -39,11 +39,11 @@ def cache_root() -> Path:
 
 
 def machine() -> str:
-    """Return a short name of this processor: equal names can run each other's programs.
+    """Return a short name of this processor; processors with the same name can share programs.
 
-    XLA compiles for the very processor it runs on, and JAX does not put that into the name of
-    a cached program: on a processor with other features it may stop with an illegal
-    instruction. A home directory shared between machines makes that real.
+    XLA compiles for the processor that it runs on, but the key of a cached program in JAX does not
+    include it: on a processor with other features the program may stop with an illegal instruction.
+    This happens when machines share a home directory.
     """
     traits = [platform.system(), platform.machine(), platform.processor()]
     try:
@@ -56,10 +56,10 @@ def machine() -> str:
 
 
 def location(directory: str | os.PathLike[str] | None = None) -> Path:
-    """Return where compiled programs belong: one directory for each jaxlib and processor.
+    """Return the directory for compiled programs, one for each jaxlib and processor.
 
     Args:
-        directory: what to use in the place of :func:`cache_root`.
+        directory: the root; None: :func:`cache_root`.
     """
     jaxlib = importlib.metadata.version("jaxlib")
     root = cache_root() if directory is None else Path(directory)
@@ -67,17 +67,17 @@ def location(directory: str | os.PathLike[str] | None = None) -> Path:
 
 
 def enable(directory: str | os.PathLike[str] | None = None) -> Path | None:
-    """Let JAX keep every program it compiles, and find those that other processes kept.
+    """Make JAX cache every program that it compiles, and reuse those of other processes.
 
     It may be called before or after the first compilation, and by any number of processes at
     once on one directory.
 
     Args:
-        directory: what to use in the place of :func:`cache_root`.
+        directory: the root; None: :func:`cache_root`.
 
     Returns:
-        The directory; None where it cannot be written, or jaxlib cannot be trusted with it, and
-        JAX compiles as if not asked.
+        The directory; None if it is not writable or the cache of this jaxlib is unreliable: then JAX
+        compiles without a cache.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
@@ -86,7 +86,7 @@ def enable(directory: str | os.PathLike[str] | None = None) -> Path | None:
         return None
     path = location(directory)
     try:
-        # 0o700: who can write a cached program can run code in every process that loads it.
+        # 0o700: whoever can write a cached program can run code in every process that loads it.
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return None
@@ -95,17 +95,17 @@ def enable(directory: str | os.PathLike[str] | None = None) -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # JAX decides once whether it has a cache, at the first compilation: let it decide again.
+    # JAX decides whether it uses a cache at the first compilation: make it decide again.
     compilation_cache.reset_cache()
     remove_unused(path.parent)
     return path
 
 
 def remove_unused(programs: Path) -> None:
-    """Remove what was not read or written for ``UNUSED`` seconds, for all releases, once a day.
+    """Remove files that were not read or written for ``UNUSED`` seconds, for all releases, once a day.
 
-    A file that another process has open stays readable to it; one that it then does not find, it
-    makes again. Where reading is not recorded (a file system mounted ``noatime``), the age counts.
+    A file that another process has open stays readable to it; a missing one is compiled again. On a file
+    system mounted with ``noatime``, only the time of writing counts.
 
     Args:
         programs: the directory of all releases' directories.
@@ -117,7 +117,7 @@ def remove_unused(programs: Path) -> None:
         looked.touch()
         for folder, _, names in os.walk(programs):
             for path in (Path(folder, name) for name in names):
-                with contextlib.suppress(OSError):  # another process removes, too
+                with contextlib.suppress(OSError):  # another process may have removed it
                     known = path.stat()
                     if now - max(known.st_atime, known.st_mtime) > UNUSED:
                         path.unlink()

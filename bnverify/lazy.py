@@ -7,14 +7,14 @@ from typing import Any
 
 
 class LazyModule:
-    """Stand in for the module ``name`` until one of its attributes is asked for."""
+    """A stand-in for the module ``name``, which is imported when an attribute is first used."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
         value = getattr(import_module(self._name), attribute)
-        setattr(self, attribute, value)  # the next look-up does not come here
+        setattr(self, attribute, value)  # later look-ups do not call __getattr__
         return value
 
 

@@ -22,10 +22,10 @@ SAME = ("bnverify", "subject", "command", "targets", "profile", "seed")
 
 
 def merge(texts: Mapping[str, str]) -> Merged:
-    """Return the report that one machine would have made.
+    """Return the report that a single run would have made.
 
-    The laws of a shard steer its search for bad cases, so with a profile that runs several stacks for
-    a shape, a number of cases or a residual may differ from those of one machine.
+    The search for counterexamples depends on the laws of a shard, so with a profile that runs several stacks
+    for each shape, the number of cases or a residual may differ from those of a single run.
 
     Args:
         texts: file name -> its JSON report; all shards of one ``check`` or ``audit``.
@@ -84,7 +84,7 @@ def _refuse_differences(parts: Mapping[str, Part]) -> None:
 
 
 def _all(parts: Sequence[Part], field: str, key: str) -> list[Any]:
-    """Return the results of all parts, in the order of a single machine."""
+    """Return the results of all parts, in the order of a single run."""
     found = {each[key]: each for part in parts for each in part[field]}
     names = parts[0]["of"]
     missing = [name for name in names if name not in found]
@@ -111,5 +111,5 @@ def _report(parts: Sequence[Part]) -> Report:
 
 def _audit(parts: Sequence[Part]) -> Audit:
     findings = tuple(Finding(**each) for each in _all(parts, "findings", "fault"))
-    seconds = max(part["seconds"] for part in parts)  # each ran the tests without a fault, too
+    seconds = max(part["seconds"] for part in parts)  # each also ran the tests without a fault
     return Audit(parts[0]["command"], tuple(parts[0]["targets"]), seconds, findings)

@@ -909,11 +909,10 @@ mistake(
 )
 mistake(
     "optimizer_departs_from_its_paper",
-    "the optimizer computes another formula than its paper's",
-    "use the release of Optax that follows it (`bnverify bisect` finds where it changed), or write the "
-    "transformation out",
+    "the optimizer does not follow the formula of its paper",
+    "use a release of Optax that does (`bnverify bisect` finds where it changed), or write the update by hand",
     "https://github.com/pytorch/pytorch/issues/41477",
-    looks="After an upgrade the same code trains differently, most of all where gradients are small.",
+    looks="After an upgrade, the same code trains differently, most of all where gradients are small.",
     wrong="""
         update = -lr * m_hat / jnp.sqrt(v_hat + eps)
     """,
@@ -923,10 +922,10 @@ mistake(
 )
 mistake(
     "variance_below_zero",
-    "the variance E[h^2] - E[h]^2 is not kept from rounding to less than zero",
-    "jnp.maximum(var, 0.0), or the mean of the squared deviations",
+    "rounding can make the variance E[h^2] - E[h]^2 negative, and it is not clipped at 0",
+    "jnp.maximum(var, 0.0), or the mean of the squared deviations from the mean",
     "https://github.com/google/flax/issues/1491",
-    looks="NaN in a batch where a feature is constant and far from zero.",
+    looks="NaN in a batch where a feature is constant and far from 0.",
     wrong="""
         var = jnp.mean(h**2, axis=0) - mean**2
         h = (h - mean) * jax.lax.rsqrt(var + 1e-5)
@@ -941,10 +940,10 @@ mistake(
 # Purity.
 mistake(
     "drawn_outside_jax",
-    "a number is drawn or counted by Python or NumPy while the step is traced, and baked in",
-    "draw it by jax.random from the seed, or from a key that the state carries",
+    "a number that Python or NumPy draws or counts during tracing becomes a constant of the step",
+    "draw it with jax.random, from the seed or from a key in the state",
     "https://docs.jax.dev/en/latest/notebooks/Common_Gotchas_in_JAX.html",
-    looks="Each process starts from other params, whatever the seed; within one, all is repeatable.",
+    looks="Each process starts from different params, whatever the seed; within a process, runs are repeatable.",
     wrong="""
         def kernel_init(key, shape):
             return 0.1 * np.random.normal(size=shape)
@@ -1279,7 +1278,7 @@ mistake(
     "each device clips its own gradient, or uses its own statistics, before they are averaged",
     "average over the devices first, then clip",
     "https://github.com/dmlc/gluon-nlp/pull/470",
-    looks="The same batch gives another update on more devices.",
+    looks="The same batch gives a different update on more devices.",
     wrong="""
         grads = clip(grads)
         grads = jax.lax.pmean(grads, "batch")
@@ -1291,7 +1290,7 @@ mistake(
 )
 mistake(
     "rate_loses_digits",
-    "the learning rate is held in 16 bits",
+    "the learning rate is stored or computed in 16 bits",
     "optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)",
     "https://github.com/google-deepmind/optax/issues/1414",
     looks="A schedule moves in coarse steps, and a rate of 0.001 is 0.000999.",

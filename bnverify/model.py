@@ -1,7 +1,7 @@
-"""The nouns: a case is given to a subject, and a transition is what one observed step did with it.
+"""The central types: a subject runs a case, and a transition is what one observed step did.
 
-A subject is a training step as pure functions over a split state; with its user's own checkpoints it
-is a ``CheckpointedSubject``, on many devices a ``Parallel``.
+A subject is a training step as pure functions over a split state; with the user's own functions to save
+and restore it is a ``CheckpointedSubject``, on several devices a ``Parallel``.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class State(NamedTuple):
     """Everything a training step carries from one batch to the next.
 
     Attributes:
-        params: trainable leaves; the optimizer owns them.
-        batch_stats: running statistics; the forward pass writes them, nobody trains them.
-        opt_state: the optimizer's own state, for ``params`` alone.
-        extra: whatever else is carried: keys of dropout, a step counter, a loss scale, variables
-            that are no moving averages. Most subjects have nothing.
+        params: the trainable leaves.
+        batch_stats: the running statistics, written by the forward pass and not trained.
+        opt_state: the optimizer's state, for ``params`` only.
+        extra: everything else: PRNG keys, a step counter, a loss scale, variables that are not moving
+            averages. Usually empty.
     """
 
     params: Tree
@@ -228,7 +228,7 @@ class Subject:
         step: ``(state, x, y: (N,) float32, lr: float32 scalar) -> (State, StepInfo)``.
         evaluate: ``(state, x, y) -> (1,)``, the loss in eval mode.
         features: the values of D that it accepts; None: any.
-        rows: the number of rows is a multiple of it. None: found, if the step refuses other batches.
+        rows: a divisor of the number of rows. None: found if the step refuses other batches.
         optimizer: ``lr -> optax.GradientTransformation``; None if it is unknown.
         exempt: law name -> why the law does not apply.
         momentum: the momentum of its normalisation layers, the weight of the old value; None if it
@@ -287,13 +287,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class CheckpointedSubject:
-    """A subject with its user's own way to save and restore.
+    """A subject with the user's own functions to save and restore.
 
     Attributes:
         subject: the training step.
         save: (state) -> anything, by value: it must not keep a reference to the state.
         restore: (a state initialised from another seed, what ``save`` returned) -> the state.
-        begin: called as each life begins: where checkpoints go to a directory, empty it here.
+        begin: called before each sequence of steps: remove old checkpoints from the directory here.
     """
 
     subject: Subject
@@ -312,15 +312,15 @@ class Parallel:
     """A data-parallel step under verification.
 
     Attributes:
-        name: how reports call it.
-        single: the step on one device that it must equal; its ``init`` makes the state.
-        step: one device's part, called with ``axis`` mapped over the devices: ``(state, x, y, lr)
-            -> (State, StepInfo)`` of its shard, the state being the same on all.
+        name: its name in reports.
+        single: the same step on one device, which it must equal; its ``init`` makes the state.
+        step: the step on one shard, called with ``axis`` mapped over the devices: ``(state, x, y, lr)
+            -> (State, StepInfo)``; the state is the same on all devices.
         axis: the name of the mapped axis.
         counted_step: the same for shards with padding, ``(state, x, y, weights, lr)``: weights
-            (n,) are 1 for rows that count and 0 for the others. None: it takes no padding.
-        sharded_step: the whole step as it is given to ``jax.jit`` with a sharded batch; None:
-            the single-device step itself, which JAX splits.
+            (n,) are 1 for real rows and 0 for padding. None: padding is not supported.
+        sharded_step: the whole step, to call under ``jax.jit`` with a sharded batch; None: that is
+            the single-device step, which JAX partitions.
         exempt: law name -> why the law does not apply.
     """
 
@@ -337,7 +337,7 @@ Target: TypeAlias = Subject | CheckpointedSubject | Parallel
 """What can be verified."""
 
 
-# What it is given.
+# The input.
 
 
 Shape: TypeAlias = tuple[int, int]
@@ -447,7 +447,7 @@ class Domain:
         max_abs_y: the largest magnitude in y.
         max_lr: the largest learning rate.
         max_warmup: the largest number of steps before the observed one.
-        multiple: the number of rows is a multiple of it, for a step that splits its batch.
+        multiple: a divisor of the number of rows, for a step that splits its batch.
     """
 
     max_rows: int = 64
@@ -472,11 +472,11 @@ class Domain:
         )
 
 
-# What it did.
+# The result.
 
 
 class Outcome(NamedTuple):
-    """What one call of ``step`` gave, and the loss evaluated after it where it was asked for."""
+    """The result of one call of ``step``, and of an evaluation after it if there was one."""
 
     state: State
     info: StepInfo
@@ -484,19 +484,19 @@ class Outcome(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """One observed step. Every leaf may carry a leading stack axis.
+    """One observed step. Every leaf may have a leading stack axis.
 
     Attributes:
         case: the input.
         before: the state before the step.
         after: the state after it.
         info: its loss and gradients.
-        eval_loss: (1,), evaluated on the same batch in the state after.
+        eval_loss: (1,), evaluated on the same batch after the step.
         reruns: name of a re-run -> its outcome; see ``bnverify.reruns``.
         evals: name of a re-evaluation -> (1,), see ``bnverify.reruns``; "rows" -> (N, 1), each row alone.
-        facts: what else was observed of the subject, by name.
-        exact: the outcome in float64; None where no rounding was read.
-        noise: the error that rounding allows each value of ``exact``; an Outcome. Infinite where
+        facts: name -> other observations of the subject.
+        exact: the outcome in float64; None if rounding was not analysed.
+        noise: the rounding error allowed for each value of ``exact``; an Outcome. Infinite where
             rounding leaves no digits to compare.
     """
 
@@ -512,7 +512,7 @@ class Transition(NamedTuple):
     noise: Any = None
 
 
-# How a case is checked, and how it is written as Python.
+# How a case is validated, and written as Python code.
 
 
 def _array(name: str, value: object, *, rank: int, shape: str) -> npt.NDArray[np.float32]:

@@ -1,11 +1,11 @@
-"""Optimizers as their papers define them, in float64 NumPy: what Optax's are held to.
+"""Optimizers as their papers define them, in float64 NumPy, to compare Optax's optimizers with.
 
-A formula gives the updates of one param for a sequence of gradients; the param moves by each of them.
-The names of hyperparameters are Optax's. Where a paper leaves a detail open, such as where epsilon
-stands, the formula has what Optax documents, and says so.
+A formula yields the updates of one param for a sequence of gradients; the param moves by each of them.
+Hyperparameters have Optax's names. Where a paper leaves a detail open, such as the place of epsilon, the
+formula follows Optax's documentation, and says so.
 
-Every number that is made of hyperparameters goes through ``Hyper.c``. A library holds it in float32, so
-its updates may differ by what one rounding of each of these numbers makes.
+Every number computed from hyperparameters goes through ``Hyper.c``: a library may hold it in float32, so
+its updates may differ by as much as one rounding of each of these numbers makes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Hyper:
     """The hyperparameters of one optimizer.
 
     Args:
-        values: by name, as Optax calls them; the learning rate is "learning_rate".
-        rng: of the roundings; None: nothing rounds.
+        values: name, as in Optax, -> value; the learning rate is "learning_rate".
+        rng: chooses the direction of each rounding; None: nothing is rounded.
     """
 
     def __init__(self, values: Mapping[str, Any], rng: np.random.Generator | None = None) -> None:
@@ -52,8 +52,8 @@ class Paper:
     Attributes:
         source: authors, year, and where in the paper.
         formula: (hyperparameters, param, gradients) -> its updates.
-        numbers: the hyperparameters that the formula knows, all numbers.
-        flags: those that it knows and that are true, false or None.
+        numbers: the hyperparameters of the formula that are numbers.
+        flags: the hyperparameters of the formula that are True, False or None.
         first: the number of the first update that the paper defines.
     """
 
@@ -77,7 +77,7 @@ def _traced(h: Hyper, grads: Sequence[Array]) -> Iterator[Array]:
 
 
 def _first_moment(h: Hyper, m: Array, g: Array, t: int) -> Array:
-    """Return m without its bias towards 0; for Nesterov's momentum that of the next step."""
+    """Return the bias-corrected m; with Nesterov's momentum, that of the next step."""
     if not h.nesterov:
         return m / (1 - h.c(h.b1) ** t)
     ahead = h.c(h.b1) * m / (1 - h.c(h.b1) ** (t + 1))
@@ -94,7 +94,7 @@ def _adam_directions(h: Hyper, grads: Sequence[Array]) -> Iterator[Array]:
 
 
 def adam(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
-    """-lr (m^ / (sqrt(v^) + eps) + weight_decay p), m^ and v^ corrected for their bias."""
+    """-lr (m^ / (sqrt(v^) + eps) + weight_decay p), with bias-corrected moments m^ and v^."""
     for direction in _adam_directions(h, grads):
         update = -h.learning_rate * (direction + h.c(h.weight_decay) * param)
         param = param + update
@@ -102,7 +102,7 @@ def adam(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
 
 
 def lamb(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
-    """Adam's direction with its decay, as long as the param, times -lr."""
+    """-lr times Adam's direction with decay, scaled to the norm of the param."""
     for direction in _adam_directions(h, grads):
         whole = direction + h.c(h.weight_decay) * param
         length, own = np.linalg.norm(param), np.linalg.norm(whole)
@@ -112,7 +112,7 @@ def lamb(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
 
 
 def adamax(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
-    """-lr m^ / u, u = max(b2 u, |g|); Optax adds eps to |g|, so that nothing is divided by 0."""
+    """-lr m^ / u with u = max(b2 u, |g|); Optax adds eps to |g| to avoid a division by 0."""
     m = u = np.zeros_like(grads[0])
     for t, g in enumerate(grads, 1):
         m = h.c(h.b1) * m + h.c(1 - h.b1) * g
@@ -121,10 +121,10 @@ def adamax(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
 
 
 def rmsprop(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
-    """-lr g / sqrt(v + eps), v the average of g^2; centred, of (g - m)^2.
+    """-lr g / sqrt(v + eps), with v the average of g^2; if centred, of (g - m)^2.
 
-    Hinton's lecture has no eps; Optax adds it inside the root, or outside of it where it is told so,
-    and takes the momentum of the scaled gradients.
+    Hinton's lecture has no eps; Optax adds it inside the root, or outside with ``eps_in_sqrt=False``,
+    and applies the momentum to the scaled gradients.
     """
 
     def scaled() -> Iterator[Array]:
@@ -141,7 +141,7 @@ def rmsprop(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
 
 
 def adagrad(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
-    """-lr g / sqrt(s + eps), s the sum of all g^2 on top of ``initial_accumulator_value``."""
+    """-lr g / sqrt(s + eps), with s = ``initial_accumulator_value`` + the sum of all g^2."""
     s = np.full_like(grads[0], h.c(h.initial_accumulator_value))
     for g in grads:
         s = s + g**2
@@ -149,7 +149,7 @@ def adagrad(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
 
 
 def adadelta(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
-    """-lr sqrt(E[u^2] + eps) / sqrt(E[g^2] + eps) g, u the updates before their rate."""
+    """-lr sqrt(E[u^2] + eps) / sqrt(E[g^2] + eps) g, with u the updates without the learning rate."""
     of_g = of_u = np.zeros_like(grads[0])
     for gradient in grads:
         g = gradient + h.c(h.weight_decay) * param
@@ -172,7 +172,7 @@ def lion(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
 
 
 def adabelief(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
-    """Adam with s, the average of (g - m)^2, in place of v; ``eps_root`` is added to s each time."""
+    """Adam with s, the average of (g - m)^2, instead of v; ``eps_root`` is added to s in each step."""
     m = s = np.zeros_like(grads[0])
     for t, g in enumerate(grads, 1):
         m = h.c(h.b1) * m + h.c(1 - h.b1) * g
@@ -182,9 +182,9 @@ def adabelief(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]
 
 
 def radam(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
-    """Adam times r, from where its variance is tractable; before, -lr m^ without a root.
+    """Adam times r once the variance is tractable; before that, -lr m^.
 
-    The paper says "rho > 4", its authors' code 5: ``threshold`` says which.
+    Tractable means rho > 4 in the paper and rho >= 5 in its authors' code: see ``threshold``.
     """
     m = v = np.zeros_like(grads[0])
     longest = h.c(2 / (1 - h.b2) - 1)
@@ -203,15 +203,15 @@ def radam(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
 
 
 def optimistic_gradient_descent(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
-    """-lr ((alpha + beta) g - beta g'), g' the gradient before; there is none before the first."""
+    """-lr ((alpha + beta) g - beta g'), with g' the previous gradient, 0 in the first step."""
     for before, g in zip((grads[0], *grads), grads, strict=False):
         yield -h.learning_rate * (h.c(h.alpha + h.beta) * g - h.c(h.beta) * before)
 
 
 def sm3(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
-    """-lr times the average of g / sqrt(v), v = g^2 + the least of what covers an entry.
+    """-lr times the average of g / sqrt(v), with v = g^2 + the smallest accumulator of an entry's covers.
 
-    Covers are the slices along each axis; a vector's entries are covers of their own. Optax adds 1e-8
+    The covers are the slices along each axis; in a vector, each entry is its own cover. Optax adds 1e-8
     to v.
     """
     axes = range(grads[0].ndim)
@@ -227,7 +227,7 @@ def sm3(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
 
 
 def novograd(h: Hyper, param: Array, grads: Sequence[Array]) -> Iterator[Array]:
-    """-lr m, m = b1 m + g / (sqrt(v) + eps) + weight_decay p, v an average of a layer's |g|^2."""
+    """-lr m with m = b1 m + g / (sqrt(v) + eps) + weight_decay p and v an average of a layer's |g|^2."""
     m, v = np.zeros_like(param), 0.0
     for t, g in enumerate(grads, 1):
         square = float(np.sum(g**2))
@@ -297,22 +297,22 @@ PAPERS: dict[str, Paper] = {
         (*_ADAM, "weight_decay"),
     ),
 }
-"""The name of a function of Optax's -> the paper that defines its optimizer."""
+"""Name of an Optax function -> the paper that defines its optimizer."""
 
 SAMPLES = 8
-"""How often the formula is rounded anew to see what the library's rounding may make."""
+"""The number of random roundings from which the tolerance is estimated."""
 
 
 def expected(
     paper: Paper, values: Mapping[str, Any], param: Array, grads: Sequence[Array]
 ) -> tuple[Array, Array]:
-    """Return the updates of a param by a paper's formula, and how far roundings may move them.
+    """Return the updates of a param by a paper's formula, and their tolerance.
 
     Args:
         paper: the optimizer.
-        values: its hyperparameters, "learning_rate" among them.
+        values: its hyperparameters, including "learning_rate".
         param: any shape.
-        grads: the gradients, each like ``param``.
+        grads: the gradients, each of the shape of ``param``.
 
     Returns:
         Two arrays (len(grads), *param.shape), float64.

@@ -1,4 +1,4 @@
-"""Whether what is given as a subject is one, and what to say where it is not."""
+"""Check that what was passed as a subject is one, and explain what to pass if it is not."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ CALLS = {
     "step": ("state", "x", "y", "lr"),
     "evaluate": ("state", "x", "y"),
 }
-ROWS = (4, 24)  # 24: a step may split its batch in 2, 3, 4, 6 or 8
+ROWS = (4, 24)  # 24: a step may split its batch into 2, 3, 4, 6 or 8 parts
 FEATURES = 3
 
 
 class Unfit(Exception):
-    """A function is not what the field of a Subject that holds it must be; one line says why."""
+    """A function has the wrong signature or result for its field of Subject; the message is one line."""
 
 
 def subject_of(what: Target) -> Subject:
     """Return the training step of ``what``, on one device.
 
     Raises:
-        UsageError: it is none of the three.
+        UsageError: ``what`` is not a Subject, CheckpointedSubject or Parallel.
     """
     if isinstance(what, Parallel):
         return what.single
@@ -41,7 +41,7 @@ def subject_of(what: Target) -> Subject:
 
 
 def accepts(signature: inspect.Signature, *arguments: str) -> bool:
-    """Return whether a function with this signature can be called with these, by position."""
+    """Return whether a function with this signature accepts these positional arguments."""
     try:
         signature.bind(*arguments)
     except TypeError:
@@ -52,11 +52,11 @@ def accepts(signature: inspect.Signature, *arguments: str) -> bool:
 def check(subject: Subject) -> None:
     """Trace ``init``, ``step`` and ``evaluate`` once, at one small shape.
 
-    Where they do not trace they are run: code that only refuses to trace is not unfit.
+    Functions that do not trace are run instead, because untraceable code may still be valid.
 
     Raises:
-        Unfit: one of them takes other arguments or returns something else.
-        Exception: what they raise both when traced and when run.
+        Unfit: a function takes other arguments or returns something else.
+        Exception: whatever a function raises both when traced and when run.
     """
     for name, arguments in CALLS.items():
         _check_call(name, getattr(subject, name), arguments)
@@ -74,7 +74,7 @@ def _check_call(name: str, function: Any, arguments: tuple[str, ...]) -> None:
         raise Unfit(f"{name} is {described(function)}, not a function {expected}")
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some callables have none; the call itself will tell
+    except (TypeError, ValueError):  # some callables have no signature; the call itself shows
         return
     if not accepts(signature, *arguments):
         raise Unfit(f"{name}{signature} cannot be called as {expected}")
@@ -82,13 +82,13 @@ def _check_call(name: str, function: Any, arguments: tuple[str, ...]) -> None:
 
 def _batch(subject: Subject, rows: int) -> tuple[Any, ...]:
     features = subject.features[0] if subject.features else FEATURES
-    # Distinct values: an init that looks at its batch must not meet a special one.
+    # Distinct values: an init that inspects its batch must not meet a special case.
     x = np.linspace(-1, 1, rows * features, dtype=np.float32).reshape(rows, features)
     return np.int32(0), x, x[:, 0].copy(), np.float32(0.1)
 
 
 def _run_one_of(subject: Subject, sizes: tuple[int, ...]) -> None:
-    """Run the subject at the first of ``sizes`` that it takes; raise what it raises at the last."""
+    """Run the subject at the first of ``sizes`` that it accepts; raise the error of the last."""
     for rows in sizes:
         try:
             _run(subject, *_batch(subject, rows))
@@ -127,17 +127,17 @@ def _arrays(name: str, kind: str, value: State | StepInfo) -> None:
 
 
 def described(value: Any) -> str:
-    """Return what ``value`` is, for a message."""
+    """Return a description of ``value`` for a message."""
     if isinstance(value, tuple):
         return "(" + ", ".join(type(part).__name__ for part in value) + ")"
     return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
-# A Flax module by itself, which is easily passed where a training step is needed.
+# A Flax module on its own, which is easily passed by mistake.
 
 
 def flax_kind(value: Any) -> str | None:
-    """Return "linen" or "nnx" for a Flax module or a class of such; None for anything else."""
+    """Return "linen" or "nnx" for a Flax module or module class; None for anything else."""
     for name in ("linen", "nnx"):
         flax = sys.modules.get(f"flax.{name}")  # if it is not imported, nothing is a module of it
         if flax is not None and issubclass(_class(value), flax.Module):
@@ -146,7 +146,7 @@ def flax_kind(value: Any) -> str | None:
 
 
 def wrapped(module: Any) -> str:
-    """Return the code that makes a Subject of a Flax module or module class."""
+    """Return the code that makes a Subject from a Flax module or module class."""
     name = _class(module).__name__
     if flax_kind(module) == "nnx":
         return f"bnverify.nnx({name})"
@@ -158,7 +158,7 @@ def wrapped(module: Any) -> str:
 
 
 def advice(value: Any) -> str:
-    """Return "; " and how to make a Subject of a Flax module; "" for anything else."""
+    """Return "; " and how to make a Subject from a Flax module; "" for anything else."""
     if flax_kind(value) is None:
         return ""
     return f"; to check a training step with a Flax module, write subject = {wrapped(value)}"

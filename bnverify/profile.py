@@ -1,6 +1,6 @@
-"""What can be asked of a check: which families of laws, how much work, and which shard of it.
+"""The options of a check: families of laws, amount of work, and shard.
 
-The command line and the pytest plugin know these before anything heavy is imported.
+This module imports nothing heavy, so the command line and the pytest plugin can use it at startup.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Profile:
     """The amount of work of one check.
 
     Attributes:
-        name: how it is chosen.
-        tiny: how many of the tiny shapes, where counterexamples are small; the largest of them.
-        shapes: how many shapes (N, D) are drawn from the domain besides the tiny ones.
-        blocks: how many stacked blocks are run for each shape.
-        block: how many cases a block stacks.
-        examples: how many explicit cases Hypothesis draws.
-        eager: how many of them are also run uncompiled.
-        large: the row counts of further shapes, beyond the default domain's.
+        name: its name in options.
+        tiny: the number of tiny shapes, where counterexamples are small; the largest of them are used.
+        shapes: the number of shapes (N, D) drawn from the domain besides the tiny ones.
+        blocks: the number of stacks for each shape.
+        block: the number of cases in a stack.
+        examples: the number of explicit cases that Hypothesis draws.
+        eager: the number of them that are also run without jit.
+        large: the row counts of further shapes, beyond the default domain's limit.
     """
 
     name: str
@@ -76,7 +76,7 @@ PROFILES = {
 
 
 def named(profile: ProfileName | Profile) -> Profile:
-    """Return the profile of that name; a Profile is itself.
+    """Return the profile with a name; a Profile is returned as it is.
 
     Raises:
         ValueError: no profile has that name.
@@ -92,8 +92,8 @@ class Shard:
     """Part ``index`` of ``count`` equal parts, counted from 1; by default everything.
 
     Attributes:
-        index: which part.
-        count: how many parts there are.
+        index: the number of the part.
+        count: the number of parts.
     """
 
     index: int = 1
@@ -107,7 +107,7 @@ class Shard:
         """Return the shard written as ``K/N``.
 
         Raises:
-            UsageError: it is not so written, or K is not in 1 to N.
+            UsageError: the text has another form, or K is not in 1 to N.
         """
         match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):

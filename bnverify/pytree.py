@@ -1,4 +1,4 @@
-"""What is asked of a pytree and its leaves, wherever they come from."""
+"""Functions of pytrees and their leaves."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from bnverify.lazy import jax, jnp
 from bnverify.model import Tree
 
 T = TypeVar("T")
-"""A tree of arrays of some kind: a case, a state, an outcome."""
+"""A pytree of arrays, such as a case, a state or an outcome."""
 
 
 def is_floating(leaf: Any) -> bool:
-    """Return whether a leaf holds floating-point numbers: a counter is nobody's average."""
+    """Return whether a leaf holds floating-point numbers; integers such as counters are not averaged."""
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
@@ -26,7 +26,7 @@ def key_name(key: Any) -> str:
 
 
 def path_name(path: Any) -> str:
-    """Return a pytree path as "outer/inner": dict keys, attributes and indices alike."""
+    """Return a pytree path as "outer/inner", whether of dict keys, attributes or indices."""
     return "/".join(map(key_name, path))
 
 
@@ -36,23 +36,23 @@ def by_path(tree: Tree) -> dict[str, Any]:
 
 
 def form(tree: Tree) -> Any:
-    """Return a tree's structure and the shapes of its leaves: what it takes to compare it."""
+    """Return a tree's structure and the shapes of its leaves; trees of one form can be compared."""
     leaves, structure = jax.tree_util.tree_flatten(tree)
     return structure, [leaf.shape for leaf in leaves]
 
 
 def signature(tree: Tree) -> Any:
-    """Return a tree's form and the dtypes of its leaves: what a compiled program is made for."""
+    """Return a tree's form and the dtypes of its leaves; a compiled program needs the same signature."""
     return form(tree), [leaf.dtype for leaf in jax.tree_util.tree_leaves(tree)]
 
 
 def stack(trees: Sequence[T]) -> T:
-    """Return trees of one form as one whose leaves have a leading stack axis."""
+    """Stack trees of one form: the leaves of the result have a leading stack axis."""
     stacked: T = jax.tree_util.tree_map(lambda *leaves: np.stack(leaves), *trees)
     return stacked
 
 
 def take(tree: T, index: int | npt.NDArray[np.intp]) -> T:
-    """Return one of some stacked trees, or those of some indices."""
+    """Return the tree at an index of stacked trees, or the stack of those at several indices."""
     taken: T = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf)[index], tree)
     return taken

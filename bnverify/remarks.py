@@ -30,11 +30,11 @@ LOW_MOMENTUM = 0.5  # with a smaller momentum the statistics are mostly those of
 
 
 def remarks(subject: Subject, influence: Influence | None) -> Iterator[str]:
-    """Yield what a report should say of a subject besides the laws, a line for each mistake.
+    """Yield the notes for a report, one line for each mistake.
 
     Args:
-        subject: what is verified.
-        influence: what reaches what in it; None where it does not trace.
+        subject: the subject.
+        influence: which inputs of the step affect which outputs; None if it does not trace.
     """
     if subject.momentum is not None and 0 < subject.momentum < LOW_MOMENTUM:
         yield _line(f"the momentum is {subject.momentum:.4g}", "momentum_reversed")
@@ -64,7 +64,7 @@ def _of_optimizer(subject: Subject) -> Iterator[str]:
     decayed = {path for path, update in at_zero.items() if np.any(update != 0)}
     if of_norms := {path for path in decayed if path.rpartition("/")[0] in layers}:
         yield _line(f"a gradient of 0 changes {_listed(of_norms)}", "decay_of_norm_parameters")
-    # An adaptive optimizer that is given the decay as a gradient makes updates of one size of it.
+    # An adaptive optimizer that receives the decay as a gradient makes it an update of constant size.
     at_four = asked(subject.optimizer, state.params, (0.0,), 1.0, at=4.0) if decayed else None
     if at_four is not None:
         larger = dict(zip(paths, at_four[0], strict=True))

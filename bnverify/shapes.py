@@ -1,8 +1,7 @@
-"""Which shapes (N, D) a run compiles its programs for.
+"""The shapes (N, D) for which a run compiles its programs.
 
-Compiling a step takes a thousand times as long as running it, so shapes come from a pool: a few for
-a whole run, others in the next run. The smallest are in every pool, so that a failure shrinks to
-them.
+Compiling a step takes a thousand times as long as running it, so a run uses a small pool of shapes, and
+other seeds use others. The smallest shapes are in every pool, so that counterexamples can shrink to them.
 """
 
 from __future__ import annotations
@@ -30,33 +29,33 @@ def shape_pool(
 ) -> tuple[Shape, ...]:
     """Return ``size`` shapes (N, D), or as many as there are, in order of size.
 
-    The tiny ones, ``TINY_SHAPES`` or what comes nearest, are always there. The others spread evenly
-    over the logarithms of N and D; where there are several, one of them is the largest of the
-    domain, since what goes wrong with size goes wrong at its end; the smallest has an odd N, since
-    the largest seldom has, and halves of a batch are unequal there.
+    The tiny ones, ``TINY_SHAPES`` or the nearest possible ones, are always included. The others are spread
+    evenly over the logarithms of N and D. If there are several, one is the largest shape of the domain,
+    because some faults only appear there; the smallest has an odd N, since halves of a batch are
+    unequal there and the largest N is usually even.
 
     Args:
         seed: chooses the shapes that are not tiny.
-        domain: bounds N and D.
-        features: the D to choose from; None: up to ``domain.max_features``.
-        size: how many; at least as many as the tiny ones.
+        domain: the limits of N and D.
+        features: the possible values of D; None: all up to ``domain.max_features``.
+        size: the number of shapes; at least the number of tiny ones.
 
     Raises:
-        InvalidArgument: naming the argument, its value and the limit.
+        InvalidArgument: an argument is invalid; the message names it, its value and the limit.
     """
     if size < len(TINY_SHAPES):
         raise InvalidArgument(f"size must be at least {len(TINY_SHAPES)}, got {size!r}")
     tiny = tiny_shapes(domain=domain, features=features)
     widths = _widths(domain, features)
     pool = set(tiny)
-    choose = random.Random(seed)  # noqa: S311 - chooses input, guards nothing
+    choose = random.Random(seed)  # noqa: S311 - test inputs, not cryptography
     strata = size - len(TINY_SHAPES)
-    most = domain.max_rows // domain.multiple  # parts of a batch that a step splits
+    most = domain.max_rows // domain.multiple  # N is a multiple of domain.multiple
     if strata > 1:
         pool.add((most * domain.multiple, widths[-1]))
         strata -= 1
     for i in range(strata):
-        for _ in range(10):  # where the domain has few shapes, the pool stays smaller
+        for _ in range(10):  # if the domain has few shapes, the pool remains smaller
             at = (i + choose.random()) / strata
             parts = min(most, int(3 * (most / 3 + 1) ** at))
             if i == 0 and parts > 2:
@@ -72,14 +71,14 @@ def shape_pool(
 def tiny_shapes(
     *, domain: Domain = DEFAULT_DOMAIN, features: Sequence[int] | None = None
 ) -> tuple[Shape, ...]:
-    """Return ``TINY_SHAPES`` or what comes nearest, in order of size: two where D has one size.
+    """Return ``TINY_SHAPES`` or the nearest possible ones, in order of size; only two if D has one value.
 
     Args:
-        domain: bounds N and D.
-        features: the D to choose from; None: up to ``domain.max_features``.
+        domain: the limits of N and D.
+        features: the possible values of D; None: all up to ``domain.max_features``.
 
     Raises:
-        InvalidArgument: naming the argument, its value and the limit.
+        InvalidArgument: an argument is invalid; the message names it, its value and the limit.
     """
     check_domain(domain)
     widths = _widths(domain, features)
@@ -97,12 +96,12 @@ def _widths(domain: Domain, features: Sequence[int] | None) -> list[int]:
 
 
 def check_domain(domain: Domain) -> None:
-    """Refuse a domain that holds no inputs.
+    """Refuse a domain without inputs.
 
     Raises:
-        InvalidArgument: naming the argument, its value and the limit.
+        InvalidArgument: a limit is invalid; the message names it, its value and what it must be.
     """
-    given: object = domain  # a caller need not have a type checker
+    given: object = domain  # not every caller uses a type checker
     if not isinstance(given, Domain):
         raise InvalidArgument(f"domain must be a bnverify.Domain, got {given!r}")
     for name in ("max_rows", "max_features"):

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CLEAR = 8.0
-"""Residuals of this size are no accident of the random rounding, so they need no second reading."""
+"""A residual this large cannot be due to the random roundings, so it needs no second reading."""
 
 TRIES = 200
-"""Cases that Hypothesis tries in search of a counterexample."""
+"""The number of cases that Hypothesis tries in search of a counterexample."""
 
 ROUNDS = 12
 """The most rounds of simplification."""
@@ -98,12 +98,12 @@ def simplify(
 
 
 def simplest(case: Case, breaks: Callable[[list[Case]], int | None]) -> Case:
-    """Return a case of the same shape that breaks a law, too, and reads easier.
+    """Return a simpler case of the same shape that violates the law, too.
 
     Args:
-        case: one that breaks the law.
-        breaks: from cases of one shape, the simplest first, to the place of the first that breaks it, or
-            None.
+        case: a case that violates the law.
+        breaks: (cases of one shape, the simplest first) -> the index of the first that violates the law,
+            or None.
     """
     for _ in range(ROUNDS):
         candidates = simpler(case)

@@ -1,7 +1,7 @@
-"""Thousands of cases of one shape at once, in NumPy: what the volume engine runs.
+"""Generates thousands of cases of one shape at once, in NumPy.
 
-The arrays come from recipes: a kind, a decimal exponent for the magnitude, and random numbers. The
-kinds are the ones that :mod:`bnverify.strategies` draws one at a time.
+An array is made from a kind, a decimal exponent for the magnitude, and random numbers. The kinds are those
+that :mod:`bnverify.strategies` draws one at a time.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SUBNORMAL = np.float32(1e-38)  # the smallest normal float32 is 1.18e-38
 
 
 def normal(rng: np.random.Generator, size: Size, scale: Floats) -> Floats:
-    """Gaussian values: nothing special."""
+    """Gaussian values."""
     return scale * rng.standard_normal(size, dtype=np.float32)
 
 
 def whole(rng: np.random.Generator, size: Size, scale: Floats) -> Floats:
-    """Few distinct values, zeros among them, so that many entries are equal."""
+    """Few distinct whole numbers, including zero, so that many entries are equal."""
     return scale * rng.integers(-2, 3, size).astype(np.float32)
 
 
@@ -38,33 +38,33 @@ def zeros(rng: np.random.Generator, size: Size, scale: Floats) -> Floats:
 
 
 def constant(rng: np.random.Generator, size: Size, scale: Floats) -> Floats:
-    """One value everywhere: the batch variance is zero."""
+    """The same value everywhere: the batch variance is zero."""
     return np.broadcast_to(normal(rng, (size[0], 1, 1), scale), size)
 
 
 def tied_rows(rng: np.random.Generator, size: Size, scale: Floats) -> Floats:
-    """Each row one of two."""
+    """Each row is one of two rows."""
     pair = normal(rng, (size[0], 2, size[2]), scale)
     which = rng.integers(0, 2, (*size[:2], 1))
     return np.where(which == 0, pair[:, :1], pair[:, 1:])
 
 
 def constant_columns(rng: np.random.Generator, size: Size, scale: Floats) -> Floats:
-    """About half of the features the same in every row."""
+    """About half of the features are the same in every row."""
     still = rng.integers(0, 2, (size[0], 1, size[2])) == 0
     free = normal(rng, size, scale)
     return np.where(still, free[:, :1], free)
 
 
 def outlier(rng: np.random.Generator, size: Size, scale: Floats) -> Floats:
-    """Zeros but for one row."""
+    """Zeros except in one row."""
     where = rng.integers(0, size[1], (size[0], 1, 1))
     here = np.arange(size[1])[None, :, None] == where
     return np.where(here, normal(rng, (size[0], 1, size[2]), scale), np.float32(0))
 
 
 def offset(rng: np.random.Generator, size: Size, scale: Floats) -> Floats:
-    """A spread up to seven decades below its offset: a difference of means loses its digits."""
+    """An offset up to seven decades above the spread, so that differences lose digits."""
     centre = normal(rng, (size[0], 1, size[2]), scale)
     ratio = np.float32(10) ** -rng.uniform(0, 7, (size[0], 1, 1)).astype(np.float32)
     around: Floats = ratio * normal(rng, size, scale)
@@ -72,7 +72,7 @@ def offset(rng: np.random.Generator, size: Size, scale: Floats) -> Floats:
 
 
 def decades(rng: np.random.Generator, size: Size, scale: Floats) -> Floats:
-    """Every entry with its own magnitude, over twenty-four decades, and its own sign."""
+    """Every entry has its own sign and magnitude, over twenty-four decades."""
     magnitude = np.exp2(rng.random(size, dtype=np.float32) * np.float32(-80))
     values: Floats = scale * np.where(rng.integers(0, 2, size) == 0, -magnitude, magnitude)
     return values
@@ -84,7 +84,7 @@ def subnormal(rng: np.random.Generator, size: Size, scale: Floats) -> Floats:
 
 
 Recipe = Callable[[np.random.Generator, Size, Floats], Floats]
-# In the order of shrinking: what comes first is the least surprising.
+# In the order of shrinking: the simplest kinds come first.
 RECIPES: tuple[Recipe, ...] = (
     whole,
     normal,
@@ -120,7 +120,7 @@ def fill(
         kinds: (B,) indices into ``KINDS``.
         scales: (B,) magnitudes.
         shape: of one array, (N, D).
-        limit: the largest magnitude returned; what exceeds it is set to it.
+        limit: the largest magnitude; larger values are clipped to it.
 
     Returns:
         (B, N, D) float32.
@@ -144,21 +144,21 @@ def stacked_cases(
 ) -> Case:
     """Return ``count`` cases of one shape, as one :class:`Case` of stacked arrays.
 
-    Every kind of array, of target, of seed, of learning rate and of warm-up comes up; the same ``rng``
-    state gives the same cases.
+    Every kind of array, target, seed, learning rate and warm-up occurs; the same state of ``rng``
+    gives the same cases.
 
     Args:
         rng: the source of randomness.
-        shape: (N, D), each at least 1; the domain's limits on it are the caller's to keep.
+        shape: (N, D), each at least 1; not checked against the domain.
         count: at least 1.
-        domain: bounds the values; None: the default one.
+        domain: the limits of the values; None: those of the default domain.
 
     Returns:
         seed (count,) int32, x (count, N, D), y (count, N), lr (count,) float32, warmup (count,)
         int32.
 
     Raises:
-        ValueError: naming the argument, its value and the limit.
+        ValueError: an argument is invalid; the message names it, its value and the limit.
     """
     if min(shape) < 1:
         raise ValueError(f"shape must be (N, D) with N and D at least 1, got {shape!r}")

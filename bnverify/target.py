@@ -95,7 +95,7 @@ def load(target: str) -> Target:
 
 
 def _looked_at(made: Subject) -> Subject:
-    """Return a Subject written by hand with what a look at its programs shows."""
+    """Return a Subject written by hand, completed by an analysis of its traces."""
     from bnverify.adapters.look import completed
 
     try:
@@ -220,7 +220,7 @@ def user_line(error: BaseException) -> str:
 
 
 def running_line(thread: threading.Thread) -> str:
-    """Return the same of the line in a user's code that a thread is at."""
+    """Return the same for the line of user code that a thread is executing."""
     frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - documented, for debugging
     frames = reversed(traceback.extract_stack(frame))
     at = next((each for each in frames if not explain.is_library(each.filename)), None)
@@ -239,7 +239,7 @@ def _lookup(module: ModuleType, source: str, name: str) -> Any:
 
 def _made(value: Any, target: str) -> Target:
     check = getattr(value, "bnverify_suite", None)
-    if check is not None:  # a bnverify.suite, named in its counterexample scripts
+    if check is not None:  # a bnverify.suite, which counterexample scripts may name
         value = _running_user_code(target, lambda: check.subject)
     if isinstance(value, Target):
         return value

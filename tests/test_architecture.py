@@ -1,4 +1,4 @@
-"""What docs/architecture.md says of imports and calls is held against the code."""
+"""The code follows the imports and calls described in docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROW = re.compile(r"^\| ([\w ]+) \| ((?:`\w+` ?)+)\|$", re.MULTILINE)
 
 
 def rows() -> dict[str, int]:
-    """Return the name of a module or folder -> the row of the table that it stands in."""
+    """Return name of a module or folder -> its row in the table."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     found = [re.findall(r"`(\w+)`", names) for _, names in ROW.findall(page)]
     assert len(found) == 6
@@ -34,7 +34,7 @@ def listed(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Yield the modules of the package that a file imports, wherever in it; not those for types alone."""
+    """Yield the modules of the package that a file imports anywhere, except only for type checking."""
     tree = ast.parse(path.read_text())
     for_types = {
         child
@@ -65,12 +65,12 @@ MODULES = {"bnverify", *map(module, FILES)}
 
 
 def test_the_table_lists_every_module_once() -> None:
-    """No module is without a row, and no row names a module that is gone."""
+    """Every module has a row, and every name in a row is a module."""
     assert {listed(path) for path in FILES} == set(rows())
 
 
 def test_modules_import_from_their_own_row_or_from_above() -> None:
-    """Nothing earlier in the pipeline knows anything later."""
+    """No module imports from a later row."""
     ranks = rows()
     later = {
         (str(path.relative_to(PACKAGE)), name)
@@ -81,8 +81,8 @@ def test_modules_import_from_their_own_row_or_from_above() -> None:
     assert later == set()
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Neither when they are loaded nor later, in a function; nor within a package."""
+def test_there_are_no_circular_imports() -> None:
+    """Neither at import time nor inside functions, nor within a package."""
     graph = {module(path): set(imports(path)) - {"bnverify"} for path in FILES}
     try:
         TopologicalSorter(graph).prepare()
@@ -90,8 +90,8 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
-def test_a_case_goes_through_the_files_of_the_page_and_never_back() -> None:
-    """In a real check each function is first called after the one before it; no file calls an earlier one."""
+def test_a_check_calls_the_files_of_the_page_in_order() -> None:
+    """In a real check the functions are first called in this order, and no file calls an earlier one."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     hops = [(file, function) for file, function in HOP.findall(page)]
     places = {file: place for place, (file, _) in enumerate(hops)}
@@ -125,8 +125,8 @@ def test_a_case_goes_through_the_files_of_the_page_and_never_back() -> None:
 
 
 @pytest.mark.parametrize("name", ["oracle.py", "upgrade/compare.py"])
-def test_what_must_stay_independent_of_jax_names_none_of_it(name: str) -> None:
-    """The hand derivation and the comparison share nothing with what they judge."""
+def test_independent_modules_do_not_import_jax(name: str) -> None:
+    """The hand derivation and the comparison do not import JAX, Flax or Optax, which they judge."""
     tree = ast.parse((PACKAGE / name).read_text())
     named = {
         alias.name.split(".")[0]

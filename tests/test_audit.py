@@ -146,7 +146,7 @@ def test_an_audit_comes_in_every_format(name: str) -> None:
     [
         ("false", "a:b", "the tests fail without any fault"),
         (f"{sys.executable} -c pass", "nowhere:b", "the tests never import nowhere:b"),
-        ("no-such-command-here", "a:b", "no command 'no-such-command-here'"),
+        ("no-such-command-here", "a:b", "the command 'no-such-command-here' is not found"),
         (f"{sys.executable} -c 'import string'", "string:b", "fail without any fault"),
     ],
 )

@@ -497,7 +497,7 @@ def test_explain_a_law(run: Run, name: str) -> None:
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_explain_a_mistake(run: Run, name: str) -> None:
-    """It has title, looks, fix, source, the laws that notice it, and its code."""
+    """It has the title, symptoms, fix, source and code, and the laws that detect it."""
     status, out, _ = run("explain", name)
     text, mistake = " ".join(out.split()), MISTAKES[name]
     assert status == 0

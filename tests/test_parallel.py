@@ -181,7 +181,7 @@ def test_this_process_keeps_its_devices(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("target", "refusal"),
     [
-        ("bnverify.reference:sgd", "bnverify.reference:sgd is no bnverify.Parallel"),
+        ("bnverify.reference:sgd", "bnverify.reference:sgd is not a bnverify.Parallel"),
         ("bnverify.nowhere:thing", "no module 'bnverify.nowhere' here or installed"),
         ("bnverify:nothing", "bnverify has no 'nothing'"),
     ],

@@ -35,7 +35,7 @@ WRAP = r"got a BatchNorm; .* with a Flax module, write subject = bnverify.linen\
             lambda: bnverify.replay(SGD, CASE, "eval_loss_is_finit"),
             "did you mean 'eval_loss_is_fini",
         ),
-        (lambda: bnverify.check_parallel(SGD), "takes a Parallel, .*, got a Subject"),  # type: ignore[arg-type]
+        (lambda: bnverify.check_parallel(SGD), "takes a Parallel or .*, got a Subject"),  # type: ignore[arg-type]
         (lambda: bnverify.load(SGD), "a target is module:name or .*, got Subject"),  # type: ignore[arg-type]
     ],
 )

@@ -376,8 +376,8 @@ class Design:
         inputs, flows = self._of.inputs, self._of.flows
         of_targets = flows.reached([inputs["y"]])
         calls = {label: call for label, call in self._of.recording.calls.items() if call.training}
-        given: set[str] = set()  # calls in passes that are given the targets
-        moved_since: set[str] = set()  # calls that the targets reach another way
+        given: set[str] = set()  # calls in forward passes that have the targets as an input
+        moved_since: set[str] = set()  # other calls that the targets affect
         for label, call in calls.items():
             mark = self._of.recording.turns[call.turn - 1] if call.turn else None
             of_pass = set(flows.of_label(mark)) if mark else set()

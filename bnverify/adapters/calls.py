@@ -38,7 +38,7 @@ ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 
 
 def role_of(parameter: str) -> str | None:
-    """Return what a parameter's name says it is; None: nothing. Any name that ends in "_rng" is a key."""
+    """Return the role that a parameter's name suggests; None if it suggests none. "*_rng" is a key."""
     is_key = parameter.endswith("_rng") or parameter.startswith("rng_")
     return ROLE_OF.get(parameter) or ("key" if is_key else None)
 
@@ -56,7 +56,7 @@ KIND_OF = {name: kind for kind, words in _KINDS.items() for name in words.split(
 """Name of a parameter -> the kind of thing that it takes."""
 
 TARGET = "target"
-"""A name both for the targets and for a network that follows another."""
+"""A name used both for the targets and for a target network."""
 
 # These are passed even if the parameter has a default: laws change the learning rate, and None is no
 # valid key for a model that draws random numbers.
@@ -102,7 +102,7 @@ class Caller:
         return {n: r.removeprefix("thing:") for n, r in self.roles.items() if _is_thing(r)}
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
-        """Call the function; ``values`` maps roles to values, of which it gets those that it takes."""
+        """Call the function with those of ``values``, role -> value, that it takes."""
         named = {name: values[role] for name, role in self.named.items()}
         return self.function(*(values[role] for role in self.positional), **named)
 
@@ -207,7 +207,7 @@ class _Assignment:
             self.left.append(parameter)
 
     def target_as_a_thing(self, parameters: Sequence[str]) -> None:
-        """Leave ``target`` to the things that are left, unless it is the other half of some inputs."""
+        """Leave ``target`` to the remaining things, unless the function takes inputs but no other targets."""
         others = {role for name, role in self.roles.items() if name != TARGET}
         is_half = "inputs" in others and "targets" not in others
         if self.roles.get(TARGET) == "targets" and self._unclaimed and not is_half:
@@ -215,7 +215,7 @@ class _Assignment:
             self.left = [name for name in parameters if name in {*self.left, TARGET}]
 
     def target_as_targets(self) -> None:
-        """Take ``target`` for the targets where no thing was left for it."""
+        """Assign ``target`` to the targets if no thing was left for it."""
         if TARGET in self.left and "targets" in self._allowed:
             self.left.remove(TARGET)
             self.assign(TARGET, "targets")
@@ -263,7 +263,7 @@ def _role(asked: str, parameter: str, allowed: Collection[str], things: Sequence
     if kinds:
         return f"thing:{kinds[0]}"
     known = ", ".join([*sorted(allowed), *(thing.name for thing in things)])
-    raise UsageError(f"roles={{{parameter!r}: {asked!r}}} names no role; the roles are {known}")
+    raise UsageError(f"roles={{{parameter!r}: {asked!r}}} is not a role; the roles are {known}")
 
 
 def _unknown_role(what: str, function: Any, name: str, allowed: Collection[str]) -> str:
@@ -448,15 +448,15 @@ def sizes(features: int | Collection[int] | None) -> tuple[int, ...] | None:
 
 
 def multiple(rows: Any) -> int | None:
-    """Return of which number the rows of a batch are a multiple, as a user says; None: not said.
+    """Return the divisor of the number of rows that a user gave; None if there is none.
 
     Raises:
-        UsageError: it is no positive whole number.
+        UsageError: it is not a positive whole number.
     """
     if rows is None:
         return None
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise UsageError(f"rows must be the number of which N is a multiple, got {rows!r}")
+        raise UsageError(f"rows must be a number that divides N, got {rows!r}")
     return rows
 
 

@@ -1,7 +1,7 @@
-"""What a look at a step's programs shows of what laws claim: ``bnverify.model.Look``.
+"""Analyse the traced programs of a step for ``bnverify.model.Look``.
 
-Facts only: the laws say which of them are wrong. Reachability tells what may happen, so a fact is
-told where a step certainly does, or certainly does not, what a law asks for.
+These are facts; the laws decide which of them are wrong. Reachability in a program only shows what may
+happen, so a fact is included only if it is certain.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def look_at(
     every: int,
     makers: Sequence[Callable[..., Any]],
 ) -> Look:
-    """Return what a subject's programs show.
+    """Return what the programs of a subject show.
 
     Args:
-        programs: the subject's functions, traced.
+        programs: the traced functions of the subject.
         layers: its normalisation layers.
-        declared: what its user says of it.
-        every: how many steps make one update.
-        makers: the user's functions that make the optimizer.
+        declared: the user's declarations.
+        every: the number of steps per update.
+        makers: the user's functions that create the optimizer.
     """
     frozen = _Frozen(programs, layers, declared)
     return Look(
@@ -69,7 +69,7 @@ def _draws(programs: Programs) -> Iterator[Draw]:
     for node in flows.of_primitives(DRAWS):
         keys = tuple(sorted(names[n] for n in flows.origins([node]) if n in names))
         shape = flows.equation(node).outvars[0].aval.shape
-        # Numbers from a constant key that are no rows' own may be part of a model: a projection.
+        # Numbers from a constant key, equal for all rows, may be part of the model: a random projection.
         if node not in live or (not keys and shape[:1] != (ROWS,)):
             continue
         moves = any(programs.outputs.get(path) != programs.inputs[path] for path in keys)
@@ -79,7 +79,7 @@ def _draws(programs: Programs) -> Iterator[Draw]:
 
 
 def _keys_that_init_draws_from(programs: Programs) -> set[int]:
-    """Return the step's inputs that hold a key from which ``init`` draws as it is."""
+    """Return the inputs of the step that hold a key from which ``init`` draws without splitting it."""
     flows, outputs = programs.start
     used = {
         flows.number(_key(flows, operand))
@@ -96,7 +96,7 @@ def _keys_that_init_draws_from(programs: Programs) -> set[int]:
 
 
 def _key(flows: Flows, node: int) -> int:
-    """Return where a key comes from that is only wrapped on the way."""
+    """Return the origin of a key that is only wrapped or unwrapped on the way."""
     eqn = flows.equation(node)
     while eqn is not None and eqn.primitive.name in {"random_wrap", "random_unwrap"}:
         node = flows.operands(node)[0]
@@ -108,7 +108,7 @@ def _key(flows: Flows, node: int) -> int:
 
 
 def _copies(programs: Programs) -> Iterator[Copy]:
-    """Yield each copy of the params that moves with them, where statistics lie beside it."""
+    """Yield each copy of the params that follows them and has statistics beside it."""
     inputs, outputs, flows = programs.inputs, programs.outputs, programs.flows
     gradients = set().union(*programs.gradients)
     results = [node for node in flows.outputs if node not in flows.inputs]
@@ -130,7 +130,7 @@ def _copies(programs: Programs) -> Iterator[Copy]:
             copied = [head + end for end in ends]
             moves = all(outputs.get(p) in from_params and outputs[p] != inputs[p] for p in copied)
             beside = [h for h in statistics if _role(h) == _role(head)]
-            inner = any(head.startswith(whole) for whole in known)  # a layer of it
+            inner = any(head.startswith(whole) for whole in known)  # a layer of a known copy
             if head == own_params or inner or not moves or len(beside) != 1:
                 continue
             known.add(head)
@@ -141,13 +141,13 @@ def _copies(programs: Programs) -> Iterator[Copy]:
 
 
 def read_by_evaluation(programs: Programs) -> list[str]:
-    """Return the paths of the leaves of the state on which the eval loss may depend."""
+    """Return the paths of the leaves of the state that may affect the eval loss."""
     behind = programs.eval_flows.origins(programs.eval_flows.outputs)
     return [p for p, n in programs.eval_inputs.items() if n in behind and p in programs.inputs]
 
 
 def _networks(programs: Programs) -> list[str]:
-    """Return what the paths of each network's params begin with; "" where there is one."""
+    """Return the prefix of the paths of each network's params; "" for a single network."""
     state = programs.state
     if not isinstance(state.params, dict) or not isinstance(state.batch_stats, dict):
         return [""]
@@ -157,7 +157,7 @@ def _networks(programs: Programs) -> list[str]:
 
 
 def _heads(programs: Programs, own: str, ends: Sequence[str]) -> list[str]:
-    """Return what stands before all of ``ends`` in the state, as ``own`` does, in leaves alike."""
+    """Return the prefixes in the state under which all of ``ends`` exist, with leaves like those of ``own``."""
     types = programs.types
     found: dict[str, list[Any]] = {}
     for head in sorted({p.removesuffix(ends[0]) for p in types if p.endswith(ends[0])}):
@@ -181,25 +181,25 @@ _PARTS = (
 
 
 def _role(head: str) -> tuple[str, ...]:
-    """Return what a path says besides that it leads to params or statistics: ("target",)."""
+    """Return the words of a path other than those for params or statistics: ("target",)."""
     words = head.replace("/", "_").split("_")
     return tuple(word for word in words if word and word not in _PARTS)
 
 
 def carried_name(head: str) -> str:
-    """Return how a user knows what lies at a path: "ema_params" for "extra/fields/ema_params/"."""
+    """Return a user's name for a path in the state: "ema_params" for "extra/fields/ema_params/"."""
     return head.removeprefix("extra/").removeprefix("fields/").rstrip("/")
 
 
-# The start.
+# The initial state.
 
 
 def _pretrained(
     programs: Programs, layers: Layers, declared: Declared
 ) -> Iterator[tuple[str, bool]]:
-    """Yield each layer whose params are arrays that ``init`` holds, and whether its statistics are.
+    """Yield each layer whose params are constant arrays in ``init``, and whether its statistics are, too.
 
-    No seed makes such params, and they are no constants: they are those of a trained model.
+    Such params do not depend on the seed and are not all equal, so they come from a trained model.
     """
     if declared.pretrained is False:
         return
@@ -220,10 +220,10 @@ def _pretrained(
 
 
 class _Frozen:
-    """The params and statistics that no step is to change: declared, or found.
+    """The params and statistics that are frozen, as declared or as found.
 
-    Found are params that the optimizer leaves alone whatever their gradient, those whose gradient is
-    stopped, and layers of which nothing trains, nor anything before them.
+    Params are found to be frozen if the optimizer never changes them or their gradient is stopped, and
+    layers if neither they nor anything before them is trained.
     """
 
     def __init__(self, programs: Programs, layers: Layers, declared: Declared) -> None:
@@ -232,7 +232,7 @@ class _Frozen:
         paths = [p for p in programs.inputs if p.startswith(PARAMS)]
         found = (self._resting() | self._stopped()) if self._looks else set()
         self._still = {p for p in paths if programs.outputs.get(p) == programs.inputs[p]}
-        if found | self._still == set(paths):  # then nothing trains at all, which others notice
+        if found | self._still == set(paths):  # nothing is trained at all: other laws report that
             found, self._still = set(), set()
         told = {p for p in paths if self._is_told(p.removeprefix(PARAMS))}
         self.params = found | told
@@ -241,7 +241,7 @@ class _Frozen:
         return any(fnmatchcase(path, pattern) for pattern in self._declared.frozen or ())
 
     def _resting(self) -> set[str]:
-        """Return the params that the optimizer moves neither by a gradient nor without one."""
+        """Return the params that the optimizer never changes, with or without a gradient."""
         if self._of.subject.optimizer is None:
             return set()
         answers = asked(self._of.subject.optimizer, self._of.state.params, (0.0, 1.0), 1.0)
@@ -254,7 +254,7 @@ class _Frozen:
         return {path for path, rests in zip(paths, rest, strict=True) if rests}
 
     def _stopped(self) -> set[str]:
-        """Return the params that reach the loss, and whose gradient is stopped on each way there."""
+        """Return the params that affect the loss but whose gradient is stopped on every path to it."""
         flows, loss = self._of.flows, self._of.loss
         stops = set(flows.of_primitives({"stop_gradient"}))
         if not stops or loss is None:
@@ -270,7 +270,7 @@ class _Frozen:
         return found
 
     def _gradients(self) -> list[tuple[str, list[str]]]:
-        """Return each param with the labels of the gradients that an optimizer is given for it."""
+        """Return each param with the labels of the gradients that an optimizer receives for it."""
         paths = [p for p in self._of.inputs if p.startswith(PARAMS)]
         found: dict[str, list[str]] = defaultdict(list)
         for names in self._of.recording.updates:
@@ -282,7 +282,7 @@ class _Frozen:
         return list(found.items())
 
     def statistics(self) -> Iterator[str]:
-        """Yield the statistics that are to stay."""
+        """Yield the statistics that must not change."""
         inputs, outputs, flows = self._of.inputs, self._of.outputs, self._of.flows
         carried = "extra/carried/"
         for path in inputs:
@@ -302,7 +302,7 @@ class _Frozen:
                 yield path
 
     def _is_told_apart(self, path: str) -> bool:
-        """Return whether a statistic is declared to be none, or is listed already."""
+        """Return whether a statistic is declared as something else, or is already listed."""
         if not path.startswith("extra/carried/"):
             return False
         name = path.removeprefix("extra/carried/")
@@ -310,23 +310,23 @@ class _Frozen:
         return told or self._is_told(name)
 
     def scaled(self) -> Iterator[tuple[str, str]]:
-        """Yield each frozen param whose gradient reaches the update of another, with that one."""
+        """Yield (frozen param, other param whose update its gradient affects)."""
         flows, outputs = self._of.flows, self._of.outputs
-        finite = set(flows.of_primitives({"is_finite"}))  # to skip an update is no scaling
+        finite = set(flows.of_primitives({"is_finite"}))  # skipping an update is not scaling it
         others = {p: n for p, n in outputs.items() if p.startswith(PARAMS) and p not in self.params}
         for path, labels in self._gradients():
             if path not in self.params:
                 continue
             nodes = [n for label in labels for n in flows.of_label(label)]
             if not set(flows.inputs) & flows.origins(nodes):
-                continue  # its gradient is 0 throughout
+                continue  # its gradient is always 0
             nodes += self._of.before_a_clip(nodes, self._of.types[path][0])
             reached = flows.reached(nodes, around=finite)
             hit = next((p for p, n in others.items() if n in reached), "")
             yield path, hit
 
 
-# The axis of a normalisation.
+# The feature axis of a normalisation layer.
 
 ELEMENTWISE = frozenset(
     {"add", "sub", "mul", "div", "max", "min", "neg", "tanh", "logistic", "exp", "log1p", "erf"}
@@ -334,12 +334,12 @@ ELEMENTWISE = frozenset(
     | {"reduce_window_max", "reduce_window_sum", "reduce_window", "pad", "reshape", "squeeze"}
     | {"expand_dims", "broadcast_in_dim"}
 )
-"""Primitives that keep the axes of their operand, but for those of size 1."""
+"""Primitives that keep the axes of their operand, except those of size 1."""
 RESHAPING = frozenset({"reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
 
 
 def _axes(programs: Programs, layers: Layers) -> Iterator[Axis]:
-    """Yield the axes of Flax's own BatchNorm where what gives its features is known."""
+    """Yield the axes of Flax's BatchNorm layers whose features come from a known operation."""
     flows, calls = programs.flows, programs.recording.calls
     of_batch = flows.reached([programs.inputs["x"], programs.inputs["y"]])
     for path in layers.owners:
@@ -347,7 +347,7 @@ def _axes(programs: Programs, layers: Layers) -> Iterator[Axis]:
             call, nodes = calls[label], flows.of_label(label)
             if call.momentum is None or len(nodes) != 1 or len(call.feature_axes) != 1:
                 continue
-            if flows.shapes(nodes[0]) != [call.shape]:  # mapped: the layer saw other axes
+            if flows.shapes(nodes[0]) != [call.shape]:  # mapped: the layer has other axes
                 continue
             features = _feature_axis(flows, nodes[0], len(call.shape), of_batch)
             if features is not None:
@@ -355,13 +355,13 @@ def _axes(programs: Programs, layers: Layers) -> Iterator[Axis]:
 
 
 def _feature_axis(flows: Flows, node: int, rank: int, of_batch: Collection[int]) -> int | None:
-    """Return along which axis of a value its features lie; None where that is not plain.
+    """Return the feature axis of a value; None if it is unknown.
 
-    Followed back to the convolution, or the product with params, that gave them.
+    It is traced back to the convolution or the product with params that produced the features.
     """
     axes: list[int | None] = list(
         range(rank)
-    )  # those of the value at hand, as the first one has them
+    )  # for each axis of the current value, the axis of the original value
     while (eqn := flows.equation(node)) is not None and len(eqn.outvars) == 1:
         name, shape, operands = eqn.primitive.name, eqn.outvars[0].aval.shape, flows.operands(node)
         if name == "conv_general_dilated":
@@ -396,7 +396,7 @@ def _feature_axis(flows: Flows, node: int, rank: int, of_batch: Collection[int])
 
 
 def _masks(programs: Programs) -> Iterator[Mask]:
-    """Yield the mask in each loss through which everything must go that the params say of a row."""
+    """Yield the mask of each loss, if the loss depends on the params only through masked values."""
     eval_flows = programs.eval_flows
     for loss, flows, inputs, end in (
         ("training", programs.flows, programs.inputs, programs.loss),
@@ -428,7 +428,7 @@ def _gates(
     """Yield (node, mask) where a value of rows is multiplied by, or selected by, a mask of rows."""
 
     def is_mask(node: int) -> int | None:
-        """Return the boolean that a value is made of, where the batch alone decides on it."""
+        """Return the boolean that a value is computed from, if it depends on the batch alone."""
         eqn = flows.equation(node)
         while eqn is not None and eqn.primitive.name in SAME_VALUES:
             if eqn.outvars[0].aval.dtype == np.bool_:
@@ -440,7 +440,7 @@ def _gates(
         while eqn is not None and eqn.primitive.name in SAME_VALUES:
             node = flows.operands(node)[0]
             eqn = flows.equation(node)
-        # A number for each row: what differs within one, as a one-hot label does, masks no rows.
+        # One number per row: what differs within a row, as a one-hot label does, is not a mask of rows.
         sizes = [n for n in eqn.outvars[0].aval.shape if n != 1] if eqn is not None else []
         rows = len(sizes) == 1 and sizes[0] % ROWS == 0 and sizes[0] > 0
         return node if rows and node in of_batch and node not in of_params else None
@@ -459,7 +459,7 @@ def _gates(
 
 
 def _divides_by_rows(flows: Flows, nodes: Iterable[int]) -> bool:
-    """Return whether one of the nodes is a quotient by the number of all rows, or of all values."""
+    """Return whether one of the nodes is divided by the number of all rows, or of all values."""
     for node in nodes:
         eqn = flows.equation(node)
         if eqn is None or eqn.primitive.name != "div":

@@ -122,7 +122,7 @@ def declare(subject: Subject, **declared: Unpack[Declarations]) -> Subject:
 
 
 def _of_an_evaluated_copy(programs: Programs, copies: Sequence[Copy]) -> dict[str, str]:
-    """Return the law that fails where evaluation is that of an average of the model, and the reason."""
+    """Return the law that an evaluation of averaged params violates by design, with the reason."""
     read = read_by_evaluation(programs)
     if any(path.startswith("batch_stats/") for path in read):
         return {}

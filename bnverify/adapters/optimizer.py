@@ -220,21 +220,21 @@ def _named(name: str, value: Any) -> Iterator[tuple[str, int]]:
 
 
 UPDATES = 8
-"""How many updates are compared: radam's variance is tractable from the sixth on."""
+"""The number of updates compared: with its defaults, radam's variance is tractable from the sixth on."""
 
 SHAPES = {"matrix": (3, 2), "vector": (3,)}
 MASKS = frozenset({"mask", "weight_decay_mask"})
-"""Parameters that say which params a decay reaches: of no account for the formula of one param."""
+"""Parameters that select the params to decay, which make no difference to the formula for one param."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """A call of a function of Optax's.
+    """A call of an Optax function.
 
     Attributes:
         function: the function.
         name: its name.
-        arguments: what it was called with, by name, defaults included.
+        arguments: its arguments by name, including defaults.
     """
 
     function: Callable[..., Any]
@@ -243,10 +243,10 @@ class Made:
 
 
 def paper_checks(optimizer: Callable[[Any], Any] | None) -> Iterator[PaperCheck]:
-    """Yield how Optax's optimizers that a function makes compare with their papers' formulas.
+    """Yield how the Optax optimizers that a function creates compare with their papers' formulas.
 
     Args:
-        optimizer: learning rate -> ``optax.GradientTransformation``; None: hidden.
+        optimizer: learning rate -> ``optax.GradientTransformation``; None if it is unknown.
     """
     told: set[PaperCheck] = set()
     for made in _made(optimizer) if optimizer is not None else []:
@@ -260,7 +260,7 @@ def paper_checks(optimizer: Callable[[Any], Any] | None) -> Iterator[PaperCheck]
 
 
 def _difference(made: Made, paper: Paper, values: Mapping[str, Any]) -> str:
-    """Return the first update that is not the formula's; empty where all are."""
+    """Return the first update that differs from the formula, in words; "" if none does."""
     rng = np.random.default_rng(0)
     params = {n: np.asarray(rng.normal(size=s), np.float32) for n, s in SHAPES.items()}
     grads = {n: _decades(rng, (UPDATES, *s)) for n, s in SHAPES.items()}
@@ -275,13 +275,13 @@ def _difference(made: Made, paper: Paper, values: Mapping[str, Any]) -> str:
         if off.any():
             at = tuple(int(i) for i in np.argwhere(off)[0])
             given = ", ".join(f"{g:.3g}" for g in grads[name][(slice(at[0] + 1), *at[1:])])
-            got = f"update {at[0] + 1} of a {name} for gradients of {given} is"
-            return f"{got} {updates[name][at]:.6g}, by the formula {exact[at]:.6g}"
+            got = f"update {at[0] + 1} of a {name} with gradients {given} is"
+            return f"{got} {updates[name][at]:.6g}, but the formula gives {exact[at]:.6g}"
     return ""
 
 
 def _updates(tx: Any, params: Any, grads: Any) -> Any:
-    """Return an optimizer's updates for stacked gradients, without rounding: a tree like ``grads``."""
+    """Return an optimizer's updates for stacked gradients, in float64: a tree like ``grads``."""
 
     def run(params: Any, grads: Any) -> Any:
         def turn(carry: Any, gradient: Any) -> Any:
@@ -295,14 +295,14 @@ def _updates(tx: Any, params: Any, grads: Any) -> Any:
 
 
 def _decades(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
-    """Return gradients of very different sizes: an epsilon shows beside small ones alone."""
+    """Return gradients of very different sizes, because epsilon only matters for small ones."""
     signs = rng.choice([-1.0, 1.0], shape)
     sizes = 10.0 ** (rng.uniform(-8, 1, shape[1:]) + rng.uniform(-0.5, 0.5, shape))
     return np.asarray(signs * sizes, np.float32)
 
 
 def _values(made: Made, paper: Paper) -> dict[str, Any] | None:
-    """Return the hyperparameters of a formula; None where it does not cover a call."""
+    """Return the hyperparameters of a formula; None if it does not cover the call."""
     values: dict[str, Any] = {}
     defaults = inspect.signature(made.function).parameters
     for name, value in made.arguments.items():
@@ -311,7 +311,7 @@ def _values(made: Made, paper: Paper) -> dict[str, Any] | None:
         elif name in paper.numbers or name == "learning_rate":
             try:
                 values[name] = float(value)
-            except (TypeError, jax.errors.JAXTypeError):  # a schedule, or a number of a trace
+            except (TypeError, jax.errors.JAXTypeError):  # a schedule or a tracer
                 return None
         elif name not in MASKS and not _is_same(value, defaults[name].default):
             return None
@@ -323,7 +323,7 @@ def _is_same(value: Any, default: Any) -> bool:
 
 
 def _made(optimizer: Callable[[Any], Any]) -> list[Made]:
-    """Return the calls of Optax's functions by which an optimizer is made."""
+    """Return the calls of Optax's functions that create an optimizer."""
     args: tuple[Any, ...] = (np.float32(RATE),)
     options: dict[str, Any] = {}
     function: Any = optimizer
@@ -332,7 +332,7 @@ def _made(optimizer: Callable[[Any], Any]) -> list[Made]:
         function = function.func
     name = _name(function)
     with _noting() as seen:
-        # One of Optax's own is called by its name, under which it notes the call.
+        # An Optax function is called by its name, since only the function of that name is recorded.
         make = function if name is None else getattr(optax, name)
         try:
             make(*args, **options)
@@ -342,13 +342,13 @@ def _made(optimizer: Callable[[Any], Any]) -> list[Made]:
 
 
 def _name(function: Any) -> str | None:
-    """Return under which name Optax has a function with a paper; None: it is none of these."""
+    """Return the name of an Optax function that has a paper; None for any other function."""
     return next((name for name in PAPERS if getattr(optax, name, None) is function), None)
 
 
 @contextmanager
 def _noting() -> Iterator[list[Made]]:
-    """Note the calls of Optax's functions while the context is open."""
+    """Record the calls of Optax's functions within this context."""
     seen: list[Made] = []
 
     def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -190,7 +190,7 @@ def _of_library(eqn: Any) -> bool:
 
 
 ELSEWHERE = "extra/"
-"""Stands for the path of a layer whose statistics lie in ``State.extra``: a target network's."""
+"""The path of a layer whose statistics are in ``State.extra``, such as a target network's."""
 
 
 class Layers:
@@ -285,10 +285,10 @@ class Layers:
         return 1 if sliced else None
 
     def parts(self) -> dict[str, int]:
-        """Return path of a layer -> how many rows it normalises at once, where a step splits its batch.
+        """Return path of a layer -> the number of rows it normalises at once, if a step splits its batch.
 
-        A call is seen once that stands for several, in a loop or under ``jax.vmap``. One that stands for
-        itself alone sees a part of the batch, and nothing sees the rest: that is no split.
+        Only calls that stand for several, in a loop or under ``jax.vmap``, count. If a single call has
+        fewer rows than the batch, the other rows are not used: that is not a split.
         """
         found = {}
         for path in self.owners:

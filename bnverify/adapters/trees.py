@@ -129,8 +129,10 @@ def layout(
         names: thing -> its name in the State, if there are several.
         params: the path of the params, joined by "/", with or without the name of the thing; None:
             anything called "params".
-        statistics: likewise; None: anything called "batch_stats".
-        opt_state: likewise; None: "opt_state" and similar names, or a state made by Optax.
+        statistics: the path of the running statistics, as for params; None: anything called
+            "batch_stats".
+        opt_state: the path of the optimizer's state, as for params; None: "opt_state" and similar
+            names, or a state made by Optax.
 
     Raises:
         UsageError: there is nothing at a path, or no params are found.
@@ -153,7 +155,7 @@ def layout(
     if not found[PARAMS]:
         raise UsageError(
             f"no params are found in the state: there are {_listed(things)}. Give their path, as in "
-            'params="variables/params"; statistics= and opt_state= likewise'
+            'params="variables/params"; statistics= and opt_state= work the same way'
         )
     parts = {
         part: _by_network(found[part], names, len(found[PARAMS]) > 1)
@@ -246,9 +248,9 @@ def _joined(path: Path, names: Mapping[str, str]) -> str:
 def _optimizers_by_network(
     parts: dict[str, dict[str, Path]], things: Mapping[str, Any]
 ) -> dict[str, Path]:
-    """Return network -> path of its optimizer's state, where these have other names than params.
+    """Return network -> path of its optimizer's state, if these have other names than the params.
 
-    A state goes with the params whose leaves it has copies of, or else in the order of both.
+    A state belongs to the params that it has copies of, or else to those in the same position.
     """
     networks, found = parts[PARAMS], parts[OPTIMIZER]
     if len(networks) != len(found) or set(networks) == set(found):
@@ -306,7 +308,7 @@ def _replaced(node: Any, values: Mapping[Path, Any], path: Path) -> Any:
 
 
 def own_name(parameter: str) -> str:
-    """Return the name in a State of what a parameter takes: "generator" for generator_state."""
+    """Return the name in the State for a parameter's argument: "generator" for generator_state."""
     told = parameter in _NAMES or _OF_NETWORK.match(parameter)
     return parameter if told else parameter.removesuffix("_state") or parameter
 

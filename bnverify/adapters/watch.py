@@ -407,7 +407,7 @@ def _watched_optimizers(
         noted_of: these lists.
     """
     depth = [0]
-    results: list[list[Any]] = []  # of each update that is noted: its leaves, which stay alive
+    results: list[list[Any]] = []  # the leaves of each recorded update, kept alive for their ids
 
     def take_back_parts(grads: Any) -> None:
         given = set(map(id, jax.tree_util.tree_leaves(grads)))

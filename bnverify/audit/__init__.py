@@ -1,1 +1,1 @@
-"""``bnverify audit``: which faults in a user's own step would the user's own tests miss?"""
+"""``bnverify audit``: find the faults in a user's step that the user's tests would miss."""

@@ -1,10 +1,10 @@
-"""Faults put into anybody's training step from outside: what would the user's own tests miss?
+"""Faults that can be inserted into any training step, to see which of them the user's tests miss.
 
-A fault changes what a step returns, or what an evaluation is given, by its parts: params, running
-statistics, optimizer state, loss. So it fits every Subject, and every function that takes a state
-and returns one, whatever is inside.
+A fault changes params, running statistics, optimizer state or the loss in what a step returns, or the
+state that an evaluation receives. It therefore fits every Subject and every function that takes and
+returns a state.
 
-Loads no jax until a faulty function is called.
+JAX is not imported until a faulty function is called.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ from bnverify.model import Subject, Tree
 PARTS = ("params", "batch_stats", "opt_state")
 
 Again = Callable[[Any], Any]  # the same step from another state -> the state after it
-Touched = Callable[[], None]  # told when the fault had something to change
+Touched = Callable[[], None]  # called when the fault changes something
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault that can be put into any step.
+    """A fault that can be inserted into any step.
 
     Attributes:
-        name: the fault.
+        name: its name.
         mistake: a name in ``bnverify.mistakes``.
-        part: which part of the state it changes, "loss" or "evaluation".
+        part: the part of the state that it changes, "loss" or "evaluation".
         sentence: what is wrong, in one sentence.
-        change: what it does. To a part of the state: (old part, new part, the part after the same step
-            from another one) -> part; to a loss: loss -> loss; to the state that an evaluation is given:
-            state -> state.
+        change: for a part of the state, (old part, new part, ``Again``) -> part; for the loss,
+            loss -> loss; for evaluation, state -> state.
     """
 
     name: str
@@ -49,7 +48,7 @@ def _map(function: Callable[..., Any], *trees: Tree) -> Tree:
 
 
 def _moved(old: Tree, new: Tree, times: float) -> Tree:
-    """Return ``old`` moved ``times`` as far as ``new`` is from it; integers as they are."""
+    """Return ``old`` moved ``times`` as far as to ``new``; integers are those of ``new``."""
 
     def leaf(was: Any, now: Any) -> Any:
         if not jnp.issubdtype(jnp.asarray(now).dtype, jnp.floating):
@@ -60,7 +59,7 @@ def _moved(old: Tree, new: Tree, times: float) -> Tree:
 
 
 def _initial(statistics: Tree) -> Tree:
-    """Return statistics as a fresh model has them: variances one, all else zero."""
+    """Return the statistics of a new model: variances are 1, everything else is 0."""
 
     def leaf(path: Any, value: Any) -> Any:
         name = str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
@@ -80,14 +79,14 @@ _ROWS = (
         "statistics_dropped",
         "new_statistics_dropped",
         "batch_stats",
-        "The new running statistics are not carried on.",
+        "The new running statistics are dropped.",
         lambda old, new, again: old,
     ),
     Fault(
         "statistics_reset",
         "statistics_reinitialised",
         "batch_stats",
-        "Every step starts its moving average from a fresh model's statistics.",
+        "Every step starts its moving average from the initial statistics.",
         lambda old, new, again: again(_initial(old)),
     ),
     Fault(
@@ -101,14 +100,14 @@ _ROWS = (
         "statistics_forget_ten_times_as_fast",
         "momentum_reversed",
         "batch_stats",
-        "The statistics move ten times as far as they should: 0.9 in the place of 0.99.",
+        "The statistics move ten times as far as they should: momentum 0.9 instead of 0.99.",
         lambda old, new, again: _moved(old, new, 10.0),
     ),
     Fault(
         "statistics_rounded_to_bfloat16",
         "statistics_in_low_precision",
         "batch_stats",
-        "The statistics lose all digits but the first two or three.",
+        "The statistics are rounded to bfloat16, two or three digits.",
         lambda old, new, again: _map(
             lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype), new
         ),
@@ -117,7 +116,7 @@ _ROWS = (
         "update_dropped",
         "update_dropped",
         "params",
-        "The params stay as they were.",
+        "The params are not updated.",
         lambda old, new, again: old,
     ),
     Fault(
@@ -138,7 +137,7 @@ _ROWS = (
         "update_a_hundredth",
         "learning_rate_ignored",
         "params",
-        "The params move by a hundredth of the update, as by another learning rate.",
+        "The params move by a hundredth of the update, as with another learning rate.",
         lambda old, new, again: _moved(old, new, 0.01),
     ),
     Fault(
@@ -159,7 +158,7 @@ _ROWS = (
         "optimizer_state_dropped",
         "old_optimizer_state_kept",
         "opt_state",
-        "The optimizer's new state is not carried on.",
+        "The optimizer's new state is dropped.",
         lambda old, new, again: old,
     ),
     Fault(
@@ -187,14 +186,14 @@ _ROWS = (
         "evaluates_initial_statistics",
         "eval_of_stale_state",
         "evaluation",
-        "Evaluation uses a fresh model's statistics.",
+        "Evaluation uses the initial statistics.",
         lambda state: put(state, batch_stats=_initial(get(state, "batch_stats"))),
     ),
     Fault(
         "evaluates_halved_params",
         "eval_of_stale_state",
         "evaluation",
-        "Evaluation uses other params than the trained ones.",
+        "Evaluation uses params other than the trained ones.",
         lambda state: put(state, params=_map(lambda leaf: leaf * 0.5, get(state, "params"))),
     ),
 )
@@ -204,12 +203,12 @@ FAULTS = {fault.name: fault for fault in _ROWS}
 
 
 def get(state: Any, part: str) -> Any:
-    """Return a part of anything state-like: an attribute or an entry of that name."""
+    """Return a part of a state-like object: the attribute or the item of that name."""
     return state[part] if isinstance(state, Mapping) else getattr(state, part)
 
 
 def put(state: Any, **changes: Any) -> Any:
-    """Return a state-like value with parts replaced, whatever its kind of copy-with-changes."""
+    """Return a copy of a state-like object with parts replaced."""
     if isinstance(state, Mapping):
         return {**state, **changes}
     if hasattr(state, "_replace"):
@@ -218,7 +217,7 @@ def put(state: Any, **changes: Any) -> Any:
 
 
 def is_state(value: Any) -> bool:
-    """Return whether ``value`` holds params and running statistics by these names."""
+    """Return whether ``value`` has params and running statistics under these names."""
     if isinstance(value, Mapping):
         return {"params", "batch_stats"} <= set(value)
     return hasattr(value, "params") and hasattr(value, "batch_stats")
@@ -228,10 +227,10 @@ def faulty(value: Any, fault: Fault, touched: Touched) -> Any:
     """Return ``value`` with a fault in it.
 
     Args:
-        value: a Subject, a function that makes one, a training step that takes and returns a
+        value: a Subject, a function that returns one, a training step that takes and returns a
             state, an evaluation that takes one, or a function that returns a loss.
-        fault: what is to be wrong.
-        touched: called whenever the fault has something to change.
+        fault: the fault.
+        touched: called whenever the fault changes something.
     """
     if isinstance(value, Subject):
         return replace(
@@ -252,7 +251,7 @@ def _step(function: Callable[..., Any], fault: Fault, touched: Touched) -> Any:
             return faulty(result, fault, touched) if isinstance(result, Subject) else result
 
         def call(state: Any) -> Any:
-            given = _kept(state)  # the step may donate, and so delete, what it is given
+            given = _kept(state)  # the step may donate, and so delete, its argument
             return function(*args[:index], given, *args[index + 1 :], **kwargs)
 
         old = args[index]
@@ -313,7 +312,7 @@ def _rebuilt(result: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def _scaled(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Return ``value`` with its loss changed: itself, its field or its entry of that name."""
+    """Return ``value`` with its loss changed: the value itself, or its field or item of that name."""
     if isinstance(value, Mapping):
         return {**value, "loss": change(value["loss"])} if "loss" in value else value
     if hasattr(value, "_replace") and hasattr(value, "loss"):

@@ -1,8 +1,8 @@
-"""Run a user's tests once for each fault in the user's own step, and tell which faults they miss.
+"""Run a user's tests once for each fault in the user's own step, and report which faults they miss.
 
-On disk nothing is changed. The tests run with a finder on ``sys.meta_path`` that lets the target's module be
-found and executed as ever; then, before anyone has seen it, the target's name is bound to a faulty version.
-Whoever imports it, by whatever name, gets that.
+No file is changed. The tests run with a finder on ``sys.meta_path`` that imports the target's module as
+usual; before the import returns, the target's name is bound to a faulty version. Every import of it, under
+any name, gets that version.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ STARTUP = Path(__file__).parent / "startup"
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be substituted in a process.
+    """What a process must substitute.
 
     Attributes:
         targets: each ``module:name`` or ``path/file.py:name``.
-        fault: a name in FAULTS; empty: only tell what is reached.
+        fault: a name in FAULTS; empty: only record which targets are imported.
         mark: a file to append to: "imported TARGET", "touched".
     """
 
@@ -50,31 +50,31 @@ class Order:
 
     @classmethod
     def load(cls, text: str) -> Order:
-        """Return the order in such a text."""
+        """Return the order written by ``dump``."""
         targets, fault, mark = json.loads(text)
         return cls(tuple(targets), fault, mark)
 
     def note(self, line: str) -> None:
-        """Append one line to the mark."""
+        """Append a line to the mark."""
         with Path(self.mark).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
-# In the process of the audit.
+# In the process of the command.
 
 Verdict = Literal["noticed", "missed", "not reached"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a user's tests say about one fault.
+    """What the user's tests do with one fault.
 
     Attributes:
         fault: its name.
         mistake: a name in ``bnverify.mistakes``.
         sentence: what is wrong, in one sentence.
         verdict: "noticed": the tests fail; "missed": they pass; "not reached": they never run
-            what the fault would change.
+            the code that the fault would change.
         seconds: how long the tests took.
     """
 
@@ -87,11 +87,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """What a user's tests say about all the faults.
+    """What the user's tests do with all faults.
 
     Attributes:
-        command: the tests.
-        targets: where the faults were put.
+        command: the command that runs the tests.
+        targets: where the faults were inserted.
         seconds: how long the tests take without a fault.
         findings: one for each fault.
     """
@@ -102,7 +102,7 @@ class Audit:
     findings: tuple[Finding, ...]
 
     def of(self, verdict: Verdict) -> list[Finding]:
-        """Return the findings of one verdict."""
+        """Return the findings with a verdict."""
         return [finding for finding in self.findings if finding.verdict == verdict]
 
     def to_json(self) -> str:
@@ -120,14 +120,14 @@ def audit(
     """Run ``command`` once as it is, then once for each fault.
 
     Args:
-        command: as typed in a terminal; no shell reads it.
-        targets: each ``module:name`` or ``path/file.py:name``: a Subject, a function that makes
+        command: as typed in a terminal; it is not run by a shell.
+        targets: each ``module:name`` or ``path/file.py:name``: a Subject, a function that returns
             one, a training step or an evaluation.
-        faults: what is to be wrong, one at a time.
-        listener: told of each finding.
+        faults: the faults, inserted one at a time.
+        listener: called with each finding.
 
     Raises:
-        UsageError: the tests fail, or never import a target, without any fault.
+        UsageError: without a fault, the tests fail or never import a target.
     """
     words = shlex.split(command)
     with tempfile.TemporaryDirectory(prefix="bnverify-") as folder:
@@ -173,22 +173,22 @@ def _run(
             )
         status = done.returncode
     except FileNotFoundError:
-        raise UsageError(f"no command {words[0]!r} is found") from None
+        raise UsageError(f"the command {words[0]!r} is not found") from None
     except subprocess.TimeoutExpired:
         status = 124  # as timeout(1) reports it: a fault that makes the tests hang is noticed
     return status, time.perf_counter() - started
 
 
 def environment(order: Order) -> dict[str, str]:
-    """Return this process's environment with the substitution in it."""
+    """Return the environment variables of this process, plus those for the substitution."""
     scratch = Path(order.mark).parent
     path = [str(STARTUP)]
     home = Path(bnverify.__file__).parents[1]
-    if "site-packages" not in home.parts:  # run from a source tree, which the tests need not know
+    if "site-packages" not in home.parts:  # run from a source tree, which must be importable
         path.append(str(home))
     path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    # The substitution imports bnverify before pytest can rewrite its asserts; it has none. Where a
-    # project makes warnings errors, that warning would end every run.
+    # The substitution imports bnverify before pytest can rewrite its asserts; it has none. In a
+    # project that turns warnings into errors, pytest's warning would end every run.
     quiet = (
         "ignore:Module already imported so cannot be rewritten:pytest.PytestAssertRewriteWarning"
     )
@@ -203,7 +203,7 @@ def environment(order: Order) -> dict[str, str]:
         VARIABLE: order.dump(),
         "PYTHONPATH": os.pathsep.join(path),
         "PATH": programs,  # `pytest` is this interpreter's
-        # What tools remember of these runs is none of the user's.
+        # Caches that tools write during these runs must not mix with the user's.
         "PYTHONDONTWRITEBYTECODE": "1",
         "HYPOTHESIS_STORAGE_DIRECTORY": str(scratch / "hypothesis"),
         "PYTEST_ADDOPTS": " ".join(options),
@@ -218,14 +218,14 @@ def _lines(mark: Path) -> list[str]:
 
 
 def install() -> None:
-    """Install the finder, if the environment orders a substitution."""
+    """Install the finder if the environment asks for a substitution."""
     text = os.environ.get(VARIABLE)
     if text:
         sys.meta_path.insert(0, Finder(Order.load(text)))
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds what the other finders find, and substitutes in it."""
+    """Finds modules with the other finders, and substitutes targets in them."""
 
     def __init__(self, order: Order) -> None:
         self._order = order
@@ -233,7 +233,7 @@ class Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return the module's own spec, its loader wrapped where a target is in the module."""
+        """Return the module's own spec; its loader is wrapped if the module contains a target."""
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
                 continue
@@ -258,8 +258,8 @@ class Loader(importlib.abc.Loader):
     """Executes a module with its own loader, then substitutes.
 
     Args:
-        loader: the module's own.
-        order: what is to be substituted.
+        loader: the module's own loader.
+        order: what to substitute.
         targets: the targets in this module.
     """
 
@@ -269,22 +269,22 @@ class Loader(importlib.abc.Loader):
         self._targets = targets
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)  # sources and data, for tracebacks and resources
+        return getattr(self._loader, name)  # such as get_source and get_data
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        """Return the module as its own loader makes it."""
+        """Create the module with its own loader."""
         made: ModuleType | None = self._loader.create_module(spec)
         return made
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute the module and put the fault into it."""
+        """Execute the module and insert the fault."""
         self._loader.exec_module(module)
         for target in self._targets:
             substitute(module, target, self._order)
 
 
 def substitute(module: ModuleType, target: str, order: Order) -> None:
-    """Bind the name that ``target`` names in ``module`` to a faulty version.
+    """Bind the name of ``target`` in ``module`` to a faulty version.
 
     Raises:
         ImportError: the module has no such name.

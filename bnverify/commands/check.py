@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bnverify.profile import Shard
 
 TIME_LIMIT = 120.0
-"""Seconds: importing a large model takes ten, tracing it some more."""
+"""The default time limit in seconds; importing and tracing a large model takes about ten."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -55,13 +55,13 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the target, show what was seen and return the exit status."""
+    """Check the target, print the report and return the exit status."""
     from bnverify.profile import Shard
 
     arguments.settle(args)
     outputs = arguments.outputs(args)
     shard = Shard.parse(args.shard) if args.shard else Shard()
-    # What a target prints must not end up in a report that is read by a machine.
+    # Whatever the target prints must not end up in a report that a machine reads.
     plain = all(each.format == "terminal" or each.file for each in outputs)
     with contextlib.nullcontext() if plain else contextlib.redirect_stdout(sys.stderr):
         report, laws, interrupted = _check(args, shard)
@@ -78,11 +78,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace, shard: Shard) -> tuple[Report, list[str], bool]:
     """Return the report, the names of the laws of all shards, and whether the check was interrupted."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # all results are about the CPU backend
     from bnverify import compat
 
     compat.compile_quickly()
-    # A step may import from its directory whenever it is called.
+    # A step may import modules from its directory whenever it is called.
     with target.importable(target.directory(args.target)):
         with _time_limit(args.time_limit, f"loading {args.target}"):
             what = target.load(args.target)
@@ -125,7 +125,7 @@ def _check(args: argparse.Namespace, shard: Shard) -> tuple[Report, list[str], b
 
 @contextlib.contextmanager
 def _time_limit(seconds: float, doing: str) -> Iterator[None]:
-    """End this process with status 2, and the line that it is at, where the block takes longer."""
+    """If the block takes longer, print the line that is being executed and exit with status 2."""
 
     def end() -> None:
         at = target.running_line(threading.main_thread())

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from bnverify.mistakes import Mistake
 
 HOW = {
-    "structure": "proved from the traced step if it traces for every size, else read at a few sizes",
+    "structure": "from the traced step: proved for every size if it traces with symbolic sizes, else "
+    "checked at a few sizes",
     "residual": "error in units of the tolerance, over generated cases",
     "witness": "at least one generated case must show the effect",
     "life": "on fixed and random sequences of steps, evaluations, saves, restores, copies and "
-    "resumptions, compared with a state that is only trained",
-    "parallel": "on four simulated devices, compared with one device within its rounding",
+    "resumptions, against a state that is only trained",
+    "parallel": "on four simulated devices, against one device, within rounding",
 }
 
 
@@ -136,13 +137,13 @@ class _Page:
         yield ""
         yield self._wrapped(f"{mistake.title[0].upper()}{mistake.title[1:]}.")
         if mistake.looks:
-            yield self._wrapped(f"What it looks like: {mistake.looks}", hang="  ")
+            yield self._wrapped(f"Symptoms: {mistake.looks}", hang="  ")
         yield self._wrapped(f"Fix: {mistake.fix}.", hang="  ")
         yield ""
         yield from self._code(mistake)
         laws = [law.name for law in LAWS.values() if mistake.name in law.mistakes]
         if laws:
-            yield "Laws that notice it:"
+            yield "Laws that detect it:"
             yield from (f"  {name}" for name in laws)
         if mistake.source:
             yield self._wrapped(f"Seen at {mistake.source}")

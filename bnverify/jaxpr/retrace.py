@@ -1,4 +1,4 @@
-"""A step traced anew, as another process would, and what it then computes otherwise."""
+"""Trace a step a second time, as another process would, and compare the results."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from bnverify.lazy import jax
 from bnverify.model import Outcome
 
 SAME = 1e-9
-"""Relative: float64 results that differ by less are one computation in another order."""
+"""Results in float64 that differ by less, relatively, differ only in the order of operations."""
 
 
 @contextmanager
 def traced_anew() -> Iterator[None]:
-    """Trace again what JAX has traced before.
+    """Make JAX trace functions again that it has traced before.
 
-    JAX keeps the traces of jitted functions by the settings they were made under. This setting decides
-    over nothing but warnings.
+    JAX caches the traces of jitted functions by configuration. The option changed here only affects
+    warnings.
     """
     other = "allow" if jax.config.jax_numpy_rank_promotion == "warn" else "warn"
     with jax.numpy_rank_promotion(other), warnings.catch_warnings():
@@ -65,7 +65,7 @@ def _twice(
         one, other = Outcome(*one), Outcome(*other)
     leaves, others = jax.tree_util.tree_leaves(one), jax.tree_util.tree_leaves(other)
     if jax.tree_util.tree_structure(one) != jax.tree_util.tree_structure(other):
-        return one, [f"{name} gives another tree when it is traced again"]
+        return one, [f"{name} returns another tree structure when it is traced again"]
     found = []
     for leaf, a, b in zip(leaf_names(one), leaves, others, strict=True):
         apart = _apart(a, b) if a.shape == b.shape else None
@@ -82,7 +82,7 @@ def _twice(
 
 
 def _apart(a: Any, b: Any) -> Any:
-    """Return where two arrays differ by more than the order of operations may make them."""
+    """Return where two arrays differ by more than the order of operations explains."""
     if a.dtype.kind != "f":
         return np.asarray(a != b)
     allowed = SAME * np.max(np.abs(a), initial=0.0, where=np.isfinite(a))

@@ -128,9 +128,9 @@ def same_input_repeats_to_the_bit(t: Transition) -> Any:
     source=PURE,
 )
 def a_fresh_trace_gives_the_same(t: Transition) -> list[str]:
-    """Traced a second time, as in another process, init and step compute the same.
+    """A second trace, as in another process, gives an init and a step with the same results.
 
-    What Python or NumPy draws, counts or reads from a clock while a function is traced is a constant of
+    Whatever Python or NumPy draws, counts or reads from a clock during tracing becomes a constant of
     that trace. Both traces are evaluated in float64 on one batch.
     """
     found: list[str] = t.facts["retraced"]

@@ -271,20 +271,20 @@ def running_statistics_hold_float32_digits(t: Transition) -> Any:
     """Running statistics use float32's digits: some have more significant bits than 16 bits hold.
 
     A float32 that passed through bfloat16 or float16 has at most 11 significant bits, and then the
-    small part that a batch adds is lost. A layer may compute in 16 bits: its moments b then have
-    few digits, but the float32 average m old + (1 - m) b has more, for an old value of
-    2^13 (1 - m) b. A case shows it where every statistic that is an average has such digits.
+    change made by a batch is lost. A layer may compute in 16 bits: its moments b then have few
+    digits, but the float32 average m old + (1 - m) b has more, for an old value of 2^13 (1 - m) b.
+    The law holds if, in at least one case, every averaged statistic has more than 11 significant bits.
     """
     reached, some, shown = (xp.full(1, value) for value in (True, False, True))
     before = t.reruns["zero_statistics"].state.batch_stats
     after = t.reruns["far_statistics"].state.batch_stats
     for zero, new in zip(floats(before), floats(after), strict=True):
         if unit(zero) > 2.0**-24:
-            continue  # batch_stats_are_float32 says so
+            continue  # a violation of batch_stats_are_float32
         m = (wide(new) - wide(zero)) / xp.where(zero == 0, 1.0, FAR * wide(zero))
         known = xp.isfinite(m)
         averaged = known & (m > 1e-3) & (m < 1 - 1e-5)
-        is_average = ~all_over(known & ~averaged)  # neither a counter nor a statistic that rests
+        is_average = ~all_over(known & ~averaged)  # not a counter or a frozen statistic
         asked = averaged & (xp.abs(zero) > smallest(zero))
         reached = reached & (any_over(asked) | ~is_average)
         some = some | is_average
@@ -599,12 +599,12 @@ def statistics_stay_finite(t: Transition) -> Any:
     source="https://github.com/google/flax/issues/1491",
 )
 def a_constant_feature_gives_a_finite_step(t: Transition) -> Any:
-    """In a first step, a feature of 1000.1 or 0.1 in every row gives a finite loss and new state.
+    """In the first step, a feature of 1000.1 or 0.1 in every row gives a finite loss and new state.
 
-    float32 holds neither exactly, nor the multiples that are tried, so the variance E[h^2] - E[h]^2 may come out below 0, and its
-    root is NaN. The same step in float64 tells what the numbers call for: what exceeds 2^-30 of its
-    dtype's range there is not compared. Nor is a step that computes in float16, whose range ends
-    at 65504.
+    These values, and the multiples of them that are tried, are not exact in float32, so the variance
+    E[h^2] - E[h]^2 may round to a negative number, whose square root is NaN. Values above 2^-30 of the
+    range of their dtype in a float64 run of the same step are not compared. Steps that compute in
+    float16, whose largest number is 65504, are skipped.
     """
     run, exact = t.reruns["constant_features"], t.facts["exact_constant_features"]
     finite = xp.ones(1, dtype=bool)

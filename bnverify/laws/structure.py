@@ -21,7 +21,7 @@ def differences(name: str, actual: Tree, expected: Tree, *, weak_types: bool = F
     Args:
         name: the name of ``actual`` in the lines.
         actual: a tree of arrays or ShapeDtypeStructs.
-        expected: likewise.
+        expected: a tree of arrays or ShapeDtypeStructs.
         weak_types: whether to compare weak types, too.
     """
     found, wanted = _leaves(actual), _leaves(expected)

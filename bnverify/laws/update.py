@@ -67,9 +67,9 @@ def params_follow_the_optimizer(t: Transition) -> Any:
     their rounding dominates, so the tolerance also includes how far the new params move when the
     gradient, or the optimizer's state, is perturbed by 16 u.
 
-    A compiler may compute the gradient g twice, once to return it and once for the update. The two
-    differ by its noise n. Where n is below |g| / 64, it moves the params by less than 64 n / |g|
-    times as far as |g| / 64 does, up to a factor of 2; beyond that nothing is compared.
+    A compiler may compute the gradient g twice, once to return it and once for the update; the two
+    results differ by the rounding noise n. If n is below |g| / 64, it moves the params by less than
+    64 n / |g| times as far as a change of |g| / 64 does, up to a factor of 2; otherwise nothing is compared.
     """
 
     def leaf(old: Any, new: Any, expected: Any, far: Any, share: Any, *moved: Any) -> Any:
@@ -89,7 +89,7 @@ def params_follow_the_optimizer(t: Transition) -> Any:
 
 
 def _shares(t: Transition) -> list[Any]:
-    """Return the noise of each leaf of the gradient in units of |g| / 64; 0 where none could be read."""
+    """Return the noise of each leaf of the gradient in units of |g| / 64; 0 if it is unknown."""
     grads = jax.tree_util.tree_leaves(t.info.grads)
     noise = t.facts.get("gradient_noise")
     if noise is None:
@@ -101,16 +101,16 @@ def _shares(t: Transition) -> list[Any]:
 
 
 def _shares_of_state(t: Transition) -> Tree:
-    """Return a tree like the optimizer's state: the share of the gradient behind each leaf.
+    """Return a tree like the optimizer's state: for each leaf, the share of the gradient it is made of.
 
-    That is the param's own, for a leaf like it as Optax keeps them; for any other the largest of all.
+    For a leaf that belongs to a param it is the param's share, otherwise the largest of all.
     """
     leaves = jax.tree_util.tree_flatten_with_path(t.info.grads)[0]
     shares = dict(zip((path_name(path) for path, _ in leaves), _shares(t), strict=True))
     most = xp.zeros(1)
     for share in shares.values():
         most = xp.maximum(most, max_over(share, initial=0.0))
-    most = xp.minimum(most, 2.0**64)  # times nothing it is nothing: that leaf is compared
+    most = xp.minimum(most, 2.0**64)  # finite, so that times 0 it is 0
 
     def leaf(path: Any, value: Any) -> Any:
         name = path_name(path)
@@ -156,7 +156,7 @@ def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
             return same(new, expected)
         scale = xp.maximum(widest(old), widest(expected))
         twice = 2 * xp.abs(wide(far) - wide(expected)) * share * (1 + SHAKEN * share)
-        twice = xp.where(xp.isnan(twice), np.inf, twice)  # 0 times infinity: nothing is known
+        twice = xp.where(xp.isnan(twice), np.inf, twice)  # from 0 times infinity
         allowed = 16 * unit(new) * per_case(scale, new) + twice + smallest(new)
         return residual(new, expected, allowed)
 
@@ -251,15 +251,15 @@ def schedule_counts_updates(t: Transition) -> list[str]:
     source="https://github.com/google-deepmind/optax/issues/1414",
 )
 def learning_rate_keeps_its_digits(t: Transition) -> list[str]:
-    """Hyperparameters of float32 params keep float32's digits, whatever dtype other params have.
+    """Hyperparameters of float32 params have float32 precision, whatever dtype other params have.
 
-    Read are those that ``optax.inject_hyperparams`` keeps in the optimizer's state, and the way of the
-    learning rate to the update of each float32 param.
+    The check reads the hyperparameters that ``optax.inject_hyperparams`` keeps in the optimizer's state,
+    and the path of the learning rate to the update of each float32 param.
     """
     return [
-        f"{each.path} is kept in 16 bits, beside params in float32"
+        f"{each.path} is kept in 16 bits, but there are params in float32"
         if each.path.startswith("opt_state/")
-        else f"the learning rate reaches the update of {each.path}, which is float32, in 16 bits alone"
+        else f"the learning rate is rounded to 16 bits on its way to the float32 param {each.path}"
         for each in t.facts["look"].rates
         if each.narrow
     ]
@@ -271,14 +271,14 @@ def learning_rate_keeps_its_digits(t: Transition) -> list[str]:
     observes=("look",),
     capabilities=("look", "papers"),
     mistakes=("optimizer_departs_from_its_paper",),
-    source="the papers that bnverify/optimizers.py names",
+    source="the papers named in bnverify/optimizers.py",
 )
 def optimizer_follows_its_paper(t: Transition) -> list[str]:
-    """An optimizer of Optax's makes the updates of its paper's formula.
+    """An Optax optimizer makes the updates that the formula of its paper gives.
 
-    Compared are eight updates by gradients of very different sizes, in float64 on both sides: the
-    optimizer's traced update without rounding, and the formula. Allowed is what one float32 rounding of
-    each number that is made of hyperparameters, as 1 - b2, moves the formula's updates.
+    Eight updates for gradients of very different sizes are compared in float64: those of the traced
+    optimizer, without rounding, and those of the formula. The tolerance is how far the formula's updates
+    move if each number computed from hyperparameters, such as 1 - b2, is rounded once to float32.
     """
     return [
         f"{each.optimizer} does not follow its paper ({each.source}): {each.differs}"

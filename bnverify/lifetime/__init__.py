@@ -1,1 +1,1 @@
-"""The life of a state: train, evaluate, save, restore, copy and resume, in any order."""
+"""Laws about a state over many steps: train, evaluate, save, restore, copy and resume, in any order."""

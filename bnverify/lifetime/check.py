@@ -1,7 +1,7 @@
-"""The evidence on the life of a state: which histories are lived, and what breaks a law made small.
+"""Check the laws of the family "life" on sequences of calls, and shrink the sequences that break one.
 
-``check_life`` lives scripted histories and others drawn from a seed; ``life`` is a Hypothesis state
-machine for users' own tests:
+``check_life`` runs scripted sequences and random ones; ``life`` returns a Hypothesis state machine
+for users' own tests:
 
     TestLife = bnverify.life(subject).TestCase
 """
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from hypothesis.stateful import RuleBasedStateMachine
 
 NAMES = tuple(name for name, law in LAWS.items() if law.kind == "life")
-"""The laws of the life of a state, in the order of reports."""
+"""The laws of the family "life", in the order of reports."""
 
 SHAPES = ((2, 2), (4, 3), (24, 3))
-"""Tried in turn; 24 rows, since a step may split its batch in 2, 3, 4, 6 or 8."""
+"""Tried in turn; 24 rows, because a step may split its batch into 2, 3, 4, 6 or 8 parts."""
 
 
 def check_life(
@@ -46,37 +46,37 @@ def check_life(
     select: Collection[str] = (),
     target: str | None = None,
 ) -> list[Evidence]:
-    """Hold the life of a state to its laws and return what is known about each.
+    """Check the laws of the family "life" and return the evidence for each.
 
     Args:
-        lived: a Subject, or a CheckpointedSubject with its own way to save and restore.
-        profile: how much to do: two scripted lives for each way to save, and twice as many drawn
-            ones as the profile has explicit examples.
-        seed: from which the lives are drawn; the same seed gives the same evidence.
+        lived: a Subject, or a CheckpointedSubject with its own functions to save and restore.
+        profile: how much to do: two scripted sequences for each way to save, and twice as many
+            random ones as the profile has explicit examples.
+        seed: the seed of the random sequences; the same seed gives the same evidence.
         select: names of laws, or one name; empty: all.
-        target: how counterexamples find the subject.
+        target: the name of the subject in counterexample scripts.
 
     Raises:
-        ValueError: naming an unknown profile or law.
+        ValueError: an unknown profile or law is named.
     """
     names = [select] if isinstance(select, str) else select
     for name in names:
         if name not in NAMES:
             close = did_you_mean(name, NAMES)
-            raise ValueError(f"no law about the life of a state is named {name!r}{close}")
+            raise ValueError(f"no law of the family life is named {name!r}{close}")
     asked = [name for name in NAMES if name in names or not names]
     return Lives(lived, named(profile), asked, target).run(seed)
 
 
 class Untraceable(ValueError):
-    """A subject that does not trace at any of the shapes tried; the message says why in one line."""
+    """A subject that cannot be traced at any of the shapes tried; the message gives the reason."""
 
 
 def shape_for(calls: CompiledSubject) -> Shape:
-    """Return the first of ``SHAPES`` that the subject can be traced at.
+    """Return the first of ``SHAPES`` at which the subject can be traced.
 
     Raises:
-        Untraceable: it takes none of them.
+        Untraceable: there is none.
     """
     subject, trace = calls.subject, calls.tracer.trace
     failure: Exception | None = None
@@ -95,22 +95,22 @@ def shape_for(calls: CompiledSubject) -> Shape:
     sizes = ", ".join(str(rows) for rows, _ in fitting)
     assert failure is not None
     raise Untraceable(
-        f"{subject.name} traces at none of {sizes} rows: {first_line(failure)}"
+        f"{subject.name} cannot be traced with {sizes} rows: {first_line(failure)}"
     ) from failure
 
 
 def offered(
     lived: Subject | CheckpointedSubject, calls: CompiledSubject, shape: Shape, *, orbax: bool
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the ways in which the subject's states can be saved, and why which others cannot.
+    """Return the ways in which the subject's states can be saved, and why the others cannot be used.
 
-    A user's own way is always offered: where it raises, that is a violation.
+    A user's own way is always included: if it raises, that is a violation.
 
     Args:
-        lived: a Subject, or a CheckpointedSubject with its own way to save and restore.
+        lived: a Subject, or a CheckpointedSubject with its own functions to save and restore.
         calls: the subject's functions.
         shape: (N, D) of the batches.
-        orbax: whether orbax is tried, too: it takes tenths of a second each time.
+        orbax: whether to try orbax, too; each save takes tenths of a second.
     """
     known = {name: way for name, way in ways(lived).items() if orbax or name != "orbax"}
     if isinstance(lived, CheckpointedSubject):
@@ -127,17 +127,17 @@ def offered(
 
 
 class Lives:
-    """Checks of the life of a state, as many as are asked, with what was compiled once.
+    """Runs sequences of calls on one subject, and reuses what was compiled.
 
     Args:
-        lived: a Subject, or a CheckpointedSubject with its own way to save and restore.
+        lived: a Subject, or a CheckpointedSubject with its own functions to save and restore.
         plan: how much to do.
         names: the names of the laws.
-        target: how counterexamples find the subject.
-        calls: the subject's functions, to share what they traced and compiled; None: new ones.
+        target: the name of the subject in counterexample scripts.
+        calls: the subject's functions, to reuse what they traced and compiled; None: new ones.
 
     Attributes:
-        cases: how many lives the last check lived.
+        cases: the number of sequences in the last run.
     """
 
     def __init__(
@@ -163,12 +163,12 @@ class Lives:
         self._refused: dict[str, str] = {}
 
     def run(self, seed: int) -> list[Evidence]:
-        """Live all the lives and return what is known about each law, in the order of the names.
+        """Run all sequences and return the evidence for each law, in the order of the names.
 
-        A subject that cannot be traced leaves every law that applies "untriggered".
+        If the subject cannot be traced, every law that applies is "untriggered".
 
         Args:
-            seed: from which the lives are drawn that are not scripted.
+            seed: the seed of the random sequences.
         """
         compile_cache.enable()
         self._forget()
@@ -185,7 +185,7 @@ class Lives:
         return [self._evidence(name, exempt[name], missing) for name in self._names]
 
     def _missing(self, name: str, shape: Shape) -> str | None:
-        """Return what the subject lacks that a law is about; None: nothing."""
+        """Return why a law cannot be checked on the subject; None if it can."""
         if name == EVALUATED and self._subject.after_eval is None:
             return "eval_step returns no state"
         if name == FOLDED and not floats(self._calls.tracer.state(*shape).batch_stats):
@@ -199,14 +199,14 @@ class Lives:
             return Evidence.of(name, "exempt", reason=exempt)
         cases, reason = self._record.seen[name], missing or "; ".join(self._refused.values())
         if not cases:
-            return Evidence.of(name, "untriggered", reason=reason or "no life reached it")
+            return Evidence.of(name, "untriggered", reason=reason or "no sequence reached it")
         worst = self._record.worst if name == FOLDED else None
         return Evidence.of(name, "held", cases=cases, residual=worst, reason=reason)
 
     def _live_all(self, seed: int, shape: Shape) -> None:
         for calls in self._histories(seed, shape):
             self.cases += 1
-            # A law that is broken is not asked again: behind it others may be broken, too.
+            # A violated law is ignored from then on, because others may be violated later in the sequence.
             while (found := self._live(calls, self._record)) is not None:
                 self._broken[found.law] = self._short(calls, found)
 
@@ -219,7 +219,7 @@ class Lives:
         yield from drawn(seed, 2 * self._plan.examples, quick, shape)
 
     def _live(self, calls: Sequence[Call], record: Record | None) -> Evidence | None:
-        """Return what breaks in a life, if anything does."""
+        """Return the first violation in a sequence; None if there is none."""
         left = {name for name in self._names if name not in self._broken}
         life = Life(
             self._lived,
@@ -235,14 +235,14 @@ class Lives:
         return None
 
     def _short(self, calls: Sequence[Call], found: Evidence) -> Evidence:
-        """Return the same violation in a life as short as can be."""
+        """Return the same violation in the shortest sequence found."""
         shortest = found
 
         def breaks(fewer: Sequence[Call]) -> bool:
             nonlocal shortest
             try:
                 seen = self._live(fewer, None)
-            except ValueError:  # nothing was saved that could be restored
+            except ValueError:  # a restore without a save before it
                 return False
             if seen is None or (seen.law, seen.cause) != (found.law, found.cause):
                 return False
@@ -253,24 +253,24 @@ class Lives:
         return shortest
 
 
-# Histories: scripted ones in which everything happens, and others drawn from a seed. They are not
-# drawn by Hypothesis, whose draws depend on the constants in whatever modules happen to be imported:
-# the same seed must give the same histories.
+# Sequences of calls: scripted ones that contain every call, and random ones. These are not drawn by
+# Hypothesis, whose draws depend on the constants in all imported modules: the same seed must give the
+# same sequences.
 
-# Small numbers of few digits: they stay far from overflow, and a counterexample reads well.
+# Small numbers of few digits do not overflow, and make counterexamples easy to read.
 QUARTERS = 8
 """The largest number in a batch, in quarters."""
 RATES = (0.125, 0.0, 0.5)
 SEEDS = 4
 LONGEST = 12
-"""Calls in a drawn history after the first."""
+"""The number of calls in a random sequence after the first."""
 
 
 def scripted(way: str, shape: Shape) -> tuple[list[Call], list[Call]]:
-    """Return two histories: one in which everything happens, and one with a resumed process.
+    """Return two sequences: one that contains every call, and one with a resumed process.
 
     Args:
-        way: how the first is saved.
+        way: the way in which the first one saves.
         shape: (N, D) of the batches.
     """
     rng = np.random.default_rng(0)
@@ -279,18 +279,18 @@ def scripted(way: str, shape: Shape) -> tuple[list[Call], list[Call]]:
     save, restore = Call("save", way), Call("restore")
     copies = [Call("copy", name) for name in COPIES]
     begin, evaluate = Call("begin", first), Call("evaluate", second)
-    # Twice saved: what a first checkpoint gets right a second may not.
+    # Saved twice, because a second checkpoint may fail where the first does not.
     saved = [begin, train, evaluate, save, again, save, train, restore, *copies, train, again]
     return saved, [begin, train, Call("resume"), again]
 
 
 def drawn(seed: int, count: int, ways: Sequence[str], shape: Shape) -> Iterator[list[Call]]:
-    """Yield ``count`` histories, the same ones for the same arguments.
+    """Yield ``count`` random sequences, the same ones for the same arguments.
 
     Args:
-        seed: from which they are drawn.
-        count: how many.
-        ways: in which a state can be saved; empty: none is saved.
+        seed: the seed.
+        count: the number of sequences.
+        ways: the ways in which a state can be saved; empty: it is never saved.
         shape: (N, D) of the batches.
     """
     for index in range(count):
@@ -324,12 +324,12 @@ def _one_of(rng: np.random.Generator, items: Sequence[Any]) -> Any:
     return items[int(rng.integers(len(items)))]
 
 
-# For users' own tests. One shape serves a whole machine: a shape costs seconds to compile, a step then
-# takes a millisecond.
+# For users' own tests. A state machine uses a single shape, because compiling for a shape takes seconds
+# and a step a millisecond.
 
 
 def batches(shape: tuple[int, int]) -> st.SearchStrategy[Case]:
-    """Strategy for the batches of a life: one shape (N, D), small numbers of few digits."""
+    """Strategy for the batches of a sequence: one shape (N, D), small numbers of few digits."""
     numbers = st.integers(-QUARTERS, QUARTERS).map(lambda k: k / 4)
 
     def array(of: Any) -> st.SearchStrategy[Any]:
@@ -347,16 +347,16 @@ def batches(shape: tuple[int, int]) -> st.SearchStrategy[Case]:
 def life(
     lived: Subject | CheckpointedSubject, *, name: str | None = None, ignore: Collection[str] = ()
 ) -> type[RuleBasedStateMachine]:
-    """Return a state machine that lives the life of a state in every order.
+    """Return a Hypothesis state machine that trains, evaluates, saves, restores, copies and resumes.
 
     Args:
-        lived: a Subject, saved by ``flax.serialization``, or a CheckpointedSubject with its own way
-            to save and restore.
-        name: how counterexamples find ``lived``: "module:name"; None: the reader puts it in.
-        ignore: names of laws that are not asked.
+        lived: a Subject, saved by ``flax.serialization``, or a CheckpointedSubject with its own
+            functions to save and restore.
+        name: how counterexample scripts load ``lived``: "module:name"; None: they have a placeholder.
+        ignore: names of laws that are not checked.
 
     Raises:
-        ValueError: the step takes no batch of 2, 4 or 24 rows.
+        ValueError: the step cannot be traced with 2, 4 or 24 rows.
     """
     from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 

@@ -1,10 +1,10 @@
-"""The life of a state: train, evaluate, save, restore, copy and resume, in any order.
+"""One state over many steps: train, evaluate, save, restore, copy and resume, in any order.
 
-Two histories run side by side. One is saved, restored, copied and resumed; its twin only ever
-trains. At each moment they must be equal bit for bit. A third, in float64, says what the running
-statistics must be if every batch was folded in exactly once (``bnverify.laws.life``).
+Two states are kept side by side. One is saved, restored, copied and resumed; its twin is only
+trained. After each call they must be equal to the bit. A moving average in float64 gives the
+running statistics expected if every batch is folded in exactly once (``bnverify.laws.life``).
 
-A law is broken as it happens: the call that shows it is the one that raises.
+The call that shows a violation raises it.
 """
 
 from __future__ import annotations
@@ -58,24 +58,24 @@ EVALUATED = "evaluation_between_steps_changes_nothing"
 FOLDED = "statistics_fold_each_batch_once"
 
 ONE_STEP = "batch_stats_change_only_by_ema"
-"""What ``FOLDED`` is for one step: where that does not apply, this does not either."""
+"""The single-step form of ``FOLDED``: a subject exempt from it is exempt from ``FOLDED``, too."""
 
 CALLS = ("begin", "train", "evaluate", "save", "restore", "copy", "resume")
 
 
 def exemption(law: str, subject: Subject) -> str | None:
-    """Return why a subject says that a law about its life does not apply to it, or None."""
+    """Return why a law of the family "life" does not apply to a subject; None if it does."""
     names = (law, ONE_STEP) if law == FOLDED else (law,)
     return next((subject.exempt[name] for name in names if name in subject.exempt), None)
 
 
 @dataclass
 class Record:
-    """What many lives have shown.
+    """Counts over many sequences.
 
     Attributes:
         seen: how often each law was tested.
-        worst: the largest error of the statistics, in units of the error allowed.
+        worst: the largest error of the statistics, in units of the tolerance.
     """
 
     seen: Counter[str] = field(default_factory=Counter)
@@ -83,7 +83,7 @@ class Record:
 
 
 class Saved(NamedTuple):
-    """A checkpoint, and where the twin and the fold were when it was made."""
+    """A checkpoint, with the twin and the moving average at that time."""
 
     way: Way
     data: Any
@@ -93,14 +93,15 @@ class Saved(NamedTuple):
 
 
 class Life:
-    """One state's life, held to the laws as it goes.
+    """One state, checked after each call.
 
     Args:
-        lived: the subject; of a Parallel, its step on one device.
-        calls: the subject's functions, to share what they compiled; None: new ones.
-        ignore: names of laws that are not asked.
+        lived: the subject; a Parallel is checked on one device.
+        calls: the subject's functions, to reuse what they compiled; None: new ones.
+        ignore: names of laws that are not checked.
         record: counts how often each law was tested; None: it is not counted.
-        target: what counterexamples give ``bnverify.load``; None: the reader puts the subject in.
+        target: how counterexample scripts load the subject, as in ``bnverify.load``; None: they have
+            a placeholder.
     """
 
     def __init__(
@@ -126,25 +127,25 @@ class Life:
         self._mistake = ""
 
     def live(self, calls: Iterable[Call]) -> None:
-        """Let all of ``calls`` happen, in their order.
+        """Make all of ``calls``, in order.
 
         Raises:
-            Violation: one of them breaks a law.
-            ValueError: one of them cannot happen.
+            Violation: a call violates a law.
+            ValueError: a call is invalid.
         """
         for name, argument in calls:
             if name not in CALLS:
-                raise ValueError(f"{name!r} is none of {', '.join(CALLS)}")
+                raise ValueError(f"{name!r} is not a call; the calls are {', '.join(CALLS)}")
             getattr(self, name)(*(() if argument is None else (argument,)))
 
     def begin(self, case: Case) -> None:
-        """Initialise the state from a case's seed and shape, the template from another seed.
+        """Initialise the state from the case's seed and shape, and the template from another seed.
 
         Raises:
-            ValueError: it has begun before.
+            ValueError: it was called before.
         """
         if self._history:
-            raise ValueError("a life begins once; make another Life for another beginning")
+            raise ValueError("begin() may be called only once; create another Life to begin again")
         self._history.append(Call("begin", case))
         if self._begin is not None:
             self._begin()
@@ -153,7 +154,7 @@ class Life:
         self._twin, self._fold = self.state, EmaHistory()
 
     def train(self, case: Case) -> None:
-        """Take one step on the batch of ``case``, in both histories."""
+        """Train both states on the batch of ``case``."""
         if not self._goes_on("train", case):
             return
         before = self._twin
@@ -167,7 +168,7 @@ class Life:
             self._hold_fold()
 
     def evaluate(self, case: Case) -> None:
-        """Evaluate on the batch of ``case``, in one history only."""
+        """Evaluate the state, but not its twin, on the batch of ``case``."""
         if not self._goes_on("evaluate", case):
             return
         with self._breaking(self._continuing, "evaluation fails on the restored state"):
@@ -191,13 +192,13 @@ class Life:
             self.saved = Saved(chosen, data, self.state, self._twin, self._fold)
 
     def restore(self) -> None:
-        """Go back to what was saved last; the twin goes back without having been saved.
+        """Restore the last save; the twin returns to that point without having been saved.
 
         Raises:
             ValueError: nothing was saved.
         """
         if self.saved is None and not self.ended:
-            raise ValueError("restore() comes after save(): nothing was saved yet")
+            raise ValueError("restore() needs a save() before it: nothing was saved yet")
         if not self._goes_on("restore") or self.saved is None:
             return
         way, data, known, self._twin, self._fold = self.saved
@@ -205,7 +206,7 @@ class Life:
             self.state = restored = way.restore(self._template, data)
             difference = kinds_differ(restored, known)
             differing = values_differ(restored, known)
-            self._mistake = "hidden_state"  # if this run differs later, though it does not now
+            self._mistake = "hidden_state"  # the cause of a difference that appears only later
             if difference:
                 self._mistake = "restored_in_other_types"
             elif differing:
@@ -213,10 +214,10 @@ class Life:
             if self._asks(TYPES) and difference:
                 self._break(TYPES, difference, self._mistake)
             if not difference and self._asks(VALUES) and differing:
-                self._break(VALUES, f"{_listed(differing)} came back changed", self._mistake)
+                self._break(VALUES, f"restoring changes {_listed(differing)}", self._mistake)
 
     def copy(self, way: str) -> None:
-        """Go on with a copy of the state, made in one of ``COPIES``."""
+        """Continue with a copy of the state, made in one of ``COPIES``."""
         chosen = _known(way, COPIES)
         if not self._goes_on("copy", way):
             return
@@ -228,7 +229,7 @@ class Life:
                 self._break(COPIED, difference or f"{_listed(differing)} changed")
 
     def resume(self) -> None:
-        """Go on as another process would: with the step traced again."""
+        """Continue as another process would: with the step traced again."""
         if self._goes_on("resume"):
             self._resumed = True
 
@@ -251,32 +252,32 @@ class Life:
         return self._calls.single("evaluate", self._subject.evaluate, state, case.x, case.y)
 
     def _goes_on(self, name: str, argument: Case | str | None = None) -> bool:
-        """Take a call down, unless the life ended.
+        """Add a call to the history and return whether to make it: not after a failed call.
 
         Raises:
-            ValueError: it has not begun.
+            ValueError: ``begin`` was not called.
         """
         if not self._history:
-            raise ValueError(f"a life begins with begin(case), not with {name}")
+            raise ValueError(f"the first call must be begin(case), not {name}")
         if not self.ended:
             self._history.append(Call(name, argument))
         return not self.ended
 
     @property
     def _continuing(self) -> str | None:
-        """The law that a difference from the twin breaks now."""
+        """The law that a difference from the twin violates at this point."""
         if self._mistake:
             return RESTORED
         return RESUMED if self._resumed else None
 
     @property
     def _mistyped(self) -> bool:
-        """Whether the state has other types than it should, which breaks other laws as well."""
+        """Whether the state has wrong types, which would violate other laws as well."""
         return self._mistake == "restored_in_other_types"
 
     @property
     def _folds(self) -> bool:
-        """Whether the law about the statistics applies and is asked."""
+        """Whether the law about the statistics applies and is checked."""
         return (
             FOLDED not in self._ignore
             and exemption(FOLDED, self._subject) is None
@@ -303,7 +304,7 @@ class Life:
             self._break(law, reason, self._mistake)
 
     def _asks(self, law: str) -> bool:
-        """Return whether a law is asked, and count it."""
+        """Return whether a law is checked, and count it."""
         if law in self._ignore or exemption(law, self._subject) is not None:
             return False
         self._record.seen[law] += 1
@@ -311,9 +312,9 @@ class Life:
 
     @contextmanager
     def _breaking(self, law: str | None, what: str) -> Iterator[None]:
-        """Take whatever a user's code raises for a violation of the law.
+        """Report any exception of the user's code as a violation of the law.
 
-        Where that law is not asked, the life cannot go on: it ended.
+        If that law is ignored, the sequence ends, because it cannot continue.
         """
         try:
             yield
@@ -355,7 +356,7 @@ class Life:
 def _known(name: str, table: Any) -> Any:
     if name not in table:
         close = did_you_mean(name, table)
-        raise ValueError(f"{name!r} is none of the ways {', '.join(table)}{close}")
+        raise ValueError(f"{name!r} is not one of {', '.join(table)}{close}")
     return table[name]
 
 
@@ -364,9 +365,9 @@ def _listed(paths: list[str]) -> str:
     return ", ".join(paths[:3]) + more
 
 
-# Ways to save a state, restore it and copy it. ``flax.serialization`` needs a template to restore
-# into: a state of the same structure, here one that was initialised from another seed, so that a value
-# that is not restored is noticed.
+# Ways to save, restore and copy a state. ``flax.serialization`` needs a template to restore into: a
+# state of the same structure, here initialised from another seed, so that a value that is not restored
+# is noticed.
 
 
 @dataclass(frozen=True)
@@ -395,13 +396,13 @@ def _restore_state_dict(template: State, data: Any) -> Any:
 
 
 def _save_state_dict(state: State) -> Any:
-    # By value: a training loop that overwrites its buffers must not reach the checkpoint.
+    # Copied, because a training loop that overwrites its buffers must not change the checkpoint.
     as_dict = serialization.to_state_dict(state)
     return jax.tree_util.tree_map(lambda leaf: jnp.array(leaf, copy=True), as_dict)
 
 
 class _Folder:
-    """A directory that is removed when nothing refers to it any more."""
+    """A directory that is removed when nothing refers to it any longer."""
 
     def __init__(self) -> None:
         home = tempfile.mkdtemp(prefix="bnverify-")
@@ -412,7 +413,7 @@ class _Folder:
 def _save_orbax(state: State) -> Any:
     folder = _Folder()
     with warnings.catch_warnings():
-        # Releases of orbax for jax 0.4 use what that jax deprecates; it says nothing of the state.
+        # orbax for jax 0.4 uses functions that this jax deprecates.
         warnings.simplefilter("ignore")
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder.path, state)
@@ -430,14 +431,14 @@ WAYS: dict[str, Way] = {
     "bytes": Way(_save_bytes, _restore_bytes),
     "state_dict": Way(_save_state_dict, _restore_state_dict),
 }
-"""The ways of ``flax.serialization``: quick enough to be drawn a hundred times."""
+"""The ways of ``flax.serialization``, fast enough for hundreds of saves."""
 
 ORBAX = Way(_save_orbax, _restore_orbax)
-"""Orbax's own, into a directory on disk: a few tenths of a second each."""
+"""Orbax, into a directory on disk: tenths of a second for each save."""
 
 
 def has_orbax() -> bool:
-    """Return whether orbax is installed, and works with this jax.
+    """Return whether orbax is installed and works with this jax.
 
     orbax 0.11.24 needs ``jax.monitoring.record_scalar``, which jax 0.5.3 lacks; 0.11.0 does not.
     """
@@ -450,7 +451,7 @@ def has_orbax() -> bool:
 
 
 def ways(lived: Target) -> Mapping[str, Way]:
-    """Return the ways in which ``lived`` is saved: its own, or the libraries'."""
+    """Return the ways in which ``lived`` is saved: its own, or those of the libraries."""
     if isinstance(lived, CheckpointedSubject):
         return {"own": Way(lived.save, lived.restore)}
     return {**WAYS, "orbax": ORBAX} if has_orbax() else WAYS
@@ -474,18 +475,18 @@ COPIES: dict[str, Callable[[State], Any]] = {
     "device_put": _put,
     "unflatten": _rebuilt,
 }
-"""Ways to copy a state; each keeps everything."""
+"""Ways to copy a state; none of them may change anything."""
 
 
-# In what two states differ, and which mistake in saving or restoring explains it.
+# How two states differ, and which mistake in saving or restoring explains the difference.
 
 
 def kinds_differ(actual: Tree, expected: Tree, *, weak: bool = False) -> str:
-    """Return the first container, shape or type in which two trees differ; "" where none does.
+    """Return the first difference in container, shape or dtype between two trees; "" if there is none.
 
     Args:
-        actual: what came back.
-        expected: what was put in.
+        actual: the tree after saving and restoring, or after copying.
+        expected: the tree before.
         weak: whether weak types must agree as well.
     """
     if type(actual) is not type(expected):
@@ -512,7 +513,7 @@ def _short(structure: Any) -> str:
 
 
 def _kind(leaf: Any, *, weak: bool) -> str:
-    """Return dtype and shape of a leaf in words; a Python number is none of an array's kinds."""
+    """Return the dtype and shape of a leaf in words; a Python number has neither."""
     if not hasattr(leaf, "dtype"):
         return f"a Python {type(leaf).__name__}"
     shape = ", ".join(map(str, leaf.shape))
@@ -521,16 +522,16 @@ def _kind(leaf: Any, *, weak: bool) -> str:
 
 
 def _bits(leaf: Any) -> bytes:
-    """Return the bits of one leaf: two NaN are equal, 0 and -0 are not."""
+    """Return the bits of a leaf: NaN equals NaN, 0 differs from -0."""
     if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     return np.asarray(leaf).tobytes()
 
 
 def values_differ(actual: Tree, expected: Tree) -> list[str]:
-    """Return the paths of the leaves of ``expected`` that ``actual`` does not equal bit for bit.
+    """Return the paths of the leaves of ``expected`` that differ in any bit from ``actual``.
 
-    Trees of other structures differ everywhere.
+    If the structures differ, these are all paths.
     """
     known, structure = jax.tree_util.tree_flatten_with_path(expected)
     found, other = jax.tree_util.tree_flatten(actual)
@@ -552,9 +553,9 @@ DROPPED = {
 
 
 def suspect(restored: State, saved: State, template: State) -> str:
-    """Return the most likely mistake where a restored state has other values than the saved one."""
+    """Return the most likely mistake if a restored state has other values than the saved one."""
     differing = set(values_differ(restored, saved))
-    still = set(values_differ(restored, template))  # what did come out of the checkpoint
+    still = set(values_differ(restored, template))  # what did come from the checkpoint
     if not still:
         return "checkpoint_not_used"
     if _close(restored, saved):
@@ -572,7 +573,7 @@ def suspect(restored: State, saved: State, template: State) -> str:
 
 
 def _close(actual: State, expected: State) -> bool:
-    """Return whether all values agree to the two digits that the narrowest float type keeps."""
+    """Return whether all values agree to two digits, the precision of the narrowest float type."""
     pairs = zip(jax.tree_util.tree_leaves(actual), jax.tree_util.tree_leaves(expected), strict=True)
     return all(
         _same_to_two_digits(leaf, value)

@@ -1,1 +1,1 @@
-"""The same step on one device and on many: what synchronised statistics must agree on."""
+"""Data-parallel steps, compared with the same step on one device."""

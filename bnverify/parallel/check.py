@@ -1,7 +1,7 @@
-"""A data-parallel step in every mode, held to the single-device step.
+"""Compare a data-parallel step, mapped over devices in several ways, with the single-device step.
 
-XLA reads the number of devices once, when jax starts. A step that has a target is therefore checked in
-a process of its own, which has four simulated devices; the calling process keeps its own.
+XLA reads the number of devices once, when JAX starts. A step given by its target is therefore checked
+in a separate process with four simulated devices; the number of devices of this process stays as it is.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ from bnverify.stacks import stacked_cases
 from bnverify.target import load
 
 NAMES = tuple(name for name, law in LAWS.items() if law.kind == "parallel")
-"""The laws of many devices, in the order of reports."""
+"""The laws of the family "parallel", in the order of reports."""
 
 REPLICAS = "replicas_agree_to_the_bit"
 
 MILD = Domain(max_abs_x=100.0, max_abs_y=100.0, max_lr=0.5)
-"""Wilder inputs leave float32 no digits to compare more often than not."""
+"""With larger inputs, float32 rounding usually leaves no digits to compare."""
 
 ROWS = (8, 7, 4, 16, 5)
-"""Of the batches, the first two for a quick check; 7 and 5 do not fill the devices' shards."""
+"""Batch sizes, the first two for a quick check; 7 and 5 are not divisible by the number of devices."""
 
 MOST = 64
-"""Cases of a shape at most."""
+"""The most cases of a shape."""
 
 BLOCK = 16
-"""Cases that are run as one stack on one device."""
+"""The number of cases in a stack on one device."""
 
 FLAG = "--xla_force_host_platform_device_count"
 TIME_LIMIT = 1800.0
-"""Seconds for the process with simulated devices."""
+"""The time limit of the process with simulated devices, in seconds."""
 
 Residuals: TypeAlias = npt.NDArray[np.float64]
 
@@ -64,23 +64,23 @@ Residuals: TypeAlias = npt.NDArray[np.float64]
 def check_parallel(
     what: str | Parallel, profile: ProfileName | Profile = "ci", seed: int = 0
 ) -> list[Evidence]:
-    """Hold a data-parallel step to the laws of many devices and return what is known.
+    """Check the laws of the family "parallel" and return the evidence for each.
 
     Args:
         what: ``package.module:name`` or ``path/file.py:name`` of a Parallel or of a function that
-            makes one: it is checked in a process with four simulated devices. A Parallel itself
-            is checked in this process; what it has too few devices for reads "untriggered".
+            returns one, which is checked in a process with four simulated devices; or a Parallel,
+            which is checked in this process: laws that need more devices are "untriggered".
         profile: how much to do.
-        seed: from which the cases are drawn.
+        seed: the seed of all cases.
 
     Raises:
-        ValueError: the profile is unknown, or nothing can be made of ``what``.
+        ValueError: the profile is unknown, or ``what`` is neither.
     """
     if isinstance(what, Parallel):
         return run(what, None, named(profile), seed, NAMES)[0]
     if not isinstance(what, str):
         raise UsageError(
-            f"check_parallel takes a Parallel, or the target of one, got a {type(what).__name__}"
+            f"check_parallel takes a Parallel or the target of one, got a {type(what).__name__}"
         )
     return on_devices([what], named(profile), seed, NAMES)[what][0]
 
@@ -88,18 +88,18 @@ def check_parallel(
 def run(
     parallel: Parallel, target: str | None, plan: Profile, seed: int, names: Collection[str]
 ) -> tuple[list[Evidence], int]:
-    """Return the evidence for the laws ``names``, in their order, and how many cases were run.
+    """Return the evidence for the laws ``names``, in this order, and the number of cases run.
 
     Args:
         parallel: the step.
-        target: what ``bnverify.load`` is given; the step is then checked in a process with four
-            simulated devices. None: in this process, with the devices it has.
+        target: the target of the step, as for ``bnverify.load``, to check it in a process with four
+            simulated devices. None: it is checked in this process, with the devices it has.
         plan: how much to do.
-        seed: from which the cases are drawn.
-        names: names of laws of many devices.
+        seed: the seed of all cases.
+        names: names of laws of the family "parallel".
 
     Raises:
-        UsageError: the process ended without an answer.
+        UsageError: the process ended without a result.
     """
     if target is not None:
         return on_devices([target], plan, seed, names)[target]
@@ -108,10 +108,10 @@ def run(
 
 
 def judge(parallel: Parallel, case: Case, law: str) -> Evidence:
-    """Return what one case says about a law of many devices.
+    """Return the evidence from one case for a law of the family "parallel".
 
     Raises:
-        UsageError: this process lacks what the law needs, as devices.
+        UsageError: the law cannot be judged in this process, which may have too few devices.
     """
     check = Check(parallel, [law])
     check.hold(stack([case]))
@@ -123,15 +123,15 @@ def judge(parallel: Parallel, case: Case, law: str) -> Evidence:
 
 
 class Check:
-    """Holds one data-parallel step to the laws of many devices.
+    """Checks a data-parallel step.
 
     Args:
         parallel: the step.
-        names: names of the laws.
-        target: how counterexamples find the step.
+        names: the names of the laws.
+        target: the name of the step in counterexample scripts.
 
     Attributes:
-        cases: how many cases were run, counted once for each mode.
+        cases: the number of cases run, counted once for each mode.
         missing: law -> why it cannot be judged in this process.
     """
 
@@ -152,7 +152,7 @@ class Check:
         self._mapped = {name: MODES[name].make(parallel) for name in self._possible()}
 
     def _possible(self) -> Iterator[str]:
-        """Yield the modes that are needed and can be run; keep why the others cannot."""
+        """Yield the modes that are needed and can be run; store why the others cannot."""
         for name, mode in MODES.items():
             for_replicas = mode.replicated and REPLICAS in self._names
             if name in self._parallel.exempt or not (name in self._names or for_replicas):
@@ -168,11 +168,11 @@ class Check:
                 yield name
 
     def run(self, plan: Profile, seed: int) -> list[Evidence]:
-        """Run every mode on every shape and return the evidence for each law, in their order.
+        """Run every mode on every shape and return the evidence for each law, in order.
 
         Args:
             plan: how much to do.
-            seed: from which the cases are drawn.
+            seed: the seed of all cases.
         """
         compile_cache.enable()
         count = min(max(plan.examples, 8), MOST)
@@ -189,7 +189,7 @@ class Check:
         return [self.evidence(name) for name in self._names]
 
     def hold(self, cases: Case) -> None:
-        """Run stacked cases of one shape in every mode that takes their number of rows."""
+        """Run stacked cases of one shape in every mode that accepts this number of rows."""
         modes = self._modes(cases.shape[0])
         try:
             t = self._on_one_device(cases)
@@ -203,15 +203,15 @@ class Check:
                     self._tallies[law].add(cases, residuals)
 
     def _modes(self, rows: int) -> list[str]:
-        """Return the modes that take a batch of so many rows."""
+        """Return the modes that accept a batch of this many rows."""
         return [name for name in self._mapped if (name == UNEQUAL) == bool(rows % DEVICES)]
 
     def _on_one_device(self, cases: Case) -> Transition:
-        """Return the transitions of stacked cases on one device, with their rounding."""
+        """Return the transitions of stacked cases on one device, with their rounding noise."""
         return self._judge.with_rounding(observe(self._calls, cases, ()))
 
     def _seen(self, mode: str, t: Transition) -> Seen | None:
-        """Return what a mode gives of stacked cases; None, and a violation, where it raises."""
+        """Return the outcomes of stacked cases in a mode; None if it raises, which is a violation."""
         outcomes = []
         for index in range(len(t.case.seed)):
             before, case = take((t.before, t.case), index)
@@ -225,9 +225,9 @@ class Check:
         return Seen(mode, state, info, t)
 
     def confirm(self, law: str) -> None:
-        """Run the simplest case that breaks a law once more, by itself; dismiss the law without one.
+        """Run the simplest violating case again, on its own; without one, dismiss the violation.
 
-        A case by itself has other draws of its rounding than in the stack that it was found in.
+        The noise is estimated from other random roundings than in the stack.
         """
         tally = self._tallies[law]
         if not tally.violated:
@@ -240,7 +240,7 @@ class Check:
         tally.dismissed = True
 
     def _simplify(self, law: str) -> None:
-        """Put a simpler case that shows the same in the place of the one that breaks ``law``."""
+        """Replace the case that violates ``law`` by a simpler one with the same likely mistake."""
         if law not in self._broken:
             return
         broken = self._broken[law]
@@ -253,13 +253,13 @@ class Check:
                         return start + place
             return None
 
-        # What is simplest for another law is tried first.
+        # The simplest cases for other laws are tried first.
         others = [each.case for name, each in self._broken.items() if name != law]
         if breaks([case for case in others if case.shape == broken.case.shape]) is None:
             shrink.simplest(broken.case, breaks)
 
     def _breaking(self, law: str, cases: Sequence[Case]) -> Iterator[tuple[int, Broken]]:
-        """Yield those of some cases of one shape that break ``law``, each after its place among them."""
+        """Yield (index, violation) for each of the cases, all of one shape, that violates ``law``."""
         if not cases:
             return
         t = self._on_one_device(stack(cases))
@@ -270,7 +270,7 @@ class Check:
                     yield place, Broken(cases[place], *_explained(law, seen, place))
 
     def evidence(self, name: str) -> Evidence:
-        """Return what is known about one law."""
+        """Return the evidence for a law."""
         tally = self._tallies[name]
         if name in self._parallel.exempt:
             return Evidence.of(name, "exempt", reason=self._parallel.exempt[name])
@@ -284,11 +284,11 @@ class Check:
             worst = None if tally.dismissed else tally.worst
             return Evidence.of(name, "held", cases=tally.triggered, residual=worst, reason=reason)
         if name == UNEQUAL and self._parallel.counted_step is None:
-            reason = "the step takes no padding: no counted_step"
+            reason = "the step has no counted_step, so it does not support padding"
             return Evidence.of(name, "exempt", reason=reason)
         modes = [mode for mode in MODES if name in {mode, REPLICAS}]
         reasons = [self.missing.get(mode) or self._raised.get(mode, ("", ""))[1] for mode in modes]
-        reason = next(filter(None, reasons), "no case had digits to compare")
+        reason = next(filter(None, reasons), "rounding leaves no digits to compare in any case")
         return Evidence.of(name, "untriggered", reason=reason)
 
     def _violated(self, name: str, broken: Broken, worst: float | None) -> Evidence:
@@ -304,16 +304,16 @@ class Check:
         )
 
 
-# What a mode gave, how far that is from one device, and which mistake makes it so.
+# The outcome of a mode, how far it is from that of one device, and the most likely mistake.
 
 
 class Broken(NamedTuple):
-    """A case that breaks a law.
+    """A case that violates a law.
 
     Attributes:
         case: the case.
-        mistake: what explains it, a name in ``bnverify.mistakes``; empty where the step raises.
-        reason: in what the outcome differs, one line.
+        mistake: the likely mistake, a name in ``bnverify.mistakes``; empty if the step raises.
+        reason: the difference, in one line.
     """
 
     case: Case
@@ -322,13 +322,13 @@ class Broken(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a mode gave of K stacked cases, beside the step on one device.
+    """The outcomes of K stacked cases in a mode, with those of the step on one device.
 
     Attributes:
-        mode: the law that the mode is held to.
+        mode: the name of the law about the mode.
         state: the states, every leaf (K, devices, ...).
-        info: losses and gradients, likewise.
-        t: the transitions on one device, every leaf (K, ...), with their rounding.
+        info: losses and gradients, every leaf (K, devices, ...).
+        t: the transitions on one device, every leaf (K, ...), with their rounding noise.
     """
 
     mode: str
@@ -344,9 +344,9 @@ class Seen(NamedTuple):
         return found
 
     def parts(self) -> dict[str, Residuals]:
-        """Return part of the outcome -> its worst error over the devices, (K,).
+        """Return part of the outcome -> its largest residual over the devices, (K,).
 
-        Loss and gradients are compared by their mean over the devices: a step may report those of
+        Loss and gradients are averaged over the devices first, because a step may report those of
         its shard or of the whole batch.
         """
         noise = self.t.noise
@@ -363,32 +363,32 @@ class Seen(NamedTuple):
         return found
 
     def _apart(self, actual: Tree, expected: Tree, noise: Tree) -> Residuals:
-        """Return the worst error on any device, (K,): each of the two runs may err by the noise."""
+        """Return the largest residual of any device, (K,), if both runs have the noise."""
 
         def on_each(leaf: Any) -> Any:
             return np.repeat(leaf[:, None], devices, axis=1)
 
         devices = next((leaf.shape[1] for leaf in jax.tree_util.tree_leaves(actual)), 1)
         expected, noise = jax.tree_util.tree_map(on_each, (expected, noise))
-        with np.errstate(all="ignore"):  # what is not finite is not compared
+        with np.errstate(all="ignore"):  # values that are not finite are not compared
             found = within_noise(actual, expected, noise)
         residuals: Residuals = np.broadcast_to(found, self.t.case.seed.shape)
         return residuals
 
     def statistics_off(self, index: int) -> set[str]:
-        """Return the last names of the statistics that are off in one case, as "mean"."""
+        """Return the last names of the statistics that are wrong in one case, such as "mean"."""
         actual = jax.tree_util.tree_flatten_with_path(self.state.batch_stats)[0]
         trees = self.t.after.batch_stats, self.t.noise.state.batch_stats
         others = zip(*map(jax.tree_util.tree_leaves, trees), strict=True)
         return {
             path_name(path[-1:])
-            # Where there are fewer or more statistics than should be, no mistake fits anyway.
+            # If statistics are missing or added, no mistake fits anyway.
             for (path, leaf), (expected, noise) in zip(actual, others, strict=False)
             if self._apart(leaf, expected, noise)[index] > 1
         }
 
     def disagreeing(self) -> dict[str, npt.NDArray[np.bool_]]:
-        """Return path of a leaf of the state -> whether devices disagree about it, (K,)."""
+        """Return path of a leaf of the state -> whether it differs between devices, (K,)."""
         leaves = jax.tree_util.tree_flatten_with_path(self.state)[0]
         return {path_name(path): _disagree(leaf) for path, leaf in leaves}
 
@@ -406,7 +406,7 @@ def _disagree(leaf: Any) -> npt.NDArray[np.bool_]:
 
 
 def _explained(law: str, seen: Seen, index: int) -> tuple[str, str]:
-    """Return the most likely mistake behind one case, and in what its outcome differs."""
+    """Return the most likely mistake in one case, and how its outcome differs."""
     apart = [path for path, differ in seen.disagreeing().items() if differ[index]]
     trees = {path.partition("/")[0] for path in apart}
     if law == REPLICAS:
@@ -418,11 +418,11 @@ def _explained(law: str, seen: Seen, index: int) -> tuple[str, str]:
 
 
 def _mistake(law: str, seen: Seen, index: int, off: set[str], apart: set[str]) -> str:
-    """Return the most likely mistake, from the trees that are off and those that devices disagree about."""
+    """Return the most likely mistake, from the wrong trees and those that differ between devices."""
     if law == UNEQUAL:
         return "unequal_shards" if "batch_stats" in off else "mean_of_means"
     if "batch_stats" in off | apart:
-        # What averaged variances lack is the spread of the devices' means; the means are right.
+        # Averaged variances omit the variance of the devices' means; the means are right.
         averaged = "batch_stats" not in apart and seen.statistics_off(index) == {"var"}
         return "variances_averaged" if averaged else "statistics_not_synchronised"
     if apart & {"params", "opt_state"}:
@@ -433,7 +433,7 @@ def _mistake(law: str, seen: Seen, index: int, off: set[str], apart: set[str]) -
 
 
 def _is_summed(seen: Seen, index: int) -> bool:
-    """Return whether params moved as many times as far as there are devices, within a tenth."""
+    """Return whether params moved DEVICES times as far as on one device, within a tenth."""
 
     def moved(after: Any) -> float:
         rows = alike(after, seen.t.before.params) or []
@@ -444,23 +444,23 @@ def _is_summed(seen: Seen, index: int) -> bool:
     return bool(right > 0 and abs(moved(first) / right - DEVICES) < 0.1 * DEVICES)
 
 
-# A process of its own.
+# A separate process.
 
 
 def on_devices(
     targets: Sequence[str], plan: Profile, seed: int, names: Collection[str]
 ) -> dict[str, tuple[list[Evidence], int]]:
-    """Check steps in one process with simulated devices: target -> evidence, and how many cases.
+    """Check steps in one process with simulated devices; return target -> (evidence, number of cases).
 
     Args:
         targets: ``package.module:name`` or ``path/file.py:name``, each a Parallel or a function
-            that makes one.
+            that returns one.
         plan: how much to do.
-        seed: from which the cases are drawn.
-        names: names of laws of many devices.
+        seed: the seed of all cases.
+        names: names of laws of the family "parallel".
 
     Raises:
-        UsageError: nothing can be made of a target, or the process ended without an answer.
+        UsageError: a target is not a Parallel, or the process ended without a result.
     """
     asked = {"targets": list(targets), "plan": asdict(plan), "seed": seed, "names": list(names)}
     code = f"import sys; from {__name__} import answer; answer(*sys.argv[1:])"
@@ -481,7 +481,7 @@ def on_devices(
             ) from error
         if not file.exists():
             said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
-            raise UsageError(f"the process with {DEVICES} devices ended without an answer: {said}")
+            raise UsageError(f"the process with {DEVICES} devices ended without a result: {said}")
         found = json.loads(file.read_text(encoding="utf-8"))
     if "refused" in found:
         raise UsageError(found["refused"])
@@ -492,7 +492,7 @@ def on_devices(
 
 
 def environment() -> dict[str, str]:
-    """Return this process's environment with the simulated devices in it, on the CPU."""
+    """Return the environment variables of this process, plus those for simulated CPU devices."""
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(FLAG)]
     here = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (os.getcwd(), here, os.environ.get("PYTHONPATH", ""))))
@@ -508,16 +508,16 @@ def find(target: str) -> Parallel:
     """Return the data-parallel step that ``target`` names.
 
     Raises:
-        UsageError: it names none.
+        UsageError: it names something else.
     """
     made = load(target)
     if not isinstance(made, Parallel):
-        raise UsageError(f"{target} is no bnverify.Parallel, nor a function that makes one")
+        raise UsageError(f"{target} is not a bnverify.Parallel or a function that returns one")
     return made
 
 
 def answer(asked: str, file: str) -> None:
-    """Check each target in this process and write what was found; ``on_devices`` reads it."""
+    """Check each target in this process and write the results to a file for ``on_devices``."""
     given = json.loads(asked)
     plan = Profile(**{**given["plan"], "large": tuple(given["plan"]["large"])})
     found: dict[str, Any] = {}

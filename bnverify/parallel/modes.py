@@ -20,9 +20,9 @@ class Mode(NamedTuple):
     """A way to map a step over devices.
 
     Attributes:
-        make: from a step to its mapped form.
-        devices: how many devices it needs.
-        replicated: whether every device has a state of its own.
+        make: (the step) -> the mapped step.
+        devices: the number of devices that it needs.
+        replicated: whether every device has its own copy of the state.
     """
 
     make: Callable[[Parallel], Mapped]
@@ -66,11 +66,11 @@ def by_shard_map(parallel: Parallel) -> Mapped:
 
 
 def shard_map(function: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Any:
-    """Return ``function`` mapped over the shards of a mesh, without checked replication.
+    """Return ``function`` mapped over the shards of a mesh, without checking replication.
 
-    ``jax.shard_map`` with ``check_vma`` from jax 0.6.2, where ``jax.experimental.shard_map`` with
-    ``check_rep`` was before. Unchecked, a gradient inside is the shard's own and the user's pmean
-    takes the mean, as under ``pmap``; checked, newer releases sum it already.
+    ``jax.shard_map`` with ``check_vma`` from jax 0.6.2 on, ``jax.experimental.shard_map`` with
+    ``check_rep`` before. Without the check, a gradient inside is that of the shard, and the user's
+    pmean averages it, as under ``pmap``; with it, newer releases already sum the gradient.
     """
     new: Any = getattr(jax, "shard_map", None)
     if new is not None:
@@ -80,7 +80,7 @@ def shard_map(function: Callable[..., Any], mesh: Any, in_specs: Any, out_specs:
 
 
 def by_shardings(parallel: Parallel) -> Mapped:
-    """Return the whole step under ``jax.jit`` with its batch sharded and the rest on all devices."""
+    """Return the whole step under ``jax.jit`` with a sharded batch and everything else replicated."""
     spec = jax.sharding.PartitionSpec
     mesh = _mesh(parallel.axis)
     shared = jax.sharding.NamedSharding(mesh, spec())
@@ -94,9 +94,9 @@ def by_shardings(parallel: Parallel) -> Mapped:
 
 
 def by_counts(parallel: Parallel) -> Mapped:
-    """Return the step with padding under ``jax.vmap``, its batch padded to shards of equal size.
+    """Return the step with padding under ``jax.vmap``, its batch padded with zeros to equal shards.
 
-    Zeros are what padding usually is; a fault that counts them shows in the moments.
+    A step that counts the zeros has wrong moments.
     """
     axes = (None, 0, 0, 0, None)
     mapped = jax.jit(jax.vmap(parallel.counted_step, in_axes=axes, axis_name=parallel.axis))
@@ -131,4 +131,4 @@ MODES = {
     "jit_with_shardings_equals_one_device": Mode(by_shardings),
     UNEQUAL: Mode(by_counts, devices=1),
 }
-"""Law -> the mode that it holds to the step on one device."""
+"""Name of a law -> the mode that it compares with the step on one device."""

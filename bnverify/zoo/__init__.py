@@ -1,17 +1,17 @@
-"""The zoo: model families as subjects, and as living examples of what the adapters take.
+"""The zoo: model families as subjects, which are also examples of the adapters.
 
-Each name is a function without arguments that makes a Subject, so each can be checked as it
-stands: ``bnverify check bnverify.zoo:resnet``.
+Each name is a function without arguments that returns a Subject, and so a target:
+``bnverify check bnverify.zoo:resnet``.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from bnverify.zoo import images, layers, perceptrons  # noqa: F401 - they enter their subjects
+from bnverify.zoo import images, layers, perceptrons  # noqa: F401 - importing them adds their subjects
 from bnverify.zoo.subjects import SUBJECTS
 
-__all__ = sorted(SUBJECTS)  # noqa: PLE0605 - they are entered by the modules above
+__all__ = sorted(SUBJECTS)  # noqa: PLE0605 - added by the modules above
 
 
 def __getattr__(name: str) -> Any:

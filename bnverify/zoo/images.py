@@ -1,4 +1,4 @@
-"""Residual networks and a vision transformer, at toy size: images are 2 x 2 x 1.
+"""Residual networks and a vision transformer for images of 2 x 2 x 1.
 
 He et al. 2015, https://arxiv.org/abs/1512.03385. The last scale of each block starts at zero, so that a block
 starts as the identity: Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 5.1. Dosovitskiy et al. 2020,
@@ -33,13 +33,13 @@ def cross_entropy(logits: Any, labels: Any) -> Any:
 
 
 def joined(x: Any, h: Any, strides: tuple[int, int], norm: Any) -> Any:
-    """Return the two ways through a block as one: x is projected where its shape is not h's.
+    """Return h plus the shortcut: x, projected if its shape is not that of h.
 
     Args:
         x: the block's input (N, H, W, C).
-        h: what its convolutions make of it.
-        strides: of the projection.
-        norm: makes a normalisation of the block.
+        h: the output of its convolutions.
+        strides: the strides of the projection.
+        norm: creates a normalisation layer.
     """
     h = norm(scale_init=nn.initializers.zeros_init())(h)
     if x.shape != h.shape:
@@ -49,11 +49,11 @@ def joined(x: Any, h: Any, strides: tuple[int, int], norm: Any) -> Any:
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a way around them.
+    """Two 3 x 3 convolutions and a shortcut.
 
     Attributes:
-        width: channels of the output.
-        stride: of the first convolution, and of the projection that it asks for.
+        width: the number of output channels.
+        stride: the stride of the first convolution and of the projection.
     """
 
     width: int
@@ -71,11 +71,11 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """A 3 x 3 convolution between two of 1 x 1 that narrow and widen, and a way around them.
+    """Convolutions of 1 x 1, 3 x 3 and 1 x 1 with fewer channels inside, and a shortcut.
 
     Attributes:
-        width: channels inside; the output has four times as many.
-        stride: of the convolution in the middle, and of the projection.
+        width: the number of channels inside; the output has four times as many.
+        stride: the stride of the 3 x 3 convolution and of the projection.
     """
 
     width: int
@@ -97,7 +97,7 @@ class ResNet(nn.Module):
 
     Attributes:
         block: the class of the block.
-        width: of the block.
+        width: the width of the block.
     """
 
     block: Any = BasicBlock
@@ -116,10 +116,10 @@ class NnxBasicBlock(nnx.Module):
     """The basic block in nnx, always with a projection.
 
     Args:
-        width: channels of the input.
-        out: channels of the output.
-        stride: of the first convolution and of the projection.
-        rngs: of the initial kernels.
+        width: the number of input channels.
+        out: the number of output channels.
+        stride: the stride of the first convolution and of the projection.
+        rngs: the RNG streams for the initial params.
     """
 
     def __init__(self, width: int, out: int, stride: int, rngs: nnx.Rngs) -> None:
@@ -158,17 +158,17 @@ class NnxResNet(nnx.Module):
         return self.out(self.block(x).mean((1, 2)))
 
 
-# Of all of them.
+# Options of all subjects here.
 OPTIONS: Any = {"batch": images, "loss": cross_entropy, "features": SIDE * SIDE}
 
-subjects.linen("resnet", "A ResNet of a basic block.", ResNet(), **OPTIONS)
+subjects.linen("resnet", "A ResNet with one basic block.", ResNet(), **OPTIONS)
 subjects.linen(
     "resnet_bottleneck",
-    "A ResNet of a bottleneck block.",
+    "A ResNet with one bottleneck block.",
     ResNet(block=BottleneckBlock, width=1),
     **OPTIONS,
 )
-subjects.nnx("resnet", "A ResNet of one basic block.", NnxResNet, **OPTIONS)
+subjects.nnx("resnet", "A ResNet with one basic block in nnx.", NnxResNet, **OPTIONS)
 
 
 # The transformer.

@@ -1,4 +1,4 @@
-"""Running values that are not BatchNorm's, lifted transformations, and layers that are called twice."""
+"""Running values other than BatchNorm's, lifted transformations, and layers that are called twice."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from bnverify.zoo.perceptrons import Mlp
 MOMENTUM = 0.9
 WIDTH = 4
 
-# A metric's mean, online normalisation, power iteration.
+# The running mean of a metric, online normalisation, and power iteration.
 
 
 class RunningMean(nn.Module):
-    """Tracks the mean of what it is given, as a metric would; hands it on as it is."""
+    """Returns its input unchanged and tracks its mean, as a metric would."""
 
     momentum: float = MOMENTUM
 
@@ -51,7 +51,7 @@ class NnxRunningMean(nnx.Module):
     def __call__(self, value: Any, *, train: bool) -> Any:
         """Return ``value``; fold its mean into the running one in training."""
         if train:
-            # Made anew: how a Variable is written in place changes from release to release.
+            # A new Variable, because writing to one in place differs between releases.
             self.mean = nnx.BatchStat(MOMENTUM * self.mean + (1 - MOMENTUM) * jnp.mean(value))
         return value
 
@@ -77,7 +77,7 @@ class NnxTracked(nnx.Module):
 
 
 class OnlineNorm(nn.Module):
-    """Normalises by the running values, in training too; then folds the batch's moments in."""
+    """Normalises by the running values, also in training, and then folds in the batch's moments."""
 
     @nn.compact
     def __call__(self, x: Any, train: bool) -> Any:
@@ -118,13 +118,13 @@ subjects.linen("running_mean", TRACKED, Tracked())
 subjects.nnx("running_mean", TRACKED, NnxTracked)
 subjects.linen(
     "online_norm",
-    "Two layers that normalise by their running values, as they say of themselves.",
+    "Two layers that normalise by their running values, as declared.",
     OnlineMlp(),
     online=True,
 )
 subjects.linen(
     "spectral",
-    "BatchNorm and spectral normalisation, whose vectors are no averages.",
+    "BatchNorm and spectral normalisation, whose vectors are not averages.",
     SpectralMlp(),
 )
 
@@ -133,10 +133,10 @@ subjects.linen(
 
 
 class Block(nn.Module):
-    """Dense -> BatchNorm -> ReLU, with the form that ``nn.scan`` asks for: a carry and an output.
+    """Dense -> BatchNorm -> ReLU with the signature for ``nn.scan``: it returns a carry and an output.
 
     Attributes:
-        train: whether it trains; a field, since a transformed call takes arrays.
+        train: whether it is in train mode; a field, because a transformed call only takes arrays.
     """
 
     train: bool
@@ -166,7 +166,7 @@ class Lifted(nn.Module):
 
 
 def scan_over_three(block: type[nn.Module]) -> Any:
-    """Return three blocks, one after the other, each with variables of its own."""
+    """Return three consecutive blocks, each with its own variables."""
     return nn.scan(
         block,
         variable_axes={"params": 0, "batch_stats": 0},
@@ -176,9 +176,9 @@ def scan_over_three(block: type[nn.Module]) -> Any:
 
 
 class Settling(nn.Module):
-    """Inputs normalised twice by one layer in a loop, then an MLP: x (N, D) -> (N, 1).
+    """A layer that normalises its input twice in a loop, then an MLP: x (N, D) -> (N, 1).
 
-    Such a loop has no gradient backwards, so the layer inside it has no params.
+    A while loop has no reverse-mode gradient, so the layer inside has no params.
     """
 
     @nn.compact
@@ -201,7 +201,7 @@ class Settling(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """The mean of two MLPs that run side by side: x (N, D) -> (N, 1)."""
+    """The mean of two MLPs under ``nn.vmap``: x (N, D) -> (N, 1)."""
 
     @nn.compact
     def __call__(self, x: Any, train: bool) -> Any:
@@ -253,16 +253,22 @@ class NnxShared(nnx.Module):
 
 
 subjects.linen(
-    "remat", "A block whose activations are computed again in the backward pass.", Lifted(nn.remat)
+    "remat",
+    "A block under ``nn.remat``, which recomputes activations in the backward pass.",
+    Lifted(nn.remat),
 )
 subjects.linen(
     "scanned",
-    "A scan over three layers, whose statistics have an axis for the layers.",
+    "A scan over three layers, whose statistics have a layer axis.",
     Lifted(scan_over_three),
 )
-subjects.linen("while_loop", "A layer that writes in each turn of a while loop.", Settling())
+subjects.linen(
+    "while_loop",
+    "A layer that updates its statistics in each iteration of a while loop.",
+    Settling(),
+)
 subjects.linen("jitted", "A block under ``nn.jit``.", Lifted(nn.jit))
 subjects.linen("vmapped", "An ensemble under ``nn.vmap``.", Ensemble())
-SHARED = "Weights and statistics that are shared by two places."
+SHARED = "A layer that is used twice, with shared weights and statistics."
 subjects.linen("shared", SHARED, Shared())
 subjects.nnx("shared", SHARED, NnxShared)

@@ -1,4 +1,4 @@
-"""Multilayer perceptrons, with each option of BatchNorm and around many optimizers."""
+"""Multilayer perceptrons with the options of BatchNorm and with many optimizers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Mlp(nn.Module):
     """Dense -> BatchNorm -> ReLU for each width, then Dense(1): x (N, D) -> (N, 1).
 
     Attributes:
-        widths: of the hidden layers.
-        axis_name: over which BatchNorm synchronises; None: not at all.
-        fast_variance: whether BatchNorm takes E[h^2] - E[h]^2.
-        dtype: of the arithmetic; None: that of the input.
+        widths: the widths of the hidden layers.
+        axis_name: the mapped axis over which BatchNorm synchronises; None: it does not.
+        fast_variance: whether BatchNorm computes E[h^2] - E[h]^2.
+        dtype: the dtype of the computation; None: that of the input.
     """
 
     widths: Sequence[int] = (8,)
@@ -54,8 +54,8 @@ class NnxMlp(nnx.Module):
         din: D.
         rngs: of the initial kernels.
         axis_name: see ``Mlp``.
-        fast_variance: likewise.
-        dtype: likewise.
+        fast_variance: see ``Mlp``.
+        dtype: see ``Mlp``.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class NnxMlp(nnx.Module):
         self.out = nnx.Linear(8, 1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Any, mask: Any = None) -> Any:
-        """Return the predictions; rows without a mask, (N,), stay out of the statistics."""
+        """Return the predictions; rows where ``mask``, (N,), is False are not in the statistics."""
         columns = None if mask is None else mask[:, None]
         return self.out(nnx.relu(self.norm(self.hidden(x), mask=columns)))
 
 
 class LayerNormMlp(nn.Module):
-    """Dense -> LayerNorm -> ReLU -> Dense(1), which trains and evaluates alike."""
+    """Dense -> LayerNorm -> ReLU -> Dense(1), the same in training and evaluation."""
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
@@ -107,25 +107,25 @@ class NnxLayerNormMlp(nnx.Module):
 
 subjects.linen("mlp", "Two hidden layers.", Mlp(widths=(8, 4)))
 subjects.nnx("mlp", "One hidden layer.", NnxMlp)
-CONTROL = "The control: no law of statistics may have anything to say of it."
+CONTROL = "An MLP with LayerNorm, to which no law about statistics applies."
 subjects.linen("mlp_without_statistics", CONTROL, LayerNormMlp())
 subjects.nnx("mlp_without_statistics", CONTROL, NnxLayerNormMlp)
 
 
-# BatchNorm with each of its options.
+# The options of BatchNorm.
 
 PADDING = 3
 
 
 def padded(x: Any, y: Any) -> tuple[Any, Any]:
-    """Return a batch with rows of zeros at its end, and where its own rows are.
+    """Return a batch padded with rows of zeros, and the mask of its own rows.
 
     Args:
         x: (N, D).
         y: (N,).
 
     Returns:
-        ((x, mask), (y, mask)), all of N + PADDING rows.
+        ((x, mask), (y, mask)), each with N + PADDING rows.
     """
     mask = jnp.concatenate([jnp.ones_like(y, bool), jnp.zeros(PADDING, bool)])
     x = jnp.concatenate([x, jnp.zeros((PADDING, x.shape[1]), x.dtype)])
@@ -134,7 +134,7 @@ def padded(x: Any, y: Any) -> tuple[Any, Any]:
 
 
 def masked_mse(outputs: Any, targets: Any) -> Any:
-    """Return the mean squared error of the rows that are no padding.
+    """Return the mean squared error of the unmasked rows.
 
     Args:
         outputs: (N, 1).
@@ -149,7 +149,7 @@ class MaskedMlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any, mask: Any, train: bool) -> Any:
-        """Return the predictions; rows without a mask stay out of the statistics."""
+        """Return the predictions; rows where ``mask`` is False are not in the statistics."""
         x = nn.Dense(8)(x)
         x = nn.BatchNorm(use_running_average=not train)(x, mask=mask[:, None])
         return nn.Dense(1)(nn.relu(x))
@@ -158,7 +158,7 @@ class MaskedMlp(nn.Module):
 def with_option(
     name: str, sentence: str, adapter: dict[str, Any] | None = None, **option: Any
 ) -> None:
-    """Enter the MLP whose BatchNorm has an option, in linen and in nnx."""
+    """Add the MLP whose BatchNorm has an option, in linen and in nnx."""
     subjects.linen(name, sentence, Mlp(**option), **(adapter or {}))
     subjects.nnx(name, sentence, lambda din, rngs: NnxMlp(din, rngs, **option), **(adapter or {}))
 
@@ -171,26 +171,26 @@ with_option(
     axis_name="batch",
 )
 with_option(
-    "bfloat16", "Arithmetic in bfloat16 around float32 params and statistics.", dtype=jnp.bfloat16
+    "bfloat16", "Computation in bfloat16 with float32 params and statistics.", dtype=jnp.bfloat16
 )
 with_option(
-    "float16", "Arithmetic in float16 around float32 params and statistics.", dtype=jnp.float16
+    "float16", "Computation in float16 with float32 params and statistics.", dtype=jnp.float16
 )
 MASKED = "A padded batch whose padding is masked."
 subjects.linen("masked", MASKED, MaskedMlp(), batch=padded, loss=masked_mse)
 subjects.nnx("masked", MASKED, NnxMlp, batch=padded, loss=masked_mse)
 
 
-# Other optimizers than plain SGD.
+# Optimizers other than plain SGD.
 
 
 def kernels(params: Any) -> Any:
-    """Return which of ``params`` are kernels, a tree of bools: what a decay is meant for."""
+    """Return a tree of bools: whether each param is a kernel, for weight decay."""
     return jax.tree_util.tree_map(lambda leaf: leaf.ndim > 1, params)
 
 
 def around(name: str, sentence: str, optimizer: Any) -> None:
-    """Enter the MLP around an optimizer, a function of the learning rate."""
+    """Add the MLP with an optimizer, a function of the learning rate."""
     subjects.linen(name, sentence, Mlp(), optimizer=optimizer)
 
 
@@ -203,29 +203,29 @@ around(
 around("adam", "Adam.", optax.adam)
 around(
     "adamw",
-    "AdamW, decaying the kernels alone.",
+    "AdamW that decays only the kernels.",
     lambda lr: optax.adamw(lr, weight_decay=1e-2, mask=kernels),
 )
 around("lion", "Lion, whose update is a sign.", optax.lion)
 around("rmsprop", "RMSprop.", optax.rmsprop)
 around(
     "adafactor",
-    "Adafactor, its second moments factored even for kernels as small as these.",
+    "Adafactor with factored second moments even for small kernels.",
     lambda lr: optax.adafactor(lr, min_dim_size_to_factor=2),
 )
 around(
     "masked_decay",
-    "SGD with a decay that a mask keeps to the kernels.",
+    "SGD with weight decay masked to the kernels.",
     lambda lr: optax.chain(optax.masked(optax.add_decayed_weights(1e-2), kernels), optax.sgd(lr)),
 )
 around(
     "multi_transform",
-    "Adam for the kernels and SGD for all else.",
+    "Adam for the kernels and SGD for everything else.",
     lambda lr: optax.multi_transform({True: optax.adam(lr), False: optax.sgd(lr)}, kernels),
 )
 around(
     "multi_steps",
-    "SGD that gathers the gradients of two steps.",
+    "SGD with gradient accumulation over two steps.",
     lambda lr: optax.MultiSteps(optax.sgd(lr), 2).gradient_transformation(),
 )
 around(
@@ -235,14 +235,13 @@ around(
 )
 around(
     "injected",
-    "SGD that keeps its learning rate in its state.",
+    "SGD with its learning rate in the state, by optax.inject_hyperparams.",
     lambda lr: optax.inject_hyperparams(optax.sgd)(learning_rate=lr),
 )
 
 
-# An exponential moving average of the params, kept in the train state beside them. Evaluation reads the
-# average, with the running statistics of the params that are trained: what most repositories do, and what is
-# right only as long as both move slowly.
+# An exponential moving average of the params in the train state. Evaluation uses the average with the running
+# statistics of the trained params, as most repositories do; this is right only while both change slowly.
 
 
 class TrainState(train_state.TrainState):
@@ -292,6 +291,6 @@ def eval_step(state: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
 subjects.enter(
     "averaged_params",
-    "A loop that evaluates the average of its params.",
+    "A loop that evaluates an average of its params.",
     partial(bnverify.train_state, create, train_step, eval_step),
 )

@@ -1,4 +1,4 @@
-"""The one list of the zoo's subjects, and how a model is entered into it."""
+"""The zoo's subjects, and the functions that add to them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import bnverify
 
 SUBJECTS: dict[str, Callable[[], bnverify.Subject]] = {}
-"""Name -> a function that makes the subject; its docstring says in a sentence what it is."""
+"""Name -> a function that returns the subject; its docstring describes it in a sentence."""
 
 
 def enter(name: str, sentence: str, make: Callable[..., bnverify.Subject]) -> None:
-    """Enter what ``make(name=...)`` makes."""
+    """Add the subject that ``make(name=...)`` returns."""
 
     def made() -> bnverify.Subject:
         return make(name=f"zoo:{name}")
@@ -23,10 +23,10 @@ def enter(name: str, sentence: str, make: Callable[..., bnverify.Subject]) -> No
 
 
 def linen(name: str, sentence: str, module: Any, **options: Any) -> None:
-    """Enter a linen module; for the options see ``bnverify.linen``."""
+    """Add a linen module; for the options see ``bnverify.linen``."""
     enter(name, sentence, partial(bnverify.linen, module, **options))
 
 
 def nnx(name: str, sentence: str, make: Any, **options: Any) -> None:
-    """Enter an nnx module, as ``name_nnx``; for the options see ``bnverify.nnx``."""
+    """Add an nnx module as ``name_nnx``; for the options see ``bnverify.nnx``."""
     enter(f"{name}_nnx", sentence, partial(bnverify.nnx, make, **options))

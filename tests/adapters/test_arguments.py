@@ -78,7 +78,7 @@ OPTIMIZER = r"optimizer must be a function of the learning rate, like .*, got a 
         (lambda: bnverify.linen(Net(), features="4"), "features must be the D .*, got '4'"),  # type: ignore[arg-type]
         (
             lambda: bnverify.train_state(nothing, nothing, rows=0),
-            "rows must be the number of which N is a multiple, got 0",
+            "rows must be a number that divides N, got 0",
         ),
         (lambda: bnverify.linen(Net(), features=0), "features must be the D .*, got 0"),
         (lambda: bnverify.linen(Net(), features=()), r"features must be the D .*, got \(\)"),

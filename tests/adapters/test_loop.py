@@ -348,7 +348,7 @@ class TestRoles:
         _, expected, _ = one_step(loop(code.create, code.train_step))
         jax.tree_util.tree_map(np.testing.assert_array_equal, after.params, expected.params)
         with pytest.raises(
-            UsageError, match=r"roles=\{'left': 'pictures'\} names no role; the roles are"
+            UsageError, match=r"roles=\{'left': 'pictures'\} is not a role; the roles are"
         ):
             loop(code.create, step, roles={"left": "pictures"})
 

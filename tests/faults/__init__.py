@@ -1,11 +1,11 @@
-"""Wrong training steps, each by name: what the verifier is verified with.
+"""The catalogue of faults: wrong training steps, each with a name, which the laws must detect.
 
-``python -m tests.faults``, from the root of the checkout, holds them to the laws. The faults of one step
-and the correct controls are here, the others beside them: of whole loops in ``loops``, of the life of a
-state in ``life``, of many devices in ``parallel``.
+``python -m tests.faults``, from the root of the checkout, checks them against the laws. ``FAULTS`` has the
+faults of a single step, ``CONTROLS`` correct steps. The others are in modules of their own: faults of whole
+loops in ``loops``, of saving and restoring in ``life``, of several devices in ``parallel``.
 """
 
-from tests.faults import (  # noqa: F401 - imported for what they enter into the catalogue
+from tests.faults import (  # noqa: F401 - importing them fills the catalogue
     carrying,
     controls,
     frameworks,

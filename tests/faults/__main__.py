@@ -1,14 +1,14 @@
-"""Hold the faults of the catalogue to the laws; run it from the root of the checkout.
+"""Check the faults of the catalogue against the laws; run it from the root of the checkout.
 
     python -m tests.faults --profile quick
     python -m tests.faults --shard 1/2 --json one.json
     python -m tests.faults --read one.json two.json
 
-Prints a matrix, a row for each fault, a column for each law that notices at least one; how many faults
-each law notices, and which no other law does; and every fault that survives, with the reason. Exit status 1
-where a fault survives without a stated reason, or a law no longer notices a fault that it noticed in every
-earlier audit. ``--learn`` keeps what was found in ``tests/faults/expected.json``, to which later audits are
-held.
+Prints a matrix with a row for each fault and a column for each law that detects at least one; the number of
+faults that each law detects, and those that no other law detects; and the surviving faults, with the reason.
+The exit status is 1 if a fault survives without a reason, or if a law no longer detects a fault that it
+detected in every earlier audit. ``--learn`` stores the results in ``tests/faults/expected.json`` for later
+audits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # every claim is about the CPU backend
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # all results are about the CPU backend
 
 from bnverify.errors import UsageError, did_you_mean
 from bnverify.profile import PROFILES, Shard
@@ -27,7 +27,7 @@ from tests.faults import FAULTS, Fault, audit
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what the command takes."""
+    """Return the parser of the command."""
     description, _, rest = (__doc__ or "").partition("\n")
     found = argparse.ArgumentParser(
         "python -m tests.faults",
@@ -42,11 +42,15 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seed", type=int, default=0, help="the seed of all cases; default: 0")
     found.add_argument("--shard", metavar="K/N", help="only the K-th of N parts of the faults")
     found.add_argument(
-        "--read", metavar="FILE", type=Path, nargs="+", help="check nothing; show what --json wrote"
+        "--read",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        help="check nothing; show files written by --json",
     )
     found.add_argument("--json", metavar="FILE", type=Path, help="write the findings to FILE")
-    found.add_argument("--picture", metavar="FILE", type=Path, help="draw the matrix, as SVG")
-    found.add_argument("--learn", action="store_true", help="hold later audits to what was found")
+    found.add_argument("--picture", metavar="FILE", type=Path, help="draw the matrix as SVG")
+    found.add_argument("--learn", action="store_true", help="store the results for later audits")
     return found
 
 
@@ -54,7 +58,7 @@ def chosen(names: Sequence[str] | None, shard: str | None) -> list[Fault]:
     """Return the faults to check.
 
     Raises:
-        UsageError: a name is no fault's, or nothing is left.
+        UsageError: there is no fault of a name, or no fault is left.
     """
     known = {*FAULTS, *(fault.family for fault in FAULTS.values())}
     for name in names or ():
@@ -68,7 +72,7 @@ def chosen(names: Sequence[str] | None, shard: str | None) -> list[Fault]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run and print; return the exit status."""
+    """Run the command and return the exit status."""
     options = parser().parse_args(arguments)
     try:
         if options.read:

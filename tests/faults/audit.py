@@ -1,6 +1,6 @@
-"""Verify the verifier: hold faults of the catalogue to the laws, and show which laws notice which.
+"""Check the faults of the catalogue against the laws, and show which laws detect which faults.
 
-``python -m tests.faults`` does it from the command line.
+``python -m tests.faults`` is the command.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from tests.faults.catalogue import EXPECTED, FAULTS, Fault, learned
 
 @dataclass(frozen=True)
 class Finding:
-    """What the laws say about one fault.
+    """The result for one fault.
 
     Attributes:
         fault: its name.
         family: its family.
-        laws: the laws that it breaks.
-        refusal: how jax or flax refused it, where they must; empty where it ran.
+        laws: the laws that it violates.
+        refusal: the error with which jax or flax refuses it; empty if it runs.
         seconds: how long the check took.
-        shape: (N, D) of the smallest counterexample; None where no case is needed.
-        diagnosed: whether the mistake that is named first, at the first broken law, is the fault's own.
-        survives: the stated reason why nothing need catch it.
-        lost: the laws that must notice it and did not.
-        failure: how the check itself failed, which is no verdict; empty: it did not.
+        shape: (N, D) of the smallest counterexample; None if no case is needed.
+        diagnosed: whether the first violated law is reported with the fault's own mistake.
+        survives: the reason why no law needs to detect it.
+        lost: the laws that should detect it but do not.
+        failure: the error of the check itself; empty if there is none.
     """
 
     fault: str
@@ -52,40 +52,40 @@ class Finding:
 
     @property
     def killed(self) -> bool:
-        """Whether a law noticed, or the libraries refused the step."""
+        """Whether a law detects it, or the libraries refuse it."""
         return bool(self.laws or self.refusal)
 
     @property
     def reason(self) -> str:
-        """Why no law notices the fault."""
+        """Why no law detects the fault."""
         failed = f"the check itself failed: {self.failure}" if self.failure else ""
-        return self.survives or failed or "a gap: no law notices it"
+        return self.survives or failed or "a gap: no law detects it"
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The findings on a catalogue."""
+    """The results for a catalogue."""
 
     findings: tuple[Finding, ...]
 
     @property
     def survivors(self) -> tuple[Finding, ...]:
-        """The faults that no law noticed."""
+        """The faults that no law detects."""
         return tuple(finding for finding in self.findings if not finding.killed)
 
     @property
     def unexplained(self) -> tuple[Finding, ...]:
-        """The survivors without a stated reason."""
+        """The survivors without a reason."""
         return tuple(finding for finding in self.survivors if not finding.survives)
 
     @property
     def lost(self) -> dict[str, tuple[str, ...]]:
-        """Fault -> the laws that must notice it and did not."""
+        """Fault -> the laws that should detect it but do not."""
         return {finding.fault: finding.lost for finding in self.findings if finding.lost}
 
     @property
     def ok(self) -> bool:
-        """Whether every fault that must be noticed was, by every law that must notice it."""
+        """Whether every fault is detected, by every law that should, or survives for a stated reason."""
         return not self.unexplained and not self.lost
 
     @property
@@ -100,7 +100,7 @@ class Audit:
         )
 
     def killers(self) -> list[str]:
-        """Return the laws that notice any fault, those that notice most first."""
+        """Return the laws that detect any fault, those that detect most first."""
         kills: dict[str, int] = {}
         for finding in self.findings:
             for law in finding.laws:
@@ -108,7 +108,7 @@ class Audit:
         return sorted(kills, key=lambda law: (-kills[law], law))
 
     def alone(self) -> dict[str, list[str]]:
-        """Return law -> the faults that it alone notices."""
+        """Return law -> the faults that only this law detects."""
         kills: dict[str, list[str]] = {}
         for finding in self.findings:
             if len(finding.laws) == 1:
@@ -128,7 +128,7 @@ class Audit:
 
     @classmethod
     def from_json(cls, texts: Iterable[str]) -> Audit:
-        """Return what several audits found together, as one; of a fault that two had, the last."""
+        """Return several audits as one; if two contain the same fault, the last one counts."""
         found = {each["fault"]: each for text in texts for each in json.loads(text)["findings"]}
 
         def finding(each: dict[str, Any]) -> Finding:
@@ -146,13 +146,13 @@ def audit(
     seed: int = 0,
     listener: Callable[[Finding], None] | None = None,
 ) -> Audit:
-    """Hold each of ``faults`` to the laws.
+    """Check each of ``faults`` against the laws.
 
     Args:
         faults: of the catalogue.
         profile: how much to do for each.
-        seed: from which the cases are drawn.
-        listener: told of each finding.
+        seed: the seed of all cases.
+        listener: called with each finding.
     """
     findings = []
     for fault in faults:
@@ -164,17 +164,17 @@ def audit(
 
 
 def examine(fault: Fault, profile: ProfileName | Profile, seed: int) -> Finding:
-    """Return what the laws say about one fault."""
+    """Return the result for one fault."""
     started = time.perf_counter()
     refusal = failure = ""
     report: Report | None = None
     try:
         report = Check(fault.make(), profile, ignore=("life", "parallel")).run(seed)
-    except Exception as error:  # noqa: BLE001 - a fault may raise whatever it likes
+    except Exception as error:  # noqa: BLE001 - a fault may raise anything
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if fault.raises in kinds:
             refusal = first_line(error)
-        else:  # the checker's own trouble kills nothing
+        else:  # an error of the check itself detects nothing
             failure = first_line(error)
     broken = report.violated if report else ()
     shapes = [evidence.shape for evidence in broken if evidence.shape is not None]
@@ -193,10 +193,10 @@ def examine(fault: Fault, profile: ProfileName | Profile, seed: int) -> Finding:
 
 
 def expected(audits: Sequence[Iterable[Mapping[str, Any]]]) -> dict[str, list[str]]:
-    """Return fault -> the laws that noticed it in each audit that had it, where there are any.
+    """Return fault -> the laws that detected it in every audit that contains it, if there are any.
 
     Args:
-        audits: of each, its findings as in its JSON.
+        audits: the findings of each audit, as in its JSON.
     """
     laws: dict[str, set[str]] = {}
     for findings in audits:
@@ -209,9 +209,9 @@ def expected(audits: Sequence[Iterable[Mapping[str, Any]]]) -> dict[str, list[st
 
 
 def learn(texts: Iterable[str]) -> None:
-    """Rewrite ``expected.json``, to which later audits are held, from the JSON of audits.
+    """Update ``expected.json``, the results that later audits must find, from the JSON of audits.
 
-    Of a fault that none of them had, it says what it said before.
+    Entries for faults that no audit contains remain.
     """
     audits = [json.loads(text)["findings"] for text in texts]
     had = {finding["fault"] for findings in audits for finding in findings}
@@ -226,9 +226,9 @@ NAME = 50  # columns for a fault's name
 
 
 def text(audit: Audit) -> str:
-    """Return the summary, the matrix, what each law alone notices, and the survivors."""
+    """Return the summary, the matrix, the faults that only one law detects, and the survivors."""
     laws, alone = audit.killers(), audit.alone()
-    lines = [audit.summary, "", "faults and the laws that notice them", *matrix(audit), ""]
+    lines = [audit.summary, "", "faults and the laws that detect them", *matrix(audit), ""]
     for number, law in enumerate(laws, 1):
         kills = sum(law in finding.laws for finding in audit.findings)
         only = f", alone {len(alone[law])}" if law in alone else ""
@@ -239,7 +239,7 @@ def text(audit: Audit) -> str:
         lines.append("")
     lines += [f"survives: {finding.fault}: {finding.reason}" for finding in audit.survivors]
     lines += [
-        f"lost: {fault} is no longer noticed by {', '.join(names)}"
+        f"lost: {fault} is no longer detected by {', '.join(names)}"
         for fault, names in audit.lost.items()
     ]
     return "\n".join(lines) + "\n"
@@ -265,7 +265,7 @@ def matrix(audit: Audit) -> Iterator[str]:
         yield f"  {finding.fault[:NAME]:<{NAME}}{cells}{size} {finding.seconds:.1f}s"
 
 
-# As a picture: SVG written by hand, self-contained.
+# As a picture: SVG without external resources.
 
 CELL = 9
 LEFT, TOP = 320, 300
@@ -273,10 +273,10 @@ INK, HIT, ALONE, MISS, GAP = "#222222", "#3b6ea8", "#c2410c", "#eef1f5", "#b91c1
 
 
 def picture(audit: Audit) -> str:
-    """Return the picture: a row for each fault, a column for each law that notices any.
+    """Return the picture: a row for each fault, a column for each law that detects any.
 
-    A square is filled where the law notices the fault, in another shade and with a cross where
-    it alone does; a survivor's row is struck through, so colour only repeats what shapes say.
+    A square means that the law detects the fault, a darker one with a cross that no other law does; the rows of
+    survivors are struck through. The picture can be read without colours.
     """
     laws = audit.killers()
     rows = sorted(audit.findings, key=lambda finding: (finding.family, -len(finding.laws)))

@@ -1,6 +1,6 @@
-"""Faults of the optimizer, of what a step carries on, and those that need a second step to show.
+"""Faults of the optimizer and of the returned state, and faults that only a second step shows.
 
-Faults that only a save and a restore show are in ``life.py``: a step alone cannot have them.
+Faults of saving and restoring are in ``life.py``.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def clipped(s: Any, grads: Tree, state: State, lr: Any) -> tuple[Tree, Tree]:
 
 
 def of_normalisation(params: Tree) -> Tree:
-    """Return a mask of ``params`` that is true for the scales and biases of normalisations."""
+    """Return a mask of ``params`` that is True for the scales and biases of normalisations."""
     return by_path(lambda path, leaf: "Norm_" in path, params)
 
 
@@ -125,9 +125,9 @@ def output_bias_kept(s: Any, old: State, new: State) -> State:
 
 
 def statistics_of_another_pass(after_the_update: bool) -> Any:
-    """Return a ``step`` with the statistics of a second pass over its batch.
+    """Return a ``step`` that returns the statistics of a second pass over its batch.
 
-    With the params after the update and from the old statistics, or the other way round.
+    That pass uses the new params and the old statistics, or the old params and the new statistics.
     """
 
     def step(s: Any, state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
@@ -155,7 +155,7 @@ def rate_falls_with_every_call(s: Any, grads: Tree, state: State, lr: Any) -> tu
 
 
 def params_overwritten(s: Any, state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
-    """Step, then overwrite what was given: traced, these dictionaries are nobody's."""
+    """Step, then overwrite the arguments; under jit, these dictionaries are copies."""
     after, info = s.right.step(state, x, y, lr)
     for layer, leaves in after.params.items():
         state.params[layer].update(leaves)
@@ -163,7 +163,7 @@ def params_overwritten(s: Any, state: State, x: Any, y: Any, lr: Any) -> tuple[S
 
 
 def fresh(state: State) -> Any:
-    """Tell whether the running means are still zero."""
+    """Return whether the running means are still zero."""
     leaves = jax.tree_util.tree_leaves_with_path(state.batch_stats)
     means = [leaf for path, leaf in leaves if path[-1].key == "mean"]
     return jnp.all(jnp.stack([jnp.all(mean == 0.0) for mean in means]))
@@ -181,7 +181,7 @@ def is_integer(leaf: Any) -> bool:
 
 
 def either(condition: Any, one: Tree, other: Tree) -> Tree:
-    """Return the tree ``one`` where ``condition`` holds, else the other."""
+    """Return the tree ``one`` if ``condition`` is true, else ``other``."""
     return mapped(lambda a, b: jnp.where(condition, a, b), one, other)
 
 
@@ -206,7 +206,7 @@ def rate_by_count(rate: Any) -> Any:
 
 
 def cleared_every_second_step(s: Any, old: State, new: State) -> State:
-    """Clear all but the count."""
+    """Clear everything except the count."""
     clear = counted(new.opt_state) % 2 == 0
     cleared = mapped(
         lambda leaf: leaf if leaf.ndim == 0 else jnp.where(clear, 0.0, leaf), new.opt_state
@@ -225,7 +225,7 @@ def buffer_of_the_scale_cleared(s: Any, grads: Tree, state: State, lr: Any) -> t
 
 
 def plain_average(s: Any, old: State, new: State) -> State:
-    """Undo the moving average and weigh the new by one over the count."""
+    """Replace the moving average by the plain average of all steps."""
     count = counted(new.opt_state).astype(jnp.float32)
 
     def average(was: Any, now: Any) -> Any:
@@ -267,27 +267,27 @@ fault("moving_average_scaled_by_learning_rate", "statistics_fed_to_the_optimizer
       "The optimizer makes the moving average: the statistics move by lr times their change.",
       step=statistics_moved_by_the_rate)
 fault("update_dropped", "update_dropped",
-      "The updated params are computed and forgotten.",
+      "The updated params are computed and dropped.",
       thread=carried(params=lambda old, new: old),
       source="https://github.com/borisdayma/dalle-mini/pull/71")
 fault("output_bias_never_updated", "update_dropped",
       "One leaf, the bias of the last layer, stays as it was initialised.",
       thread=output_bias_kept)
 fault("half_update", "update_scaled",
-      "The params that are carried on are the mean of the old and the new ones.",
+      "The step returns the mean of the old and the new params.",
       thread=carried(params=lambda old, new: mapped(lambda a, b: (a + b) / 2, old, new)))
 fault("update_applied_twice", "update_applied_twice",
       "The update is added to the params twice.",
       update=applied(lambda params, updates, lr:
           optax.apply_updates(optax.apply_updates(params, updates), updates)))
 fault("optimizer_steps_twice", "update_applied_twice",
-      "The optimizer is asked for two updates from one gradient, and its state advances twice.",
+      "tx.update is called twice with one gradient, so the optimizer's state advances twice.",
       optimizer=momentum, update=updated_twice)
 fault("gradient_applied_as_update", "wrong_sign",
       "The gradient itself is added to the params: uphill, and without the learning rate.",
       update=beside_the_optimizer(lambda params, grads, lr: optax.apply_updates(params, grads)))
 fault("update_subtracted", "wrong_sign",
-      "What the optimizer returns is subtracted from the params: gradient ascent.",
+      "The optimizer's updates are subtracted from the params: gradient ascent.",
       update=applied(lambda params, updates, lr: mapped(lambda p, u: p - u, params, updates)))
 fault("learning_rate_fixed", "learning_rate_ignored",
       "The optimizer was built with a learning rate of 0.01, whatever rate the step is given.",
@@ -297,21 +297,21 @@ fault("learning_rate_applied_twice", "learning_rate_applied_twice",
       update=applied(lambda params, updates, lr:
           optax.apply_updates(params, mapped(lambda u: lr * u, updates))))
 fault("optimizer_bypassed", "optimizer_bypassed",
-      "Adam's state is kept up, but the params move by plain gradient descent.",
+      "Adam's state is updated, but the params move by plain gradient descent.",
       optimizer=adam,
       update=beside_the_optimizer(lambda params, grads, lr:
           mapped(lambda p, g: p - lr * g, params, grads)))
 fault("decay_outside_the_learning_rate", "decay_outside_the_learning_rate",
-      "Every step shrinks the params by one percent, at a learning rate of zero too.",
+      "Every step shrinks the params by one percent, even at a learning rate of zero.",
       thread=carried(params=lambda old, new: mapped(lambda leaf: (1 - DECAY) * leaf, new)),
       source="https://github.com/google-deepmind/optax/issues/25")
 fault("decay_of_norm_parameters", "decay_of_norm_parameters",
-      "The declared decay spares scale and bias; the one in use has lost its mask.",
+      "The declared decay excludes scale and bias; the one in use has no mask.",
       optimizer=masked_decay, probed=False,
       tx=lambda s, lr: optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(lr)),
       source="https://github.com/google-deepmind/optax/issues/25")
 fault("decay_mask_flipped", "decay_of_norm_parameters",
-      "The decay's mask is the wrong way round: it decays the normalisation and nothing else.",
+      "The mask of the decay is inverted: it decays the normalisation and nothing else.",
       optimizer=masked_decay, probed=False,
       tx=lambda s, lr:
           optax.chain(optax.add_decayed_weights(DECAY, mask=of_normalisation), optax.sgd(lr)),
@@ -324,10 +324,10 @@ fault("adamw_without_its_mask", "decay_of_norm_parameters",
           optax.adamw(lr, weight_decay=DECAY, mask=lambda params: mapped(lambda _: True, params)),
       source="https://github.com/salesforce/jaxformer/issues/28")
 fault("undeclared_clipping", "update_scaled",
-      "Gradients of a global norm above 1 are scaled down, which the optimizer does not say.",
+      "Gradients are clipped to a global norm of 1, outside the declared optimizer.",
       update=clipped)
 
-# How state is carried: dropped, stale, re-initialised, or of the wrong kind.
+# How state is passed on: dropped, stale, initialised again, or in the wrong types.
 
 fault = partial(enter, family="carrying")
 
@@ -335,7 +335,7 @@ fault("old_state_returned", "update_dropped",
       "The step returns the whole state that it was given.",
       thread=lambda s, old, new: old, source="https://github.com/google/flax/issues/2467")
 fault("new_statistics_dropped", "new_statistics_dropped",
-      "The new statistics are computed and forgotten.",
+      "The new statistics are computed and dropped.",
       thread=carried(batch_stats=lambda old, new: old),
       source="https://github.com/HomericIntelligence/Odyssey/issues/5532")
 fault("new_variables_from_old_params", "update_dropped",
@@ -348,20 +348,20 @@ fault("statistics_reinitialised", "statistics_reinitialised",
           s.right.gradients(state._replace(batch_stats=s.variables(0, x)["batch_stats"]), x, y),
       source="https://github.com/google/flax/issues/2232")
 fault("old_optimizer_state_kept", "old_optimizer_state_kept",
-      "The optimizer's new state is forgotten.",
+      "The optimizer's new state is dropped.",
       optimizer=momentum, thread=carried(opt_state=lambda old, new: old),
       source="https://github.com/google/flax/issues/2467")
 fault("old_adam_state_kept", "old_optimizer_state_kept",
-      "Adam's new moments and count are forgotten.",
+      "Adam's new moments and count are dropped.",
       optimizer=adam, thread=carried(opt_state=lambda old, new: old))
 fault("old_optimizer_state_of_kernels", "old_optimizer_state_kept",
-      "The optimizer's state of the matrices stays old, that of the vectors goes on.",
+      "The optimizer state of matrices is not updated, that of vectors is.",
       optimizer=adam,
       thread=carried(opt_state=lambda old, new:
           mapped(lambda now, was: was if jnp.ndim(now) == 2 else now, new, old)),
       minimal=(2, 1))
 fault("optimizer_reinitialised", "optimizer_reinitialised",
-      "The optimizer's state is made anew in each step, so momentum never builds up.",
+      "The optimizer is initialised again in each step, so momentum never builds up.",
       optimizer=momentum,
       update=lambda s, grads, state, lr:
           s.right.update(grads, state._replace(opt_state=s.tx(lr).init(state.params)), lr))
@@ -381,24 +381,24 @@ fault("params_overwritten_in_place", "inputs_overwritten",
       "The step writes the new params into the dictionaries that its caller still holds.",
       step=params_overwritten, source="https://github.com/jax-ml/jax/issues/37830")
 
-# What a first step from fresh state does not show. None keeps anything outside the state: what the step
-# knows of its past is that the statistics have left their initial values, or the optimizer has counted.
+# Faults that the first step does not show. None keeps anything outside the state: a later step is recognised
+# by the statistics, which no longer have their initial values, or by the optimizer's count.
 
 fault = partial(enter, family="two_steps")
 
 fault("statistics_only_move_on_the_first_step", "average_not_steady",
-      "The statistics move while they are as initialised, and never again.",
+      "The statistics change only while they have their initial values.",
       thread=lambda s, old, new:
           new._replace(batch_stats=either(fresh(old), new.batch_stats, old.batch_stats)))
 fault("first_batch_replaces_the_initial_statistics", "average_not_steady",
-      "Statistics as initialised are replaced by the first batch's, not averaged with them.",
+      "Initial statistics are replaced by the first batch's moments, not averaged with them.",
       base=HandwrittenNorm, fold=first_batch_whole,
       source="https://github.com/google/flax/issues/2232")
 fault("running_moments_normalise_once_they_have_moved", "loss_reads_old_statistics",
       "The first step normalises by its batch, all later ones by the running moments.",
       base=HandwrittenNorm, training_moments=old_moments_once_they_have_moved)
 fault("params_frozen_after_the_first_step", "update_dropped",
-      "Params are updated while the statistics are as initialised, and never again.",
+      "Params are updated only while the statistics have their initial values.",
       thread=lambda s, old, new: new._replace(params=either(fresh(old), new.params, old.params)))
 fault("rate_halved_after_the_first_step", "update_scaled",
       "From the optimizer's second step on, half the declared learning rate is used.",
@@ -411,7 +411,7 @@ fault("sign_flips_on_the_fifth_step", "wrong_sign",
       optimizer=adam, update=rate_by_count(lambda count, lr: jnp.where(count == 4, -lr, lr)),
       survives="outside the default domain, which observes at most the third step from fresh state")
 fault("optimizer_count_stuck", "old_optimizer_state_kept",
-      "Adam's count of steps stays as it was, so its bias correction is always the first one's.",
+      "Adam's count is not updated: its bias correction is always that of the first step.",
       optimizer=adam,
       thread=carried(opt_state=lambda old, new:
           mapped(lambda now, was: was if is_integer(now) else now, new, old)))
@@ -425,11 +425,11 @@ fault("cumulative_average", "average_not_steady",
       "From the second step on, the statistics are the plain average of all steps' moments.",
       optimizer=adam, thread=plain_average)
 fault("momentum_lost_after_the_first_step", "average_not_steady",
-      "The backup of momentum is overwritten: once the statistics have moved, it is 0.999.",
+      "Once the statistics have moved, the momentum is 0.999.",
       base=HandwrittenNorm,
       fold=lambda s, old, batch, layer:
           averaged(jnp.where(jnp.all(old[0] == 0.0), 0.99, 0.999), old, batch),
       source="https://github.com/mlcommons/algorithmic-efficiency/pull/783")
 fault("eval_of_initial_statistics_until_they_are_large", "eval_of_stale_state",
-      "Evaluation uses statistics only where the running means exceed 0.01: a warm-up.",
+      "Evaluation uses the statistics only once the running means exceed 0.01.",
       evaluate=statistics_once_they_are_large)

@@ -1,7 +1,7 @@
-"""The catalogue of faults: wrong training steps, each wrong in one way, each with a name.
+"""The types of the catalogue of faults, and the functions that add to it.
 
-A fault that is one edit of a right step is a row: its name, the mistake, what is wrong, and by what it
-replaces a part of the step. Which laws notice it is data too (``expected.json``), learned from audits.
+Most faults are one edit of a correct step: a name, the mistake, what is wrong, and the part of the step that
+is replaced. The laws that detect them are in ``expected.json``, which audits write.
 """
 
 from __future__ import annotations
@@ -25,20 +25,19 @@ class Fault:
     """One wrong training step.
 
     Attributes:
-        name: the fault.
-        family: the part of the step that it sits in.
-        mistake: what its author did, a name from :data:`bnverify.mistakes.MISTAKES`.
+        name: its name.
+        family: the part of the step that is wrong.
+        mistake: a name in :data:`bnverify.mistakes.MISTAKES`.
         sentence: what is wrong, in one sentence.
-        make: returns the step, with the fields its author would have declared in good faith.
-        law: the law that must catch it, where none of a single step can: of whole loops, of the life
-            of a state, of many devices. Such a fault is in a dictionary beside the catalogue.
-        blind: written from the problem and from users' reports alone, without sight of any law.
-        survives: why nothing catches it: equivalent, or out of the domain. Empty: it must die.
-        tolerated: why laws let it pass although it shows: it is also what somebody may want.
-        minimal: the smallest (N, D) at which it can show.
-        raises: the exception with which jax or flax refuses it, where one does: such a step
-            does not trace, and what is asked of the checker is an explanation.
-        source: a public address where users met it; empty where it is elementary.
+        make: returns the step, with the declarations that its author would have made in good faith.
+        law: the law that must detect a fault of a loop, of saving and restoring, or of several devices,
+            which is not in ``FAULTS``; empty for a fault of a single step.
+        blind: whether it was written before any law, from the problem and from users' reports alone.
+        survives: why no law detects it: it is equivalent, or outside the domain. Empty: one must.
+        tolerated: why no law needs to detect it although it has an effect: it may be intended.
+        minimal: the smallest (N, D) at which it has an effect.
+        raises: the exception with which jax or flax refuses it, if they do; the check must then explain it.
+        source: the address of a public report; empty if there is none.
 
     Raises:
         ValueError: its mistake is not one of MISTAKES.
@@ -63,20 +62,20 @@ class Fault:
 
     @property
     def expected(self) -> tuple[str, ...]:
-        """The laws that must catch it: those that did in every audit so far."""
+        """The laws that must detect it: those that did in every audit so far."""
         return (self.law,) if self.law else tuple(learned().get(self.name, ()))
 
 
 @functools.cache
 def learned() -> dict[str, list[str]]:
-    """Return fault -> the laws that noticed it in every audit, in the order of the laws."""
+    """Return fault -> the laws that detected it in every audit, in the order of the laws."""
     found: dict[str, list[str]] = json.loads(EXPECTED.read_text(encoding="utf-8"))
     return found
 
 
 @dataclass(frozen=True)
 class Control:
-    """One correct training step, in which a law that objects is itself wrong.
+    """One correct training step; a law that it violates is wrong.
 
     Attributes:
         name: how it differs from the reference.
@@ -109,9 +108,9 @@ def enter(
     source: str = "",
     **parts: Any,
 ) -> None:
-    """Enter ``base`` with ``parts`` replaced into the catalogue; see Fault for the rest.
+    """Add ``base`` with ``parts`` replaced to the catalogue; see Fault for the other arguments.
 
-    A part that is a function takes the step first; ``step.right`` is the step before the edit.
+    The first argument of a part that is a function is the step; ``step.right`` is the unedited step.
     """
     make = edit(base, parts, f"fault[{name}]")
     _new(name)
@@ -133,17 +132,17 @@ def enter(
 def control(
     name: str, sentence: str, /, base: type[CanonicalStep] = CanonicalStep, **parts: Any
 ) -> None:
-    """Enter ``base`` with ``parts`` replaced as a correct step."""
+    """Add ``base`` with ``parts`` replaced to the correct steps."""
     make = edit(base, parts, f"control[{name}]")
     _new(name)
     CONTROLS[name] = Control(name, sentence, make)
 
 
 def edit(base: type[Any], parts: dict[str, Any], name: str) -> Callable[[], Any]:
-    """Return what makes the subject of ``base`` with ``parts`` replaced.
+    """Return a function that makes the subject of ``base`` with ``parts`` replaced.
 
     Raises:
-        TypeError: a part replaces nothing.
+        TypeError: ``base`` has no such part.
     """
     unknown = [part for part in parts if not hasattr(base, part) and callable(parts[part])]
     if unknown:

@@ -1,4 +1,4 @@
-"""Faults of steps around nnx modules and around flax.training's TrainState, as users write them."""
+"""Faults of steps with nnx modules and with Flax's TrainState."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Net(nnx.Module):
 
 
 class SharedNorm(Net):
-    """One normalisation layer, and one pair of statistics, used at two places."""
+    """One normalisation layer, with one pair of statistics, used twice."""
 
     def __call__(self, x: Any) -> Any:
         return self.last(jax.nn.relu(self.norm(self.norm(self.first(x)))))
 
 
 class StatisticsInParams(nnx.Module):
-    """A normalisation whose running moments are nnx.Param, which only the optimizer moves."""
+    """A normalisation whose running moments are nnx.Param, changed only by the optimizer."""
 
     def __init__(self, features: int) -> None:
         self.mean = nnx.Param(jnp.zeros(features))
@@ -68,7 +68,7 @@ class StatisticsInParams(nnx.Module):
 
 
 class NetOfParams(Net):
-    """The canonical model around statistics that are params."""
+    """The canonical model with statistics that are params."""
 
     def __init__(self, features: Any, hidden: int, momentum: float, *, rngs: nnx.Rngs) -> None:
         super().__init__(features, hidden, momentum, rngs=rngs)
@@ -76,7 +76,7 @@ class NetOfParams(Net):
 
 
 class NnxStep(CanonicalStep):
-    """The canonical step around an nnx module, split into plain trees and merged again."""
+    """The canonical step with an nnx module, which is split into plain trees and merged again."""
 
     net = Net
 
@@ -84,7 +84,7 @@ class NnxStep(CanonicalStep):
         return self.net(features, self.hidden, self.momentum, rngs=nnx.Rngs(key))  # type: ignore[arg-type] # no step of nnx is without
 
     def parts(self, x: Any) -> Parts:
-        """Return how the module splits into params, statistics and the rest."""
+        """Return the module split into params, statistics and the rest."""
         kinds = (nnx.Param, nnx.BatchStat, ...)
         return Parts.of(lambda: self.make(x.shape[1], jax.random.key(0)), kinds)
 
@@ -116,14 +116,14 @@ class NnxStep(CanonicalStep):
 
 
 def optimizer_of_everything(s: Any, seed: Any, x: Any) -> State:
-    """Initialise on params and statistics, merged into one tree as nnx.state gives them."""
+    """Initialise the optimizer on params and statistics in one tree, as from nnx.state."""
     variables = s.variables(seed, x)
     opt_state = s.tx(0.0).init((variables["params"], variables["batch_stats"]))
     return State(variables["params"], variables["batch_stats"], opt_state)
 
 
 def everything_updated(s: Any, grads: Tree, state: State, lr: Any) -> tuple[Tree, Tree]:
-    """Update params and statistics, these by a gradient of zero."""
+    """Update params and statistics; the gradient of the statistics is 0."""
     every = grads, mapped(jnp.zeros_like, state.batch_stats)
     whole = state.params, state.batch_stats
     updates, opt_state = s.tx(lr).update(every, state.opt_state, whole)
@@ -133,7 +133,7 @@ def everything_updated(s: Any, grads: Tree, state: State, lr: Any) -> tuple[Tree
 def clone_applied(
     s: Any, params: Tree, batch_stats: Tree, x: Any, train: bool, weights: Any = None
 ) -> tuple[Any, Tree]:
-    """Run a clone, split the original."""
+    """Call a clone, but split the original."""
     parts = s.parts(x)
     module = parts.merge(params, batch_stats, {})
     copied = nnx.clone(module)
@@ -145,13 +145,13 @@ def clone_applied(
 
 
 class TrainState(FlaxTrainState):
-    """A TrainState that carries the statistics beside the params, as Flax's guide has it."""
+    """A TrainState with batch_stats, as in Flax's guide."""
 
     batch_stats: Any
 
 
 class TrainStateStep(CanonicalStep):
-    """The canonical step around a TrainState with batch_stats; a fault replaces ``advance``."""
+    """The canonical step with a TrainState; a fault replaces ``advance``."""
 
     def train_state(self, state: State, lr: Any) -> Any:
         return TrainState(
@@ -164,7 +164,7 @@ class TrainStateStep(CanonicalStep):
         )
 
     def advance(self, train_state: Any, grads: Tree, updates: Tree) -> Any:
-        """Return the TrainState after the step; ``updates`` is what apply gave besides."""
+        """Return the TrainState after the step; ``updates`` are those that apply returned."""
         return train_state.apply_gradients(grads=grads, batch_stats=updates["batch_stats"])
 
     def step(self, state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
@@ -240,50 +240,50 @@ def statistics_of_centred_inputs(
 fault = partial(enter, family="nnx", base=NnxStep)
 
 fault("nnx_never_switched_to_eval", "eval_in_train_mode",
-      "model.eval() was forgotten: evaluation normalises by its batch and moves the statistics.",
+      "model.eval() is missing: evaluation normalises by its batch and moves the statistics.",
       switch=lambda s, module, train: module.train(),
       source="https://github.com/KaiyuanZh/FLIP/issues/6")
 fault("nnx_never_switched_back_to_train", "train_step_in_eval_mode",
-      "model.train() was forgotten after an evaluation: training runs in eval mode.",
+      "model.train() is missing after an evaluation: training runs in eval mode.",
       switch=lambda s, module, train: module.eval(),
       source="https://github.com/yanx27/GACNet/issues/8")
 fault("nnx_gradient_without_a_filter", "statistics_trained_as_params",
-      "The module is differentiated as a whole, and its statistics get gradients and descend.",
+      "The whole module is differentiated, so its statistics are updated by gradient descent.",
       step=statistics_descend)
 fault("nnx_optimizer_without_a_filter", "optimizer_on_all_variables",
-      "The optimizer is made for the module's whole state, not for its nnx.Param.",
+      "The optimizer is created for the module's whole state, not for its nnx.Param.",
       optimizer=momentum, init=optimizer_of_everything, update=everything_updated)
 fault("nnx_statistics_are_params", "statistics_trained_as_params",
-      "The running moments are nnx.Param: no filter tells them from weights.",
+      "The running moments are nnx.Param, so no filter separates them from the weights.",
       net=NetOfParams,
       optimizer=lambda s, lr: optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(lr)),
       source="https://github.com/intel/ipex-llm/issues/1599")
 fault("nnx_split_before_the_pass", "new_statistics_dropped",
-      "The state that is carried on was split off before the forward pass wrote into the module.",
+      "The returned state was split off before the forward pass updated the module.",
       loss=lambda s, params, batch_stats, x, y:
           (s.right.loss(params, batch_stats, x, y)[0], batch_stats),
       source="https://github.com/HomericIntelligence/Odyssey/issues/5532")
 fault("nnx_clone_trained", "new_statistics_dropped",
-      "A clone of the module runs forward; the params come back from it, the statistics do not.",
+      "A clone of the module is called, and only its params are returned, not its statistics.",
       apply=clone_applied)
 fault("nnx_norm_shared", "ema_applied_twice",
-      "One BatchNorm is used at two places, and both move its only pair of statistics.",
+      "One BatchNorm is used twice, and both calls update its only pair of statistics.",
       net=SharedNorm)
 fault("nnx_momentum_reversed", "momentum_reversed",
-      "nnx.BatchNorm was given PyTorch's 0.01.",
+      "nnx.BatchNorm has PyTorch's momentum 0.01.",
       make=lambda s, features, key: Net(features, s.hidden, 0.01, rngs=nnx.Rngs(key)),
       source="https://github.com/pytorch/examples/issues/289")
 fault("nnx_eval_closes_over_the_module", "eval_of_stale_state",
-      "A compiled evaluation closed over the module: it keeps evaluating the initial params.",
+      "A jitted evaluation closes over the module, so it always uses the initial params.",
       evaluate=lambda s, state, x, y:
           s.right.evaluate(state._replace(params=s.variables(0, x)["params"]), x, y),
       source="https://github.com/google/flax/pull/3982")
 fault("nnx_module_made_in_the_step", "statistics_reinitialised",
-      "The step makes the module anew and updates it with params alone: fresh statistics.",
+      "The step creates a new module and updates only its params, so the statistics are new.",
       gradients=lambda s, state, x, y:
           s.right.gradients(state._replace(batch_stats=s.variables(0, x)["batch_stats"]), x, y))
 fault("nnx_variance_in_bfloat16", "statistics_in_low_precision",
-      "The module was cast to bfloat16 and back: the running variance keeps eight bits.",
+      "The module is cast to bfloat16 and back, so the running variance has eight bits.",
       thread=carried(batch_stats=lambda old, new:
           edited(new, "norm/var", lambda leaf: rounded(leaf, "bfloat16"))),
       source="https://github.com/NVIDIA/Model-Optimizer/pull/738")
@@ -299,7 +299,7 @@ fault("train_state_gradients_ignored", "update_dropped",
       "apply_gradients is called and its result is not used.",
       advance=gradients_applied_and_dropped, source="https://github.com/google/flax/issues/2467")
 fault("train_state_gradients_applied_twice", "update_applied_twice",
-      "apply_gradients is called a second time to hand the statistics over.",
+      "apply_gradients is called a second time to pass the statistics.",
       advance=lambda s, train_state, grads, updates:
           s.right.advance(train_state.apply_gradients(grads=grads), grads, updates))
 fault("train_state_updates_nested", "statistics_nested",
@@ -311,13 +311,13 @@ fault("train_state_created_in_the_step", "optimizer_reinitialised",
       "The step calls TrainState.create, which initialises the optimizer again.",
       optimizer=momentum, train_state=created_in_the_step)
 fault("train_state_params_replaced_by_hand", "old_optimizer_state_kept",
-      "Only params and batch_stats are replaced; the optimizer's new state is left behind.",
+      "Only params and batch_stats are replaced; the optimizer's new state is dropped.",
       optimizer=adam, advance=two_fields_of_three_replaced)
 fault("train_state_keeps_its_first_optimizer", "learning_rate_ignored",
-      "The TrainState was created with an optimizer at 0.01, which the given rate never reaches.",
+      "The TrainState's optimizer has a learning rate of 0.01, whatever rate the step is given.",
       tx=lambda s, lr: s.optimizer(0.01))
 fault("train_state_eval_of_the_created_state", "eval_of_stale_state",
-      "Evaluation takes params from the step's state and statistics from the created one.",
+      "Evaluation uses the params of the new state and the statistics of the initial one.",
       evaluate=lambda s, state, x, y:
           s.right.evaluate(state._replace(batch_stats=s.variables(0, x)["batch_stats"]), x, y),
       source="https://github.com/google/flax/pull/3982")
@@ -326,5 +326,5 @@ fault("train_state_created_with_variables", "optimizer_on_all_variables",
       optimizer=momentum, init=AllVariablesStep.init, train_state=all_variables_as_params,
       step=all_variables_stepped)
 fault("train_state_metrics_pass_kept", "statistics_from_another_batch",
-      "A second pass for metrics, on centred inputs, leaves its statistics in the state.",
+      "The state has the statistics of a second pass for metrics, on centred inputs.",
       step=statistics_of_centred_inputs)

@@ -42,7 +42,7 @@ def roots_averaged(s: Any, old: Moments, batch: Moments, layer: int) -> Moments:
 
 
 def shards_variances_averaged(s: Any, h: Any, batch: Moments, layer: int) -> Moments:
-    """Average the variances of even and odd rows, weighed by their number."""
+    """Average the variances of even and odd rows, weighted by their number."""
     parity = (jnp.arange(h.shape[0]) % 2)[:, None] == jnp.array([0, 1])  # (N, 2)
     share = jnp.mean(parity, axis=0)
     total = jnp.maximum(jnp.sum(parity, axis=0), 1)
@@ -73,7 +73,7 @@ def with_the_statistics_of(other: Any) -> Any:
 
 
 def standardised_by(moments_in_training: Any) -> Any:
-    """Return a ``standardise`` with other moments in training, made of h and the right ones."""
+    """Return a ``standardise`` with other moments in training, computed from h and the right ones."""
     return lambda s, h, moments, affine, train, layer: s.right.standardise(
         h, moments_in_training(h, moments) if train else moments, affine, train, layer
     )
@@ -93,7 +93,7 @@ def standardised_twice(
 
 
 def first_layers_moments(s: Any, h: Any, batch: Moments, layer: int) -> Moments:
-    """Remember the first layer's moments, for this pass alone, and return them for both layers."""
+    """Return the first layer's moments for both layers of a pass."""
     if layer == 0:
         s.seen = batch
     first, s.seen = s.seen, s.seen if layer == 0 else None
@@ -121,19 +121,19 @@ def loss_in_eval_mode(s: Any, params: Tree, batch_stats: Tree, x: Any, y: Any) -
 fault = partial(enter, family="statistics", base=HandwrittenNorm)
 
 fault("momentum_reversed", "momentum_reversed",
-      "Momentum 0.99 weighs the new value, as it would in PyTorch.",
+      "Momentum 0.99 is the weight of the new value, as in PyTorch.",
       fold=lambda s, old, batch, layer: s.right.fold(batch, old, layer),
       source="https://github.com/pytorch/examples/issues/289")
 fault("momentum_of_one_hundredth", "momentum_reversed",
-      "PyTorch's 0.01 was passed to Flax, where the author means an old value of weight 0.99.",
+      "Flax's BatchNorm has PyTorch's momentum 0.01, for an intended 0.99.",
       base=CanonicalStep,
       apply=lambda s, *a, **named: CanonicalStep(momentum=0.01).apply(*a, **named),
       source="https://github.com/scverse/scvi-tools/pull/2309")
 fault("momentum_of_nine_tenths", "momentum_not_as_declared",
-      "The layer averages with 0.9 where 0.99 is declared.",
+      "The layer has momentum 0.9, but 0.99 is declared.",
       fold=lambda s, old, batch, layer: averaged(0.9, old, batch))
 fault("momentum_of_the_variance_reversed", "momentum_reversed",
-      "The mean is averaged rightly, the variance with the weights swapped.",
+      "The mean is averaged correctly, the variance with the weights swapped.",
       fold=lambda s, old, batch, layer:
           (s.right.fold(old, batch, layer)[0], s.right.fold(batch, old, layer)[1]))
 fault("variance_folded_twice", "ema_applied_twice",
@@ -144,7 +144,7 @@ fault("batch_moments_replace_the_running", "statistics_reinitialised",
       "There is no moving average: the running moments are those of the last batch.",
       fold=lambda s, old, batch, layer: batch)
 fault("statistics_summed", "weights_do_not_sum_to_one",
-      "Old and new are added without the old one's weight: the statistics only grow.",
+      "The old value has weight 1, so the statistics only grow.",
       fold=lambda s, old, batch, layer: (old[0] + 0.01 * batch[0], old[1] + 0.01 * batch[1]))
 fault("mean_never_moves", "new_statistics_dropped",
       "Only the variance is averaged; the running mean stays as it was.",
@@ -156,10 +156,10 @@ fault("mean_and_variance_swapped", "wrong_moments",
       "The batch's variance moves the running mean, and its mean the running variance.",
       recorded=lambda s, h, batch, layer: (batch[1], batch[0]))
 fault("sample_variance", "sample_variance",
-      "The running variance divides by N - 1.",
+      "The running variance has divisor N - 1.",
       recorded=lambda s, h, batch, layer: (batch[0], sample_variance(h, batch[0])), minimal=(2, 1))
 fault("variance_about_zero", "wrong_moments",
-      "The running variance is the mean of squares: the mean was not taken off.",
+      "The running variance is the mean of squares: the mean is not subtracted.",
       recorded=lambda s, h, batch, layer: (batch[0], jnp.mean(h**2, axis=0)))
 fault("variance_about_the_running_mean", "wrong_moments",
       "Deviations are taken from the running mean, not from the batch's own.",
@@ -182,7 +182,7 @@ fault("epsilon_recorded_with_the_variance", "wrong_moments",
       "The recorded variance already contains epsilon, which evaluation then adds again.",
       recorded=lambda s, h, batch, layer: (batch[0], batch[1] + s.epsilon))
 fault("moments_over_all_axes", "statistics_over_the_wrong_axis",
-      "The recorded moments are taken over rows and channels alike: all channels agree.",
+      "The recorded moments are taken over rows and channels, so all channels are equal.",
       recorded=lambda s, h, batch, layer:
           (jnp.mean(h) * jnp.ones(h.shape[-1]), jnp.var(h) * jnp.ones(h.shape[-1])))
 fault("channels_reversed", "statistics_over_the_wrong_axis",
@@ -196,19 +196,19 @@ fault("statistics_of_the_initial_params", "statistics_from_another_batch",
       base=CanonicalStep,
       loss=with_the_statistics_of(lambda s, params, x: (s.variables(0, x)["params"], x)))
 fault("statistics_of_the_first_shard", "statistics_of_part_of_the_batch",
-      "Of a batch in two halves, only the first half's moments are recorded.",
+      "Only the moments of the first half of the batch are recorded.",
       recorded=lambda s, h, batch, layer: s.moments(h[: (h.shape[0] + 1) // 2], layer),
       minimal=(2, 1), source="https://github.com/google/flax/issues/877")
 fault("variances_averaged_over_shards", "variances_averaged",
-      "The recorded variance is the mean of two shards' own variances: the means' spread is lost.",
+      "The recorded variance is the mean of two shards' variances, without the spread of their means.",
       recorded=shards_variances_averaged, minimal=(2, 1),
       source="https://github.com/tensorflow/tpu/issues/321")
 fault("statistics_of_the_batch_reversed_in_sign", "statistics_from_another_batch",
-      "The statistics come from a pass over -x, an augmentation that the gradient does not see.",
+      "The statistics come from a pass over -x, an augmentation not used for the gradient.",
       base=CanonicalStep, loss=with_the_statistics_of(lambda s, params, x: (params, -x)),
       source="https://github.com/andreped/GradientAccumulator/issues/6")
 fault("mean_debiased", "weights_do_not_sum_to_one",
-      "The running mean is carried on divided by 1 - momentum, as Adam corrects its first step.",
+      "The running mean is divided by 1 - momentum, as in Adam's bias correction.",
       fold=lambda s, old, batch, layer:
           ((new := s.right.fold(old, batch, layer))[0] / (1 - 0.99), new[1]))
 fault("train_step_in_eval_mode", "train_step_in_eval_mode",
@@ -216,7 +216,7 @@ fault("train_step_in_eval_mode", "train_step_in_eval_mode",
       base=CanonicalStep, loss=loss_in_eval_mode,
       source="https://github.com/KaiyuanZh/FLIP/issues/6")
 fault("statistics_move_but_eval_mode_normalises", "loss_reads_old_statistics",
-      "The statistics are updated by a pass of their own; the loss itself runs in eval mode.",
+      "The statistics are updated in a separate pass; the loss itself runs in eval mode.",
       base=CanonicalStep, loss=loss_of_one_mode_and_statistics_of_the_other,
       source="https://github.com/mlcommons/algorithmic-efficiency/pull/798")
 fault("one_channel_left_out", "new_statistics_dropped",
@@ -244,25 +244,25 @@ fault("epsilon_outside_the_root_in_evaluation", "modes_differ",
           s.right.inverse_deviation(var, train, layer) if train
           else 1.0 / (jnp.sqrt(var) + s.epsilon)))
 fault("old_running_moments_normalise", "loss_reads_old_statistics",
-      "In training the old running moments normalise; the new ones are computed all the same.",
+      "Training normalises by the old running moments, but still computes the new ones.",
       training_moments=lambda s, batch, old, new, layer: old)
 fault("new_running_moments_normalise", "loss_reads_old_statistics",
-      "In training the moving average, this batch folded in, normalises.",
+      "Training normalises by the running moments, with this batch folded in.",
       training_moments=lambda s, batch, old, new, layer: new,
       source="https://github.com/patrick-kidger/equinox/pull/675")
 fault("mean_overwritten_before_it_is_used", "loss_reads_old_statistics",
-      "The new running mean shares its buffer with the batch's, and centres the batch.",
+      "The batch is centred by the new running mean, as if it shared the buffer of the batch's mean.",
       training_moments=lambda s, batch, old, new, layer: (new[0], batch[1]),
       source="https://github.com/tenstorrent/tt-metal/pull/45578")
 fault("running_variance_normalises", "loss_reads_old_statistics",
-      "The batch's mean centres, but the old running variance scales.",
+      "Training centres by the batch's mean but scales by the old running variance.",
       training_moments=lambda s, batch, old, new, layer: (batch[0], old[1]), minimal=(2, 1))
 fault("sample_variance_normalises", "sample_variance",
-      "The variance that normalises in training divides by N - 1, the recorded one by N.",
+      "The variance that normalises in training has divisor N - 1, the recorded one N.",
       moments=sample_moments,
       recorded=lambda s, h, batch, layer: s.right.moments(h, layer), minimal=(2, 1))
 fault("sample_variance_throughout", "sample_variance",
-      "Both the normalising and the recorded variance divide by N - 1.",
+      "Both the normalising and the recorded variance have divisor N - 1.",
       moments=sample_moments, minimal=(2, 1))
 fault("root_forgotten_in_training", "modes_differ",
       "Training divides by the variance, evaluation by its root.",
@@ -282,9 +282,9 @@ fault("scale_ignored", "wrong_gradient",
       standardise=lambda s, h, moments, affine, train, layer:
           s.right.standardise(h, moments, (1.0, affine[1]), train, layer),
       minimal=(2, 1),
-      tolerated="equivalent to a layer made without a scale: the unused leaf has no gradient and stays")
+      tolerated="equivalent to a layer without a scale: the unused leaf has no gradient and does not change")
 fault("moments_over_rows_and_channels", "statistics_over_the_wrong_axis",
-      "In training one mean and one variance normalise all channels; the recorded ones are right.",
+      "Training normalises all channels by one mean and one variance; the recorded ones are right.",
       training_moments=lambda s, batch, old, new, layer: (
           batch[0].mean() * jnp.ones_like(batch[0]),
           (batch[1].mean() + batch[0].var()) * jnp.ones_like(batch[1])))
@@ -297,20 +297,20 @@ fault("last_channel_not_normalised", "modes_differ",
       training_moments=lambda s, batch, old, new, layer: (
           jnp.where(is_last(s), 0.0, batch[0]), jnp.where(is_last(s), 1.0, batch[1])))
 fault("moments_of_the_first_rows", "rows_treated_unequally",
-      "Only the first half of the batch makes the moments that normalise and are recorded.",
+      "The normalising and the recorded moments are those of the first half of the batch.",
       moments=lambda s, h, layer: s.right.moments(h[: (h.shape[0] + 1) // 2], layer),
       minimal=(2, 1))
 fault("moments_weigh_the_first_row_double", "rows_treated_unequally",
-      "The first row enters the moments twice.",
+      "The first row counts twice in the moments.",
       moments=lambda s, h, layer: s.right.moments(jnp.concatenate([h[:1], h]), layer),
       minimal=(2, 1))
 fault("cancellation_unclipped", "variance_turns_negative",
-      "E[h^2] - E[h]^2 is not held above zero: rounding makes it negative, the root not a number.",
+      "E[h^2] - E[h]^2 is not clipped at 0: rounding makes it negative, and its root NaN.",
       moments=lambda s, h, layer:
           ((mean := jnp.mean(h, axis=0)), jnp.mean(h**2, axis=0) - mean**2),
       minimal=(2, 1), source="https://github.com/google/flax/issues/1491")
 fault("normalised_twice", "modes_differ",
-      "In training the layer's output is normalised once more, by its own moments.",
+      "In training the layer's output is normalised again, by its own moments.",
       standardise=standardised_twice, minimal=(2, 1))
 fault("each_row_without_itself", "rows_treated_unequally",
       "Every row is centred by the mean of the other rows.",
@@ -318,20 +318,20 @@ fault("each_row_without_itself", "rows_treated_unequally",
           (len(h) * moments[0] - h) / jnp.maximum(len(h) - 1, 1), moments[1])),
       source="https://github.com/FluxML/Flux.jl/issues/1992")
 
-# Only one of several layers, numbered from 0.
+# One of several layers, numbered from 0.
 
 fault = partial(enter, family="one_layer", base=HandwrittenNorm, layers=2)
 of_flax = partial(fault, base=CanonicalStep)
 
 of_flax("second_layers_statistics_dropped", "new_statistics_dropped",
-        "Of two layers, only the first one's new statistics are carried on.",
+        "Of two layers, only the first one's new statistics are returned.",
         thread=carried(batch_stats=lambda old, new: {**new, "BatchNorm_1": old["BatchNorm_1"]}))
 of_flax("layers_statistics_swapped", "statistics_of_another_layer",
-        "The two layers' new statistics are carried on under each other's names.",
+        "The two layers' new statistics are returned under each other's names.",
         thread=carried(batch_stats=lambda old, new:
             {"BatchNorm_0": new["BatchNorm_1"], "BatchNorm_1": new["BatchNorm_0"]}))
 of_flax("first_layers_statistics_copied", "statistics_of_another_layer",
-        "Both layers carry on the first one's new statistics.",
+        "The first layer's new statistics are returned for both layers.",
         thread=carried(batch_stats=lambda old, new:
             {"BatchNorm_0": new["BatchNorm_0"], "BatchNorm_1": new["BatchNorm_0"]}))
 of_flax("second_layer_in_eval_mode", "train_step_in_eval_mode",
@@ -339,13 +339,13 @@ of_flax("second_layer_in_eval_mode", "train_step_in_eval_mode",
         normalise=lambda s, h, train, layer, weights:
             s.right.normalise(h, train and layer == 0, layer, weights))
 of_flax("second_layer_in_train_mode", "eval_in_train_mode",
-        "The second layer was never switched to eval mode: evaluation moves its statistics.",
+        "The second layer is never switched to eval mode: evaluation moves its statistics.",
         normalise=lambda s, h, train, layer, weights:
             s.right.normalise(h, train or layer == 1, layer, weights),
-        # Initialised without a pass that could move them.
+        # Initialised without a pass that could change them.
         variables=lambda s, seed, x: CanonicalStep(layers=2).variables(seed, x))
 fault("second_layers_momentum_reversed", "momentum_reversed",
-      "The second layer's momentum weighs the new value.",
+      "The second layer's momentum is the weight of the new value.",
       fold=lambda s, old, batch, layer:
           (s.right.fold(old, batch, layer) if layer == 0 else s.right.fold(batch, old, layer)))
 fault("first_layers_average_twice", "ema_applied_twice",
@@ -391,5 +391,5 @@ of_flax("second_layers_params_not_updated", "update_dropped",
         thread=carried(params=lambda old, new: {**new, "BatchNorm_1": old["BatchNorm_1"]}),
         source="https://github.com/lightly-ai/lightly/issues/1438", minimal=(2, 1))
 fault("second_layer_records_the_first_ones_input", "statistics_of_another_layer",
-      "Both layers record the moments of what the first one was given.",
+      "Both layers record the moments of the first one's input.",
       recorded=first_layers_moments, seen=None)

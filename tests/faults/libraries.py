@@ -1,6 +1,6 @@
-"""Faults of the libraries under a step, and of how a step uses them, each beside its correct twin.
+"""Faults of the libraries that a step uses, and of how it uses them, each with a correct twin.
 
-Importing this module adds those of one device to the faults of whole loops.
+Importing this module adds those of a single device to ``LOOP_FAULTS``.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from tests.faults.steps import CanonicalStep, HandwrittenNorm, Moments, Tree, ma
 
 __all__ = ["LOOP_CONTROLS", "LOOP_FAULTS", "PARALLEL_RIGHT", "PARALLEL_WRONG"]
 
-# Statistics with the digits of 16 bits.
+# Statistics with the precision of 16 bits.
 
 digits = pair("statistics_in_low_precision", "running_statistics_hold_float32_digits")
 
 
 def narrow(value: Any, dtype: str = "bfloat16") -> Any:
-    """Return a value in a narrow dtype."""
+    """Return a value in a dtype of 16 bits."""
     return value.astype(dtype)
 
 
 @digits
 def average_taken_in_bfloat16(wrong: bool) -> Subject:
-    """The layer folds its moments in bfloat16; its twin has bfloat16 moments in a float32 average."""
+    """The moving average is computed in bfloat16; the twin averages bfloat16 moments in float32."""
 
     class Parts(HandwrittenNorm):
         momentum = 0.9
@@ -55,7 +55,7 @@ def average_taken_in_bfloat16(wrong: bool) -> Subject:
 
 @digits
 def all_variables_cast_to_half(wrong: bool) -> Subject:
-    """A policy casts what a pass returns to float16, statistics included; its twin the params alone."""
+    """A precision policy casts params and statistics to float16; the twin only params."""
 
     class Parts(CanonicalStep):
         def thread(self, old: State, new: State) -> State:
@@ -71,7 +71,7 @@ def all_variables_cast_to_half(wrong: bool) -> Subject:
 
 @digits
 def precision_reduced_on_the_way(wrong: bool) -> Subject:
-    """The new variance passes ``lax.reduce_precision``; its twin forgets half of the old, in float32."""
+    """The new variance goes through ``lax.reduce_precision``; the twin has momentum 0.5, in float32."""
 
     class Parts(HandwrittenNorm):
         momentum = 0.5
@@ -89,13 +89,13 @@ unclipped = pair("variance_below_zero", "a_constant_feature_gives_a_finite_step"
 
 
 def fast_variance(h: Any, mean: Any) -> Any:
-    """Return E[h^2] - E[h]^2, which may round to less than 0."""
+    """Return E[h^2] - E[h]^2, which may round to a negative number."""
     return jnp.mean(h**2, axis=0) - mean**2
 
 
 @unclipped
 def only_the_recorded_variance_is_clipped(wrong: bool) -> Subject:
-    """The running variance is kept at 0 or more; the one that normalises is not."""
+    """The recorded variance is clipped at 0, the one that normalises is not."""
 
     class Parts(HandwrittenNorm):
         def moments(self, h: Any, layer: int) -> Moments:
@@ -111,7 +111,7 @@ def only_the_recorded_variance_is_clipped(wrong: bool) -> Subject:
 
 @unclipped
 def inputs_standardised_by_a_fast_variance(wrong: bool) -> Subject:
-    """The step standardises its inputs by hand, by the moments of three views of its batch."""
+    """The step standardises its inputs by the fast variance of three copies of its batch."""
 
     class Parts(CanonicalStep):
         def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
@@ -125,7 +125,7 @@ def inputs_standardised_by_a_fast_variance(wrong: bool) -> Subject:
 
 @unclipped
 def clipped_behind_the_root(wrong: bool) -> Subject:
-    """The root of a negative variance is replaced, and its gradient stays NaN."""
+    """The square root of a negative variance is replaced, but its gradient is still NaN."""
 
     class Parts(HandwrittenNorm):
         def moments(self, h: Any, layer: int) -> Moments:
@@ -143,14 +143,14 @@ def clipped_behind_the_root(wrong: bool) -> Subject:
     return Parts().subject("clipped_behind_the_root")
 
 
-# What is drawn or counted while a step is traced.
+# Numbers that are drawn or counted during tracing.
 
 outside = pair("drawn_outside_jax", "a_fresh_trace_gives_the_same")
 
 
 @outside
 def kernels_drawn_by_numpy(wrong: bool) -> Subject:
-    """Initial values come from NumPy's global generator; the twin's from one of a fixed seed."""
+    """Initial params come from NumPy's global generator; the twin's from one with a fixed seed."""
 
     class Parts(CanonicalStep):
         def init(self, seed: Any, x: Any) -> State:
@@ -164,7 +164,7 @@ def kernels_drawn_by_numpy(wrong: bool) -> Subject:
 
 @outside
 def noise_drawn_by_numpy(wrong: bool) -> Subject:
-    """Inputs are perturbed by noise that is drawn while a compiled loss is traced."""
+    """NumPy draws the noise for the inputs while a jitted loss is traced."""
     once = np.random.default_rng(0).normal()
 
     def perturbed(x: Any) -> Any:
@@ -181,7 +181,7 @@ def noise_drawn_by_numpy(wrong: bool) -> Subject:
 
 @outside
 def rate_counted_by_python(wrong: bool) -> Subject:
-    """The learning rate shrinks with the number of times that Python has run the step."""
+    """The learning rate shrinks each time that the step is traced."""
     calls = itertools.count(1)
 
     class Parts(CanonicalStep):
@@ -191,18 +191,18 @@ def rate_counted_by_python(wrong: bool) -> Subject:
     return Parts().subject("rate_counted_by_python")
 
 
-# Optimizers that depart from their papers.
+# Optimizers that differ from their papers.
 
 departing = pair("optimizer_departs_from_its_paper", "optimizer_follows_its_paper")
 
 
 def with_altered(name: str, altered: Callable[..., Any], *, wrong: bool) -> Subject:
-    """Return a loop around one of Optax's optimizers, as another release might have it.
+    """Return a loop with an Optax optimizer, as another release might implement it.
 
     Args:
-        name: of the function in Optax.
-        altered: what takes its place.
-        wrong: whether it does.
+        name: the name of the function in Optax.
+        altered: the function that replaces it.
+        wrong: whether to replace it.
     """
     function = altered if wrong else getattr(optax, name)
     with mock.patch(f"optax.{name}", function):
@@ -245,7 +245,7 @@ def lions_decays_swapped(wrong: bool) -> Subject:
 
 @departing
 def moments_not_corrected(wrong: bool) -> Subject:
-    """RAdam leaves the bias of its first moment in, in the steps before its variance is tractable."""
+    """RAdam does not correct its first moment for bias in the steps before its variance is tractable."""
     real = optax.radam
 
     def altered(learning_rate: Any, b1: float = 0.9, threshold: float = 5.0) -> Any:
@@ -261,7 +261,7 @@ def moments_not_corrected(wrong: bool) -> Subject:
     return with_altered("radam", altered, wrong=wrong)
 
 
-# Gradients clipped by hand, before an optimizer with frozen params.
+# Gradients clipped by hand before an optimizer with frozen params.
 
 by_hand = pair("frozen_gradients_scale_others", "frozen_gradients_scale_nothing")
 
@@ -283,7 +283,7 @@ def with_clipped(clip: Callable[[Any], Any], *, wrong: bool) -> Subject:
 
 @by_hand
 def clipped_by_optax_beforehand(wrong: bool) -> Subject:
-    """``optax.clip_by_global_norm`` is applied to all gradients, the frozen backbone's too."""
+    """``optax.clip_by_global_norm`` is applied to all gradients, including the frozen backbone's."""
 
     def clip(grads: Any) -> Any:
         return optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())[0]
@@ -293,7 +293,7 @@ def clipped_by_optax_beforehand(wrong: bool) -> Subject:
 
 @by_hand
 def clipped_by_a_norm_written_out(wrong: bool) -> Subject:
-    """Gradients are multiplied by the least of 1 and a limit over the norm of all of them."""
+    """Gradients are multiplied by min(1, limit / norm), with the norm of all of them."""
 
     def clip(grads: Any) -> Any:
         norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree_util.tree_leaves(grads)))
@@ -319,7 +319,7 @@ rounded = pair("rate_loses_digits", "learning_rate_keeps_its_digits")
 
 @rounded
 def rate_injected_in_bfloat16(wrong: bool) -> Subject:
-    """Hyperparameters are kept in the dtype of some bfloat16 param; the twin's in float32."""
+    """Hyperparameters are kept in the dtype of a bfloat16 param; the twin's in float32."""
 
     def tx(lr: Any) -> Any:
         dtype = jnp.bfloat16 if wrong else jnp.float32
@@ -331,7 +331,7 @@ def rate_injected_in_bfloat16(wrong: bool) -> Subject:
 
 @rounded
 def rate_cast_to_half(wrong: bool) -> Subject:
-    """The rate is cast to float16 as the gradients of a half-precision model are."""
+    """The learning rate is cast to float16, like the gradients of a half-precision model."""
 
     def tx(lr: Any) -> Any:
         return optax.adam(narrow(jnp.asarray(lr), "float16") if wrong else lr)
@@ -342,7 +342,7 @@ def rate_cast_to_half(wrong: bool) -> Subject:
 
 @rounded
 def schedule_computed_in_bfloat16(wrong: bool) -> Subject:
-    """A schedule multiplies the rate by a factor in the type of the model's activations."""
+    """A schedule multiplies the learning rate by a factor in bfloat16."""
 
     def tx(lr: Any) -> Any:
         def schedule(count: Any) -> Any:
@@ -356,19 +356,19 @@ def schedule_computed_in_bfloat16(wrong: bool) -> Subject:
     return made
 
 
-# Many parallel. Each is a target: ``tests.faults.libraries:NAME``.
+# Several devices. Each is a target: ``tests.faults.libraries:NAME``.
 
 LIMIT = 0.1
 
 
 def clipped(grads: Any) -> Any:
-    """Return gradients of a length of ``LIMIT`` at most."""
+    """Return gradients clipped to the norm ``LIMIT``."""
     length = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree_util.tree_leaves(grads)))
     return mapped(lambda g: g * jnp.minimum(1.0, LIMIT / (length + 1e-12)), grads)
 
 
 def data_parallel(name: str, whole_gradient: Callable[[Any], Any]) -> Parallel:
-    """Return a step for many devices that clips, beside the one on one device that does."""
+    """Return a data-parallel step that clips, with the single-device step that does so."""
 
     def step(state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
         differentiated = jax.value_and_grad(reference.loss_fn, has_aux=True)
@@ -394,7 +394,7 @@ def clipped_after_averaging() -> Parallel:
 
 
 def clipped_entry_by_entry_before_averaging() -> Parallel:
-    """Each device clips the entries of its gradient before they are averaged, and the average again."""
+    """Each device clips the entries of its gradient, which are then averaged and clipped again."""
 
     def whole(grads: Any) -> Any:
         own = mapped(lambda g: jnp.clip(g, -LIMIT / 4, LIMIT / 4), grads)
@@ -404,7 +404,7 @@ def clipped_entry_by_entry_before_averaging() -> Parallel:
 
 
 def scaled_by_its_own_length() -> Parallel:
-    """Each device divides its gradient by the length of its own, and the average is clipped."""
+    """Each device divides its gradient by its norm, and the average is clipped."""
 
     def whole(grads: Any) -> Any:
         own = mapped(lambda g: g / (optax.global_norm(grads) + 1e-12), grads)
@@ -414,7 +414,7 @@ def scaled_by_its_own_length() -> Parallel:
 
 
 def summed_then_divided() -> Parallel:
-    """The devices' gradients are added up and divided by their number, then clipped."""
+    """The devices' gradients are summed, divided by the number of devices, and clipped."""
 
     def whole(grads: Any) -> Any:
         total = jax.lax.psum(grads, parallel.AXIS)

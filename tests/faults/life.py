@@ -1,7 +1,7 @@
-"""Faults in the life of a state: in saving, restoring and resuming, or over a history of steps.
+"""Faults of saving, restoring and resuming, and faults that only several steps show.
 
-Each is a way to save and restore around a correct step, or a step whose fault one transition from
-fresh state does not show: ``bnverify.check_life`` must see them.
+Each is a correct step with a wrong way to save and restore, or a step whose fault the first step does not
+show. ``bnverify.check_life`` must detect them.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from tests.faults.steps import carried, mapped
 
 
 class Checkpoint:
-    """A correct way to save and restore with ``flax.serialization``: a fault replaces a part."""
+    """A correct way to save and restore with ``flax.serialization``; a fault replaces a part of it."""
 
     def trained(self) -> Subject:
-        """Return the step whose state is saved: Adam, which has moments and a count to lose."""
+        """Return the step whose state is saved: one with Adam, whose state has moments and a count."""
         return reference.adam()
 
     def begin(self) -> None:
-        """Forget the checkpoints of another life."""
+        """Remove the checkpoints of another run."""
 
     def kept(self, state: State) -> Any:
-        """Return what of the state goes into the checkpoint."""
+        """Return the part of the state to save."""
         return state
 
     def save(self, state: State) -> Any:
@@ -42,15 +42,15 @@ class Checkpoint:
         return serialization.to_bytes(self.kept(state))
 
     def read(self, template: State, data: Any) -> Any:
-        """Return what of the state comes out of the checkpoint."""
+        """Return the part of the state that was saved."""
         return serialization.from_bytes(self.kept(template), data)
 
     def restored(self, template: State, read: Any) -> Any:
-        """Return the whole state, of what was read."""
+        """Return the whole state, given the saved part."""
         return read
 
     def restore(self, template: State, data: Any) -> Any:
-        """Return the whole state."""
+        """Return the restored state."""
         return self.restored(template, self.read(template, data))
 
     def subject(self, name: str) -> CheckpointedSubject:
@@ -59,7 +59,7 @@ class Checkpoint:
 
 
 def counting(statistics: Callable[[State, Any, Any, State], Any]) -> Subject:
-    """Return the reference with a count of steps, and its statistics changed by a function."""
+    """Return the reference step with a step counter and with statistics changed by a function."""
     plain = reference.momentum()
 
     def init(seed: Any, x: Any) -> State:
@@ -74,7 +74,7 @@ def counting(statistics: Callable[[State, Any, Any, State], Any]) -> Subject:
 
 
 def noisy() -> Subject:
-    """Return the reference with noise on its input, from a key that the state carries."""
+    """Return the reference step with noise on its inputs, from a key in the state."""
     plain = reference.adam()
 
     def init(seed: Any, x: Any) -> State:
@@ -90,7 +90,7 @@ def noisy() -> Subject:
 
 
 def correct() -> dict[str, Subject | CheckpointedSubject]:
-    """Return correct lives, to which no law may object."""
+    """Return correct subjects, which must not violate any law."""
     return {
         "noisy": noisy(),
         "counting": counting(lambda state, x, y, new: new.batch_stats),
@@ -102,13 +102,13 @@ LIFE_FAULTS: dict[str, Fault] = {}
 
 
 def fault(name: str, mistake: str, law: str, sentence: str, **parts: Any) -> None:
-    """Enter the Checkpoint with ``parts`` replaced, which ``law`` must catch."""
+    """Add the Checkpoint with ``parts`` replaced, which ``law`` must detect."""
     make = edit(Checkpoint, parts, f"fault[{name}]")
     LIFE_FAULTS[name] = Fault(name, "life", mistake, sentence, make, law)
 
 
 def of_step(name: str, mistake: str, law: str, sentence: str, other: str) -> None:
-    """Enter a step of the catalogue whose fault a longer life shows as well."""
+    """Add a step of the catalogue whose fault a sequence of steps shows as well."""
 
     def make() -> Subject:
         step: Subject = FAULTS[other].make()
@@ -181,58 +181,58 @@ TYPES = "a_checkpoint_keeps_types_and_containers"
 FOLDED = "statistics_fold_each_batch_once"
 
 fault("statistics_not_saved", "checkpoint_drops_statistics", VALUES,
-      "Only params and the optimizer's state are saved; the statistics are a fresh model's.",
+      "Only params and the optimizer's state are saved; the statistics are the initial ones.",
       kept=lambda s, state: {"params": state.params, "opt_state": state.opt_state},
       restored=lambda s, template, read: template._replace(**read))
 fault("optimizer_state_not_saved", "checkpoint_drops_optimizer_state", VALUES,
-      "The optimizer starts anew when a run is restored.",
+      "The optimizer's state is initialised again when a run is restored.",
       restored=carried(opt_state=lambda template, read: template))
 fault("key_not_saved", "checkpoint_drops_key", VALUES,
-      "The key of the input's noise starts anew when a run is restored.",
+      "The key of the input noise is the initial one when a run is restored.",
       trained=lambda s: noisy(), restored=carried(extra=lambda template, read: template))
 fault("count_reset_on_restore", "counter_reset_on_restore", VALUES,
       "Adam's count of steps is zero again after a restore; its moments are kept.",
       restored=carried(opt_state=count_zeroed))
 fault("optimizer_state_restored_as_dicts", "restored_in_other_types", TYPES,
-      "Restored without a template, the optimizer's named tuples are dictionaries.",
+      "Without a template, the optimizer's named tuples are restored as dictionaries.",
       read=read_into_nothing)
 fault("count_restored_as_python_number", "restored_in_other_types", TYPES,
-      "The count comes back as a Python int.",
+      "The count is restored as a Python int.",
       restored=carried(opt_state=count_as_number))
 fault("statistics_restored_in_float64", "restored_in_other_types", TYPES,
-      "The statistics come back as float64, as NumPy makes them of decimal text.",
+      "The statistics are restored as float64, as when NumPy reads decimal text.",
       restored=carried(batch_stats=lambda template, read:
           mapped(lambda leaf: np.asarray(leaf, np.float64), read)))
 fault("statistics_restored_frozen", "restored_in_other_types", TYPES,
-      "The statistics come back in a FrozenDict where a dict was saved.",
+      "The statistics are saved in a dict and restored in a FrozenDict.",
       restored=carried(batch_stats=lambda template, read: freeze(read)))
 fault("saved_in_bfloat16", "checkpoint_loses_digits", VALUES,
-      "Every float is saved in bfloat16 and comes back as float32.",
+      "Every float is saved in bfloat16 and restored as float32.",
       kept=floats_narrowed, restored=floats_widened)
 fault("restored_value_ignored", "checkpoint_not_used", VALUES,
-      "What from_bytes returns is dropped, as if it filled its template in place.",
+      "The result of from_bytes is dropped, as if it modified its template.",
       restored=lambda s, template, read: template)
 fault("first_checkpoint_for_ever", "checkpoint_is_stale", VALUES,
       "A checkpoint is written once and never again: later saves find the file and skip it.",
       before=None, begin=forgotten, save=written_once)
 fault("statistics_of_the_save_before", "checkpoint_is_stale", VALUES,
-      "The statistics are written one save late.",
+      "Each save writes the statistics of the save before.",
       before=None, begin=forgotten, save=statistics_a_save_late)
 fault("mean_and_variance_exchanged", "restored_in_another_order", VALUES,
       "The leaves of a layer are saved as a list and read back in another order.",
       restored=carried(batch_stats=mean_and_variance_exchanged))
 of_step("rate_counted_in_python", "hidden_state", "a_resumed_process_continues_to_the_bit",
-        "A Python counter sets the rate: the process that resumes counts from the start.",
+        "A Python counter sets the learning rate; a resumed process counts from the start.",
         "calls_counted_in_python")
 of_step("evaluation_folds_its_batch", "eval_in_train_mode",
         "evaluation_between_steps_changes_nothing",
         "Evaluating between two steps moves the statistics.",
         "eval_writes_statistics")
 of_step("first_batch_taken_whole", "statistics_reinitialised", FOLDED,
-        "The first batch replaces the initial statistics; all later ones are averaged in.",
+        "The first batch's moments replace the initial statistics; later ones are averaged.",
         "first_batch_replaces_the_initial_statistics")
 fault("every_second_batch_twice", "ema_applied_twice", FOLDED,
-      "Every second step folds its batch in twice: a pass for logging moves the statistics.",
+      "Every second step folds its batch in twice, the second time in a pass for logging.",
       trained=lambda s: counting(every_second_batch_twice))
 fault("third_batch_forgotten", "new_statistics_dropped", FOLDED,
       "Every third step keeps the old statistics.",

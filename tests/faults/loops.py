@@ -1,6 +1,6 @@
-"""Faults of whole training loops, each beside its correct twin: what only a look at a loop shows.
+"""Faults of whole training loops, each with a correct twin.
 
-A pair is one function that says by its argument whether to make the mistake.
+A pair is one function, whose argument says whether to make the mistake.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Net(nn.Module):
     """Two blocks of Dense, BatchNorm and tanh, and a Dense: x (N, 2) -> (N,).
 
     Attributes:
-        rests: whether the first block normalises by its running values in training, too.
-        dropout: how many of the units are dropped.
-        axis_name: over which BatchNorm takes its moments.
+        rests: whether the first block uses its running statistics in training, too.
+        dropout: the fraction of units that are dropped.
+        axis_name: the mapped axis over which BatchNorm takes its moments.
     """
 
     rests: bool = False
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any, train: bool, mask: Any = None) -> Any:
-        """Return the predictions; rows that are masked stay out of the moments."""
+        """Return the predictions; masked rows are not in the moments."""
         for name in ("backbone", "neck"):
             x = nn.Dense(3, use_bias=False, name=name)(x)
             norm = nn.BatchNorm(
@@ -60,8 +60,8 @@ class Images(nn.Module):
     """Conv, BatchNorm, relu, and a Dense on images of 3 by 2: x (N, 2) -> (N,).
 
     Attributes:
-        axis: that BatchNorm keeps.
-        channels_first: whether the features are moved to axis 1 before.
+        axis: the feature axis of BatchNorm.
+        channels_first: whether the features are moved to axis 1 before it.
     """
 
     axis: int
@@ -81,7 +81,7 @@ class Sequence(nn.Module):
     """Dense, BatchNorm and tanh along a sequence of 3, and a Dense: x (N, 2) -> (N,).
 
     Attributes:
-        axis: that BatchNorm keeps.
+        axis: the feature axis of BatchNorm.
     """
 
     axis: int
@@ -95,7 +95,7 @@ class Sequence(nn.Module):
 
 
 class LoopState(TrainState):
-    """A train state with running statistics, and with whatever else a loop keeps."""
+    """A train state with running statistics and other values of a loop."""
 
     batch_stats: Any
     kept: Any
@@ -148,16 +148,16 @@ def loop(
     eval_loss: Callable[..., Any] = lambda state, x, y: evaluated(state, x, y).mean(),
     **options: Any,
 ) -> Subject:
-    """Return a training loop as a Subject; a fault, or its correct twin, replaces a part.
+    """Return a training loop as a Subject; a fault and its twin replace parts of it.
 
     Args:
         net: the model.
         tx: learning rate -> the optimizer.
-        start: (the initial variables, the key they were made with) -> those to start from.
-        kept: (the initial variables, another key) -> what else the state keeps.
+        start: (the initial variables, their key) -> the variables to start from.
+        kept: (the initial variables, another key) -> other values in the state.
         loss: (state, params, x, y) -> the training loss and the new statistics.
-        step: (state, x, y, loss) -> the state after it, and the loss.
-        follow: the state after an update -> the state that is carried on.
+        step: (state, x, y, loss) -> the state after the update, and the loss.
+        follow: the state after the update -> the state that the step returns.
         eval_loss: (state, x, y) -> the loss in eval mode.
         **options: see ``bnverify.train_state``.
     """
@@ -194,11 +194,11 @@ Pair = Callable[[bool], Subject]
 
 
 def pair(mistake: str, law: str) -> Callable[[Pair], Pair]:
-    """Enter the decorated function: of True it makes the fault, of False the twin.
+    """Add the decorated function: with True it returns the fault, with False the twin.
 
     Args:
         mistake: a name in ``bnverify.mistakes``.
-        law: the law that must catch the fault.
+        law: the law that must detect the fault.
     """
 
     def entered(make: Pair) -> Pair:
@@ -216,7 +216,7 @@ draws = pair("same_key_in_each_step", "each_step_draws_anew")
 
 
 def with_dropout(key_of: Callable[[Any], Any], **parts: Any) -> Subject:
-    """Return a loop with dropout, whose key is made of the state."""
+    """Return a loop with dropout, whose key comes from the state."""
 
     def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
         out, stats = run(state, params, x, rngs={"dropout": key_of(state)})
@@ -228,7 +228,7 @@ def with_dropout(key_of: Callable[[Any], Any], **parts: Any) -> Subject:
 
 @draws
 def dropout_key_unsplit(wrong: bool) -> Subject:
-    """The key that the state holds is passed on as it is."""
+    """The key in the state is never changed."""
     return with_dropout(
         lambda s: s.kept["key"] if wrong else jax.random.fold_in(s.kept["key"], s.step)
     )
@@ -236,7 +236,7 @@ def dropout_key_unsplit(wrong: bool) -> Subject:
 
 @draws
 def dropout_key_constant(wrong: bool) -> Subject:
-    """The key is made of a number in the code."""
+    """The key is a constant in the code."""
 
     def key_of(state: Any) -> Any:
         key = jax.random.PRNGKey(0)
@@ -247,7 +247,7 @@ def dropout_key_constant(wrong: bool) -> Subject:
 
 @draws
 def key_split_and_not_kept(wrong: bool) -> Subject:
-    """The key is split in each step, and the half that should be carried on is dropped."""
+    """The key is split in each step, but the new key is not kept."""
 
     def follow(state: Any) -> Any:
         key = jax.random.split(state.kept["key"])[0]
@@ -258,7 +258,7 @@ def key_split_and_not_kept(wrong: bool) -> Subject:
 
 @draws
 def noise_of_the_key_of_init(wrong: bool) -> Subject:
-    """The noise of the first step is drawn with the key that initial values were drawn with."""
+    """The noise of the first step is drawn with the key of the initial params."""
 
     def kept(variables: Any, key: Any) -> Any:
         first, second = jax.random.split(key)
@@ -281,7 +281,7 @@ moving = pair("frozen_statistics_move", "frozen_statistics_stay")
 
 
 def labels(params: Any) -> Any:
-    """Return which params train: not those of the backbone."""
+    """Return the label of each param: trained or, in the backbone, frozen."""
     return {
         name: mapped(
             lambda _, name=name: "freeze" if name.startswith("backbone") else "train", tree
@@ -291,12 +291,12 @@ def labels(params: Any) -> Any:
 
 
 def is_frozen(params: Any) -> Any:
-    """Return, for each param, whether it is of the backbone."""
+    """Return, for each param, whether it is in the backbone."""
     return mapped(lambda label: label == "freeze", labels(params))
 
 
 def groups(lr: Any) -> Any:
-    """Return SGD on all but the backbone."""
+    """Return SGD for everything except the backbone."""
     return optax.multi_transform({"train": optax.sgd(lr), "freeze": optax.set_to_zero()}, labels)
 
 
@@ -311,19 +311,19 @@ def stopped(state: Any, params: Any, x: Any, y: Any) -> Any:
 
 @moving
 def backbone_frozen_but_for_its_norm(wrong: bool) -> Subject:
-    """The optimizer leaves the backbone alone, and its BatchNorm folds every batch in."""
+    """The optimizer does not change the backbone, but its BatchNorm updates its statistics."""
     return loop(net=Net(rests=not wrong), tx=groups)
 
 
 @moving
 def backbone_behind_a_stopped_gradient(wrong: bool) -> Subject:
-    """The backbone's gradient is stopped, and its BatchNorm folds every batch in."""
+    """The backbone's gradient is stopped, but its BatchNorm updates its statistics."""
     return loop(net=Net(rests=not wrong), loss=stopped)
 
 
 @moving
 def backbone_updates_masked_to_zero(wrong: bool) -> Subject:
-    """The backbone's updates are set to 0 at the end of the chain; its BatchNorm goes on."""
+    """The backbone's updates are set to 0, but its BatchNorm updates its statistics."""
 
     def tx(lr: Any) -> Any:
         return optax.chain(optax.adam(lr), optax.masked(optax.set_to_zero(), is_frozen))
@@ -336,7 +336,7 @@ decaying = pair("frozen_params_move", "frozen_params_stay")
 
 @decaying
 def decay_of_a_stopped_gradient(wrong: bool) -> Subject:
-    """A backbone whose gradient is stopped shrinks by the decay of AdamW."""
+    """The backbone's gradient is stopped, but AdamW's weight decay shrinks its params."""
 
     def tx(lr: Any) -> Any:
         trains = (
@@ -349,13 +349,13 @@ def decay_of_a_stopped_gradient(wrong: bool) -> Subject:
 
 @decaying
 def declared_frozen_and_trained(wrong: bool) -> Subject:
-    """The backbone is declared to be frozen; the optimizer trains all params."""
+    """The backbone is declared frozen, but the optimizer trains all params."""
     return loop(net=Net(rests=True), tx=optax.sgd if wrong else groups, frozen=["backbone*"])
 
 
 @decaying
 def decay_added_after_the_groups(wrong: bool) -> Subject:
-    """The backbone's group rests, and a decay behind it reaches all params."""
+    """The backbone's updates are set to 0, but weight decay is added to all params afterwards."""
 
     def tx(lr: Any) -> Any:
         decay = optax.add_decayed_weights(-0.01)
@@ -366,7 +366,7 @@ def decay_added_after_the_groups(wrong: bool) -> Subject:
 
 @pair("frozen_gradients_scale_others", "frozen_gradients_scale_nothing")
 def clip_around_the_groups(wrong: bool) -> Subject:
-    """Gradients are clipped by the norm of all of them, the frozen backbone's too."""
+    """Gradients are clipped by the norm of all of them, including the frozen backbone's."""
 
     def tx(lr: Any) -> Any:
         clip = optax.clip_by_global_norm(1.0)
@@ -383,7 +383,7 @@ following = pair("stale_statistics", "a_copy_of_the_params_takes_their_statistic
 
 
 def with_a_copy(name: str, follow: Callable[[Any], Any]) -> Subject:
-    """Return a loop that learns, half of it, what a copy of its model says."""
+    """Return a loop whose targets are averaged with the outputs of a copy of the model."""
 
     def kept(variables: Any, key: Any) -> Any:
         del key
@@ -405,7 +405,7 @@ def with_a_copy(name: str, follow: Callable[[Any], Any]) -> Subject:
 
 @following
 def target_params_averaged_alone(wrong: bool) -> Subject:
-    """A target network's params are averaged; its statistics stay those of the first day."""
+    """A target network's params are averaged, but its statistics remain the initial ones."""
 
     def follow(state: Any) -> Any:
         held = state.kept
@@ -418,7 +418,7 @@ def target_params_averaged_alone(wrong: bool) -> Subject:
 
 @following
 def target_params_copied_alone(wrong: bool) -> Subject:
-    """Every second step the params are copied to the target network, and nothing else."""
+    """Every second step, only the params are copied to the target network."""
 
     def follow(state: Any) -> Any:
         def copied(held: Any) -> Any:
@@ -433,7 +433,7 @@ def target_params_copied_alone(wrong: bool) -> Subject:
 
 @following
 def average_of_the_params_alone(wrong: bool) -> Subject:
-    """An average of the params is kept beside statistics that are never averaged."""
+    """The params are averaged, but not the statistics kept with the average."""
 
     def follow(state: Any) -> Any:
         def averaged(old: Any, new: Any) -> Any:
@@ -461,7 +461,7 @@ def trained() -> Any:
 
 @starting
 def params_restored_alone(wrong: bool) -> Subject:
-    """The params of a trained model start with new statistics."""
+    """The params are those of a trained model, the statistics are the initial ones."""
     old = trained()
     return loop(
         start=lambda variables, key: {**variables, "params": old["params"]} if wrong else old
@@ -470,7 +470,7 @@ def params_restored_alone(wrong: bool) -> Subject:
 
 @starting
 def backbone_restored_alone(wrong: bool) -> Subject:
-    """The backbone's params are those of a trained model, its statistics are new."""
+    """The backbone's params are those of a trained model, its statistics are the initial ones."""
     old = trained()
 
     def start(variables: Any, key: Any) -> Any:
@@ -502,7 +502,7 @@ def second_view_overwrites(wrong: bool) -> Subject:
 
 @dropping
 def second_batch_forgotten(wrong: bool) -> Subject:
-    """A labelled and an unlabelled batch; the statistics of the unlabelled one are not kept."""
+    """The statistics of an unlabelled batch, which follows a labelled one, are dropped."""
 
     def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
         one, first = run(state, params, x)
@@ -514,7 +514,7 @@ def second_batch_forgotten(wrong: bool) -> Subject:
 
 @repeating
 def sharpness_pass_folded_in(wrong: bool) -> Subject:
-    """Sharpness-aware minimisation keeps the statistics of its second pass, on top of the first's."""
+    """Both passes of sharpness-aware minimisation update the statistics."""
 
     def step(state: Any, x: Any, y: Any, loss: Any) -> Any:
         def passed(params: Any, stats: Any) -> Any:
@@ -533,7 +533,7 @@ def sharpness_pass_folded_in(wrong: bool) -> Subject:
 
 @repeating
 def two_dropout_masks_folded_in(wrong: bool) -> Subject:
-    """Two passes of one batch with other masks both enter the average."""
+    """Two passes over one batch, with different dropout masks, both update the statistics."""
 
     def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
         key = jax.random.fold_in(state.kept["key"], state.step)
@@ -579,19 +579,19 @@ def rows_mapped_and_the_first_kept(wrong: bool) -> Subject:
 
 @pair("statistics_over_the_wrong_axis", "layers_keep_the_feature_axis")
 def height_normalised(wrong: bool) -> Subject:
-    """BatchNorm behind a convolution keeps axis 1, as where channels come first."""
+    """BatchNorm after a convolution has axis 1, as for channels-first inputs."""
     return loop(net=Images(axis=1 if wrong else -1))
 
 
 @pair("statistics_over_the_wrong_axis", "layers_keep_the_feature_axis")
 def width_normalised_behind_a_transpose(wrong: bool) -> Subject:
-    """Channels are moved to the front, and BatchNorm keeps the last axis as before."""
+    """Channels are moved to axis 1, but BatchNorm keeps its default axis, the last."""
     return loop(net=Images(axis=-1 if wrong else 1, channels_first=True))
 
 
 @pair("statistics_over_the_wrong_axis", "layers_keep_the_feature_axis")
 def time_normalised(wrong: bool) -> Subject:
-    """BatchNorm behind a Dense over a sequence keeps the axis of time."""
+    """BatchNorm after a Dense over a sequence has the time axis as its feature axis."""
     return loop(net=Sequence(axis=1 if wrong else 2))
 
 
@@ -601,7 +601,7 @@ counting = pair("padding_in_the_denominator", "only_rows_that_count_are_counted"
 
 
 def masked(wrong: bool, of_all: Callable[[Any, Any], Any], **options: Any) -> Subject:
-    """Return a loop whose loss leaves out some rows."""
+    """Return a loop whose loss masks some rows."""
 
     def reduced(losses: Any, y: Any) -> Any:
         mask = y > 0
@@ -617,31 +617,31 @@ def masked(wrong: bool, of_all: Callable[[Any, Any], Any], **options: Any) -> Su
 
 @counting
 def mean_of_masked_losses(wrong: bool) -> Subject:
-    """The losses of padding are multiplied by 0, and all rows are counted."""
+    """The losses of padding rows are multiplied by 0, but the mean is over all rows."""
     return masked(wrong, lambda mask, losses: jnp.mean(mask * losses))
 
 
 @counting
 def mean_of_selected_losses(wrong: bool) -> Subject:
-    """The losses of padding are replaced by 0, and all rows are counted."""
+    """The losses of padding rows are replaced by 0, but the mean is over all rows."""
     return masked(wrong, lambda mask, losses: jnp.where(mask, losses, 0.0).mean())
 
 
 @counting
 def sum_over_the_batch_size(wrong: bool) -> Subject:
-    """The sum over the rows that count is divided by the batch's size."""
+    """The sum over the unmasked rows is divided by the batch size."""
     return masked(wrong, lambda mask, losses: (losses * mask).sum() / len(losses))
 
 
 @pair("padding_enters", "rows_of_weight_zero_change_nothing")
 def padding_in_the_moments(wrong: bool) -> Subject:
-    """Padding is masked out of the loss, not out of BatchNorm."""
+    """Padding is masked in the loss but not in BatchNorm."""
 
     def reduced(losses: Any, mask: Any) -> Any:
         return jnp.sum(mask * losses) / jnp.maximum(mask.sum(), 1)
 
     def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
-        # A batch of padding alone has no moments: then all rows count.
+        # A batch of only padding has no moments, so all its rows count.
         mask = (y > 0) | ~jnp.any(y > 0)
         out, stats = run(state, params, x, mask=None if wrong else mask)
         return reduced(squared(out, y), mask), stats
@@ -653,7 +653,7 @@ def padding_in_the_moments(wrong: bool) -> Subject:
     )
 
 
-# A schedule under accumulation.
+# Schedules with gradient accumulation.
 
 scheduled = pair("schedule_counts_batches", "schedule_counts_updates")
 EVERY = 2
@@ -661,14 +661,14 @@ EVERY = 2
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a training, as a script keeps them."""
+    """The settings of a training script."""
 
     num_batches: int = 12
 
 
 @scheduled
 def schedule_over_all_batches(wrong: bool) -> Subject:
-    """A cosine decay is as long as there are batches; how many there are is declared."""
+    """A cosine decay has the number of batches, which is declared, as its number of updates."""
     length = 12 if wrong else 12 // EVERY
 
     def tx(lr: Any) -> Any:
@@ -680,7 +680,7 @@ def schedule_over_all_batches(wrong: bool) -> Subject:
 
 @scheduled
 def schedule_of_the_settings(wrong: bool) -> Subject:
-    """A linear decay takes the number of batches from the settings as it is."""
+    """A linear decay has the number of batches in the settings as its number of updates."""
     settings = Settings()
 
     def tx(lr: Any) -> Any:
@@ -693,7 +693,7 @@ def schedule_of_the_settings(wrong: bool) -> Subject:
 
 @scheduled
 def schedule_injected(wrong: bool) -> Subject:
-    """A schedule that is injected as a hyperparameter is as long as there are batches."""
+    """A schedule in inject_hyperparams has the number of batches as its number of updates."""
     settings = SimpleNamespace(train_batches=12)
 
     def tx(lr: Any) -> Any:

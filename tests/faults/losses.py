@@ -1,4 +1,4 @@
-"""Faults of the loss, of its gradient, of evaluation, and of which rows and inputs they read."""
+"""Faults of the loss, its gradient, evaluation, and the rows and inputs that they use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def all_but_the_last_row(preds: Any, y: Any) -> Any:
 
 
 def mean_of_two_unequal_means(s: Any, preds: Any, y: Any) -> Any:
-    """Return the mean of the mean of one row and that of the others."""
+    """Return the mean of two means: that of one row and that of the others."""
     errors = (preds - y) ** 2
     others = (jnp.sum(errors) - errors[0]) / jnp.maximum(y.shape[0] - 1, 1)
     return jnp.where(y.shape[0] > 1, (errors[0] + others) / 2, errors[0])
@@ -61,7 +61,7 @@ def divided_by_the_padded_rows(
 
 
 def two_micro_batches(s: Any, state: State, x: Any, y: Any) -> Gradients:
-    """Average two gradients, and keep the second's statistics."""
+    """Average two gradients, and keep the statistics of the second pass."""
     half = x.shape[0] // 2
     if half == 0:
         result: Gradients = s.right.gradients(state, x, y)
@@ -90,7 +90,7 @@ def mutable_forgotten(s: Any, params: Tree, batch_stats: Tree, x: Any, y: Any) -
 
 
 def gradient_of(other: Any) -> Any:
-    """Return ``gradients`` of ``other(step, params, state, x, y)``, beside the right loss."""
+    """Return ``gradients`` with the gradient of ``other(step, params, state, x, y)`` and the right loss."""
 
     def gradients(s: Any, state: State, x: Any, y: Any) -> Gradients:
         result = s.loss(state.params, state.batch_stats, x, y)
@@ -121,7 +121,7 @@ def averaged_with_the_initial_params(s: Any, state: State, x: Any, y: Any) -> An
 
 
 def baked_in(x: Any) -> Any:
-    """Return the batch that was there when the step was traced, of the shape of ``x``."""
+    """Return a constant batch of the shape of ``x``, as if from tracing."""
     return jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
 
 
@@ -173,7 +173,7 @@ fault("first_row_counts_twice", "rows_treated_unequally",
           (jnp.sum(errors := (preds - y) ** 2) + errors[0]) / (len(y) + 1),
       minimal=(2, 1))
 fault("last_row_left_out_of_the_loss", "rows_treated_unequally",
-      "The last row enters the statistics and not the loss.",
+      "The last row counts in the statistics but not in the loss.",
       training_error=lambda s, preds, y: all_but_the_last_row(preds, y), minimal=(2, 1),
       source="https://github.com/google/flax/issues/1850")
 fault("mean_of_unequal_shards_means", "rows_treated_unequally",
@@ -193,13 +193,13 @@ fault("targets_replaced_by_their_mean", "targets_ignored",
       "The training loss compares every prediction with the mean of the targets.",
       training_error=lambda s, preds, y: s.error(preds, jnp.mean(y)), minimal=(2, 1))
 fault("training_loss_halved", "modes_differ",
-      "The training loss has a factor 1/2 that evaluation has not.",
+      "The training loss has a factor 1/2 that the eval loss does not have.",
       training_error=lambda s, preds, y: s.error(preds, y) / 2)
 fault("training_loss_is_huber", "modes_differ",
       "Training minimises the Huber loss; evaluation reports the squared error.",
       training_error=huber)
 fault("loss_has_one_axis", "loss_not_reduced",
-      "The reported loss has shape (1,) where a scalar is meant.",
+      "The reported loss has shape (1,) instead of ().",
       report=lambda s, loss, grads: StepInfo(loss.reshape(1), grads))
 fault("penalty_on_the_running_variance", "loss_reads_old_statistics",
       "The training loss contains a hundredth of the mean of the old running variance.",
@@ -224,14 +224,14 @@ fault("last_micro_batch_kept", "statistics_of_part_of_the_batch",
 fault = partial(enter, family="gradient")
 
 fault("gradient_of_all_variables", "gradient_of_all_variables",
-      "The gradient is taken of params and statistics, and both are told.",
+      "The gradient is taken of params and statistics, and both are reported.",
       step=all_variables_differentiated)
 fault("mutable_forgotten", "mutable_forgotten",
-      "The training pass does not declare batch_stats mutable, which Flax refuses.",
+      "The training pass does not declare batch_stats mutable: Flax raises an error.",
       loss=mutable_forgotten, raises="ModifyScopeVariableError",
       source="https://github.com/google/evojax/issues/60")
 fault("has_aux_forgotten", "has_aux_forgotten",
-      "value_and_grad is not told that the loss returns statistics too, which JAX refuses.",
+      "value_and_grad has no has_aux=True, though the loss also returns statistics: JAX raises an error.",
       gradients=lambda s, state, x, y:
           jax.value_and_grad(s.loss)(state.params, state.batch_stats, x, y),
       raises="TypeError")
@@ -243,24 +243,24 @@ fault("penalty_differentiated_but_not_reported", "wrong_gradient",
       "The gradient contains a penalty on the params that the reported loss does not.",
       slope=lambda s, grads, state, x: mapped(lambda g, p: g + 0.01 * p, grads, state.params))
 fault("absolute_error_differentiated", "wrong_gradient",
-      "The squared error is reported, the absolute error is minimised.",
+      "The squared error is reported, but the absolute error is minimised.",
       gradients=gradient_of(lambda s, params, state, x, y:
           jnp.mean(jnp.abs(s.apply(params, state.batch_stats, x, train=True)[0] - y))))
 fault("loss_reported_after_the_update", "gradient_of_another_loss",
-      "The loss that is reported is that of the params after the update.",
+      "The reported loss is that of the params after the update.",
       step=loss_after_the_update)
 fault("gradient_of_the_sum_but_the_mean_reported", "wrong_gradient",
       "The gradient is that of the sum over the batch, the reported loss is the mean.",
       slope=lambda s, grads, state, x: mapped(lambda g: g * x.shape[0], grads), minimal=(2, 1))
 fault("updates_reported_as_gradients", "wrong_gradient",
-      "What is reported as the gradient is its half, though the update uses the whole.",
+      "Half of the gradient is reported, but the update uses all of it.",
       report=lambda s, loss, grads: StepInfo(loss, mapped(lambda g: g / 2, grads)))
 fault("moments_held_constant", "wrong_gradient",
       "No gradient flows through the batch's moments.",
       base=HandwrittenNorm, minimal=(2, 1),
       training_moments=lambda s, batch, old, new, layer: jax.lax.stop_gradient(batch))
 fault("mean_held_constant", "wrong_gradient",
-      "No gradient flows through the batch's mean, so the bias before it seems to matter.",
+      "No gradient flows through the batch's mean, so the bias before it has a gradient.",
       base=HandwrittenNorm, minimal=(2, 1),
       training_moments=lambda s, batch, old, new, layer:
           (jax.lax.stop_gradient(batch[0]), batch[1]))
@@ -270,20 +270,20 @@ fault("variance_held_constant", "wrong_gradient",
       training_moments=lambda s, batch, old, new, layer:
           (batch[0], jax.lax.stop_gradient(batch[1])))
 fault("backbone_frozen", "wrong_gradient",
-      "The first layer's kernel gets no gradient: a freeze that was never lifted.",
+      "The first layer's kernel gets no gradient, as if it were still frozen.",
       slope=lambda s, grads, *_: edited(grads, "Dense_0/kernel", jnp.zeros_like), minimal=(2, 1),
       source="https://github.com/lightly-ai/lightly/issues/1438")
 fault("gradients_of_scale_and_bias_swapped", "wrong_gradient",
-      "The normalisation's scale gets the gradient of its bias, and the other way round.",
+      "The gradients of the normalisation's scale and bias are swapped.",
       slope=scale_and_bias_swapped, minimal=(2, 1))
 fault("gradient_passes_dead_units", "wrong_gradient",
-      "The backward pass of the activation lets gradients through where the unit is off.",
+      "The backward pass of the activation also passes gradients where the unit is inactive.",
       activate=lambda s, a: a + jax.lax.stop_gradient(jnp.maximum(a, 0.0) - a))
 fault("gradient_doubled_by_two_backward_passes", "wrong_gradient",
-      "Gradients of two backward passes are added up; nobody cleared the first.",
+      "The gradients of two backward passes are added: the first is never cleared.",
       slope=lambda s, grads, *_: mapped(lambda g: g + g, grads))
 fault("gradient_of_one_row", "wrong_gradient",
-      "Loss and statistics are those of the batch, the gradient of the error of its first row.",
+      "Loss and statistics are those of the batch, the gradient is that of its first row.",
       gradients=gradient_of(lambda s, params, state, x, y:
           (s.apply(params, state.batch_stats, x, train=True)[0][0] - y[0]) ** 2),
       minimal=(2, 1))
@@ -291,12 +291,12 @@ fault("gradient_normalised", "wrong_gradient",
       "The gradient is scaled to length 1 before it is reported and used.",
       slope=of_length_one)
 fault("gradients_above_one_cut", "wrong_gradient",
-      "Every entry of the gradient is cut to [-1, 1] before it is reported and used.",
+      "Every entry of the gradient is clipped to [-1, 1] before it is reported and used.",
       slope=lambda s, grads, *_: mapped(lambda g: jnp.clip(g, -1.0, 1.0), grads))
 fault("not_a_number_replaced_by_zero", "wrong_gradient",
-      "Gradients that are not numbers become zero, so that a broken step goes unnoticed.",
+      "NaN gradients are replaced by 0, so that a broken step goes unnoticed.",
       slope=lambda s, grads, *_: mapped(jnp.nan_to_num, grads),
-      survives="equivalent where gradients are finite, which they are in the whole domain")
+      survives="equivalent if gradients are finite, as they are in the whole domain")
 
 # Evaluation.
 
@@ -305,7 +305,7 @@ of_layer = partial(fault, base=HandwrittenNorm)
 of_solution = partial(fault, base=WithSolution)
 
 fault("eval_in_train_mode", "eval_in_train_mode",
-      "Evaluation runs the model with train=True and throws the statistics away.",
+      "Evaluation runs the model with train=True and drops the statistics.",
       evaluate=lambda s, state, x, y: s.loss(state.params, state.batch_stats, x, y)[0].reshape(1),
       after_eval=lambda s, state, x, y: state, source="https://github.com/yanx27/GACNet/issues/8")
 fault("eval_in_train_mode_writes", "eval_in_train_mode",
@@ -314,7 +314,7 @@ fault("eval_in_train_mode_writes", "eval_in_train_mode",
       after_eval=lambda s, state, x, y:
           state._replace(batch_stats=s.loss(state.params, state.batch_stats, x, y)[1]))
 of_layer("eval_writes_statistics", "eval_in_train_mode",
-         "Evaluation reads the running statistics, and moves them by its batch.",
+         "Evaluation uses the running statistics, and updates them with its batch.",
          written_in_eval=lambda s, running, h, layer: s.fold(running, s.moments(h, layer), layer))
 of_layer("eval_centres_by_its_batch", "eval_in_train_mode",
          "Evaluation scales by the running variance but centres by the mean of its own batch.",
@@ -343,16 +343,16 @@ of_layer("eval_ignores_the_running_variance", "modes_differ",
          "Evaluation centres by the running mean and does not scale.",
          evaluation_moments=lambda s, running, h, layer: (running[0], jnp.ones_like(running[1])))
 of_layer("eval_ignores_the_scale", "modes_differ",
-         "Evaluation leaves the layer's trained scale out.",
+         "Evaluation omits the layer's scale.",
          standardise=lambda s, h, moments, affine, train, layer: s.right.standardise(
              h, moments, (affine[0] if train else 1.0, affine[1]), train, layer),
          minimal=(2, 1))
 of_layer("eval_reads_the_variance_as_deviation", "modes_differ",
-         "Evaluation takes the running variance for a standard deviation.",
+         "Evaluation uses the running variance as a standard deviation.",
          inverse_deviation=lambda s, var, train, layer:
              (s.right.inverse_deviation(var, train, layer) if train else 1.0 / (var + s.epsilon)))
 fault("eval_ignores_the_output_bias", "modes_differ",
-      "Evaluation leaves the bias of the output layer out.",
+      "Evaluation omits the bias of the output layer.",
       evaluate=lambda s, state, x, y: s.right.evaluate(state._replace(
           params=edited(state.params, f"Dense_{s.layers}/bias", jnp.zeros_like)), x, y))
 fault("eval_broadcasts", "broadcast_loss",
@@ -366,7 +366,7 @@ fault("eval_loss_not_reduced", "loss_not_reduced",
       "Evaluation returns one error for each row.",
       evaluation_error=lambda s, preds, y: (preds - y) ** 2, minimal=(2, 1))
 fault("eval_drops_the_last_row", "rows_treated_unequally",
-      "Evaluation leaves the last row out, unless it is the only one.",
+      "Evaluation omits the last row, unless it is the only one.",
       evaluation_error=lambda s, preds, y: all_but_the_last_row(preds, y).reshape(1),
       minimal=(2, 1), source="https://github.com/huggingface/transformers/pull/17863")
 fault("eval_reports_the_root", "modes_differ",
@@ -376,10 +376,10 @@ fault("eval_reverses_the_targets", "targets_misaligned",
       "Evaluation compares predictions with the targets in reverse order.",
       evaluation_error=lambda s, preds, y: s.error(preds, y[::-1]).reshape(1), minimal=(2, 1))
 fault("eval_standardises_its_batch", "eval_in_train_mode",
-      "Evaluation, unlike training, first takes the mean of its batch off the features.",
+      "Evaluation, unlike training, first subtracts the mean of its batch from the features.",
       evaluate=lambda s, state, x, y: s.right.evaluate(state, x - jnp.mean(x, axis=0), y))
 fault("eval_of_averaged_params_with_other_statistics", "modes_differ",
-      "Evaluation averages the params with the initial ones and uses the statistics as they are.",
+      "Evaluation averages the params with the initial ones, but not the statistics.",
       evaluate=averaged_with_the_initial_params,
       source="https://github.com/FlyreelAI/sesemi/issues/36")
 of_solution("solution_evaluates_the_old_state", "eval_of_stale_state",
@@ -396,7 +396,7 @@ of_solution("solution_rounds_its_seed", "seed_not_truncated",
             "The one-call function rounds its seed to the nearest integer.",
             truncated=lambda s, seed: jnp.round(jnp.asarray(seed)).astype(jnp.int32))
 of_solution("solution_holds_its_seed_in_float32", "seed_not_truncated",
-            "The one-call function makes a JAX array of its seed, float32: no odd one beyond 2^24 is held.",
+            "The one-call function converts its seed to float32, which has no odd numbers above 2^24.",
             truncated=lambda s, seed: jnp.asarray(seed, jnp.float32).astype(jnp.int32))
 
 # Inputs, params or targets that never reach a result.
@@ -404,20 +404,20 @@ of_solution("solution_holds_its_seed_in_float32", "seed_not_truncated",
 fault = partial(enter, family="ignoring", blind=False)
 
 fault("batch_baked_in", "inputs_ignored",
-      "The training step closes over the first inputs, which the tracing bakes in.",
+      "The training step closes over the first inputs, which become a constant during tracing.",
       batch=lambda s, x, y: (baked_in(x), y))
 fault("batch_baked_into_the_evaluation", "inputs_ignored",
-      "Evaluation closes over the first inputs, which the tracing bakes in.",
+      "Evaluation closes over the first inputs, which become a constant during tracing.",
       evaluate=lambda s, state, x, y: s.right.evaluate(state, baked_in(x), y))
 fault("loss_of_the_targets_alone", "gradient_of_another_loss",
-      "The reported training loss is the targets' mean square: the predictions were forgotten.",
+      "The reported training loss is the mean square of the targets, without the predictions.",
       step=lambda s, state, x, y, lr:
           ((done := s.right.step(state, x, y, lr))[0], done[1]._replace(loss=jnp.mean(y**2))))
 fault("evaluation_of_the_predictions_alone", "targets_ignored",
-      "The eval loss is the predictions' mean square: the targets were forgotten.",
+      "The eval loss is the mean square of the predictions, without the targets.",
       evaluate=lambda s, state, x, y: s.right.evaluate(state, x, jnp.zeros_like(y)))
 
-# What only some sizes of the batch or of its rows show.
+# Faults that only some numbers of rows or features show.
 
 fault = partial(enter, family="sizes")
 of_layer = partial(fault, base=HandwrittenNorm)
@@ -430,14 +430,14 @@ fault("odd_row_dropped", "rows_treated_unequally",
       "Training takes rows in pairs and drops the last one of an odd number.",
       batch=kept_rows(lambda rows: max(rows // 2 * 2, 1)), minimal=(3, 1))
 fault("remainder_of_four_dropped", "rows_treated_unequally",
-      "Training drops what does not fill a multiple of four rows, where there are more than four.",
+      "Training drops the rows beyond a multiple of four, if there are more than four.",
       batch=kept_rows(lambda rows: rows // 4 * 4 if rows > 4 else rows), minimal=(5, 1),
       source="https://github.com/huggingface/transformers/pull/17863")
 fault("rows_beyond_eight_left_out_of_the_loss", "rows_treated_unequally",
-      "Rows after the eighth enter the statistics and not the loss.",
+      "Rows after the eighth count in the statistics but not in the loss.",
       training_error=lambda s, preds, y: s.error(preds[:8], y[:8]), minimal=(9, 1))
 of_layer("rows_beyond_sixteen_left_out_of_the_moments", "rows_treated_unequally",
-         "Rows after the sixteenth enter neither mean nor variance.",
+         "Rows after the sixteenth count in neither mean nor variance.",
          moments=lambda s, h, layer: s.right.moments(h[:16], layer), minimal=(17, 1))
 of_layer("rows_beyond_thirty_two_not_recorded", "statistics_of_part_of_the_batch",
          "The recorded moments are those of the first thirty-two rows.",
@@ -452,10 +452,10 @@ fault("rows_beyond_sixty_four_left_out", "rows_treated_unequally",
       batch=kept_rows(lambda rows: 64), minimal=(65, 1),
       survives="outside the default domain, whose batches have at most 64 rows")
 fault("batch_of_one_in_eval_mode", "train_step_in_eval_mode",
-      "A batch of one row is trained in eval mode: its variance of zero looked like an error.",
+      "A batch of one row is trained in eval mode, to avoid its variance of 0.",
       loss=one_row_in_eval_mode, source="https://github.com/FluxML/Flux.jl/issues/1992")
 of_layer("batch_of_one_not_recorded", "new_statistics_dropped",
-         "A batch of one row leaves the statistics as they are.",
+         "A batch of one row does not change the statistics.",
          rows=0, recorded=rows_counted,
          fold=lambda s, old, batch, layer: old if s.rows == 1 else s.right.fold(old, batch, layer),
          source="https://github.com/FluxML/Flux.jl/issues/1992")
@@ -464,21 +464,21 @@ of_layer("batch_of_one_has_variance_one", "wrong_moments",
          recorded=lambda s, h, batch, layer:
              ((batch[0], jnp.ones_like(batch[1])) if h.shape[0] == 1 else batch))
 fault("last_feature_not_trained", "wrong_gradient",
-      "Of more than one feature, the last one's weights get no gradient.",
+      "The weights of the last feature get no gradient, if there are several features.",
       slope=lambda s, grads, state, x: (
           grads if x.shape[1] == 1
           else edited(grads, "Dense_0/kernel", lambda g: g.at[-1].set(0.0))), minimal=(2, 2))
 fault("last_feature_only_evaluated", "modes_differ",
-      "Of more than one feature, training leaves the last out and evaluation does not.",
+      "Training, unlike evaluation, omits the last feature, if there are several.",
       batch=lambda s, x, y: (jnp.asarray(x).at[:, -1].set(0.0) if x.shape[1] > 1 else x, y),
       minimal=(1, 2))
 fault("square_batch_transposed", "rows_treated_unequally",
-      "Training transposes a batch of as many rows as features: both layouts were accepted.",
+      "Training transposes a square batch, as if it were in the other layout.",
       batch=lambda s, x, y: (x.T if x.shape[0] == x.shape[1] else x, y), minimal=(2, 2))
 fault("features_beyond_eight_not_trained", "update_dropped",
       "Weights of the features after the eighth are not updated.",
       thread=first_eight_features_updated, minimal=(2, 9))
 of_layer("four_shards_where_they_fit", "variances_averaged",
-         "Of a batch that fits into four shards, the recorded variance is the mean of theirs.",
+         "If a batch splits into four shards, the recorded variance is the mean of theirs.",
          recorded=four_shards_where_they_fit, minimal=(4, 1),
          source="https://github.com/tensorflow/tpu/issues/321")

@@ -1,7 +1,7 @@
-"""Faults of steps on many devices. Each is a target: ``tests.faults.parallel:NAME``.
+"""Faults of data-parallel steps. Each is a target: ``tests.faults.parallel:NAME``.
 
-On one device each is correct: ``bnverify.check_parallel`` must see them. The right step is cut into parts,
-and written for one device. Rows carry weights, 0 for padding; without padding all are 1.
+Each is correct on one device; ``bnverify.check_parallel`` must detect it. A fault replaces a part of the
+correct step, which runs on one shard. Rows have weights, 0 for padding and 1 otherwise.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ AXIS = "data"
 
 @functools.cache
 def one_device() -> Subject:
-    """Return the step that all of them must equal: one object, so that its runs are shared."""
+    """Return the step that all of them must equal; it is cached, so that its runs are shared."""
     return single.momentum()
 
 
 class Norm(nn.Module):
-    """BatchNorm over all devices' rows that count, from the sums and the count of rows.
+    """BatchNorm over the unmasked rows of all devices, from their sums and their number.
 
     Attributes:
         moments: (h, weights) -> mean and variance, each (channels,).
@@ -40,7 +40,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, h: Any, weights: Any) -> Any:
-        """Return h normalised by the batch's moments; the running ones move towards them."""
+        """Return h normalised by the batch's moments, and update the running ones."""
         shape = h.shape[-1:]
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
@@ -56,14 +56,14 @@ class Norm(nn.Module):
 
 
 def flax_norm(**options: Any) -> nn.BatchNorm:
-    """Return Flax's BatchNorm in train mode, under the reference's name."""
+    """Return Flax's BatchNorm in train mode, with the name it has in the reference."""
     return nn.BatchNorm(
         use_running_average=False, momentum=single.MOMENTUM, name="BatchNorm_0", **options
     )
 
 
 class Model(nn.Module):
-    """The reference's model in train mode, with another normalisation under the same name.
+    """The reference's model in train mode, with another normalisation of the same name.
 
     Attributes:
         normalise: (h, weights) -> h normalised.
@@ -79,14 +79,14 @@ class Model(nn.Module):
 
 
 class ParallelStep:
-    """The reference's step, one device's part of it."""
+    """The reference step on one shard."""
 
     def normalise(self, h: Any, weights: Any) -> Any:
         """Return h normalised over all devices."""
         return Norm(self.moments, name="BatchNorm_0")(h, weights)
 
     def moments(self, h: Any, weights: Any) -> tuple[Any, Any]:
-        """Return the mean and the biased variance of the rows that count, on all devices."""
+        """Return the mean and the biased variance of the unmasked rows of all devices."""
         marks = weights[:, None]
         sums = jnp.sum(h * marks, 0), jnp.sum(h**2 * marks, 0), jnp.sum(weights)
         total, squares, count = jax.lax.psum(sums, AXIS)
@@ -94,7 +94,7 @@ class ParallelStep:
         return mean, jnp.maximum(squares / count - mean**2, 0.0)
 
     def loss(self, errors: Any, weights: Any) -> Any:
-        """Return this device's part of the loss: over the devices they add up to the whole."""
+        """Return this device's part of the loss, whose sum over the devices is the loss."""
         return jnp.sum(errors * weights) / jax.lax.psum(jnp.sum(weights), AXIS)
 
     def whole_loss(self, loss: Any) -> Any:
@@ -104,7 +104,7 @@ class ParallelStep:
         return jax.lax.psum(grads, AXIS)
 
     def carried(self, batch_stats: Tree) -> Tree:
-        """Return the statistics that are carried on."""
+        """Return the statistics for the new state."""
         return batch_stats
 
     def counted_step(
@@ -131,11 +131,11 @@ class ParallelStep:
         return new, StepInfo(self.whole_loss(loss), grads)
 
     def step(self, state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
-        """Take one step on one shard whose rows all count."""
+        """Take one step on one shard without padding."""
         return self.counted_step(state, x, y, jnp.ones(len(x), x.dtype), lr)
 
     def sharded_step(self) -> Any:
-        """Return the whole step for ``jax.jit`` with a sharded batch; None: the single one."""
+        """Return the whole step for ``jax.jit`` with a sharded batch; None: the single-device step."""
         return None
 
     def subject(self, name: str) -> Parallel:
@@ -151,7 +151,7 @@ class ParallelStep:
 
 
 class AxisName(ParallelStep):
-    """The same with Flax's own BatchNorm(axis_name=...) and means of means: for equal shards."""
+    """The same with Flax's BatchNorm(axis_name=...) and means of means, for shards of equal size."""
 
     def normalise(self, h: Any, weights: Any) -> Any:
         return flax_norm(axis_name=AXIS)(h)
@@ -166,17 +166,17 @@ class AxisName(ParallelStep):
         return jax.lax.pmean(grads, AXIS)
 
     def subject(self, name: str) -> Parallel:
-        """Return the step, which takes no padding."""
+        """Return the step, which does not support padding."""
         return Parallel(name, one_device(), self.step, AXIS)
 
 
 def reference() -> Parallel:
-    """Return the reference for many devices, which takes padding."""
+    """Return the data-parallel reference, which supports padding."""
     return ParallelStep().subject("reference, data-parallel")
 
 
 def axis_name() -> Parallel:
-    """Return the reference as Flax's documentation writes it for many devices."""
+    """Return the data-parallel reference, written as in Flax's documentation."""
     return AxisName().subject("reference, BatchNorm(axis_name)")
 
 
@@ -195,7 +195,7 @@ def fault(
     law: str = EQUAL,
     **parts: Any,
 ) -> None:
-    """Enter ``base`` with ``parts`` replaced, which ``law`` must catch."""
+    """Add ``base`` with ``parts`` replaced, which ``law`` must detect."""
     make = edit(base, parts, f"fault[{name}]")
     PARALLEL_FAULTS[name] = Fault(name, "parallel", mistake, sentence, make, law)
 
@@ -203,7 +203,7 @@ def fault(
 def __getattr__(name: str) -> Any:
     if name in PARALLEL_FAULTS:
         return PARALLEL_FAULTS[name].make
-    raise AttributeError(f"no fault of many devices is named {name!r}")
+    raise AttributeError(f"no data-parallel fault is named {name!r}")
 
 
 def own_moments(h: Any) -> tuple[Any, Any]:
@@ -213,20 +213,20 @@ def own_moments(h: Any) -> tuple[Any, Any]:
 
 
 def by_moments(moments: Callable[[Any, Any], tuple[Any, Any]]) -> Any:
-    """Return a ``normalise`` by ``moments(mean, variance)`` of one device's own."""
+    """Return a ``normalise`` by ``moments(mean, variance)`` of the device's own moments."""
     return lambda s, h, weights: Norm(
         lambda h, weights: moments(*own_moments(h)), name="BatchNorm_0"
     )(h, weights)
 
 
 def mean_of_the_shards_means(s: Any, errors: Any, weights: Any) -> Any:
-    """Divide by the shard's own rows, then by the devices."""
+    """Divide by the rows of the shard, then by the number of devices."""
     own = jnp.sum(errors * weights) / jnp.maximum(jnp.sum(weights), 1.0)
     return own / jax.lax.psum(1, AXIS)
 
 
 def statistics_of_four_chunks(s: Any) -> Any:
-    """Return the single step whose statistics are the mean over four chunks."""
+    """Return a step for the whole batch whose statistics are the mean of those of four chunks."""
     plain = one_device()
 
     def step(state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
@@ -248,13 +248,13 @@ def alone(s: Any, h: Any, weights: Any) -> Any:
 # fmt: off
 
 fault("statistics_not_synchronised", "statistics_not_synchronised",
-      "BatchNorm was given no axis name: each device keeps its own shard's statistics.",
+      "BatchNorm has no axis name: each device keeps the statistics of its own shard.",
       normalise=alone)
 fault("statistics_averaged_afterwards", "variances_averaged",
-      "Each device normalises by its shard; the statistics are averaged over the devices later.",
+      "Each device normalises by its shard's moments; only the statistics are averaged later.",
       normalise=alone, carried=lambda s, batch_stats: jax.lax.pmean(batch_stats, AXIS))
 fault("variances_averaged", "variances_averaged",
-      "The layer averages the devices' variances, which leaves out the spread of their means.",
+      "The layer averages the devices' variances, without the spread of their means.",
       normalise=by_moments(lambda mean, var: jax.lax.pmean((mean, var), AXIS)))
 fault("statistics_of_the_first_device", "statistics_not_synchronised",
       "The first device's statistics are sent to all the others.",
@@ -262,16 +262,16 @@ fault("statistics_of_the_first_device", "statistics_not_synchronised",
       carried=lambda s, batch_stats:
           jax.tree_util.tree_map(lambda leaf: jax.lax.all_gather(leaf, AXIS)[0], batch_stats))
 fault("means_synchronised_variances_not", "statistics_not_synchronised",
-      "The layer averages the means over the devices and forgets the variances.",
+      "The layer averages the means over the devices, but not the variances.",
       normalise=by_moments(lambda mean, var: (jax.lax.pmean(mean, AXIS), var)))
 fault("gradients_not_synchronised", "gradients_not_synchronised",
       "Each device updates its params by its own gradient.",
       whole_gradient=lambda s, grads: grads)
 fault("gradients_summed", "gradients_summed",
-      "The devices' gradients are summed: the rate is four times what it says.",
+      "The devices' gradients are summed: the effective learning rate is four times the declared one.",
       whole_gradient=lambda s, grads: jax.lax.psum(grads, AXIS))
 fault("moments_of_unequal_shards_averaged", "unequal_shards",
-      "Flax's BatchNorm with a mask and an axis name: every shard's moments weigh alike.",
+      "Flax's BatchNorm with a mask and an axis name gives every shard's moments the same weight.",
       ParallelStep, UNEQUAL,
       normalise=lambda s, h, weights: flax_norm(axis_name=AXIS)(h, mask=weights[:, None] > 0))
 fault("padding_enters_the_statistics", "unequal_shards",
@@ -279,14 +279,14 @@ fault("padding_enters_the_statistics", "unequal_shards",
       ParallelStep, UNEQUAL,
       moments=lambda s, h, weights: s.right.moments(h, jnp.ones_like(weights)))
 fault("mean_of_means", "mean_of_means",
-      "The loss is the mean of the devices' means, whatever number of rows each has.",
+      "The loss is the mean of the devices' means, even if they have different numbers of rows.",
       ParallelStep, UNEQUAL, loss=mean_of_the_shards_means)
 fault("padding_enters_the_loss", "mean_of_means",
       "The loss divides by all rows of the padded batch.",
       ParallelStep, UNEQUAL,
       loss=lambda s, errors, weights:
-          # By the slots, not by the rows.
+          # Padding rows count as well.
           jnp.sum(errors * weights) / jax.lax.psum(jnp.float32(len(errors)), AXIS))
 fault("statistics_per_chunk_under_jit", "variances_averaged",
-      "Under jit the step cuts the batch in chunks itself and averages their new statistics.",
+      "Under jit, the step splits the batch into chunks and averages their new statistics.",
       ParallelStep, JIT, sharded_step=statistics_of_four_chunks)

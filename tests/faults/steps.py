@@ -1,7 +1,7 @@
-"""The right steps, cut into parts: a fault of the catalogue replaces one of them.
+"""The correct steps in parts, of which a fault replaces one.
 
-``CanonicalStep`` is Flax's BatchNorm in a small linen model, ``HandwrittenNorm`` the same with the layer
-itself in parts. The steps around nnx modules and TrainStates are beside their faults, in ``frameworks.py``.
+``CanonicalStep`` uses Flax's BatchNorm in a small linen model; ``HandwrittenNorm`` has the layer itself in
+parts. The steps with nnx modules and TrainStates are in ``frameworks.py``.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ DECAY = 1e-2
 class CanonicalStep:
     """Dense -> BatchNorm -> ReLU, ``layers`` times, then Dense(1); the mean squared error.
 
-    The parts, in the order in which a step runs them: ``variables``, ``batch``, ``loss`` (of ``apply`` and
+    The parts, in the order of a step: ``variables``, ``batch``, ``loss`` (of ``apply`` and
     ``training_error``), ``gradients`` (then ``slope``), ``update``, ``thread``, ``report``; then
     ``evaluate``. The class attributes below can be set by keyword for one instance.
 
     Attributes:
         hidden: the width of every hidden layer.
         momentum: the declared weight of the old value in the moving average.
-        layers: how many normalised layers.
-        epsilon: what is added to the variance.
-        bias: whether the Dense before a normalisation has a bias.
+        layers: the number of normalised layers.
+        epsilon: the number added to the variance.
+        bias: whether a Dense layer before a normalisation has a bias.
         fast_variance: E[h^2] - E[h]^2, as Flax does by default; else mean((h - E[h])^2).
-        probed: whether another optimizer may stand in for the declared one.
+        probed: whether the declared optimizer may be replaced by another one.
     """
 
     hidden: int = 8
@@ -53,7 +53,7 @@ class CanonicalStep:
             setattr(self, name, value)
         self._changes = changes
 
-    # The optimizer: the one that the author declares, and the one that the step really uses.
+    # The declared optimizer, and the one that the step really uses.
 
     def optimizer(self, lr: Any) -> Any:
         return optax.sgd(lr)
@@ -72,7 +72,7 @@ class CanonicalStep:
             use_fast_variance=self.fast_variance,
             name=f"BatchNorm_{layer}",
         )
-        # Without a mask the argument stays away: not every supported release takes None alike.
+        # Without a mask the argument is omitted: not every supported release accepts None.
         return norm(h) if weights is None else norm(h, mask=weights[:, None] > 0)
 
     def activate(self, a: Any) -> Any:
@@ -102,7 +102,7 @@ class CanonicalStep:
         return State(params, variables.get("batch_stats", {}), self.tx(0.0).init(params))
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
-        """Return what the training step makes of its batch before it uses it."""
+        """Return the batch as the training step uses it."""
         return x, y
 
     def error(self, preds: Any, y: Any) -> Any:
@@ -125,7 +125,7 @@ class CanonicalStep:
         return result, self.slope(grads, state, x)
 
     def slope(self, grads: Tree, state: State, x: Any) -> Tree:
-        """Return what becomes of the gradient before it is reported and used."""
+        """Return the gradient as it is reported and used."""
         return grads
 
     def update(self, grads: Tree, state: State, lr: Any) -> tuple[Tree, Tree]:
@@ -134,7 +134,7 @@ class CanonicalStep:
         return optax.apply_updates(state.params, updates), opt_state
 
     def thread(self, old: State, new: State) -> State:
-        """Return the state that is carried on."""
+        """Return the state that the step returns."""
         return new
 
     def report(self, loss: Any, grads: Tree) -> StepInfo:
@@ -155,20 +155,20 @@ class CanonicalStep:
         preds, _ = self.apply(state.params, state.batch_stats, x, train=False)
         return self.evaluation_error(preds, y)
 
-    # What the author declares.
+    # Declarations.
 
     def after_eval(self, state: State, x: Any, y: Any) -> State:
-        """Return the state that evaluation leaves behind."""
+        """Return the state after evaluation."""
         _, batch_stats = self.apply(state.params, state.batch_stats, x, train=False)
         return state._replace(batch_stats=batch_stats)
 
     def layer_inputs(self, state: State, x: Any, y: Any) -> dict[str, LayerInput]:
-        """Return what each normalisation layer is really given in the training step."""
+        """Return the actual inputs of the normalisation layers in the training step."""
         x, _ = self.batch(x, y)
         return {path: LayerInput(value) for path, value in self.captured(state, x).items()}
 
     def captured(self, state: State, x: Any, weights: Any = None) -> dict[str, Any]:
-        """Return what each layer that keeps statistics is given, by its path in batch_stats."""
+        """Return path in batch_stats -> the input of the layer."""
         _, seen = Model(self).apply(
             {"params": state.params, "batch_stats": state.batch_stats},
             x,
@@ -186,7 +186,7 @@ class CanonicalStep:
         return tuple(f"Dense_{layer}/bias" for layer in range(self.layers)) if self.bias else ()
 
     def solution(self) -> Any:
-        """Return init, one step and evaluation as one function, where the author has one."""
+        """Return init, one step and evaluation as one function; None if there is no such function."""
         return None
 
     def subject(self, name: str) -> Subject:
@@ -218,28 +218,28 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any, train: bool, weights: Any = None) -> Any:
-        """Return the predictions; rows whose weight is zero stay out of the statistics."""
+        """Return the predictions; rows of weight 0 are not in the statistics."""
         parts = self.parts
         for layer in range(parts.layers):
             x = nn.Dense(parts.hidden, use_bias=parts.bias, name=f"Dense_{layer}")(x)
-            if not self.is_initializing():  # or the capture would become a variable
+            if not self.is_initializing():  # otherwise the capture would become a variable
                 self.sow("layer_inputs", f"input_{layer}", x)
             x = parts.activate(parts.normalise(x, train, layer, weights))
         return nn.Dense(1, name=f"Dense_{parts.layers}")(x)
 
 
 class HandwrittenNorm(CanonicalStep):
-    """The canonical step around a normalisation written out by hand, itself in parts.
+    """The canonical step with a normalisation written by hand, itself in parts.
 
-    In training: ``moments`` of the batch, ``recorded`` of them ``fold`` into the running ones,
-    ``training_moments`` chooses those that ``standardise`` uses. In evaluation: ``evaluation_moments``.
+    In training, ``moments`` are those of the batch, ``recorded`` those that ``fold`` averages, and
+    ``training_moments`` those for ``standardise``; in evaluation, these are ``evaluation_moments``.
     """
 
     def normalise(self, h: Any, train: bool, layer: int, weights: Any) -> Any:
         return Norm(self, layer, name=f"BatchNorm_{layer}")(h, train)
 
     def moments(self, h: Any, layer: int) -> Moments:
-        """Return mean and variance of the batch h (N, channels), the divisor N."""
+        """Return the mean and the variance (divisor N) of the batch h (N, channels)."""
         mean = jnp.mean(h, axis=0)
         if self.fast_variance:
             return mean, jnp.maximum(jnp.mean(h**2, axis=0) - mean**2, 0.0)
@@ -250,7 +250,7 @@ class HandwrittenNorm(CanonicalStep):
         return batch
 
     def fold(self, old: Moments, batch: Moments, layer: int) -> Moments:
-        """Return the running moments after the batch's."""
+        """Return the new running moments."""
         return averaged(self.momentum, old, batch)
 
     def training_moments(self, batch: Moments, old: Moments, new: Moments, layer: int) -> Moments:
@@ -266,7 +266,7 @@ class HandwrittenNorm(CanonicalStep):
         return running
 
     def inverse_deviation(self, var: Any, train: bool, layer: int) -> Any:
-        """Return what a centred value is multiplied with."""
+        """Return the factor for centred values."""
         return jax.lax.rsqrt(var + self.epsilon)
 
     def standardise(
@@ -319,7 +319,7 @@ class WithSolution(CanonicalStep):
         return solve
 
     def truncated(self, seed: Any) -> Any:
-        """Return the integer that a real seed stands for; float32 holds none beyond 2^24."""
+        """Return the integer part of a seed; float32 does not represent all integers above 2^24."""
         return int(seed)
 
     def evaluated(self, before: State, after: State) -> State:
@@ -327,7 +327,7 @@ class WithSolution(CanonicalStep):
 
 
 class PaddedStep(CanonicalStep):
-    """The batch is padded to a multiple of four; the loss and BatchNorm both mask the padding."""
+    """The batch is padded to a multiple of four; both the loss and BatchNorm mask the padding."""
 
     def padded(self, x: Any) -> tuple[Any, Any]:
         """Return x with rows of zeros, and the weights of its rows."""
@@ -336,7 +336,7 @@ class PaddedStep(CanonicalStep):
         return jnp.pad(x, ((0, more), (0, 0))), jnp.pad(jnp.ones(rows), (0, more))
 
     def mask(self, weights: Any) -> Any:
-        """Return the mask that BatchNorm is given."""
+        """Return BatchNorm's mask."""
         return weights
 
     def loss(self, params: Tree, batch_stats: Tree, x: Any, y: Any) -> tuple[Any, Tree]:
@@ -351,40 +351,40 @@ class PaddedStep(CanonicalStep):
         return {path: LayerInput(value, weights[:, None]) for path, value in given.items()}
 
 
-# Optimizers, each to stand in for ``CanonicalStep.optimizer``.
+# Replacements for ``CanonicalStep.optimizer``.
 
 
 def momentum(step: CanonicalStep, lr: Any) -> Any:
-    """SGD with momentum 0.9: its state has one buffer like the params."""
+    """SGD with momentum 0.9, whose state has one buffer for each param."""
     return optax.sgd(lr, momentum=0.9)
 
 
 def adam(step: CanonicalStep, lr: Any) -> Any:
-    """Adam: two buffers and a count."""
+    """Adam, whose state has two buffers for each param and a count."""
     return optax.adam(lr)
 
 
 def masked_decay(step: CanonicalStep, lr: Any) -> Any:
-    """SGD with weight decay on the kernels alone, as it should be."""
+    """SGD with weight decay of only the kernels, as it should be."""
     return optax.chain(optax.add_decayed_weights(DECAY, mask=kernels), optax.sgd(lr))
 
 
 def masked_adamw(step: CanonicalStep, lr: Any) -> Any:
-    """AdamW, its decay on the kernels alone."""
+    """AdamW with weight decay of only the kernels."""
     return optax.adamw(lr, weight_decay=DECAY, mask=kernels)
 
 
-# What rows of the catalogue are written with.
+# Helpers for faults.
 
 
 def averaged(keep: Any, old: Moments, batch: Moments) -> Moments:
-    """Return the moving average of moments in which the old ones weigh ``keep``."""
+    """Return the moving average of moments; ``keep`` is the weight of the old ones."""
     mean, var = (keep * was + (1 - keep) * now for was, now in zip(old, batch, strict=True))
     return mean, var
 
 
 def carried(**parts: Callable[[Tree, Tree], Tree]) -> Callable[[Any, State, State], State]:
-    """Return a ``thread``: each named part of the state is a function of the old and the new one."""
+    """Return a ``thread`` that replaces each named part of the state by function(old part, new part)."""
 
     def thread(step: Any, old: State, new: State) -> State:
         changes = {
@@ -396,12 +396,12 @@ def carried(**parts: Callable[[Tree, Tree], Tree]) -> Callable[[Any, State, Stat
 
 
 def rounded(value: Any, dtype: str) -> Any:
-    """Return ``value`` with the digits of ``dtype``, in its own dtype."""
+    """Return ``value`` rounded to ``dtype``, in its own dtype."""
     return jnp.asarray(value).astype(dtype).astype(jnp.asarray(value).dtype)
 
 
 def mapped(function: Callable[..., Any], *trees: Tree) -> Tree:
-    """Return ``function`` of the corresponding leaves of ``trees``."""
+    """Apply ``function`` to the corresponding leaves of ``trees``."""
     return jax.tree_util.tree_map(function, *trees)
 
 
@@ -413,7 +413,7 @@ def edited(tree: Tree, path: str, change: Callable[[Any], Any]) -> Tree:
 
 
 def by_path(function: Callable[[str, Any], Any], tree: Tree) -> Tree:
-    """Return ``function(path, leaf)`` of every leaf of ``tree``, paths joined by "/"."""
+    """Apply ``function(path, leaf)`` to every leaf of ``tree``; paths are joined by "/"."""
 
     def visit(keys: Any, leaf: Any) -> Any:
         return function("/".join(str(getattr(key, "key", key)) for key in keys), leaf)
@@ -422,5 +422,5 @@ def by_path(function: Callable[[str, Any], Any], tree: Tree) -> Tree:
 
 
 def kernels(params: Tree) -> Tree:
-    """Return a mask of ``params`` that is true for the kernels alone."""
+    """Return a mask of ``params`` that is True for kernels."""
     return by_path(lambda path, leaf: path.endswith("kernel"), params)

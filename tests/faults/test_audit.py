@@ -1,4 +1,4 @@
-"""``python -m tests.faults``: which faults the laws notice, and how that is told."""
+"""``python -m tests.faults``: which faults the laws detect, and how that is reported."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ AUDIT = Audit(
 
 
 def parsed(picture: str) -> ET.Element:
-    return ET.fromstring(picture)  # noqa: S314 - our own text, of a moment ago
+    return ET.fromstring(picture)  # noqa: S314 - trusted: written by this test
 
 
 def test_one_fault_is_audited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,7 +45,7 @@ def test_one_fault_is_audited(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_the_command_selects_shards_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A shard of a family is audited; what was found is shown, written and drawn; gaps give 1."""
+    """A shard of a family is audited, printed, written and drawn; gaps give exit status 1."""
     seen: list[str] = []
 
     def audited(faults: Any, profile: str, **_: Any) -> Audit:
@@ -64,7 +64,7 @@ def test_the_command_selects_shards_and_writes(
 
 
 def test_shards_are_read_as_one_audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What two machines found is shown as what one would have found, and nothing is checked."""
+    """Results of two shards are shown as those of one run, without any check."""
     files = [tmp_path / "1.json", tmp_path / "2.json"]
     for number, file in enumerate(files):
         file.write_text(Audit(AUDIT.findings[3 * number : 3 * number + 3]).to_json())
@@ -73,7 +73,7 @@ def test_shards_are_read_as_one_audit(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_what_was_found_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a fault that was not audited, what is expected stays."""
+    """The entry of a fault that was not audited remains."""
     file, expected = tmp_path / "audit.json", tmp_path / "expected.json"
     monkeypatch.setattr(audit, "EXPECTED", expected)
     before = learned()
@@ -94,7 +94,7 @@ def test_what_was_found_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_unusable_arguments_are_refused(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A command line that means nothing ends with status 2 and one line that says why."""
+    """An invalid command line ends with exit status 2 and a one-line message."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
@@ -102,7 +102,7 @@ def test_unusable_arguments_are_refused(
 
 
 def test_the_matrix_reads_without_colour() -> None:
-    """Each row has one sign for each law that notices anything, survivors and refusals say so."""
+    """Each row has one character for each law that detects anything; survivors and refusals are marked."""
     assert AUDIT.killers() == ["law_b", "law_a"]
     rows = {line.split()[0]: line.split()[1:] for line in list(audit.matrix(AUDIT))[3:]}
     assert rows["one"][0] == "xx"
@@ -112,7 +112,7 @@ def test_the_matrix_reads_without_colour() -> None:
 
 
 def test_survivors_are_shown_with_their_reason() -> None:
-    """A survivor without a reason is called a gap, and what a law alone kills is listed."""
+    """A survivor without a reason is called a gap; faults that only one law detects are listed."""
     shown = audit.text(AUDIT)
     assert "survives: three: equivalent: <nothing> differs" in shown
     assert "survives: five: a gap" in shown
@@ -121,7 +121,7 @@ def test_survivors_are_shown_with_their_reason() -> None:
 
 
 def test_the_picture_is_whole_and_escaped() -> None:
-    """The picture is one well-formed document with a row for every fault, and loads nothing."""
+    """The picture is a well-formed document with a row for every fault and without external resources."""
     text = audit.picture(AUDIT)
     names = {node.text for node in parsed(text).iter("{http://www.w3.org/2000/svg}text")}
     assert {"one", "two", "three", "four", "five", "law_a", "law_b"} <= names

@@ -1,4 +1,4 @@
-"""The catalogue: every fault is one, every control is none, and all of them trace."""
+"""The catalogue: every fault has an effect, every control is correct, and all of them trace."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def constant(rows: int, value: float) -> tuple[Any, Any]:
 
 
 def batches() -> Iterator[tuple[Any, Any]]:
-    """Yield simple batches, the plain ones first."""
+    """Yield simple batches, the simplest first."""
     yield batch(2, 1)
     yield batch(3, 2)
     yield constant(3, 1000.3)
@@ -59,10 +59,10 @@ def right(subject: Subject) -> Subject:
 
 
 def observations(subject: Subject, x: Any, y: Any) -> Iterator[Any]:
-    """Yield all that can be seen of ``subject`` on a batch, step by step."""
+    """Yield everything observable of ``subject`` on a batch, step by step."""
     state = subject.init(np.int32(1), x)
     yield state
-    # From no variance, what a step adds is not lost beside the old; a large mean magnifies.
+    # Without an old variance, a small change is not rounded away; a large mean magnifies it.
     for value in (0.0, 1e3):
         other = state._replace(
             batch_stats=mapped(partial(jnp.full_like, fill_value=value), state.batch_stats)
@@ -78,7 +78,7 @@ def observations(subject: Subject, x: Any, y: Any) -> Iterator[Any]:
 
 
 def close(one: Any, other: Any) -> bool:
-    """Tell whether two trees agree in structure, shapes, dtypes, and values but for rounding."""
+    """Return whether two trees agree in structure, shapes, dtypes and, within rounding, values."""
     if jax.tree_util.tree_structure(one) != jax.tree_util.tree_structure(other):
         return False
     pairs = zip(jax.tree_util.tree_leaves(one), jax.tree_util.tree_leaves(other), strict=True)
@@ -91,13 +91,13 @@ def close(one: Any, other: Any) -> bool:
 
 
 def differs(faulty: Subject, meant: Subject, x: Any, y: Any) -> bool:
-    """Tell whether anything that can be seen of two steps differs on a batch."""
+    """Return whether anything observable of two steps differs on a batch."""
     pairs = zip(observations(faulty, x, y), observations(meant, x, y), strict=True)
     return any(not close(one, other) for one, other in pairs)
 
 
 def shows(faulty: Subject, x: Any, y: Any) -> bool:
-    """Tell whether ``faulty`` differs from what was meant, itself, probed, or in one call."""
+    """Return whether ``faulty`` differs from the correct step: itself, probed, or in one call."""
     if differs(faulty, right(faulty), x, y):
         return True
     if faulty.solution is not None:
@@ -116,7 +116,7 @@ def shows(faulty: Subject, x: Any, y: Any) -> bool:
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", SHOWING)
 def test_every_fault_shows_on_a_simple_batch(name: str) -> None:
-    """A fault that no simple input shows would be a second correct step, or a survivor."""
+    """A fault without an effect on any simple input would be a correct step or a survivor."""
     fault = FAULTS[name]
     assert any(shows(fault.make(), x, y) for x, y in (batch(*fault.minimal), *batches()))
 
@@ -124,7 +124,7 @@ def test_every_fault_shows_on_a_simple_batch(name: str) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", SURVIVING)
 def test_survivors_agree_with_what_was_meant(name: str) -> None:
-    """A survivor's reason claims that no input of the domain shows it."""
+    """A survivor has no effect on any input of the domain, as its reason says."""
     subject = FAULTS[name].make()
     assert not any(shows(subject, x, y) for x, y in [batch(2, 1), batch(40, 6)])
 
@@ -132,7 +132,7 @@ def test_survivors_agree_with_what_was_meant(name: str) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", TOLERATED)
 def test_what_is_tolerated_shows(name: str) -> None:
-    """A fault without effect needs no tolerance: it survives because it is none."""
+    """A tolerated fault has an effect; without one it would be a survivor."""
     assert not FAULTS[name].survives
     assert shows(FAULTS[name].make(), *batch(40, 6))
 
@@ -141,7 +141,7 @@ def test_what_is_tolerated_shows(name: str) -> None:
     "name", [*(pytest.param(n, marks=pytest.mark.nightly) for n in TRACED), *CONTROLS]
 )
 def test_every_step_traces_under_jit_and_vmap(name: str) -> None:
-    """Volume runs thousands of cases in one compiled call, so each step must trace."""
+    """Cases are run in stacks, in one compiled call, so each step must trace."""
     subject = (FAULTS.get(name) or CONTROLS[name]).make()
 
     def run(seed: Any, x: Any, y: Any, lr: Any) -> Any:
@@ -163,7 +163,7 @@ def test_every_step_traces_under_jit_and_vmap(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_library_refuses_is_named(name: str) -> None:
-    """A fault that cannot run says with which exception the library refuses it."""
+    """A fault that cannot run names the exception that the library raises."""
     fault = FAULTS[name]
     subject = fault.make()
     x, y = batch(3, 2)
@@ -175,7 +175,7 @@ def test_what_a_library_refuses_is_named(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_controls_declare_what_they_do(name: str) -> None:
-    """A control's layer inputs give the very statistics that its step writes."""
+    """The layer inputs of a control give the statistics that its step writes."""
     subject = CONTROLS[name].make()
     assert subject.layer_inputs is not None
     x, y = batch(5, 3)
@@ -196,7 +196,7 @@ def test_controls_declare_what_they_do(name: str) -> None:
 
 
 def test_every_entry_is_described() -> None:
-    """A name without its mistake, its sentence or a shape of the domain explains nothing."""
+    """Every fault has a mistake, a sentence, and a shape in the domain."""
     domain = Domain()
     for name, fault in FAULTS.items():
         assert name == fault.name
@@ -209,6 +209,6 @@ def test_every_entry_is_described() -> None:
 
 
 def test_the_catalogue_is_large_and_half_of_it_blind() -> None:
-    """The first kill rate is honest only on faults that were written without sight of the laws."""
+    """Only faults written before the laws give an unbiased first kill rate."""
     assert len(FAULTS) >= 80
     assert sum(fault.blind for fault in FAULTS.values()) >= 45

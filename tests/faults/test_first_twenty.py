@@ -1,4 +1,4 @@
-"""Twenty well-known mistakes: one verdict, one small counterexample, one name each."""
+"""Twenty well-known mistakes are detected, with a small counterexample and the right diagnosis."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from bnverify.profile import Profile
 from tests.faults import FAULTS
 
 FEW = Profile("few", tiny=2, shapes=0, block=64, examples=3, eager=0)
-"""Enough for each of them; benchmarks/kills.py runs the real profiles, over many seeds."""
+"""This is enough for each of them; benchmarks/kills.py runs the real profiles with many seeds."""
 
-# A catalogue's fault -> the law that is about it.
+# Fault of the catalogue -> the law about it.
 CAUGHT = {
     "optimizer_on_all_variables": "optimizer_state_is_that_of_params",
     "statistics_trained_as_params": "batch_stats_change_only_by_ema",
@@ -47,7 +47,7 @@ def check(name: str, folder: Path, *options: str) -> int:
 
 
 def shown_well(name: str, violated: list[dict[str, Any]]) -> bool:
-    """Return whether the law about a fault is broken, N and D are at most 2, and it is named."""
+    """Return whether the law about a fault is violated, with N and D at most 2 and the right diagnosis."""
     small = all(max(each["shape"]) <= 2 for each in violated if each["shape"])
     mistake = FAULTS[name].mistake
     named = all((each["diagnosis"] or "").startswith(f"{mistake}:") for each in violated)
@@ -57,14 +57,14 @@ def shown_well(name: str, violated: list[dict[str, Any]]) -> bool:
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", CAUGHT)
 def test_a_mistake_is_caught_small_and_by_name(name: str) -> None:
-    """Few cases are enough for the law about it, a small counterexample and the diagnosis."""
+    """A few cases violate the law about it, with a small counterexample and the right diagnosis."""
     report = bnverify.verify(FAULTS[name].make(), FEW, ignore=["life"])
     assert shown_well(name, [e.to_json() for e in report.results if e.status == "violated"])
 
 
 @pytest.mark.nightly
 def test_the_command_says_so(tmp_path: Path) -> None:
-    """Exit status 1, and the same in its JSON."""
+    """The exit status is 1, and the JSON has the same results."""
     seen, name = tmp_path / "report.json", "sample_variance"
     assert check(name, tmp_path, "--json", str(seen)) == 1
     results = json.loads(seen.read_text())["results"]
@@ -75,7 +75,7 @@ def test_the_command_says_so(tmp_path: Path) -> None:
 def test_a_mistake_that_flax_or_jax_refuses_is_explained(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit status 2, what was raised, what usually was forgotten, and the fix."""
+    """The exit status is 2, and the message has the error, the usual mistake and the fix."""
     assert check(name, tmp_path) == 2
     said = capsys.readouterr().err
     assert FAULTS[name].raises in said

@@ -1,4 +1,4 @@
-"""Faults of steps on many devices, beside correct twins; those of one are in ``test_loops``."""
+"""Data-parallel faults and their correct twins; those on one device are in ``test_loops``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HOME = "tests.faults.libraries:"
 
 @pytest.mark.nightly
 def test_a_clip_before_the_average_is_seen_and_one_behind_it_is_not_accused() -> None:
-    """On four devices, all in one process."""
+    """On four devices, in one process."""
     names = [*PARALLEL_WRONG, *PARALLEL_RIGHT]
     found = on_devices([HOME + name for name in names], FEW, 0, [PARALLEL_LAW])
     for name in names:

@@ -1,4 +1,4 @@
-"""Faults of whole loops, each beside its correct twin."""
+"""Faults of whole loops, each with its correct twin."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ CLAIMED = groupby(
     key=lambda n: LOOP_FAULTS[n].law,
 )
 FIRST = {next(names) for _, names in CLAIMED}
-"""A fault of each law."""
+"""One fault for each law."""
 
 
 def each_law_once() -> list[object]:
-    """Return all names, those of a second fault of a law for nightly runs."""
+    """Return all names; further faults of the same law are marked for nightly runs."""
     return [n if n in FIRST else pytest.param(n, marks=pytest.mark.nightly) for n in LOOP_FAULTS]
 
 
 @pytest.mark.parametrize("name", each_law_once())
 def test_a_fault_is_caught_and_its_twin_is_not_accused(name: str) -> None:
-    """The law is exempt of neither: the twin is judged, and keeps it."""
+    """The law is exempt for neither: the fault violates it, and the twin does not."""
     fault = LOOP_FAULTS[name]
     law = LAWS[fault.law]
     assert law.mistakes[0] == fault.mistake
@@ -45,6 +45,6 @@ def test_a_fault_is_caught_and_its_twin_is_not_accused(name: str) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", LOOP_CONTROLS)
 def test_a_twin_keeps_every_law(name: str) -> None:
-    """A law that objects to a correct loop is wrong itself."""
+    """A law that a correct loop violates is wrong."""
     report = bnverify.verify(LOOP_CONTROLS[name](), "quick", ignore=["life"])
     assert report.ok, [(each.law, each.reason) for each in report.violated]
