@@ -1,10 +1,9 @@
-"""The optimizer of a step: how often it updates, its schedule and its rate, and the formulas of papers.
+"""The optimizer of a step: steps per update, its schedule, its learning rate, and its paper's formula.
 
-It is run on its own, apart from the step: how many batches make one update, whether a schedule of the
-learning rate is as long as the training, and whether the rate keeps its digits. Which of Optax's optimizers
-it is made of is not guessed from what they do: it is seen as they are made. While a user's function makes
-an optimizer, Optax's functions note what they are called with. Each such call is made once more for two
-params, a matrix and a vector, and its updates are compared with ``bnverify.optimizers``.
+It is analysed apart from the step: how many batches make one update, whether a learning-rate schedule is as
+long as the training, and whether the rate keeps its digits. While a user's function creates an optimizer,
+the calls of Optax's functions are recorded with their arguments. Each such call is then repeated for two
+params, a matrix and a vector, and the updates are compared with those of ``bnverify.optimizers``.
 """
 
 from __future__ import annotations
