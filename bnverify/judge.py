@@ -193,8 +193,9 @@ class Judge:
 
     Args:
         tracer: the tracer of the subject.
-        abstract: a transition of it with shapes and dtypes; None if it does not trace.
+        abstract: a transition of it with shapes and dtypes; None if there is none.
         seed: the seed of the random rounding.
+        traces: whether the subject traces, so that its rounding can be read.
 
     Attributes:
         incomparable: the names of the laws that could not be judged, because the step changes the
@@ -202,10 +203,12 @@ class Judge:
         bounds: reads the rounding noise of the subject's step.
     """
 
-    def __init__(self, tracer: Tracer, abstract: Transition | None, seed: int = 0) -> None:
+    def __init__(
+        self, tracer: Tracer, abstract: Transition | None, seed: int = 0, *, traces: bool = True
+    ) -> None:
         self.incomparable: set[str] = set()
         self._subject = tracer.subject
-        self._traces = abstract is not None
+        self._traces = traces
         self.bounds = RoundingBounds(tracer, seed)
         self._facts = _static_facts(tracer.subject, abstract) if abstract is not None else {}
 

@@ -205,7 +205,9 @@ class Runner:
         self.note = note
         self._readable = frozenset() if refusal else READ_NEEDS
         self.unstacked = ""
-        self.judge, self._second = (Judge(tracer, abstract, seed) for seed in (0, 1))
+        self.judge, self._second = (
+            Judge(tracer, abstract, seed, traces=not refusal) for seed in (0, 1)
+        )
         stacked: How = "eager" if refusal else "vmap"
         alone: How = "eager" if refusal else "jit"
         multiple = self._multiple()
@@ -380,7 +382,7 @@ class Runner:
         if self.refusal:
             return f"cannot be seen of a step that does not trace: {self.refusal}"
         if law.name in self.judge.incomparable:
-            return "what it compares differs in structure or shape: a law of structure says how"
+            return "the trees that it compares differ in structure or shape: a law of structure says how"
         refused = {**self.single.refused, **self._batched.refused}
         return next((refused[need] for need in law.observes if need in refused), UNREACHED)
 

@@ -33,6 +33,11 @@ def test_same_input_repeats_to_the_bit(step, data):
     step.keeps("same_input_repeats_to_the_bit", data.draw(step.cases()))
 
 
+def test_a_fresh_trace_gives_the_same(step):
+    """A second trace of init and step computes the same."""
+    step.proves("a_fresh_trace_gives_the_same")
+
+
 @few
 @given(data=st.data())
 def test_step_leaves_its_inputs_alone(step, data):

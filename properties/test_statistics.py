@@ -69,3 +69,14 @@ def test_initial_statistics_are_zero_and_one(step, data):
 def test_statistics_stay_finite(step, data):
     """Finite running statistics stay finite for every batch in the domain."""
     step.keeps("statistics_stay_finite", data.draw(step.first_steps()))
+
+
+def test_running_statistics_hold_float32_digits(step):
+    """The running statistics have more digits than bfloat16 and float16."""
+    step.shows("running_statistics_hold_float32_digits", step.cases())
+
+
+@given(data=st.data())
+def test_a_constant_feature_gives_a_finite_step(step, data):
+    """A feature of 1000.1 or 0.1 in every row gives a finite loss and new state."""
+    step.keeps("a_constant_feature_gives_a_finite_step", data.draw(step.first_steps()))

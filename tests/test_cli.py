@@ -177,8 +177,8 @@ def test_a_step_that_raises_on_some_input_is_unusable(run: Run, tmp_path: Path) 
         "from bnverify import reference\n"
         "sgd = reference.sgd()\n"
         "def step(state, x, y, lr):\n"
-        "    if x.shape[0] < 4:\n"
-        "        raise ValueError('too few rows')\n"
+        "    if x.shape[0] > 8:\n"
+        "        raise ValueError('too many rows')\n"
         "    return sgd.step(state, x, y, lr)\n"
         "subject = replace(sgd, step=step)\n"
     )
@@ -192,8 +192,8 @@ def test_a_step_that_raises_on_some_input_is_unusable(run: Run, tmp_path: Path) 
         "variance_is_never_negative",
     )
     assert status == 2
-    assert "later.py:subject raises ValueError: too few rows" in err
-    assert "later.py:6: raise ValueError('too few rows')" in err
+    assert "later.py:subject raises ValueError: too many rows" in err
+    assert "later.py:6: raise ValueError('too many rows')" in err
     assert err.count("\n") == 1
 
 

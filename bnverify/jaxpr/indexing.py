@@ -90,6 +90,8 @@ def gather(
         clip: whether to clamp slices that are out of bounds; otherwise they are ``fill``.
         fill: the value out of bounds.
     """
+    if 0 in operand.shape:
+        raise NotImplementedError("an empty array has no lines to pick from")
     batching = dict(
         zip(
             getattr(numbers, "operand_batching_dims", ()),  # from jax 0.4.31
@@ -142,6 +144,8 @@ def scatter(
         clip: whether to clamp updates that are out of bounds; otherwise they are dropped.
         unique: whether no element is updated twice.
     """
+    if 0 in operand.shape:
+        raise NotImplementedError("an empty array has no lines to write to")
     batching = dict(
         zip(
             getattr(numbers, "operand_batching_dims", ()),  # from jax 0.4.31

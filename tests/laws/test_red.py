@@ -261,7 +261,7 @@ PARALLEL: dict[str, tuple[str, ...]] = {
 
 def test_every_law_has_a_fault() -> None:
     """Every law has a fault, since a law without one might be impossible to violate."""
-    of_loops = {fault.expected for fault in LOOP_FAULTS.values()}  # tests/faults/test_loops.py
+    of_loops = {fault.law for fault in LOOP_FAULTS.values()}  # tests/faults/test_loops.py
     seen = [*of_loops, *(law for laws in (*RED.values(), *PARALLEL.values()) for law in laws)]
     assert sorted(seen) == sorted(LAWS)
 
