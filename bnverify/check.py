@@ -286,7 +286,7 @@ class Check:
             results = run.evidence(self._target)
             clues = {}
             if broken := [each for each in results if each.status == "violated"]:
-                yield found.phase("reading the numbers of the violations")
+                yield found.phase("looking for causes")
                 clues = runner.clues(broken, seed)
             for evidence in results:
                 # A flow that is proved missing remains a violation; a run only adds a case that shows it.
@@ -302,10 +302,10 @@ class Check:
         if reason := found.idle:
             results, cases = [Evidence.of(n, "untriggered", reason=reason) for n in names], 0
         elif family == "life":
-            yield found.phase("the life of the state")
+            yield found.phase("checkpoints of the state")
             results, cases = self._lives.run(seed), self._lives.cases
         else:
-            yield found.phase("many devices")
+            yield found.phase("several devices")
             results, cases = self._mapped(names, seed)
         found.cases += cases
         for evidence in results:

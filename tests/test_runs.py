@@ -132,14 +132,14 @@ def watched() -> Watched:
 
 
 def test_a_step_is_traced_once_for_each_shape_it_is_run_on(watched: Watched) -> None:
-    """Besides these: a symbolic trace for the proofs, and the life's of a restored state."""
+    """Also a symbolic trace for proofs, a second one to compare, and one of a restored state."""
     traces = Counter(each.shape for each in watched.calls if each.name == "step" and each.traced)
     concrete = {shape for shape in traces if not re.search("[a-z]", shape)}
     symbolic = sum(traces[shape] for shape in set(traces) - concrete)
     assert len(concrete) >= 3
     # From jax 0.11 a symbolic D is refused: there are three sizes D for each symbolic N.
     assert 1 <= symbolic <= 3
-    assert sum(traces.values()) - symbolic <= len(concrete) + 1
+    assert sum(traces.values()) - symbolic <= len(concrete) + 2
 
 
 def test_what_is_not_compiled_is_called_with_jax_arrays(watched: Watched) -> None:
