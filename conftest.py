@@ -9,7 +9,6 @@ from importlib import metadata
 import pytest
 from hypothesis import HealthCheck, settings
 
-from bnverify.cli import collect_garbage_rarely
 from bnverify.compat import compile_quickly
 
 # Every claim is about the CPU backend; a GPU that happens to be there must not change a verdict.
@@ -20,8 +19,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The tests run little, and trace and compile much.
-collect_garbage_rarely()
+# The tests run little and compile much.
 compile_quickly()
 
 COMMON = settings(

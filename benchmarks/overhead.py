@@ -61,10 +61,8 @@ def check(target: str, profile: str) -> dict[str, Any]:
     """Return the CPU seconds of a check of ``target``, and what it compiled."""
     from bnverify import load
     from bnverify.check import verify
-    from bnverify.cli import collect_garbage_rarely
     from bnverify.compat import compile_quickly
 
-    collect_garbage_rarely()
     compile_quickly()
     subject = load(target)
     names = compiled_names()

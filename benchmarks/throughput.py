@@ -40,10 +40,8 @@ class Run(NamedTuple):
 def measure_bnverify(profile: str) -> list[Run]:
     """Check the reference once, in this process."""
     from bnverify import reference, verify
-    from bnverify.cli import collect_garbage_rarely
     from bnverify.compat import compile_quickly
 
-    collect_garbage_rarely()
     compile_quickly()
     report = verify(reference.sgd(), profile)
     if not report.ok:  # the time counts all the same

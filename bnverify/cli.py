@@ -7,7 +7,6 @@ internal error, 130 interrupted, 141 the reader of the output has closed the pip
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import tempfile
@@ -52,22 +51,12 @@ class PrintCompletion(argparse.Action):
         parser.exit()
 
 
-def collect_garbage_rarely() -> None:
-    """Make Python look for garbage less often, for the rest of the process.
-
-    Tracing allocates millions of small objects that live on. With Python's own thresholds, a fifth of
-    the CPU time of a check goes into looking through them, and hardly any memory is won.
-    """
-    gc.set_threshold(100_000, 20, 50)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     Args:
         argv: the arguments; None: ``sys.argv[1:]``.
     """
-    collect_garbage_rarely()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # characters that the terminal lacks become "?"
             stream.reconfigure(errors="replace")
