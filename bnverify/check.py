@@ -289,7 +289,7 @@ class Check:
                 yield found.phase("looking for causes")
                 clues = runner.clues(broken, seed)
             for evidence in results:
-                # A flow that is proved missing remains a violation; a run only adds a case that shows it.
+                # Without the dependency in the jaxpr the law stays violated; a run only adds a counterexample.
                 if evidence.status == "violated":
                     yield found.settle(self._explained(replace(evidence, clues=clues)))
                 elif evidence.law not in found.known:

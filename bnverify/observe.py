@@ -36,10 +36,10 @@ from bnverify.reruns import (
 How: TypeAlias = Literal["vmap", "jit", "eager"]
 
 OPERATIONS = 2e9
-"""Operations of the steps of one stack, some seconds of a core; a larger model has smaller stacks."""
+"""The most operations in the steps of one stack, a few seconds on one core."""
 
 NUMBERS = 2e6
-"""Numbers that the equations of the steps of one stack make, about a second of reading their rounding."""
+"""The most intermediate values in the steps of one stack; their rounding noise takes about a second."""
 
 FEW_ROWS = 8
 """Rows are evaluated one by one in batches of up to this many rows."""
@@ -53,7 +53,7 @@ QUICK = {
 """XLA's compiler options for programs that run a few times; the first two halve the compile time."""
 
 COMPILERS = 2
-"""Programs compiled at the same time; compiling one keeps little more than one core busy."""
+"""The number of programs compiled in parallel; compiling one uses about one core."""
 
 ROW_WEIGHTS = frozenset({"eval:rows", "step:other_padding", "eval:other_padding"})
 """The observations that need the row weights of a subject that declares them."""

@@ -34,7 +34,7 @@ from bnverify.shapes import TINY_SHAPES, shape_pool, tiny_shapes
 from bnverify.stacks import stacked_cases
 
 Phase: TypeAlias = tuple[str, int]
-"""What is done from now on, and how many cases were run before it."""
+"""(What is being done now, the number of cases run so far)."""
 
 Residuals = Mapping[str, npt.NDArray[np.float64]]
 
@@ -380,7 +380,7 @@ class Runner:
     def unreached(self, law: Law) -> str:
         """Return why no case reached a law's precondition."""
         if self.refusal:
-            return f"cannot be seen of a step that does not trace: {self.refusal}"
+            return f"not checked, because the step does not trace: {self.refusal}"
         if law.name in self.judge.incomparable:
             return "the trees that it compares differ in structure or shape: a law of structure says how"
         refused = {**self.single.refused, **self._batched.refused}
@@ -390,7 +390,7 @@ class Runner:
         """Return whether a case violates a law when it is run on its own.
 
         If the tolerance is rounding noise, the violation must persist with a second, independent
-        reading of it: among thousands of cases, bred from the worst, one exceeds the first by chance.
+        reading of it: with thousands of cases, mutated from the worst, some exceed it by chance.
         """
         judges = [self.judge]
         if {"noise", "gradient_noise"} & set(law.observes) and worst < shrink.CLEAR:
@@ -463,7 +463,7 @@ class Run:
         tiny = self._runner.tiny()
         further, notes = self._runner.further(self._seed)
         self.notes += notes
-        # The smallest batches come last: single rows normalise to 0 and show the least.
+        # The smallest batches come last: BatchNorm maps a single row to 0, so it reveals little.
         shapes = [*sorted(tiny, key=lambda shape: shape[0] == self._domain.multiple), *further]
         self._runner.prepare(shapes)
         for shape in shapes:

@@ -121,9 +121,14 @@ def _tolerance(law: Law) -> str:
     more = " See the derivation for the factor." if law.derivation else ""
     rules = (
         (
-            law.kind == "structure",
+            law.kind == "structure" and not {"look", "retraced"}.intersection(law.observes),
             "None: the law compares structures, shapes and dtypes, not values.",
         ),
+        (
+            law.kind == "structure" and not law.derivation,
+            "None: the law is read off the traced program.",
+        ),
+        (law.kind == "structure", "As derived below, if any values are compared."),
         (law.kind == "witness", f"One case with a change{beyond} is enough."),
         ("noise" in law.observes, f"The step's own {noise}, for each case.{more}"),
         (

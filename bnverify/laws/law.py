@@ -31,8 +31,9 @@ class Law:
         name: its name in reports and options.
         family: the family it belongs to.
         kind: what ``check`` returns, and how the law is judged:
-            "structure": ``check`` reads the trees of one case (shapes suffice) and returns a list
-            of differences, so the law can be proved from an abstract trace;
+            "structure": ``check`` reads the traced step and returns a list of differences: the trees
+            of its abstract run, which may prove the law, or the facts that an analysis of the trace
+            found ("look", "retraced");
             "residual": ``check`` takes a stacked transition of K cases and returns, (K,), the error
             divided by the tolerance; ``UNTRIGGERED`` where the precondition is not met;
             "witness": the same, but one case with residual 0 is enough ("changing batch_stats
@@ -42,7 +43,9 @@ class Law:
         claim: the law in one sentence.
         derivation: the formula and how its tolerance is derived; empty for an exact claim.
         check: the law itself, a function of a Transition.
-        observes: what ``observe`` must run for it; "noise" is the step's rounding noise.
+        observes: what is needed besides the step itself: names that ``observe`` runs, "noise" and
+            others that ``judge`` reads from the traced arithmetic, "look" and "retraced" from
+            ``proof``.
         capabilities: what a Subject must provide; without it the law is exempt.
         must_not_reach: (output tree, input tree) pairs. The law is proved if the jaxpr has no path
             from the input to the output of any pair.

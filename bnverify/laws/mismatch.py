@@ -42,6 +42,7 @@ RUNS = {
     "shifted_bias": "with a shifted bias",
     "second_step": "after a second step",
     "far_statistics": "with running statistics far from the batch's",
+    "other_padding": "with other rows of weight 0",
     "constant_features": "with a feature that is the same in every row",
 }
 """Name of a run -> how a message describes it."""

@@ -104,8 +104,8 @@ def batch_stats_keep_their_tree(t: Transition) -> list[str]:
 def params_hold_no_statistics(t: Transition) -> list[str]:
     """No leaf of params is a running statistic.
 
-    Checked by path: no path of batch_stats occurs in params, and no module in params has both a mean
-    and a var next to a scale or a bias, as a normalisation layer has whose statistics are params.
+    Checked by path: no path of batch_stats occurs in params, and no module in params has ``mean`` and
+    ``var`` next to ``scale`` or ``bias``; that would be a BatchNorm whose statistics are params.
     """
     stats = {path.lower() for path in _leaves(t.before.batch_stats)}
     paths = list(_leaves(t.before.params))

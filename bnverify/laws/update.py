@@ -68,8 +68,9 @@ def params_follow_the_optimizer(t: Transition) -> Any:
     gradient, or the optimizer's state, is perturbed by 16 u.
 
     A compiler may compute the gradient g twice, once to return it and once for the update; the two
-    results differ by the rounding noise n. If n is below |g| / 64, it moves the params by less than
-    64 n / |g| times as far as a change of |g| / 64 does, up to a factor of 2; otherwise nothing is compared.
+    results differ by the rounding noise n. If n < |g| / 64, the tolerance also includes
+    2 (64 n / |g|) times the change of the params when g changes by |g| / 64; otherwise the element
+    is not compared.
     """
 
     def leaf(old: Any, new: Any, expected: Any, far: Any, share: Any, *moved: Any) -> Any:
@@ -146,9 +147,9 @@ def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
     """The new optimizer state is the one that tx.update returns.
 
     The tolerance is 16 u max(|old|, |new|), with the maximum over the whole leaf, because the terms
-    of a decayed sum may cancel. The noise n of a gradient g that is computed twice is allowed as for
-    the params, at any size: it moves a second moment by n (2 |g| + n), which is as far as |g| / 64
-    does, times 64 n / |g| (1 + n / |g|), and a first moment by less.
+    of a decayed sum may cancel. The noise n of a gradient g that is computed twice is allowed for
+    as for the params, at any size: it changes a second moment by n (2 |g| + n), that is by
+    64 n / |g| (1 + n / |g|) times the change for |g| / 64, and a first moment by less.
     """
 
     def leaf(old: Any, new: Any, expected: Any, far: Any, share: Any) -> Any:
