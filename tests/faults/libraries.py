@@ -21,7 +21,7 @@ from bnverify import Parallel, State, StepInfo, Subject, reference
 from tests.faults import parallel
 from tests.faults.catalogue import Fault
 from tests.faults.loops import FEATURES, LOOP_CONTROLS, LOOP_FAULTS, Net, groups, loop, pair
-from tests.faults.steps import CanonicalStep, HandwrittenNorm, Moments, Tree, mapped
+from tests.faults.steps import CanonicalStep, HandwrittenNorm, Moments, mapped
 
 __all__ = ["LOOP_CONTROLS", "LOOP_FAULTS", "PARALLEL_RIGHT", "PARALLEL_WRONG"]
 
@@ -31,42 +31,41 @@ digits = pair("statistics_in_low_precision", "running_statistics_hold_float32_di
 
 
 def narrow(value: Any, dtype: str = "bfloat16") -> Any:
-    """Return a value in a dtype of 16 bits."""
-    return value.astype(dtype)
+    """Return a value in a dtype of 16 bits, rounded to it even where XLA keeps excess precision."""
+    bits = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(value, bits.nexp, bits.nmant).astype(dtype)
 
 
 @digits
 def average_taken_in_bfloat16(wrong: bool) -> Subject:
-    """The moving average is computed in bfloat16; the twin averages bfloat16 moments in float32."""
+    """The moving average is computed in bfloat16; the twin's in float32."""
 
     class Parts(HandwrittenNorm):
         momentum = 0.9
 
-        def recorded(self, h: Any, batch: Moments, layer: int) -> Moments:
-            return narrow(batch[0]), narrow(batch[1])
-
         def fold(self, old: Moments, batch: Moments, layer: int) -> Moments:
-            old = (narrow(old[0]), narrow(old[1])) if wrong else old
+            if wrong:
+                old, batch = tuple(map(narrow, old)), tuple(map(narrow, batch))
             mean, var = super().fold(old, batch, layer)
+            if wrong:
+                mean, var = narrow(mean), narrow(var)
             return mean.astype(jnp.float32), var.astype(jnp.float32)
 
     return Parts().subject("average_taken_in_bfloat16")
 
 
 @digits
-def all_variables_cast_to_half(wrong: bool) -> Subject:
-    """A precision policy casts params and statistics to float16; the twin only params."""
+def statistics_cast_to_bfloat16(wrong: bool) -> Subject:
+    """A precision policy casts the statistics to bfloat16; the twin's leaves them in float32."""
 
     class Parts(CanonicalStep):
         def thread(self, old: State, new: State) -> State:
-            def through(tree: Tree) -> Tree:
-                return mapped(lambda leaf: narrow(leaf, "float16").astype(jnp.float32), tree)
+            def through(leaf: Any) -> Any:
+                return (narrow(leaf) if wrong else leaf).astype(jnp.float32)
 
-            if wrong:
-                return new._replace(batch_stats=through(new.batch_stats))
-            return new._replace(params=through(new.params))
+            return new._replace(batch_stats=mapped(through, new.batch_stats))
 
-    return Parts().subject("all_variables_cast_to_half")
+    return Parts().subject("statistics_cast_to_bfloat16")
 
 
 @digits
