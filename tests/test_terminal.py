@@ -105,7 +105,7 @@ def shown(
     if no_color:
         monkeypatch.setenv("NO_COLOR", "1")
     file = Terminal(encoding)
-    terminal.show(report, file, verbosity)
+    file.write(terminal.render(report, file, verbosity))
     return file.getvalue()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, get_args
@@ -32,18 +31,6 @@ ALIKE = 3
 
 IN_FULL = 3
 """Up to this many violations with one cause are shown in full; of the rest, only the names."""
-
-
-def show(report: Report, file: TextIO | None = None, verbosity: int = NORMAL) -> None:
-    """Print ``report``.
-
-    Args:
-        report: what to print.
-        file: the destination; None: stdout.
-        verbosity: ``QUIET``, ``NORMAL`` or ``VERBOSE``.
-    """
-    out = file or sys.stdout
-    out.write(render(report, out, verbosity))
 
 
 def render(report: Report, stream: TextIO | None = None, verbosity: int = NORMAL) -> str:

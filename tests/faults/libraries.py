@@ -104,18 +104,22 @@ def fast_variance(h: Any, mean: Any) -> Any:
     return jnp.mean(h**2, axis=0) - mean**2
 
 
+class FastVariance(HandwrittenNorm):
+    """A layer that records its fast variance clipped at 0."""
+
+    def recorded(self, h: Any, batch: Moments, layer: int) -> Moments:
+        return batch[0], jnp.maximum(batch[1], 0.0)
+
+
 @unclipped
 def only_the_recorded_variance_is_clipped(wrong: bool) -> Subject:
     """The recorded variance is clipped at 0, the one that normalises is not."""
 
-    class Parts(HandwrittenNorm):
+    class Parts(FastVariance):
         def moments(self, h: Any, layer: int) -> Moments:
             mean = jnp.mean(h, axis=0)
             var = fast_variance(h, mean)
             return mean, var if wrong else jnp.maximum(var, 0.0)
-
-        def recorded(self, h: Any, batch: Moments, layer: int) -> Moments:
-            return batch[0], jnp.maximum(batch[1], 0.0)
 
     return Parts().subject("only_the_recorded_variance_is_clipped")
 
@@ -139,14 +143,11 @@ def inputs_standardised_by_a_fast_variance(wrong: bool) -> Subject:
 def clipped_behind_the_root(wrong: bool) -> Subject:
     """The square root of a negative variance is replaced, but its gradient is still NaN."""
 
-    class Parts(HandwrittenNorm):
+    class Parts(FastVariance):
         def moments(self, h: Any, layer: int) -> Moments:
             mean = jnp.mean(h, axis=0)
             var = fast_variance(h, mean)
             return mean, var if wrong else jnp.where(var > 0, var, 0.0)
-
-        def recorded(self, h: Any, batch: Moments, layer: int) -> Moments:
-            return batch[0], jnp.maximum(batch[1], 0.0)
 
         def inverse_deviation(self, var: Any, train: bool, layer: int) -> Any:
             root = jnp.sqrt(var + self.epsilon)
@@ -308,8 +309,7 @@ def clipped_by_a_norm_written_out(wrong: bool) -> Subject:
     """Gradients are multiplied by min(1, limit / norm), with the norm of all of them."""
 
     def clip(grads: Any) -> Any:
-        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree_util.tree_leaves(grads)))
-        return mapped(lambda g: g * jnp.minimum(1.0, 1.0 / (norm + 1e-6)), grads)
+        return mapped(lambda g: g * jnp.minimum(1.0, 1.0 / (global_norm(grads) + 1e-6)), grads)
 
     return with_clipped(clip, wrong=wrong)
 
@@ -375,8 +375,7 @@ LIMIT = 0.1
 
 def clipped(grads: Any) -> Any:
     """Return gradients clipped to the norm ``LIMIT``."""
-    length = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree_util.tree_leaves(grads)))
-    return mapped(lambda g: g * jnp.minimum(1.0, LIMIT / (length + 1e-12)), grads)
+    return mapped(lambda g: g * jnp.minimum(1.0, LIMIT / (global_norm(grads) + 1e-12)), grads)
 
 
 def data_parallel(name: str, whole_gradient: Callable[[Any], Any]) -> Parallel:
