@@ -277,6 +277,10 @@ class Subject:
     look: Look | None = None
     rows: int | None = None
 
+    def width(self, otherwise: int) -> int:
+        """Return the first D that the subject accepts; ``otherwise`` if it accepts any."""
+        return self.features[0] if self.features else otherwise
+
     def __repr__(self) -> str:
         """Return the name and the optional attributes that are set."""
         optional = ("optimizer", "momentum", "layer_inputs", "after_eval", "solution", "oracle")

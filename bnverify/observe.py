@@ -25,6 +25,7 @@ from bnverify.reruns import (
     EVALS,
     FIRST,
     LATER_RERUNS,
+    LONG_SEED,
     RERUNS,
     nudged_inputs,
     other_padding,
@@ -92,7 +93,10 @@ class Uncompiled(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """Results of the one-call function for a whole and a fractional seed, each (K, ...)."""
+    """Results of the one-call function, each (K, ...): for the seed, and for it with a fraction.
+
+    Seeds from ``LONG_SEED`` on get no fraction.
+    """
 
     whole: Any
     fractional: Any
@@ -108,7 +112,6 @@ class CompiledSubject:
         tracer: the tracer to use, shared with other readers of the subject's traces.
         most: the number of cases in one call under vmap, or fewer for a large model; larger stacks
             are split into blocks, smaller ones padded. None: all at once.
-        multiple: the number of rows is a multiple of it.
 
     Attributes:
         subject: as given.
@@ -123,14 +126,12 @@ class CompiledSubject:
         *,
         tracer: Tracer | None = None,
         most: int | None = None,
-        multiple: int = 1,
     ) -> None:
         self.subject = subject
         self.tracer = tracer or Tracer(subject)
         self.refused: dict[str, str] = {}
         self._how = how
         self._most = most
-        self._multiple = multiple
         self._sizes: dict[int, tuple[float, float]] = {}
         self._programs: dict[Any, Future[Callable[..., Any]]] = {}
         self._compilers = ThreadPoolExecutor(COMPILERS)
@@ -155,7 +156,7 @@ class CompiledSubject:
             self._sizes[features] = 0.0, 0.0
             if self._how == "eager":
                 return self._sizes[features]
-            rows = 2 * self._multiple
+            rows = 2 * self.tracer.multiple
             try:
                 state = self.tracer.state(rows, features)
                 batch = self.tracer.batch(rows, features)
@@ -520,8 +521,11 @@ def _solution(solution: Callable[..., Any], case: Case) -> Solution:
     for index in range(len(case.seed)):
         one = take(case, index)
         seed, lr = int(one.seed), float(one.lr)
-        fraction = 0.75 if seed >= 0 else -0.75  # truncation is towards zero
         x, y = jnp.asarray(one.x), jnp.asarray(one.y)
         whole.append(np.asarray(solution(float(seed), x, y, lr)))
-        fractional.append(np.asarray(solution(seed + fraction, x, y, lr)))
+        if abs(seed) < LONG_SEED:
+            fraction = 0.75 if seed >= 0 else -0.75  # truncation is towards zero
+            fractional.append(np.asarray(solution(seed + fraction, x, y, lr)))
+        else:
+            fractional.append(whole[-1])
     return Solution(np.stack(whole), np.stack(fractional))

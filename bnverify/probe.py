@@ -81,7 +81,7 @@ def _check_call(name: str, function: Any, arguments: tuple[str, ...]) -> None:
 
 
 def _batch(subject: Subject, rows: int) -> tuple[Any, ...]:
-    features = subject.features[0] if subject.features else FEATURES
+    features = subject.width(FEATURES)
     # Distinct values: an init that inspects its batch must not meet a special case.
     x = np.linspace(-1, 1, rows * features, dtype=np.float32).reshape(rows, features)
     return np.int32(0), x, x[:, 0].copy(), np.float32(0.1)

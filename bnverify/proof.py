@@ -131,7 +131,7 @@ def read(subject: Subject) -> Reading:
 
 def _run(subject: Subject) -> Transition | None:
     """Return one run of a subject without jit; None if it raises."""
-    width = subject.features[0] if subject.features else 3
+    width = subject.width(3)
     x = np.linspace(-1, 1, 4 * width, dtype=np.float32).reshape(4, width)
     case = Case.of(0, x, x[:, 0], 0.1)
     try:
@@ -325,8 +325,8 @@ def _judge_seen(law: Law, traced: Traced) -> Evidence:
     if "retraced" in law.observes:
         reason, subject = "two traces agree on a batch", traced.subject
         try:
-            width = subject.features[0] if subject.features else 2
-            facts["retraced"] = changed_by_tracing(traced.tracer, 2 * (subject.rows or 1), width)
+            width = subject.width(2)
+            facts["retraced"] = changed_by_tracing(traced.tracer, 2 * traced.tracer.multiple, width)
         except Exception as error:  # noqa: BLE001 - whatever a user's code raises
             return Evidence(law.name, law.family, "untriggered", reason=first_line(error))
     lines = law.check(traced.abstract._replace(facts=facts))

@@ -50,7 +50,7 @@ def remarks(subject: Subject, influence: Influence | None) -> Iterator[str]:
 def _of_optimizer(subject: Subject) -> Iterator[str]:
     """Yield notes about the optimizer: its updates for gradients of 0 and 1, at params of 1 and lr = 1."""
     shape: Any = jax.ShapeDtypeStruct
-    x = shape((4, subject.features[0] if subject.features else 3), "float32")
+    x = shape((4, subject.width(3)), "float32")
     try:
         state = jax.eval_shape(subject.init, shape((), "int32"), x)
     except Exception:  # noqa: BLE001 - whatever a user's code raises

@@ -19,6 +19,9 @@ Inputs = tuple[State, Case]
 
 Seen = Mapping[str, Outcome]
 
+LONG_SEED = np.int32(2**24 + 1)
+"""A seed that float32 cannot represent: it reveals functions that convert their seed to float32."""
+
 
 def with_statistics(state: State, change: Callable[[Any], Any]) -> State:
     """Return ``state`` with ``change`` applied to every floating-point statistic."""

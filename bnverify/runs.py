@@ -30,6 +30,7 @@ from bnverify.observe import (
 )
 from bnverify.profile import Profile
 from bnverify.pytree import stack, take
+from bnverify.reruns import LONG_SEED
 from bnverify.shapes import TINY_SHAPES, shape_pool, tiny_shapes
 from bnverify.stacks import stacked_cases
 
@@ -38,17 +39,11 @@ Phase: TypeAlias = tuple[str, int]
 
 Residuals = Mapping[str, npt.NDArray[np.float64]]
 
-SPLITS = (1, 2, 3, 4, 6, 8, 12, 24)
-"""How many parts a step may split its batch into, to be tried in turn."""
-
 BETWEEN = (3, 4, 5, 9, 17, 33)
 """Row counts for smaller counterexamples of faults that need large batches: just above powers of two."""
 
 ENOUGH = 30
 """A witness law is violated if this many cases met its precondition and none was a witness."""
-
-LONG_SEED = np.int32(2**24 + 1)
-"""A seed that float32 cannot represent: it reveals functions that convert their seed to float32."""
 
 LONG = 3
 """The number of cases with ``LONG_SEED``; one is not enough, since all its ReLUs may be inactive."""
@@ -200,7 +195,6 @@ class Runner:
         self.laws = laws
         self.subject = subject
         self.plan = plan
-        self._tracer = tracer
         self.refusal = refusal
         self.note = note
         self._readable = frozenset() if refusal else READ_NEEDS
@@ -210,29 +204,13 @@ class Runner:
         )
         stacked: How = "eager" if refusal else "vmap"
         alone: How = "eager" if refusal else "jit"
-        multiple = self._multiple()
-        self._batched = CompiledSubject(
-            subject, stacked, tracer=tracer, most=plan.block, multiple=multiple
-        )
+        self._batched = CompiledSubject(subject, stacked, tracer=tracer, most=plan.block)
         self.single = CompiledSubject(subject, alone, tracer=tracer)
         # A function that is init, one step and evaluate in one call is compared with a first step.
         first = bool(laws) and all("solution" in law.observes for law in laws)
         domain = Domain(max_warmup=0) if first else Domain()
+        multiple = (subject.rows or 1) if refusal else tracer.multiple
         self.domain = replace(domain, multiple=multiple)
-
-    def _multiple(self) -> int:
-        """Return the number of which every N is a multiple: some steps split their batch."""
-        if self.subject.rows is not None or self.refusal:
-            return self.subject.rows or 1
-        width = self.subject.features[0] if self.subject.features else 1
-        for rows in SPLITS:
-            try:
-                state, batch = self._tracer.state(rows, width), self._tracer.batch(rows, width)
-                self._tracer.trace("step", self.subject.step, state, batch.x, batch.y, batch.lr)
-            except Exception:  # noqa: BLE001, S112 - whatever a user's code raises when traced
-                continue
-            return rows
-        return 1
 
     # Sizes: how many cases, of which shapes.
 
@@ -251,7 +229,7 @@ class Runner:
         size = len(TINY_SHAPES) + self.plan.shapes
         pool = shape_pool(seed, domain=self.domain, features=features, size=size)
         tiny = tiny_shapes(domain=self.domain, features=features)
-        width = features[0] if features else 4
+        width = self.subject.width(4)
         large = [(self._fitting(rows), width) for rows in self.plan.large]
         drawn = [*pool[len(tiny) :], *large]
         most = self._batched.most_rows
@@ -527,8 +505,7 @@ class Run:
         """
         if not self._runner.stacks or self._enough:
             return
-        features = self._runner.subject.features
-        width = features[0] if features else 1
+        width = self._runner.subject.width(1)
         multiple = self._domain.multiple
         for parts in BETWEEN:
             if not any(shape[0] > parts * multiple for shape in self._violating()):

@@ -251,32 +251,22 @@ def subject(
     """Return the canonical training step of ``model``, completed by an analysis of its traces."""
     said = declared_by(declared)
     said = replace(said, penalty=False)  # the canonical step differentiates the reported loss
-    step = Step(model, optimizer, loss)
 
-    def probed(other: Optimizer) -> Subject:
-        another = f"{name}, another optimizer"
-        return subject(
-            model,
-            name=another,
-            optimizer=other,
-            loss=loss,
-            batch=batch,
+    def plain(optimizer: Optimizer, name: str) -> Subject:
+        step = Step(model, optimizer, loss)
+        return Subject(
+            name=name,
+            init=step.init,
+            step=step.step,
+            evaluate=step.evaluate,
             features=features,
-            declared=declared,
+            optimizer=optimizer,
+            after_eval=step.after_eval,
+            with_optimizer=lambda other: plain(other, f"{name}, another optimizer"),
+            capabilities=CLAIMS - {"lr"} if step.keeps_rate(sizes_of(features)) else CLAIMS,
         )
 
-    found = Subject(
-        name=name,
-        init=step.init,
-        step=step.step,
-        evaluate=step.evaluate,
-        features=features,
-        optimizer=optimizer,
-        after_eval=step.after_eval,
-        with_optimizer=probed,
-        capabilities=CLAIMS - {"lr"} if step.keeps_rate(sizes_of(features)) else CLAIMS,
-    )
-    return completed(found, said, batch=batch)
+    return completed(plain(optimizer, name), said, batch=batch)
 
 
 # A linen module.

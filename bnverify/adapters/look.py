@@ -90,7 +90,7 @@ def completed(
             said = "the differentiated loss is declared to differ from the reported one"
         found |= because(said, GRADIENT)
     biases = () if design.is_online() else layers.biases()
-    return replace(
+    analysed = replace(
         subject,
         exempt={**found, **subject.exempt, **declared.exempt},
         momentum=layers.momentum() if subject.momentum is None else subject.momentum,
@@ -104,6 +104,33 @@ def completed(
         updates_every=every,
         look=seen,
     )
+    return replace(analysed, with_optimizer=_with_optimizer(subject, analysed))
+
+
+def _with_optimizer(
+    subject: Subject, analysed: Subject
+) -> Callable[[Callable[[Any], Any]], Subject] | None:
+    """Return ``with_optimizer`` for an analysed subject; another optimizer needs no second analysis."""
+    plain = subject.with_optimizer
+    if plain is None:
+        return None
+
+    def with_optimizer(optimizer: Callable[[Any], Any]) -> Subject:
+        other = plain(optimizer)
+        return replace(
+            analysed,
+            name=other.name,
+            init=other.init,
+            step=other.step,
+            evaluate=other.evaluate,
+            after_eval=other.after_eval,
+            optimizer=other.optimizer,
+            with_optimizer=None,
+            capabilities=other.capabilities,
+            updates_every=1,
+        )
+
+    return with_optimizer
 
 
 def declare(subject: Subject, **declared: Unpack[Declarations]) -> Subject:

@@ -16,7 +16,7 @@ import optax
 
 from bnverify.adapters import calls
 from bnverify.adapters.batches import Reading, image_and_label, rows
-from bnverify.adapters.by_design import Declarations, Declared, declared_by
+from bnverify.adapters.by_design import Declarations, declared_by
 from bnverify.adapters.calls import caller, label_of
 from bnverify.adapters.explain import explaining
 from bnverify.adapters.look import completed
@@ -182,34 +182,38 @@ def _subject(
     with explaining(creates):
         found = found.with_things(train_step, eval_step, told)
     found = found.settled().with_statistics()
-    return _made(
+    same_loss = declared.same_loss or found.evaluation is None
+    subject = _plain(
         found,
-        declared,
         name=options.get("name") or f"{kind}:{label_of(train_step)}",
         features=accepted,
         rows=rows,
+        same_loss=same_loss,
     )
+    return completed(subject, declared, batch=batch, makers=[found.create.function, optimizer])
 
 
-def _made(
+def _plain(
     found: Loop,
-    declared: Declared,
     *,
     name: str,
     features: tuple[int, ...] | None,
     rows: int | None,
+    same_loss: bool,
 ) -> Subject:
-    def probed(optimizer: Optimizer) -> Subject:
+    """Return a loop as a Subject that is not analysed yet."""
+
+    def with_optimizer(optimizer: Optimizer) -> Subject:
         other = replace(found, optimizer=optimizer).settled()
         called = f"{name}, another optimizer"
-        return _made(other, declared, name=called, features=features, rows=rows)
+        return _plain(other, name=called, features=features, rows=rows, same_loss=same_loss)
 
     claims = {
         "lr": found.takes_rate and not found.keeps_rate(),
         "row_losses": True,
-        "eval_is_training_loss": declared.same_loss or found.evaluation is None,
+        "eval_is_training_loss": same_loss,
     }
-    subject = Subject(
+    return Subject(
         name=name,
         init=found.init,
         step=found.step,
@@ -218,9 +222,7 @@ def _made(
         rows=rows,
         optimizer=found.optimizer_of,
         after_eval=found.state_after_evaluation if found.evaluation_returns_a_state() else None,
-        with_optimizer=probed if found.takes("tx") else None,
+        with_optimizer=with_optimizer if found.takes("tx") else None,
         capabilities=frozenset(claim for claim, holds in claims.items() if holds),
         notes=() if found.evaluation is not None else (BY_TRAINING,),
     )
-    makers = [found.create.function, found.optimizer]
-    return completed(subject, declared, batch=found.batch, makers=makers)

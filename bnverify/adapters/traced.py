@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import partial
-from types import SimpleNamespace
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -83,8 +82,9 @@ class Evaluation:
         # By JAX's own interpreter, which keeps the lines of the user's code.
         atoms = list(zip(eqn.invars, inputs, strict=True))
         given = [(atom, value) for atom, value in atoms if not hasattr(atom, "val")]
-        alone: Any = SimpleNamespace(
-            constvars=[], invars=[atom for atom, _ in given], eqns=[eqn], outvars=eqn.outvars
+        variables = [atom for atom, _ in given]
+        alone = _blank(len(variables), len(eqn.outvars)).replace(
+            invars=variables, eqns=[eqn], outvars=eqn.outvars
         )
         results: list[Any] = jax.core.eval_jaxpr(alone, [], *(value for _, value in given))
         return results
@@ -113,6 +113,12 @@ class Evaluation:
     ) -> Sequence[Any]:
         """Run it."""
         return self.equation(eqn, inputs)
+
+
+@cache
+def _blank(inputs: int, outputs: int) -> Any:
+    """Return a jaxpr to be filled: its debugging information fits these numbers of variables."""
+    return open_jaxpr(jax.make_jaxpr(lambda *_: (0.0,) * outputs)(*(0.0,) * inputs))[0]
 
 
 def _is_backward(eqn: Any) -> bool:

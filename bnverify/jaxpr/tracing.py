@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +15,10 @@ from bnverify.pytree import key_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 24)
+"""The numbers of parts that a step may split its batch into, in the order in which they are tried."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,24 @@ class Tracer:
         self.init_is_free = False
         self._programs: dict[Any, Program] = {}
         self._rows_of_init: dict[int, int] = {}
+
+    @cached_property
+    def multiple(self) -> int:
+        """The number of which every N is a multiple, because the step splits its batch; 1 if it doesn't.
+
+        Where the subject does not say, it is the first of ``SPLITS`` rows that ``step`` can be traced at.
+        """
+        if self.subject.rows is not None:
+            return int(self.subject.rows)
+        width = self.subject.width(1)
+        for rows in SPLITS:
+            try:
+                state, batch = self.state(rows, width), self.batch(rows, width)
+                self.trace("step", self.subject.step, state, batch.x, batch.y, batch.lr)
+            except Exception:  # noqa: BLE001, S112 - whatever a user's code raises when traced
+                continue
+            return rows
+        return 1
 
     def trace(self, name: str, function: Callable[..., Any], *args: Any) -> Program:
         """Return ``function`` traced on these argument types, from the cache where possible.

@@ -83,7 +83,7 @@ def shape_for(calls: CompiledSubject) -> Shape:
     multiple = subject.rows or 1
     fitting = [shape for shape in SHAPES if shape[0] % multiple == 0] or [(2 * multiple, 3)]
     for rows, features in fitting:
-        shape = rows, subject.features[0] if subject.features else features
+        shape = rows, subject.width(features)
         try:
             batch, state = calls.tracer.batch(*shape), calls.tracer.state(*shape)
             after = trace("step", subject.step, state, batch.x, batch.y, batch.lr).out[0]

@@ -176,9 +176,8 @@ class Check:
         """
         compile_cache.enable()
         count = min(max(plan.examples, 8), MOST)
-        features = self._parallel.single.features
         for rows in ROWS if plan.shapes > 1 else ROWS[:2]:
-            shape = rows, features[0] if features else 2
+            shape = rows, self._parallel.single.width(2)
             if self._modes(rows):
                 rng = np.random.default_rng((seed, *shape))
                 self.cases += count * len(self._modes(rows))
