@@ -229,7 +229,16 @@ FAULTS: dict[str, Callable[[Case], bool]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+LONG_SEARCHES = ("a step that moves", "a large x with a large y", "a cancelled variance")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(name, marks=pytest.mark.nightly if name in LONG_SEARCHES else ())
+        for name in FAULTS
+    ],
+)
 def test_failures_shrink_to_at_most_two_rows_and_features(fault: str) -> None:
     """Whatever shape a failure is found in, a tiny one of the pool is what is reported."""
     assert minimal(strategies.cases(), FAULTS[fault]).shape in shapes.TINY_SHAPES

@@ -71,7 +71,8 @@ def mnist() -> bnverify.Subject:
 @pytest.mark.parametrize(
     ("make", "momentum"),
     [
-        pytest.param(imagenet, 0.9, id="imagenet"),
+        # A TrainState loop like that of examples/train_state, of a deeper model.
+        pytest.param(imagenet, 0.9, id="imagenet", marks=pytest.mark.nightly),
         pytest.param(nnx_guide, 0.99, id="nnx-guide"),
         # The same guide in linen, and a loop like that of examples/nnx_loop.
         pytest.param(guide, 0.99, id="guide", marks=pytest.mark.nightly),

@@ -15,8 +15,6 @@ import pytest
 from hypothesis import given, settings
 from jax import lax
 
-import bnverify
-from bnverify import zoo
 from bnverify.compat import enable_x64
 from bnverify.jaxpr import numeric
 from bnverify.jaxpr.interpreter import called_jaxpr, inner_jaxprs, open_jaxpr
@@ -198,7 +196,7 @@ UNARY = {
 
 
 @pytest.mark.parametrize("name", UNARY)
-@settings(max_examples=9)
+@settings(max_examples=6)
 @given(st.data())
 def test_a_function_of_one_number(name, data):
     """It agrees with JAX in float64, including NaN, infinities and signed zeros."""
@@ -220,7 +218,7 @@ ON_INTS = {
 
 
 @pytest.mark.parametrize("name", ON_INTS)
-@settings(max_examples=9)
+@settings(max_examples=6)
 @given(st.data())
 def test_a_function_of_one_integer(name, data):
     """It wraps around as in XLA."""
@@ -253,7 +251,7 @@ SHAPES = st.sampled_from([((2, 3), (2, 3)), ((), (2, 3)), ((2, 3), ()), ((), ())
 
 
 @pytest.mark.parametrize("name", BINARY)
-@settings(max_examples=11)
+@settings(max_examples=7)
 @given(st.data())
 def test_a_function_of_two_numbers(name, data):
     """It agrees with JAX in float64; either operand may be a scalar or a literal."""
@@ -297,7 +295,7 @@ ON_TWO_INTS = {
 
 
 @pytest.mark.parametrize("name", ON_TWO_INTS)
-@settings(max_examples=11)
+@settings(max_examples=7)
 @given(st.data())
 def test_a_function_of_two_integers(name, data):
     """It wraps around, shifts and divides (also by zero) as in XLA."""
@@ -315,7 +313,7 @@ def test_the_high_half_of_a_product(data):
     check(data, "mulhi", lax.mulhi, [Operand(dtype, (5,))] * 2)
 
 
-@settings(max_examples=11)
+@settings(max_examples=7)
 @given(st.data(), st.sampled_from([-3, -1, 0, 1, 2, 3, 7, 10]))
 def test_integer_power(data, exponent):
     """Powers agree with JAX, including negative exponents and integer bases."""
@@ -343,7 +341,7 @@ def test_rounding_to_whole_numbers(data, method):
     check(data, "round", lambda x: lax.round(lax.floor(x) + 0.5, method), [halves])
 
 
-@settings(max_examples=18)
+@settings(max_examples=12)
 @given(st.data(), st.sampled_from((*FLOATS, *INTS, "bool")), st.sampled_from((*INTS, "bool")))
 def test_conversion_to_integers(data, old, new):
     """Floats saturate and NaN becomes 0; integers wrap around; nonzero is True."""
@@ -367,7 +365,7 @@ def test_conversion_to_floats(data, old, new):
         )
 
 
-@settings(max_examples=11)
+@settings(max_examples=7)
 @given(st.data(), st.sampled_from([(3, 2), ()]), st.sampled_from([(3, 2), ()]))
 def test_clamp(data, low, high):
     """Bounds may be scalars."""
@@ -377,7 +375,7 @@ def test_clamp(data, low, high):
         check(data, "clamp", lax.clamp, operands)
 
 
-@settings(max_examples=11)
+@settings(max_examples=7)
 @given(st.data(), st.sampled_from([(3, 2), ()]), st.sampled_from(["bool", "int32"]))
 def test_select_n(data, shape, kind):
     """The predicate may be a scalar, and an integer for more than two cases."""
@@ -440,7 +438,7 @@ def test_bits_are_those_of_the_dtype(seed, cast):
     np.testing.assert_array_equal(out[0, 0], want)
 
 
-@settings(max_examples=14)
+@settings(max_examples=9)
 @given(
     SEEDS,
     st.sampled_from([(8, 7), (5, 10), (4, 3), (11, 52)]),
@@ -494,7 +492,7 @@ def test_elements_only_move(name, data):
     check(data, NEWER.get(name, name), MOVES[name], [Operand(dtype, (2, 4))])
 
 
-@settings(max_examples=9)
+@settings(max_examples=6)
 @given(
     st.data(),
     st.lists(
@@ -522,7 +520,7 @@ def test_iota(dtype, dimension):
     np.testing.assert_array_equal(out[0, 0], np.asarray(function()).astype(out.dtype))
 
 
-@settings(max_examples=9)
+@settings(max_examples=6)
 @given(st.data())
 def test_dynamic_slices(data):
     """Starts out of bounds are clamped."""
@@ -588,7 +586,7 @@ REDUCTIONS = {
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
-@settings(max_examples=9)
+@settings(max_examples=6)
 @given(st.data(), st.sampled_from([(2, 4, 3), (3, 1, 9)]))
 def test_reductions(name, data, shape):
     """They agree with JAX, also for NaN and infinities."""
@@ -598,9 +596,10 @@ def test_reductions(name, data, shape):
 
 
 @pytest.mark.parametrize("name", ["reduce_max", "reduce_min", "reduce_prod", "reduce_sum"])
-@settings(max_examples=5)
-@given(st.data(), st.sampled_from(["float32", "int32"]))
-def test_reductions_of_nothing(name, data, dtype):
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+@settings(max_examples=1)  # there is nothing to draw
+@given(st.data())
+def test_reductions_of_nothing(name, dtype, data):
     """An empty reduction gives the identity."""
     check(data, name, REDUCTIONS[name][0], [Operand(dtype, (0, 0, 0))])
 
@@ -640,7 +639,7 @@ def test_a_collective_under_vmap(data, collective):
 # Order.
 
 
-@settings(max_examples=14)
+@settings(max_examples=9)
 @given(st.data(), st.sampled_from([0, 1]), st.integers(1, 3), st.booleans())
 def test_sort(data, axis, keys, stable):
     """All operands follow the keys; NaN sorts last, and equal elements keep their order."""
@@ -657,7 +656,7 @@ def test_sort(data, axis, keys, stable):
     check(data, "sort", function, [*operands, rest])
 
 
-@settings(max_examples=9)
+@settings(max_examples=6)
 @given(st.data(), st.integers(1, 5))
 def test_top_k(data, k):
     """Of equal elements the one with the lower index comes first."""
@@ -683,7 +682,7 @@ CONTRACTIONS = [
 ]
 
 
-@settings(max_examples=18)
+@settings(max_examples=12)
 @given(st.data(), st.sampled_from(CONTRACTIONS))
 def test_dot_general(data, contraction):
     """Any axes may be contracted or batched, whichever operand has rows and cases."""
@@ -751,7 +750,7 @@ def convolutions(draw):
     ], params
 
 
-@settings(max_examples=11)
+@settings(max_examples=7)
 @given(st.data(), convolutions())
 def test_convolutions(data, convolution):
     """Strides, padding, dilation, groups and layouts agree with JAX."""
@@ -905,7 +904,7 @@ def scatter_numbers(numbers):
     return lax.ScatterDimensionNumbers(offset, collapsed, start, **(names if batching else {}))
 
 
-@settings(max_examples=14)
+@settings(max_examples=9)
 @given(st.data(), st.sampled_from(NUMBERS), MODES)
 def test_gathers(data, place, mode):
     """Slices out of bounds are clamped or filled, as the mode says."""
@@ -1064,7 +1063,7 @@ def flat(jaxpr):
 # Primitives without a NumPy implementation.
 
 
-@settings(max_examples=9)
+@settings(max_examples=6)
 @given(LEADS, LEADS, SEEDS)
 def test_through_jax(left, right, seed):
     """``through_jax`` is vectorised over rows and cases, in the program's dtypes."""
@@ -1084,34 +1083,3 @@ def test_a_missing_primitive_is_named():
     (eqn,) = jax.make_jaxpr(jnp.fft.fft)(np.ones(4, np.complex64)).jaxpr.eqns[-1:]
     with pytest.raises(NotImplementedError, match=eqn.primitive.name):
         apply(eqn, [np.ones((1, 1, 4))])
-
-
-# Whole programs.
-
-
-@pytest.mark.parametrize("name", zoo.SUBJECTS)
-def test_every_primitive_of_the_zoo_is_implemented(name):
-    """No step or evaluation of the zoo needs ``through_jax``."""
-    subject = bnverify.load(f"bnverify.zoo:{name}")
-    features = (subject.features or (4,))[0]
-    x, y = np.zeros((8, features), np.float32), np.zeros(8, np.float32)
-    state = jax.eval_shape(subject.init, np.int32(0), x)
-    programs = [
-        jax.make_jaxpr(subject.step)(state, x, y, np.float32(0.1)),
-        jax.make_jaxpr(subject.evaluate)(state, x, y),
-    ]
-    found = set().union(*map(plain_names, programs))
-    assert found - numeric.FORMS.keys() == set()
-
-
-def plain_names(jaxpr):
-    """Return the names of primitives that are not calls, loops or branches."""
-    inner, _ = open_jaxpr(jaxpr)
-    found = set()
-    for eqn in inner.eqns:
-        enters = called_jaxpr(eqn) is not None or eqn.primitive.name in {"cond", "scan", "while"}
-        if enters:
-            found = found.union(*map(plain_names, inner_jaxprs(eqn)))
-        else:
-            found.add(eqn.primitive.name)
-    return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from flax import nnx
 
 import bnverify
 from bnverify import zoo
+from bnverify.jaxpr import numeric
+from bnverify.jaxpr.interpreter import called_jaxpr, inner_jaxprs, open_jaxpr
 from bnverify.profile import Profile
 
 FEW = Profile("few", tiny=1, shapes=0, block=32, examples=1)
@@ -73,3 +77,30 @@ def test_no_law_objects(name: str) -> None:
         e.law: (e.reason, e.counterexample) for e in report.results if e.status == "violated"
     }
     assert set(violated) == found(name), violated
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_primitive_is_implemented(name: str) -> None:
+    """No step or evaluation needs ``bnverify.jaxpr.numeric.through_jax``."""
+    subject = bnverify.load(f"bnverify.zoo:{name}")
+    width = subject.width(4)
+    x, y = np.zeros((8, width), np.float32), np.zeros(8, np.float32)
+    state = jax.eval_shape(subject.init, np.int32(0), x)
+    programs = [
+        jax.make_jaxpr(subject.step)(state, x, y, np.float32(0.1)),
+        jax.make_jaxpr(subject.evaluate)(state, x, y),
+    ]
+    used: set[str] = set().union(*map(plain_names, programs))
+    assert used - numeric.FORMS.keys() == set()
+
+
+def plain_names(jaxpr: Any) -> set[str]:
+    """Return the names of primitives that are not calls, loops or branches."""
+    names: set[str] = set()
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        enters = called_jaxpr(eqn) is not None or eqn.primitive.name in {"cond", "scan", "while"}
+        if enters:
+            names = names.union(*map(plain_names, inner_jaxprs(eqn)))
+        else:
+            names.add(eqn.primitive.name)
+    return names
