@@ -330,14 +330,26 @@ def _made(optimizer: Callable[[Any], Any]) -> list[Made]:
         args, options = (*function.args, *args), {**function.keywords, **options}
         function = function.func
     name = _name(function)
+    # An Optax function is called by its name, since only the function of that name is recorded.
+    make = function if name is None else partial(_by_name, name)
+    # Traced, a user's function compiles nothing. It is run where it raises, or gives no numbers.
+    traced = partial(jax.eval_shape, lambda: (make(*args, **options), None)[1])
+    return next(filter(None, map(_noted, (traced, partial(make, *args, **options)))), [])
+
+
+def _noted(call: Callable[[], Any]) -> list[Made]:
+    """Return the calls of Optax's functions in a call; [] if it raises or their arguments are traced."""
     with _noting() as seen:
-        # An Optax function is called by its name, since only the function of that name is recorded.
-        make = function if name is None else getattr(optax, name)
         try:
-            make(*args, **options)
+            call()
         except Exception:  # noqa: BLE001 - whatever a user's function raises
             return []
-    return seen
+    given = (value for made in seen for value in made.arguments.values())
+    return [] if any(isinstance(value, jax.core.Tracer) for value in given) else seen
+
+
+def _by_name(name: str, *args: Any, **options: Any) -> Any:
+    return getattr(optax, name)(*args, **options)
 
 
 def _name(function: Any) -> str | None:
