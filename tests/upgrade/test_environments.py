@@ -396,13 +396,13 @@ SAID = {
         ("version", "the name and the version exist"),
         ("range", "the name and the version exist"),
         ("name", "the name and the version exist"),
-        ("clash", "releases that allow each other"),
+        ("clash", "releases that are compatible"),
         ("hash", "find out why"),
-        ("network", "the package index can be reached"),
+        ("network", "the package index is reachable"),
         ("syntax", "correct the requirement"),
-        ("disk", "free space"),
+        ("disk", "free some space"),
         ("build", "builds with `uv build`"),
-        ("unknown", "`uv pip compile` by itself"),
+        ("unknown", "with `uv pip compile`"),
     ],
 )
 def test_each_failure_has_its_fix(said, fix):
