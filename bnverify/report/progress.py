@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from bnverify.report.symbols import STYLES
 
@@ -39,12 +40,13 @@ def progress(name: str) -> Iterator[Listener]:
         ).listen
         return
     columns = (
-        TextColumn("{task.description}"),
+        # A long description is cut, not the percentage or the time.
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, expand=True) as bar:
         task = bar.add_task(escape(name), total=1.0)
 
         def show_phase(phase: str, done: float) -> None:
