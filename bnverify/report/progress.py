@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bnverify.check import Event, Listener, PhaseStarted
 
 SILENCE = 20.0
-"""Seconds after which a phase that continues is printed again, if there is no bar."""
+"""Seconds after which progress is printed again, if there is no bar."""
 
 
 @contextmanager
@@ -57,6 +57,21 @@ def progress(name: str) -> Iterator[Listener]:
             bar.console.print(text, style=style, markup=False)
 
         yield _EventPrinter(line, show_phase).listen
+
+
+def occasionally(line: Callable[[str], None]) -> Listener:
+    """Return a listener that prints a phase if nothing was printed for ``SILENCE`` seconds."""
+    from bnverify.check import PhaseStarted  # imports jax
+
+    printed = time.monotonic()
+
+    def listen(event: Event) -> None:
+        nonlocal printed
+        if isinstance(event, PhaseStarted) and time.monotonic() - printed > SILENCE:
+            printed = time.monotonic()
+            line(f"{event.done:.0%} {event.phase}, {event.cases:,} cases so far")
+
+    return listen
 
 
 class _EventPrinter:
