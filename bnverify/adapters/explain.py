@@ -190,7 +190,9 @@ SYMPTOMS = (
     Symptom("other_input_shape", ("ScopeParamShapeError",)),
     Symptom("other_input_shape", ("TypeError",), r"dot_general requires contracting dim"),
     Symptom("labels_not_integers", ("TypeError",), r"subdtype of .*integer.*got float"),
-    Symptom("labels_not_integers", ("TypeError",), r"take_along_axis indices must be of integer type"),
+    Symptom(
+        "labels_not_integers", ("TypeError",), r"take_along_axis indices must be of integer type"
+    ),
     Symptom(
         "optimizer_on_all_variables",
         ("ValueError", "TypeError"),
