@@ -216,6 +216,11 @@ class Evidence:
         """Return evidence for the law of this name; ``known`` are further attributes."""
         return cls(law, LAWS[law].family, status, **known)
 
+    def __repr__(self) -> str:
+        """Return the status and its reason in one line, for interactive sessions."""
+        known = filter(None, (self.reason, self.extent))
+        return f"<Evidence {self.law}: {', '.join((self.status, *known))}>"
+
     @property
     def diagnosis(self) -> str | None:
         """The likely mistake and its fix in one line; None if no mistake is known."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -43,17 +44,20 @@ def remarks(subject: Subject, influence: Influence | None) -> Iterator[str]:
         if untrained:
             what = f"used in evaluation but not in training: {_listed(untrained)}"
             yield _line(what, "statistics_trained_as_params")
+        if unfound := _statistics_not_found(subject, influence):
+            yield (
+                "no running statistics were found in the state, but evaluation reads "
+                f"{_listed(unfound)}. If these are running statistics, declare them: "
+                f'statistics="{_shared_path(unfound)}"'
+            )
     if subject.optimizer is not None:
         yield from _of_optimizer(subject)
 
 
 def _of_optimizer(subject: Subject) -> Iterator[str]:
     """Yield notes about the optimizer: its updates for gradients of 0 and 1, at params of 1 and lr = 1."""
-    shape: Any = jax.ShapeDtypeStruct
-    x = shape((4, subject.width(3)), "float32")
-    try:
-        state = jax.eval_shape(subject.init, shape((), "int32"), x)
-    except Exception:  # noqa: BLE001 - whatever a user's code raises
+    state = _initial(subject)
+    if state is None:
         return
     answers = asked(subject.optimizer, state.params, (0.0, 1.0), 1.0)
     if answers is None:
@@ -79,6 +83,32 @@ def _of_optimizer(subject: Subject) -> Iterator[str]:
         yield _line(f"against descent: {_listed(uphill)}", MASKED_GRADIENTS)
     if 0.99e3 * small < middle < 1.01e3 * small and large < 0.5e6 * middle:
         yield _line("a larger learning rate does not make the update larger", UPDATES_CLIPPED)
+
+
+def _initial(subject: Subject) -> Any:
+    """Return the shapes of the initial state; None if it cannot be traced."""
+    shape: Any = jax.ShapeDtypeStruct
+    x = shape((4, subject.width(3)), "float32")
+    try:
+        return jax.eval_shape(subject.init, shape((), "int32"), x)
+    except Exception:  # noqa: BLE001 - whatever a user's code raises
+        return None
+
+
+def _statistics_not_found(subject: Subject, influence: Influence) -> set[str]:
+    """Return the floats in ``extra`` that may affect the eval loss, if batch_stats is empty."""
+    state = _initial(subject)
+    if state is None or _paths(state.batch_stats):
+        return set()
+    leaves = jax.tree_util.tree_flatten_with_path(state.extra)[0]
+    floats = {f"extra/{path_name(path)}" for path, leaf in leaves if leaf.dtype.kind == "f"}
+    return floats & influence.leaves.get("eval_loss", frozenset())
+
+
+def _shared_path(paths: Collection[str]) -> str:
+    """Return the path of the smallest tree with these leaves of ``extra``, as adapters take it."""
+    leaves = [path.removeprefix("extra/").removeprefix("fields/") for path in paths]
+    return posixpath.commonpath([leaf.rpartition("/")[0] for leaf in leaves]) or "..."
 
 
 def _update_sizes(optimizer: Any, params: Any) -> tuple[float, float, float]:

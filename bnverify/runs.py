@@ -252,11 +252,11 @@ class Runner:
         return max(rows // multiple, 1) * multiple
 
     def phases(self, seed: int) -> int:
-        """Return the number of phases of a run: one per shape, and one for single cases."""
+        """Return the number of phases: compiling, one per shape, and one for single cases."""
         if not self.laws:
             return 0
         shapes = {*self.tiny(), *self.further(seed)[0]}
-        return len(shapes) + any(SINGLE.intersection(law.observes) for law in self.laws)
+        return 1 + len(shapes) + any(SINGLE.intersection(law.observes) for law in self.laws)
 
     # Running.
 
@@ -443,6 +443,7 @@ class Run:
         self.notes += notes
         # The smallest batches come last: BatchNorm maps a single row to 0, so it reveals little.
         shapes = [*sorted(tiny, key=lambda shape: shape[0] == self._domain.multiple), *further]
+        yield "compiling", self.cases  # the proofs are printed before it
         self._runner.prepare(shapes)
         for shape in shapes:
             if not self._enough:

@@ -304,3 +304,7 @@ def _run_seed() -> int:
 def _random_run_seed() -> int:
     shared = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # the same in all workers of one run
     return zlib.crc32(shared.encode()) if shared else random.SystemRandom().getrandbits(32)
+
+
+def __dir__() -> list[str]:
+    return __all__  # not the names that this module imports

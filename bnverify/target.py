@@ -151,7 +151,9 @@ def line(target: str) -> tuple[str, int] | None:
 def _split(target: object) -> tuple[str, str]:
     source, _, name = target.rpartition(":") if isinstance(target, str) else ("", "", "")
     if not source or not all(part.isidentifier() for part in name.split(".")):
-        raise TargetError(f"a target is module:name or path/file.py:name, got {target!r}")
+        missing = isinstance(target, str) and ":" not in target and target.endswith(".py")
+        fix = f"; add the name of the subject in it: {target}:NAME" if missing else ""
+        raise TargetError(f"a target is module:name or path/file.py:name, got {target!r}{fix}")
     return source, name
 
 

@@ -31,7 +31,7 @@ EXAMPLE = ROOT / "examples" / "linen_regression"
 BROKEN = ("error = predictions.squeeze(-1) - targets", "error = predictions - targets")
 CHECK = ["check", "check.py:subject", "--profile", "quick"]
 
-SIZES = {"check": (1100, 1380), "gate": (1200, 1100)}
+SIZES = {"check": (1100, 1380), "gate": (1200, 1116)}
 """Width and height of the part of a page that is shown, in pixels."""
 
 GATED = """

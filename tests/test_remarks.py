@@ -39,6 +39,17 @@ class StatisticsAsParams(nn.Module):
         return nn.Dense(1)(x)
 
 
+class OwnNorm(nn.Module):
+    """A normalisation that keeps its statistics in a collection of another name."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        mean = self.variable("moments", "centre", jnp.zeros, x.shape[-1:])
+        if train and not self.is_initializing():
+            mean.value = 0.9 * mean.value + 0.1 * x.mean(0)
+        return nn.Dense(1)(x - (x.mean(0) if train else mean.value))[:, 0]
+
+
 def is_kernel(params: Any) -> Any:
     return jax.tree_util.tree_map(lambda leaf: leaf.ndim > 1, params)
 
@@ -156,3 +167,34 @@ def test_a_report_carries_them() -> None:
     report = bnverify.verify(subject, "quick", select=["params_keep_their_tree"])
     assert report.ok
     assert any(note.startswith("decay_of_norm_parameters") for note in report.notes)
+
+
+def test_statistics_that_are_not_found_are_remarked_upon() -> None:
+    """With statistics under an unknown name, the note gives the path to declare, which is accepted."""
+    tx = optax.sgd(0.1)
+
+    def create(rng: Any) -> Any:
+        variables = OwnNorm().init(rng, jnp.ones((1, 3)), train=False)
+        params = variables["params"]
+        return {"params": params, "rest": {"moments": variables["moments"]}, "opt": tx.init(params)}
+
+    def train_step(state: Any, batch: Any) -> Any:
+        def loss_fn(params: Any) -> Any:
+            variables = {"params": params, **state["rest"]}
+            out, rest = OwnNorm().apply(variables, batch[0], train=True, mutable=["moments"])
+            return jnp.mean((out - batch[1]) ** 2), rest
+
+        (loss, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"])
+        updates, opt = tx.update(grads, state["opt"])
+        return {
+            "params": optax.apply_updates(state["params"], updates),
+            "rest": rest,
+            "opt": opt,
+        }, loss
+
+    subject = bnverify.loop(create, train_step, features=3)
+    (line,) = remarks(subject, read(subject).influence)
+    assert "no running statistics were found" in line
+    assert line.endswith('statistics="rest/moments"')
+    declared = bnverify.loop(create, train_step, features=3, statistics="rest/moments")
+    assert told(declared) == []

@@ -187,6 +187,9 @@ def test_events_arrive_in_order(watched: Watched) -> None:
     assert sorted(judged) == sorted(laws)
     assert phases[0] == PhaseStarted("tracing", 0)
     assert between[0] is phases[0]
+    assert phases[1].phase == "compiling"  # before it every law that needs no run is judged
+    proved = [each.law for each in watched.report.results if each.status == "proved"]
+    assert set(proved) <= set(judged[: between.index(phases[1]) - 1])
     assert [each.cases for each in phases] == sorted(each.cases for each in phases)
     statuses = {
         event.evidence.law: event.evidence.status

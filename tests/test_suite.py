@@ -19,6 +19,7 @@ from bnverify import Subject, check
 from bnverify.evidence import Call, Cause, Counterexample, Evidence, Report, Violation
 from bnverify.laws import FAMILIES, LAWS
 from bnverify.model import Case
+from bnverify.report import progress
 from bnverify.target import load
 from bnverify.testing import memory, plugin
 from bnverify.testing.workers import shared
@@ -75,6 +76,9 @@ class Stand:
     ) -> Report:
         asked = {"subject": subject.name, "profile": profile, "select": select, **options}
         self.asked.append(asked)
+        listener: Any = options.get("listener")
+        if listener is not None:
+            listener(check.PhaseStarted("cases of shape (2, 1)", 7, 0.4))
         known = {evidence.law: evidence for evidence in EVIDENCE}
         if self.fixed:
             known[VIOLATED] = Evidence.of(VIOLATED, "held", cases=5)
@@ -176,6 +180,17 @@ def test_the_check_runs_once(inner: Inner, made_up: Stand) -> None:
     assert asked["seed"] == 0
     assert asked["select"] == [evidence.law for evidence in EVIDENCE]
     assert asked["target"] == f"{Path.cwd() / 'test_step.py'}:test_mine"  # works in any directory
+
+
+def test_a_long_check_reports_its_progress(
+    inner: Inner, made_up: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line on stderr, despite pytest's capturing, unless -q is given."""
+    monkeypatch.setattr(progress, "SILENCE", -1.0)
+    expected = "bnverify: mine: 40% cases of shape (2, 1), 7 cases so far"
+    assert expected in inner("-k", VIOLATED).stderr.str()
+    made_up.fixed = True  # else its stored case is replayed instead of a check
+    assert "bnverify: mine" not in inner("-q", "-k", VIOLATED).stderr.str()
 
 
 def test_options_override_the_suite(inner: Inner, made_up: Stand) -> None:

@@ -171,7 +171,7 @@ def test_a_file_is_read_anew(here: Path) -> None:
 
 
 REFUSED = {
-    "steps.py": "a target is module:name or path/file.py:name, got 'steps.py'",
+    "steps.py": "got 'steps.py'; add the name of the subject in it: steps.py:NAME",
     "steps.py:": "a target is module:name",
     "steps.py:not a name": "a target is module:name",
     "step.py:subject": "no file step.py; did you mean 'steps.py'?",

@@ -13,6 +13,7 @@ import inspect
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, TypeAlias
 
 from bnverify import probe
@@ -304,11 +305,13 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
     A compiled function is not traced again, so its layers could not be observed, and one that donates
     its arguments would delete a state that is still needed. A function mapped over devices runs as the
-    only shard of its axis instead. Arguments bound by ``functools.partial`` stay bound.
+    only shard of its axis instead. Methods and ``functools.partial`` stay bound.
     """
     if isinstance(function, functools.partial):
         inner = plain(function.func)
         return functools.partial(inner, *function.args, **function.keywords)
+    if isinstance(function, MethodType):  # a compiled method has the attributes of its function
+        return MethodType(plain(function.__func__), function.__self__)
     wrapped = getattr(function, "__wrapped__", None)
     if wrapped is not None and (hasattr(function, "lower") or _is_shard_map(function)):
         return plain(wrapped)

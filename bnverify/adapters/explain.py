@@ -38,7 +38,13 @@ REFUSED = {
         Mistake(
             "other_input_shape",
             "the model is applied to inputs of a different size than it was initialised with",
-            "pass features=D, the number of features that it accepts, or make its batch with batch=",
+            "pass features=D, the number of features that it accepts; for images also make the batch: "
+            "features=64, batch=lambda x, y: (x.reshape(-1, 8, 8, 1), y)",
+        ),
+        Mistake(
+            "labels_not_integers",
+            "the loss takes integer labels, and the generated targets are real numbers",
+            "make labels of them in the batch: batch=lambda x, y: (x, bnverify.classes(y, 10))",
         ),
         Mistake(
             "input_without_axes",
@@ -183,6 +189,10 @@ SYMPTOMS = (
     Symptom("random_stream_not_passed", ("InvalidRngError",)),
     Symptom("other_input_shape", ("ScopeParamShapeError",)),
     Symptom("other_input_shape", ("TypeError",), r"dot_general requires contracting dim"),
+    Symptom("labels_not_integers", ("TypeError",), r"subdtype of .*integer.*got float"),
+    Symptom(
+        "labels_not_integers", ("TypeError",), r"take_along_axis indices must be of integer type"
+    ),
     Symptom(
         "optimizer_on_all_variables",
         ("ValueError", "TypeError"),

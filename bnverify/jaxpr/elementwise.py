@@ -12,9 +12,19 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from scipy import special  # type: ignore[import-untyped]  # it carries no annotations
 
 from bnverify.jaxpr.values import Array
+from bnverify.lazy import LazyModule
+
+special: Any = LazyModule("scipy.special")  # few steps need it, and importing it takes 0.1 s
+
+
+def _scipy(name: str) -> Callable[..., Array]:
+    def function(*args: Array) -> Array:
+        result: Array = getattr(special, name)(*args)
+        return result
+
+    return function
 
 
 def _divide(x: Array, y: Array) -> Array:
@@ -111,8 +121,8 @@ BY_ELEMENT: dict[str, Callable[..., Array]] = {
     "atan": np.arctan,
     "atan2": np.arctan2,
     "atanh": np.arctanh,
-    "bessel_i0e": special.i0e,
-    "bessel_i1e": special.i1e,
+    "bessel_i0e": _scipy("i0e"),
+    "bessel_i1e": _scipy("i1e"),
     "cbrt": np.cbrt,
     "ceil": np.ceil,
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
@@ -122,17 +132,17 @@ BY_ELEMENT: dict[str, Callable[..., Array]] = {
     "digamma": _digamma,
     "div": _divide,
     "eq": np.equal,
-    "erf": special.erf,
+    "erf": _scipy("erf"),
     "erf_inv": lambda x: np.copysign(special.erfinv(x), x),
-    "erfc": special.erfc,
+    "erfc": _scipy("erfc"),
     "exp": np.exp,
     "exp2": np.exp2,
     "expm1": np.expm1,
     "floor": np.floor,
     "ge": np.greater_equal,
     "gt": np.greater,
-    "igamma": special.gammainc,
-    "igammac": special.gammaincc,
+    "igamma": _scipy("gammainc"),
+    "igammac": _scipy("gammaincc"),
     "is_finite": np.isfinite,
     "le": np.less_equal,
     "lgamma": _lgamma,
@@ -148,10 +158,10 @@ BY_ELEMENT: dict[str, Callable[..., Array]] = {
     "neg": np.negative,
     "not": np.invert,
     "or": np.bitwise_or,
-    "polygamma": special.polygamma,
+    "polygamma": _scipy("polygamma"),
     "population_count": _population_count,
     "pow": _power,
-    "regularized_incomplete_beta": special.betainc,
+    "regularized_incomplete_beta": _scipy("betainc"),
     "rem": _remainder,
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "shift_left": _shift_left,
@@ -166,7 +176,7 @@ BY_ELEMENT: dict[str, Callable[..., Array]] = {
     "tan": np.tan,
     "tanh": np.tanh,
     "xor": np.bitwise_xor,
-    "zeta": special.zeta,
+    "zeta": _scipy("zeta"),
 }
 
 

@@ -39,7 +39,6 @@ _TICKS = 6  # approximate number of labels on an axis
 _FEW = 16  # bars shown; the rest is collapsed
 _MOST = 8  # rows and columns of a counterexample's table
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_UNITS = {"compile_time": "s", "run_time": "s", "program_size": "instructions"}
 
 
 @functools.cache
@@ -426,11 +425,13 @@ def _named(difference: Difference) -> str:
 
 
 def _costs(judgement: Judgement) -> list[dict[str, str]]:
+    from bnverify.report.upgrade import UNITS
+
     old, new = judgement.comparison.old["costs"], judgement.comparison.new["costs"]
     beyond = {cost: bound for cost, _, bound in judgement.verdict.exceeded}
     return [
         {
-            "name": f"{cost.replace('_', ' ')}, {_UNITS.get(cost, '')}",
+            "name": f"{cost.replace('_', ' ')}, {UNITS[cost]}",
             "old": f"{old[cost]:.3g}",
             "new": f"{new[cost]:.3g}",
             "ratio": f"{ratio:.2f}",

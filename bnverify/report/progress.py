@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from bnverify.report.symbols import STYLES
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from bnverify.check import Event, Listener, PhaseStarted
 
 SILENCE = 20.0
-"""Seconds after which a phase that continues is printed again, if there is no bar."""
+"""Seconds after which progress is printed again, if there is no bar."""
 
 
 @contextmanager
@@ -39,12 +40,13 @@ def progress(name: str) -> Iterator[Listener]:
         ).listen
         return
     columns = (
-        TextColumn("{task.description}"),
+        # A long description is cut, not the percentage or the time.
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, expand=True) as bar:
         task = bar.add_task(escape(name), total=1.0)
 
         def show_phase(phase: str, done: float) -> None:
@@ -55,6 +57,21 @@ def progress(name: str) -> Iterator[Listener]:
             bar.console.print(text, style=style, markup=False)
 
         yield _EventPrinter(line, show_phase).listen
+
+
+def occasionally(line: Callable[[str], None]) -> Listener:
+    """Return a listener that prints a phase if nothing was printed for ``SILENCE`` seconds."""
+    from bnverify.check import PhaseStarted  # imports jax
+
+    printed = time.monotonic()
+
+    def listen(event: Event) -> None:
+        nonlocal printed
+        if isinstance(event, PhaseStarted) and time.monotonic() - printed > SILENCE:
+            printed = time.monotonic()
+            line(f"{event.done:.0%} {event.phase}, {event.cases:,} cases so far")
+
+    return listen
 
 
 class _EventPrinter:

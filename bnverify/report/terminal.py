@@ -29,6 +29,9 @@ QUIET, NORMAL, VERBOSE = -1, 0, 1
 ALIKE = 3
 """Up to this many untriggered laws of a family with one reason are listed; more are counted."""
 
+NAMED = 6
+"""Up to this many laws that no case exercised are named below the families."""
+
 IN_FULL = 3
 """Up to this many violations with one cause are shown in full; of the rest, only the names."""
 
@@ -128,6 +131,9 @@ class Screen:
             )
             line.append(_counts(seen))
             self._print(line)
+        unreached = [each.law for each in report.results if each.status == "untriggered"]
+        if 0 < len(unreached) <= NAMED:
+            self._print(f"not reached (-v shows why): {', '.join(unreached)}", indent=3)
 
     def _laws(self, report: Report) -> None:
         for family in FAMILIES:

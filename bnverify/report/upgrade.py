@@ -20,6 +20,7 @@ EXPLAINED = {
     "rounding": "values, within the rounding noise of both sides",
     "meaning": "values, beyond the rounding noise; or laws",
 }
+UNITS = {"compile_time": "s", "run_time": "s", "program_size": "instructions"}
 _SHOWN = 8  # differences of one class; the rest is only counted
 
 
@@ -111,5 +112,5 @@ def _costs(judgement: Judgement) -> Iterator[str]:
     yield ""
     for cost, ratio in judgement.comparison.costs.items():
         beyond = f", above the bound of {bounds[cost]:g}x" if cost in bounds else ""
-        name = cost.replace("_", " ")
-        yield f"{name}: {old[cost]:.3g} -> {new[cost]:.3g}, {ratio:.2f}x{beyond}"
+        name, unit = cost.replace("_", " "), UNITS[cost]
+        yield f"{name}: {old[cost]:.3g} -> {new[cost]:.3g} {unit}, {ratio:.2f}x{beyond}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -188,6 +190,14 @@ class Check:
 
     def _verify(self, request: pytest.FixtureRequest) -> Report:
         from bnverify.check import verify
+        from bnverify.report.progress import occasionally
+
+        capture = request.config.pluginmanager.getplugin("capturemanager")
+
+        def line(text: str) -> None:
+            # A worker of pytest-xdist has the stderr of the whole run.
+            with capture.global_and_fixture_disabled() if capture else nullcontext():
+                print(f"\nbnverify: {self.name}: {text}", file=sys.stderr, flush=True)
 
         settings = Settings.of(request.config)
         return verify(
@@ -196,6 +206,7 @@ class Check:
             seed=settings.seed,
             select=self._selected(request.session.items),
             target=f"{request.node.path}:{request.node.originalname}",
+            listener=occasionally(line) if request.config.getoption("verbose") >= 0 else None,
         )
 
     def _selected(self, items: Sequence[pytest.Item]) -> list[str]:

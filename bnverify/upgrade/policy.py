@@ -42,7 +42,6 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import msgspec
-from packaging.requirements import InvalidRequirement, Requirement
 
 from bnverify.errors import UsageError, cause, did_you_mean
 from bnverify.profile import PROFILES, ProfileName
@@ -50,6 +49,8 @@ from bnverify.profile import PROFILES, ProfileName
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
+
+    from packaging.requirements import Requirement
 
     from bnverify.upgrade.compare import Comparison
 
@@ -149,7 +150,13 @@ class KnownFailure(_Entry, frozen=True, kw_only=True):
 
     @property
     def requirements(self) -> tuple[Requirement, ...]:
-        """The requirements that installed packages meet where the law fails."""
+        """The requirements that installed packages meet where the law fails.
+
+        Raises:
+            ValueError: ``versions`` are not requirements.
+        """
+        from packaging.requirements import Requirement  # may be missing where recordings are made
+
         texts = (self.versions,) if isinstance(self.versions, str) else self.versions
         return tuple(map(Requirement, texts))
 
@@ -227,7 +234,7 @@ def load(path: Path) -> Policy:
     for number, failure in enumerate(policy.failure):
         try:
             list(failure.requirements)
-        except InvalidRequirement:
+        except ValueError:
             got = f"failure[{number}].versions = {failure.versions!r:.80} is not allowed"
             raise UsageError(f"{path}: {got}; write versions like 'flax<0.13'") from None
     return policy

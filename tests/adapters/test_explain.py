@@ -66,6 +66,10 @@ REFUSED: dict[str, list[Callable[[], Any]]] = {
     "random_stream_not_passed": [lambda: nn.Dropout(0.5, deterministic=False).apply({}, X)],
     "other_input_shape": [lambda: MODEL.apply(VARIABLES, jnp.ones((4, 5)), train=False)],
     "shapes_do_not_broadcast": [lambda: jnp.ones((4, 3)) - jnp.ones(4)],
+    "labels_not_integers": [
+        lambda: optax.softmax_cross_entropy_with_integer_labels(X, X[:, 0]),
+        lambda: jnp.take_along_axis(X, X, axis=1),
+    ],
     "optimizer_on_all_variables": [step_with_all_variables],
     "buffer_donated": [use_after_delete],
     "value_leaks": [leak],

@@ -117,6 +117,24 @@ def test_compiled_steps_are_looked_into(wrap: Any) -> None:
     assert subject.layer_inputs is not None
 
 
+def test_compiled_methods_are_looked_into() -> None:
+    """A trainer's method that is compiled with a static ``self`` gives the same subject."""
+
+    class Trainer:
+        @partial(jax.jit, static_argnums=0)
+        def train_step(self, state: TrainState, batch: Any) -> Any:
+            return train_step(state, batch)
+
+        @partial(jax.jit, static_argnums=0)
+        def eval_step(self, state: TrainState, batch: Any) -> Any:
+            return eval_step(state, batch)
+
+    trainer = Trainer()
+    subject = adapt(create, trainer.train_step, trainer.eval_step, features=3)
+    assert_is_the_reference_step(subject)
+    assert subject.name == "train_state:train_step"
+
+
 def test_an_average_over_devices_runs_as_one_shard() -> None:
     """The axis of a ``pmap`` is found from JAX's error about an unbound axis."""
 

@@ -133,7 +133,10 @@ def test_recording_needs_only_the_packages_the_gate_installs():
     """Of bnverify's dependencies an environment has msgspec only."""
     code = (
         "import sys\n"
-        "for name in ('hypothesis', 'pytest', 'xdist', 'packaging', 'uv'): sys.modules[name] = None\n"
+        "absent = ('hypothesis', 'jinja2', 'packaging', 'pytest', 'shtab', 'uv', 'xdist')\n"
+        "for name in absent: sys.modules[name] = None\n"
+        "from bnverify import cli\n"
+        "cli.build_parser()\n"  # the gate records by the command line
         "from bnverify.upgrade import record\n"
         "record.ROWS = (2,)\n"
         "manifest = record.record('bnverify.reference:sgd').manifest\n"
