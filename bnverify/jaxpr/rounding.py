@@ -254,7 +254,7 @@ class RoundingReading:
         name, out = eqn.primitive.name, eqn.outvars[0]
         self._fma_errors.pop(id(out), None)  # left by an earlier iteration or call
         self._used.discard(id(out))
-        if name == "mul" or (name in _MOVES and id(eqn.invars[0]) in self._products):
+        if arithmetic.is_product(eqn) or (name in _MOVES and id(eqn.invars[0]) in self._products):
             self._products.add(id(out))
         errors = [
             *self._inherited_fma_errors(eqn, inputs),
@@ -298,6 +298,10 @@ class RoundingReading:
             elif name == "mul" or (name == "div" and place == 0):
                 error, other = kinks.aligned(error, np.abs(inputs[1 - place][:1]))
                 yield error * other if name == "mul" else error / other
+            elif name == "dot_general" and arithmetic.terms(eqn) == 1:  # compiled as a product
+                factors = [np.abs(value[:1]) for value in inputs]
+                factors[place] = error
+                yield numeric.apply(eqn, factors)[0]
 
     def _evaluate(self, eqn: Any, inputs: Sequence[Array]) -> Sequence[Array]:
         name = eqn.primitive.name
