@@ -22,6 +22,7 @@ from bnverify.reruns import constant_features
 READ = {
     "noise": None,
     "gradient_noise": None,
+    "eval_noise": None,
     "directional_derivative": "slope",
     "layer_input_noise": "layer_inputs",
 }
@@ -77,6 +78,7 @@ class RoundingBounds:
         self._tracer = tracer
         self._seed = seed
         self._read: dict[Any, Rounding] = {}
+        self._evaluations: dict[Any, Rounding] = {}
 
     def __call__(self, before: State, case: Case, also: Collection[str] = ()) -> Bounds:
         """Return the exact outcomes of one step and evaluation, and their rounding noise.
@@ -106,6 +108,21 @@ class RoundingBounds:
         slope = directional_derivative(reading.program, args, direction, at, around, place)
         stacked = jax.tree_util.tree_map(lambda leaf: leaf[None], direction)
         return known._replace(direction=stacked, slope=slope)
+
+    def of_evaluation(self, state: State, case: Case) -> Any:
+        """Return the rounding noise of the eval loss of given states, without that of a step.
+
+        Args:
+            state: stacked states.
+            case: stacked cases.
+        """
+        single = _of_one_case((state, case.x, case.y))
+        types, structure = jax.tree_util.tree_flatten(single)
+        key = structure, tuple(types)
+        if key not in self._evaluations:
+            program = self._tracer.trace("evaluate", self._tracer.subject.evaluate, *single)
+            self._evaluations[key] = Rounding(program, self._seed)
+        return self._evaluations[key].evaluate(state, case.x, case.y).noise
 
     def exact(self, before: State, case: Case) -> tuple[Outcome, bool]:
         """Return the outcomes of one step without rounding, and whether all its floats are wide.
@@ -141,9 +158,7 @@ class RoundingBounds:
         return [directional_derivative(reading.program, args, d, *known) for d in directions]
 
     def _rounding(self, before: State, case: Case, *, with_inputs: bool) -> Rounding:
-        single = jax.tree_util.tree_map(
-            lambda leaf: Abstract(leaf.shape[1:], leaf.dtype), (before, case.x, case.y, case.lr)
-        )
+        single = _of_one_case((before, case.x, case.y, case.lr))
         types, structure = jax.tree_util.tree_flatten(single)
         key = structure, tuple(types), with_inputs
         if key not in self._read:
@@ -167,6 +182,11 @@ class RoundingBounds:
             return Outcome(after, info, evaluate(after, x, y)), given
 
         return run
+
+
+def _of_one_case(stacked: Any) -> Any:
+    """Return the shapes and dtypes of one case of stacked trees."""
+    return jax.tree_util.tree_map(lambda leaf: Abstract(leaf.shape[1:], leaf.dtype), stacked)
 
 
 def _place(leaf: Any, tree: Any) -> int | None:
@@ -256,7 +276,10 @@ class Judge:
         if EXACT in needs:
             exact, wide_range = self.bounds.exact(t.before, constant_features(t.case))
             facts |= {"exact_constant_features": exact, "wide_range": wide_range}
-        if not needs.isdisjoint(READ_NEEDS - {EXACT}):
+        if "eval_noise" in needs:
+            noise = self.bounds.of_evaluation(t.after, t.case)
+            facts["eval_noise"] = _unless_faint(t.case, noise)
+        if not needs.isdisjoint(READ_NEEDS - {EXACT, "eval_noise"}):
             also = [name for need, name in READ.items() if need in needs and name is not None]
             known = self.bounds(t.before, t.case, {*also, *needs & {"layer_inputs"}})
             noise, input_noise = _unless_faint(t.case, (known.noise, known.layer_input_noise))

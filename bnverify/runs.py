@@ -393,7 +393,7 @@ class Runner:
         reading of it: with thousands of cases, mutated from the worst, some exceed it by chance.
         """
         judges = [self.judge]
-        if {"noise", "gradient_noise"} & set(law.observes) and worst < shrink.CLEAR:
+        if {"noise", "gradient_noise", "eval_noise"} & set(law.observes) and worst < shrink.CLEAR:
             judges.append(self._second)
         return all(
             self.singly(stack([case]), [law], judge).get(law.name, np.full(1, -1.0))[0] > 1

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from bnverify.adapters.programs import ROWS, SAME_VALUES, Layers, Programs, listed, under
+from bnverify.adapters.rows import pairings, statistic_of_targets
 from bnverify.adapters.traced import DRAWS, Flows
 
 TARGETS = (
@@ -22,6 +23,7 @@ TARGETS = (
     "targets_reach_the_evaluation",
 )
 INDEPENDENT_ROWS = ("eval_rows_are_independent", "doubling_the_batch_changes_nothing")
+PAIRED = ("predictions_meet_their_own_targets",)
 ONE_FOLD = (
     "batch_stats_change_only_by_ema",
     "batch_like_the_statistics_is_a_fixed_point",
@@ -49,6 +51,7 @@ INITIAL = ("initial_statistics_are_zero_and_one",)
 HINTS = {
     "eval_rows_are_independent": "if rows are compared by design: row_losses=False; if they have "
     "weights or a mask: weights=",
+    **dict.fromkeys(PAIRED, "if rows are compared by design: row_losses=False"),
     "doubling_the_batch_changes_nothing": "if rows are compared by design: row_losses=False",
     **dict.fromkeys(TARGETS, "if the loss has no targets: targets=False"),
     "training_is_free_of_old_statistics": "if training also normalises by running statistics by "
@@ -340,7 +343,7 @@ class Design:
     def _of_rows(self) -> dict[str, str]:
         if self._declared.row_losses is not None:
             said = "row_losses=False: the loss is not a mean over rows"
-            return {} if self._declared.row_losses else because(said, INDEPENDENT_ROWS)
+            return {} if self._declared.row_losses else because(said, INDEPENDENT_ROWS, PAIRED)
         found: dict[str, str] = {}
         if self._declared.weights is None:
             count = self._divides_by_the_batch()
@@ -348,6 +351,17 @@ class Design:
                 at = self._of.eval_flows.where(count)
                 said = "the eval loss divides by a number that depends on the batch"
                 found |= because(said + (f" ({at})" if at else ""), INDEPENDENT_ROWS[:1])
+            scaled = statistic_of_targets(self._of)
+            if scaled is not None:
+                at = self._of.eval_flows.where(scaled)
+                said = "the eval loss compares the targets with a statistic of their batch"
+                found |= because(said + (f" ({at})" if at else ""), INDEPENDENT_ROWS[:1])
+        for pairing in pairings(self._of):
+            if pairing.by_design:
+                said = "the loss compares rows with each other"
+                found |= because(
+                    said + (f" ({pairing.at})" if pairing.at else ""), INDEPENDENT_ROWS
+                )
         for flows, inputs, reached in (
             (self._of.flows, self._of.inputs, INDEPENDENT_ROWS),
             (self._of.eval_flows, self._of.eval_inputs, INDEPENDENT_ROWS),

@@ -17,6 +17,7 @@ import numpy as np
 from bnverify.adapters.by_design import Declared
 from bnverify.adapters.optimizer import paper_checks, rates, schedules
 from bnverify.adapters.programs import ROWS, SAME_VALUES, Layers, Programs, under
+from bnverify.adapters.rows import pairings
 from bnverify.adapters.traced import DRAWS, Flows
 from bnverify.model import Axis, Copy, Draw, Look, Mask
 from bnverify.proof import asked
@@ -51,6 +52,7 @@ def look_at(
         scaled=tuple(frozen.scaled()),
         axes=tuple(_axes(programs, layers)),
         masks=tuple(_masks(programs)),
+        pairings=tuple(pairings(programs)),
         schedules=tuple(schedules(programs, declared, every, makers)),
         rates=tuple(rates(programs)),
         papers=tuple(paper_checks(programs.subject.optimizer)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -104,6 +104,78 @@ class TestStoppedGradients:
         assert "declared" not in reason
         state = jax.eval_shape(subject.init, 0, jnp.ones((4, 3)))
         assert set(state.extra["carried"]) == {"Renorm_0/steps"}  # a counter is no average
+
+
+class TestRowsWithRows:
+    """Losses that combine rows of the batch with other rows."""
+
+    BY_DESIGN: ClassVar[dict[str, Any]] = {
+        "indices": lambda out, y: out[:, 0][:, None] - y[None, :],
+        "expanded": lambda out, y: jnp.expand_dims(out[:, 0], 1) * jnp.expand_dims(y, 0),
+        "transposed": lambda out, y: out - out.T + y[None, :],
+    }
+
+    @pytest.mark.parametrize("how", BY_DESIGN)
+    def test_pairs_that_the_code_spells_out_are_by_design(self, how: str) -> None:
+        """Such a loss is no mean over independent rows."""
+        make = self.BY_DESIGN[how]
+        subject = found(with_loss(lambda out, b: jnp.mean(make(out, b["label"]) ** 2)))
+        assert "compares rows with each other" in subject.exempt[ROWS]
+        assert subject.look is not None
+        assert subject.look.pairings
+        assert all(pair.by_design for pair in subject.look.pairings)
+
+    NOT_TOLD: ClassVar[dict[str, Any]] = {
+        "half an index": lambda out, y: out[:, 0][:, None] - y,
+        "kept axis": lambda out, y: jnp.mean(out, 1, keepdims=True) - y,
+        "mapped": lambda out, y: jax.vmap(lambda a: jax.vmap(lambda b: a[0] - b)(y))(out),
+    }
+
+    @pytest.mark.parametrize("how", NOT_TOLD)
+    def test_pairs_that_may_be_meant_are_not_judged(self, how: str) -> None:
+        """One side was spread on purpose, or ``jax.vmap`` spread both."""
+        make = self.NOT_TOLD[how]
+        subject = found(with_loss(lambda out, b: jnp.mean(make(out, b["label"]) ** 2)))
+        assert subject.look is not None
+        assert all(pair.by_design for pair in subject.look.pairings)
+
+    BY_BROADCASTING: ClassVar[dict[str, Any]] = {
+        "subtracted": lambda out, y: out - y,
+        "the other way": lambda out, y: jnp.subtract(y, 2 * out),
+        "its own target": lambda out, y: out - jax.lax.stop_gradient(y + 0.9 * out[:, 0]),
+        "clipped": lambda out, y: y + jnp.clip(out - y, -0.2, 0.2),
+        "larger": jnp.maximum,
+    }
+
+    @pytest.mark.parametrize("how", BY_BROADCASTING)
+    def test_pairs_by_broadcasting_are_a_mistake(self, how: str) -> None:
+        """Nothing in the code says that (N, 1) and (N,) should make (N, N)."""
+        make = self.BY_BROADCASTING[how]
+        step = with_loss(lambda out, b: jnp.mean(make(out, b["label"]) ** 2))
+        law = "predictions_meet_their_own_targets"
+        evidence = bnverify.verify(found(step), FEW, select=[law], proofs_only=True)[law]
+        assert evidence.status == "violated"
+        assert "(N, 1)" in evidence.reason
+        assert "test_by_design.py" in evidence.reason
+        assert evidence.diagnosis is not None
+        assert evidence.diagnosis.startswith("broadcast_loss")
+        told = found(step, row_losses=False)
+        assert "row_losses=False" in told.exempt[law]
+
+    def test_targets_scaled_by_their_batch_are_by_design(self) -> None:
+        """An advantage is often scaled by the deviation of its batch; inputs and outputs are not."""
+
+        def loss(out: Any, b: Any) -> Any:
+            label = b["label"]
+            scaled = (label - label.mean()) / (label.std() + 1e-8)
+            return jnp.mean(out[:, 0] * scaled)
+
+        assert "statistic of their batch" in found(with_loss(loss)).exempt[ROWS]
+
+        def centred(out: Any, b: Any) -> Any:
+            return jnp.mean((out[:, 0] - out[:, 0].mean() - b["label"]) ** 2)
+
+        assert ROWS not in found(with_loss(centred)).exempt
 
 
 def test_random_numbers_behind_the_statistics_of_a_step_that_reports_nothing() -> None:

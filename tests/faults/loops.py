@@ -633,6 +633,41 @@ def sum_over_the_batch_size(wrong: bool) -> Subject:
     return masked(wrong, lambda mask, losses: (losses * mask).sum() / len(losses))
 
 
+# Rows with other rows.
+
+
+class Critic(nn.Module):
+    """Dense, BatchNorm, relu, Dense: x (N, D) -> (N, 1)."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Return the values."""
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(nn.Dense(4)(x))
+        return nn.Dense(1)(nn.relu(x))
+
+
+@pair("broadcast_loss", "predictions_meet_their_own_targets")
+def critic_not_squeezed(wrong: bool) -> Subject:
+    """Values (N, 1) minus returns (N,) broadcast, beside a ranking loss that compares all rows by design."""
+
+    def reduced(values: Any, y: Any) -> Any:
+        returns = (y - y.mean()) / (y.std() + 1)
+        flat = values[:, 0]
+        above = jnp.sign(returns[:, None] - returns[None, :])
+        ranking = nn.softplus(-above * (flat[:, None] - flat[None, :])).mean()
+        return jnp.square((values if wrong else flat) - returns).mean() + ranking
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        values, stats = run(state, params, x)
+        return reduced(values, y), stats
+
+    def eval_loss(state: Any, x: Any, y: Any) -> Any:
+        given = {"params": state.params, "batch_stats": state.batch_stats}
+        return reduced(state.apply_fn(given, x, train=False), y)
+
+    return loop(net=Critic(), loss=loss, eval_loss=eval_loss)
+
+
 @pair("padding_enters", "rows_of_weight_zero_change_nothing")
 def padding_in_the_moments(wrong: bool) -> Subject:
     """Padding is masked in the loss but not in BatchNorm."""
