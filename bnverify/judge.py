@@ -11,18 +11,21 @@ from bnverify.jaxpr.arithmetic import is_float32_wide_throughout
 from bnverify.jaxpr.rounding import Rounding, evaluate_stacked, rounding
 from bnverify.jaxpr.slope import Slope, directional_derivative
 from bnverify.jaxpr.tracing import Abstract, Tracer, TreeFunction
+from bnverify.jaxpr.undrawn import UndrawnReading, draws_can_be_equal
 from bnverify.laws import Law
 from bnverify.laws.arithmetic import wide
 from bnverify.laws.mismatch import Mismatch, not_finite, watching
 from bnverify.lazy import jax
 from bnverify.model import Case, Outcome, State, Transition, Tree
+from bnverify.observe import FEW_ROWS
 from bnverify.pytree import is_floating
-from bnverify.reruns import constant_features
+from bnverify.reruns import constant_features, double_batch
 
 READ = {
     "noise": None,
     "gradient_noise": None,
     "eval_noise": None,
+    "undrawn": None,
     "directional_derivative": "slope",
     "layer_input_noise": "layer_inputs",
 }
@@ -66,6 +69,20 @@ class Bounds(NamedTuple):
     unknown: frozenset[str] = frozenset()
 
 
+class Undrawn(NamedTuple):
+    """Two steps of K cases without rounding, in which all random numbers are equal.
+
+    Attributes:
+        step: the outcome of the step.
+        doubled: that of the step on the batch with every row twice.
+        noise: the rounding noise of ``step``.
+    """
+
+    step: Outcome
+    doubled: Outcome
+    noise: Outcome
+
+
 class RoundingBounds:
     """Reads the rounding noise of a subject's step and evaluation from its traces.
 
@@ -79,6 +96,7 @@ class RoundingBounds:
         self._seed = seed
         self._read: dict[Any, Rounding] = {}
         self._evaluations: dict[Any, Rounding] = {}
+        self._undrawn: dict[Any, Rounding] = {}
 
     def __call__(self, before: State, case: Case, also: Collection[str] = ()) -> Bounds:
         """Return the exact outcomes of one step and evaluation, and their rounding noise.
@@ -123,6 +141,33 @@ class RoundingBounds:
             program = self._tracer.trace("evaluate", self._tracer.subject.evaluate, *single)
             self._evaluations[key] = Rounding(program, self._seed)
         return self._evaluations[key].evaluate(state, case.x, case.y).noise
+
+    def undrawn(self, before: State, case: Case) -> Undrawn | None:
+        """Return a step, and one on the doubled batch, with equal random numbers.
+
+        None: the batch has a single row or too many, or the random numbers cannot be held equal.
+
+        Args:
+            before: stacked states.
+            case: stacked cases.
+        """
+        if not 1 < case.shape[0] <= FEW_ROWS:
+            return None
+        twice = double_batch(case)
+        given, doubled = ((before, each.x, each.y, each.lr) for each in (case, twice))
+        step, again = (
+            self._tracer.trace("step", self._tracer.subject.step, *_of_one_case(each))
+            for each in (given, doubled)
+        )
+        if not draws_can_be_equal(step.jaxpr):
+            return None
+        types, structure = jax.tree_util.tree_flatten(step.args)
+        key = structure, tuple(types)
+        if key not in self._undrawn:
+            self._undrawn[key] = Rounding(step, self._seed, UndrawnReading)
+        exact, noise = self._undrawn[key].evaluate(*given)
+        other = evaluate_stacked(again, *doubled, reading=UndrawnReading)
+        return Undrawn(Outcome(*exact), Outcome(*other), Outcome(*noise))
 
     def exact(self, before: State, case: Case) -> tuple[Outcome, bool]:
         """Return the outcomes of one step without rounding, and whether all its floats are wide.
@@ -279,7 +324,9 @@ class Judge:
         if "eval_noise" in needs:
             noise = self.bounds.of_evaluation(t.after, t.case)
             facts["eval_noise"] = _unless_faint(t.case, noise)
-        if not needs.isdisjoint(READ_NEEDS - {EXACT, "eval_noise"}):
+        if "undrawn" in needs:
+            facts["undrawn"] = self.bounds.undrawn(t.before, t.case)
+        if not needs.isdisjoint(READ_NEEDS - {EXACT, "eval_noise", "undrawn"}):
             also = [name for need, name in READ.items() if need in needs and name is not None]
             known = self.bounds(t.before, t.case, {*also, *needs & {"layer_inputs"}})
             noise, input_noise = _unless_faint(t.case, (known.noise, known.layer_input_noise))

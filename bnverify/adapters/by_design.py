@@ -22,7 +22,11 @@ TARGETS = (
     "targets_belong_to_their_rows",
     "targets_reach_the_evaluation",
 )
-INDEPENDENT_ROWS = ("eval_rows_are_independent", "doubling_the_batch_changes_nothing")
+DOUBLING = (
+    "doubling_the_batch_changes_nothing",
+    "doubling_changes_nothing_if_draws_are_equal",
+)
+INDEPENDENT_ROWS = ("eval_rows_are_independent", *DOUBLING)
 PAIRED = ("predictions_meet_their_own_targets",)
 ONE_FOLD = (
     "batch_stats_change_only_by_ema",
@@ -30,7 +34,7 @@ ONE_FOLD = (
     "equal_steps_converge_geometrically",
     "eval_at_the_batchs_own_moments_is_the_training_loss",
 )
-PARTS = ("row_order_changes_nothing", "doubling_the_batch_changes_nothing")
+PARTS = ("row_order_changes_nothing", *DOUBLING)
 OLD_STATISTICS = (
     "training_is_free_of_old_statistics",
     "eval_at_the_batchs_own_moments_is_the_training_loss",
@@ -52,7 +56,7 @@ HINTS = {
     "eval_rows_are_independent": "if rows are compared by design: row_losses=False; if they have "
     "weights or a mask: weights=",
     **dict.fromkeys(PAIRED, "if rows are compared by design: row_losses=False"),
-    "doubling_the_batch_changes_nothing": "if rows are compared by design: row_losses=False",
+    **dict.fromkeys(DOUBLING, "if rows are compared by design: row_losses=False"),
     **dict.fromkeys(TARGETS, "if the loss has no targets: targets=False"),
     "training_is_free_of_old_statistics": "if training also normalises by running statistics by "
     "design: online=True; if some layers are frozen: frozen=[...]",

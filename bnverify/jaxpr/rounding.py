@@ -537,16 +537,23 @@ class Rounding:
     Args:
         program: traced on arguments of concrete shapes.
         seed: of the random draws.
+        reading: how it is read.
 
     Attributes:
         program: as given.
         unknown: names of primitives whose rounding is unknown; filled by ``evaluate``.
     """
 
-    def __init__(self, program: tracing.Program, seed: int = 0) -> None:
+    def __init__(
+        self,
+        program: tracing.Program,
+        seed: int = 0,
+        reading: type[RoundingReading] = RoundingReading,
+    ) -> None:
         self.program = program
         self.unknown: frozenset[str] = frozenset()
         self._seed = seed
+        self._reading = reading
         self._added = arithmetic.additions_after(program.jaxpr)
         self._drawn = draws.Draws(1 + ROWS)
 
@@ -581,7 +588,7 @@ class Rounding:
     def _evaluate_chunk(self, leaves: list[Array]) -> list[Array]:
         """Return the exact results of a chunk of cases, followed by their tolerances."""
         cases = len(leaves[0]) if leaves else 1
-        reading = RoundingReading(self._seed, self._added, drawn=self._drawn)
+        reading = self._reading(self._seed, self._added, drawn=self._drawn)
         with np.errstate(all="ignore"):
             results = read(self.program.jaxpr, reading, [leaf[None] for leaf in leaves])
             self.unknown = self.unknown | reading.unknown
@@ -610,8 +617,15 @@ def evaluate(program: tracing.Program, *args: Any) -> Any:
     return jax.tree_util.tree_map(lambda leaf: leaf[0], outcome)
 
 
-def evaluate_stacked(program: tracing.Program, *args: Any) -> Any:
+def evaluate_stacked(
+    program: tracing.Program, *args: Any, reading: type[RoundingReading] = RoundingReading
+) -> Any:
     """Return the same of several cases, every leaf (K, ...), as those of ``args`` are.
+
+    Args:
+        program: the traced program.
+        *args: as for ``evaluate``, stacked.
+        reading: how the program is read.
 
     Raises:
         TypeError: the trees are not those of the trace.
@@ -619,7 +633,7 @@ def evaluate_stacked(program: tracing.Program, *args: Any) -> Any:
     leaves = [leaf[None] for leaf in _leaves(program, args)]
     cases = leaves[0].shape[1] if leaves else 1
     with np.errstate(all="ignore"):
-        results = read(program.jaxpr, RoundingReading(count=1), leaves)
+        results = read(program.jaxpr, reading(count=1), leaves)
     structure = jax.tree_util.tree_structure(program.out)
     whole = [np.broadcast_to(each[0], (cases, *each.shape[2:])) for each in results]
     return jax.tree_util.tree_unflatten(structure, whole)

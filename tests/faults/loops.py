@@ -633,6 +633,19 @@ def sum_over_the_batch_size(wrong: bool) -> Subject:
     return masked(wrong, lambda mask, losses: (losses * mask).sum() / len(losses))
 
 
+@pair("sum_instead_of_mean", "doubling_changes_nothing_if_draws_are_equal")
+def summed_over_a_constant_under_dropout(wrong: bool) -> Subject:
+    """The sum of the losses is divided by a constant, the usual batch size; the model has dropout."""
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        key = jax.random.fold_in(state.kept["key"], state.step)
+        out, stats = run(state, params, x, rngs={"dropout": key})
+        errors = squared(out, y)
+        return errors.sum() / 32 if wrong else errors.mean(), stats
+
+    return loop(net=Net(dropout=0.5), loss=loss, kept=lambda variables, key: {"key": key})
+
+
 # Rows with other rows.
 
 
