@@ -178,6 +178,50 @@ class TestRowsWithRows:
         assert ROWS not in found(with_loss(centred)).exempt
 
 
+def standardised(x: Any) -> Any:
+    """Return inputs with the mean 0 and the deviation 1 of their batch."""
+    return (x - x.mean(0)) / (x.std(0) + 1e-3)
+
+
+class TestInputsOfTheModel:
+    """What a loop does with x before the model sees it."""
+
+    def notes(self, train: Any, evaluate: Any) -> list[str]:
+        """Return the notes on inputs, for a loop that changes them by these functions."""
+
+        def step(state: Any, batch: Any, z_rng: Any) -> Any:
+            def loss(params: Any) -> Any:
+                x = train(batch["image"], z_rng)
+                out, stats = code.run(state, params, state.batch_stats, x)
+                return code.mse(out, batch["label"]), stats
+
+            grads, stats = jax.grad(loss, has_aux=True)(state.params)
+            return state.apply_gradients(grads=grads, batch_stats=stats)
+
+        def eval_step(state: Any, batch: Any) -> Any:
+            return code.eval_step(state, {**batch, "image": evaluate(batch["image"])})
+
+        notes = loop(code.create, step, eval_step).notes
+        return [note for note in notes if "evaluated on the inputs" in note]
+
+    def test_standardised_in_training_alone_is_noted(self) -> None:
+        """The note names the line."""
+        (note,) = self.notes(lambda x, key: standardised(x), lambda x: x)
+        assert "training computes them from x at" in note
+        assert "test_by_design.py" in note
+        assert "evaluation takes x as it is" in note
+
+    def test_in_evaluation_alone_too(self) -> None:
+        """Or another scale."""
+        (note,) = self.notes(lambda x, key: x, lambda x: x / 255)
+        assert "training takes x as it is, evaluation computes them" in note
+
+    def test_the_same_in_both_or_by_chance_is_not(self) -> None:
+        """Augmentation is by design."""
+        assert not self.notes(lambda x, key: standardised(x), standardised)
+        assert not self.notes(lambda x, key: x + jax.random.normal(key, x.shape), lambda x: x)
+
+
 def test_random_numbers_behind_the_statistics_of_a_step_that_reports_nothing() -> None:
     """As in Flax's own VAE: neither a loss nor the statistics depend on them, but the update does."""
 
