@@ -72,7 +72,7 @@ def _draws(programs: Programs) -> Iterator[Draw]:
         keys = tuple(sorted(names[n] for n in flows.origins([node]) if n in names))
         shape = flows.equation(node).outvars[0].aval.shape
         # Numbers from a constant key, equal for all rows, may be part of the model: a random projection.
-        if node not in live or (not keys and shape[:1] != (ROWS,)):
+        if node not in live or (not keys and shape[:1] != programs.x.shape[:1]):
             continue
         moves = any(programs.outputs.get(path) != programs.inputs[path] for path in keys)
         again = bool({_key(flows, n) for n in flows.operands(node)} & reused)

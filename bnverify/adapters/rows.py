@@ -7,7 +7,10 @@ rows, or scale the targets by their own deviation. Others do so by mistake: pred
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from bnverify.adapters.explain import is_library
@@ -31,11 +34,12 @@ def pairings(programs: Programs) -> Iterator[Pairing]:
     ):
         if end is not None:
             behind = flows.origins([end])
-            yield from dict.fromkeys(_paired(loss, flows, inputs, behind))
+            batch = programs.x.shape[0]
+            yield from dict.fromkeys(_paired(loss, flows, inputs, behind, batch))
 
 
 def _paired(
-    loss: str, flows: Flows, inputs: Mapping[str, int], behind: Collection[int]
+    loss: str, flows: Flows, inputs: Mapping[str, int], behind: Collection[int], batch: int
 ) -> Iterator[Pairing]:
     data = flows.reached([inputs["x"], inputs["y"]])
     params = flows.reached(under(inputs, "params/"))
@@ -55,8 +59,9 @@ def _paired(
         }
         # A prediction spread on purpose and a target by broadcasting may be meant or not.
         if "unknown" not in ways and len(ways) < 2:
-            shapes = " and ".join(_said(atom) for _, atom in sides)
-            yield Pairing(loss, flows.where(node), shapes, by_design="implicit" not in ways)
+            shapes = " and ".join(str(_shape(atom)) for _, atom in sides)
+            shapes = re.sub(rf"\b{batch}\b", "N", shapes)
+            yield Pairing(loss, _short(flows.where(node)), shapes, by_design="implicit" not in ways)
 
 
 def _shape(atom: Any) -> Shape:
@@ -68,8 +73,9 @@ def _rows(atom: Any) -> int:
     return sum(size > 0 and size % ROWS == 0 for size in _shape(atom))
 
 
-def _said(atom: Any) -> str:
-    return str(_shape(atom)).replace(str(ROWS), "N")
+def _short(place: str) -> str:
+    """Return "path:line (function)" with the path relative to the working directory, if it is inside."""
+    return place.removeprefix(f"{Path.cwd()}{os.sep}")
 
 
 def _source(flows: Flows, node: int, atom: Any) -> tuple[int, Any]:
