@@ -48,6 +48,7 @@ MIXED_STATISTICS = (
     "equal_steps_converge_geometrically",
 )
 GRADIENT = ("gradients_are_gradients_of_the_loss",)
+NO_GRADIENT = ("bias_before_norm_has_no_gradient",)
 FREE_STATISTICS = ("batch_stats_are_free_of_targets",)
 OWN_EVALUATION = ("eval_uses_the_running_statistics",)
 INITIAL = ("initial_statistics_are_zero_and_one",)
@@ -78,7 +79,8 @@ HINTS = {
     "batch_stats_change_only_by_ema": "if some of these variables are not moving averages: "
     "carried=[...]",
     "gradients_are_gradients_of_the_loss": "if the reported loss is not the differentiated one by "
-    "design (it lacks a penalty, or smooths no labels): penalty=True",
+    "design (it lacks a penalty, or smooths no labels): penalty=True; if some gradients are zeroed by "
+    "design: frozen=[...]",
     "eval_at_the_batchs_own_moments_is_the_training_loss": "if the two losses differ by design: "
     "same_loss=False",
 }
@@ -420,12 +422,38 @@ class Design:
                 "gradients are scaled by a number made of them before the optimizer, as by a clip"
             )
             found |= because(said, GRADIENT)
+        found |= self._of_changed_gradients()
         stops = self._of.stopped(under(inputs, "params/"))
         if stops:
             at = flows.where(min(stops))
             said = "the loss contains jax.lax.stop_gradient, so the gradient is not its slope"
             found |= because(said + (f" ({at})" if at else ""), GRADIENT)
         return found
+
+    def _of_changed_gradients(self) -> dict[str, str]:
+        """Return the laws that gradients violate which are changed by hand before an optimizer."""
+        flows, inputs = self._of.flows, self._of.inputs
+        varying = flows.reached(under(inputs, "params/", "x", "y"))
+        noise = flows.reached(flows.of_primitives(DRAWS)) - varying
+        gradients = set().union(*self._of.gradients)
+        if self._declared.frozen and not gradients <= varying:
+            said = "frozen=[...]: the gradients of some params are replaced by constants"
+            return because(said, GRADIENT)
+        for node in self._of.after_backward(gradients):
+            name, at = flows.equation(node).primitive.name, flows.where(node)
+            where = f" ({at})" if at else ""
+            operands = flows.operands(node)
+            own = [n for n in operands if n in varying]
+            if own and name in CUTS:
+                said = f"gradients are cut off entry by entry before the optimizer{where}"
+                return because(said, GRADIENT)
+            if name in SUMS and own and noise.intersection(operands):
+                said = f"noise is added to the gradients before the optimizer{where}"
+                return because(said, GRADIENT, NO_GRADIENT)
+            if name in SUMS and any(a in flows.origins([b]) for a in own for b in own if a != b):
+                said = f"a part of the gradients is taken from them before the optimizer{where}"
+                return because(said, GRADIENT)
+        return {}
 
     def _are_clipped(self) -> bool:
         """Return whether the user scales gradients by their own norm before an optimizer."""
@@ -472,6 +500,8 @@ class Design:
 
 
 SUMS = frozenset({"add", "add_any", "sub", "neg"})
+CUTS = frozenset({"max", "min", "clamp", "sign", "round", "tanh"})
+"""What bounds each entry of a gradient by hand."""
 UNCHANGED = SAME_VALUES | {"psum", "psum_invariant", "pvary", "pbroadcast"}
 
 

@@ -222,6 +222,75 @@ class TestInputsOfTheModel:
         assert not self.notes(lambda x, key: x + jax.random.normal(key, x.shape), lambda x: x)
 
 
+def over(change: Any) -> Any:
+    """Return a function that changes each leaf of a tree."""
+    return lambda grads, key: jax.tree_util.tree_map(lambda g: change(g, key), grads)
+
+
+class TestGradientsChangedByHand:
+    """What a loop does with gradients before the optimizer."""
+
+    def subject(self, by_hand: Any, **declared: Any) -> Subject:
+        """Return a loop that changes gradients by a function of them and a key."""
+
+        def step(state: Any, batch: Any, z_rng: Any) -> Any:
+            def loss(params: Any) -> Any:
+                out, stats = code.run(state, params, state.batch_stats, batch["image"])
+                return code.mse(out, batch["label"]), stats
+
+            (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+            grads = by_hand(grads, z_rng)
+            return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": value}
+
+        return loop(code.create, step, code.eval_step, **declared)
+
+    CHANGED: ClassVar[dict[str, tuple[Any, str]]] = {
+        "clipped": (over(lambda g, _: jnp.clip(g, -0.01, 0.01)), "cut off entry by entry"),
+        "signs": (over(lambda g, _: jnp.sign(g)), "cut off entry by entry"),
+        "noisy": (over(lambda g, k: g + 0.1 * jax.random.normal(k, g.shape)), "noise is added"),
+        "centred": (over(lambda g, _: g - g.mean(0, keepdims=True)), "a part of the gradients"),
+        "scaled": (over(lambda g, _: g / (1 + jnp.linalg.norm(g))), "scaled by a number"),
+    }
+
+    @pytest.mark.parametrize("how", CHANGED)
+    def test_they_are_not_the_slope_by_design(self, how: str) -> None:
+        """The reason says what was done; the update is still judged."""
+        by_hand, said = self.CHANGED[how]
+        subject = self.subject(by_hand)
+        assert said in subject.exempt[GRADIENT]
+        laws = ["params_follow_the_optimizer", "bias_before_norm_has_no_gradient"]
+        report = bnverify.verify(subject, FEW, select=laws)
+        assert report["params_follow_the_optimizer"].status == "held"
+        assert report.ok, str(report)
+
+    UNCHANGED: ClassVar[dict[str, Any]] = {
+        "zeros for NaN": over(lambda g, _: jnp.where(jnp.isnan(g), 0.0, g)),
+        "finite": over(lambda g, _: jnp.nan_to_num(g)),
+        "scaled back": over(lambda g, _: g * 0.5 / 0.5),
+    }
+
+    @pytest.mark.parametrize("how", UNCHANGED)
+    def test_what_changes_no_finite_gradient_is_judged(self, how: str) -> None:
+        """And held."""
+        subject = self.subject(self.UNCHANGED[how])
+        assert bnverify.verify(subject, FEW, select=[GRADIENT])[GRADIENT].status == "held"
+
+    def test_half_a_gradient_is_none(self) -> None:
+        """A constant factor before the optimizer may be a mistake."""
+        subject = self.subject(over(lambda g, _: g * 0.5))
+        assert bnverify.verify(subject, FEW, select=[GRADIENT])[GRADIENT].status == "violated"
+
+    def test_zeroed_gradients_are_declared(self) -> None:
+        """As ``frozen``; without it a lost gradient looks the same."""
+
+        def zeroed(grads: Any, _key: Any) -> Any:
+            return {**grads, "Dense_0": jax.tree_util.tree_map(jnp.zeros_like, grads["Dense_0"])}
+
+        assert GRADIENT not in self.subject(zeroed).exempt
+        declared = self.subject(zeroed, frozen=["Dense_0/*"])
+        assert "replaced by constants" in declared.exempt[GRADIENT]
+
+
 def test_random_numbers_behind_the_statistics_of_a_step_that_reports_nothing() -> None:
     """As in Flax's own VAE: neither a loss nor the statistics depend on them, but the update does."""
 
