@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from bnverify.adapters.programs import ROWS, SAME_VALUES, Layers, Programs, listed, under
+from bnverify.adapters.reported import computed_beside
 from bnverify.adapters.rows import pairings, statistic_of_targets
 from bnverify.adapters.traced import DRAWS, Flows
 
@@ -423,6 +424,10 @@ class Design:
             )
             found |= because(said, GRADIENT)
         found |= self._of_changed_gradients()
+        beside = computed_beside(self._of) if not set(GRADIENT) & set(found) else None
+        if beside is not None:
+            said = "the reported loss is not the differentiated one: it is computed beside it"
+            found |= because(said + (f" ({beside})" if beside else ""), GRADIENT)
         stops = self._of.stopped(under(inputs, "params/"))
         if stops:
             at = flows.where(min(stops))

@@ -222,6 +222,44 @@ class TestInputsOfTheModel:
         assert not self.notes(lambda x, key: x + jax.random.normal(key, x.shape), lambda x: x)
 
 
+class TestReportedLoss:
+    """A loop that computes its metrics from the outputs once more, as Flax's examples do."""
+
+    def subject(self, smoothing: float, reported: Any) -> Subject:
+        """Return a loop that differentiates a smoothed loss and reports one of its outputs."""
+
+        def cross_entropy(out: Any, label: Any, smoothing: float) -> Any:
+            share = (label > 0) * (1 - smoothing) + smoothing / 2
+            return optax.sigmoid_binary_cross_entropy(out[:, 0], share).mean()
+
+        def step(state: Any, batch: Any) -> Any:
+            def loss(params: Any) -> Any:
+                out, stats = code.run(state, params, state.batch_stats, batch["image"])
+                return cross_entropy(out, batch["label"], smoothing), (out, stats)
+
+            (value, (out, stats)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+            state = state.apply_gradients(grads=grads, batch_stats=stats)
+            again = cross_entropy(out, batch["label"], 0.0)
+            return state, {"loss": reported(value, again)}
+
+        return found(step)
+
+    def test_without_the_smoothing_it_is_another_loss(self) -> None:
+        """Its slope is not the gradient, by design; the reason names the line."""
+        subject = self.subject(0.1, lambda value, again: again)
+        assert "not the differentiated one" in subject.exempt[GRADIENT]
+        assert "test_by_design.py" in subject.exempt[GRADIENT]
+
+    @pytest.mark.parametrize(
+        ("smoothing", "reported"),
+        [(0.1, lambda value, again: value), (0.0, lambda value, again: again)],
+        ids=["the differentiated one", "computed again"],
+    )
+    def test_the_same_loss_is_judged(self, smoothing: float, reported: Any) -> None:
+        """However it is computed."""
+        assert GRADIENT not in self.subject(smoothing, reported).exempt
+
+
 def over(change: Any) -> Any:
     """Return a function that changes each leaf of a tree."""
     return lambda grads, key: jax.tree_util.tree_map(lambda g: change(g, key), grads)
