@@ -13,7 +13,7 @@ from bnverify.jaxpr.slope import Slope, directional_derivative
 from bnverify.jaxpr.tracing import Abstract, Tracer, TreeFunction
 from bnverify.jaxpr.undrawn import UndrawnReading, draws_can_be_equal
 from bnverify.laws import Law
-from bnverify.laws.arithmetic import wide
+from bnverify.laws.arithmetic import UNTRIGGERED, all_finite, wide
 from bnverify.laws.mismatch import Mismatch, not_finite, watching
 from bnverify.lazy import jax
 from bnverify.model import Case, Outcome, State, Transition, Tree
@@ -289,10 +289,22 @@ class Judge:
         found = {}
         for law in laws:
             try:
-                found[law.name] = law.check(t)
+                found[law.name] = self._unless_skipped(t, law.check(t))
             except (LookupError, TypeError, ValueError):  # trees or shapes do not match
                 self.incomparable.add(law.name)
         return found
+
+    def _unless_skipped(self, t: Transition, residuals: Any) -> Any:
+        """Return the residuals, ``UNTRIGGERED`` where a run may have been skipped by design.
+
+        A step with a loss scale, for example, leaves its state as it is if a gradient is not finite.
+        """
+        look = self._subject.look
+        if look is None or not look.skips:
+            return residuals
+        runs = [t.info.grads, *(rerun.info.grads for rerun in t.reruns.values())]
+        ran = all_finite(tuple(runs))
+        return np.where(ran, residuals, UNTRIGGERED)
 
     def mismatch(self, t: Transition, law: Law) -> Mismatch | None:
         """Return the entry with the largest error in a violating case; None if there is no such entry.

@@ -214,6 +214,7 @@ class Look(NamedTuple):
         axes: the feature axes of layers after a convolution or a matrix product with params.
         masks: the masks of rows in the losses.
         pairings: where the losses combine every row with every row.
+        skips: whether the step leaves params as they are if a gradient is not finite.
         schedules: the learning-rate schedules with gradient accumulation.
         rates: how the learning rate reaches the updates of float32 params.
         papers: how the Optax optimizers in the user's optimizer compare with their papers.
@@ -229,6 +230,7 @@ class Look(NamedTuple):
     axes: tuple[Axis, ...] = ()
     masks: tuple[Mask, ...] = ()
     pairings: tuple[Pairing, ...] = ()
+    skips: bool = False
     schedules: tuple[Schedule, ...] = ()
     rates: tuple[RateUse, ...] = ()
     papers: tuple[PaperCheck, ...] = ()

@@ -53,6 +53,7 @@ def look_at(
         axes=tuple(_axes(programs, layers)),
         masks=tuple(_masks(programs)),
         pairings=tuple(pairings(programs)),
+        skips=_skips(programs),
         schedules=tuple(schedules(programs, declared, every, makers)),
         rates=tuple(rates(programs)),
         papers=tuple(paper_checks(programs.subject.optimizer)),
@@ -392,6 +393,26 @@ def _feature_axis(flows: Flows, node: int, rank: int, of_batch: Collection[int])
         left = iter(kept)
         axes = [next(left)[0] if size != 1 else None for size in given]
     return None
+
+
+# Skipped updates.
+
+
+def _skips(programs: Programs) -> bool:
+    """Return whether new params depend on whether gradients are finite, as with a dynamic loss scale."""
+    flows = programs.flows
+    gradients = programs.after_backward(node for update in programs.gradients for node in update)
+    given = set(gradients).union(*(flows.operands(node) for node in gradients))
+    forward = flows.origins([programs.loss]) if programs.loss is not None else set()
+    tests = [
+        node
+        for node in flows.of_primitives({"is_finite", "ne"})
+        if node not in forward
+        and len(operands := set(flows.operands(node))) == 1
+        and operands & given
+    ]
+    after = flows.reached(tests)
+    return any(node in after for node in under(programs.outputs, PARAMS))
 
 
 # Masks of rows.

@@ -338,7 +338,14 @@ class RoundingReading:
         if name == "clamp":
             low, value, high = kinks.aligned(*inputs)
             return self._extreme(-1, self._extreme(1, value, low, dtype), high, dtype)
+        if name == "is_finite":
+            return self._is_finite(inputs[0])
         return None
+
+    def _is_finite(self, value: Array) -> Array:
+        """Return a soft boolean, unknown where a row overflows, or lost all digits, unlike row 0."""
+        finite = np.isfinite(value)
+        return np.where(finite == finite[:1], finite.astype(np.float64), np.nan)
 
     def _compare(self, name: str, left: Array, right: Array, dtype: Any) -> Array:
         self._draw_index += 1

@@ -227,6 +227,23 @@ def test_a_division_by_a_constant_counts_as_a_product():
     assert worst(actual, exact, noise) <= 1
 
 
+def test_whether_an_overflow_is_skipped_may_be_unknown():
+    """If rounding decides whether a gradient overflows, both the old and the new value are allowed."""
+
+    def function(x):
+        scaled = (x * x).astype(jnp.float16)
+        finite = jnp.all(jnp.isfinite(scaled)) & jnp.all(jnp.array([jnp.isfinite(x).all()]))
+        return jnp.where(finite, x - 1.0, x)
+
+    largest = float(jnp.finfo(jnp.float16).max)
+    for size in (largest**0.5 * 1.0001, 1e4):  # exact arithmetic does not overflow at all
+        _, _, noise, _ = claim(function, np.full((CASES, 2), size, np.float32))
+        np.testing.assert_array_equal(noise, np.inf)
+    actual, exact, noise, _ = claim(function, np.full((CASES, 2), 10.0, np.float32))
+    assert worst(actual, exact, noise) <= 1
+    assert (noise < 1e-2).all()
+
+
 def test_both_sides_of_a_kink_within_rounding_are_allowed():
     """If relu's input is within rounding of 0, its gradient may be 0 or 1."""
     x = normal(CASES)
