@@ -646,6 +646,49 @@ def summed_over_a_constant_under_dropout(wrong: bool) -> Subject:
     return loop(net=Net(dropout=0.5), loss=loss, kept=lambda variables, key: {"key": key})
 
 
+# A loss scale.
+
+
+class Half(nn.Module):
+    """Dense in float16, BatchNorm, relu, Dense in float16: x (N, D) -> (N,)."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Return the predictions, in float32."""
+        x = nn.Dense(8, dtype=jnp.float16)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=jnp.float32)(x)
+        return nn.Dense(1, dtype=jnp.float16)(nn.relu(x)).astype(jnp.float32)[:, 0]
+
+
+@pair("wrong_gradient", "gradients_are_gradients_of_the_loss")
+def loss_scale_not_divided_out(wrong: bool) -> Subject:
+    """The loss is scaled for float16, and so is its gradient; a step with an infinite one is skipped."""
+
+    def step(state: Any, x: Any, y: Any, loss_of: Pass) -> Any:
+        scale = state.kept["scale"]
+
+        def scaled(params: Any) -> Any:
+            value, stats = loss_of(state, params, x, y)
+            return value * scale, (value, stats)
+
+        grads, (value, stats) = jax.grad(scaled, has_aux=True)(state.params)
+        grads = grads if wrong else mapped(lambda g: g / scale, grads)
+        leaves = jax.tree_util.tree_leaves(grads)
+        finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(g)) for g in leaves]))
+        kept = {"scale": jnp.where(finite, scale, scale / 2)}
+        after = state.apply_gradients(grads=grads, batch_stats=stats)
+
+        def chosen(new: Any, old: Any) -> Any:
+            return jnp.where(finite, new, old)
+
+        return jax.tree_util.tree_map(chosen, after, state).replace(kept=kept), value
+
+    def start(_variables: Any, _key: Any) -> Any:
+        return {"scale": jnp.float32(2.0**10)}
+
+    return loop(net=Half(), step=step, kept=start)
+
+
 # Rows with other rows.
 
 
