@@ -127,7 +127,11 @@ def _only_cause(law: str) -> Rule:
 RULES: tuple[Rule, ...] = (
     # Laws read off the traced program: each is about one mistake. They come first because the other
     # laws that such a mistake violates would suggest a different one.
-    *(_only_cause(law.name) for law in LAWS.values() if "look" in law.capabilities),
+    *(
+        _only_cause(law.name)
+        for law in LAWS.values()
+        if "look" in law.capabilities and len(law.mistakes) == 1
+    ),
     _only_cause("unlike_rows_have_a_variance"),
     # The structure of the trees.
     Rule(

@@ -11,17 +11,21 @@ from bnverify.jaxpr.arithmetic import is_float32_wide_throughout
 from bnverify.jaxpr.rounding import Rounding, evaluate_stacked, rounding
 from bnverify.jaxpr.slope import Slope, directional_derivative
 from bnverify.jaxpr.tracing import Abstract, Tracer, TreeFunction
+from bnverify.jaxpr.undrawn import UndrawnReading, draws_can_be_equal
 from bnverify.laws import Law
-from bnverify.laws.arithmetic import wide
+from bnverify.laws.arithmetic import UNTRIGGERED, all_finite, wide
 from bnverify.laws.mismatch import Mismatch, not_finite, watching
 from bnverify.lazy import jax
 from bnverify.model import Case, Outcome, State, Transition, Tree
+from bnverify.observe import FEW_ROWS
 from bnverify.pytree import is_floating
-from bnverify.reruns import constant_features
+from bnverify.reruns import constant_features, double_batch
 
 READ = {
     "noise": None,
     "gradient_noise": None,
+    "eval_noise": None,
+    "undrawn": None,
     "directional_derivative": "slope",
     "layer_input_noise": "layer_inputs",
 }
@@ -65,6 +69,20 @@ class Bounds(NamedTuple):
     unknown: frozenset[str] = frozenset()
 
 
+class Undrawn(NamedTuple):
+    """Two steps of K cases without rounding, in which all random numbers are equal.
+
+    Attributes:
+        step: the outcome of the step.
+        doubled: that of the step on the batch with every row twice.
+        noise: the rounding noise of ``step``.
+    """
+
+    step: Outcome
+    doubled: Outcome
+    noise: Outcome
+
+
 class RoundingBounds:
     """Reads the rounding noise of a subject's step and evaluation from its traces.
 
@@ -77,6 +95,8 @@ class RoundingBounds:
         self._tracer = tracer
         self._seed = seed
         self._read: dict[Any, Rounding] = {}
+        self._evaluations: dict[Any, Rounding] = {}
+        self._undrawn: dict[Any, Rounding] = {}
 
     def __call__(self, before: State, case: Case, also: Collection[str] = ()) -> Bounds:
         """Return the exact outcomes of one step and evaluation, and their rounding noise.
@@ -106,6 +126,48 @@ class RoundingBounds:
         slope = directional_derivative(reading.program, args, direction, at, around, place)
         stacked = jax.tree_util.tree_map(lambda leaf: leaf[None], direction)
         return known._replace(direction=stacked, slope=slope)
+
+    def of_evaluation(self, state: State, case: Case) -> Any:
+        """Return the rounding noise of the eval loss of given states, without that of a step.
+
+        Args:
+            state: stacked states.
+            case: stacked cases.
+        """
+        single = _of_one_case((state, case.x, case.y))
+        types, structure = jax.tree_util.tree_flatten(single)
+        key = structure, tuple(types)
+        if key not in self._evaluations:
+            program = self._tracer.trace("evaluate", self._tracer.subject.evaluate, *single)
+            self._evaluations[key] = Rounding(program, self._seed)
+        return self._evaluations[key].evaluate(state, case.x, case.y).noise
+
+    def undrawn(self, before: State, case: Case) -> Undrawn | None:
+        """Return a step, and one on the doubled batch, with equal random numbers.
+
+        None: the batch has a single row or too many, or the random numbers cannot be held equal.
+
+        Args:
+            before: stacked states.
+            case: stacked cases.
+        """
+        if not 1 < case.shape[0] <= FEW_ROWS:
+            return None
+        twice = double_batch(case)
+        given, doubled = ((before, each.x, each.y, each.lr) for each in (case, twice))
+        step, again = (
+            self._tracer.trace("step", self._tracer.subject.step, *_of_one_case(each))
+            for each in (given, doubled)
+        )
+        if not draws_can_be_equal(step.jaxpr):
+            return None
+        types, structure = jax.tree_util.tree_flatten(step.args)
+        key = structure, tuple(types)
+        if key not in self._undrawn:
+            self._undrawn[key] = Rounding(step, self._seed, UndrawnReading)
+        exact, noise = self._undrawn[key].evaluate(*given)
+        other = evaluate_stacked(again, *doubled, reading=UndrawnReading)
+        return Undrawn(Outcome(*exact), Outcome(*other), Outcome(*noise))
 
     def exact(self, before: State, case: Case) -> tuple[Outcome, bool]:
         """Return the outcomes of one step without rounding, and whether all its floats are wide.
@@ -141,9 +203,7 @@ class RoundingBounds:
         return [directional_derivative(reading.program, args, d, *known) for d in directions]
 
     def _rounding(self, before: State, case: Case, *, with_inputs: bool) -> Rounding:
-        single = jax.tree_util.tree_map(
-            lambda leaf: Abstract(leaf.shape[1:], leaf.dtype), (before, case.x, case.y, case.lr)
-        )
+        single = _of_one_case((before, case.x, case.y, case.lr))
         types, structure = jax.tree_util.tree_flatten(single)
         key = structure, tuple(types), with_inputs
         if key not in self._read:
@@ -167,6 +227,11 @@ class RoundingBounds:
             return Outcome(after, info, evaluate(after, x, y)), given
 
         return run
+
+
+def _of_one_case(stacked: Any) -> Any:
+    """Return the shapes and dtypes of one case of stacked trees."""
+    return jax.tree_util.tree_map(lambda leaf: Abstract(leaf.shape[1:], leaf.dtype), stacked)
 
 
 def _place(leaf: Any, tree: Any) -> int | None:
@@ -224,10 +289,22 @@ class Judge:
         found = {}
         for law in laws:
             try:
-                found[law.name] = law.check(t)
+                found[law.name] = self._unless_skipped(t, law.check(t))
             except (LookupError, TypeError, ValueError):  # trees or shapes do not match
                 self.incomparable.add(law.name)
         return found
+
+    def _unless_skipped(self, t: Transition, residuals: Any) -> Any:
+        """Return the residuals, ``UNTRIGGERED`` where a run may have been skipped by design.
+
+        A step with a loss scale, for example, leaves its state as it is if a gradient is not finite.
+        """
+        look = self._subject.look
+        if look is None or not look.skips:
+            return residuals
+        runs = [t.info.grads, *(rerun.info.grads for rerun in t.reruns.values())]
+        ran = all_finite(tuple(runs))
+        return np.where(ran, residuals, UNTRIGGERED)
 
     def mismatch(self, t: Transition, law: Law) -> Mismatch | None:
         """Return the entry with the largest error in a violating case; None if there is no such entry.
@@ -256,7 +333,12 @@ class Judge:
         if EXACT in needs:
             exact, wide_range = self.bounds.exact(t.before, constant_features(t.case))
             facts |= {"exact_constant_features": exact, "wide_range": wide_range}
-        if not needs.isdisjoint(READ_NEEDS - {EXACT}):
+        if "eval_noise" in needs:
+            noise = self.bounds.of_evaluation(t.after, t.case)
+            facts["eval_noise"] = _unless_faint(t.case, noise)
+        if "undrawn" in needs:
+            facts["undrawn"] = self.bounds.undrawn(t.before, t.case)
+        if not needs.isdisjoint(READ_NEEDS - {EXACT, "eval_noise", "undrawn"}):
             also = [name for need, name in READ.items() if need in needs and name is not None]
             known = self.bounds(t.before, t.case, {*also, *needs & {"layer_inputs"}})
             noise, input_noise = _unless_faint(t.case, (known.noise, known.layer_input_noise))

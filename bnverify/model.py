@@ -127,6 +127,23 @@ class Mask(NamedTuple):
     counted: bool
 
 
+class Pairing(NamedTuple):
+    """Where a loss combines every row of the batch with every row by elementwise arithmetic.
+
+    Attributes:
+        loss: "training" or "eval".
+        at: "path:line (function)" of the user's code.
+        shapes: of the two values, such as "(N, 1) and (N,)".
+        by_design: whether the user's code spread the values, by an index or a reshape; False:
+            broadcasting alone did.
+    """
+
+    loss: str
+    at: str
+    shapes: str
+    by_design: bool
+
+
 class Axis(NamedTuple):
     """The feature axis of a normalisation layer.
 
@@ -196,6 +213,8 @@ class Look(NamedTuple):
         scaled: (frozen param, other param whose update its gradient affects).
         axes: the feature axes of layers after a convolution or a matrix product with params.
         masks: the masks of rows in the losses.
+        pairings: where the losses combine every row with every row.
+        skips: whether the step leaves params as they are if a gradient is not finite.
         schedules: the learning-rate schedules with gradient accumulation.
         rates: how the learning rate reaches the updates of float32 params.
         papers: how the Optax optimizers in the user's optimizer compare with their papers.
@@ -210,6 +229,8 @@ class Look(NamedTuple):
     scaled: tuple[tuple[str, str], ...] = ()
     axes: tuple[Axis, ...] = ()
     masks: tuple[Mask, ...] = ()
+    pairings: tuple[Pairing, ...] = ()
+    skips: bool = False
     schedules: tuple[Schedule, ...] = ()
     rates: tuple[RateUse, ...] = ()
     papers: tuple[PaperCheck, ...] = ()

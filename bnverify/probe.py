@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from typing import Any
 
@@ -60,12 +61,13 @@ def check(subject: Subject) -> None:
     """
     for name, arguments in CALLS.items():
         _check_call(name, getattr(subject, name), arguments)
+    sizes = ROWS if subject.rows is None else (math.lcm(ROWS[0], subject.rows),)
     try:
-        jax.eval_shape(lambda batch: _run(subject, *batch), _batch(subject, ROWS[0]))
+        jax.eval_shape(lambda batch: _run(subject, *batch), _batch(subject, sizes[0]))
     except Unfit:
         raise
     except Exception:  # noqa: BLE001 - whatever a user's code raises
-        _run_one_of(subject, ROWS)
+        _run_one_of(subject, sizes)
 
 
 def _check_call(name: str, function: Any, arguments: tuple[str, ...]) -> None:

@@ -50,6 +50,7 @@ MISSING_CAPABILITY = {
     "scaled": "no gradient of a frozen param is passed to the optimizer",
     "axes": "no normalisation follows a convolution or a matrix product with params",
     "masks": "no loss masks rows out",
+    "pairings": "no loss combines rows with other rows by elementwise arithmetic",
     "schedules": "gradients are not accumulated over a known number of batches",
     "rates": "no float32 param is known to change with the learning rate",
     "papers": "the optimizer is made by no call of an Optax optimizer whose paper bnverify knows",

@@ -48,6 +48,9 @@ ENOUGH = 30
 LONG = 3
 """The number of cases with ``LONG_SEED``; one is not enough, since all its ReLUs may be inactive."""
 
+NOISY = frozenset({"noise", "gradient_noise", "eval_noise", "undrawn"})
+"""Observations with a tolerance that is rounding noise, read with random rounding."""
+
 SINGLES = 20
 """The most cases that are run one at a time."""
 
@@ -371,7 +374,7 @@ class Runner:
         reading of it: with thousands of cases, mutated from the worst, some exceed it by chance.
         """
         judges = [self.judge]
-        if {"noise", "gradient_noise"} & set(law.observes) and worst < shrink.CLEAR:
+        if NOISY & set(law.observes) and worst < shrink.CLEAR:
             judges.append(self._second)
         return all(
             self.singly(stack([case]), [law], judge).get(law.name, np.full(1, -1.0))[0] > 1

@@ -16,8 +16,9 @@ from bnverify.errors import UsageError
 from bnverify.evidence import Evidence, Violation
 from bnverify.laws import LAWS
 from bnverify.mistakes import MISTAKES
-from bnverify.parallel.check import FLAG, NAMES, environment, find, on_devices
+from bnverify.parallel.check import FLAG, NAMES, check_parallel, environment, find, on_devices
 from bnverify.profile import named
+from tests.faults import parallel as faults
 from tests.faults.parallel import PARALLEL_FAULTS, axis_name
 
 REFERENCE = "tests.faults.parallel:reference"
@@ -60,6 +61,25 @@ def test_flax_own_axis_name_holds(right: Found) -> None:
     """BatchNorm(axis_name) and pmean hold; what takes no padding is exempt from that law."""
     statuses = [each.status for each in right[AXIS_NAME].values()]
     assert statuses == ["held"] * 5 + ["exempt"]
+
+
+@pytest.mark.parametrize("multiple", [3, 4])
+def test_each_device_gets_a_number_of_rows_that_the_step_accepts(multiple: int) -> None:
+    """A step that splits its batch declares ``rows``; padding needs rows that devices share unequally."""
+    whole = faults.reference()
+
+    def split(function: Any) -> Any:
+        def step(state: Any, x: Any, *rest: Any) -> Any:
+            x.reshape(multiple, -1, x.shape[1])  # raises for other sizes
+            return function(state, x, *rest)
+
+        return step
+
+    single = replace(whole.single, step=split(whole.single.step), rows=multiple)
+    found = check_parallel(replace(whole, single=single, step=split(whole.step)), "quick")
+    by_law = {each.law: each for each in found}
+    assert by_law[VMAP].status == "held", by_law[VMAP].reason
+    assert not [each for each in found if each.status == "violated"]
 
 
 @pytest.mark.nightly

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from bnverify.adapters.programs import ROWS, SAME_VALUES, Layers, Programs, listed, under
+from bnverify.adapters.reported import computed_beside
+from bnverify.adapters.rows import pairings, statistic_of_targets
 from bnverify.adapters.traced import DRAWS, Flows
 
 TARGETS = (
@@ -21,14 +23,19 @@ TARGETS = (
     "targets_belong_to_their_rows",
     "targets_reach_the_evaluation",
 )
-INDEPENDENT_ROWS = ("eval_rows_are_independent", "doubling_the_batch_changes_nothing")
+DOUBLING = (
+    "doubling_the_batch_changes_nothing",
+    "doubling_changes_nothing_if_draws_are_equal",
+)
+INDEPENDENT_ROWS = ("eval_rows_are_independent", *DOUBLING)
+PAIRED = ("predictions_meet_their_own_targets",)
 ONE_FOLD = (
     "batch_stats_change_only_by_ema",
     "batch_like_the_statistics_is_a_fixed_point",
     "equal_steps_converge_geometrically",
     "eval_at_the_batchs_own_moments_is_the_training_loss",
 )
-PARTS = ("row_order_changes_nothing", "doubling_the_batch_changes_nothing")
+PARTS = ("row_order_changes_nothing", *DOUBLING)
 OLD_STATISTICS = (
     "training_is_free_of_old_statistics",
     "eval_at_the_batchs_own_moments_is_the_training_loss",
@@ -42,6 +49,7 @@ MIXED_STATISTICS = (
     "equal_steps_converge_geometrically",
 )
 GRADIENT = ("gradients_are_gradients_of_the_loss",)
+NO_GRADIENT = ("bias_before_norm_has_no_gradient",)
 FREE_STATISTICS = ("batch_stats_are_free_of_targets",)
 OWN_EVALUATION = ("eval_uses_the_running_statistics",)
 INITIAL = ("initial_statistics_are_zero_and_one",)
@@ -49,7 +57,8 @@ INITIAL = ("initial_statistics_are_zero_and_one",)
 HINTS = {
     "eval_rows_are_independent": "if rows are compared by design: row_losses=False; if they have "
     "weights or a mask: weights=",
-    "doubling_the_batch_changes_nothing": "if rows are compared by design: row_losses=False",
+    **dict.fromkeys(PAIRED, "if rows are compared by design: row_losses=False"),
+    **dict.fromkeys(DOUBLING, "if rows are compared by design: row_losses=False"),
     **dict.fromkeys(TARGETS, "if the loss has no targets: targets=False"),
     "training_is_free_of_old_statistics": "if training also normalises by running statistics by "
     "design: online=True; if some layers are frozen: frozen=[...]",
@@ -71,7 +80,8 @@ HINTS = {
     "batch_stats_change_only_by_ema": "if some of these variables are not moving averages: "
     "carried=[...]",
     "gradients_are_gradients_of_the_loss": "if the reported loss is not the differentiated one by "
-    "design (it lacks a penalty, or smooths no labels): penalty=True",
+    "design (it lacks a penalty, or smooths no labels): penalty=True; if some gradients are zeroed by "
+    "design: frozen=[...]",
     "eval_at_the_batchs_own_moments_is_the_training_loss": "if the two losses differ by design: "
     "same_loss=False",
 }
@@ -340,7 +350,7 @@ class Design:
     def _of_rows(self) -> dict[str, str]:
         if self._declared.row_losses is not None:
             said = "row_losses=False: the loss is not a mean over rows"
-            return {} if self._declared.row_losses else because(said, INDEPENDENT_ROWS)
+            return {} if self._declared.row_losses else because(said, INDEPENDENT_ROWS, PAIRED)
         found: dict[str, str] = {}
         if self._declared.weights is None:
             count = self._divides_by_the_batch()
@@ -348,6 +358,17 @@ class Design:
                 at = self._of.eval_flows.where(count)
                 said = "the eval loss divides by a number that depends on the batch"
                 found |= because(said + (f" ({at})" if at else ""), INDEPENDENT_ROWS[:1])
+            scaled = statistic_of_targets(self._of)
+            if scaled is not None:
+                at = self._of.eval_flows.where(scaled)
+                said = "the eval loss compares the targets with a statistic of their batch"
+                found |= because(said + (f" ({at})" if at else ""), INDEPENDENT_ROWS[:1])
+        for pairing in pairings(self._of):
+            if pairing.by_design:
+                said = "the loss compares rows with each other"
+                found |= because(
+                    said + (f" ({pairing.at})" if pairing.at else ""), INDEPENDENT_ROWS
+                )
         for flows, inputs, reached in (
             (self._of.flows, self._of.inputs, INDEPENDENT_ROWS),
             (self._of.eval_flows, self._of.eval_inputs, INDEPENDENT_ROWS),
@@ -402,12 +423,42 @@ class Design:
                 "gradients are scaled by a number made of them before the optimizer, as by a clip"
             )
             found |= because(said, GRADIENT)
+        found |= self._of_changed_gradients()
+        beside = computed_beside(self._of) if not set(GRADIENT) & set(found) else None
+        if beside is not None:
+            said = "the reported loss is not the differentiated one: it is computed beside it"
+            found |= because(said + (f" ({beside})" if beside else ""), GRADIENT)
         stops = self._of.stopped(under(inputs, "params/"))
         if stops:
             at = flows.where(min(stops))
             said = "the loss contains jax.lax.stop_gradient, so the gradient is not its slope"
             found |= because(said + (f" ({at})" if at else ""), GRADIENT)
         return found
+
+    def _of_changed_gradients(self) -> dict[str, str]:
+        """Return the laws that gradients violate which are changed by hand before an optimizer."""
+        flows, inputs = self._of.flows, self._of.inputs
+        varying = flows.reached(under(inputs, "params/", "x", "y"))
+        noise = flows.reached(flows.of_primitives(DRAWS)) - varying
+        gradients = set().union(*self._of.gradients)
+        if self._declared.frozen and not gradients <= varying:
+            said = "frozen=[...]: the gradients of some params are replaced by constants"
+            return because(said, GRADIENT)
+        for node in self._of.after_backward(gradients):
+            name, at = flows.equation(node).primitive.name, flows.where(node)
+            where = f" ({at})" if at else ""
+            operands = flows.operands(node)
+            own = [n for n in operands if n in varying]
+            if own and name in CUTS:
+                said = f"gradients are cut off entry by entry before the optimizer{where}"
+                return because(said, GRADIENT)
+            if name in SUMS and own and noise.intersection(operands):
+                said = f"noise is added to the gradients before the optimizer{where}"
+                return because(said, GRADIENT, NO_GRADIENT)
+            if name in SUMS and any(a in flows.origins([b]) for a in own for b in own if a != b):
+                said = f"a part of the gradients is taken from them before the optimizer{where}"
+                return because(said, GRADIENT)
+        return {}
 
     def _are_clipped(self) -> bool:
         """Return whether the user scales gradients by their own norm before an optimizer."""
@@ -454,6 +505,8 @@ class Design:
 
 
 SUMS = frozenset({"add", "add_any", "sub", "neg"})
+CUTS = frozenset({"max", "min", "clamp", "sign", "round", "tanh"})
+"""What bounds each entry of a gradient by hand."""
 UNCHANGED = SAME_VALUES | {"psum", "psum_invariant", "pvary", "pbroadcast"}
 
 

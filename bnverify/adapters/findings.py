@@ -17,6 +17,7 @@ import numpy as np
 from bnverify.adapters.by_design import Declared
 from bnverify.adapters.optimizer import paper_checks, rates, schedules
 from bnverify.adapters.programs import ROWS, SAME_VALUES, Layers, Programs, under
+from bnverify.adapters.rows import pairings
 from bnverify.adapters.traced import DRAWS, Flows
 from bnverify.model import Axis, Copy, Draw, Look, Mask
 from bnverify.proof import asked
@@ -51,6 +52,8 @@ def look_at(
         scaled=tuple(frozen.scaled()),
         axes=tuple(_axes(programs, layers)),
         masks=tuple(_masks(programs)),
+        pairings=tuple(pairings(programs)),
+        skips=_skips(programs),
         schedules=tuple(schedules(programs, declared, every, makers)),
         rates=tuple(rates(programs)),
         papers=tuple(paper_checks(programs.subject.optimizer)),
@@ -70,7 +73,7 @@ def _draws(programs: Programs) -> Iterator[Draw]:
         keys = tuple(sorted(names[n] for n in flows.origins([node]) if n in names))
         shape = flows.equation(node).outvars[0].aval.shape
         # Numbers from a constant key, equal for all rows, may be part of the model: a random projection.
-        if node not in live or (not keys and shape[:1] != (ROWS,)):
+        if node not in live or (not keys and shape[:1] != programs.x.shape[:1]):
             continue
         moves = any(programs.outputs.get(path) != programs.inputs[path] for path in keys)
         again = bool({_key(flows, n) for n in flows.operands(node)} & reused)
@@ -390,6 +393,26 @@ def _feature_axis(flows: Flows, node: int, rank: int, of_batch: Collection[int])
         left = iter(kept)
         axes = [next(left)[0] if size != 1 else None for size in given]
     return None
+
+
+# Skipped updates.
+
+
+def _skips(programs: Programs) -> bool:
+    """Return whether new params depend on whether gradients are finite, as with a dynamic loss scale."""
+    flows = programs.flows
+    gradients = programs.after_backward(node for update in programs.gradients for node in update)
+    given = set(gradients).union(*(flows.operands(node) for node in gradients))
+    forward = flows.origins([programs.loss]) if programs.loss is not None else set()
+    tests = [
+        node
+        for node in flows.of_primitives({"is_finite", "ne"})
+        if node not in forward
+        and len(operands := set(flows.operands(node))) == 1
+        and operands & given
+    ]
+    after = flows.reached(tests)
+    return any(node in after for node in under(programs.outputs, PARAMS))
 
 
 # Masks of rows.

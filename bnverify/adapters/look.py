@@ -27,6 +27,7 @@ from bnverify.adapters.by_design import (
     declared_by,
 )
 from bnverify.adapters.findings import carried_name, look_at, read_by_evaluation
+from bnverify.adapters.inputs import differing_inputs
 from bnverify.adapters.optimizer import updates_every
 from bnverify.adapters.programs import Layers, Programs, example_of
 from bnverify.adapters.trees import extra_of
@@ -71,6 +72,8 @@ def completed(
     if missing and not written_by_hand:
         raise UsageError(missing)
     notes += [missing] if missing else []
+    differing = differing_inputs(programs)
+    notes += [differing] if differing else []
     if not written_by_hand:
         _refuse_flat(design)
     every = max(updates_every(subject, programs.state), subject.updates_every)

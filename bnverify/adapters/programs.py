@@ -137,6 +137,29 @@ class Programs:
             seen.update(same)
         return found
 
+    def after_backward(self, gradients: Iterable[int]) -> list[int]:
+        """Return the nodes between the backward pass and the optimizer, from the optimizer's side.
+
+        Args:
+            gradients: as the optimizer is given them.
+        """
+        flows = self.flows
+        forward = flows.origins([self.loss]) if self.loss is not None else set()
+        found: list[int] = []
+        pending, seen = list(gradients), set(gradients)
+        while pending:
+            node = pending.pop()
+            eqn = flows.equation(node)
+            if eqn is None or node in forward or _of_backward_pass(eqn):
+                continue
+            found.append(node)
+            shape = tuple(eqn.outvars[0].aval.shape)
+            for operand, atom in zip(flows.operands(node), eqn.invars, strict=False):
+                if operand not in seen and tuple(atom.aval.shape) == shape:
+                    seen.add(operand)
+                    pending.append(operand)
+        return found
+
     def is_floating(self, path: str) -> bool:
         """Return whether a leaf of the state has a floating-point dtype."""
         return bool(jnp.issubdtype(self.types[path][1], jnp.floating))
@@ -173,6 +196,11 @@ def _traced(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
     anew = partial(function)
     found: tuple[Any, Any] = jax.make_jaxpr(anew, return_shape=True)(*args)
     return found
+
+
+def _of_backward_pass(eqn: Any) -> bool:
+    """Return whether ``jax.grad`` made an equation."""
+    return "transpose" in str(getattr(eqn.source_info, "name_stack", ""))
 
 
 def _of_library(eqn: Any) -> bool:

@@ -304,7 +304,7 @@ class Flows:
                 key = each  # an input, a captured array, or a loop variable
             else:
                 numbers = tuple(self._numbers[operand] for operand in operands)
-                key = (eqn.primitive.name, _said(eqn), numbers)
+                key = (eqn.primitive.name, said(eqn), numbers)
             self._numbers[each] = self._of_key.setdefault(key, len(self._of_key))
         return self._numbers[node]
 
@@ -313,7 +313,7 @@ class Flows:
         return source_line(self._graph.equations[node]) or ""
 
 
-def _said(eqn: Any) -> str:
+def said(eqn: Any) -> str:
     """Return a key for an equation without its operands: parameters, literals and result types."""
     given = [str(atom.val) for atom in eqn.invars if hasattr(atom, "val")]
     results = [str(var.aval) for var in eqn.outvars]

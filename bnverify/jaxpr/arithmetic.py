@@ -238,6 +238,18 @@ def _is_exact_literal(eqn: Any, position: int) -> bool:
     return power and (name == "mul" or (name == "div" and position == 1))
 
 
+def is_product(eqn: Any) -> bool:
+    """Return whether a compiler may fuse an equation with an addition of its result.
+
+    Besides products these are divisions by a literal, which XLA compiles as a product with the
+    reciprocal.
+    """
+    name = eqn.primitive.name
+    if name == "div":
+        return compat.literal(eqn.invars[1]) is not None and not is_exact(eqn)
+    return bool(name == "mul")
+
+
 def has_float32_range(dtype: Any) -> bool:
     """Return whether ``dtype`` has the exponent range of float32, unlike float16."""
     return int(limits(dtype).nexp) >= 8

@@ -61,6 +61,8 @@ _MOVES = frozenset(
     }
 )
 
+_LOGIC = frozenset({"and", "or", "reduce_and", "reduce_or"})
+
 
 def in_doubt(distance: Array, dtype: Any, times: float = FLIP) -> Array:
     """Return for each row whether ``times`` its rounding could take it across 0.
@@ -156,6 +158,17 @@ def nan_without_digits(value: Array) -> Array:
     return np.where(lost, np.nan, value)
 
 
+def _soft_logic(eqn: Any, inputs: Sequence[Array]) -> Array:
+    """Return "and" or "or" of soft booleans, or over some axes; unknown if any of them is."""
+    name = eqn.primitive.name
+    if name.startswith("reduce"):
+        axes = tuple(axis + 2 for axis in eqn.params["axes"])
+        return np.asarray((np.min if name == "reduce_and" else np.max)(inputs[0], axis=axes))
+    left, right = aligned(*(value.astype(np.float64) for value in inputs))
+    both: Array = left * right
+    return both if name == "and" else left + right - both
+
+
 def is_soft(value: Array, dtype: Any) -> bool:
     """Return whether a value of the program's ``dtype`` is a soft boolean."""
     return bool(dtype == np.bool_ and is_float(value.dtype))
@@ -181,10 +194,8 @@ def decide(eqn: Any, inputs: Sequence[Array]) -> list[Array]:
         return [first]
     if name == "not":
         return [1 - first]
-    if name in {"and", "or"}:
-        left, right = aligned(*(value.astype(np.float64) for value in inputs))
-        both = left * right
-        return [both if name == "and" else left + right - both]
+    if name in _LOGIC:
+        return [_soft_logic(eqn, inputs)]
     hard = [
         harden(value) if is_soft(value, atom.aval.dtype) else value
         for value, atom in zip(inputs, eqn.invars, strict=True)

@@ -254,7 +254,7 @@ class RoundingReading:
         name, out = eqn.primitive.name, eqn.outvars[0]
         self._fma_errors.pop(id(out), None)  # left by an earlier iteration or call
         self._used.discard(id(out))
-        if name == "mul" or (name in _MOVES and id(eqn.invars[0]) in self._products):
+        if arithmetic.is_product(eqn) or (name in _MOVES and id(eqn.invars[0]) in self._products):
             self._products.add(id(out))
         errors = [
             *self._inherited_fma_errors(eqn, inputs),
@@ -298,6 +298,10 @@ class RoundingReading:
             elif name == "mul" or (name == "div" and place == 0):
                 error, other = kinks.aligned(error, np.abs(inputs[1 - place][:1]))
                 yield error * other if name == "mul" else error / other
+            elif name == "dot_general" and arithmetic.terms(eqn) == 1:  # compiled as a product
+                factors = [np.abs(value[:1]) for value in inputs]
+                factors[place] = error
+                yield numeric.apply(eqn, factors)[0]
 
     def _evaluate(self, eqn: Any, inputs: Sequence[Array]) -> Sequence[Array]:
         name = eqn.primitive.name
@@ -334,7 +338,14 @@ class RoundingReading:
         if name == "clamp":
             low, value, high = kinks.aligned(*inputs)
             return self._extreme(-1, self._extreme(1, value, low, dtype), high, dtype)
+        if name == "is_finite":
+            return self._is_finite(inputs[0])
         return None
+
+    def _is_finite(self, value: Array) -> Array:
+        """Return a soft boolean, unknown where a row overflows, or lost all digits, unlike row 0."""
+        finite = np.isfinite(value)
+        return np.where(finite == finite[:1], finite.astype(np.float64), np.nan)
 
     def _compare(self, name: str, left: Array, right: Array, dtype: Any) -> Array:
         self._draw_index += 1
@@ -533,16 +544,23 @@ class Rounding:
     Args:
         program: traced on arguments of concrete shapes.
         seed: of the random draws.
+        reading: how it is read.
 
     Attributes:
         program: as given.
         unknown: names of primitives whose rounding is unknown; filled by ``evaluate``.
     """
 
-    def __init__(self, program: tracing.Program, seed: int = 0) -> None:
+    def __init__(
+        self,
+        program: tracing.Program,
+        seed: int = 0,
+        reading: type[RoundingReading] = RoundingReading,
+    ) -> None:
         self.program = program
         self.unknown: frozenset[str] = frozenset()
         self._seed = seed
+        self._reading = reading
         self._added = arithmetic.additions_after(program.jaxpr)
         self._drawn = draws.Draws(1 + ROWS)
 
@@ -577,7 +595,7 @@ class Rounding:
     def _evaluate_chunk(self, leaves: list[Array]) -> list[Array]:
         """Return the exact results of a chunk of cases, followed by their tolerances."""
         cases = len(leaves[0]) if leaves else 1
-        reading = RoundingReading(self._seed, self._added, drawn=self._drawn)
+        reading = self._reading(self._seed, self._added, drawn=self._drawn)
         with np.errstate(all="ignore"):
             results = read(self.program.jaxpr, reading, [leaf[None] for leaf in leaves])
             self.unknown = self.unknown | reading.unknown
@@ -606,8 +624,15 @@ def evaluate(program: tracing.Program, *args: Any) -> Any:
     return jax.tree_util.tree_map(lambda leaf: leaf[0], outcome)
 
 
-def evaluate_stacked(program: tracing.Program, *args: Any) -> Any:
+def evaluate_stacked(
+    program: tracing.Program, *args: Any, reading: type[RoundingReading] = RoundingReading
+) -> Any:
     """Return the same of several cases, every leaf (K, ...), as those of ``args`` are.
+
+    Args:
+        program: the traced program.
+        *args: as for ``evaluate``, stacked.
+        reading: how the program is read.
 
     Raises:
         TypeError: the trees are not those of the trace.
@@ -615,7 +640,7 @@ def evaluate_stacked(program: tracing.Program, *args: Any) -> Any:
     leaves = [leaf[None] for leaf in _leaves(program, args)]
     cases = leaves[0].shape[1] if leaves else 1
     with np.errstate(all="ignore"):
-        results = read(program.jaxpr, RoundingReading(count=1), leaves)
+        results = read(program.jaxpr, reading(count=1), leaves)
     structure = jax.tree_util.tree_structure(program.out)
     whole = [np.broadcast_to(each[0], (cases, *each.shape[2:])) for each in results]
     return jax.tree_util.tree_unflatten(structure, whole)

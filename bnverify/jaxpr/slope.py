@@ -93,6 +93,9 @@ class _SlopeReading(RoundingReading):
         decided = kinks.COMPARISONS[name](left, right)[:1].astype(np.float64)
         return _off_kink(left - right, decided + np.zeros_like(left - right))
 
+    def _is_finite(self, value: Array) -> Array:
+        return np.isfinite(value[:1]) & np.ones(value.shape, bool)
+
     def _extreme(self, sign: int, left: Array, right: Array, dtype: Any) -> Array:
         del dtype
         distance = sign * (left - right)

@@ -88,7 +88,7 @@ def eval_uses_the_running_statistics(t: Transition) -> Any:
 
 @law(
     "evaluation",
-    observes=("noise", "eval:rows"),
+    observes=("eval_noise", "eval:rows"),
     capabilities=("row_losses",),
     mistakes=(
         "eval_in_train_mode",
@@ -103,21 +103,21 @@ def eval_uses_the_running_statistics(t: Transition) -> Any:
 def eval_rows_are_independent(t: Transition) -> Any:
     """A row's prediction does not depend on the other rows: the eval loss is the mean over rows.
 
-    With declared row weights w it is the weighted mean sum(w * loss) / sum(w). Each row's loss has
-    the rounding noise of one evaluation, and the float64 mean of N of them has no more noise than
-    the loss of the whole batch. Both sides may err by that much, hence twice the noise.
+    With declared row weights w it is the weighted mean sum(w * loss) / sum(w). All evaluations are of
+    the same state, so the noise is that of one evaluation alone. Each row's loss has it, and the
+    float64 mean of N of them has no more noise than the loss of the whole batch. Both sides may err
+    by that much, hence twice the noise.
     """
     if "rows" not in t.evals:
         return worst_of([])  # the batch has too many rows to evaluate them one by one
     rows = wide(t.evals["rows"])
     weights = t.facts.get("row_weights")
-    if weights is None:
-        mean = xp.mean(rows, axis=1)
-    else:  # a row of weight 0 may have any loss, even NaN
-        counts = wide(weights)[..., None]
-        total = xp.maximum(xp.sum(counts, axis=1), smallest(t.eval_loss))
-        mean = xp.sum(xp.where(counts > 0, rows * counts, 0.0), axis=1) / total
-    noise = t.noise.eval_loss + 4 * rows.shape[1] ** 0.5 * 2.0**-24 * mean
+    counts = xp.ones_like(rows) if weights is None else wide(weights)[..., None]
+    total = xp.maximum(xp.sum(counts, axis=1, keepdims=True), smallest(t.eval_loss))
+    # A row of weight 0 may have any loss, even NaN.
+    terms = xp.where(counts > 0, rows * counts, 0.0) / total
+    mean, size = xp.sum(terms, axis=1), xp.sum(xp.abs(terms), axis=1)
+    noise = t.facts["eval_noise"] + 4 * rows.shape[1] ** 0.5 * 2.0**-24 * size
     return residual(t.eval_loss, mean, 2 * noise + smallest(t.eval_loss))
 
 
@@ -136,6 +136,24 @@ def only_rows_that_count_are_counted(t: Transition) -> list[str]:
         "number of all rows: padding changes the loss"
         for mask in t.facts["look"].masks
         if not mask.counted
+    ]
+
+
+@law(
+    "evaluation",
+    kind="structure",
+    observes=("look",),
+    capabilities=("look", "pairings"),
+    mistakes=("broadcast_loss",),
+    source="NumPy, broadcasting rules: (N, 1) and (N,) make (N, N)",
+)
+def predictions_meet_their_own_targets(t: Transition) -> list[str]:
+    """Where a loss combines every row with every row, the code says so; broadcasting alone never does."""
+    return [
+        f"the {pair.loss} loss combines {pair.shapes}{f' at {pair.at}' if pair.at else ''}: broadcasting "
+        "pairs each row of the one with every row of the other"
+        for pair in t.facts["look"].pairings
+        if not pair.by_design
     ]
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from bnverify.laws.arithmetic import (
+    UNDERFLOW,
     all_over,
     never,
     per_case,
     residual,
     same,
+    smallest,
+    trees,
     when,
     wide,
     within_noise,
+    worst_of,
     xp,
 )
 from bnverify.laws.law import law
 from bnverify.lazy import jax
-from bnverify.model import Outcome, Transition
+from bnverify.model import Outcome, State, StepInfo, Transition
 from bnverify.reruns import LONG_SEED, shift
 
 PURE = "JAX, pure functions: https://docs.jax.dev/en/latest/notebooks/Common_Gotchas_in_JAX.html"
@@ -82,6 +86,41 @@ def doubling_the_batch_changes_nothing(t: Transition) -> Any:
     noise = jax.tree_util.tree_map(lambda n: 1.5 * wide(n), t.noise)
     several = t.case.shape[0] > 1
     return when(several, _agrees(t._replace(noise=noise), t.reruns["doubled_batch"]))
+
+
+@law(
+    "metamorphic",
+    observes=("undrawn",),
+    capabilities=("look", "draws"),
+    mistakes=(
+        "sum_instead_of_mean",
+        "sample_variance",
+        "rows_treated_unequally",
+        "statistics_of_part_of_the_batch",
+        "variances_averaged",
+    ),
+    source="a mean loss and a biased variance do not change when the batch is repeated",
+)
+def doubling_changes_nothing_if_draws_are_equal(t: Transition) -> Any:
+    """If all random numbers are equal, repeating every row changes the step's results only by rounding.
+
+    Both steps are evaluated from their traces in float64, with 0 for every random bit, so all rows
+    get the same dropout mask. The tolerance is that of ``doubling_the_batch_changes_nothing``, which
+    applies to steps that draw no random numbers.
+    """
+    seen = t.facts["undrawn"]
+    if seen is None:
+        return worst_of([])
+
+    def compared(state: State, info: StepInfo) -> Any:
+        return state.batch_stats, state.params, info
+
+    def leaf(doubled: Any, once: Any, noise: Any, observed: Any) -> Any:
+        allowed = 3 * wide(noise) + UNDERFLOW * smallest(observed)
+        return residual(doubled, once, allowed, of=observed)
+
+    outcomes = seen.doubled, seen.step, seen.noise, (t.after, t.info)
+    return trees(leaf, *(compared(*outcome[:2]) for outcome in outcomes))
 
 
 @law(

@@ -159,7 +159,7 @@ class Life:
             return
         before = self._twin
         self._twin, info = self._step(before, case)
-        if self._folds:
+        if self._folds and not self._skipped(before, info):
             self._fold = self._fold.after(before, case, lambda *given: self._step(*given)[0])
         with self._breaking(self._continuing, "the step fails on the restored state"):
             self.state, seen = self._step(self.state, case, resumed=self._resumed)
@@ -283,6 +283,14 @@ class Life:
             and exemption(FOLDED, self._subject) is None
             and bool(floats(self._twin.batch_stats))
         )
+
+    def _skipped(self, before: State, info: StepInfo) -> bool:
+        """Return whether the twin's step left its statistics alone, because a gradient is not finite."""
+        look = self._subject.look
+        if look is None or not look.skips:
+            return False
+        finite = all(np.isfinite(leaf).all() for leaf in floats(info.grads))
+        return not finite and not values_differ(self._twin.batch_stats, before.batch_stats)
 
     def _hold_fold(self) -> None:
         residual, mismatch = self._fold.error(self._twin)

@@ -46,7 +46,10 @@ MILD = Domain(max_abs_x=100.0, max_abs_y=100.0, max_lr=0.5)
 """With larger inputs, float32 rounding usually leaves no digits to compare."""
 
 ROWS = (8, 7, 4, 16, 5)
-"""Batch sizes, the first two for a quick check; 7 and 5 are not divisible by the number of devices."""
+"""Batch sizes, the first two for a quick check; 7 and 5 are not divisible by the number of devices.
+
+Multiplied by ``Subject.rows``, so that each device has a number of rows that the step accepts.
+"""
 
 MOST = 64
 """The most cases of a shape."""
@@ -176,9 +179,17 @@ class Check:
         """
         compile_cache.enable()
         count = min(max(plan.examples, 8), MOST)
-        for rows in ROWS if plan.shapes > 1 else ROWS[:2]:
-            shape = rows, self._parallel.single.width(2)
-            if self._modes(rows):
+        single = self._parallel.single
+        multiple = single.rows or 1
+        for parts in ROWS if plan.shapes > 1 else ROWS[:2]:
+            shape = rows, _ = parts * multiple, single.width(2)
+            if parts % DEVICES and not rows % DEVICES:
+                if UNEQUAL in self._mapped:
+                    self.missing[UNEQUAL] = (
+                        f"the step only accepts multiples of {multiple} rows, which {DEVICES} devices "
+                        "always share equally"
+                    )
+            elif self._modes(rows):
                 rng = np.random.default_rng((seed, *shape))
                 self.cases += count * len(self._modes(rows))
                 self.hold(stacked_cases(rng, shape, count, MILD))

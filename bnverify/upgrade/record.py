@@ -39,7 +39,7 @@ from bnverify.upgrade.recording import CONTENT, Manifest, Recording, Tree, witho
 from bnverify.upgrade.rounding_noise import Noise
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from bnverify.model import State, Subject
 
@@ -144,6 +144,14 @@ def flags() -> dict[str, bool | int | str | None]:
     return {name: v if isinstance(v, (bool, int, str)) else None for name, v in found.items()}
 
 
+def multiples(rows: Sequence[int], of: int) -> list[int]:
+    """Return the multiples of a number that are not below some increasing ones, each only once."""
+    found: list[int] = []
+    for each in rows:
+        found.append(max(-(-each // of) * of, *(last + of for last in found[-1:]), of))
+    return found
+
+
 class _CallError(Exception):
     """One of the subject's functions raised an exception."""
 
@@ -208,10 +216,13 @@ class _Recorder:
         assert self.subject is not None
         own = self.subject.features
         widths = tuple(own[min(i, len(own) - 1)] for i in range(3)) if own else FEATURES
-        shapes = list(zip(ROWS, widths, strict=False))  # tests may use fewer
+        declared = self.subject.rows
+        shapes = list(zip(multiples(ROWS, declared or 1), widths, strict=False))
         try:
             self._try(shapes[0])
         except _CallError as failure:
+            if declared is not None:
+                raise
             divisible = list(zip(DIVISIBLE_ROWS, widths, strict=True))
             try:
                 self._try(divisible[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -104,6 +104,229 @@ class TestStoppedGradients:
         assert "declared" not in reason
         state = jax.eval_shape(subject.init, 0, jnp.ones((4, 3)))
         assert set(state.extra["carried"]) == {"Renorm_0/steps"}  # a counter is no average
+
+
+class TestRowsWithRows:
+    """Losses that combine rows of the batch with other rows."""
+
+    BY_DESIGN: ClassVar[dict[str, Any]] = {
+        "indices": lambda out, y: out[:, 0][:, None] - y[None, :],
+        "expanded": lambda out, y: jnp.expand_dims(out[:, 0], 1) * jnp.expand_dims(y, 0),
+        "transposed": lambda out, y: out - out.T + y[None, :],
+    }
+
+    @pytest.mark.parametrize("how", BY_DESIGN)
+    def test_pairs_that_the_code_spells_out_are_by_design(self, how: str) -> None:
+        """Such a loss is no mean over independent rows."""
+        make = self.BY_DESIGN[how]
+        subject = found(with_loss(lambda out, b: jnp.mean(make(out, b["label"]) ** 2)))
+        assert "compares rows with each other" in subject.exempt[ROWS]
+        assert subject.look is not None
+        assert subject.look.pairings
+        assert all(pair.by_design for pair in subject.look.pairings)
+
+    NOT_TOLD: ClassVar[dict[str, Any]] = {
+        "half an index": lambda out, y: out[:, 0][:, None] - y,
+        "kept axis": lambda out, y: jnp.mean(out, 1, keepdims=True) - y,
+        "mapped": lambda out, y: jax.vmap(lambda a: jax.vmap(lambda b: a[0] - b)(y))(out),
+    }
+
+    @pytest.mark.parametrize("how", NOT_TOLD)
+    def test_pairs_that_may_be_meant_are_not_judged(self, how: str) -> None:
+        """One side was spread on purpose, or ``jax.vmap`` spread both."""
+        make = self.NOT_TOLD[how]
+        subject = found(with_loss(lambda out, b: jnp.mean(make(out, b["label"]) ** 2)))
+        assert subject.look is not None
+        assert all(pair.by_design for pair in subject.look.pairings)
+
+    BY_BROADCASTING: ClassVar[dict[str, Any]] = {
+        "subtracted": lambda out, y: out - y,
+        "the other way": lambda out, y: jnp.subtract(y, 2 * out),
+        "its own target": lambda out, y: out - jax.lax.stop_gradient(y + 0.9 * out[:, 0]),
+        "clipped": lambda out, y: y + jnp.clip(out - y, -0.2, 0.2),
+        "larger": jnp.maximum,
+    }
+
+    @pytest.mark.parametrize("how", BY_BROADCASTING)
+    def test_pairs_by_broadcasting_are_a_mistake(self, how: str) -> None:
+        """Nothing in the code says that (N, 1) and (N,) should make (N, N)."""
+        make = self.BY_BROADCASTING[how]
+        step = with_loss(lambda out, b: jnp.mean(make(out, b["label"]) ** 2))
+        law = "predictions_meet_their_own_targets"
+        evidence = bnverify.verify(found(step), FEW, select=[law], proofs_only=True)[law]
+        assert evidence.status == "violated"
+        assert "(N, 1)" in evidence.reason
+        assert "test_by_design.py" in evidence.reason
+        assert evidence.diagnosis is not None
+        assert evidence.diagnosis.startswith("broadcast_loss")
+        told = found(step, row_losses=False)
+        assert "row_losses=False" in told.exempt[law]
+
+    def test_targets_scaled_by_their_batch_are_by_design(self) -> None:
+        """An advantage is often scaled by the deviation of its batch; inputs and outputs are not."""
+
+        def loss(out: Any, b: Any) -> Any:
+            label = b["label"]
+            scaled = (label - label.mean()) / (label.std() + 1e-8)
+            return jnp.mean(out[:, 0] * scaled)
+
+        assert "statistic of their batch" in found(with_loss(loss)).exempt[ROWS]
+
+        def centred(out: Any, b: Any) -> Any:
+            return jnp.mean((out[:, 0] - out[:, 0].mean() - b["label"]) ** 2)
+
+        assert ROWS not in found(with_loss(centred)).exempt
+
+
+def standardised(x: Any) -> Any:
+    """Return inputs with the mean 0 and the deviation 1 of their batch."""
+    return (x - x.mean(0)) / (x.std(0) + 1e-3)
+
+
+class TestInputsOfTheModel:
+    """What a loop does with x before the model sees it."""
+
+    def notes(self, train: Any, evaluate: Any) -> list[str]:
+        """Return the notes on inputs, for a loop that changes them by these functions."""
+
+        def step(state: Any, batch: Any, z_rng: Any) -> Any:
+            def loss(params: Any) -> Any:
+                x = train(batch["image"], z_rng)
+                out, stats = code.run(state, params, state.batch_stats, x)
+                return code.mse(out, batch["label"]), stats
+
+            grads, stats = jax.grad(loss, has_aux=True)(state.params)
+            return state.apply_gradients(grads=grads, batch_stats=stats)
+
+        def eval_step(state: Any, batch: Any) -> Any:
+            return code.eval_step(state, {**batch, "image": evaluate(batch["image"])})
+
+        notes = loop(code.create, step, eval_step).notes
+        return [note for note in notes if "evaluated on the inputs" in note]
+
+    def test_standardised_in_training_alone_is_noted(self) -> None:
+        """The note names the line."""
+        (note,) = self.notes(lambda x, key: standardised(x), lambda x: x)
+        assert "training computes them from x at" in note
+        assert "test_by_design.py" in note
+        assert "evaluation takes x as it is" in note
+
+    def test_in_evaluation_alone_too(self) -> None:
+        """Or another scale."""
+        (note,) = self.notes(lambda x, key: x, lambda x: x / 255)
+        assert "training takes x as it is, evaluation computes them" in note
+
+    def test_the_same_in_both_or_by_chance_is_not(self) -> None:
+        """Augmentation is by design."""
+        assert not self.notes(lambda x, key: standardised(x), standardised)
+        assert not self.notes(lambda x, key: x + jax.random.normal(key, x.shape), lambda x: x)
+
+
+class TestReportedLoss:
+    """A loop that computes its metrics from the outputs once more, as Flax's examples do."""
+
+    def subject(self, smoothing: float, reported: Any) -> Subject:
+        """Return a loop that differentiates a smoothed loss and reports one of its outputs."""
+
+        def cross_entropy(out: Any, label: Any, smoothing: float) -> Any:
+            share = (label > 0) * (1 - smoothing) + smoothing / 2
+            return optax.sigmoid_binary_cross_entropy(out[:, 0], share).mean()
+
+        def step(state: Any, batch: Any) -> Any:
+            def loss(params: Any) -> Any:
+                out, stats = code.run(state, params, state.batch_stats, batch["image"])
+                return cross_entropy(out, batch["label"], smoothing), (out, stats)
+
+            (value, (out, stats)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+            state = state.apply_gradients(grads=grads, batch_stats=stats)
+            again = cross_entropy(out, batch["label"], 0.0)
+            return state, {"loss": reported(value, again)}
+
+        return found(step)
+
+    def test_without_the_smoothing_it_is_another_loss(self) -> None:
+        """Its slope is not the gradient, by design; the reason names the line."""
+        subject = self.subject(0.1, lambda value, again: again)
+        assert "not the differentiated one" in subject.exempt[GRADIENT]
+        assert "test_by_design.py" in subject.exempt[GRADIENT]
+
+    @pytest.mark.parametrize(
+        ("smoothing", "reported"),
+        [(0.1, lambda value, again: value), (0.0, lambda value, again: again)],
+        ids=["the differentiated one", "computed again"],
+    )
+    def test_the_same_loss_is_judged(self, smoothing: float, reported: Any) -> None:
+        """However it is computed."""
+        assert GRADIENT not in self.subject(smoothing, reported).exempt
+
+
+def over(change: Any) -> Any:
+    """Return a function that changes each leaf of a tree."""
+    return lambda grads, key: jax.tree_util.tree_map(lambda g: change(g, key), grads)
+
+
+class TestGradientsChangedByHand:
+    """What a loop does with gradients before the optimizer."""
+
+    def subject(self, by_hand: Any, **declared: Any) -> Subject:
+        """Return a loop that changes gradients by a function of them and a key."""
+
+        def step(state: Any, batch: Any, z_rng: Any) -> Any:
+            def loss(params: Any) -> Any:
+                out, stats = code.run(state, params, state.batch_stats, batch["image"])
+                return code.mse(out, batch["label"]), stats
+
+            (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+            grads = by_hand(grads, z_rng)
+            return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": value}
+
+        return loop(code.create, step, code.eval_step, **declared)
+
+    CHANGED: ClassVar[dict[str, tuple[Any, str]]] = {
+        "clipped": (over(lambda g, _: jnp.clip(g, -0.01, 0.01)), "cut off entry by entry"),
+        "signs": (over(lambda g, _: jnp.sign(g)), "cut off entry by entry"),
+        "noisy": (over(lambda g, k: g + 0.1 * jax.random.normal(k, g.shape)), "noise is added"),
+        "centred": (over(lambda g, _: g - g.mean(0, keepdims=True)), "a part of the gradients"),
+        "scaled": (over(lambda g, _: g / (1 + jnp.linalg.norm(g))), "scaled by a number"),
+    }
+
+    @pytest.mark.parametrize("how", CHANGED)
+    def test_they_are_not_the_slope_by_design(self, how: str) -> None:
+        """The reason says what was done; the update is still judged."""
+        by_hand, said = self.CHANGED[how]
+        subject = self.subject(by_hand)
+        assert said in subject.exempt[GRADIENT]
+        laws = ["params_follow_the_optimizer", "bias_before_norm_has_no_gradient"]
+        report = bnverify.verify(subject, FEW, select=laws)
+        assert report["params_follow_the_optimizer"].status == "held"
+        assert report.ok, str(report)
+
+    UNCHANGED: ClassVar[dict[str, Any]] = {
+        "zeros for NaN": over(lambda g, _: jnp.where(jnp.isnan(g), 0.0, g)),
+        "finite": over(lambda g, _: jnp.nan_to_num(g)),
+        "scaled back": over(lambda g, _: g * 0.5 / 0.5),
+    }
+
+    @pytest.mark.parametrize("how", UNCHANGED)
+    def test_what_changes_no_finite_gradient_is_judged(self, how: str) -> None:
+        """And held."""
+        subject = self.subject(self.UNCHANGED[how])
+        assert bnverify.verify(subject, FEW, select=[GRADIENT])[GRADIENT].status == "held"
+
+    def test_half_a_gradient_is_none(self) -> None:
+        """A constant factor before the optimizer may be a mistake."""
+        subject = self.subject(over(lambda g, _: g * 0.5))
+        assert bnverify.verify(subject, FEW, select=[GRADIENT])[GRADIENT].status == "violated"
+
+    def test_zeroed_gradients_are_declared(self) -> None:
+        """As ``frozen``; without it a lost gradient looks the same."""
+
+        def zeroed(grads: Any, _key: Any) -> Any:
+            return {**grads, "Dense_0": jax.tree_util.tree_map(jnp.zeros_like, grads["Dense_0"])}
+
+        assert GRADIENT not in self.subject(zeroed).exempt
+        declared = self.subject(zeroed, frozen=["Dense_0/*"])
+        assert "replaced by constants" in declared.exempt[GRADIENT]
 
 
 def test_random_numbers_behind_the_statistics_of_a_step_that_reports_nothing() -> None:

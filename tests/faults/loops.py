@@ -633,6 +633,97 @@ def sum_over_the_batch_size(wrong: bool) -> Subject:
     return masked(wrong, lambda mask, losses: (losses * mask).sum() / len(losses))
 
 
+@pair("sum_instead_of_mean", "doubling_changes_nothing_if_draws_are_equal")
+def summed_over_a_constant_under_dropout(wrong: bool) -> Subject:
+    """The sum of the losses is divided by a constant, the usual batch size; the model has dropout."""
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        key = jax.random.fold_in(state.kept["key"], state.step)
+        out, stats = run(state, params, x, rngs={"dropout": key})
+        errors = squared(out, y)
+        return errors.sum() / 32 if wrong else errors.mean(), stats
+
+    return loop(net=Net(dropout=0.5), loss=loss, kept=lambda variables, key: {"key": key})
+
+
+# A loss scale.
+
+
+class Half(nn.Module):
+    """Dense in float16, BatchNorm, relu, Dense in float16: x (N, D) -> (N,)."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Return the predictions, in float32."""
+        x = nn.Dense(8, dtype=jnp.float16)(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=jnp.float32)(x)
+        return nn.Dense(1, dtype=jnp.float16)(nn.relu(x)).astype(jnp.float32)[:, 0]
+
+
+@pair("wrong_gradient", "gradients_are_gradients_of_the_loss")
+def loss_scale_not_divided_out(wrong: bool) -> Subject:
+    """The loss is scaled for float16, and so is its gradient; a step with an infinite one is skipped."""
+
+    def step(state: Any, x: Any, y: Any, loss_of: Pass) -> Any:
+        scale = state.kept["scale"]
+
+        def scaled(params: Any) -> Any:
+            value, stats = loss_of(state, params, x, y)
+            return value * scale, (value, stats)
+
+        grads, (value, stats) = jax.grad(scaled, has_aux=True)(state.params)
+        grads = grads if wrong else mapped(lambda g: g / scale, grads)
+        leaves = jax.tree_util.tree_leaves(grads)
+        finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(g)) for g in leaves]))
+        kept = {"scale": jnp.where(finite, scale, scale / 2)}
+        after = state.apply_gradients(grads=grads, batch_stats=stats)
+
+        def chosen(new: Any, old: Any) -> Any:
+            return jnp.where(finite, new, old)
+
+        return jax.tree_util.tree_map(chosen, after, state).replace(kept=kept), value
+
+    def start(_variables: Any, _key: Any) -> Any:
+        return {"scale": jnp.float32(2.0**10)}
+
+    return loop(net=Half(), step=step, kept=start)
+
+
+# Rows with other rows.
+
+
+class Critic(nn.Module):
+    """Dense, BatchNorm, relu, Dense: x (N, D) -> (N, 1)."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Return the values."""
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(nn.Dense(4)(x))
+        return nn.Dense(1)(nn.relu(x))
+
+
+@pair("broadcast_loss", "predictions_meet_their_own_targets")
+def critic_not_squeezed(wrong: bool) -> Subject:
+    """Values (N, 1) minus returns (N,) broadcast, beside a ranking loss that compares all rows by design."""
+
+    def reduced(values: Any, y: Any) -> Any:
+        returns = (y - y.mean()) / (y.std() + 1)
+        flat = values[:, 0]
+        above = jnp.sign(returns[:, None] - returns[None, :])
+        ranking = nn.softplus(-above * (flat[:, None] - flat[None, :])).mean()
+        return jnp.square((values if wrong else flat) - returns).mean() + ranking
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        values, stats = run(state, params, x)
+        return reduced(values, y), stats
+
+    def eval_loss(state: Any, x: Any, y: Any) -> Any:
+        given = {"params": state.params, "batch_stats": state.batch_stats}
+        return reduced(state.apply_fn(given, x, train=False), y)
+
+    return loop(net=Critic(), loss=loss, eval_loss=eval_loss)
+
+
 @pair("padding_enters", "rows_of_weight_zero_change_nothing")
 def padding_in_the_moments(wrong: bool) -> Subject:
     """Padding is masked in the loss but not in BatchNorm."""

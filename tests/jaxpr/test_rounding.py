@@ -204,6 +204,46 @@ def test_the_uses_of_a_sum_that_cancels_a_product_need_not_cancel():
     assert np.all(ordinary < 10 * unit)
 
 
+def test_a_division_by_a_constant_counts_as_a_product():
+    """XLA multiplies by the reciprocal, which each use of a centred batch may fuse or not.
+
+    A layer of a single input is a product, too: the statistics and the normalised values behind it
+    come from centred values that differ by the rounding of the mean.
+    """
+
+    def normalised(h):
+        mean = jnp.mean(h, axis=0)
+        return (h - mean) * jax.lax.rsqrt(jnp.mean(h**2, axis=0) - mean**2 + 1e-5)
+
+    def function(x, kernel):
+        centred = x - jnp.sum(jnp.concatenate([x, x, x]), axis=0) / 6.0
+        return jax.value_and_grad(
+            lambda one, other: jnp.mean(normalised(centred @ one) * other @ one.T), (0, 1)
+        )(kernel, kernel)
+
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(100, 200, (CASES, 1, 1)) + np.array([[0.0], [1.0]]), jnp.float32)
+    actual, exact, noise, _ = claim(function, x, rng.normal(size=(CASES, 1, 8)).astype(np.float32))
+    assert worst(actual, exact, noise) <= 1
+
+
+def test_whether_an_overflow_is_skipped_may_be_unknown():
+    """If rounding decides whether a gradient overflows, both the old and the new value are allowed."""
+
+    def function(x):
+        scaled = (x * x).astype(jnp.float16)
+        finite = jnp.all(jnp.isfinite(scaled)) & jnp.all(jnp.array([jnp.isfinite(x).all()]))
+        return jnp.where(finite, x - 1.0, x)
+
+    largest = float(jnp.finfo(jnp.float16).max)
+    for size in (largest**0.5 * 1.0001, 1e4):  # exact arithmetic does not overflow at all
+        _, _, noise, _ = claim(function, np.full((CASES, 2), size, np.float32))
+        np.testing.assert_array_equal(noise, np.inf)
+    actual, exact, noise, _ = claim(function, np.full((CASES, 2), 10.0, np.float32))
+    assert worst(actual, exact, noise) <= 1
+    assert (noise < 1e-2).all()
+
+
 def test_both_sides_of_a_kink_within_rounding_are_allowed():
     """If relu's input is within rounding of 0, its gradient may be 0 or 1."""
     x = normal(CASES)

@@ -160,3 +160,32 @@ def test_the_command_writes_a_file_or_reports_an_error_in_one_line(tmp_path, mon
     assert main(["record", target, "-o", str(tmp_path / "nowhere" / "x")]) == 2
     assert main(["record", target, "-o", str(file), "--replay", str(tmp_path / "none")]) == 2
     assert main(["record", target, "-o", str(file), "--seed", "-1"]) == 2
+
+
+def test_the_batches_are_multiples_that_the_step_accepts(tmp_path, monkeypatch):
+    """A subject declares them as ``rows``."""
+    (tmp_path / "split.py").write_text(SPLIT)
+    monkeypatch.setattr(recorder, "ROWS", (5,))
+    monkeypatch.setattr(recorder, "CASES", 4)
+    made = recorder.record(f"{tmp_path / 'split.py'}:subject", laws=False)
+    assert [rows for rows, _ in made.manifest["shapes"]] == [7]
+    assert made.manifest["notes"] == []
+    assert recorder.multiples((2, 5, 32), 4) == [4, 8, 32]
+    assert recorder.multiples((2, 5, 32), 24) == [24, 48, 72]
+    assert recorder.multiples((2, 5, 32), 1) == [2, 5, 32]
+
+
+SPLIT = """
+from dataclasses import replace
+from bnverify import reference
+
+whole = reference.sgd()
+
+
+def step(state, x, y, lr):
+    x.reshape(7, -1, x.shape[1])  # raises for other sizes
+    return whole.step(state, x, y, lr)
+
+
+subject = replace(whole, step=step, rows=7)
+"""
