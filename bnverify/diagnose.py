@@ -180,6 +180,7 @@ RULES: tuple[Rule, ...] = (
         lambda k: "update_of_another_trace" in k.clues,
         "traced again, the step has the same gradient but {update_of_another_trace} times the update",
     ),
+    Rule("drawn_outside_jax", lambda k: k.broke("a_fresh_trace_gives_the_same")),
     Rule("seed_not_truncated", lambda k: k.broke("float_seeds_act_as_their_integer_part")),
     Rule("eval_of_stale_state", lambda k: k.broke("solution_is_init_step_evaluate")),
     # Arguments without effect.

@@ -954,6 +954,26 @@ mistake(
     """,
 )
 mistake(
+    "differs_between_processes",
+    "the order of a set, the hash of a string, or a number drawn at import is part of the step",
+    "iterate over sorted(names), derive seeds with zlib.crc32(name.encode()) instead of hash(name), and draw "
+    "with jax.random",
+    "https://docs.python.org/3/reference/datamodel.html#object.__hash__",
+    looks="Runs with the same seed differ, and hosts of one cluster hold different params; within a process, "
+    "everything is repeatable.",
+    wrong="""
+        for name in {"stem", "body", "head"}:
+            key = jax.random.fold_in(seed, hash(name))
+            params[name] = init(key, shapes[name])
+    """,
+    right="""
+        for name in ("stem", "body", "head"):
+            place = zlib.crc32(name.encode())
+            key = jax.random.fold_in(seed, place)
+            params[name] = init(key, shapes[name])
+    """,
+)
+mistake(
     "hidden_state",
     "the result depends on something that is not an argument",
     "pass all state as arguments: under jit, Python side effects and globals only take effect in tracing",
