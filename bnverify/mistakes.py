@@ -1053,6 +1053,21 @@ mistake(
     """,
 )
 mistake(
+    "moments_used_before_averaged",
+    "each device normalises by the moments of its own shard, although the recorded statistics are averaged",
+    "average the moments inside the layer, before they are used: nn.BatchNorm(axis_name=...)",
+    looks="The statistics agree on all devices, but the eval loss is worse than the training loss, more so "
+    "with smaller shards.",
+    wrong="""
+        norm = nn.BatchNorm(not train)
+        ...
+        stats = jax.lax.pmean(stats, "data")
+    """,
+    right="""
+        norm = nn.BatchNorm(not train, axis_name="data")
+    """,
+)
+mistake(
     "unequal_shards",
     "the moments of shards with different numbers of rows are averaged with equal weights",
     "psum the sums and the row counts, and divide once; pmean gives every shard the same weight",
@@ -1295,7 +1310,7 @@ mistake(
 )
 mistake(
     "clipped_before_averaged",
-    "each device clips its own gradient, or uses its own statistics, before they are averaged",
+    "each device clips or rescales its own gradient before the gradients are averaged",
     "average over the devices first, then clip",
     "https://github.com/dmlc/gluon-nlp/pull/470",
     looks="The same batch gives a different update on more devices.",

@@ -18,7 +18,7 @@ from bnverify.laws import LAWS
 from bnverify.mistakes import MISTAKES
 from bnverify.parallel.check import FLAG, NAMES, environment, find, on_devices
 from bnverify.profile import named
-from tests.faults.parallel import PARALLEL_FAULTS, axis_name
+from tests.faults.parallel import PARALLEL_FAULTS, TWINS, axis_name
 
 REFERENCE = "tests.faults.parallel:reference"
 AXIS_NAME = "tests.faults.parallel:axis_name"
@@ -39,8 +39,8 @@ def on_four_devices(targets: list[str]) -> Found:
 
 @pytest.fixture(scope="module")
 def right() -> Found:
-    """The evidence on both references."""
-    return on_four_devices([REFERENCE, AXIS_NAME])
+    """The evidence on both references and the twins of some faults."""
+    return on_four_devices([REFERENCE, AXIS_NAME, *(f"{FAULTS}:{name}" for name in TWINS)])
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,13 @@ def test_flax_own_axis_name_holds(right: Found) -> None:
     """BatchNorm(axis_name) and pmean hold; what takes no padding is exempt from that law."""
     statuses = [each.status for each in right[AXIS_NAME].values()]
     assert statuses == ["held"] * 5 + ["exempt"]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_right_twin_holds(name: str, right: Found) -> None:
+    """A law that it violates is wrong."""
+    statuses = {each.status for each in right[f"{FAULTS}:{name}"].values()}
+    assert statuses <= {"held", "exempt"}
 
 
 @pytest.mark.nightly
