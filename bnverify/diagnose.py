@@ -474,6 +474,11 @@ RULES: tuple[Rule, ...] = (
         "the variance that {moments_of} records is {quantity}",
     ),
     Rule(
+        "wrong_moments",
+        lambda k: k.clue("moments", "scaled mean"),
+        "the mean that {moments_of} records is {moments_factor} times that of its input",
+    ),
+    Rule(
         "statistics_from_another_batch",
         lambda k: k.clue("moments", "other"),
         "the moments that {moments_of} records are not those of its input",
@@ -582,11 +587,20 @@ RULES: tuple[Rule, ...] = (
         "in this case, changing the statistics does not change the eval loss",
     ),
     Rule("division_by_zero_variance", lambda k: k.broke("eval_loss_is_finite")),
-    Rule("modes_differ", lambda k: k.broke(MODES) and k.clue("modes", "root in evaluation")),
+    Rule(
+        "losses_differ",
+        lambda k: k.broke(MODES) and k.clue("modes", "another loss"),
+        "both modes make the same predictions, but the eval loss is {modes_ratio} times the training loss",
+    ),
     Rule(
         "eval_in_train_mode",
         lambda k: k.broke(ROWS),
         "in evaluation, a row's prediction depends on the other rows",
+    ),
+    Rule(
+        "eval_ignores_variables",
+        lambda k: k.broke(MODES) and "unread" in k.clues,
+        "in the trace, the eval loss does not depend on {unread}",
     ),
     Rule(
         "modes_differ",

@@ -850,8 +850,24 @@ mistake(
 mistake(
     "modes_differ",
     "training and evaluation differ in more than the statistics they normalise by",
-    "use the same model, loss and epsilon in both; only use_running_average differs",
+    "use the same layers, constants and inputs in both; only use_running_average differs",
     looks="The eval loss differs from the training loss, even on the training batch.",
+    wrong="""
+        if train:
+            h = nn.BatchNorm(False, epsilon=1e-3)(h)
+        else:
+            h = nn.BatchNorm(True)(h)
+    """,
+    right="""
+        h = nn.BatchNorm(not train, epsilon=1e-3)(h)
+    """,
+)
+mistake(
+    "losses_differ",
+    "training and evaluation compute different losses of the same predictions",
+    "use one loss function in both, with the same reduction and factors",
+    looks="The eval loss differs from the training loss by a factor, or for large errors, even on the training "
+    "batch.",
     wrong="""
         train_loss = jnp.mean((out - y) ** 2) / 2
         eval_loss = jnp.mean((out - y) ** 2)
@@ -861,6 +877,20 @@ mistake(
             return jnp.mean((out - y) ** 2)
 
         train_loss, eval_loss = mse(out, y), mse(o, y)
+    """,
+)
+mistake(
+    "eval_ignores_variables",
+    "evaluation does not use some of the params or statistics of the training step",
+    "apply one model in both modes, with all of params and batch_stats",
+    looks="Training changes or records values that never affect the eval loss.",
+    wrong="""
+        stats = batch_stats["norm"]  # its mean is not used
+        h = h / jnp.sqrt(stats["var"] + eps)
+    """,
+    right="""
+        stats = batch_stats["norm"]
+        h = (h - stats["mean"]) / jnp.sqrt(stats["var"] + eps)
     """,
 )
 mistake(

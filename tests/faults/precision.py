@@ -255,7 +255,7 @@ small("reported_gradient_off", "wrong_gradient",
 small("reported_loss_off", "gradient_of_another_loss",
       "The reported training loss is slightly wrong.",
       report=lambda s, loss, grads: StepInfo(off(s, loss), grads))
-small("eval_loss_off", "modes_differ",
+small("eval_loss_off", "losses_differ",
       "The eval loss is slightly wrong.",
       evaluate=lambda s, state, x, y: off(s, s.right.evaluate(state, x, y)))
 small("learning_rate_off", "update_scaled",
