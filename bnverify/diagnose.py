@@ -310,6 +310,11 @@ RULES: tuple[Rule, ...] = (
         "with lr = 0 the new params do not depend on the old ones",
     ),
     Rule(
+        "decay_grows_params",
+        lambda k: k.clues.get("factor_at_rate_zero", 0) > 1,
+        "with lr = 0 the new params are {factor_at_rate_zero} times the old ones",
+    ),
+    Rule(
         "decay_outside_the_learning_rate",
         lambda k: "factor_at_rate_zero" in k.clues,
         "with lr = 0 the new params are {factor_at_rate_zero} times the old ones",
@@ -344,6 +349,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("learning_rate_ignored", lambda k: k.broke("zero_learning_rate_moves_nothing")),
     # The moving average.
+    Rule(
+        "sample_variance",
+        lambda k: k.clue("moments", "sample variance"),
+        "the variance of {moments_of} is {moments_factor} times the batch's, which is N / (N - 1)",
+    ),
     Rule("statistics_overflow", lambda k: k.broke("statistics_stay_finite")),
     Rule(
         "statistics_in_low_precision",
@@ -409,11 +419,6 @@ RULES: tuple[Rule, ...] = (
         "the momentum is {momentum}, which is {declared} in bfloat16",
     ),
     # The moments that enter the average.
-    Rule(
-        "sample_variance",
-        lambda k: k.clue("moments", "sample variance"),
-        "the variance of {moments_of} is {moments_factor} times the batch's, which is N / (N - 1)",
-    ),
     Rule(
         "statistics_from_another_batch",
         lambda k: k.clue("moments", "weights") and abs(k.clues.get("moments_factor", 0) + 1) < 1e-3,

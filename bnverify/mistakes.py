@@ -326,6 +326,23 @@ mistake(
     """,
 )
 mistake(
+    "decay_grows_params",
+    "weight decay has the wrong sign: it makes params grow",
+    "put optax.add_decayed_weights before the learning rate, which has the minus sign",
+    "https://github.com/google-deepmind/optax/issues/364",
+    looks="Params grow even where the gradient is 0, or at a learning rate of 0.",
+    wrong="""
+        tx = optax.chain(
+            optax.sgd(lr), optax.add_decayed_weights(1e-4)
+        )
+    """,
+    right="""
+        tx = optax.chain(
+            optax.add_decayed_weights(1e-4), optax.sgd(lr)
+        )
+    """,
+)
+mistake(
     "decay_outside_the_learning_rate",
     "params are decayed by a factor that the learning rate does not scale",
     "use optax.adamw, or add_decayed_weights inside the chain, masked to the kernels",

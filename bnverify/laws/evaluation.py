@@ -39,6 +39,7 @@ NUDGED = tuple(f"nudged_statistics_{pattern}" for pattern in range(NUDGES))
     mistakes=(
         "division_by_zero_variance",
         "statistics_overflow",
+        "sample_variance",
         "statistics_trained_as_params",
         "wrong_moments",
     ),

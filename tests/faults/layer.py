@@ -265,6 +265,10 @@ fault("sample_variance_normalises", "sample_variance",
 fault("sample_variance_throughout", "sample_variance",
       "Both the normalising and the recorded variance have divisor N - 1.",
       moments=sample_moments, minimal=(2, 1))
+fault("sample_variance_of_a_single_row", "sample_variance",
+      "The recorded variance is N / (N - 1) times the batch's, which is NaN for a batch of one row.",
+      recorded=lambda s, h, batch, layer: (batch[0], batch[1] * (len(h) / jnp.float32(len(h) - 1))),
+      blind=False, source="https://github.com/FluxML/Flux.jl/issues/1992")
 fault("root_forgotten_in_training", "modes_differ",
       "Training divides by the variance, evaluation by its root.",
       inverse_deviation=lambda s, var, train, layer:

@@ -261,7 +261,7 @@ small("eval_loss_off", "losses_differ",
 small("learning_rate_off", "update_scaled",
       "The learning rate of the optimizer is slightly wrong.",
       tx=lambda s, lr: s.optimizer(off(s, lr)))
-small("params_grow", "decay_outside_the_learning_rate",
+small("params_grow", "decay_grows_params",
       "The updated params are scaled slightly.",
       thread=lambda s, old, new: new._replace(params=tree_off(s, new.params)))
 of_layer("eval_mean_off", "modes_differ",
