@@ -332,14 +332,12 @@ mistake(
     "https://github.com/google-deepmind/optax/issues/364",
     looks="Params grow even where the gradient is 0, or at a learning rate of 0.",
     wrong="""
-        tx = optax.chain(
-            optax.sgd(lr), optax.add_decayed_weights(1e-4)
-        )
+        decay = optax.add_decayed_weights(1e-4)
+        tx = optax.chain(optax.sgd(lr), decay)
     """,
     right="""
-        tx = optax.chain(
-            optax.add_decayed_weights(1e-4), optax.sgd(lr)
-        )
+        decay = optax.add_decayed_weights(1e-4)
+        tx = optax.chain(decay, optax.sgd(lr))
     """,
 )
 mistake(
@@ -902,12 +900,13 @@ mistake(
     "apply one model in both modes, with all of params and batch_stats",
     looks="Training changes or records values that never affect the eval loss.",
     wrong="""
-        stats = batch_stats["norm"]  # its mean is not used
+        stats = batch_stats["norm"]
         h = h / jnp.sqrt(stats["var"] + eps)
     """,
     right="""
         stats = batch_stats["norm"]
-        h = (h - stats["mean"]) / jnp.sqrt(stats["var"] + eps)
+        h = h - stats["mean"]
+        h = h / jnp.sqrt(stats["var"] + eps)
     """,
 )
 mistake(

@@ -113,6 +113,7 @@ def test_nothing_is_said_of_a_usual_optimizer(optimizer: Callable[[Any], Any]) -
     ids=[
         "decay of all",
         "mask flipped",
+        "decay after the rate",
         "masked around all",
         "clip last",
         "decay before adam",

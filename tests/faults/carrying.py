@@ -307,8 +307,9 @@ fault("decay_outside_the_learning_rate", "decay_outside_the_learning_rate",
       source="https://github.com/google-deepmind/optax/issues/25")
 fault("decay_added_after_the_rate", "decay_grows_params",
       "The decay comes after the learning rate in the chain, and so without the minus sign.",
-      optimizer=lambda s, lr: optax.chain(optax.sgd(lr), optax.add_decayed_weights(DECAY)),
-      blind=False, source="https://github.com/google-deepmind/optax/issues/364")
+      optimizer=lambda s, lr: optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(lr)),
+      tx=lambda s, lr: optax.chain(optax.sgd(lr), optax.add_decayed_weights(DECAY)),
+      probed=False, blind=False, source="https://github.com/google-deepmind/optax/issues/364")
 fault("decay_of_norm_parameters", "decay_of_norm_parameters",
       "The declared decay excludes scale and bias; the one in use has no mask.",
       optimizer=masked_decay, probed=False,
