@@ -88,9 +88,10 @@ def _with_other_targets(observed: ObservedCase, train: float, own: float) -> Ite
 def _same_predictions(observed: ObservedCase, train: float, own: float) -> bool:
     """Return whether both modes make the same predictions, so that only their losses differ.
 
-    One of the losses must be quadratic in each target; its minimum is at the predictions. There the
-    other loss vanishes, too. Predictions that differ by a small d leave it at d^2, but explain only a
-    difference of the order of d between the losses.
+    They do if one loss is the same multiple of the other for all targets. Else one of the losses must be
+    quadratic in each target, with a minimum of 0 at the predictions, where the other loss vanishes, too.
+    Predictions that differ by a small d leave it at d^2, but explain only a difference of the order of
+    d between the losses.
     """
     if observed.rows > MOST_ROWS:
         return False
@@ -103,11 +104,17 @@ def _same_predictions(observed: ObservedCase, train: float, own: float) -> bool:
         return observed.loss_of(observed.own, y=y)
 
     apart = abs(own - train) / max(abs(own), abs(train))
+    y = observed.case.y
+    size = np.float32(1 + np.max(np.abs(y)))
+    pairs = [(trained(each), evaluated(each)) for each in (y + size, 2 * size - y)]
+    allowed = 0.01 * abs(own - train)
+    if apart > 1e-3 and all(abs(e * train - t * own) <= allowed * abs(t) for t, e in pairs):
+        return True
     left = max((0.03 * apart) ** 2, 1e-4 if apart > 0.1 else 0.0)
-    for loss, other, size in ((trained, evaluated, own), (evaluated, trained, train)):
-        least = _quadratic_minimum(loss, observed.case.y)
+    for loss, other, value in ((trained, evaluated, own), (evaluated, trained, train)):
+        least = _quadratic_minimum(loss, y)
         if least is not None:
-            return abs(other(least)) <= left * abs(size)
+            return abs(other(least)) <= left * abs(value)
     return False
 
 
