@@ -185,6 +185,15 @@ RULES: tuple[Rule, ...] = (
     Rule("eval_of_stale_state", lambda k: k.broke("solution_is_init_step_evaluate")),
     # Arguments without effect.
     Rule(
+        "eval_of_stale_state",
+        lambda k: (
+            k.broke("inputs_reach_the_evaluation")
+            and k.never_reads("eval_loss", "params")
+            and k.may_read("eval_loss", "extra")
+        ),
+        "in the trace, the eval loss depends on other values of the state instead of params",
+    ),
+    Rule(
         "inputs_ignored",
         lambda k: k.any("inputs_reach_the_params", "inputs_reach_the_evaluation"),
         "changing the inputs does not change the result",
