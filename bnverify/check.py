@@ -14,7 +14,7 @@ from importlib import metadata
 from typing import Any, TypeAlias
 
 from bnverify import compile_cache, proof
-from bnverify.clues import tree_clues
+from bnverify.clues import flow_clues, tree_clues
 from bnverify.diagnose import diagnosed
 from bnverify.errors import UsageError, did_you_mean
 from bnverify.evidence import READ_ONLY, Counterexample, Evidence, Report, Violation
@@ -287,7 +287,9 @@ class Check:
             clues = {}
             if broken := [each for each in results if each.status == "violated"]:
                 yield found.phase("looking for causes")
-                clues = runner.clues(broken, seed)
+                flows = self._reading.influence
+                of_flows = flow_clues(flows.leaves) if flows is not None else {}
+                clues = {**of_flows, **runner.clues(broken, seed)}
             for evidence in results:
                 # Without the dependency in the jaxpr the law stays violated; a run only adds a counterexample.
                 if evidence.status == "violated":

@@ -184,9 +184,19 @@ RULES: tuple[Rule, ...] = (
         lambda k: "update_of_another_trace" in k.clues,
         "traced again, the step has the same gradient but {update_of_another_trace} times the update",
     ),
+    Rule("drawn_outside_jax", lambda k: k.broke("a_fresh_trace_gives_the_same")),
     Rule("seed_not_truncated", lambda k: k.broke("float_seeds_act_as_their_integer_part")),
     Rule("eval_of_stale_state", lambda k: k.broke("solution_is_init_step_evaluate")),
     # Arguments without effect.
+    Rule(
+        "eval_of_stale_state",
+        lambda k: (
+            k.broke("inputs_reach_the_evaluation")
+            and k.never_reads("eval_loss", "params")
+            and k.may_read("eval_loss", "extra")
+        ),
+        "in the trace, the eval loss depends on other values of the state instead of params",
+    ),
     Rule(
         "inputs_ignored",
         lambda k: k.any("inputs_reach_the_params", "inputs_reach_the_evaluation"),
@@ -313,6 +323,11 @@ RULES: tuple[Rule, ...] = (
         "with lr = 0 the new params do not depend on the old ones",
     ),
     Rule(
+        "decay_grows_params",
+        lambda k: k.clues.get("factor_at_rate_zero", 0) > 1,
+        "with lr = 0 the new params are {factor_at_rate_zero} times the old ones",
+    ),
+    Rule(
         "decay_outside_the_learning_rate",
         lambda k: "factor_at_rate_zero" in k.clues,
         "with lr = 0 the new params are {factor_at_rate_zero} times the old ones",
@@ -347,6 +362,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("learning_rate_ignored", lambda k: k.broke("zero_learning_rate_moves_nothing")),
     # The moving average.
+    Rule(
+        "sample_variance",
+        lambda k: k.clue("moments", "sample variance"),
+        "the variance of {moments_of} is {moments_factor} times the batch's, which is N / (N - 1)",
+    ),
     Rule("statistics_overflow", lambda k: k.broke("statistics_stay_finite")),
     Rule(
         "statistics_in_low_precision",
@@ -413,11 +433,6 @@ RULES: tuple[Rule, ...] = (
     ),
     # The moments that enter the average.
     Rule(
-        "sample_variance",
-        lambda k: k.clue("moments", "sample variance"),
-        "the variance of {moments_of} is {moments_factor} times the batch's, which is N / (N - 1)",
-    ),
-    Rule(
         "statistics_from_another_batch",
         lambda k: k.clue("moments", "weights") and abs(k.clues.get("moments_factor", 0) + 1) < 1e-3,
         "{moments_of} records {moments_factor} times the mean of its input",
@@ -475,6 +490,11 @@ RULES: tuple[Rule, ...] = (
         "wrong_moments",
         lambda k: k.clue("moments", "another quantity"),
         "the variance that {moments_of} records is {quantity}",
+    ),
+    Rule(
+        "wrong_moments",
+        lambda k: k.clue("moments", "scaled mean"),
+        "the mean that {moments_of} records is {moments_factor} times that of its input",
     ),
     Rule(
         "statistics_from_another_batch",
@@ -585,11 +605,20 @@ RULES: tuple[Rule, ...] = (
         "in this case, changing the statistics does not change the eval loss",
     ),
     Rule("division_by_zero_variance", lambda k: k.broke("eval_loss_is_finite")),
-    Rule("modes_differ", lambda k: k.broke(MODES) and k.clue("modes", "root in evaluation")),
+    Rule(
+        "losses_differ",
+        lambda k: k.broke(MODES) and k.clue("modes", "another loss"),
+        "both modes make the same predictions, but the eval loss is {modes_ratio} times the training loss",
+    ),
     Rule(
         "eval_in_train_mode",
         lambda k: k.broke(ROWS),
         "in evaluation, a row's prediction depends on the other rows",
+    ),
+    Rule(
+        "eval_ignores_variables",
+        lambda k: k.broke(MODES) and "unread" in k.clues,
+        "in the trace, the eval loss does not depend on {unread}",
     ),
     Rule(
         "modes_differ",

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from bnverify.laws import LAWS
+from bnverify.laws.life import ANOTHER_PROCESS
 from bnverify.laws.mismatch import Mismatch
 from bnverify.mistakes import MISTAKES, Mistake
 from bnverify.model import Case
@@ -60,6 +61,9 @@ class Counterexample:
         """A Python script that reproduces the violation."""
         if self.history:
             return self._history_script()
+        if self.law == ANOTHER_PROCESS:
+            named = f"select=[{self.law!r}], target={self.target!r}"
+            return f"import bnverify\n\nprint(bnverify.verify({self._loaded}, {named}))\n"
         any_case = "bnverify.Case.of(seed=0, x=[[1.0]], y=[0.0], lr=0.1)"
         shown = self.case.code() if self.case is not None else any_case
         before = ""

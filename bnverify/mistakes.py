@@ -326,6 +326,21 @@ mistake(
     """,
 )
 mistake(
+    "decay_grows_params",
+    "weight decay has the wrong sign: it makes params grow",
+    "put optax.add_decayed_weights before the learning rate, which has the minus sign",
+    "https://github.com/google-deepmind/optax/issues/364",
+    looks="Params grow even where the gradient is 0, or at a learning rate of 0.",
+    wrong="""
+        decay = optax.add_decayed_weights(1e-4)
+        tx = optax.chain(optax.sgd(lr), decay)
+    """,
+    right="""
+        decay = optax.add_decayed_weights(1e-4)
+        tx = optax.chain(decay, optax.sgd(lr))
+    """,
+)
+mistake(
     "decay_outside_the_learning_rate",
     "params are decayed by a factor that the learning rate does not scale",
     "use optax.adamw, or add_decayed_weights inside the chain, masked to the kernels",
@@ -850,8 +865,24 @@ mistake(
 mistake(
     "modes_differ",
     "training and evaluation differ in more than the statistics they normalise by",
-    "use the same model, loss and epsilon in both; only use_running_average differs",
+    "use the same layers, constants and inputs in both; only use_running_average differs",
     looks="The eval loss differs from the training loss, even on the training batch.",
+    wrong="""
+        if train:
+            h = nn.BatchNorm(False, epsilon=1e-3)(h)
+        else:
+            h = nn.BatchNorm(True)(h)
+    """,
+    right="""
+        h = nn.BatchNorm(not train, epsilon=1e-3)(h)
+    """,
+)
+mistake(
+    "losses_differ",
+    "training and evaluation compute different losses of the same predictions",
+    "use one loss function in both, with the same reduction and factors",
+    looks="The eval loss differs from the training loss by a factor, or for large errors, even on the training "
+    "batch.",
     wrong="""
         train_loss = jnp.mean((out - y) ** 2) / 2
         eval_loss = jnp.mean((out - y) ** 2)
@@ -861,6 +892,21 @@ mistake(
             return jnp.mean((out - y) ** 2)
 
         train_loss, eval_loss = mse(out, y), mse(o, y)
+    """,
+)
+mistake(
+    "eval_ignores_variables",
+    "evaluation does not use some of the params or statistics of the training step",
+    "apply one model in both modes, with all of params and batch_stats",
+    looks="Training changes or records values that never affect the eval loss.",
+    wrong="""
+        stats = batch_stats["norm"]
+        h = h / jnp.sqrt(stats["var"] + eps)
+    """,
+    right="""
+        stats = batch_stats["norm"]
+        h = h - stats["mean"]
+        h = h / jnp.sqrt(stats["var"] + eps)
     """,
 )
 mistake(
@@ -954,6 +1000,26 @@ mistake(
     """,
 )
 mistake(
+    "differs_between_processes",
+    "the order of a set, the hash of a string, or a number drawn at import is part of the step",
+    "iterate over sorted(names), derive seeds with zlib.crc32(name.encode()) instead of hash(name), and draw "
+    "with jax.random",
+    "https://docs.python.org/3/reference/datamodel.html#object.__hash__",
+    looks="Runs with the same seed differ, and hosts of one cluster hold different params; within a process, "
+    "everything is repeatable.",
+    wrong="""
+        for name in {"stem", "body", "head"}:
+            key = jax.random.fold_in(seed, hash(name))
+            params[name] = init(key, shapes[name])
+    """,
+    right="""
+        for name in ("stem", "body", "head"):
+            place = zlib.crc32(name.encode())
+            key = jax.random.fold_in(seed, place)
+            params[name] = init(key, shapes[name])
+    """,
+)
+mistake(
     "hidden_state",
     "the result depends on something that is not an argument",
     "pass all state as arguments: under jit, Python side effects and globals only take effect in tracing",
@@ -1030,6 +1096,21 @@ mistake(
         mean = jax.lax.pmean(h.mean(0), "data")
         square = jax.lax.pmean((h**2).mean(0), "data")
         var = square - mean**2
+    """,
+)
+mistake(
+    "moments_used_before_averaged",
+    "each device normalises by the moments of its own shard, although the recorded statistics are averaged",
+    "average the moments inside the layer, before they are used: nn.BatchNorm(axis_name=...)",
+    looks="The statistics agree on all devices, but the eval loss is worse than the training loss, more so "
+    "with smaller shards.",
+    wrong="""
+        norm = nn.BatchNorm(not train)
+        ...
+        stats = jax.lax.pmean(stats, "data")
+    """,
+    right="""
+        norm = nn.BatchNorm(not train, axis_name="data")
     """,
 )
 mistake(
@@ -1275,7 +1356,7 @@ mistake(
 )
 mistake(
     "clipped_before_averaged",
-    "each device clips its own gradient, or uses its own statistics, before they are averaged",
+    "each device clips or rescales its own gradient before the gradients are averaged",
     "average over the devices first, then clip",
     "https://github.com/dmlc/gluon-nlp/pull/470",
     looks="The same batch gives a different update on more devices.",

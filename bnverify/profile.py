@@ -45,6 +45,7 @@ class Profile:
         examples: the number of explicit cases that Hypothesis draws.
         eager: the number of them that are also run without jit.
         large: the row counts of further shapes, beyond the default domain's limit.
+        processes: the number of other processes that load the step; each takes some 5 CPU seconds.
     """
 
     name: str
@@ -55,13 +56,14 @@ class Profile:
     examples: int = 10
     eager: int = 1
     large: tuple[int, ...] = ()
+    processes: int = 0
 
 
 PROFILES = {
     profile.name: profile
     for profile in (
         Profile("quick"),
-        Profile("ci", shapes=3, blocks=4, block=512, examples=60, eager=3),
+        Profile("ci", shapes=3, blocks=4, block=512, examples=60, eager=3, processes=1),
         Profile(
             "nightly",
             shapes=10,
@@ -70,6 +72,7 @@ PROFILES = {
             examples=500,
             eager=10,
             large=(1000, 100_000),
+            processes=4,
         ),
     )
 }

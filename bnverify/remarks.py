@@ -66,7 +66,9 @@ def _of_optimizer(subject: Subject) -> Iterator[str]:
     layers = {path.rpartition("/")[0] for path in _paths(state.batch_stats)}
     at_zero, at_one = (dict(zip(paths, each, strict=True)) for each in answers)
     decayed = {path for path, update in at_zero.items() if np.any(update != 0)}
-    if of_norms := {path for path in decayed if path.rpartition("/")[0] in layers}:
+    if decayed and all(np.all(at_zero[path] > 0) for path in decayed):
+        yield _line(f"a gradient of 0 enlarges {_listed(decayed)}", "decay_grows_params")
+    elif of_norms := {path for path in decayed if path.rpartition("/")[0] in layers}:
         yield _line(f"a gradient of 0 changes {_listed(of_norms)}", "decay_of_norm_parameters")
     # An adaptive optimizer that receives the decay as a gradient makes it an update of constant size.
     at_four = asked(subject.optimizer, state.params, (0.0,), 1.0, at=4.0) if decayed else None

@@ -19,7 +19,7 @@ from bnverify.mistakes import MISTAKES
 from bnverify.parallel.check import FLAG, NAMES, check_parallel, environment, find, on_devices
 from bnverify.profile import named
 from tests.faults import parallel as faults
-from tests.faults.parallel import PARALLEL_FAULTS, axis_name
+from tests.faults.parallel import PARALLEL_FAULTS, TWINS, axis_name
 
 REFERENCE = "tests.faults.parallel:reference"
 AXIS_NAME = "tests.faults.parallel:axis_name"
@@ -40,8 +40,8 @@ def on_four_devices(targets: list[str]) -> Found:
 
 @pytest.fixture(scope="module")
 def right() -> Found:
-    """The evidence on both references."""
-    return on_four_devices([REFERENCE, AXIS_NAME])
+    """The evidence on both references and the twins of some faults."""
+    return on_four_devices([REFERENCE, AXIS_NAME, *(f"{FAULTS}:{name}" for name in TWINS)])
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,13 @@ def test_each_device_gets_a_number_of_rows_that_the_step_accepts(multiple: int) 
     by_law = {each.law: each for each in found}
     assert by_law[VMAP].status == "held", by_law[VMAP].reason
     assert not [each for each in found if each.status == "violated"]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_right_twin_holds(name: str, right: Found) -> None:
+    """A law that it violates is wrong."""
+    statuses = {each.status for each in right[f"{FAULTS}:{name}"].values()}
+    assert statuses <= {"held", "exempt"}
 
 
 @pytest.mark.nightly

@@ -102,6 +102,10 @@ def test_nothing_is_said_of_a_usual_optimizer(optimizer: Callable[[Any], Any]) -
     [
         (lambda lr: optax.adamw(lr, weight_decay=1e-2), "decay_of_norm_parameters"),
         (lambda lr: optax.adamw(lr, mask=is_not_kernel), "decay_of_norm_parameters"),
+        (
+            lambda lr: optax.chain(optax.sgd(lr), optax.add_decayed_weights(1e-2)),
+            "decay_grows_params",
+        ),
         (lambda lr: optax.masked(optax.sgd(lr), is_kernel), "mask_hands_gradients_on"),
         (lambda lr: optax.chain(optax.adam(lr), optax.clip_by_global_norm(1.0)), "updates_clipped"),
         (lambda lr: optax.chain(kernels_decayed(), optax.adam(lr)), "decay_coupled"),
@@ -120,6 +124,7 @@ def test_nothing_is_said_of_a_usual_optimizer(optimizer: Callable[[Any], Any]) -
     ids=[
         "decay of all",
         "mask flipped",
+        "decay after the rate",
         "masked around all",
         "clip last",
         "decay before adam",

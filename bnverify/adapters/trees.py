@@ -146,6 +146,11 @@ def layout(
             rest.append(path)
         else:
             found[part].append(path)
+    for copy in _copies(found, things):
+        for part in (PARAMS, STATISTICS):
+            inside = [path for path in found[part] if path[:-1] == copy]
+            found[part] = [path for path in found[part] if path not in inside]
+            rest += [leaf for path in inside for leaf in _leaves(path, at(things, path))]
     for part, wanted in paths.items():
         if not found[part] and part != STATISTICS:
             near = did_you_mean("/".join(wanted), map(str, _places(things)))
@@ -192,6 +197,34 @@ def _walk(
                 pending.append(((*path, name), child, hint))
         elif not _is_empty(node):
             yield path, None
+
+
+def _copies(found: Mapping[str, Sequence[Path]], things: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the path of each copy of a network's variables that no optimizer trains.
+
+    The network has its optimizer's state beside its params. The copy is deeper in the same state, as
+    ``ema`` in ``(params, batch_stats, opt_state, ema)``, and its params have the same names and shapes.
+    """
+    trained = {path[:-1] for path in found[OPTIMIZER]}
+    for path in found[PARAMS]:
+        for own in found[PARAMS]:
+            deeper = len(path) > len(own) and path[: len(own) - 1] == own[:-1]
+            alone = own[:-1] in trained and path[:-1] not in trained
+            if deeper and alone and _shapes(at(things, path)) == _shapes(at(things, own)):
+                yield path[:-1]
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: jnp.shape(leaf) for name, leaf in by_path(tree).items()}
+
+
+def _leaves(path: Path, node: Any) -> Iterator[Path]:
+    """Yield the paths of the leaves of a node."""
+    children, _ = _children(node)
+    for name, child in children:
+        yield from _leaves((*path, name), child)
+    if not children and not _is_empty(node):
+        yield path
 
 
 def _part(path: Path, node: Any, told: Mapping[str, Path]) -> str | None:

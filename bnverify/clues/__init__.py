@@ -12,7 +12,7 @@ read, so a clue alone never reports anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from bnverify.model import Case, Transition
 from bnverify.observe import FEW_ROWS, CompiledSubject, observe
 from bnverify.pytree import path_name, stack
 
-__all__ = ["Clues", "general_cases", "read_clues", "tree_clues"]
+__all__ = ["Clues", "flow_clues", "general_cases", "read_clues", "tree_clues"]
 
 OPTIMIZER_LAWS = frozenset({"params_follow_the_optimizer", "optimizer_state_follows_the_optimizer"})
 DOUBLING = "doubling_the_batch_changes_nothing"
@@ -113,6 +113,24 @@ def tree_clues(t: Transition) -> Clues:
     if kind:
         found |= {"statistics_tree": kind, "statistics_tree_leaves": leaves}
     return found
+
+
+def flow_clues(leaves: Mapping[str, Collection[str]]) -> Clues:
+    """Return which variables of the training step cannot affect the eval loss, as the trace proves.
+
+    Args:
+        leaves: output leaf -> the input leaves that may affect it.
+    """
+    if "eval_loss" not in leaves:
+        return {}
+    trained = [name for name in leaves.get("loss", ()) if name.startswith("params/")]
+    recorded = [
+        name
+        for name, sources in leaves.items()
+        if name.startswith("batch_stats/") and "x" in sources
+    ]
+    unread = sorted({*trained, *recorded} - {*leaves["eval_loss"]})
+    return {"unread": unread} if unread else {}
 
 
 def _compared(actual: Any, expected: Any) -> tuple[str, list[str]]:

@@ -204,7 +204,16 @@ class _Layer:
         mean, var, own_mean, own_var = ordered
         if equal(mean, own_mean, self.size[0], LOOSE) and equal(var, own_var, self.size[1], LOOSE):
             return {"moments": "channels in another order"}
-        return {"moments": "other"}
+        return self._scaled_mean() or {"moments": "other"}
+
+    def _scaled_mean(self) -> Clues:
+        """Recognise a mean whose divisor is not the number of values: a multiple in all channels."""
+        recorded, square = self.recorded[0], float(np.sum(self.mean**2))
+        factor = float(np.sum(recorded * self.mean)) / square if square else 0.0
+        fits = equal(recorded, factor * self.mean, self.size[0], LOOSE)
+        if self.mean.size > 1 and fits and abs(factor) > LOOSE and abs(factor - 1) > LOOSE:
+            return {"moments": "scaled mean", "moments_factor": factor}
+        return {}
 
     @property
     def _own(self) -> tuple[Any, Any]:

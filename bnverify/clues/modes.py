@@ -52,8 +52,8 @@ def _explanations(observed: ObservedCase, train: float, own: float) -> Iterator[
     if rows > 1 and len(np.unique(observed.case.y)) > 1:
         yield from _with_other_targets(observed, train, own)
     yield from _with_rounding(observed, train, own)
-    if _same(own**2, train):
-        yield "root in evaluation"
+    if _same(own**2, train) or _same_predictions(observed, train, own):
+        yield "another loss"
     yield from _with_other_moments(observed, train, own)
     if _same(_mean_of_rows(observed), train):
         yield "rows by themselves"
@@ -83,6 +83,60 @@ def _with_other_targets(observed: ObservedCase, train: float, own: float) -> Ite
         yield "broadcast in evaluation"
     if _same(at_mean, train) or _same(observed.loss_of(observed.own, y=np.zeros_like(y)), train):
         yield "targets replaced"
+
+
+def _same_predictions(observed: ObservedCase, train: float, own: float) -> bool:
+    """Return whether both modes make the same predictions, so that only their losses differ.
+
+    They do if one loss is the same multiple of the other for all targets. Else one of the losses must be
+    quadratic in each target, with a minimum of 0 at the predictions, where the other loss vanishes, too.
+    Predictions that differ by a small d leave it at d^2, but explain only a difference of the order of
+    d between the losses.
+    """
+    if observed.rows > MOST_ROWS:
+        return False
+
+    def trained(y: Any) -> float:
+        case = observed.case._replace(y=y)
+        return float(np.ravel(observed.calls.step(observed.t.before, case).info.loss)[0])
+
+    def evaluated(y: Any) -> float:
+        return observed.loss_of(observed.own, y=y)
+
+    apart = abs(own - train) / max(abs(own), abs(train))
+    y = observed.case.y
+    size = np.float32(1 + np.max(np.abs(y)))
+    pairs = [(trained(each), evaluated(each)) for each in (y + size, 2 * size - y)]
+    allowed = 0.01 * abs(own - train)
+    if apart > 1e-3 and all(abs(e * train - t * own) <= allowed * abs(t) for t, e in pairs):
+        return True
+    left = max((0.03 * apart) ** 2, 1e-4 if apart > 0.1 else 0.0)
+    for loss, other, value in ((trained, evaluated, own), (evaluated, trained, train)):
+        least = _quadratic_minimum(loss, y)
+        if least is not None:
+            return abs(other(least)) <= left * abs(value)
+    return False
+
+
+def _quadratic_minimum(loss: Callable[[Any], float], y: Any) -> Any:
+    """Return the targets at which a loss that is quadratic in each of them is 0; None if there are none.
+
+    Args:
+        loss: targets (1, N) -> the loss.
+        y: the targets around which it is evaluated.
+    """
+    middle, size = loss(y), np.float32(1 + np.max(np.abs(y)))
+    least = y.astype(np.float64)
+    for row in range(y.shape[-1]):
+        shift = np.zeros_like(y)
+        shift[..., row] = size
+        up, down = loss(y + shift), loss(y - shift)
+        curvature = up + down - 2 * middle
+        if not curvature > LOOSE * abs(middle):
+            return None
+        least[..., row] -= size * (up - down) / (2 * curvature)
+    found = least.astype(y.dtype)
+    return found if abs(loss(found)) <= LOOSE * abs(middle) else None
 
 
 def _with_rounding(observed: ObservedCase, train: float, own: float) -> Iterator[str]:

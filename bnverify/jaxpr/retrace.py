@@ -1,9 +1,9 @@
-"""Trace a step a second time, as another process would, and compare the results."""
+"""Evaluate a step on one batch in float64, and compare the results of two traces or two processes."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -42,48 +42,80 @@ def changed_by_tracing(tracer: Tracer, rows: int, features: int) -> list[str]:
         rows: N of the batch.
         features: D of the batch.
     """
+    first = computed(tracer, rows, features)
+    second = computed(tracer, rows, features, anew=True, state=first["init"])
+    return differences(by_leaf(first), by_leaf(second), "when it is traced again")
+
+
+def computed(
+    tracer: Tracer, rows: int, features: int, *, anew: bool = False, state: Any = None
+) -> dict[str, Any]:
+    """Return what ``init`` and ``step`` compute on one batch, evaluated in float64.
+
+    Args:
+        tracer: the subject's tracer.
+        rows: N of the batch.
+        features: D of the batch.
+        anew: whether to trace both functions again.
+        state: the state that the step is given; None: the one that ``init`` makes.
+
+    Returns:
+        "init" -> a State, "step" -> an Outcome.
+    """
+
+    def program(name: str, function: Callable[..., Any], *types: Any) -> Any:
+        if not anew:
+            return tracer.trace(name, function, *types)
+        with traced_anew():
+            return trace(partial(function), *types)
+
     subject, case = tracer.subject, tracer.batch(rows, features)
     rng = np.random.default_rng(0)
     x, y = (rng.normal(size=leaf.shape).astype(np.float32) for leaf in (case.x, case.y))
-    start = case.seed, tracer.init_batch(case.x)
-    state, found = _twice(tracer, "init", subject.init, start, (np.int32(1), tracer.init_batch(x)))
+    init = program("init", subject.init, case.seed, tracer.init_batch(case.x))
+    made = evaluate(init, np.int32(1), tracer.init_batch(x))
     types = tracer.state(rows, features), case.x, case.y, case.lr
-    given = state, x, y, np.float32(0.1)
-    _, further = _twice(tracer, "step", subject.step, types, given)
-    return [*found, *further]
+    step = program("step", subject.step, *types)
+    given = made if state is None else state
+    return {"init": made, "step": Outcome(*evaluate(step, given, x, y, np.float32(0.1)))}
 
 
-def _twice(
-    tracer: Tracer, name: str, function: Callable[..., Any], types: Any, args: Any
-) -> tuple[Any, list[str]]:
-    """Return the result of a function, and the leaves in which that of a second trace differs."""
-    first = tracer.trace(name, function, *types)
-    with traced_anew():
-        second = trace(partial(function), *types)
-    one, other = evaluate(first, *args), evaluate(second, *args)
-    if name == "step":
-        one, other = Outcome(*one), Outcome(*other)
-    leaves, others = jax.tree_util.tree_leaves(one), jax.tree_util.tree_leaves(other)
-    if jax.tree_util.tree_structure(one) != jax.tree_util.tree_structure(other):
-        return one, [f"{name} returns another tree structure when it is traced again"]
-    found = []
-    for leaf, a, b in zip(leaf_names(one), leaves, others, strict=True):
+def by_leaf(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return "init: params/..." or "step: state/..." -> array, for each leaf of some results."""
+    return {
+        f"{name}: {path}": leaf
+        for name, tree in results.items()
+        for path, leaf in zip(leaf_names(tree), jax.tree_util.tree_leaves(tree), strict=True)
+    }
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], where: str) -> list[str]:
+    """Return the differences between two results by leaf, one line each.
+
+    Args:
+        one: name of a leaf -> its array.
+        other: the same for the other result.
+        where: what is special about the other result: "when it is traced again".
+    """
+    found = [f"{leaf} exists only in the first trace" for leaf in one if leaf not in other]
+    found += [f"{leaf} exists only {where}" for leaf in other if leaf not in one]
+    for leaf, a in one.items():
+        b = other.get(leaf)
+        if b is None:
+            continue
         apart = _apart(a, b) if a.shape == b.shape else None
         if apart is None:
-            found.append(
-                f"{name}: {leaf} has shape {a.shape}, and {b.shape} when it is traced again"
-            )
+            found.append(f"{leaf} has shape {a.shape}, and {b.shape} {where}")
         elif apart.any():
             index = tuple(int(i) for i in np.argwhere(apart)[0])
             entry = f"{leaf}[{', '.join(map(str, index))}]" if index else leaf
-            values = f"{a[index]:.9g}, and {b[index]:.9g} when it is traced again"
-            found.append(f"{name}: {entry} is {values}")
-    return one, found
+            found.append(f"{entry} is {a[index]:.9g}, and {b[index]:.9g} {where}")
+    return found
 
 
 def _apart(a: Any, b: Any) -> Any:
     """Return where two arrays differ by more than the order of operations explains."""
-    if a.dtype.kind != "f":
+    if a.dtype.kind != "f" or b.dtype.kind != "f":
         return np.asarray(a != b)
     allowed = SAME * np.max(np.abs(a), initial=0.0, where=np.isfinite(a))
     return ~((np.abs(a - b) <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b)))

@@ -226,7 +226,7 @@ def loss_reads_params_and_inputs(t: Transition) -> Any:
     never="changing x never changed the eval loss",
     observes=("eval:other_inputs",),
     must_reach=(("eval_loss", "x"),),
-    mistakes=("inputs_ignored",),
+    mistakes=("inputs_ignored", "eval_of_stale_state"),
     source="an eval loss depends on the model's predictions",
 )
 def inputs_reach_the_evaluation(t: Transition) -> Any:

@@ -159,10 +159,11 @@ def beyond_one_step(
     *,
     mistakes: Iterable[str],
     source: str,
+    derivation: str = "",
 ) -> None:
     """Register a law that takes more than one transition to judge; see :class:`Law`.
 
     Raises:
         ValueError: a law of that name exists.
     """
-    _register(Law(name, family, family, claim, mistakes=tuple(mistakes), source=source))
+    _register(Law(name, family, family, claim, derivation, mistakes=tuple(mistakes), source=source))

@@ -28,6 +28,8 @@ from bnverify.model import Case, State
 from bnverify.pytree import form, is_floating, path_name
 from bnverify.reruns import RERUNS
 
+ANOTHER_PROCESS = "another_process_computes_the_same"
+
 FLAX_SAVING = "Flax, saving and loading checkpoints: flax.serialization"
 
 beyond_one_step(
@@ -64,6 +66,16 @@ beyond_one_step(
     "A run continues bit-identically when the step is traced again, as in a new process.",
     mistakes=("hidden_state",),
     source="JAX, pure functions: state that is not an argument is lost with the process",
+)
+beyond_one_step(
+    "life",
+    ANOTHER_PROCESS,
+    "In another process, init and the step compute the same as in this one.",
+    mistakes=("differs_between_processes", "drawn_outside_jax", "hidden_state"),
+    source="Python, object.__hash__: https://docs.python.org/3/reference/datamodel.html#object.__hash__",
+    derivation="With the profiles ci and nightly, other processes load the target with other hash seeds, and "
+    "trace init and the step. Their traces and those of this process are evaluated in float64 on one batch, "
+    "so that only a different order of operations is allowed for: 1e-9 of a leaf's largest entry.",
 )
 beyond_one_step(
     "life",

@@ -12,6 +12,7 @@ SYNCHRONISED = "Flax, BatchNorm: axis_name; https://github.com/google/flax/issue
 
 WRONG = (
     "statistics_not_synchronised",
+    "moments_used_before_averaged",
     "variances_averaged",
     "gradients_not_synchronised",
     "gradients_summed",

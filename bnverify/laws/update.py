@@ -49,6 +49,7 @@ OPTAX = "Optax, apply_updates: https://optax.readthedocs.io/en/latest/api/apply_
         "decay_of_norm_parameters",
         "wrong_gradient",
         "decay_outside_the_learning_rate",
+        "decay_grows_params",
         "optimizer_reinitialised",
         "learning_rate_ignored",
         "params_of_another_state",
@@ -173,6 +174,7 @@ def optimizer_state_follows_the_optimizer(t: Transition) -> Any:
     mistakes=(
         "learning_rate_ignored",
         "decay_outside_the_learning_rate",
+        "decay_grows_params",
         "params_of_another_state",
         "low_precision",
         "wrong_sign",
@@ -301,6 +303,7 @@ def optimizer_follows_its_paper(t: Transition) -> list[str]:
         "wrong_gradient",
         "decay_of_norm_parameters",
         "decay_outside_the_learning_rate",
+        "decay_grows_params",
         "params_of_another_state",
         "hidden_state",
         "learning_rate_applied_twice",

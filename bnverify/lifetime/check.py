@@ -21,6 +21,8 @@ from bnverify.errors import did_you_mean, first_line
 from bnverify.evidence import Call, Evidence, Violation
 from bnverify.laws import LAWS
 from bnverify.laws.arithmetic import floats
+from bnverify.laws.life import ANOTHER_PROCESS
+from bnverify.lifetime import process
 from bnverify.lifetime.life import COPIES, EVALUATED, FOLDED, Life, Record, exemption, ways
 from bnverify.model import Case, CheckpointedSubject, Shape, Subject
 from bnverify.observe import CompiledSubject
@@ -173,6 +175,7 @@ class Lives:
         compile_cache.enable()
         self._forget()
         exempt = {name: exemption(name, self._subject) for name in self._names}
+        declared = exempt.pop(ANOTHER_PROCESS, None)
         missing = ""
         if not all(exempt.values()):
             try:
@@ -182,7 +185,18 @@ class Lives:
             else:
                 self._live_all(seed, shape)
                 exempt = {name: exempt[name] or self._missing(name, shape) for name in exempt}
-        return [self._evidence(name, exempt[name], missing) for name in self._names]
+        return [
+            self._in_another_process(declared)
+            if name == ANOTHER_PROCESS
+            else self._evidence(name, exempt[name], missing)
+            for name in self._names
+        ]
+
+    def _in_another_process(self, declared: str | None) -> Evidence:
+        """Return the evidence for the law that needs other processes instead of sequences."""
+        if declared is not None:
+            return Evidence.of(ANOTHER_PROCESS, "exempt", reason=declared)
+        return process.compared(self._calls.tracer, self._target, self._plan.processes)
 
     def _missing(self, name: str, shape: Shape) -> str | None:
         """Return why a law cannot be checked on the subject; None if it can."""

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -30,7 +30,7 @@ from bnverify.laws.mismatch import factor
 from bnverify.lazy import jax
 from bnverify.model import Case, Domain, Parallel, Transition, Tree
 from bnverify.observe import CompiledSubject, observe
-from bnverify.parallel.modes import MODES, PMAP, UNEQUAL, has_pmap
+from bnverify.parallel.modes import MODES, PMAP, UNEQUAL, has_pmap, split
 from bnverify.profile import Profile, ProfileName, named
 from bnverify.pytree import path_name, stack, take
 from bnverify.runs import Tally
@@ -53,6 +53,9 @@ Multiplied by ``Subject.rows``, so that each device has a number of rows that th
 
 MOST = 64
 """The most cases of a shape."""
+
+EXPLAINED = 0.01
+"""The largest share of a difference that its explanation may leave unexplained."""
 
 BLOCK = 16
 """The number of cases in a stack on one device."""
@@ -277,7 +280,66 @@ class Check:
             shows = law == mode or (law == REPLICAS and MODES[mode].replicated)
             if shows and (seen := self._seen(mode, t)) is not None:
                 for place in map(int, np.flatnonzero(seen.judged()[law] > 1)):
-                    yield place, Broken(cases[place], *_explained(law, seen, place))
+                    yield place, Broken(cases[place], *self._explained(law, seen, place))
+
+    def _explained(self, law: str, seen: Seen, index: int) -> tuple[str, str]:
+        """Return the most likely mistake in one case, and how its outcome differs."""
+        apart = [path for path, differ in seen.disagreeing().items() if differ[index]]
+        trees = {path.partition("/")[0] for path in apart}
+        if law == REPLICAS:
+            synchronised = "gradients" if "batch_stats" not in trees else "statistics"
+            differs = f"{', '.join(apart[:3])} differs between devices"
+            return f"{synchronised}_not_synchronised", differs
+        off = {name: part[index] for name, part in seen.parts().items() if part[index] > 1}
+        said = [f"{name}: the error is {factor(by)} the tolerance" for name, by in off.items()]
+        return self._mistake(seen, index, set(off), trees), "; ".join(said)
+
+    def _mistake(self, seen: Seen, index: int, off: set[str], apart: set[str]) -> str:
+        """Return the most likely mistake, from the wrong trees and those that differ between devices."""
+        if seen.mode == UNEQUAL:
+            return "unequal_shards" if "batch_stats" in off else "mean_of_means"
+        wrong = seen.statistics_off(index) if "batch_stats" in off else set()
+        kinds: tuple[tuple[str, Callable[[], bool]], ...] = (
+            (
+                "statistics_not_synchronised",
+                lambda: "batch_stats" in apart or bool(wrong - {"var"}),
+            ),
+            (
+                "moments_used_before_averaged",
+                lambda: "loss" in off and self._normalises_alone(seen, index),
+            ),
+            # Averaged variances omit the variance of the devices' means; the means are right.
+            ("variances_averaged", lambda: bool(wrong)),
+            ("gradients_not_synchronised", lambda: not apart.isdisjoint({"params", "opt_state"})),
+            ("mean_of_means", lambda: off == {"loss"}),
+            ("gradients_summed", lambda: _is_summed(seen, index)),
+            (
+                "clipped_before_averaged",
+                lambda: "loss" not in off and self._is_right_for_equal_shards(seen, index),
+            ),
+        )
+        return next((mistake for mistake, fits in kinds if fits()), "wrong_gradient")
+
+    def _normalises_alone(self, seen: Seen, index: int) -> bool:
+        """Return whether the loss is the mean of those that each shard has on one device, by itself."""
+        case, before = take((seen.t.case, seen.t.before), index)
+        shards = [
+            case._replace(x=x, y=y) for x, y in zip(split(case.x), split(case.y), strict=True)
+        ]
+        try:
+            alone = self._calls.step(stack([before] * DEVICES), stack(shards)).info.loss
+        except Exception:  # noqa: BLE001 - a user's step may refuse so few rows
+            return False
+        reported, expected = (np.mean(wide(info.loss[index])) for info in (seen.info, seen.t.info))
+        left = abs(reported - np.mean(wide(alone)))
+        return bool(left <= EXPLAINED * abs(reported - expected))
+
+    def _is_right_for_equal_shards(self, seen: Seen, index: int) -> bool:
+        """Return whether the step is right if all shards are equal, when averages change nothing."""
+        case = take(seen.t.case, index)
+        x, y = (np.concatenate([split(rows)[0]] * DEVICES) for rows in (case.x, case.y))
+        again = self._seen(seen.mode, self._on_one_device(stack([case._replace(x=x, y=y)])))
+        return again is not None and bool(again.judged()[seen.mode][0] <= 1)
 
     def evidence(self, name: str) -> Evidence:
         """Return the evidence for a law."""
@@ -413,33 +475,6 @@ def _disagree(leaf: Any) -> npt.NDArray[np.bool_]:
     bits = np.ascontiguousarray(leaf.reshape(cases, devices, -1)).view(np.uint8)
     differ: npt.NDArray[np.bool_] = np.any(bits != bits[:, :1], axis=(1, 2))
     return differ
-
-
-def _explained(law: str, seen: Seen, index: int) -> tuple[str, str]:
-    """Return the most likely mistake in one case, and how its outcome differs."""
-    apart = [path for path, differ in seen.disagreeing().items() if differ[index]]
-    trees = {path.partition("/")[0] for path in apart}
-    if law == REPLICAS:
-        synchronised = "gradients" if "batch_stats" not in trees else "statistics"
-        return f"{synchronised}_not_synchronised", f"{', '.join(apart[:3])} differs between devices"
-    off = {name: part[index] for name, part in seen.parts().items() if part[index] > 1}
-    said = [f"{name}: the error is {factor(by)} the tolerance" for name, by in off.items()]
-    return _mistake(law, seen, index, set(off), trees), "; ".join(said)
-
-
-def _mistake(law: str, seen: Seen, index: int, off: set[str], apart: set[str]) -> str:
-    """Return the most likely mistake, from the wrong trees and those that differ between devices."""
-    if law == UNEQUAL:
-        return "unequal_shards" if "batch_stats" in off else "mean_of_means"
-    if "batch_stats" in off | apart:
-        # Averaged variances omit the variance of the devices' means; the means are right.
-        averaged = "batch_stats" not in apart and seen.statistics_off(index) == {"var"}
-        return "variances_averaged" if averaged else "statistics_not_synchronised"
-    if apart & {"params", "opt_state"}:
-        return "gradients_not_synchronised"
-    if off == {"loss"}:
-        return "mean_of_means"
-    return "gradients_summed" if _is_summed(seen, index) else "wrong_gradient"
 
 
 def _is_summed(seen: Seen, index: int) -> bool:

@@ -305,6 +305,11 @@ fault("decay_outside_the_learning_rate", "decay_outside_the_learning_rate",
       "Every step shrinks the params by one percent, even at a learning rate of zero.",
       thread=carried(params=lambda old, new: mapped(lambda leaf: (1 - DECAY) * leaf, new)),
       source="https://github.com/google-deepmind/optax/issues/25")
+fault("decay_added_after_the_rate", "decay_grows_params",
+      "The decay comes after the learning rate in the chain, and so without the minus sign.",
+      optimizer=lambda s, lr: optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(lr)),
+      tx=lambda s, lr: optax.chain(optax.sgd(lr), optax.add_decayed_weights(DECAY)),
+      probed=False, blind=False, source="https://github.com/google-deepmind/optax/issues/364")
 fault("decay_of_norm_parameters", "decay_of_norm_parameters",
       "The declared decay excludes scale and bias; the one in use has no mask.",
       optimizer=masked_decay, probed=False,

@@ -17,6 +17,7 @@ from tests.faults.steps import (
     masked_adamw,
     masked_decay,
     momentum,
+    of_two_positions,
 )
 
 
@@ -60,6 +61,9 @@ control("no_bias_before_norm", "The Dense before BatchNorm has no bias.", bias=F
 control("handwritten", "BatchNorm written out by hand.", HandwrittenNorm)
 control("handwritten_slow_variance", "BatchNorm written out by hand, the variance in two passes.",
         HandwrittenNorm, fast_variance=False)
+control("handwritten_over_two_positions",
+        "The moments are over two positions of each row, and the divisor counts both.",
+        HandwrittenNorm, moments=lambda s, h, layer: of_two_positions(h, 2 * len(h)))
 control("handwritten_two_layers", "Two handwritten layers.", HandwrittenNorm, layers=2)
 control("one_call", "Has the one-call function as well.", WithSolution)
 

@@ -21,6 +21,7 @@ from tests.faults.steps import (
     carried,
     edited,
     masked_decay,
+    of_two_positions,
     rounded,
 )
 
@@ -264,6 +265,10 @@ fault("sample_variance_normalises", "sample_variance",
 fault("sample_variance_throughout", "sample_variance",
       "Both the normalising and the recorded variance have divisor N - 1.",
       moments=sample_moments, minimal=(2, 1))
+fault("sample_variance_of_a_single_row", "sample_variance",
+      "The recorded variance is N / (N - 1) times the batch's, which is NaN for a batch of one row.",
+      recorded=lambda s, h, batch, layer: (batch[0], batch[1] * (len(h) / jnp.float32(len(h) - 1))),
+      blind=False, source="https://github.com/FluxML/Flux.jl/issues/1992")
 fault("root_forgotten_in_training", "modes_differ",
       "Training divides by the variance, evaluation by its root.",
       inverse_deviation=lambda s, var, train, layer:
@@ -283,6 +288,10 @@ fault("scale_ignored", "wrong_gradient",
           s.right.standardise(h, moments, (1.0, affine[1]), train, layer),
       minimal=(2, 1),
       tolerated="equivalent to a layer without a scale: the unused leaf has no gradient and does not change")
+fault("mask_counted_before_it_is_broadcast", "wrong_moments",
+      "The sums run over two positions of each row, but the mask that counts them has one.",
+      moments=lambda s, h, layer: of_two_positions(h, len(h)), blind=False,
+      source="https://github.com/keras-team/keras/pull/20815")
 fault("moments_over_rows_and_channels", "statistics_over_the_wrong_axis",
       "Training normalises all channels by one mean and one variance; the recorded ones are right.",
       training_moments=lambda s, batch, old, new, layer: (
@@ -376,7 +385,7 @@ fault("second_layer_uses_old_moments", "loss_reads_old_statistics",
       "In training the second layer is normalised by its old running moments.",
       training_moments=lambda s, batch, old, new, layer: old if layer == 1 else batch,
       minimal=(2, 1))
-of_flax("second_layer_evaluated_with_the_first_ones_statistics", "modes_differ",
+of_flax("second_layer_evaluated_with_the_first_ones_statistics", "eval_ignores_variables",
         "Evaluation gives both layers the first one's statistics.",
         evaluate=lambda s, state, x, y: s.right.evaluate(state._replace(
             batch_stats=dict.fromkeys(state.batch_stats, state.batch_stats["BatchNorm_0"])), x, y))

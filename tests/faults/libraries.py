@@ -378,8 +378,31 @@ def clipped(grads: Any) -> Any:
     return mapped(lambda g: g * jnp.minimum(1.0, LIMIT / (global_norm(grads) + 1e-12)), grads)
 
 
-def data_parallel(name: str, whole_gradient: Callable[[Any], Any]) -> Parallel:
-    """Return a data-parallel step that clips, with the single-device step that does so."""
+def entries_clipped(grads: Any) -> Any:
+    """Return gradients whose entries are clipped."""
+    return mapped(lambda g: jnp.clip(g, -LIMIT / 4, LIMIT / 4), grads)
+
+
+def of_length_one(grads: Any) -> Any:
+    """Return gradients divided by their norm."""
+    return mapped(lambda g: g / (global_norm(grads) + 1e-12), grads)
+
+
+def averaged(grads: Any) -> Any:
+    """Return the average of the devices' gradients."""
+    return jax.lax.pmean(grads, parallel.AXIS)
+
+
+def data_parallel(
+    name: str, whole_gradient: Callable[[Any], Any], clipped: Callable[[Any], Any] = clipped
+) -> Parallel:
+    """Return a data-parallel step that clips, with the single-device step that does so.
+
+    Args:
+        name: its name.
+        whole_gradient: the gradient of a shard -> what the optimizer is given.
+        clipped: the gradient of the whole batch -> the same on one device.
+    """
 
     def step(state: State, x: Any, y: Any, lr: Any) -> tuple[State, StepInfo]:
         differentiated = jax.value_and_grad(reference.loss_fn, has_aux=True)
@@ -390,38 +413,33 @@ def data_parallel(name: str, whole_gradient: Callable[[Any], Any]) -> Parallel:
         return State(params, stats, opt_state), StepInfo(loss, grads)
 
     parts = parallel.AxisName()
-    parts.whole_gradient = whole_gradient
+    parts.whole_gradient = whole_gradient  # type: ignore[method-assign,assignment] # of one object
     return Parallel(name, replace(reference.momentum(), step=step), parts.step, parallel.AXIS)
 
 
 def clipped_before_averaging() -> Parallel:
     """Each device clips its own gradient; the clipped ones are averaged."""
-    return data_parallel("before", lambda grads: jax.lax.pmean(clipped(grads), parallel.AXIS))
+    return data_parallel("before", lambda grads: averaged(clipped(grads)))
 
 
 def clipped_after_averaging() -> Parallel:
     """The devices' gradients are averaged, and the average is clipped."""
-    return data_parallel("after", lambda grads: clipped(jax.lax.pmean(grads, parallel.AXIS)))
+    return data_parallel("after", lambda grads: clipped(averaged(grads)))
 
 
-def clipped_entry_by_entry_before_averaging() -> Parallel:
-    """Each device clips the entries of its gradient, which are then averaged and clipped again."""
+def entries_clipped_before_averaging() -> Parallel:
+    """Each device clips the entries of its gradient, which are then averaged."""
+    return data_parallel("entries", lambda g: averaged(entries_clipped(g)), entries_clipped)
 
-    def whole(grads: Any) -> Any:
-        own = mapped(lambda g: jnp.clip(g, -LIMIT / 4, LIMIT / 4), grads)
-        return clipped(jax.lax.pmean(own, parallel.AXIS))
 
-    return data_parallel("entries", whole)
+def entries_clipped_after_averaging() -> Parallel:
+    """The entries of the averaged gradient are clipped."""
+    return data_parallel("entries after", lambda g: entries_clipped(averaged(g)), entries_clipped)
 
 
 def scaled_by_its_own_length() -> Parallel:
-    """Each device divides its gradient by its norm, and the average is clipped."""
-
-    def whole(grads: Any) -> Any:
-        own = mapped(lambda g: g / (global_norm(grads) + 1e-12), grads)
-        return clipped(jax.lax.pmean(own, parallel.AXIS))
-
-    return data_parallel("length", whole)
+    """Each device divides its gradient by its norm, and the results are averaged."""
+    return data_parallel("length", lambda g: averaged(of_length_one(g)), of_length_one)
 
 
 def summed_then_divided() -> Parallel:
@@ -446,8 +464,12 @@ PARALLEL_WRONG: dict[str, Fault] = {
     )
     for make in (
         clipped_before_averaging,
-        clipped_entry_by_entry_before_averaging,
+        entries_clipped_before_averaging,
         scaled_by_its_own_length,
     )
 }
-PARALLEL_RIGHT = ("clipped_after_averaging", "summed_then_divided")
+PARALLEL_RIGHT = (
+    "clipped_after_averaging",
+    "entries_clipped_after_averaging",
+    "summed_then_divided",
+)

@@ -448,6 +448,30 @@ def average_of_the_params_alone(wrong: bool) -> Subject:
     return with_a_copy("teacher", follow)
 
 
+@following
+def average_kept_as_variables(wrong: bool) -> Subject:
+    """The average is a dict of variables, whose statistics remain the initial ones."""
+
+    def kept(variables: Any, key: Any) -> Any:
+        del key
+        return {"average": dict(variables)}
+
+    def follow(state: Any) -> Any:
+        old = state.kept["average"]
+        new = {"params": state.params, "batch_stats": state.batch_stats}
+        average = mapped(lambda a, b: 0.9 * a + 0.1 * b, old, new)
+        if wrong:
+            average = {**average, "batch_stats": old["batch_stats"]}
+        return state.replace(kept={"average": average})
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        goal = jax.lax.stop_gradient(state.apply_fn(state.kept["average"], x, train=False))
+        out, stats = run(state, params, x)
+        return squared(out, 0.5 * y + 0.5 * goal).mean(), stats
+
+    return loop(kept=kept, loss=loss, follow=follow)
+
+
 # A pretrained start.
 
 starting = pair("fresh_statistics", "trained_params_come_with_their_statistics")

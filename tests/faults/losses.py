@@ -192,10 +192,10 @@ fault("targets_ignored", "targets_ignored",
 fault("targets_replaced_by_their_mean", "targets_ignored",
       "The training loss compares every prediction with the mean of the targets.",
       training_error=lambda s, preds, y: s.error(preds, jnp.mean(y)), minimal=(2, 1))
-fault("training_loss_halved", "modes_differ",
+fault("training_loss_halved", "losses_differ",
       "The training loss has a factor 1/2 that the eval loss does not have.",
       training_error=lambda s, preds, y: s.error(preds, y) / 2)
-fault("training_loss_is_huber", "modes_differ",
+fault("training_loss_is_huber", "losses_differ",
       "Training minimises the Huber loss; evaluation reports the squared error.",
       training_error=huber)
 fault("loss_has_one_axis", "loss_not_reduced",
@@ -336,13 +336,13 @@ fault("eval_of_initial_statistics", "eval_of_stale_state",
       evaluate=lambda s, state, x, y:
           s.right.evaluate(state._replace(batch_stats=s.variables(0, x)["batch_stats"]), x, y),
       source="https://github.com/google/flax/pull/3982")
-of_layer("eval_ignores_the_running_mean", "modes_differ",
+of_layer("eval_ignores_the_running_mean", "eval_ignores_variables",
          "Evaluation scales by the running variance and does not centre.",
          evaluation_moments=lambda s, running, h, layer: (jnp.zeros_like(running[0]), running[1]))
-of_layer("eval_ignores_the_running_variance", "modes_differ",
+of_layer("eval_ignores_the_running_variance", "eval_ignores_variables",
          "Evaluation centres by the running mean and does not scale.",
          evaluation_moments=lambda s, running, h, layer: (running[0], jnp.ones_like(running[1])))
-of_layer("eval_ignores_the_scale", "modes_differ",
+of_layer("eval_ignores_the_scale", "eval_ignores_variables",
          "Evaluation omits the layer's scale.",
          standardise=lambda s, h, moments, affine, train, layer: s.right.standardise(
              h, moments, (affine[0] if train else 1.0, affine[1]), train, layer),
@@ -351,7 +351,7 @@ of_layer("eval_reads_the_variance_as_deviation", "modes_differ",
          "Evaluation uses the running variance as a standard deviation.",
          inverse_deviation=lambda s, var, train, layer:
              (s.right.inverse_deviation(var, train, layer) if train else 1.0 / (var + s.epsilon)))
-fault("eval_ignores_the_output_bias", "modes_differ",
+fault("eval_ignores_the_output_bias", "eval_ignores_variables",
       "Evaluation omits the bias of the output layer.",
       evaluate=lambda s, state, x, y: s.right.evaluate(state._replace(
           params=edited(state.params, f"Dense_{s.layers}/bias", jnp.zeros_like)), x, y))
@@ -369,7 +369,7 @@ fault("eval_drops_the_last_row", "rows_treated_unequally",
       "Evaluation omits the last row, unless it is the only one.",
       evaluation_error=lambda s, preds, y: all_but_the_last_row(preds, y).reshape(1),
       minimal=(2, 1), source="https://github.com/huggingface/transformers/pull/17863")
-fault("eval_reports_the_root", "modes_differ",
+fault("eval_reports_the_root", "losses_differ",
       "Evaluation reports the root of the mean squared error.",
       evaluation_error=lambda s, preds, y: jnp.sqrt(s.error(preds, y)).reshape(1))
 fault("eval_reverses_the_targets", "targets_misaligned",

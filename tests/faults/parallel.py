@@ -34,9 +34,11 @@ class Norm(nn.Module):
 
     Attributes:
         moments: (h, weights) -> mean and variance, each (channels,).
+        recorded: (h, weights) -> the moments for the running ones; None: those that normalise.
     """
 
     moments: Callable[[Any, Any], tuple[Any, Any]]
+    recorded: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
     @nn.compact
     def __call__(self, h: Any, weights: Any) -> Any:
@@ -47,10 +49,11 @@ class Norm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
         now = self.moments(h, weights)
+        recorded = now if self.recorded is None else self.recorded(h, weights)
         keep = single.MOMENTUM
         mean.value, var.value = (
             keep * old + (1 - keep) * new
-            for old, new in zip((mean.value, var.value), now, strict=True)
+            for old, new in zip((mean.value, var.value), recorded, strict=True)
         )
         return (h - now[0]) * (jax.lax.rsqrt(now[1] + 1e-5) * scale) + bias
 
@@ -103,6 +106,21 @@ class ParallelStep:
     def whole_gradient(self, grads: Tree) -> Tree:
         return jax.lax.psum(grads, AXIS)
 
+    def moved(self, state: State, own: Tree, whole: Tree, lr: Any) -> tuple[Tree, Tree]:
+        """Return the new params and optimizer state.
+
+        Args:
+            state: the old state.
+            own: the gradient on this device.
+            whole: the gradient of the whole loss.
+            lr: the learning rate.
+        """
+        del own
+        updates, opt_state = optax.sgd(lr, momentum=0.9).update(
+            whole, state.opt_state, state.params
+        )
+        return optax.apply_updates(state.params, updates), opt_state
+
     def carried(self, batch_stats: Tree) -> Tree:
         """Return the statistics for the new state."""
         return batch_stats
@@ -121,12 +139,9 @@ class ParallelStep:
             )
             return self.loss((out.reshape(-1) - y) ** 2, weights), updated["batch_stats"]
 
-        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        grads = self.whole_gradient(grads)
-        updates, opt_state = optax.sgd(lr, momentum=0.9).update(
-            grads, state.opt_state, state.params
-        )
-        params = optax.apply_updates(state.params, updates)
+        (loss, batch_stats), own = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads = self.whole_gradient(own)
+        params, opt_state = self.moved(state, own, grads, lr)
         new = State(params, self.carried(batch_stats), opt_state)
         return new, StepInfo(self.whole_loss(loss), grads)
 
@@ -179,6 +194,34 @@ def axis_name() -> Parallel:
     """Return the data-parallel reference, written as in Flax's documentation."""
     return AxisName().subject("reference, BatchNorm(axis_name)")
 
+
+def two_passes() -> Parallel:
+    """Return a step whose layer averages the mean first, and then the squared deviations from it."""
+
+    class Parts(ParallelStep):
+        def moments(self, h: Any, weights: Any) -> tuple[Any, Any]:
+            marks = weights[:, None]
+            sums = jnp.sum(h * marks, 0), jnp.sum(weights)
+            total, count = jax.lax.psum(sums, AXIS)
+            mean = total / count
+            return mean, jax.lax.psum(jnp.sum((h - mean) ** 2 * marks, 0), AXIS) / count
+
+    return Parts().subject("two passes")
+
+
+def momentum_averaged() -> Parallel:
+    """Return a step that averages the devices' updates and momentum instead of their gradients."""
+
+    class Parts(AxisName):
+        def moved(self, state: State, own: Tree, whole: Tree, lr: Any) -> tuple[Tree, Tree]:
+            params, opt_state = jax.lax.pmean(super().moved(state, whole, own, lr), AXIS)
+            return params, opt_state
+
+    return Parts().subject("momentum averaged")
+
+
+TWINS = ("two_passes", "momentum_averaged")
+"""Right steps, which differ from some faults in one place. Each is a target, too."""
 
 PARALLEL_FAULTS: dict[str, Fault] = {}
 
@@ -239,6 +282,14 @@ def statistics_of_four_chunks(s: Any) -> Any:
     return step
 
 
+def momentum_of_the_shard(
+    s: Any, state: State, own: Tree, whole: Tree, lr: Any
+) -> tuple[Tree, Tree]:
+    """Return params moved by the averaged update, and the optimizer state of one device."""
+    updates, opt_state = optax.sgd(lr, momentum=0.9).update(own, state.opt_state, state.params)
+    return optax.apply_updates(state.params, jax.lax.pmean(updates, AXIS)), opt_state
+
+
 def alone(s: Any, h: Any, weights: Any) -> Any:
     """Return h normalised by the shard's own moments."""
     return flax_norm()(h)
@@ -250,7 +301,7 @@ def alone(s: Any, h: Any, weights: Any) -> Any:
 fault("statistics_not_synchronised", "statistics_not_synchronised",
       "BatchNorm has no axis name: each device keeps the statistics of its own shard.",
       normalise=alone)
-fault("statistics_averaged_afterwards", "variances_averaged",
+fault("statistics_averaged_afterwards", "moments_used_before_averaged",
       "Each device normalises by its shard's moments; only the statistics are averaged later.",
       normalise=alone, carried=lambda s, batch_stats: jax.lax.pmean(batch_stats, AXIS))
 fault("variances_averaged", "variances_averaged",
@@ -264,6 +315,18 @@ fault("statistics_of_the_first_device", "statistics_not_synchronised",
 fault("means_synchronised_variances_not", "statistics_not_synchronised",
       "The layer averages the means over the devices, but not the variances.",
       normalise=by_moments(lambda mean, var: (jax.lax.pmean(mean, AXIS), var)))
+fault("pooled_moments_recorded_only", "moments_used_before_averaged",
+      "The layer records the moments of all devices, but normalises by those of its shard.",
+      ParallelStep,
+      normalise=lambda s, h, weights:
+          Norm(lambda h, weights: own_moments(h), s.moments, name="BatchNorm_0")(h, weights))
+fault("statistics_shared_in_pairs", "statistics_not_synchronised",
+      "BatchNorm's axis_index_groups pair the devices, so each pair has statistics of its own.",
+      normalise=lambda s, h, weights:
+          flax_norm(axis_name=AXIS, axis_index_groups=[[0, 1], [2, 3]])(h))
+fault("each_device_keeps_its_momentum", "gradients_not_synchronised",
+      "Updates are averaged over the devices, but each device's momentum is of its own gradients.",
+      moved=momentum_of_the_shard)
 fault("gradients_not_synchronised", "gradients_not_synchronised",
       "Each device updates its params by its own gradient.",
       whole_gradient=lambda s, grads: grads)

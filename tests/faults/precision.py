@@ -255,13 +255,13 @@ small("reported_gradient_off", "wrong_gradient",
 small("reported_loss_off", "gradient_of_another_loss",
       "The reported training loss is slightly wrong.",
       report=lambda s, loss, grads: StepInfo(off(s, loss), grads))
-small("eval_loss_off", "modes_differ",
+small("eval_loss_off", "losses_differ",
       "The eval loss is slightly wrong.",
       evaluate=lambda s, state, x, y: off(s, s.right.evaluate(state, x, y)))
 small("learning_rate_off", "update_scaled",
       "The learning rate of the optimizer is slightly wrong.",
       tx=lambda s, lr: s.optimizer(off(s, lr)))
-small("params_grow", "decay_outside_the_learning_rate",
+small("params_grow", "decay_grows_params",
       "The updated params are scaled slightly.",
       thread=lambda s, old, new: new._replace(params=tree_off(s, new.params)))
 of_layer("eval_mean_off", "modes_differ",

@@ -383,6 +383,13 @@ def averaged(keep: Any, old: Moments, batch: Moments) -> Moments:
     return mean, var
 
 
+def of_two_positions(h: Any, count: Any) -> Moments:
+    """Return the moments of rows that stand at two positions each, with ``count`` as the divisor."""
+    positions = jnp.stack([h, h], axis=1)
+    mean = jnp.sum(positions, axis=(0, 1)) / count
+    return mean, jnp.sum((positions - mean) ** 2, axis=(0, 1)) / count
+
+
 def carried(**parts: Callable[[Tree, Tree], Tree]) -> Callable[[Any, State, State], State]:
     """Return a ``thread`` that replaces each named part of the state by function(old part, new part)."""
 

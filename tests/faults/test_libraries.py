@@ -13,10 +13,13 @@ HOME = "tests.faults.libraries:"
 
 
 @pytest.mark.nightly
-def test_a_clip_before_the_average_is_seen_and_one_behind_it_is_not_accused() -> None:
+def test_a_clip_before_the_average_is_named_and_one_behind_it_is_not_accused() -> None:
     """On four devices, in one process."""
     names = [*PARALLEL_WRONG, *PARALLEL_RIGHT]
     found = on_devices([HOME + name for name in names], FEW, 0, [PARALLEL_LAW])
     for name in names:
         (evidence,) = (each for each in found[HOME + name][0] if each.law == PARALLEL_LAW)
         assert evidence.status == ("violated" if name in PARALLEL_WRONG else "held"), name
+        if name in PARALLEL_WRONG:
+            assert evidence.cause is not None
+            assert evidence.cause.mistake == PARALLEL_WRONG[name].mistake, name

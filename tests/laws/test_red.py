@@ -22,6 +22,7 @@ from tests.faults import FAULTS
 from tests.faults.libraries import LOOP_FAULTS
 from tests.faults.life import LIFE_FAULTS
 from tests.faults.parallel import PARALLEL_FAULTS
+from tests.faults.processes import PROCESS_FAULTS
 
 FEW = Profile("few", tiny=2, shapes=0, block=64, examples=4)
 SGD = reference.sgd()
@@ -261,8 +262,9 @@ PARALLEL: dict[str, tuple[str, ...]] = {
 
 def test_every_law_has_a_fault() -> None:
     """Every law has a fault, since a law without one might be impossible to violate."""
-    of_loops = {fault.law for fault in LOOP_FAULTS.values()}  # tests/faults/test_loops.py
-    seen = [*of_loops, *(law for laws in (*RED.values(), *PARALLEL.values()) for law in laws)]
+    # tests/faults/test_loops.py and test_processes.py
+    elsewhere = {fault.law for fault in (*LOOP_FAULTS.values(), *PROCESS_FAULTS.values())}
+    seen = [*elsewhere, *(law for laws in (*RED.values(), *PARALLEL.values()) for law in laws)]
     assert sorted(seen) == sorted(LAWS)
 
 
