@@ -187,6 +187,12 @@ RULES: tuple[Rule, ...] = (
     Rule("drawn_outside_jax", lambda k: k.broke("a_fresh_trace_gives_the_same")),
     Rule("seed_not_truncated", lambda k: k.broke("float_seeds_act_as_their_integer_part")),
     Rule("eval_of_stale_state", lambda k: k.broke("solution_is_init_step_evaluate")),
+    # Params that are returned as they were; then nothing can have an effect on them.
+    Rule(
+        "update_dropped",
+        lambda k: k.clue("params", "unchanged"),
+        "the step returns params unchanged",
+    ),
     # Arguments without effect.
     Rule(
         "eval_of_stale_state",
@@ -207,12 +213,7 @@ RULES: tuple[Rule, ...] = (
         lambda k: k.broke("loss_reads_params_and_inputs"),
         "the reported loss does not depend on the predictions",
     ),
-    # Unchanged params, and training that depends on the old statistics.
-    Rule(
-        "update_dropped",
-        lambda k: k.clue("params", "unchanged"),
-        "the step returns params unchanged",
-    ),
+    # Params of which some are unchanged, and training that depends on the old statistics.
     Rule(
         "update_dropped",
         lambda k: k.clue("params", "partly unchanged"),
