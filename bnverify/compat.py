@@ -56,6 +56,26 @@ def literal(atom: Any) -> Any:
     return np.asarray(atom.val) if hasattr(atom, "val") else None
 
 
+def transformations(eqn: Any) -> list[str]:
+    """Return the names of the transformations that an equation was made under: ["transpose", "jvp"].
+
+    They are not public API, so the list is empty if they are not where they are today. Up to jax
+    0.4.30 they are left out of the string form for functions without a name.
+    """
+    stack = getattr(getattr(eqn.source_info, "name_stack", None), "stack", ())
+    return [entry.name for entry in stack if type(entry).__name__ == "Transform"]
+
+
+def held(variable: Any) -> Any:
+    """Return the array that an nnx.Variable holds.
+
+    Its attribute ``value`` is deprecated from flax 0.12 on. Up to flax 0.8.5, that of jax 0.4.30, a
+    Variable is no pytree.
+    """
+    (leaf,) = jax.tree_util.tree_leaves(variable)
+    return variable.value if leaf is variable else leaf
+
+
 _QUICK_FLAGS = (
     ("", "--xla_backend_optimization_level=0"),
     (">=0.5.3,<0.11", "--xla_cpu_use_fusion_emitters=false"),

@@ -21,6 +21,7 @@ from bnverify.adapters.explain import is_library
 from bnverify.adapters.traced import Flows, labels, labels_anywhere, layer_input, links, marked
 from bnverify.adapters.trees import extra_of
 from bnverify.adapters.watch import Call, Recording, watching
+from bnverify.compat import transformations
 from bnverify.jaxpr.tracing import leaf_names
 from bnverify.model import LayerInput, Pass, State, Subject
 from bnverify.pytree import by_path, is_floating
@@ -200,7 +201,7 @@ def _traced(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
 
 def _of_backward_pass(eqn: Any) -> bool:
     """Return whether ``jax.grad`` made an equation."""
-    return "transpose" in str(getattr(eqn.source_info, "name_stack", ""))
+    return "transpose" in transformations(eqn)
 
 
 def _of_library(eqn: Any) -> bool:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnverify.adapters.programs import RATE, ROWS, Programs, under
+from bnverify.compat import transformations
 from bnverify.jaxpr.interpreter import read
 from bnverify.jaxpr.rounding import RoundingReading, evaluate
 from bnverify.jaxpr.tracing import trace
@@ -35,7 +36,7 @@ def computed_beside(programs: Programs) -> str | None:
     reduced = [
         node
         for node in sorted(flows.origins([loss]) & params)
-        if _sums_rows(flows.equation(node)) and not _stack(flows.equation(node))
+        if _sums_rows(flows.equation(node)) and not _is_of_gradient(flows.equation(node))
     ]
     if not reduced or not any(map(_is_differentiated, map(flows.equation, params))):
         return None
@@ -46,15 +47,13 @@ def computed_beside(programs: Programs) -> str | None:
     return None if same else flows.where(reduced[-1])
 
 
-def _stack(eqn: Any) -> str:
-    """Return the transformations that an equation was made under; they are not public API."""
-    stack = str(getattr(eqn.source_info, "name_stack", ""))
-    return stack if "jvp" in stack or "transpose" in stack else ""
+def _is_of_gradient(eqn: Any) -> bool:
+    return bool({"jvp", "transpose"}.intersection(transformations(eqn)))
 
 
 def _is_differentiated(eqn: Any) -> bool:
     """Return whether an equation computes a number in the forward pass of ``jax.grad``."""
-    if eqn is None or "jvp" not in _stack(eqn) or "transpose" in _stack(eqn):
+    if eqn is None or "jvp" not in transformations(eqn) or "transpose" in transformations(eqn):
         return False
     (made, *_) = eqn.outvars
     return bool(made.aval.shape == () and jnp.issubdtype(made.aval.dtype, jnp.floating))

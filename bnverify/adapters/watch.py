@@ -19,6 +19,7 @@ import jax
 import optax
 from flax import nnx
 
+from bnverify import compat
 from bnverify.adapters.calls import INFERENCE, TRAINING, known_names, trains
 from bnverify.adapters.objects import by_variable_path, modules_of
 from bnverify.adapters.traced import mark
@@ -338,7 +339,7 @@ class _StandIn:
                 path,
                 args[0],
                 kwargs.get("mask"),
-                {name: jax.tree_util.tree_leaves(value)[0] for name, value in kept.items()},
+                {name: compat.held(value) for name, value in kept.items()},
                 axis=getattr(module, "axis", -1),
                 # A user's own module may mean the weight of the new value by the same word.
                 momentum=module.momentum if isinstance(module, nnx.BatchNorm) else None,
