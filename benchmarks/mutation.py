@@ -268,14 +268,14 @@ FAULTS = (
     ),
     Fault(
         "a_broken_life_goes_on_as_held",
-        "bnverify/lifetime/check.py",
+        "bnverify/lifetime/lives.py",
         "return replace(self._broken[name], cases=self._record.seen[name])",
         'return Evidence.of(name, "held", cases=self._record.seen[name])',
         LIFE,
     ),
     Fault(
         "a_life_that_nobody_lived_is_held",
-        "bnverify/lifetime/check.py",
+        "bnverify/lifetime/lives.py",
         'return Evidence.of(name, "untriggered", reason=reason or "no sequence reached it")',
         'return Evidence.of(name, "held", reason=reason or "no sequence reached it")',
         LIFE,

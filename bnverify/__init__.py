@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
+    from bnverify.adapters.analysis import declare as declare
     from bnverify.adapters.batches import classes as classes
     from bnverify.adapters.canonical import linen as linen
     from bnverify.adapters.canonical import nnx as nnx
-    from bnverify.adapters.look import declare as declare
     from bnverify.adapters.loop import loop as loop
     from bnverify.adapters.loop import nnx_loop as nnx_loop
     from bnverify.adapters.loop import train_state as train_state
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from bnverify.evidence import Evidence as Evidence
     from bnverify.evidence import Report as Report
     from bnverify.evidence import Violation as Violation
-    from bnverify.lifetime.check import check_life as check_life
-    from bnverify.lifetime.check import life as life
     from bnverify.lifetime.life import Life as Life
+    from bnverify.lifetime.lives import check_life as check_life
+    from bnverify.lifetime.lives import life as life
     from bnverify.model import Case as Case
     from bnverify.model import CheckpointedSubject as CheckpointedSubject
     from bnverify.model import Domain as Domain
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from bnverify.model import State as State
     from bnverify.model import StepInfo as StepInfo
     from bnverify.model import Subject as Subject
-    from bnverify.parallel.check import check_parallel as check_parallel
+    from bnverify.parallel.devices import check_parallel as check_parallel
     from bnverify.profile import Profile as Profile
     from bnverify.reference import train_step as train_step
     from bnverify.target import TargetError as TargetError
@@ -58,11 +58,11 @@ _HOME = {
     "Subject": "model",
     "TargetError": "target",
     "Violation": "evidence",
-    "check_life": "lifetime.check",
-    "check_parallel": "parallel.check",
+    "check_life": "lifetime.lives",
+    "check_parallel": "parallel.devices",
     "classes": "adapters.batches",
-    "declare": "adapters.look",
-    "life": "lifetime.check",
+    "declare": "adapters.analysis",
+    "life": "lifetime.lives",
     "linen": "adapters.canonical",
     "load": "target",
     "loop": "adapters.loop",

@@ -19,10 +19,10 @@ from bnverify.diagnose import diagnosed
 from bnverify.errors import UsageError, did_you_mean
 from bnverify.evidence import READ_ONLY, Counterexample, Evidence, Report, Violation
 from bnverify.laws import FAMILIES, LAWS, STEP_LAWS, Law
-from bnverify.lifetime.check import Lives
 from bnverify.lifetime.life import Life
+from bnverify.lifetime.lives import Lives
 from bnverify.model import Case, Parallel, Subject, Target
-from bnverify.parallel import check as devices
+from bnverify.parallel import devices
 from bnverify.probe import subject_of
 from bnverify.profile import Profile, ProfileName, named
 from bnverify.remarks import remarks

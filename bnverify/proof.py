@@ -324,10 +324,9 @@ def _judge_seen(law: Law, traced: Traced) -> Evidence:
     facts: dict[str, Any] = {"look": traced.subject.look}
     reason = "as read from the traced step"
     if "retraced" in law.observes:
-        reason, subject = "two traces agree on a batch", traced.subject
+        reason = "two traces agree on a batch"
         try:
-            width = subject.width(2)
-            facts["retraced"] = changed_by_tracing(traced.tracer, 2 * traced.tracer.multiple, width)
+            facts["retraced"] = changed_by_tracing(traced.tracer)
         except Exception as error:  # noqa: BLE001 - whatever a user's code raises
             return Evidence(law.name, law.family, "untriggered", reason=first_line(error))
     lines = law.check(traced.abstract._replace(facts=facts))

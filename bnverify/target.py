@@ -96,7 +96,7 @@ def load(target: str) -> Target:
 
 def _looked_at(made: Subject) -> Subject:
     """Return a Subject written by hand, completed by an analysis of its traces."""
-    from bnverify.adapters.look import completed
+    from bnverify.adapters.analysis import completed
 
     try:
         return completed(made, written_by_hand=True)

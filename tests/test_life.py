@@ -24,8 +24,6 @@ from bnverify.cli import main
 from bnverify.evidence import Call, Counterexample, Evidence, Violation
 from bnverify.laws import LAWS
 from bnverify.laws.life import ANOTHER_PROCESS, EmaHistory
-from bnverify.lifetime import check
-from bnverify.lifetime.check import NAMES, Lives, drawn, scripted
 from bnverify.lifetime.life import (
     ORBAX,
     WAYS,
@@ -35,6 +33,7 @@ from bnverify.lifetime.life import (
     suspect,
     values_differ,
 )
+from bnverify.lifetime.lives import NAMES, Lives, drawn, scripted
 from bnverify.mistakes import MISTAKES
 from bnverify.model import Case, CheckpointedSubject, State, Subject
 from bnverify.observe import CompiledSubject
@@ -127,7 +126,7 @@ def test_a_counterexample_is_short_and_runs(
 ) -> None:
     """However it was found, the life is a few calls long, and breaks the same claim when pasted."""
     if profile is ONLY_DRAWN:
-        monkeypatch.setattr(check, "scripted", lambda way, shape: ())
+        monkeypatch.setattr("bnverify.lifetime.lives.scripted", lambda way, shape: ())
     fault = LIFE_FAULTS["statistics_not_saved"]
     lived = replace(fault.make(), subject=ADAM.subject)
     (found,) = Lives(lived, profile, [fault.law], "drops:statistics", ADAM).run(0)

@@ -16,7 +16,7 @@ from bnverify.errors import UsageError
 from bnverify.evidence import Evidence, Violation
 from bnverify.laws import LAWS
 from bnverify.mistakes import MISTAKES
-from bnverify.parallel.check import FLAG, NAMES, check_parallel, environment, find, on_devices
+from bnverify.parallel.devices import FLAG, NAMES, check_parallel, environment, find, on_devices
 from bnverify.profile import named
 from tests.faults import parallel as faults
 from tests.faults.parallel import PARALLEL_FAULTS, TWINS, axis_name

@@ -21,11 +21,11 @@ from flax import errors
 from flax import nnx as flax_nnx
 
 from bnverify.adapters import calls
+from bnverify.adapters.analysis import completed
 from bnverify.adapters.batches import mse, rows, under_axis
 from bnverify.adapters.by_design import Declarations, declared_by
 from bnverify.adapters.calls import Caller, Mode, call_mode, known_names, named
 from bnverify.adapters.explain import explaining
-from bnverify.adapters.look import completed
 from bnverify.adapters.objects import Parts
 from bnverify.adapters.programs import RATE, example_of, sizes_of
 from bnverify.adapters.traced import Flows

@@ -15,11 +15,11 @@ from typing import Any, Unpack
 import optax
 
 from bnverify.adapters import calls
+from bnverify.adapters.analysis import completed
 from bnverify.adapters.batches import Reading, image_and_label, rows
 from bnverify.adapters.by_design import Declarations, declared_by
 from bnverify.adapters.calls import caller, label_of
 from bnverify.adapters.explain import explaining
-from bnverify.adapters.look import completed
 from bnverify.adapters.programs import sizes_of
 from bnverify.adapters.steps import Loop, Optimizer
 from bnverify.model import Subject

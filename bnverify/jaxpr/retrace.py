@@ -32,30 +32,24 @@ def traced_anew() -> Iterator[None]:
         yield
 
 
-def changed_by_tracing(tracer: Tracer, rows: int, features: int) -> list[str]:
+def changed_by_tracing(tracer: Tracer) -> list[str]:
     """Return what ``init`` and ``step`` compute differently when they are traced a second time.
 
     Both traces are evaluated in float64 on one batch, so nothing is compiled.
 
     Args:
         tracer: the subject's tracer, with the first traces.
-        rows: N of the batch.
-        features: D of the batch.
     """
-    first = computed(tracer, rows, features)
-    second = computed(tracer, rows, features, anew=True, state=first["init"])
+    first = computed(tracer)
+    second = computed(tracer, anew=True, state=first["init"])
     return differences(by_leaf(first), by_leaf(second), "when it is traced again")
 
 
-def computed(
-    tracer: Tracer, rows: int, features: int, *, anew: bool = False, state: Any = None
-) -> dict[str, Any]:
-    """Return what ``init`` and ``step`` compute on one batch, evaluated in float64.
+def computed(tracer: Tracer, *, anew: bool = False, state: Any = None) -> dict[str, Any]:
+    """Return what ``init`` and ``step`` compute on one small batch, evaluated in float64.
 
     Args:
         tracer: the subject's tracer.
-        rows: N of the batch.
-        features: D of the batch.
         anew: whether to trace both functions again.
         state: the state that the step is given; None: the one that ``init`` makes.
 
@@ -69,7 +63,9 @@ def computed(
         with traced_anew():
             return trace(partial(function), *types)
 
-    subject, case = tracer.subject, tracer.batch(rows, features)
+    subject = tracer.subject
+    rows, features = 2 * tracer.multiple, subject.width(2)
+    case = tracer.batch(rows, features)
     rng = np.random.default_rng(0)
     x, y = (rng.normal(size=leaf.shape).astype(np.float32) for leaf in (case.x, case.y))
     init = program("init", subject.init, case.seed, tracer.init_batch(case.x))

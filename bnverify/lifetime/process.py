@@ -61,7 +61,7 @@ def compared(tracer: Tracer, target: str | None, processes: int) -> Evidence:
         reason = "the target is being loaded by another check, for this law"
         return Evidence.of(ANOTHER_PROCESS, "untriggered", reason=reason)
     try:
-        here = by_leaf(computed(tracer, *shape(tracer)))
+        here = by_leaf(computed(tracer))
     except Exception as error:  # noqa: BLE001 - whatever a user's code raises
         return Evidence.of(ANOTHER_PROCESS, "untriggered", reason=first_line(error))
     own = os.environ.get("PYTHONHASHSEED")
@@ -83,12 +83,6 @@ def compared(tracer: Tracer, target: str | None, processes: int) -> Evidence:
                 counterexample=Counterexample(ANOTHER_PROCESS, target=target),
             )
     return Evidence.of(ANOTHER_PROCESS, "held", cases=len(seeds))
-
-
-def shape(tracer: Tracer) -> tuple[int, int]:
-    """Return the (N, D) of the batch."""
-    subject = tracer.subject
-    return 2 * (subject.rows or 1), subject.features[0] if subject.features else 2
 
 
 class Unavailable(Exception):
@@ -148,7 +142,7 @@ def answer(asked: str, file: str) -> None:
         jax.config.update(name, value)
     try:
         tracer = Tracer(subject_of(load(given["target"])))
-        found = by_leaf(computed(tracer, *shape(tracer)))
+        found = by_leaf(computed(tracer))
     except Exception as error:  # noqa: BLE001 - whatever a user's code raises
         sys.exit(first_line(error))
     part = Path(file).with_name("part.npz")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bnverify.parallel.check import on_devices
+from bnverify.parallel.devices import on_devices
 from bnverify.profile import Profile
 from tests.faults.libraries import PARALLEL_LAW, PARALLEL_RIGHT, PARALLEL_WRONG
 

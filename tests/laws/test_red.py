@@ -16,7 +16,7 @@ import bnverify
 from bnverify import reference
 from bnverify.laws import LAWS
 from bnverify.model import State, Subject
-from bnverify.parallel.check import on_devices
+from bnverify.parallel.devices import on_devices
 from bnverify.profile import Profile
 from tests.faults import FAULTS
 from tests.faults.libraries import LOOP_FAULTS

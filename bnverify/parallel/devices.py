@@ -109,7 +109,7 @@ def run(
     """
     if target is not None:
         return on_devices([target], plan, seed, names)[target]
-    check = Check(parallel, names)
+    check = DeviceCheck(parallel, names)
     return check.run(plan, seed), check.cases
 
 
@@ -119,7 +119,7 @@ def judge(parallel: Parallel, case: Case, law: str) -> Evidence:
     Raises:
         UsageError: the law cannot be judged in this process, which may have too few devices.
     """
-    check = Check(parallel, [law])
+    check = DeviceCheck(parallel, [law])
     check.hold(stack([case]))
     check.confirm(law)
     evidence = check.evidence(law)
@@ -128,7 +128,7 @@ def judge(parallel: Parallel, case: Case, law: str) -> Evidence:
     return evidence
 
 
-class Check:
+class DeviceCheck:
     """Checks a data-parallel step.
 
     Args:
@@ -568,7 +568,7 @@ def answer(asked: str, file: str) -> None:
     found: dict[str, Any] = {}
     try:
         for target in given["targets"]:
-            check = Check(find(target), given["names"], target)
+            check = DeviceCheck(find(target), given["names"], target)
             results = [each.to_json() for each in check.run(plan, given["seed"])]
             found[target] = {"results": results, "cases": check.cases}
     except UsageError as error:
