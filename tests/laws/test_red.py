@@ -221,7 +221,6 @@ RED: dict[str | Callable[[], Any], tuple[str, ...]] = {
     "moments_in_half": ("statistics_stay_finite",),
     "old_adam_state_kept": ("optimizer_state_follows_the_optimizer",),
     "learning_rate_fixed": ("zero_learning_rate_moves_nothing",),
-    "backbone_frozen": ("gradients_are_gradients_of_the_loss",),
     everything_doubled: (
         "gradients_equal_the_hand_derivation",
         "training_loss_equals_the_hand_derivation",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bnverify import compat, reference
+from bnverify.judge import Undrawn
 from bnverify.laws import LAWS, STEP_LAWS, UNTRIGGERED
 from bnverify.laws.arithmetic import array_namespace, sum_over
 from bnverify.model import Case, LayerInput, Look, Outcome, Transition
@@ -92,6 +93,8 @@ def transitions() -> Transition:
         "directional_derivative": (slope, 1e-3 * np.abs(slope), slope != 0),
         "oracle": oracle._replace(eval_loss=loss),
         "exact_constant_features": t.reruns["constant_features"],
+        "eval_noise": noise.eval_loss,
+        "undrawn": Undrawn(outcome, t.reruns["doubled_batch"], noise),
     }
     return t._replace(facts=facts, noise=noise, exact=outcome)
 
@@ -235,6 +238,7 @@ def test_an_eval_loss_is_one_number_of_either_shape(
         eval_loss=reshaped(transitions.eval_loss),
         evals={**reshaped(evals), "rows": rows},
         noise=transitions.noise._replace(eval_loss=reshaped(transitions.noise.eval_loss)),
+        facts={**transitions.facts, "eval_noise": reshaped(transitions.facts["eval_noise"])},
     )
     for name in (
         "eval_rows_are_independent",
