@@ -405,8 +405,11 @@ class Design:
             if set(flows.of_label(label)) & of_targets:
                 first = call.turn <= 1 and not mark
                 (given if of_pass & of_targets or first else moved_since).add(label)
+        masks = [label for label, call in calls.items() if call.masked]
         if given:
             found |= because("the targets are an input of the model", FREE_STATISTICS)
+        elif any(set(flows.of_label(f"{label} mask")) & of_targets for label in masks):
+            found |= because("a layer masks rows according to their targets", FREE_STATISTICS)
         elif self._of.updates() > 1:
             moved = flows.reached(under(inputs, "y", "lr", "opt_state/"))
             if not moved.isdisjoint(under(self._of.outputs, "batch_stats/")):

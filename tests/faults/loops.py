@@ -624,16 +624,21 @@ def time_normalised(wrong: bool) -> Subject:
 counting = pair("padding_in_the_denominator", "only_rows_that_count_are_counted")
 
 
+def real_rows(y: Any) -> Any:
+    """Return which rows are no padding; at least one row is real."""
+    return (y > 0) | ~jnp.any(y > 0)
+
+
 def masked(wrong: bool, of_all: Callable[[Any, Any], Any], **options: Any) -> Subject:
     """Return a loop whose loss masks some rows."""
 
     def reduced(losses: Any, y: Any) -> Any:
-        mask = y > 0
+        mask = real_rows(y)
         right = jnp.sum(mask * losses) / jnp.maximum(mask.sum(), 1)
         return of_all(mask, losses) if wrong else right
 
     def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
-        out, stats = run(state, params, x, mask=y > 0)
+        out, stats = run(state, params, x, mask=real_rows(y))
         return reduced(squared(out, y), y), stats
 
     return loop(loss=loss, eval_loss=lambda s, x, y: reduced(evaluated(s, x, y), y), **options)
@@ -757,7 +762,7 @@ def padding_in_the_moments(wrong: bool) -> Subject:
 
     def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
         # A batch of only padding has no moments, so all its rows count.
-        mask = (y > 0) | ~jnp.any(y > 0)
+        mask = real_rows(y)
         out, stats = run(state, params, x, mask=None if wrong else mask)
         return reduced(squared(out, y), mask), stats
 

@@ -114,7 +114,7 @@ def test_a_step_that_crashes_its_process_is_an_api_change(target, sides):
     judgement = gate(target)
     (difference,) = judgement.verdict.failing
     assert difference.kind == "api"
-    assert "died of signal 9" in difference.text
+    assert "killed by signal 9" in difference.text
     sides = [judgement.comparison.old, judgement.comparison.new]
     assert sides[0]["versions"] == sides[1]["versions"]
 
