@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,8 +95,6 @@ class RoundingBounds:
         self._tracer = tracer
         self._seed = seed
         self._read: dict[Any, Rounding] = {}
-        self._evaluations: dict[Any, Rounding] = {}
-        self._undrawn: dict[Any, Rounding] = {}
 
     def __call__(self, before: State, case: Case, also: Collection[str] = ()) -> Bounds:
         """Return the exact outcomes of one step and evaluation, and their rounding noise.
@@ -135,12 +133,9 @@ class RoundingBounds:
             case: stacked cases.
         """
         single = _of_one_case((state, case.x, case.y))
-        types, structure = jax.tree_util.tree_flatten(single)
-        key = structure, tuple(types)
-        if key not in self._evaluations:
-            program = self._tracer.trace("evaluate", self._tracer.subject.evaluate, *single)
-            self._evaluations[key] = Rounding(program, self._seed)
-        return self._evaluations[key].evaluate(state, case.x, case.y).noise
+        program = self._tracer.trace("evaluate", self._tracer.subject.evaluate, *single)
+        reading = self._once("evaluate", single, lambda: Rounding(program, self._seed))
+        return reading.evaluate(state, case.x, case.y).noise
 
     def undrawn(self, before: State, case: Case) -> Undrawn | None:
         """Return a step, and one on the doubled batch, with equal random numbers.
@@ -161,11 +156,10 @@ class RoundingBounds:
         )
         if not draws_can_be_equal(step.jaxpr):
             return None
-        types, structure = jax.tree_util.tree_flatten(step.args)
-        key = structure, tuple(types)
-        if key not in self._undrawn:
-            self._undrawn[key] = Rounding(step, self._seed, UndrawnReading)
-        exact, noise = self._undrawn[key].evaluate(*given)
+        reading = self._once(
+            "undrawn", step.args, lambda: Rounding(step, self._seed, UndrawnReading)
+        )
+        exact, noise = reading.evaluate(*given)
         other = evaluate_stacked(again, *doubled, reading=UndrawnReading)
         return Undrawn(Outcome(*exact), Outcome(*other), Outcome(*noise))
 
@@ -204,11 +198,18 @@ class RoundingBounds:
 
     def _rounding(self, before: State, case: Case, *, with_inputs: bool) -> Rounding:
         single = _of_one_case((before, case.x, case.y, case.lr))
+
+        def read() -> Rounding:
+            return rounding(self._run(*single, with_inputs=with_inputs), *single, seed=self._seed)
+
+        return self._once("step with inputs" if with_inputs else "step", single, read)
+
+    def _once(self, name: str, single: Any, read: Callable[[], Rounding]) -> Rounding:
+        """Return the reading of this name for these argument types, made at its first use."""
         types, structure = jax.tree_util.tree_flatten(single)
-        key = structure, tuple(types), with_inputs
+        key = name, structure, tuple(types)
         if key not in self._read:
-            run = self._run(*single, with_inputs=with_inputs)
-            self._read[key] = rounding(run, *single, seed=self._seed)
+            self._read[key] = read()
         return self._read[key]
 
     def _run(self, before: State, x: Any, y: Any, lr: Any, *, with_inputs: bool) -> Any:

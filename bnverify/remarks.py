@@ -39,27 +39,25 @@ def remarks(subject: Subject, influence: Influence | None) -> Iterator[str]:
     """
     if subject.momentum is not None and 0 < subject.momentum < LOW_MOMENTUM:
         yield _line(f"the momentum is {subject.momentum:.4g}", "momentum_reversed")
+    state = _initial(subject)
     if influence is not None:
         untrained = _evaluated_untrained(influence)
         if untrained:
             what = f"used in evaluation but not in training: {_listed(untrained)}"
             yield _line(what, "statistics_trained_as_params")
-        if unfound := _statistics_not_found(subject, influence):
+        if unfound := _statistics_not_found(state, influence):
             yield (
                 "no running statistics were found in the state, but evaluation reads "
                 f"{_listed(unfound)}. If these are running statistics, declare them: "
                 f'statistics="{_shared_path(unfound)}"'
             )
-    if subject.optimizer is not None:
-        yield from _of_optimizer(subject)
+    if subject.optimizer is not None and state is not None:
+        yield from _of_optimizer(subject.optimizer, state)
 
 
-def _of_optimizer(subject: Subject) -> Iterator[str]:
+def _of_optimizer(optimizer: Any, state: Any) -> Iterator[str]:
     """Yield notes about the optimizer: its updates for gradients of 0 and 1, at params of 1 and lr = 1."""
-    state = _initial(subject)
-    if state is None:
-        return
-    answers = asked(subject.optimizer, state.params, (0.0, 1.0), 1.0)
+    answers = asked(optimizer, state.params, (0.0, 1.0), 1.0)
     if answers is None:
         return
     paths = _paths(state.params)
@@ -71,13 +69,13 @@ def _of_optimizer(subject: Subject) -> Iterator[str]:
     elif of_norms := {path for path in decayed if path.rpartition("/")[0] in layers}:
         yield _line(f"a gradient of 0 changes {_listed(of_norms)}", "decay_of_norm_parameters")
     # An adaptive optimizer that receives the decay as a gradient makes it an update of constant size.
-    at_four = asked(subject.optimizer, state.params, (0.0,), 1.0, at=4.0) if decayed else None
+    at_four = asked(optimizer, state.params, (0.0,), 1.0, at=4.0) if decayed else None
     if at_four is not None:
         larger = dict(zip(paths, at_four[0], strict=True))
         if coupled := {p for p in decayed if np.all(abs(larger[p]) < 1.5 * abs(at_zero[p]))}:
             what = f"params four times as large decay no faster: {_listed(coupled)}"
             yield _line(what, "decay_coupled")
-    small, middle, large = _update_sizes(subject.optimizer, state.params)
+    small, middle, large = _update_sizes(optimizer, state.params)
     if 0.99e6 * small < middle < 1.01e6 * small:
         what = "the update grows with the square of the learning rate"
         yield _line(what, "learning_rate_applied_twice")
@@ -97,9 +95,8 @@ def _initial(subject: Subject) -> Any:
         return None
 
 
-def _statistics_not_found(subject: Subject, influence: Influence) -> set[str]:
+def _statistics_not_found(state: Any, influence: Influence) -> set[str]:
     """Return the floats in ``extra`` that may affect the eval loss, if batch_stats is empty."""
-    state = _initial(subject)
     if state is None or _paths(state.batch_stats):
         return set()
     leaves = jax.tree_util.tree_flatten_with_path(state.extra)[0]

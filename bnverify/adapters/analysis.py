@@ -79,7 +79,7 @@ def completed(
     every = max(updates_every(subject, programs.state), subject.updates_every)
     makers = [*makers, *filter(None, [subject.optimizer])]
     seen = look_at(programs, layers, declared, every, makers)
-    found = design.exempt()
+    found = design.exempt(seen.pairings)
     found |= _of_an_evaluated_copy(programs, seen.copies)
     if declared.pretrained or any(with_statistics for _, with_statistics in seen.pretrained):
         told = "pretrained=True: " if declared.pretrained else ""

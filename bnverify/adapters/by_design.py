@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from bnverify.adapters.programs import ROWS, SAME_VALUES, Layers, Programs, listed, under
 from bnverify.adapters.reported import computed_beside
-from bnverify.adapters.rows import pairings, statistic_of_targets
+from bnverify.adapters.rows import statistic_of_targets
 from bnverify.adapters.traced import DRAWS, Flows
+from bnverify.model import Pairing
 
 TARGETS = (
     "targets_reach_the_params",
@@ -157,6 +158,11 @@ def declared_by(given: Declarations) -> Declared:
     return Declared(**said)
 
 
+def _with_place(said: str, place: str | None) -> str:
+    """Return a reason with the line of the user's code in brackets, if it is known."""
+    return f"{said} ({place})" if place else said
+
+
 def because(reason: str, *laws: Iterable[str]) -> dict[str, str]:
     """Return a dict from each law in some groups to ``reason``."""
     return dict.fromkeys((law for group in laws for law in group), reason)
@@ -200,13 +206,17 @@ class Design:
         """Return the nodes where gradients through running statistics are stopped."""
         return self._of.stopped(under(self._of.inputs, "batch_stats/"))
 
-    def exempt(self) -> dict[str, str]:
-        """Return the laws that the step violates by design, each with the reason."""
+    def exempt(self, pairings: Iterable[Pairing]) -> dict[str, str]:
+        """Return the laws that the step violates by design, each with the reason.
+
+        Args:
+            pairings: where the losses combine every row with every row.
+        """
         return {
             **self._of_variables(),
             **self._of_layers(),
             **self._of_targets(),
-            **self._of_rows(),
+            **self._of_rows(pairings),
             **self._of_updates(),
         }
 
@@ -347,7 +357,7 @@ class Design:
         flows = Flows(made(self._of.x, self._of.y))
         return flows.depends_on(flows.inputs[1:])
 
-    def _of_rows(self) -> dict[str, str]:
+    def _of_rows(self, pairings: Iterable[Pairing]) -> dict[str, str]:
         if self._declared.row_losses is not None:
             said = "row_losses=False: the loss is not a mean over rows"
             return {} if self._declared.row_losses else because(said, INDEPENDENT_ROWS, PAIRED)
@@ -357,26 +367,21 @@ class Design:
             if count is not None:
                 at = self._of.eval_flows.where(count)
                 said = "the eval loss divides by a number that depends on the batch"
-                found |= because(said + (f" ({at})" if at else ""), INDEPENDENT_ROWS[:1])
+                found |= because(_with_place(said, at), INDEPENDENT_ROWS[:1])
             scaled = statistic_of_targets(self._of)
             if scaled is not None:
                 at = self._of.eval_flows.where(scaled)
                 said = "the eval loss compares the targets with a statistic of their batch"
-                found |= because(said + (f" ({at})" if at else ""), INDEPENDENT_ROWS[:1])
-        for pairing in pairings(self._of):
-            if pairing.by_design:
-                said = "the loss compares rows with each other"
-                found |= because(
-                    said + (f" ({pairing.at})" if pairing.at else ""), INDEPENDENT_ROWS
-                )
-        for flows, inputs, reached in (
-            (self._of.flows, self._of.inputs, INDEPENDENT_ROWS),
-            (self._of.eval_flows, self._of.eval_inputs, INDEPENDENT_ROWS),
+                found |= because(_with_place(said, at), INDEPENDENT_ROWS[:1])
+        compared = [pairing.at for pairing in pairings if pairing.by_design]
+        for flows, inputs in (
+            (self._of.flows, self._of.inputs),
+            (self._of.eval_flows, self._of.eval_inputs),
         ):
-            for node in _pairs_of_rows(flows, inputs["x"]):
-                at = flows.where(node)
-                said = "the loss compares rows with each other"
-                found |= because(said + (f" ({at})" if at else ""), reached)
+            compared += map(flows.where, _pairs_of_rows(flows, inputs["x"]))
+        for at in compared:
+            said = _with_place("the loss compares rows with each other", at)
+            found |= because(said, INDEPENDENT_ROWS)
         return found
 
     def _divides_by_the_batch(self) -> int | None:
@@ -430,12 +435,12 @@ class Design:
         beside = computed_beside(self._of) if not set(GRADIENT) & set(found) else None
         if beside is not None:
             said = "the reported loss is not the differentiated one: it is computed beside it"
-            found |= because(said + (f" ({beside})" if beside else ""), GRADIENT)
+            found |= because(_with_place(said, beside), GRADIENT)
         stops = self._of.stopped(under(inputs, "params/"))
         if stops:
             at = flows.where(min(stops))
             said = "the loss contains jax.lax.stop_gradient, so the gradient is not its slope"
-            found |= because(said + (f" ({at})" if at else ""), GRADIENT)
+            found |= because(_with_place(said, at), GRADIENT)
         return found
 
     def _of_changed_gradients(self) -> dict[str, str]:
@@ -449,18 +454,17 @@ class Design:
             return because(said, GRADIENT)
         for node in self._of.after_backward(gradients):
             name, at = flows.equation(node).primitive.name, flows.where(node)
-            where = f" ({at})" if at else ""
             operands = flows.operands(node)
             own = [n for n in operands if n in varying]
             if own and name in CUTS:
-                said = f"gradients are cut off entry by entry before the optimizer{where}"
-                return because(said, GRADIENT)
+                said = "gradients are cut off entry by entry before the optimizer"
+                return because(_with_place(said, at), GRADIENT)
             if name in SUMS and own and noise.intersection(operands):
-                said = f"noise is added to the gradients before the optimizer{where}"
-                return because(said, GRADIENT, NO_GRADIENT)
+                said = "noise is added to the gradients before the optimizer"
+                return because(_with_place(said, at), GRADIENT, NO_GRADIENT)
             if name in SUMS and any(a in flows.origins([b]) for a in own for b in own if a != b):
-                said = f"a part of the gradients is taken from them before the optimizer{where}"
-                return because(said, GRADIENT)
+                said = "a part of the gradients is taken from them before the optimizer"
+                return because(_with_place(said, at), GRADIENT)
         return {}
 
     def _are_clipped(self) -> bool:

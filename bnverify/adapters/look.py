@@ -420,13 +420,7 @@ def _skips(programs: Programs) -> bool:
 
 def _masks(programs: Programs) -> Iterator[Mask]:
     """Yield the mask of each loss, if the loss depends on the params only through masked values."""
-    eval_flows = programs.eval_flows
-    for loss, flows, inputs, end in (
-        ("training", programs.flows, programs.inputs, programs.loss),
-        ("eval", eval_flows, programs.eval_inputs, eval_flows.outputs[0]),
-    ):
-        if end is None:
-            continue
+    for loss, flows, inputs, end in programs.losses():
         params = under(inputs, PARAMS)
         of_params = flows.reached(params)
         gates: dict[int, list[int]] = defaultdict(list)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -160,6 +160,12 @@ class Programs:
                     seen.add(operand)
                     pending.append(operand)
         return found
+
+    def losses(self) -> Iterator[tuple[str, Flows, Mapping[str, int], int]]:
+        """Yield ("training" or "eval", the program, its inputs by path, the node of its loss)."""
+        if self.loss is not None:
+            yield "training", self.flows, self.inputs, self.loss
+        yield "eval", self.eval_flows, self.eval_inputs, self.eval_flows.outputs[0]
 
     def is_floating(self, path: str) -> bool:
         """Return whether a leaf of the state has a floating-point dtype."""

@@ -27,15 +27,9 @@ Spread = Literal["implicit", "explicit", "unknown"]
 
 def pairings(programs: Programs) -> Iterator[Pairing]:
     """Yield where the losses combine every row with every row by elementwise arithmetic."""
-    evaluation = programs.eval_flows
-    for loss, flows, inputs, end in (
-        ("training", programs.flows, programs.inputs, programs.loss),
-        ("eval", evaluation, programs.eval_inputs, evaluation.outputs[0]),
-    ):
-        if end is not None:
-            behind = flows.origins([end])
-            batch = programs.x.shape[0]
-            yield from dict.fromkeys(_paired(loss, flows, inputs, behind, batch))
+    batch = programs.x.shape[0]
+    for loss, flows, inputs, end in programs.losses():
+        yield from dict.fromkeys(_paired(loss, flows, inputs, flows.origins([end]), batch))
 
 
 def _paired(

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bnverify import another_process
 from bnverify.errors import first_line
 from bnverify.evidence import Counterexample, Evidence
 from bnverify.jaxpr.retrace import by_leaf, computed, differences
@@ -100,27 +99,19 @@ def elsewhere(target: str, seed: str) -> dict[str, Any]:
         Unavailable: the process gave no result.
     """
     asked = {"target": target, "settings": settings()}
-    code = f"import sys; from {__name__} import answer; answer(*sys.argv[1:])"
-    with tempfile.TemporaryDirectory(prefix="bnverify-") as folder:
-        file = Path(folder) / "computed.npz"
-        try:
-            done = subprocess.run(  # noqa: S603 - this interpreter, this module
-                [sys.executable, "-c", code, json.dumps(asked), str(file)],
-                env=environment(seed),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=TIME_LIMIT,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise Unavailable(f"another process took more than {TIME_LIMIT:g} s") from None
-        if not file.exists():
-            said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise Unavailable(f"another process cannot load the step: {said}")
-        with np.load(file) as found:
+    try:
+        with (
+            another_process.answer(
+                __name__, asked, environment=environment(seed), time_limit=TIME_LIMIT
+            ) as file,
+            np.load(file) as found,
+        ):
             return {name: found[name] for name in found.files}
+    except another_process.NoAnswer as error:
+        if error.status is None:
+            raise Unavailable(f"another process took more than {TIME_LIMIT:g} s") from None
+        said = error.said or f"exit status {error.status}"
+        raise Unavailable(f"another process cannot load the step: {said}") from None
 
 
 def environment(seed: str) -> dict[str, str]:

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from bnverify import compile_cache, shrink
+from bnverify import another_process, compile_cache, shrink
 from bnverify.errors import UsageError, first_line
 from bnverify.evidence import DEVICES, Cause, Counterexample, Evidence
 from bnverify.jaxpr.tracing import Tracer
@@ -508,26 +505,17 @@ def on_devices(
         UsageError: a target is not a Parallel, or the process ended without a result.
     """
     asked = {"targets": list(targets), "plan": asdict(plan), "seed": seed, "names": list(names)}
-    code = f"import sys; from {__name__} import answer; answer(*sys.argv[1:])"
-    with tempfile.TemporaryDirectory(prefix="bnverify-") as folder:
-        file = Path(folder) / "evidence.json"
-        try:
-            done = subprocess.run(  # noqa: S603 - this interpreter, this module
-                [sys.executable, "-c", code, json.dumps(asked), str(file)],
-                env=environment(),
-                capture_output=True,
-                text=True,
-                timeout=TIME_LIMIT,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise UsageError(
-                f"the process with {DEVICES} devices did not end within {TIME_LIMIT:g} s"
-            ) from error
-        if not file.exists():
-            said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
-            raise UsageError(f"the process with {DEVICES} devices ended without a result: {said}")
-        found = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        with another_process.answer(
+            __name__, asked, environment=environment(), time_limit=TIME_LIMIT
+        ) as file:
+            found = json.loads(file.read_text(encoding="utf-8"))
+    except another_process.NoAnswer as error:
+        process = f"the process with {DEVICES} devices"
+        if error.status is None:
+            raise UsageError(f"{process} did not end within {TIME_LIMIT:g} s") from error
+        said = error.said or "nothing said"
+        raise UsageError(f"{process} ended without a result: {said}") from error
     if "refused" in found:
         raise UsageError(found["refused"])
     return {
