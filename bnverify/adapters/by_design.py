@@ -341,7 +341,7 @@ class Design:
             return False
 
         def has_rows(node: int) -> bool:
-            return any(size and size % ROWS == 0 for shape in flows.shapes(node) for size in shape)
+            return any(size and size % ROWS == 0 for size in flows.shape(node) or ())
 
         behind = flows.origins([self._of.loss]) if self._of.loss is not None else set()
         return not any(has_rows(node) for node in of_x & of_y & behind)
@@ -392,8 +392,8 @@ class Design:
         for node in flows.of_primitives({"div"}):
             above, below = flows.equation(node).invars
             parents = flows.operands(node)
-            scalar = below.aval.ndim == 0 and above.aval.ndim <= 1
-            if scalar and len(parents) == 2 and node in behind & of_params and parents[1] in data:
+            scalar = below.aval.ndim == 0 and above.aval.ndim <= 1 and len(set(parents)) == 2
+            if scalar and node in behind & of_params and parents[1] in data:
                 return node
         return None
 
@@ -473,7 +473,7 @@ class Design:
             self._of.before_a_clip([node], shape)
             for update in self._of.gradients
             for node in update
-            for shape in self._of.flows.shapes(node)
+            if (shape := self._of.flows.shape(node)) is not None
         )
 
     def flat(self) -> str | None:
@@ -540,7 +540,7 @@ def _has_slope(flows: Flows) -> Callable[[int], bool]:
         eqn = flows.equation(node)
         if eqn is None:
             return True
-        floating = any(jnp.issubdtype(var.aval.dtype, jnp.floating) for var in eqn.outvars)
+        floating = bool(jnp.issubdtype(flows.aval(node).dtype, jnp.floating))
         return floating and eqn.primitive.name not in FLAT
 
     return passes

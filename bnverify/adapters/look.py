@@ -71,7 +71,7 @@ def _draws(programs: Programs) -> Iterator[Draw]:
     found: dict[Draw, None] = {}
     for node in flows.of_primitives(DRAWS):
         keys = tuple(sorted(names[n] for n in flows.origins([node]) if n in names))
-        shape = flows.equation(node).outvars[0].aval.shape
+        shape = flows.aval(node).shape
         # Numbers from a constant key, equal for all rows, may be part of the model: a random projection.
         if node not in live or (not keys and shape[:1] != programs.x.shape[:1]):
             continue
@@ -350,7 +350,7 @@ def _axes(programs: Programs, layers: Layers) -> Iterator[Axis]:
             call, nodes = calls[label], flows.of_label(label)
             if call.momentum is None or len(nodes) != 1 or len(call.feature_axes) != 1:
                 continue
-            if flows.shapes(nodes[0]) != [call.shape]:  # mapped: the layer has other axes
+            if flows.shape(nodes[0]) != call.shape:  # mapped: the layer has other axes
                 continue
             features = _feature_axis(flows, nodes[0], len(call.shape), of_batch)
             if features is not None:
@@ -381,10 +381,10 @@ def _feature_axis(flows: Flows, node: int, rank: int, of_batch: Collection[int])
                 before[source] = axes[place]
             node, axes = operands[0], before
             continue
-        ahead = [n for n in operands if n in of_batch and flows.shapes(n)]
+        ahead = [(n, given) for n in operands if n in of_batch and (given := flows.shape(n))]
         if name not in ELEMENTWISE or not ahead:
             break
-        node, (given, *_) = ahead[0], flows.shapes(ahead[0])
+        node, given = ahead[0]
         if len(given) == len(shape) and name not in RESHAPING:
             continue
         kept = [(axis, size) for axis, size in zip(axes, shape, strict=True) if size != 1]
@@ -448,17 +448,17 @@ def _gates(
         """Return the boolean that a value is computed from, if it depends on the batch alone."""
         eqn = flows.equation(node)
         while eqn is not None and eqn.primitive.name in SAME_VALUES:
-            if eqn.outvars[0].aval.dtype == np.bool_:
+            if flows.aval(node).dtype == np.bool_:
                 break
             node = flows.operands(node)[0]
             eqn = flows.equation(node)
-        if eqn is None or eqn.outvars[0].aval.dtype != np.bool_:
+        if eqn is None or flows.aval(node).dtype != np.bool_:
             return None
         while eqn is not None and eqn.primitive.name in SAME_VALUES:
             node = flows.operands(node)[0]
             eqn = flows.equation(node)
         # One number per row: what differs within a row, as a one-hot label does, is not a mask of rows.
-        sizes = [n for n in eqn.outvars[0].aval.shape if n != 1] if eqn is not None else []
+        sizes = [n for n in flows.shape(node) or () if n != 1]
         rows = len(sizes) == 1 and sizes[0] % ROWS == 0 and sizes[0] > 0
         return node if rows and node in of_batch and node not in of_params else None
 

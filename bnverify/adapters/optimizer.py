@@ -113,9 +113,8 @@ def rates(programs: Programs) -> Iterator[RateUse]:
         return
 
     def is_wide(node: int) -> bool:
-        eqn = flows.equation(node)
-        types = [var.aval.dtype for var in eqn.outvars] if eqn is not None else []
-        return not any(jnp.issubdtype(t, jnp.floating) and t.itemsize < 4 for t in types)
+        dtype = getattr(flows.aval(node), "dtype", np.dtype(bool))
+        return not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4)
 
     reached = flows.reached(flows.inputs[:1])
     in_full = flows.reached(flows.inputs[:1], through=is_wide)

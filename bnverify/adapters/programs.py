@@ -129,7 +129,7 @@ class Programs:
             name = eqn.primitive.name if eqn is not None else ""
             if name not in SAME_VALUES | {"mul", "div", "select_n"}:
                 continue
-            same = [n for n in flows.operands(node) if shape in flows.shapes(n)]
+            same = [n for n in flows.operands(node) if flows.shape(n) == shape]
             for value in {*same} - forward - set(flows.inputs):
                 factor = flows.origins([n for n in flows.operands(node) if n != value])
                 if name in {"mul", "div"} and value in factor:
@@ -154,7 +154,8 @@ class Programs:
             if eqn is None or node in forward or _of_backward_pass(eqn):
                 continue
             found.append(node)
-            shape = tuple(eqn.outvars[0].aval.shape)
+            shape = flows.shape(node)
+            # A loop's or a branch's node has other operands than the inputs of its equation.
             for operand, atom in zip(flows.operands(node), eqn.invars, strict=False):
                 if operand not in seen and tuple(atom.aval.shape) == shape:
                     seen.add(operand)
@@ -339,7 +340,7 @@ class Layers:
         if not self._of.inline[label]:
             return True
         flows = self._of.flows
-        sizes = [flows.equation(node).outvars[0].aval.size for node in flows.of_label(label)]
+        sizes = [flows.aval(node).size for node in flows.of_label(label)]
         return any(size > math.prod(call.shape) for size in sizes)
 
     def passes(self) -> tuple[Pass, ...]:
@@ -439,7 +440,7 @@ class Layers:
 
     def _size(self, label: str) -> int | None:
         nodes = self._of.flows.of_label(label)
-        return int(self._of.flows.equation(nodes[0]).outvars[0].aval.size) if nodes else None
+        return int(self._of.flows.aval(nodes[0]).size) if nodes else None
 
     def _given_to(self, turn: int) -> Any:
         """Return a number that is equal for forward passes with the same input; None if unknown."""

@@ -41,7 +41,7 @@ def _paired(
         eqn, operands = flows.equation(node), flows.operands(node)
         if eqn is None or eqn.primitive.name not in ELEMENTWISE or _rows(eqn.outvars[0]) < 2:
             continue
-        if not len(operands) == len(eqn.invars) == 2 or not data.issuperset(operands):
+        if len(eqn.invars) != 2 or len(set(operands)) != 2 or not data.issuperset(operands):
             continue
         sides = [_source(flows, *side) for side in zip(operands, eqn.invars, strict=True)]
         if any(_rows(atom) != 1 for _, atom in sides):
@@ -146,7 +146,7 @@ def statistic_of_targets(programs: Programs) -> int | None:
     of_targets = flows.reached([inputs["y"]]) - flows.reached(others)
     for node in sorted(of_targets & flows.origins(flows.outputs)):
         eqn, operands = flows.equation(node), flows.operands(node)
-        if eqn is None or eqn.primitive.name not in ELEMENTWISE or len(operands) < 2:
+        if eqn is None or eqn.primitive.name not in ELEMENTWISE or len(set(operands)) < 2:
             continue
         if len(operands) != len(eqn.invars) or not _rows(eqn.outvars[0]):
             continue

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from bnverify.jaxpr.graph import Graph, source_line
@@ -211,7 +212,6 @@ class Flows:
         self._of_key: dict[Any, int] = {}
         # Reading a program first creates a node for each captured array.
         first = len(inner.invars)
-        self._literals = first + len(consts)
         self.captured = [
             first + place for place, const in enumerate(consts) if getattr(const, "ndim", 0)
         ]
@@ -270,27 +270,34 @@ class Flows:
         return self._marks.get(label, [])
 
     def operands(self, node: int) -> list[int]:
-        """Return the nodes from which a node is computed."""
+        """Return the nodes from which a node is computed, in the order of its equation's inputs."""
         return self._graph.parents[node]
 
     def is_constant(self, node: int) -> bool:
-        """Return whether a node is a literal or a captured array."""
-        return (
-            node >= len(self.inputs) and not self._graph.equations[node] and not self.operands(node)
-        )
+        """Return whether a node is a literal or a captured array that is never written."""
+        return node in self._graph.constants and not self.operands(node)
 
     def equation(self, node: int) -> Any:
         """Return the equation that computes a node; None for inputs and constants."""
         eqns = self._graph.equations[node]
         return eqns[-1] if eqns else None
 
-    def shapes(self, node: int) -> list[tuple[int, ...]]:
-        """Return the shapes of the results of a node's equation; [] for inputs and constants."""
-        eqn = self.equation(node)
-        return [] if eqn is None else [tuple(var.aval.shape) for var in eqn.outvars]
+    def aval(self, node: int) -> Any:
+        """Return the shape and dtype of a computed value; None for inputs and constants."""
+        variable = self._graph.variables[node]
+        return None if variable is None else variable.aval
+
+    def shape(self, node: int) -> tuple[int, ...] | None:
+        """Return the shape of a computed value; None for inputs and constants."""
+        aval = self.aval(node)
+        return None if aval is None else tuple(aval.shape)
 
     def number(self, node: int) -> int:
-        """Return a number that is equal for nodes computed in the same way from the same values."""
+        """Return a number that is equal for nodes computed in the same way from the same values.
+
+        The outputs of one equation, such as the keys that one ``unstack`` returns, have different
+        numbers.
+        """
         for each in sorted(self.origins([node])):  # operands come before their results
             if each in self._numbers:
                 continue
@@ -298,15 +305,25 @@ class Flows:
             if eqn is not None and label_of(eqn) is not None:  # a mark equals its operand
                 self._numbers[each] = self._numbers[operands[0]]
                 continue
-            if eqn is None and each >= self._literals:
-                key: Any = "literal"  # its value is part of the key of the equation that uses it
-            elif eqn is None or any(operand not in self._numbers for operand in operands):
-                key = each  # an input, a captured array, or a loop variable
-            else:
+            key: Any = each  # an input, or a loop variable
+            if self.is_constant(each):
+                key = self._content(each)
+            elif eqn is not None and all(operand in self._numbers for operand in operands):
+                variable = self._graph.variables[each]
+                place = [i for i, output in enumerate(eqn.outvars) if output is variable]
                 numbers = tuple(self._numbers[operand] for operand in operands)
-                key = (eqn.primitive.name, said(eqn), numbers)
+                key = (eqn.primitive.name, said(eqn), *place, numbers)
             self._numbers[each] = self._of_key.setdefault(key, len(self._of_key))
         return self._numbers[node]
+
+    def _content(self, node: int) -> Any:
+        """Return a key that is equal for constants with equal values; the node if it has no array."""
+        value, aval = self._graph.constants[node]
+        try:
+            array = np.asarray(value, aval.dtype)
+        except TypeError:  # a key, a Ref, or a value of another trace
+            return node
+        return str(array.dtype), array.shape, array.tobytes()
 
     def where(self, node: int) -> str:
         """Return "path:line (function)" of the user's code that computes a node; "" if unknown."""

@@ -1,7 +1,7 @@
 """The data-flow graph of a jaxpr: a sound over-approximation of what can reach what.
 
-A node is an input, a constant, or all outputs of one equation; its parents are the values it is
-computed from. Labels flow from sources along the edges, around loops until nothing changes. A pure
+A node is an input, a constant, or one output of an equation; its parents are the values it is
+computed from, one for each operand. Labels flow from sources along the edges, around loops until nothing changes. A pure
 equation's outputs depend only on its inputs, so "every input reaches every output" is sound for
 any primitive. Two kinds of effect need more:
 
@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnverify.jaxpr.interpreter import hides_code
+from bnverify.jaxpr.interpreter import hides_code, open_jaxpr
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,6 +71,8 @@ class Graph:
         parents: for each node, the nodes it is computed from.
         equations: for each node, the enclosing calls, outermost first, then its equation;
             empty for inputs and constants.
+        variables: for each node, the variable of the jaxpr that it is; None for inputs and constants.
+        constants: node -> (value, aval) of each literal and each captured array.
         sources: the nodes of the program's inputs.
         unknown: names of primitives that are handled conservatively.
     """
@@ -78,20 +80,25 @@ class Graph:
     def __init__(self, inputs: int) -> None:
         self.parents: list[list[int]] = [[] for _ in range(inputs)]
         self.equations: list[tuple[Any, ...]] = [()] * inputs
+        self.variables: list[Any] = [None] * inputs
+        self.constants: dict[int, tuple[Any, Any]] = {}
         self.sources = list(range(inputs))
         self.unknown: set[str] = set()
         self._calls: tuple[Any, ...] = ()
 
-    def _node(self, parents: Sequence[int], *eqn: Any) -> int:
-        self.parents.append(list(dict.fromkeys(parents)))
-        self.equations.append((*self._calls, *eqn) if eqn else ())
+    def _node(self, parents: Sequence[int], eqn: Any = None, variable: Any = None) -> int:
+        self.parents.append(list(parents))
+        self.equations.append(() if eqn is None else (*self._calls, eqn))
+        self.variables.append(variable)
         return len(self.parents) - 1
 
-    def constant(self, _value: Any, aval: Any, /) -> int:
+    def constant(self, value: Any, aval: Any, /) -> int:
         """Return a node without parents."""
         if _is_ref(aval):  # it outlives the step, so one step may read what another wrote
             self.unknown.add("captured Ref")
-        return self._node(())
+        node = self._node(())
+        self.constants[node] = value, aval
+        return node
 
     def equation(self, eqn: Any, inputs: Sequence[int]) -> Sequence[int]:
         """Connect every input to every output, and to every Ref among the inputs."""
@@ -103,11 +110,10 @@ class Graph:
             parents += self.sources
         elif eqn.outvars and _is_opaque(eqn):
             self.unknown.add(eqn.primitive.name)
-        node = self._node(parents, eqn)
         for atom, written in zip(eqn.invars, inputs, strict=True):
             if _is_ref(atom.aval):
-                self.parents[written].append(node)
-        return [node] * len(eqn.outvars)
+                self.parents[written].append(self._node(parents, eqn))
+        return [self._node(parents, eqn, variable) for variable in eqn.outvars]
 
     def call(self, eqn: Any, inputs: Sequence[int], body: Body[int]) -> Sequence[int]:
         """Interpret the called jaxpr."""
@@ -121,11 +127,12 @@ class Graph:
     ) -> Sequence[int]:
         """Connect the body's outputs back to the carry."""
         consts, rest = split[0], sum(split)
-        carry = [self._node([value], eqn) for value in inputs[consts:rest]]
-        slices = [self._node([value], eqn) for value in inputs[rest:]]
+        within = open_jaxpr(eqn.params["jaxpr"])[0].invars
+        carry = self._nodes(inputs[consts:rest], eqn, eqn.outvars[: split[1]])
+        slices = self._nodes(inputs[rest:], eqn, within[rest:])
         outputs = body([*inputs[:consts], *carry, *slices])
         carried = self._close(carry, inputs[consts:rest], outputs[: len(carry)])
-        return [*carried, *(self._node([value], eqn) for value in outputs[len(carry) :])]
+        return [*carried, *self._nodes(outputs[len(carry) :], eqn, eqn.outvars[len(carry) :])]
 
     def while_loop(
         self, eqn: Any, inputs: Sequence[int], predicate: Body[int], body: Body[int]
@@ -133,10 +140,15 @@ class Graph:
         """Connect the body's outputs and the predicate back to the carry."""
         first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         starts = inputs[first + second :]
-        carry = [self._node([value], eqn) for value in starts]
+        carry = self._nodes(starts, eqn, eqn.outvars)
         again = predicate([*inputs[:first], *carry])
         outputs = body([*inputs[first : first + second], *carry])
         return self._close(carry, starts, outputs, also=again)
+
+    def _nodes(self, values: Sequence[int], eqn: Any, variables: Sequence[Any]) -> list[int]:
+        """Return a node of ``eqn`` for each value and the variable that it goes to."""
+        pairs = zip(values, variables, strict=True)
+        return [self._node([value], eqn, variable) for value, variable in pairs]
 
     def _close(
         self, carry: list[int], starts: Sequence[int], ends: Sequence[int], also: Sequence[int] = ()
@@ -153,7 +165,10 @@ class Graph:
     def cond(self, eqn: Any, inputs: Sequence[int], branches: Sequence[Body[int]]) -> Sequence[int]:
         """Connect each branch's outputs and the index to the outputs."""
         outputs = [branch(inputs[1:]) for branch in branches]
-        return [self._node([*values, inputs[0]], eqn) for values in zip(*outputs, strict=True)]
+        return [
+            self._node([*values, inputs[0]], eqn, variable)
+            for *values, variable in zip(*outputs, eqn.outvars, strict=True)
+        ]
 
     def labels(self) -> list[int]:
         """Return, for each node, the bit set of sources that can reach it."""

@@ -1,11 +1,13 @@
 """Marks and dependencies in a traced step."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from bnverify.adapters.traced import (
     DRAWS,
@@ -133,6 +135,72 @@ def test_values_computed_alike_have_one_number() -> None:
     flows = Flows(jax.make_jaxpr(function)(X))
     one, same, other = map(flows.number, flows.outputs)
     assert one == same != other
+
+
+def new_keys(key: Any) -> list[Any]:
+    """Return keys that users derive from one."""
+    rngs = nnx.Rngs(params=key, dropout=jax.random.fold_in(key, 7))
+    return [
+        *jax.random.split(key),
+        *jax.random.split(key, 3),
+        jax.random.split(key, (2, 2))[1, 0],
+        jax.random.fold_in(key, 0),
+        jax.random.fold_in(key, 1),
+        rngs.params(),
+        rngs.params(),
+        rngs.dropout(),
+    ]
+
+
+@pytest.mark.parametrize("make", [jax.random.PRNGKey, jax.random.key], ids=["raw", "typed"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_keys_derived_alike_have_one_number(make: Any, wrap: Any) -> None:
+    """Keys derived twice in one way share a number, and keys of different values never do."""
+
+    def twice(key: Any) -> Any:
+        return [*wrap(new_keys)(key), *wrap(new_keys)(key)]
+
+    key = make(3)
+    flows = Flows(jax.make_jaxpr(twice)(key))
+    numbers = list(map(flows.number, flows.outputs))
+    keys = [
+        jax.random.wrap_key_data(each) if each.dtype == np.uint32 else each for each in twice(key)
+    ]
+    values = [np.asarray(jax.random.key_data(each)).tobytes() for each in keys]
+    assert numbers[:11] == numbers[11:]
+    assert len(set(zip(numbers, values, strict=True))) == len(set(numbers))
+    assert len(set(numbers[:2])) == 2
+    assert len(set(numbers[2:5])) == 3
+
+
+def test_values_computed_from_others_have_other_numbers() -> None:
+    """The outputs of one equation differ, as do orders of operands and captured arrays."""
+
+    @partial(jax.jit, static_argnums=1)
+    def plus(x: Any, order: int) -> Any:
+        return x + np.arange(3.0, dtype=np.float32)[::order]
+
+    def function(x: Any, y: Any) -> Any:
+        order, place = jax.lax.sort_key_val(x[0], y[0]), jax.lax.top_k(x, 1)
+        joined = jnp.concatenate([x, x, y]), jnp.concatenate([x, y, y])
+        return *order, *place, *joined, plus(x, 1), plus(x, -1)
+
+    flows = Flows(jax.make_jaxpr(function)(X, X))
+    assert len(set(map(flows.number, flows.outputs))) == len(flows.outputs) == 8
+
+
+def test_values_in_a_loop_have_other_numbers_than_its_results() -> None:
+    """A slice of the input of a scan, and its stacked output, are no equal values."""
+
+    def function(x: Any) -> Any:
+        def body(carry: Any, row: Any) -> Any:
+            return carry + row, (row * 2, row * 3, carry)
+
+        return jax.lax.scan(body, jnp.zeros(3), x)
+
+    flows = Flows(jax.make_jaxpr(function)(X))
+    assert len(set(map(flows.number, flows.outputs))) == len(flows.outputs) == 4
+    assert list(map(flows.shape, flows.outputs)) == [(3,), (2, 3), (2, 3), (2, 3)]
 
 
 def test_a_value_of_a_trace_that_is_gone_is_found() -> None:
