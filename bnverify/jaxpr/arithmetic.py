@@ -97,6 +97,7 @@ _APPROXIMATE = frozenset(
         "lgamma",
         "log",
         "log1p",
+        "log2",
         "logistic",
         "pow",
         "rsqrt",
@@ -129,6 +130,7 @@ BY_ELEMENT = (
         "mul",
         "ne",
         "not",
+        "one_minus_square",
         "or",
         "sqrt",
         "square",
@@ -149,6 +151,8 @@ _SCALING = frozenset(
         "expm1",
         "integer_pow",
         "mul",
+        "one_minus_square",
+        "polynomial",
         "pow",
         "reduce_prod",
         "reduce_sum",
@@ -187,6 +191,8 @@ def terms(eqn: Any) -> int:
         count = shapes[0][params["axis"]]
     elif name == "reduce_window_sum":
         count = math.prod(params["window_dimensions"])
+    elif name == "polynomial":  # Horner's rule rounds a product and a sum for each coefficient
+        count = 2 * (len(shapes) - 1)
     elif name in {"scatter-add", "scatter-mul", "scatter_mul"}:
         count = math.prod(shapes[1][:-1])  # all updates may hit one element
     return max(int(count), 1)
@@ -203,6 +209,8 @@ def rounding_ulps(eqn: Any) -> float:
         return _APPROXIMATE_UNITS
     if name == "integer_pow":
         return math.sqrt(max(abs(eqn.params["y"]) - 1, 1))
+    if name == "one_minus_square":  # 1 + x, 1 - x and their product
+        return math.sqrt(3)
     count = terms(eqn)
     return math.sqrt(count) + count / 64
 
@@ -287,7 +295,7 @@ def pole(eqn: Any) -> int | None:
     name = eqn.primitive.name
     if name in {"div", "rem"}:
         return 1
-    if name in {"digamma", "lgamma", "log", "rsqrt"}:
+    if name in {"digamma", "lgamma", "log", "log2", "rsqrt"}:
         return 0
     if name == "integer_pow" and eqn.params["y"] < 0:
         return 0

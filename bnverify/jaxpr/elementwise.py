@@ -109,6 +109,14 @@ def _power(x: Array, y: Array) -> Array:
     return np.power(x, y.astype(np.float64, copy=False))
 
 
+def _polynomial(x: Array, *coefficients: Array) -> Array:
+    """Evaluate a polynomial by Horner's rule; the coefficients start with the constant one."""
+    *lower, total = coefficients
+    for coefficient in reversed(lower):
+        total = total * x + coefficient
+    return total
+
+
 BY_ELEMENT: dict[str, Callable[..., Array]] = {
     "abs": np.abs,
     "acos": np.arccos,
@@ -148,6 +156,7 @@ BY_ELEMENT: dict[str, Callable[..., Array]] = {
     "lgamma": _lgamma,
     "log": np.log,
     "log1p": np.log1p,
+    "log2": np.log2,
     "logistic": lambda x: 1 / (1 + np.exp(-x)),
     "lt": np.less,
     "max": np.maximum,
@@ -157,8 +166,10 @@ BY_ELEMENT: dict[str, Callable[..., Array]] = {
     "ne": np.not_equal,
     "neg": np.negative,
     "not": np.invert,
+    "one_minus_square": lambda x: (1 + x) * (1 - x),
     "or": np.bitwise_or,
     "polygamma": _scipy("polygamma"),
+    "polynomial": _polynomial,
     "population_count": _population_count,
     "pow": _power,
     "regularized_incomplete_beta": _scipy("betainc"),

@@ -155,6 +155,8 @@ def assert_equal(got, want, rtol, atol, signed_zeros):
         np.testing.assert_array_equal(np.signbit(got)[zero], np.signbit(want)[zero])
 
 
+SQUARE = "square" if hasattr(lax, "square_p") else "integer_pow"  # the latter in jax 0.4.30
+
 # Unary operations: name -> function, and the range of its operand (None: any value).
 UNARY = {
     "abs": (lax.abs, None),
@@ -189,10 +191,12 @@ UNARY = {
     "sin": (lax.sin, None),
     "sinh": (lax.sinh, None),
     "sqrt": (lax.sqrt, None),
-    "square": (lax.square, None),
+    SQUARE: (lax.square, None),
     "tan": (lax.tan, None),
     "tanh": (lax.tanh, None),
 }
+if hasattr(lax, "one_minus_square"):  # from jax 0.12 on
+    UNARY |= {"log2": (jnp.log2, None), "one_minus_square": (lax.one_minus_square, None)}
 
 
 @pytest.mark.parametrize("name", UNARY)
@@ -213,8 +217,10 @@ ON_INTS = {
     "not": (lax.bitwise_not, (*INTS, "bool")),
     "population_count": (lax.population_count, INTS),
     "sign": (lax.sign, INTS),
-    "square": (lax.square, INTS),
+    SQUARE: (lax.square, INTS),
 }
+if hasattr(lax, "one_minus_square"):
+    ON_INTS["one_minus_square"] = (lax.one_minus_square, INTS)
 
 
 @pytest.mark.parametrize("name", ON_INTS)
@@ -324,6 +330,20 @@ def test_integer_power(data, exponent):
 
     if exponent not in {0, 1}:  # lax simplifies these
         check(data, "integer_pow", power, [Operand(dtype, (4,))], rtol=1e-14)
+
+
+@pytest.mark.skipif(not hasattr(lax, "polynomial"), reason="lax.polynomial is of jax 0.12")
+@settings(max_examples=7)
+@given(st.data(), st.integers(2, 10))
+def test_polynomials(data, count):
+    """Coefficients are scalars or arrays, the constant one first."""
+    shapes = data.draw(st.lists(st.sampled_from([(), (4,), (1,)]), min_size=count, max_size=count))
+    x, *coefficients = [Operand("float32", shape, -2, 2) for shape in [(4,), *shapes]]
+
+    def function(x, *coefficients):
+        return lax.polynomial(x, coefficients)
+
+    check(data, "polynomial", function, [x, *coefficients], atol=1e-10)
 
 
 @given(st.data())

@@ -119,6 +119,10 @@ OPERATIONS = {
     "masked": lambda x, y: jax.nn.softmax(jnp.where(jnp.arange(4) < 3, x, -jnp.inf) * 2 + y[0]),
     "logsumexp": lambda x, y: jax.nn.logsumexp(100 * x + y),
     "gelu": lambda x, y: jax.nn.gelu(x) + jnp.tanh(y),
+    "gradient of tanh": lambda x, y: jax.grad(lambda z: jnp.sum(jnp.tanh(3 * z) * y))(x),
+    "log2": lambda x, y: jnp.log2(jnp.abs(x)) + y,
+    # (1 + x/10 - 1)**3, expanded: the terms cancel
+    "polynomial": lambda x, y: jnp.polyval(jnp.array([1.0, -3, 3, -1]), 1 + x / 10) + 1e-3 * y,
     "norm": lambda x, y: jnp.linalg.norm(x) / jnp.abs(y).sum(),
     "scan": lambda x, y: jax.lax.scan(
         lambda c, t: (jnp.tanh(c * t + x), c.sum()), y, jnp.arange(5.0), reverse=True
