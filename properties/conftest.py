@@ -35,6 +35,8 @@ DEFAULT = ("sgd", "adam")
 SHAPES = 5  # each compiles a few programs for each optimizer; three of them are always tiny
 TOGETHER = 8
 """The most cases of one example: they are run and judged as a stack, and shrink to one."""
+WITNESSES = 100
+"""The fewest examples in which a witness is sought: a law is not violated because a profile has five."""
 
 
 class Step:
@@ -101,7 +103,11 @@ class Step:
             find(
                 cases,
                 lambda some: bool((self._residuals(known, some) == 0).any()),
-                settings=settings(database=None, phases=[Phase.generate]),
+                settings=settings(
+                    database=None,
+                    phases=[Phase.generate],
+                    max_examples=max(settings.default.max_examples, WITNESSES),
+                ),
                 random=random.Random(0),
             )
         except errors.NoSuchExample:
