@@ -79,6 +79,7 @@ def linen(
         features: the values of D that the module accepts; None: any.
         name: its name in reports; None: the module's class.
         **declared: ``targets``, ``row_losses``, ``online``, ``carried``, ``frozen``, ``passes``,
+            ``momentum``,
             ``weights``, ``pretrained``, ``exempt``: see ``bnverify.adapters.by_design.Declared``.
 
     Returns:
@@ -141,6 +142,7 @@ def nnx(
             no parameter for it.
         name: its name in reports; None: the name of ``make_module``.
         **declared: ``targets``, ``row_losses``, ``online``, ``carried``, ``frozen``, ``passes``,
+            ``momentum``,
             ``weights``, ``pretrained``, ``exempt``: see ``bnverify.adapters.by_design.Declared``.
 
     Returns:
