@@ -213,6 +213,30 @@ def _moment(name: str) -> str | None:
     return moment_of(_last(name))
 
 
+def rows_of_evaluation(observed: ObservedCase) -> Clues:
+    """Return how the eval loss combines its rows, if they are independent but it is not their mean.
+
+    A batch that repeats one row has N times its loss if losses are summed, and otherwise the same.
+    """
+    if not 1 < observed.rows <= MOST_ROWS:
+        return {}
+    whole = float(np.ravel(observed.t.eval_loss)[0])
+    losses = []
+    for row in range(observed.rows):
+        x = np.broadcast_to(observed.case.x[:, row : row + 1], observed.case.x.shape)
+        y = np.broadcast_to(observed.case.y[:, row : row + 1], observed.case.y.shape)
+        losses.append(observed.loss_of(observed.t.after, x=x, y=y))
+    alone = observed.loss_of(observed.t.after, x=observed.case.x[:, :1], y=observed.case.y[:, :1])
+    if not _same(alone, losses[0]):
+        is_sum = _same(observed.rows * alone, losses[0]) and _same(np.mean(losses), whole)
+        return {"eval_rows": "sum over rows"} if is_sum else {}
+    if _same(np.mean(losses), whole):
+        return {}
+    if _same(np.sqrt(np.mean(np.square(losses))), whole):
+        return {"eval_rows": "root of a mean over rows"}
+    return {}
+
+
 def _mean_of_rows(observed: ObservedCase) -> float:
     """Return the mean training loss of batches that repeat one row; NaN for too many rows."""
     if not 1 < observed.rows <= MOST_ROWS:
