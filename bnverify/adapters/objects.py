@@ -67,6 +67,18 @@ def statistics_of(module: Any) -> dict[str, Any]:
     return {n: v for n, v in untrained.items() if isinstance(v, nnx.BatchStat) or n in pair}
 
 
+def kinds_of_variables(node: Any) -> tuple[Any, ...]:
+    """Return nnx filters for params, running statistics, PRNG streams, and the rest of ``node``."""
+    named = {
+        (*filter(None, path.split("/")), name)
+        for path, module in modules_of(node)
+        if kind_of(module) == "model"
+        for name in statistics_of(module)
+    }
+    statistics = nnx.Any(nnx.BatchStat, lambda path, _: tuple(map(str, path)) in named)
+    return (nnx.Param, statistics, nnx.RngState, ...)
+
+
 def is_key(leaf: Any) -> bool:
     """Return whether a leaf is a typed PRNG key, which NumPy cannot hold."""
     return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
@@ -183,12 +195,13 @@ class Parts:
         return cls(graphdef, tuple(filters), tuple(Part.of(state) for state in states))
 
     @classmethod
-    def of(cls, make: Callable[[], Any], filters: Sequence[Any]) -> Parts:
+    def of(cls, make: Callable[[], Any], filters_of: Callable[[Any], Sequence[Any]]) -> Parts:
         """Return the parts of the object that ``make`` returns, traced for shapes only."""
         found: list[Parts] = []
 
         def build() -> None:
-            found.append(cls.of_object(make(), filters))
+            node = make()
+            found.append(cls.of_object(node, filters_of(node)))
 
         jax.eval_shape(build)
         return found[0]
@@ -274,18 +287,7 @@ class Layout:
             return bool(path) and str(path[0]) in measured
 
         held = Held(objects)
-        named = {
-            (*filter(None, path.split("/")), name)
-            for path, module in modules_of(held)
-            if kind_of(module) == "model"
-            for name in statistics_of(module)
-        }
-
-        def is_statistic(path: Any, _: Any) -> bool:
-            return tuple(map(str, path)) in named
-
-        statistics = nnx.Any(nnx.BatchStat, is_statistic)
-        filters = (kept_by_optimizer, kept_by_metrics, nnx.Param, statistics, nnx.RngState, ...)
+        filters = (kept_by_optimizer, kept_by_metrics, *kinds_of_variables(held))
         parts = Parts.of_object(held, filters)
         trees = parts.split(held)
         around = {at[:1] for at in found}  # an object that holds its model, and more

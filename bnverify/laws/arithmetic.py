@@ -355,7 +355,9 @@ def folded(old: Any, new: Any, zero: Any, high: Any) -> Any:
     return worst_of(
         [
             residual(new, kept + wide(zero), allowed),
-            residual(from_huge, start, start, of=high, quantity=f"update from old values of {start:.1g}"),
+            residual(
+                from_huge, start, start, of=high, quantity=f"update from old values of {start:.1g}"
+            ),
         ]
     )
 
