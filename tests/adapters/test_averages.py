@@ -15,6 +15,7 @@ from flax import nnx
 from flax.training import train_state
 
 import bnverify
+from bnverify import compat
 from bnverify.model import Subject
 from bnverify.statistic_names import moment_of
 
@@ -211,13 +212,14 @@ class NnxNorm(nnx.Module):
     def __call__(self, x: Any) -> Any:
         """Return ``x`` (N, C) normalised over rows."""
         mean, var = jnp.mean(x, 0), jnp.var(x, 0)
-        old_mean, old_var = self.moving_mean.value, self.moving_variance.value
+        old_mean, old_var = compat.held(self.moving_mean), compat.held(self.moving_variance)
         if self.use_running_average:
             mean, var = old_mean, old_var
         else:
-            self.moving_mean.value = self.old * old_mean + (1 - self.old) * mean
+            # New Variables, because writing to one in place differs between releases.
+            self.moving_mean = Statistic(self.old * old_mean + (1 - self.old) * mean)
             kept = self.kept(x, var, old_mean)
-            self.moving_variance.value = self.old * old_var + (1 - self.old) * kept
+            self.moving_variance = Statistic(self.old * old_var + (1 - self.old) * kept)
         return (x - mean) * jax.lax.rsqrt(var + 1e-5)
 
 
