@@ -409,6 +409,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "wrong_moments",
+        lambda k: "mixed" in k.clues and k.any(MODES, "batch_stats_change_only_by_ema"),
+        "the new {mixed} depends on the old {mixed_with}",
+    ),
+    Rule(
+        "wrong_moments",
         lambda k: k.clue("average", "of roots"),
         "{bent} averages standard deviations and squares the average",
     ),
@@ -605,11 +610,26 @@ RULES: tuple[Rule, ...] = (
         lambda k: k.clue("modes", "evaluation ignores the statistics here"),
         "in this case, changing the statistics does not change the eval loss",
     ),
+    Rule(
+        "exponential_overflows",
+        lambda k: (
+            k.any("eval_loss_is_finite", "a_constant_feature_gives_a_finite_step")
+            and k.clue("nonfinite", "exp", "exp2", "expm1", "sinh", "cosh")
+        ),
+        "the first number that is not finite is the result of {nonfinite} at {nonfinite_at}",
+    ),
     Rule("division_by_zero_variance", lambda k: k.broke("eval_loss_is_finite")),
     Rule(
         "losses_differ",
         lambda k: k.broke(MODES) and k.clue("modes", "another loss"),
         "both modes make the same predictions, but the eval loss is {modes_ratio} times the training loss",
+    ),
+    Rule(
+        "loss_not_a_mean_over_rows",
+        lambda k: (
+            k.broke(ROWS) and k.clue("eval_rows", "sum over rows", "root of a mean over rows")
+        ),
+        "the eval loss is the {eval_rows}",
     ),
     Rule(
         "eval_in_train_mode",

@@ -954,6 +954,32 @@ mistake(
     """,
 )
 mistake(
+    "exponential_overflows",
+    "an exponential of a large number overflows",
+    "use jax.nn.softmax, jax.nn.logsumexp, jax.nn.softplus or an Optax loss, which subtract the largest "
+    "exponent first",
+    "https://docs.jax.dev/en/latest/_autosummary/jax.nn.logsumexp.html",
+    looks="NaN or an infinite loss, once the model's outputs are large.",
+    wrong="""
+        z = jnp.log(jnp.sum(jnp.exp(logits), axis=1))
+    """,
+    right="""
+        z = jax.nn.logsumexp(logits, axis=1)
+    """,
+)
+mistake(
+    "loss_not_a_mean_over_rows",
+    "the loss is not a mean over rows",
+    "take the mean of the rows' losses; if the root or the sum is intended, declare row_losses=False",
+    looks="The eval loss depends on the batch size: over batches, its average is not that of the data set.",
+    wrong="""
+        loss = jnp.sqrt(jnp.mean((preds - y) ** 2))
+    """,
+    right="""
+        loss = jnp.mean((preds - y) ** 2)
+    """,
+)
+mistake(
     "optimizer_departs_from_its_paper",
     "the optimizer does not follow the formula of its paper",
     "use a release of Optax that does (`bnverify bisect` finds where it changed), or write the update by hand",

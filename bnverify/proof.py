@@ -29,7 +29,8 @@ MISSING_CAPABILITY = {
     "grads": "the gradients of the step are unknown",
     "loss": "the training loss of the step is unknown",
     "lr": "the step does not use the learning rate that it is given",
-    "momentum": "the momentum of the normalisation layers is unknown, or differs between them",
+    "momentum": "the momentum of the normalisation layers is unknown, or differs between them; "
+    "if all have one, declare it: momentum=0.9",
     "layer_inputs": "the inputs of the normalisation layers are unknown",
     "after_eval": "eval_step returns no state",
     "biases_before_norm": "no bias is added right before a normalisation",

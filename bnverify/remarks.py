@@ -45,7 +45,7 @@ def remarks(subject: Subject, influence: Influence | None) -> Iterator[str]:
         if untrained:
             what = f"used in evaluation but not in training: {_listed(untrained)}"
             yield _line(what, "statistics_trained_as_params")
-        if unfound := _statistics_not_found(state, influence):
+        if unfound := _statistics_not_found(subject, state, influence):
             yield (
                 "no running statistics were found in the state, but evaluation reads "
                 f"{_listed(unfound)}. If these are running statistics, declare them: "
@@ -95,9 +95,12 @@ def _initial(subject: Subject) -> Any:
         return None
 
 
-def _statistics_not_found(state: Any, influence: Influence) -> set[str]:
-    """Return the floats in ``extra`` that may affect the eval loss, if batch_stats is empty."""
-    if state is None or _paths(state.batch_stats):
+def _statistics_not_found(subject: Subject, state: Any, influence: Influence) -> set[str]:
+    """Return the floats in ``extra`` that may affect the eval loss, if batch_stats is empty.
+
+    A subject that was analysed has a note about those that the step updates from the batch.
+    """
+    if state is None or subject.look is not None or _paths(state.batch_stats):
         return set()
     leaves = jax.tree_util.tree_flatten_with_path(state.extra)[0]
     floats = {f"extra/{path_name(path)}" for path, leaf in leaves if leaf.dtype.kind == "f"}

@@ -113,6 +113,20 @@ def test_the_example_misses_what_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.nightly
+def test_strict_settings_without_a_cache_are_no_obstacle(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The audit sets the option of a plugin that these settings switch off; it runs pytest, so nightly."""
+    for name in ("training.py", "test_training.py"):
+        (tmp_path / name).write_text((EXAMPLE / name).read_text())
+    strict = "addopts = -p no:cacheprovider --strict-config --strict-markers"
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\n{strict}\nfilterwarnings = error\n")
+    monkeypatch.chdir(tmp_path)
+    found = audit("pytest -q", [STEP], [FAULTS["statistics_dropped"]])
+    assert [each.verdict for each in found.findings] == ["noticed"]
+
+
+@pytest.mark.nightly
 def test_the_whole_list_of_what_the_example_misses_is_right(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

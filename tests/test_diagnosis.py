@@ -95,6 +95,15 @@ def test_a_mistake_has_one_entry() -> None:
             "eval_ignores_variables",
         ),
         ([MODES, "eval_rows_are_independent"], {}, "eval_in_train_mode"),
+        (["eval_rows_are_independent"], {}, "eval_in_train_mode"),
+        (
+            ["eval_rows_are_independent"],
+            {"eval_rows": "root of a mean over rows"},
+            "loss_not_a_mean_over_rows",
+        ),
+        (["eval_loss_is_finite"], {"nonfinite": "exp"}, "exponential_overflows"),
+        (["eval_loss_is_finite"], {"nonfinite": "rsqrt"}, "division_by_zero_variance"),
+        ([MODES], {"mixed": "norm/var", "mixed_with": "norm/mean"}, "wrong_moments"),
         ([MOMENTUM], {"average": "squared"}, "ema_applied_twice"),
         ([MOMENTUM], {"average": "reversed"}, "momentum_reversed"),
         ([MOMENTUM], {"average": "another momentum"}, "momentum_not_as_declared"),
@@ -192,6 +201,8 @@ RECOGNISED = {
     "statistics_of_the_first_shard": {"moments": "part of the rows", "rows": "1 to 2 of 4"},
     "targets_reversed": {"modes": "targets moved"},
     "gradient_doubled_by_two_backward_passes": {"gradient": "scaled"},
+    "loss_is_the_root_of_a_mean": {"eval_rows": "root of a mean over rows"},
+    "epsilon_forgotten": {"nonfinite": "rsqrt"},
 }
 
 

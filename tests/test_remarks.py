@@ -198,8 +198,8 @@ def test_statistics_that_are_not_found_are_remarked_upon() -> None:
         }, loss
 
     subject = bnverify.loop(create, train_step, features=3)
-    (line,) = remarks(subject, read(subject).influence)
-    assert "no running statistics were found" in line
+    (line,) = (note for note in subject.notes if "statistics=" in note)
+    assert "were not found as running statistics" in line
     assert line.endswith('statistics="rest/moments"')
     declared = bnverify.loop(create, train_step, features=3, statistics="rest/moments")
     assert told(declared) == []

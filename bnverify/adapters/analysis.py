@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Any, Unpack
 
 import jax
 
+from bnverify.adapters.averages import Averages, unrecognised_moments
 from bnverify.adapters.by_design import (
     GRADIENT,
     HINTS,
@@ -62,8 +64,13 @@ def completed(
     declared = declared or Declared()
     programs = Programs(subject)
     patterns = [*declared.carried, *(declared.frozen or ()), *Layers(programs).carried()]
-    if patterns:
-        subject = _carrying(subject, patterns)
+    others = {
+        path: reason
+        for path, reason in Averages(programs, Layers(programs)).others().items()
+        if not any(fnmatchcase(path, pattern) for pattern in patterns)
+    }
+    if patterns or others:
+        subject = _carrying(subject, [*patterns, *map(escape, others)])
         programs = Programs(subject)
     layers = Layers(programs, declared.passes)
     design = Design(programs, layers, declared, batch)
@@ -74,12 +81,13 @@ def completed(
     notes += [missing] if missing else []
     differing = differing_inputs(programs)
     notes += [differing] if differing else []
+    notes += Averages(programs, layers).notes(others)
     if not written_by_hand:
         _refuse_flat(design)
     every = max(updates_every(subject, programs.state), subject.updates_every)
     makers = [*makers, *filter(None, [subject.optimizer])]
     seen = look_at(programs, layers, declared, every, makers)
-    found = design.exempt(seen.pairings)
+    found = {**unrecognised_moments(programs.state.batch_stats), **design.exempt(seen.pairings)}
     found |= _of_an_evaluated_copy(programs, seen.copies)
     if declared.pretrained or any(with_statistics for _, with_statistics in seen.pretrained):
         told = "pretrained=True: " if declared.pretrained else ""
@@ -96,7 +104,7 @@ def completed(
     analysed = replace(
         subject,
         exempt={**found, **subject.exempt, **declared.exempt},
-        momentum=layers.momentum() if subject.momentum is None else subject.momentum,
+        momentum=_momentum(subject, declared, layers),
         layer_inputs=subject.layer_inputs or layers.layer_inputs(),
         capabilities=subject.capabilities
         - ({"lr"} if written_by_hand and _keeps_its_rate(programs) else set()),
@@ -161,6 +169,12 @@ def _of_an_evaluated_copy(programs: Programs, copies: Sequence[Copy]) -> dict[st
             said = f"evaluation uses {copy.params} and {copy.batch_stats}, which follow the model's own"
             return because(said, OWN_EVALUATION)
     return {}
+
+
+def _momentum(subject: Subject, declared: Declared, layers: Layers) -> float | None:
+    """Return the momentum of all layers: what the Subject says, what is declared, or what is found."""
+    told = subject.momentum if subject.momentum is not None else declared.momentum
+    return layers.momentum() if told is None else told
 
 
 def _keeps_its_rate(programs: Programs) -> bool:

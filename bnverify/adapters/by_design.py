@@ -104,6 +104,8 @@ class Declared:
             a whole layer, "backbone/mean" for one statistic. False: the statistics of layers with
             frozen params may change. Empty: frozen layers are found.
         passes: the number of batches that each layer processes per step. None: counted.
+        momentum: the weight of the old value in the moving averages of user-written layers, per step.
+            None: that of Flax's own layers.
         weights: (x, y) -> (N,), the weight of each row in the loss.
         pretrained: whether params and statistics start from a pretrained model. None: found.
         batches: the number of batches in training, with gradient accumulation; a learning-rate
@@ -120,6 +122,7 @@ class Declared:
     carried: Sequence[str] = ()
     frozen: Sequence[str] | Literal[False] = ()
     passes: int | None = None
+    momentum: float | None = None
     weights: Callable[[Any, Any], Any] | None = None
     pretrained: bool | None = None
     batches: int | None = None
@@ -137,6 +140,7 @@ class Declarations(TypedDict, total=False):
     carried: Collection[str]
     frozen: Collection[str] | Literal[False]
     passes: int | None
+    momentum: float | None
     weights: Callable[[Any, Any], Any] | None
     pretrained: bool | None
     batches: int | None
@@ -373,6 +377,11 @@ class Design:
                 at = self._of.eval_flows.where(scaled)
                 said = "the eval loss compares the targets with a statistic of their batch"
                 found |= because(_with_place(said, at), INDEPENDENT_ROWS[:1])
+        if counts := self._counts_of_rows():
+            said = (
+                f"the step weighs a batch by the number of rows that it has seen: {listed(counts)}"
+            )
+            found |= because(said, DOUBLING)
         compared = [pairing.at for pairing in pairings if pairing.by_design]
         for flows, inputs in (
             (self._of.flows, self._of.inputs),
@@ -382,6 +391,24 @@ class Design:
         for at in compared:
             said = _with_place("the loss compares rows with each other", at)
             found |= because(said, INDEPENDENT_ROWS)
+        return found
+
+    def _counts_of_rows(self) -> list[str]:
+        """Return the values beside the statistics to which a step adds its number of rows, and uses."""
+        of, flows, found = self._of, self._of.flows, []
+        used = {*under(of.outputs, "params/", "batch_stats/"), of.loss}
+        for path, start in of.inputs.items():
+            node = of.outputs.get(path) if path.startswith("extra/") else None
+            eqn = None if node is None else flows.equation(node)
+            while eqn is not None and eqn.primitive.name in SAME_VALUES:
+                node = flows.operands(node)[0]
+                eqn = flows.equation(node)
+            if eqn is None or eqn.primitive.name != "add":
+                continue
+            added = [atom.val for atom in eqn.invars if hasattr(atom, "val")]
+            of_rows = [n for n in added if jnp.ndim(n) == 0 and n == of.x.shape[0]]
+            if of_rows and start in flows.operands(node) and used & flows.reached([start]):
+                found.append(_field(path.removeprefix("extra/")))
         return found
 
     def _divides_by_the_batch(self) -> int | None:

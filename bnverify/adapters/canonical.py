@@ -26,7 +26,7 @@ from bnverify.adapters.batches import mse, rows, under_axis
 from bnverify.adapters.by_design import Declarations, declared_by
 from bnverify.adapters.calls import Caller, Mode, call_mode, known_names, named
 from bnverify.adapters.explain import explaining
-from bnverify.adapters.objects import Parts
+from bnverify.adapters.objects import Parts, kinds_of_variables
 from bnverify.adapters.programs import RATE, example_of, sizes_of
 from bnverify.adapters.traced import Flows
 from bnverify.adapters.trees import extra_of
@@ -79,7 +79,8 @@ def linen(
         features: the values of D that the module accepts; None: any.
         name: its name in reports; None: the module's class.
         **declared: ``targets``, ``row_losses``, ``online``, ``carried``, ``frozen``, ``passes``,
-            ``weights``, ``pretrained``, ``exempt``: see ``bnverify.adapters.by_design.Declared``.
+            ``momentum``, ``weights``, ``pretrained``, ``exempt``: see
+            ``bnverify.adapters.by_design.Declared``.
 
     Returns:
         A Subject whose ``State.extra`` holds what the model carries besides params and
@@ -121,7 +122,8 @@ def nnx(
 ) -> Subject:
     """Return the canonical training step of an nnx module as a Subject.
 
-    ``nnx.Param`` is trained, ``nnx.BatchStat`` are the running statistics, and all other variables
+    ``nnx.Param`` is trained; ``nnx.BatchStat`` are the running statistics, and so are a running mean and
+    variance of another type, by their names; all other variables
     (PRNG streams, counters, caches) are kept in ``State.extra``. The module is switched by ``train()``
     and ``eval()``, and by an argument of ``__call__`` if it has one.
 
@@ -141,7 +143,8 @@ def nnx(
             no parameter for it.
         name: its name in reports; None: the name of ``make_module``.
         **declared: ``targets``, ``row_losses``, ``online``, ``carried``, ``frozen``, ``passes``,
-            ``weights``, ``pretrained``, ``exempt``: see ``bnverify.adapters.by_design.Declared``.
+            ``momentum``, ``weights``, ``pretrained``, ``exempt``: see
+            ``bnverify.adapters.by_design.Declared``.
 
     Returns:
         The step, with its momentum, layer inputs and exemptions if they are found.
@@ -476,9 +479,6 @@ def _shapes(tree: Any) -> Any:
 # An nnx module.
 
 
-FILTERS = (flax_nnx.Param, flax_nnx.BatchStat, flax_nnx.RngState, ...)
-
-
 @dataclass(frozen=True, eq=False)
 class _NnxModule:
     """An nnx module whose variables are split into the parts of a State.
@@ -531,7 +531,7 @@ class _NnxModule:
         # A symbolic size belongs to one trace, so nothing is cached for it.
         known = self._known.get(features) if isinstance(features, int) else None
         if known is None:
-            known = Parts.of(lambda: self._make(0, features), FILTERS)
+            known = Parts.of(lambda: self._make(0, features), kinds_of_variables)
             if isinstance(features, int):
                 self._known[features] = known
         return known

@@ -88,8 +88,8 @@ def loop(
             rows: the number of rows is a multiple of it. By default found, if the step refuses other
                 batches.
             name: its name in reports; by default that of ``train_step``.
-            targets, row_losses, online, carried, frozen, passes, weights, pretrained, batches,
-            same_loss, penalty, exempt: see ``bnverify.adapters.by_design.Declared``.
+            targets, row_losses, online, carried, frozen, passes, momentum, weights, pretrained,
+            batches, same_loss, penalty, exempt: see ``bnverify.adapters.by_design.Declared``.
 
     Returns:
         The loop as a Subject, with its optimizer, momentum and layers if they are found.

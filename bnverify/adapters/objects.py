@@ -19,6 +19,7 @@ from bnverify.adapters.trees import extra_of
 from bnverify.errors import UsageError
 from bnverify.model import State
 from bnverify.pytree import key_name
+from bnverify.statistic_names import moments_among
 
 Tree = Any
 Path = tuple[str, ...]
@@ -51,6 +52,31 @@ def modules_of(node: Any) -> Iterator[tuple[str, nnx.Module]]:
     found = nnx.iter_modules(node) if hasattr(nnx, "iter_modules") else node.iter_modules()
     for path, module in found:
         yield "/".join(str(part) for part in path), module
+
+
+def statistics_of(module: Any) -> dict[str, Any]:
+    """Return the Variables of a module that hold its running statistics, by name.
+
+    These are its ``nnx.BatchStat``, and a running mean and variance, by their names, of another type
+    that is not trained.
+    """
+    held = {n: v for n, v in vars(module).items() if isinstance(v, nnx.Variable)}
+    untrained = {n: v for n, v in held.items() if not isinstance(v, nnx.Param | nnx.RngState)}
+    own = moments_among({n: n for n in untrained})
+    pair = set(own.values()) if len(own) == 2 else set()
+    return {n: v for n, v in untrained.items() if isinstance(v, nnx.BatchStat) or n in pair}
+
+
+def kinds_of_variables(node: Any) -> tuple[Any, ...]:
+    """Return nnx filters for params, running statistics, PRNG streams, and the rest of ``node``."""
+    named = {
+        (*filter(None, path.split("/")), name)
+        for path, module in modules_of(node)
+        if kind_of(module) == "model"
+        for name in statistics_of(module)
+    }
+    statistics = nnx.Any(nnx.BatchStat, lambda path, _: tuple(map(str, path)) in named)
+    return (nnx.Param, statistics, nnx.RngState, ...)
 
 
 def is_key(leaf: Any) -> bool:
@@ -169,12 +195,13 @@ class Parts:
         return cls(graphdef, tuple(filters), tuple(Part.of(state) for state in states))
 
     @classmethod
-    def of(cls, make: Callable[[], Any], filters: Sequence[Any]) -> Parts:
+    def of(cls, make: Callable[[], Any], filters_of: Callable[[Any], Sequence[Any]]) -> Parts:
         """Return the parts of the object that ``make`` returns, traced for shapes only."""
         found: list[Parts] = []
 
         def build() -> None:
-            found.append(cls.of_object(make(), filters))
+            node = make()
+            found.append(cls.of_object(node, filters_of(node)))
 
         jax.eval_shape(build)
         return found[0]
@@ -259,8 +286,8 @@ class Layout:
         def kept_by_metrics(path: Any, _: Any) -> bool:
             return bool(path) and str(path[0]) in measured
 
-        filters = (kept_by_optimizer, kept_by_metrics, nnx.Param, nnx.BatchStat, nnx.RngState, ...)
         held = Held(objects)
+        filters = (kept_by_optimizer, kept_by_metrics, *kinds_of_variables(held))
         parts = Parts.of_object(held, filters)
         trees = parts.split(held)
         around = {at[:1] for at in found}  # an object that holds its model, and more

@@ -487,18 +487,37 @@ class Layers:
                 found += fitting
         return tuple(found)
 
-    def layer_inputs(self) -> Callable[..., Mapping[str, LayerInput]] | None:
-        """Return a function that computes the layers' inputs in training; None if there is none.
+    def _has_its_moments(self, label: str, path: str) -> bool:
+        """Return whether a layer's statistics can be the moments of its input.
 
-        Layers that are called more than once, in a loop or under ``vmap`` are left out.
+        Not if a user's own layer also has params through which its statistics pass, such as the kernel
+        of a convolution before the normalisation.
         """
-        once = {
+        call, flows = self._of.recording.calls[label], self._of.flows
+        if call.of_flax or not call.feature_axes:
+            return call.of_flax
+        layer = f"batch_stats/{path}" if path else "batch_stats"
+        new = {n for p, n in self._of.outputs.items() if p.rpartition("/")[0] == layer}
+        own = flows.of_label(label)
+        return new.isdisjoint(flows.reached(under(self._of.inputs, "params/"), around=own))
+
+    def compared(self) -> dict[str, str]:
+        """Return the label of a call -> path of the layer, of the layers whose inputs are known."""
+        return {
             labels[0]: path
             for path in self.owners
             if len(labels := self.training(path)) == 1
             and self._of.inline[labels[0]] == 1
             and path not in self._ambiguous
+            and self._has_its_moments(labels[0], path)
         }
+
+    def layer_inputs(self) -> Callable[..., Mapping[str, LayerInput]] | None:
+        """Return a function that computes the layers' inputs in training; None if there is none.
+
+        Layers that are called more than once, in a loop or under ``vmap`` are left out.
+        """
+        once = self.compared()
         step = self._of.subject.step
 
         def inputs(state: State, x: Any, y: Any) -> dict[str, LayerInput]:

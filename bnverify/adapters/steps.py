@@ -76,7 +76,7 @@ class Loop:
             function holds them; "hidden", not at all.
         earnest: whether ``create`` is run instead of traced for shapes.
         sources: network -> its optimizer, or its index among those in the things; filled while a
-            step is traced.
+            step is traced. None: not to be filled.
     """
 
     create: Caller
@@ -521,7 +521,8 @@ class Loop:
         lasting = {
             n: s for n, s in self.sources.items() if s is again.sources.get(n) or n not in made
         }
-        return replace(self, sources=lasting if self.gradients == "direct" else {})
+        # None: no later trace records its optimizer, which may hold values of that trace.
+        return replace(self, sources=(lasting if self.gradients == "direct" else {}) or None)
 
     def mended(self, error: Exception) -> Loop:
         """Return this loop changed so that it no longer raises ``error``, or raise it again."""

@@ -20,6 +20,7 @@ from bnverify.errors import UsageError, did_you_mean
 from bnverify.jaxpr.tracing import leaf_names
 from bnverify.model import State, Tree
 from bnverify.pytree import by_path, path_name
+from bnverify.statistic_names import moment_of
 
 Path = tuple[str, ...]
 
@@ -371,7 +372,7 @@ def kind_of(tree: Any) -> str:
     last = {path.rpartition("/")[2] for path in leaf_names(tree)}
     if not isinstance(tree, Mapping) or not last:
         return ""
-    if last <= {"mean", "var"}:
+    if all(map(moment_of, last)):
         return STATISTICS
     return PARAMS if last & {"kernel", "scale", "bias", "embedding", "w", "b"} else ""
 

@@ -7,6 +7,7 @@ patched temporarily. Values are marked (``bnverify.adapters.traced``) and record
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -21,8 +22,9 @@ from flax import nnx
 
 from bnverify import compat
 from bnverify.adapters.calls import INFERENCE, TRAINING, known_names, trains
-from bnverify.adapters.objects import by_variable_path, modules_of
+from bnverify.adapters.objects import by_variable_path, modules_of, statistics_of
 from bnverify.adapters.traced import mark
+from bnverify.statistic_names import has_both, moments_among
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,13 @@ class Call:
     Attributes:
         path: the path of the layer in its model: "block_1/BatchNorm_0".
         shape: the shape of its input.
-        feature_axes: the axes that it does not reduce over, ascending, not negative.
+        feature_axes: the axes that it does not reduce over, ascending, not negative; () if unknown.
         momentum: its declared momentum, as in Flax; None: unknown.
         training: whether it is in train mode.
         masked: whether it has a mask.
         turn: the number of the forward pass that it belongs to.
         names: the names of its statistics.
+        of_flax: whether it is Flax's own BatchNorm.
         known: whether ``path`` is already the path in ``State.batch_stats``.
     """
 
@@ -49,6 +52,7 @@ class Call:
     masked: bool
     turn: int
     names: tuple[str, ...]
+    of_flax: bool = False
     known: bool = False
 
 
@@ -102,25 +106,26 @@ class Recording:
         mask: Any,
         statistics: Mapping[str, Any],
         *,
-        axis: Any,
-        momentum: float | None,
+        layer: Any,
         training: bool,
         known: bool = False,
     ) -> tuple[Any, Any]:
         """Record a call of a normalisation layer; return its marked input and mask."""
         label = self.label(path)
-        axes = tuple(axis) if isinstance(axis, list | tuple) else (axis,)
+        of_flax = isinstance(layer, nn.BatchNorm | nnx.BatchNorm)
         for name, value in statistics.items():
             mark(value, f"{label} old {name}")
         self.calls[label] = Call(
             path=path,
             shape=tuple(x.shape),
-            feature_axes=tuple(sorted(a % x.ndim for a in axes)),
-            momentum=momentum,
+            feature_axes=_feature_axes(layer, x.shape, statistics),
+            # A user's own module may mean the weight of the new value by the same word.
+            momentum=layer.momentum if of_flax else None,
             training=training,
             masked=mask is not None,
             turn=len(self.turns),
             names=tuple(statistics),
+            of_flax=of_flax,
             known=known,
         )
         return mark(x, label), mask if mask is None else mark(mask, f"{label} mask")
@@ -145,6 +150,32 @@ class Recording:
         """Return a unique label for a mark."""
         self._marks += 1
         return f"{what}#{self._marks}"
+
+
+def _feature_axes(
+    layer: Any, shape: tuple[int, ...], statistics: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """Return the axes of its input that a layer does not reduce over, ascending; () if unknown.
+
+    They are those that the layer names, if its statistics have their size, or else the last axis, or
+    the only one, of the size of the statistics.
+    """
+    said = getattr(layer, "axis", -1)
+    axes = said if isinstance(said, list | tuple) else (said,)
+    own = [a % len(shape) for a in axes if isinstance(a, int) and -len(shape) <= a < len(shape)]
+    if isinstance(layer, nn.BatchNorm | nnx.BatchNorm):
+        return tuple(sorted(own))
+    sizes = {math.prod(leaf.shape) for leaf in moments_among(statistics).values()}
+    if len(sizes) != 1 or not shape:
+        return ()
+    (size,) = sizes
+    if own and len(own) < len(shape) and math.prod(shape[a] for a in own) == size:
+        return tuple(sorted(own))
+    fitting = [axis for axis in range(1, len(shape)) if shape[axis] == size]
+    last = len(shape) - 1
+    if last in fitting:
+        return (last,)
+    return tuple(fitting) if len(fitting) == 1 else ()
 
 
 _CURRENT: ContextVar[Recording | None] = ContextVar("recording", default=None)
@@ -207,9 +238,7 @@ class _Interceptor:
                 args[0],
                 kwargs.get("mask"),
                 statistics,
-                axis=getattr(module, "axis", -1),
-                # A user's own module may mean the weight of the new value by the same word.
-                momentum=module.momentum if isinstance(module, nn.BatchNorm) else None,
+                layer=module,
                 training=_trains(module, collection, args, kwargs),
             )
             args = (x, *args[1:])
@@ -225,7 +254,7 @@ def _statistics(module: nn.Module) -> tuple[str, dict[str, Any]]:
     if module.scope is None:
         return "", {}
     for name, variables in module.variables.items():
-        if name != "params" and {"mean", "var"} <= set(variables):
+        if name != "params" and has_both(variables):
             arrays = {n: leaf for n, leaf in variables.items() if hasattr(leaf, "dtype")}
             return name, arrays
     return "", {}
@@ -334,15 +363,13 @@ class _StandIn:
         path = self._paths.get(id(module))
         if path is not None and _is_norm(module) and args and hasattr(args[0], "shape"):
             said = trains(_said(module, args, kwargs, nnx.BatchNorm))
-            kept = {n: v for n, v in vars(module).items() if isinstance(v, nnx.BatchStat)}
+            kept = statistics_of(module)
             x, mask = self._recording.given(
                 path,
                 args[0],
                 kwargs.get("mask"),
                 {name: compat.held(value) for name, value in kept.items()},
-                axis=getattr(module, "axis", -1),
-                # A user's own module may mean the weight of the new value by the same word.
-                momentum=module.momentum if isinstance(module, nnx.BatchNorm) else None,
+                layer=module,
                 training=said is not False,
                 known=True,
             )
@@ -355,7 +382,7 @@ class _StandIn:
 
 
 def _is_norm(module: Any) -> bool:
-    return all(isinstance(vars(module).get(name), nnx.BatchStat) for name in ("mean", "var"))
+    return has_both(statistics_of(module))
 
 
 def _is_linear(module: Any) -> bool:

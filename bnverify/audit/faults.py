@@ -16,6 +16,7 @@ from typing import Any
 
 from bnverify.lazy import jax, jnp
 from bnverify.model import Subject, Tree
+from bnverify.statistic_names import moment_of
 
 PARTS = ("params", "batch_stats", "opt_state")
 
@@ -63,7 +64,7 @@ def _initial(statistics: Tree) -> Tree:
 
     def leaf(path: Any, value: Any) -> Any:
         name = str(getattr(path[-1], "key", getattr(path[-1], "name", "")))
-        return jnp.ones_like(value) if name == "var" else jnp.zeros_like(value)
+        return jnp.ones_like(value) if moment_of(name) == "var" else jnp.zeros_like(value)
 
     return jax.tree_util.tree_map_with_path(leaf, statistics)
 

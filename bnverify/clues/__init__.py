@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from bnverify.clues.average import average, recorded_moments
-from bnverify.clues.modes import modes, row_order
+from bnverify.clues.modes import modes, row_order, rows_of_evaluation
+from bnverify.clues.nonfinite import first_nonfinite
 from bnverify.clues.observed import NEEDS, Clues, ObservedCase
 from bnverify.clues.update import gradient, optimizer_state, update, update_of_another_trace
 from bnverify.judge import RoundingBounds
@@ -41,6 +42,7 @@ MODE_LAWS = frozenset(
         "targets_belong_to_their_rows",
     }
 )
+FINITE_LAWS = frozenset({"eval_loss_is_finite", "a_constant_feature_gives_a_finite_step"})
 GRADIENT_LAWS = frozenset({"gradients_are_gradients_of_the_loss"})
 
 READERS: dict[Callable[[ObservedCase], Clues], frozenset[str]] = {
@@ -52,6 +54,8 @@ READERS: dict[Callable[[ObservedCase], Clues], frozenset[str]] = {
     row_order: frozenset({"row_order_changes_nothing"}),
     modes: MODE_LAWS,
     gradient: GRADIENT_LAWS,
+    rows_of_evaluation: frozenset({"eval_rows_are_independent"}),
+    first_nonfinite: FINITE_LAWS,
 }
 """Reader -> the laws that it is relevant to; empty: all laws."""
 
@@ -116,13 +120,24 @@ def tree_clues(t: Transition) -> Clues:
 
 
 def flow_clues(leaves: Mapping[str, Collection[str]]) -> Clues:
-    """Return which variables of the training step cannot affect the eval loss, as the trace proves.
+    """Return what the trace shows: variables that cannot affect the eval loss, statistics that mix.
+
+    A statistic mixes if its new value depends on the old value of another one of its layer, although the
+    training loss depends on no old statistic.
 
     Args:
         leaves: output leaf -> the input leaves that may affect it.
     """
     if "eval_loss" not in leaves:
         return {}
+    found: Clues = {}
+    averages = {n: sources for n, sources in leaves.items() if n.startswith("batch_stats/")}
+    if not any(source in averages for source in leaves.get("loss", ())):
+        for name, sources in averages.items():
+            layer = name.rpartition("/")[0]
+            others = [s for s in sources if s != name and s.rpartition("/")[0] == layer]
+            if others and name in sources:
+                found |= {"mixed": name, "mixed_with": min(others)}
     trained = [name for name in leaves.get("loss", ()) if name.startswith("params/")]
     recorded = [
         name
@@ -130,7 +145,7 @@ def flow_clues(leaves: Mapping[str, Collection[str]]) -> Clues:
         if name.startswith("batch_stats/") and "x" in sources
     ]
     unread = sorted({*trained, *recorded} - {*leaves["eval_loss"]})
-    return {"unread": unread} if unread else {}
+    return {**found, "unread": unread} if unread else found
 
 
 def _compared(actual: Any, expected: Any) -> tuple[str, list[str]]:

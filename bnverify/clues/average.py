@@ -24,6 +24,7 @@ from bnverify.laws.arithmetic import folded, moments
 from bnverify.lazy import jnp
 from bnverify.pytree import form
 from bnverify.reruns import huge, old_weight, other_statistic, own_weight, with_statistics
+from bnverify.statistic_names import moments_among
 
 ROUNDED_SUM = 4e-6
 """The tolerance of a moment over many rows, relative to the largest mean square."""
@@ -117,9 +118,12 @@ def recorded_moments(observed: ObservedCase) -> Clues:
     high = raw(observed.t.reruns["huge_statistics"].state.batch_stats)
     layers = {}
     for path, given in known.layer_inputs.items():
-        names = [f"{path}/mean", f"{path}/var"]
-        if given.weights is None and set(names) <= set(zero):
-            layers[path] = _Layer.of(given, *((zero[name][0], high[name][0]) for name in names))
+        head = f"{path}/" if path else ""
+        own = [n for n in zero if n.startswith(head) and "/" not in n.removeprefix(head)]
+        names = moments_among({name.removeprefix(head): name for name in own})
+        if given.weights is None and len(names) == 2:
+            pairs = ((zero[names[m]][0], high[names[m]][0]) for m in ("mean", "var"))
+            layers[path] = _Layer.of(given, *pairs)
     for path, layer in layers.items():
         others = {name: other for name, other in layers.items() if name != path}
         if found := layer.recognised(others, observed.rows):
@@ -165,7 +169,8 @@ class _Layer:
         own = moments(given)
         recorded, entered, kept = [], [], []
         for low, high in measured:
-            zero, top = low.astype(np.float64), high.astype(np.float64)
+            shape = own.mean[0].shape  # a layer may keep its statistics as (1, C)
+            zero, top = (each.astype(np.float64).reshape(shape) for each in (low, high))
             recorded.append(zero / own_weight(zero, top, low.dtype, np))
             entered.append(zero)
             kept.append(old_weight(zero, top, low.dtype))

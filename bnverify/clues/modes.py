@@ -16,6 +16,7 @@ from bnverify.lazy import jax, jnp
 from bnverify.model import State
 from bnverify.pytree import is_floating, path_name
 from bnverify.reruns import other_statistic, reverse_rows, with_statistics
+from bnverify.statistic_names import moment_of, moments_among
 
 MOST_ROWS = 64
 """Up to this many rows, each row is also trained on separately."""
@@ -181,7 +182,7 @@ def _with_other_moments(observed: ObservedCase, train: float, own: float) -> Ite
 
     if observed.rows > 1:
         scale = observed.rows / (observed.rows - 1)
-        if near(_changed(observed, lambda name, v: v * scale if name.endswith("var") else v)):
+        if near(_changed(observed, lambda name, v: v * scale if _moment(name) == "var" else v)):
             yield "sample variance"
     if near(_one_moment(observed)):
         yield "one moment for all channels"
@@ -192,13 +193,48 @@ def _one_moment(observed: ObservedCase) -> State:
     leaves = raw(observed.own.batch_stats)
 
     def change(name: str, value: Any) -> Any:
-        if name.endswith("mean"):
+        if _moment(name) == "mean":
             return np.full_like(value, np.mean(value))
         layer = name.rpartition("/")[0]
-        means = leaves.get(f"{layer}/mean", np.zeros(1))
+        beside = {n: leaf for n, leaf in leaves.items() if n.rpartition("/")[0] == layer}
+        means = moments_among({_last(n): leaf for n, leaf in beside.items()}).get(
+            "mean", np.zeros(1)
+        )
         return np.full_like(value, np.mean(value) + np.var(means))
 
     return _changed(observed, change)
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _moment(name: str) -> str | None:
+    return moment_of(_last(name))
+
+
+def rows_of_evaluation(observed: ObservedCase) -> Clues:
+    """Return how the eval loss combines its rows, if they are independent but it is not their mean.
+
+    A batch that repeats one row has N times its loss if losses are summed, and otherwise the same.
+    """
+    if not 1 < observed.rows <= MOST_ROWS:
+        return {}
+    whole = float(np.ravel(observed.t.eval_loss)[0])
+    losses = []
+    for row in range(observed.rows):
+        x = np.broadcast_to(observed.case.x[:, row : row + 1], observed.case.x.shape)
+        y = np.broadcast_to(observed.case.y[:, row : row + 1], observed.case.y.shape)
+        losses.append(observed.loss_of(observed.t.after, x=x, y=y))
+    alone = observed.loss_of(observed.t.after, x=observed.case.x[:, :1], y=observed.case.y[:, :1])
+    if not _same(alone, losses[0]):
+        is_sum = _same(observed.rows * alone, losses[0]) and _same(np.mean(losses), whole)
+        return {"eval_rows": "sum over rows"} if is_sum else {}
+    if _same(np.mean(losses), whole):
+        return {}
+    if _same(np.sqrt(np.mean(np.square(losses))), whole):
+        return {"eval_rows": "root of a mean over rows"}
+    return {}
 
 
 def _mean_of_rows(observed: ObservedCase) -> float:

@@ -519,9 +519,10 @@ def _exact_where(eqn: Any, inputs: Sequence[Array]) -> Array | None:
     """Return where these input values make an equation exact; None: nowhere."""
     if eqn.primitive.name == "pow":  # x**1, as in Adam's bias correction in the first step
         return np.asarray(inputs[1] == 1)
+    if eqn.primitive.name != "convert_element_type":
+        return None
     old, new = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
-    counts = jnp.issubdtype(old, jnp.integer) and is_float(new)
-    if eqn.primitive.name == "convert_element_type" and counts:
+    if jnp.issubdtype(old, jnp.integer) and is_float(new):
         largest = 2 ** (int(limits(new).nmant) + 1)
         return np.asarray(np.abs(inputs[0].astype(np.float64)) <= largest)
     return None

@@ -335,7 +335,8 @@ def measurable(zero: Any) -> Any:
 def folded(old: Any, new: Any, zero: Any, high: Any) -> Any:
     """Return |new - (m old + (1 - m) b)| divided by its tolerance, (K,).
 
-    ``batch_stats_change_only_by_ema`` derives the tolerance: 8 u (|m old| + |(1 - m) b|).
+    ``batch_stats_change_only_by_ema`` derives the tolerance: 8 u (|m old| + |(1 - m) b|). A new value
+    that is not finite after a step from S is no such sum: the residual is then infinite.
 
     Args:
         old: a leaf of the old statistics; untriggered unless it is floating-point.
@@ -348,7 +349,17 @@ def folded(old: Any, new: Any, zero: Any, high: Any) -> Any:
     kept = momentum(zero, high) * wide(old)
     scale = xp.abs(kept) + xp.abs(wide(zero))
     allowed = xp.where(measurable(zero), 8 * unit(new) * scale + smallest(new), np.inf)
-    return residual(new, kept + wide(zero), allowed)
+    start = huge(zero.dtype)
+    overflows = measurable(zero) & ~xp.isfinite(wide(high))
+    from_huge = xp.where(overflows, wide(high), start)
+    return worst_of(
+        [
+            residual(new, kept + wide(zero), allowed),
+            residual(
+                from_huge, start, start, of=high, quantity=f"update from old values of {start:.1g}"
+            ),
+        ]
+    )
 
 
 # The moments of a normalisation layer's input: what its statistics should average.

@@ -38,6 +38,7 @@ NUDGED = tuple(f"nudged_statistics_{pattern}" for pattern in range(NUDGES))
     observes=("noise",),
     mistakes=(
         "division_by_zero_variance",
+        "exponential_overflows",
         "statistics_overflow",
         "sample_variance",
         "statistics_trained_as_params",
@@ -96,6 +97,7 @@ def eval_uses_the_running_statistics(t: Transition) -> Any:
         "broadcast_loss",
         "rows_treated_unequally",
         "losses_differ",
+        "loss_not_a_mean_over_rows",
         "modes_differ",
         "targets_misaligned",
         "inputs_ignored",

@@ -39,18 +39,24 @@ from bnverify.lazy import jax, jnp
 from bnverify.model import Transition, Tree
 from bnverify.pytree import is_floating, path_name
 from bnverify.reruns import AVERAGE, FAR, other_statistic, own_weight
+from bnverify.statistic_names import moments_among
 
 IOFFE = "Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167"
 FLAX_SOURCE = "Flax, linen/normalization.py, BatchNorm"
 
 
 def _by_layer(batch_stats: Tree) -> dict[str, dict[str, Any]]:
-    """Return a dict: path of a layer -> name of a statistic, "mean" or "var" -> the leaf."""
+    """Return a dict: path of a layer -> "mean" or "var" -> the leaf; other statistics are left out."""
     layers: dict[str, dict[str, Any]] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(batch_stats)[0]:
         layer, _, name = path_name(path).rpartition("/")
         layers.setdefault(layer, {})[name] = leaf
-    return layers
+    return {layer: moments_among(leaves) for layer, leaves in layers.items()}
+
+
+def _shaped(value: Any, leaf: Any) -> Any:
+    """Return a moment of each feature, (K, *features), in the shape of the leaf that records it."""
+    return value.reshape(value.shape[:1] + leaf.shape[1:])
 
 
 def _measured(t: Transition) -> list[tuple[Any, Any]]:
@@ -229,9 +235,9 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
     parts = []
     for path, given in t.facts["layer_inputs"].items():
         zero, high = zeros.get(path, {}), highs.get(path, {})
-        if not {"mean", "var"} <= set(zero):
-            continue
         own = moments(given)
+        if not {"mean", "var"} <= set(zero) or own.mean[0].size != zero["mean"][0].size:
+            continue
         of_mean, of_var = apart_by(given, own, wide(t.facts["layer_input_noise"][path].value))
         square = own.var + own.mean**2
         places = xp.log2(own.count) + 16
@@ -240,16 +246,17 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
             ("var", own.var, of_var, square),
         ):
             weight = own_weight(wide(zero[name]), wide(high[name]), zero[name].dtype, xp)
-            u = unit(zero[name])
+            u, own_moment = unit(zero[name]), _shaped(expected, zero[name])
             # (1 - m) b and h^2 may be flushed to zero if subnormal.
             flushed = 4 * smallest(zero[name]) / weight
-            rounded = places * u * scale + 8 * u / weight * xp.abs(expected)
-            allowed = rounded + flushed + moved
+            rounded = _shaped(places * u * scale, zero[name])
+            rounded = rounded + 8 * u / weight * xp.abs(own_moment)
+            allowed = rounded + flushed + _shaped(moved, zero[name])
             usable = xp.where(measurable(zero[name]) & (weight > 0), allowed, np.inf)
             parts.append(
                 residual(
                     wide(zero[name]) / weight,
-                    expected,
+                    own_moment,
                     usable,
                     of=zero[name],
                     quantity=f"batch {name} averaged",
@@ -595,7 +602,7 @@ def statistics_stay_finite(t: Transition) -> Any:
 @law(
     "statistics",
     observes=("step:constant_features", "exact:constant_features"),
-    mistakes=("variance_below_zero", "division_by_zero_variance"),
+    mistakes=("variance_below_zero", "division_by_zero_variance", "exponential_overflows"),
     source="https://github.com/google/flax/issues/1491",
 )
 def a_constant_feature_gives_a_finite_step(t: Transition) -> Any:

@@ -8,6 +8,7 @@ from bnverify.laws.law import law
 from bnverify.lazy import jax, jnp
 from bnverify.model import Transition, Tree
 from bnverify.pytree import path_name
+from bnverify.statistic_names import has_both, moment_of
 
 FLAX_GUIDE = (
     "Flax, Applying batch normalization: "
@@ -104,8 +105,9 @@ def batch_stats_keep_their_tree(t: Transition) -> list[str]:
 def params_hold_no_statistics(t: Transition) -> list[str]:
     """No leaf of params is a running statistic.
 
-    Checked by path: no path of batch_stats occurs in params, and no module in params has ``mean`` and
-    ``var`` next to ``scale`` or ``bias``; that would be a BatchNorm whose statistics are params.
+    Checked by path: no path of batch_stats occurs in params, and no module in params has a ``mean``
+    and a ``var``, or other usual names of a running mean and variance, next to ``scale`` or ``bias``;
+    that would be a BatchNorm whose statistics are params.
     """
     stats = {path.lower() for path in _leaves(t.before.batch_stats)}
     paths = list(_leaves(t.before.params))
@@ -113,15 +115,13 @@ def params_hold_no_statistics(t: Transition) -> list[str]:
     for path in paths:
         modules.setdefault(_module(path), set()).add(_last(path))
     astray = {
-        module
-        for module, names in modules.items()
-        if {"mean", "var"} <= names and names & {"scale", "bias"}
+        module for module, names in modules.items() if has_both(names) and names & {"scale", "bias"}
     }
     shared = [
         path
         for path in paths
         if _ends_with_one_of(path.lower(), stats)
-        or (_module(path) in astray and _last(path) in {"mean", "var"})
+        or (_module(path) in astray and moment_of(_last(path)))
     ]
     return [f"params contains {path}, a running statistic" for path in shared]
 

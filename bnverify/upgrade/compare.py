@@ -277,7 +277,7 @@ def _values(old: Recording, new: Recording, far: Mapping[str, Distance]) -> Iter
         )
         rows, features = old.manifest["shapes"][shown.shape]
         text = (
-            f"{leaf}{at}: was {shown.old:.9g}, is now {shown.new:.9g}, allowed +- {shown.allowed:.2g} "
+            f"{leaf}{at}: was {shown.old:.9g}, is now {shown.new:.9g}, allowed ± {shown.allowed:.2g} "
             f"(step {shown.step + 1}, batch of {rows} x {features}); at worst {far_apart}"
         )
         moves = leaf in old.before(shown.shape, shown.step)

@@ -86,7 +86,7 @@ class NnxStep(CanonicalStep):
     def parts(self, x: Any) -> Parts:
         """Return the module split into params, statistics and the rest."""
         kinds = (nnx.Param, nnx.BatchStat, ...)
-        return Parts.of(lambda: self.make(x.shape[1], jax.random.key(0)), kinds)
+        return Parts.of(lambda: self.make(x.shape[1], jax.random.key(0)), lambda _: kinds)
 
     def switch(self, module: Any, train: bool) -> Any:
         """Put the module into its mode."""

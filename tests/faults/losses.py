@@ -198,6 +198,12 @@ fault("training_loss_halved", "losses_differ",
 fault("training_loss_is_huber", "losses_differ",
       "Training minimises the Huber loss; evaluation reports the squared error.",
       training_error=huber)
+fault("logistic_loss_overflows", "exponential_overflows",
+      "The loss is log(1 + exp(y - preds)), which overflows for errors above 88.",
+      error=lambda s, preds, y: jnp.mean(jnp.log(1 + jnp.exp(y - preds))))
+fault("loss_is_the_root_of_a_mean", "loss_not_a_mean_over_rows",
+      "Training and evaluation take the root of the mean squared error.",
+      error=lambda s, preds, y: jnp.sqrt(jnp.mean((preds - y) ** 2) + 1e-12))
 fault("loss_has_one_axis", "loss_not_reduced",
       "The reported loss has shape (1,) instead of ().",
       report=lambda s, loss, grads: StepInfo(loss.reshape(1), grads))
