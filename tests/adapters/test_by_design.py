@@ -406,7 +406,7 @@ class TestPasses:
         assert "called in a loop" in exempt["batch_stats_change_only_by_ema"]
         assert TARGETS not in found(code.train_step).exempt
 
-    @pytest.mark.parametrize("how", ["scanned", "mapped"])
+    @pytest.mark.parametrize("how", ["scanned", pytest.param("mapped", marks=pytest.mark.nightly)])
     def test_a_batch_that_is_split(self, how: str) -> None:
         """Each part is normalised by itself; only batches that can be split are run."""
 
@@ -616,7 +616,7 @@ class TestUpdates:
         assert "penalty" in scaled(0.01).exempt[GRADIENT]
         assert GRADIENT not in scaled(0.0).exempt
 
-    @pytest.mark.parametrize("every", [2, 4])
+    @pytest.mark.parametrize("every", [pytest.param(2, marks=pytest.mark.nightly), 4])
     def test_accumulated_updates_are_counted(self, every: int) -> None:
         """With ``optax.MultiSteps``, the steps before an update are part of the warm-up."""
 

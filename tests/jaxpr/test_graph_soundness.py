@@ -26,7 +26,7 @@ def reached(program) -> list[int]:
     return [labels[node] for node in outputs]
 
 
-@settings(max_examples=100)
+@settings(max_examples=2 * settings().max_examples)
 @given(program=programs(), seed=st.integers(0, 2**32 - 1))
 def test_an_unreachable_output_never_changes(program, seed):
     """Changing an input leaves every output bit-identical that it cannot reach in the graph."""

@@ -28,6 +28,10 @@ INTS = ("int32", "uint8", "uint32", "int8")
 LEADS = st.tuples(st.sampled_from([1, ROWS]), st.sampled_from([1, CASES]))
 SEEDS = st.integers(0, 2**32 - 1)
 
+# JAX compiles its own result for each example, and each test is run for several dtypes.
+SOME = max(1, settings().max_examples // 5)
+TWICE = 2 * SOME  # where much is drawn
+
 
 class Operand(NamedTuple):
     """The values that one operand of a primitive may take.
@@ -200,7 +204,7 @@ if hasattr(lax, "one_minus_square"):  # from jax 0.12 on
 
 
 @pytest.mark.parametrize("name", UNARY)
-@settings(max_examples=6)
+@settings(max_examples=SOME)
 @given(st.data())
 def test_a_function_of_one_number(name, data):
     """It agrees with JAX in float64, including NaN, infinities and signed zeros."""
@@ -224,7 +228,7 @@ if hasattr(lax, "one_minus_square"):
 
 
 @pytest.mark.parametrize("name", ON_INTS)
-@settings(max_examples=6)
+@settings(max_examples=SOME)
 @given(st.data())
 def test_a_function_of_one_integer(name, data):
     """It wraps around as in XLA."""
@@ -257,7 +261,7 @@ SHAPES = st.sampled_from([((2, 3), (2, 3)), ((), (2, 3)), ((2, 3), ()), ((), ())
 
 
 @pytest.mark.parametrize("name", BINARY)
-@settings(max_examples=7)
+@settings(max_examples=SOME)
 @given(st.data())
 def test_a_function_of_two_numbers(name, data):
     """It agrees with JAX in float64; either operand may be a scalar or a literal."""
@@ -301,7 +305,7 @@ ON_TWO_INTS = {
 
 
 @pytest.mark.parametrize("name", ON_TWO_INTS)
-@settings(max_examples=7)
+@settings(max_examples=SOME)
 @given(st.data())
 def test_a_function_of_two_integers(name, data):
     """It wraps around, shifts and divides (also by zero) as in XLA."""
@@ -312,6 +316,7 @@ def test_a_function_of_two_integers(name, data):
 
 
 @pytest.mark.skipif(not hasattr(lax, "mulhi"), reason="lax.mulhi is of jax 0.10")
+@settings(max_examples=TWICE)
 @given(st.data())
 def test_the_high_half_of_a_product(data):
     """``mulhi`` returns the high half of the exact product."""
@@ -319,7 +324,7 @@ def test_the_high_half_of_a_product(data):
     check(data, "mulhi", lax.mulhi, [Operand(dtype, (5,))] * 2)
 
 
-@settings(max_examples=7)
+@settings(max_examples=SOME)
 @given(st.data(), st.sampled_from([-3, -1, 0, 1, 2, 3, 7, 10]))
 def test_integer_power(data, exponent):
     """Powers agree with JAX, including negative exponents and integer bases."""
@@ -333,7 +338,7 @@ def test_integer_power(data, exponent):
 
 
 @pytest.mark.skipif(not hasattr(lax, "polynomial"), reason="lax.polynomial is of jax 0.12")
-@settings(max_examples=7)
+@settings(max_examples=SOME)
 @given(st.data(), st.integers(2, 10))
 def test_polynomials(data, count):
     """Coefficients are scalars or arrays, the constant one first."""
@@ -346,6 +351,7 @@ def test_polynomials(data, count):
     check(data, "polynomial", function, [x, *coefficients], atol=1e-10)
 
 
+@settings(max_examples=TWICE)
 @given(st.data())
 def test_a_power_with_an_integer_exponent(data):
     """The exponent may be an integer array or a scalar."""
@@ -353,6 +359,7 @@ def test_a_power_with_an_integer_exponent(data):
     check(data, "pow", lax.pow, [Operand("float32", (4,)), exponent])
 
 
+@settings(max_examples=TWICE)
 @given(st.data(), st.sampled_from(list(lax.RoundingMethod)))
 def test_rounding_to_whole_numbers(data, method):
     """Halves round away from zero or to even, as requested."""
@@ -361,7 +368,7 @@ def test_rounding_to_whole_numbers(data, method):
     check(data, "round", lambda x: lax.round(lax.floor(x) + 0.5, method), [halves])
 
 
-@settings(max_examples=12)
+@settings(max_examples=TWICE)
 @given(st.data(), st.sampled_from((*FLOATS, *INTS, "bool")), st.sampled_from((*INTS, "bool")))
 def test_conversion_to_integers(data, old, new):
     """Floats saturate and NaN becomes 0; integers wrap around; nonzero is True."""
@@ -372,6 +379,7 @@ def test_conversion_to_integers(data, old, new):
         check(data, "convert_element_type", convert, [Operand(old, (6,), *ends)])
 
 
+@settings(max_examples=TWICE)
 @given(st.data(), st.sampled_from((*FLOATS, *INTS, "bool")), st.sampled_from(FLOATS))
 def test_conversion_to_floats(data, old, new):
     """Integers convert to floats exactly."""
@@ -385,7 +393,7 @@ def test_conversion_to_floats(data, old, new):
         )
 
 
-@settings(max_examples=7)
+@settings(max_examples=SOME)
 @given(st.data(), st.sampled_from([(3, 2), ()]), st.sampled_from([(3, 2), ()]))
 def test_clamp(data, low, high):
     """Bounds may be scalars."""
@@ -395,7 +403,7 @@ def test_clamp(data, low, high):
         check(data, "clamp", lax.clamp, operands)
 
 
-@settings(max_examples=7)
+@settings(max_examples=SOME)
 @given(st.data(), st.sampled_from([(3, 2), ()]), st.sampled_from(["bool", "int32"]))
 def test_select_n(data, shape, kind):
     """The predicate may be a scalar, and an integer for more than two cases."""
@@ -415,6 +423,7 @@ def own(array, dtype):
     return narrow, narrow.astype(np.float64)
 
 
+@settings(max_examples=TWICE)
 @given(SEEDS, st.sampled_from(["float16", *FLOATS]))
 def test_the_next_number_is_that_of_the_dtype(seed, dtype):
     """``nextafter`` moves by one ulp of the program's dtype, not of float64."""
@@ -442,6 +451,7 @@ CASTS = [
 ]
 
 
+@settings(max_examples=TWICE)
 @given(SEEDS, st.sampled_from(CASTS))
 def test_bits_are_those_of_the_dtype(seed, cast):
     """A bitcast reads the bits of the program's dtype, also into more or fewer elements."""
@@ -458,7 +468,7 @@ def test_bits_are_those_of_the_dtype(seed, cast):
     np.testing.assert_array_equal(out[0, 0], want)
 
 
-@settings(max_examples=9)
+@settings(max_examples=SOME)
 @given(
     SEEDS,
     st.sampled_from([(8, 7), (5, 10), (4, 3), (11, 52)]),
@@ -502,7 +512,7 @@ NEWER = {"expand_dims": "broadcast_in_dim"} | {
 
 
 @pytest.mark.parametrize("name", MOVES)
-@settings(max_examples=7)
+@settings(max_examples=SOME)
 @given(st.data())
 def test_elements_only_move(name, data):
     """Each element ends up where JAX puts it."""
@@ -512,7 +522,7 @@ def test_elements_only_move(name, data):
     check(data, NEWER.get(name, name), MOVES[name], [Operand(dtype, (2, 4))])
 
 
-@settings(max_examples=6)
+@settings(max_examples=SOME)
 @given(
     st.data(),
     st.lists(
@@ -528,6 +538,7 @@ def test_pad(data, config):
         check(data, "pad", function, [Operand(dtype, (3, 3)), Operand(dtype, ())])
 
 
+@settings(max_examples=TWICE)
 @given(st.sampled_from(["float32", "bfloat16", "int32", "uint8"]), st.integers(0, 2))
 def test_iota(dtype, dimension):
     """It has one row and one case."""
@@ -540,7 +551,7 @@ def test_iota(dtype, dimension):
     np.testing.assert_array_equal(out[0, 0], np.asarray(function()).astype(out.dtype))
 
 
-@settings(max_examples=6)
+@settings(max_examples=SOME)
 @given(st.data())
 def test_dynamic_slices(data):
     """Starts out of bounds are clamped."""
@@ -606,7 +617,7 @@ REDUCTIONS = {
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
-@settings(max_examples=6)
+@settings(max_examples=SOME)
 @given(st.data(), st.sampled_from([(2, 4, 3), (3, 1, 9)]))
 def test_reductions(name, data, shape):
     """They agree with JAX, also for NaN and infinities."""
@@ -624,7 +635,7 @@ def test_reductions_of_nothing(name, dtype, data):
     check(data, name, REDUCTIONS[name][0], [Operand(dtype, (0, 0, 0))])
 
 
-@settings(max_examples=7)
+@settings(max_examples=SOME)
 @given(st.data(), st.sampled_from([lax.add, lax.max, lax.mul]))
 def test_the_general_reduction(data, function):
     """``lax.reduce`` starts from its initial value."""
@@ -643,7 +654,7 @@ def test_a_reduction_with_a_longer_jaxpr_is_not_implemented():
         run_one(function, [(np.ones((1, 1, 3)), "float32")])
 
 
-@settings(max_examples=7)
+@settings(max_examples=SOME)
 @given(st.data(), st.sampled_from([("psum", lax.psum), ("pmax", lax.pmax)]))
 def test_a_collective_under_vmap(data, collective):
     """Under ``vmap`` the named axis becomes a positional axis."""
@@ -659,7 +670,7 @@ def test_a_collective_under_vmap(data, collective):
 # Order.
 
 
-@settings(max_examples=9)
+@settings(max_examples=SOME)
 @given(st.data(), st.sampled_from([0, 1]), st.integers(1, 3), st.booleans())
 def test_sort(data, axis, keys, stable):
     """All operands follow the keys; NaN sorts last, and equal elements keep their order."""
@@ -676,7 +687,7 @@ def test_sort(data, axis, keys, stable):
     check(data, "sort", function, [*operands, rest])
 
 
-@settings(max_examples=6)
+@settings(max_examples=SOME)
 @given(st.data(), st.integers(1, 5))
 def test_top_k(data, k):
     """Of equal elements the one with the lower index comes first."""
@@ -702,7 +713,7 @@ CONTRACTIONS = [
 ]
 
 
-@settings(max_examples=12)
+@settings(max_examples=TWICE)
 @given(st.data(), st.sampled_from(CONTRACTIONS))
 def test_dot_general(data, contraction):
     """Any axes may be contracted or batched, whichever operand has rows and cases."""
@@ -717,6 +728,7 @@ def test_dot_general(data, contraction):
     check(data, "dot_general", function, operands, rtol=1e-12, atol=1e-13)
 
 
+@settings(max_examples=TWICE)
 @given(st.data())
 def test_the_accumulation_dtype_of_products(data):
     """Products of small integers do not wrap around if the sum has a wider dtype."""
@@ -770,7 +782,7 @@ def convolutions(draw):
     ], params
 
 
-@settings(max_examples=7)
+@settings(max_examples=SOME)
 @given(st.data(), convolutions())
 def test_convolutions(data, convolution):
     """Strides, padding, dilation, groups and layouts agree with JAX."""
@@ -828,7 +840,7 @@ WINDOW_REDUCTIONS = {
 
 
 @pytest.mark.parametrize("name", WINDOW_REDUCTIONS)
-@settings(max_examples=5)
+@settings(max_examples=SOME)
 @given(st.data(), window_parameters(), st.sampled_from([(4, 5), (3, 9)]))
 def test_reductions_over_windows(name, data, params, shape):
     """Each window is reduced, with any padding."""
@@ -853,7 +865,7 @@ def test_a_window_as_wide_as_the_array():
     np.testing.assert_allclose(out, x.sum(-1, keepdims=True), rtol=1e-14)
 
 
-@settings(max_examples=5)
+@settings(max_examples=SOME)
 @given(st.data(), window_parameters())
 def test_the_general_reduction_over_windows(data, params):
     """``lax.reduce_window`` starts from its initial value and pads with it."""
@@ -865,7 +877,7 @@ def test_the_general_reduction_over_windows(data, params):
     check(data, "reduce_window", function, operands)
 
 
-@settings(max_examples=5)
+@settings(max_examples=SOME)
 @given(st.data(), window_parameters(dilations=False), st.sampled_from([lax.ge_p, lax.le_p]))
 def test_the_gradient_of_pooling(data, params, select):
     """It goes to the first of the largest (or smallest) elements of a window."""
@@ -883,7 +895,7 @@ def test_the_gradient_of_pooling(data, params, select):
     check(data, "select_and_scatter_add", function, operands, atol=1e-13)
 
 
-@settings(max_examples=5)
+@settings(max_examples=SOME)
 @given(st.data(), window_parameters(), st.sampled_from([lax.ge_p, lax.le_p]))
 def test_the_derivative_of_pooling(data, params, select):
     """It is the tangent of the largest (or smallest) element of a window."""
@@ -924,7 +936,7 @@ def scatter_numbers(numbers):
     return lax.ScatterDimensionNumbers(offset, collapsed, start, **(names if batching else {}))
 
 
-@settings(max_examples=9)
+@settings(max_examples=SOME)
 @given(st.data(), st.sampled_from(NUMBERS), MODES)
 def test_gathers(data, place, mode):
     """Slices out of bounds are clamped or filled, as the mode says."""
@@ -951,7 +963,7 @@ SCATTERS = {
 
 
 @pytest.mark.parametrize("name", SCATTERS)
-@settings(max_examples=5)
+@settings(max_examples=SOME)
 @given(st.data(), st.sampled_from(NUMBERS), MODES)
 def test_scatters(name, data, place, mode):
     """Repeated updates of an element all count; out of bounds they follow the mode."""
@@ -980,7 +992,7 @@ def test_scatters(name, data, place, mode):
 
 
 @pytest.mark.parametrize("mode", ["clip", "fill", "drop"])
-@settings(max_examples=5)
+@settings(max_examples=SOME)
 @given(st.data())
 def test_numpy_style_indexing(mode, data):
     """``x[...]`` and ``x.at[...]`` agree with JAX."""
@@ -1049,6 +1061,7 @@ def test_random_bits(name, wrapped):
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint32"])
+@settings(max_examples=TWICE)
 @given(st.data())
 def test_seeds(dtype, data):
     """A seed gives the same key as in JAX."""
@@ -1083,7 +1096,7 @@ def flat(jaxpr):
 # Primitives without a NumPy implementation.
 
 
-@settings(max_examples=6)
+@settings(max_examples=SOME)
 @given(LEADS, LEADS, SEEDS)
 def test_through_jax(left, right, seed):
     """``through_jax`` is vectorised over rows and cases, in the program's dtypes."""

@@ -82,7 +82,11 @@ def test_evaluation_returns_its_state_unchanged():
     assert "batch_stats/BatchNorm_0/var" not in unchanged
 
 
-@pytest.mark.parametrize("make", [reference.sgd, reference.adam], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(reference.sgd, marks=pytest.mark.nightly), reference.adam],
+    ids=lambda make: make.__name__,
+)
 def test_proofs_compile_nothing_and_trace_few_steps(make, compilations):
     """All proofs about the reference step take six traces and no compilation."""
     subject, traced = make(), []
