@@ -166,6 +166,11 @@ RULES: tuple[Rule, ...] = (
         "the new batch_stats lacks {statistics_tree_leaves}",
     ),
     Rule("statistics_in_low_precision", lambda k: k.broke("batch_stats_are_float32")),
+    Rule(
+        "weak_type_in_the_state",
+        lambda k: "only_weak_types" in k.clues and k.broke("state_signature_is_a_fixed_point"),
+        "the weak type of {only_weak_types} is lost in the first step",
+    ),
     Rule("parameters_change_dtype", lambda k: k.any(*FORM)),
     Rule("optimizer_on_all_variables", lambda k: k.broke("optimizer_state_is_that_of_params")),
     Rule(

@@ -860,6 +860,19 @@ mistake(
         params = optax.apply_updates(params, updates)
     """,
 )
+mistake(
+    "weak_type_in_the_state",
+    "a value of the initial state has a weak type, which the step does not return",
+    "give it a dtype where it is created: jnp.full(shape, value, jnp.float32)",
+    looks="The second step compiles again, or fails in lax.scan.",
+    wrong="""
+        params = {"scale": jnp.full((), 0.1)}
+    """,
+    right="""
+        one = jnp.full((), 0.1, jnp.float32)
+        params = {"scale": one}
+    """,
+)
 
 # Evaluation.
 mistake(

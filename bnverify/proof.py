@@ -27,7 +27,7 @@ from bnverify.pytree import stack, take
 MISSING_CAPABILITY = {
     "optimizer": "the subject's optimizer is unknown",
     "grads": "the gradients of the step are unknown",
-    "loss": "the training loss of the step is unknown",
+    "loss": "the training loss of the step is unknown: report it as 'loss', or name it with loss=",
     "lr": "the step does not use the learning rate that it is given",
     "momentum": "the momentum of the normalisation layers is unknown, or differs between them; "
     "if all have one, declare it: momentum=0.9",

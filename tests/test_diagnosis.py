@@ -141,6 +141,11 @@ def test_the_numbers_decide_between_mistakes(
             "rows_normalised_alone",
         ),
         (["schedule_counts_updates"], {}, "schedule_counts_batches"),
+        (
+            ["state_signature_is_a_fixed_point"],
+            {"only_weak_types": ["params/temperature"]},
+            "weak_type_in_the_state",
+        ),
     ],
 )
 def test_a_law_specific_to_one_mistake_decides_first(

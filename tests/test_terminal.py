@@ -354,13 +354,23 @@ def test_the_matrix_leaves_out_trees_without_leaves() -> None:
 
 def test_the_matrix_is_printed_with_its_scope(monkeypatch: pytest.MonkeyPatch) -> None:
     """Important entries have a word as well as a sign."""
-    open_laws = ("training_is_free_of_old_statistics", "inputs_reach_the_statistics")
-    results = (*REPORT.results, *(Evidence.of(law, "untriggered") for law in open_laws))
+    laws = ("training_is_free_of_old_statistics", "inputs_reach_the_statistics")
+    results = (*REPORT.results, *(Evidence.of(law, "violated") for law in laws))
     report = replace(REPORT, results=results)
     text = plain(shown(monkeypatch, report, verbosity=terminal.VERBOSE))
     assert "from the traced step, for all values, every N and D" in text
     assert f"✗ leaks    {LEGEND['leaks']}" in text
     assert f"✗ missing  {LEGEND['missing']}" in text
+
+
+def test_a_flow_that_no_case_has_judged_is_open() -> None:
+    """With --proofs, a possible dependency that a law forbids is a question, not a leak."""
+    law = "training_is_free_of_old_statistics"
+    entries = matrix(FLOWS, violated=(), unjudged=(law,))
+    params = dict(zip(entries.inputs, entries.rows["params"], strict=True))
+    assert params["batch_stats"] == "open"
+    assert "leaks" not in entries.kinds()
+    assert "leaks" in matrix(FLOWS, violated=(law,)).kinds()
 
 
 def test_nothing_leaks_where_all_laws_hold(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ into the new state and a report, and the loss is looked for in the report.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -148,13 +149,27 @@ def loss_of(report: Any, how: Reading, batch: Any) -> Any:
     if callable(how):
         return jnp.asarray(how(report, batch))
     for part in report if isinstance(report, tuple) else (report,):
-        found = _in_part(part, how or "loss", named=how is not None)
+        found = _in_part(part, how or _key_of_the_loss(part), named=how is not None)
         if found is not None:
             return _number(found)
     if how is not None:
         near = did_you_mean(how, keys_of(report))
         raise NoLoss(f"the step reports no {how!r}; it reports {described(report)}{near}")
     return None
+
+
+# Words that say which loss it is, where it is the only one: "train/loss", "val_loss", "loss_value".
+_WHICH = {"train", "training", "total", "value", "mean", "avg", "eval", "val", "valid", "test"}
+
+
+def _key_of_the_loss(part: Any) -> str:
+    """Return the key "loss" of a report, or the only one that says no more than which loss it is."""
+    names = {
+        name: [word for word in re.split(r"[^a-z]+", name.lower()) if word and word not in _WHICH]
+        for name in keys_of(part)
+    }
+    similar = [name for name, words in names.items() if words == ["loss"]]
+    return similar[0] if len(similar) == 1 and "loss" not in names else "loss"
 
 
 def _in_part(part: Any, key: str, *, named: bool) -> Any:

@@ -72,8 +72,8 @@ def loop(
 
             optimizer: learning rate -> Optax optimizer, for functions that take an optimizer.
             loss: where the loss is in the report of ``train_step``: a key, or a function of (report,
-                batch). By default "loss", or the scalar that is returned; a pair is (sum, count).
-                If there is none, the laws about the loss are exempt.
+                batch). By default "loss" or the only key such as "train_loss", or the scalar that is
+                returned; a pair is (sum, count). If there is none, the laws about the loss are exempt.
             eval_loss: likewise for ``eval_step``.
             params, statistics, opt_state: the paths of these trees in the state, joined by "/":
                 "model_state/batch_stats". By default they are found by name, and the statistics

@@ -116,7 +116,8 @@ def tree_clues(t: Transition) -> Clues:
     kind, leaves = _compared(t.after.batch_stats, t.before.batch_stats)
     if kind:
         found |= {"statistics_tree": kind, "statistics_tree_leaves": leaves}
-    return found
+    weak = _weak_types_lost(*(state._replace(extra=None) for state in (t.before, t.after)))
+    return {**found, "only_weak_types": weak} if weak else found
 
 
 def flow_clues(leaves: Mapping[str, Collection[str]]) -> Clues:
@@ -146,6 +147,19 @@ def flow_clues(leaves: Mapping[str, Collection[str]]) -> Clues:
     ]
     unread = sorted({*trained, *recorded} - {*leaves["eval_loss"]})
     return {**found, "unread": unread} if unread else found
+
+
+def _weak_types_lost(before: Any, after: Any) -> list[str]:
+    """Return the leaves that lose a weak type; none if the two states differ in anything else."""
+    if jax.tree_util.tree_structure(before) != jax.tree_util.tree_structure(after):
+        return []
+    old, _ = jax.tree_util.tree_flatten_with_path(before)
+    new = jax.tree_util.tree_leaves(after)
+    if any((a.shape, a.dtype) != (b.shape, b.dtype) for (_, a), b in zip(old, new, strict=True)):
+        return []
+    weak = [getattr(leaf, "weak_type", False) for leaf in new]
+    pairs = zip(old, weak, strict=True)
+    return [path_name(path) for (path, leaf), now in pairs if leaf.weak_type and not now]
 
 
 def _compared(actual: Any, expected: Any) -> tuple[str, list[str]]:

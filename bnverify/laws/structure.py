@@ -231,6 +231,7 @@ def batch_stats_are_float32(t: Transition) -> list[str]:
     mistakes=(
         "optimizer_on_all_variables",
         "parameters_change_dtype",
+        "weak_type_in_the_state",
         "statistics_in_low_precision",
         "statistics_nested",
         "new_statistics_dropped",

@@ -113,7 +113,8 @@ def _of_check(report: Report) -> dict[str, Any]:
         "influence": _influence(
             report.influence,
             held=_with(report, "held"),
-            unsettled=_with(report, "violated", "untriggered"),
+            violated=_with(report, "violated"),
+            unjudged=_with(report, "untriggered"),
         ),
         "paths": _paths(report),
         "notes": list(report.notes),
@@ -121,8 +122,8 @@ def _of_check(report: Report) -> dict[str, Any]:
     }
 
 
-def _with(report: Report, *statuses: Status) -> list[str]:
-    return [evidence.law for evidence in report.results if evidence.status in statuses]
+def _with(report: Report, status: Status) -> list[str]:
+    return [evidence.law for evidence in report.results if evidence.status == status]
 
 
 def _paths(report: Report) -> list[dict[str, Any]]:
@@ -288,15 +289,16 @@ def _influence(
     flows: Mapping[str, Any],
     other: Mapping[str, Any] | None = None,
     held: Collection[str] = (),
-    unsettled: Collection[str] | None = None,
+    violated: Collection[str] | None = None,
+    unjudged: Collection[str] = (),
 ) -> dict[str, Any] | None:
     """Return the table of dependencies; entries that differ from ``other`` are marked.
 
-    ``held`` and ``unsettled`` are as in :func:`bnverify.report.matrix.matrix`.
+    ``held``, ``violated`` and ``unjudged`` are as in :func:`bnverify.report.matrix.matrix`.
     """
     if not flows.get("matrix"):
         return None
-    shown = matrix(flows["matrix"], held, unsettled)
+    shown = matrix(flows["matrix"], held, violated, unjudged)
     compared = matrix(other["matrix"]).rows if other and other.get("matrix") else shown.rows
     rows = []
     for output, kinds in shown.rows.items():

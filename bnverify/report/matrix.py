@@ -15,6 +15,7 @@ LEGEND = {
     "may": "possible dependency",
     "cannot": "no dependency",
     "kept out": "no dependency, as required",
+    "open": "possible dependency, to be ruled out by running cases",
     "leaks": "possible dependency, but forbidden",
     "missing": "no dependency, but one is required",
 }
@@ -41,7 +42,8 @@ class Matrix:
 def matrix(
     flows: Mapping[str, list[str]],
     held: Collection[str] = (),
-    unsettled: Collection[str] | None = None,
+    violated: Collection[str] | None = None,
+    unjudged: Collection[str] = (),
 ) -> Matrix:
     """Return the matrix for ``report.influence["matrix"]`` or ``report.influence["leaves"]``.
 
@@ -50,17 +52,21 @@ def matrix(
     Args:
         flows: output -> the inputs that may reach it.
         held: the names of the laws that hold: their required dependencies were observed in a case.
-        unsettled: the names of the laws that are violated or were not judged: only these can be the
-            reason that an entry leaks or is missing. None: all laws.
+        violated: the names of the violated laws: only these can be the reason that an entry leaks.
+            None: all laws.
+        unjudged: the names of the laws that no case has reached: what they forbid is open.
     """
     reached = {output: {_tree(source) for source in sources} for output, sources in flows.items()}
     busy = {_tree(output) for output, sources in reached.items() if sources}
     busy = busy.union(*reached.values())
     inputs = tuple(name for name in INPUTS if name in busy)
     forbidden = {pair for law in LAWS.values() for pair in law.must_not_reach}
-    judged = LAWS if unsettled is None else unsettled
-    leaking = {pair for name in judged if name in LAWS for pair in LAWS[name].must_not_reach}
-    required = {pair for name in judged if name in LAWS for pair in LAWS[name].must_reach}
+    broken = LAWS if violated is None else violated
+    leaking = {pair for name in broken if name in LAWS for pair in LAWS[name].must_not_reach}
+    undecided = {pair for name in unjudged if name in LAWS for pair in LAWS[name].must_not_reach}
+    required = {
+        pair for name in (*broken, *unjudged) if name in LAWS for pair in LAWS[name].must_reach
+    }
     observed = {pair for name in held if name in LAWS for pair in LAWS[name].must_reach}
 
     def kind(output: str, source: str) -> str:
@@ -68,6 +74,8 @@ def matrix(
         if source in reached[output]:
             if (_tree(output), source) in leaking:
                 return "leaks"
+            if (_tree(output), source) in undecided:
+                return "open"
             return "shown" if (output, source) in observed else "may"
         if (output, source) in required:
             return "missing"

@@ -171,10 +171,12 @@ class Screen:
             self._print(basis, style="dim", indent=15)
 
     def _influence(self, report: Report) -> None:
-        held = [evidence.law for evidence in report.results if evidence.status == "held"]
-        unsettled = [e.law for e in report.results if e.status in {"violated", "untriggered"}]
+        held, violated, unjudged = (
+            [evidence.law for evidence in report.results if evidence.status == status]
+            for status in ("held", "violated", "untriggered")
+        )
         flows = report.influence.get("leaves") or report.influence["matrix"]
-        entries = matrix(flows, held, unsettled)
+        entries = matrix(flows, held, violated, unjudged)
         signs = self._symbols.flow
         self._print()
         self._print("what depends on what", style="bold")

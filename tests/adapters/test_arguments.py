@@ -13,6 +13,7 @@ from flax import nnx
 
 import bnverify
 from bnverify.adapters import calls
+from bnverify.adapters.batches import loss_of
 from bnverify.adapters.loop import nnx_loop
 from bnverify.errors import UsageError
 
@@ -129,3 +130,19 @@ def test_target_is_the_targets_where_all_networks_have_a_parameter() -> None:
     assert _roles(lambda model, features_in, target: None, 1)["features_in"] == "inputs"
     told = _roles(lambda model, target, batch: None, 2, told={"target": "targets"})
     assert told["target"] == "targets"
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ({"train_loss": np.float32(2), "accuracy": np.float32(1)}, 2),
+        ({"train/loss": np.float32(2)}, 2),
+        ({"loss": np.float32(2), "total_loss": np.float32(3)}, 2),
+        ({"train_loss": np.float32(2), "total_loss": np.float32(3)}, None),
+        ({"actor_loss": np.float32(2)}, None),
+        ({"lossy": np.float32(2)}, None),
+    ],
+)
+def test_the_only_loss_of_a_report_is_found(report: dict[str, Any], expected: float | None) -> None:
+    """A key may say which loss it is; one of several, or one of a part of the model, is not guessed."""
+    assert loss_of(report, None, None) == expected

@@ -42,6 +42,12 @@ def stored_in_bfloat16(s: Any, seed: Any, x: Any) -> State:
     return stored
 
 
+def filled_with_a_python_scalar(s: Any, seed: Any, x: Any) -> State:
+    state: State = s.right.init(seed, x)
+    filled = edited(state.params, "Dense_0/bias", lambda leaf: jnp.full(leaf.shape, 0.0))
+    return state._replace(params=filled)
+
+
 def moments_in(dtype: Any) -> Any:
     def moments(s: Any, h: Any, layer: int) -> Any:
         mean, var = s.right.moments(h.astype(dtype), layer)
@@ -177,6 +183,9 @@ fault("statistics_keep_their_axis", "parameters_change_dtype",
 fault("statistics_become_frozen", "parameters_change_dtype",
       "The statistics are returned in a FrozenDict instead of a dict.",
       thread=carried(batch_stats=lambda old, new: core.freeze(new)))
+fault("initial_bias_is_weak", "weak_type_in_the_state",
+      "An initial bias is filled with a Python scalar; the step returns another type.",
+      init=filled_with_a_python_scalar)
 fault("statistics_gain_a_count", "parameters_change_dtype",
       "The statistics have an additional entry, the number of steps.",
       thread=carried(batch_stats=lambda old, new:
