@@ -16,7 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from bnverify.adapters.programs import SAME_VALUES, Layers, Programs, listed, under
+from bnverify.adapters.programs import Layers, Programs, listed, under
 from bnverify.pytree import by_path, is_floating
 from bnverify.statistic_names import has_both, moment_of
 
@@ -83,7 +83,7 @@ class Averages:
     def _is_set_once(self, name: str) -> bool:
         """Return whether a flag in the state selects between the old value and another one."""
         flows, inputs = self._of.flows, self._of.inputs
-        node = self._value(self._of.outputs[STATISTICS + name])
+        node = self._of.flows.value(self._of.outputs[STATISTICS + name])
         eqn = flows.equation(node)
         if eqn is None or eqn.primitive.name != "select_n":
             return False
@@ -92,7 +92,7 @@ class Averages:
             n for p, n in inputs.items() if p in self._of.types and not self._of.is_floating(p)
         ]
         behind = flows.origins([flag]) & set(flows.inputs)
-        kept = inputs[STATISTICS + name] in map(self._value, values)
+        kept = inputs[STATISTICS + name] in map(self._of.flows.value, values)
         return kept and bool(behind) and behind <= set(flags)
 
     def _counted(self, names: Iterable[str]) -> set[str]:
@@ -100,11 +100,11 @@ class Averages:
         flows, found = self._of.flows, set[str]()
         for name in names:
             start, new = (at[STATISTICS + name] for at in (self._of.inputs, self._of.outputs))
-            node = self._value(new)
+            node = self._of.flows.value(new)
             eqn, operands = flows.equation(node), flows.operands(node)
             if eqn is None or eqn.primitive.name != "add" or len(operands) != 2:
                 continue
-            others = [n for n in operands if self._value(n) != start]
+            others = [n for n in operands if self._of.flows.value(n) != start]
             if len(others) == 1 and flows.origins(others).isdisjoint(flows.inputs):
                 reached = flows.reached([start])
                 found |= {n for n in names if self._of.outputs[STATISTICS + n] in reached}
@@ -120,14 +120,6 @@ class Averages:
             if any(self._of.outputs[STATISTICS + n] in reached for n in names if n != name):
                 return set(names)
         return set()
-
-    def _value(self, node: int) -> int:
-        """Return the node that computes a value which is only reshaped or converted afterwards."""
-        eqn = self._of.flows.equation(node)
-        while eqn is not None and eqn.primitive.name in SAME_VALUES:
-            node = self._of.flows.operands(node)[0]
-            eqn = self._of.flows.equation(node)
-        return node
 
     # Notes.
 
@@ -226,16 +218,16 @@ class Averages:
     def _momentum(self, name: str) -> float | None:
         """Return m if the step computes a statistic as m * old + ..., with a constant m."""
         flows, start = self._of.flows, self._of.inputs[STATISTICS + name]
-        node = self._value(self._of.outputs[STATISTICS + name])
+        node = self._of.flows.value(self._of.outputs[STATISTICS + name])
         eqn = flows.equation(node)
         of_old = flows.reached([start])
-        terms = [self._value(n) for n in flows.operands(node) if n in of_old]
+        terms = [self._of.flows.value(n) for n in flows.operands(node) if n in of_old]
         if eqn is None or eqn.primitive.name != "add" or len(terms) != 1:
             return None
         product = flows.equation(terms[0])
         if product is None or product.primitive.name != "mul":
             return None
-        if start not in map(self._value, flows.operands(terms[0])):
+        if start not in map(self._of.flows.value, flows.operands(terms[0])):
             return None
         factors = [atom.val for atom in product.invars if hasattr(atom, "val")]
         return float(factors[0]) if len(factors) == 1 and jnp.ndim(factors[0]) == 0 else None

@@ -13,10 +13,10 @@ from typing import Any, Literal, TypedDict
 import jax
 import jax.numpy as jnp
 
-from bnverify.adapters.programs import ROWS, SAME_VALUES, Layers, Programs, listed, under
+from bnverify.adapters.programs import ROWS, Layers, Programs, listed, under
 from bnverify.adapters.reported import computed_beside
 from bnverify.adapters.rows import statistic_of_targets
-from bnverify.adapters.traced import DRAWS, Flows
+from bnverify.adapters.traced import DRAWS, SAME_VALUES, Flows
 from bnverify.model import Pairing
 
 TARGETS = (
@@ -398,11 +398,10 @@ class Design:
         of, flows, found = self._of, self._of.flows, []
         used = {*under(of.outputs, "params/", "batch_stats/"), of.loss}
         for path, start in of.inputs.items():
-            node = of.outputs.get(path) if path.startswith("extra/") else None
-            eqn = None if node is None else flows.equation(node)
-            while eqn is not None and eqn.primitive.name in SAME_VALUES:
-                node = flows.operands(node)[0]
-                eqn = flows.equation(node)
+            if not path.startswith("extra/") or path not in of.outputs:
+                continue
+            node = flows.value(of.outputs[path])
+            eqn = flows.equation(node)
             if eqn is None or eqn.primitive.name != "add":
                 continue
             added = [atom.val for atom in eqn.invars if hasattr(atom, "val")]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from bnverify.adapters.programs import SAME_VALUES, Programs
-from bnverify.adapters.traced import Flows, said
+from bnverify.adapters.programs import Programs
+from bnverify.adapters.traced import SAME_VALUES, Flows, said
 from bnverify.jaxpr.arithmetic import PRODUCTS
 
 Expression = int | str | None
@@ -50,9 +50,7 @@ def _model_inputs(flows: Flows, inputs: Mapping[str, int]) -> Iterator[tuple[Exp
     for product in flows.of_primitives(PRODUCTS):
         operands = flows.operands(product)
         if len(operands) == 2 and operands[1] in params and operands[0] in alone:
-            node = operands[0]
-            while (eqn := flows.equation(node)) is not None and eqn.primitive.name in SAME_VALUES:
-                node = flows.operands(node)[0]
+            node = flows.value(operands[0])
             yield _expression(flows, node, known), node
 
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from bnverify.adapters.by_design import Declared
 from bnverify.adapters.optimizer import paper_checks, rates, schedules
-from bnverify.adapters.programs import ROWS, SAME_VALUES, Layers, Programs, under
+from bnverify.adapters.programs import ROWS, Layers, Programs, under
 from bnverify.adapters.rows import pairings
-from bnverify.adapters.traced import DRAWS, Flows
+from bnverify.adapters.traced import DRAWS, SAME_VALUES, Flows
 from bnverify.model import Axis, Copy, Draw, Look, Mask
 from bnverify.proof import asked
 
@@ -454,9 +454,7 @@ def _gates(
             eqn = flows.equation(node)
         if eqn is None or flows.aval(node).dtype != np.bool_:
             return None
-        while eqn is not None and eqn.primitive.name in SAME_VALUES:
-            node = flows.operands(node)[0]
-            eqn = flows.equation(node)
+        node = flows.value(node)
         # One number per row: what differs within a row, as a one-hot label does, is not a mask of rows.
         sizes = [n for n in flows.shape(node) or () if n != 1]
         rows = len(sizes) == 1 and sizes[0] % ROWS == 0 and sizes[0] > 0

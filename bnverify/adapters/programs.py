@@ -18,7 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnverify.adapters.explain import is_library
-from bnverify.adapters.traced import Flows, labels, labels_anywhere, layer_input, links, marked
+from bnverify.adapters.traced import (
+    SAME_VALUES,
+    Flows,
+    labels,
+    labels_anywhere,
+    layer_input,
+    links,
+    marked,
+)
 from bnverify.adapters.trees import extra_of
 from bnverify.adapters.watch import Call, Recording, watching
 from bnverify.compat import transformations
@@ -29,11 +37,6 @@ from bnverify.pytree import by_path, is_floating
 ROWS = 24  # in the traces: unlikely as a feature size, and divisible by many numbers of shards
 FEATURES = 6  # if any will do
 RATE = 0.1
-SAME_VALUES = frozenset(
-    {"convert_element_type", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose"}
-    | {"copy", "name"}
-)
-"""Primitives that give the values they are given, in another shape or dtype."""
 
 
 def example_of(sizes: tuple[int, int]) -> tuple[Any, Any, Any]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bnverify.adapters.explain import is_library
-from bnverify.adapters.programs import ROWS, SAME_VALUES, Programs, under
-from bnverify.adapters.traced import Flows
+from bnverify.adapters.programs import ROWS, Programs, under
+from bnverify.adapters.traced import SAME_VALUES, Flows
 from bnverify.jaxpr.arithmetic import ADDITIONS, BY_ELEMENT
 from bnverify.model import Pairing
 

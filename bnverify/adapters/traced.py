@@ -26,6 +26,11 @@ PRIMITIVE = "name"  # of checkpoint_name, which does nothing where no policy ask
 DRAWS = frozenset({"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"})
 # Their bodies see one shard, along an axis that is not bound outside.
 _MAPPED = frozenset({"shard_map", "xla_pmap"})
+SAME_VALUES = frozenset(
+    {"convert_element_type", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "transpose"}
+    | {"copy", "name"}
+)
+"""Primitives that give the values they are given, in another shape or dtype."""
 
 
 def mark(value: Any, label: str) -> Any:
@@ -272,6 +277,12 @@ class Flows:
     def operands(self, node: int) -> list[int]:
         """Return the nodes from which a node is computed, in the order of its equation's inputs."""
         return self._graph.parents[node]
+
+    def value(self, node: int) -> int:
+        """Return the node that computes a value which is only reshaped, converted or copied later."""
+        while (eqn := self.equation(node)) is not None and eqn.primitive.name in SAME_VALUES:
+            node = self.operands(node)[0]
+        return node
 
     def is_constant(self, node: int) -> bool:
         """Return whether a node is a literal or a captured array that is never written."""

@@ -228,11 +228,11 @@ def rows_of_evaluation(observed: ObservedCase) -> Clues:
         losses.append(observed.loss_of(observed.t.after, x=x, y=y))
     alone = observed.loss_of(observed.t.after, x=observed.case.x[:, :1], y=observed.case.y[:, :1])
     if not _same(alone, losses[0]):
-        is_sum = _same(observed.rows * alone, losses[0]) and _same(np.mean(losses), whole)
+        is_sum = _same(observed.rows * alone, losses[0]) and _same(float(np.mean(losses)), whole)
         return {"eval_rows": "sum over rows"} if is_sum else {}
-    if _same(np.mean(losses), whole):
+    if _same(float(np.mean(losses)), whole):
         return {}
-    if _same(np.sqrt(np.mean(np.square(losses))), whole):
+    if _same(float(np.sqrt(np.mean(np.square(losses)))), whole):
         return {"eval_rows": "root of a mean over rows"}
     return {}
 
