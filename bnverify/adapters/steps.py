@@ -26,6 +26,7 @@ from bnverify.adapters.batches import (
     inputs_and_targets,
     is_metrics,
     loss_of,
+    retraced,
     things_and_report,
     under_axis,
 )
@@ -322,7 +323,11 @@ class Loop:
             grads = _gradients(seen.gradients, state.params, self.networks()) if shows else None
             return _Done(self._split(after, more, layout), loss, grads)
 
-        done: _Done = under_axis(self.axis_name, call, self.batch(x, y))
+        def observed(batch: Any) -> _Done:
+            found: _Done = retraced(call, batch, state)
+            return found
+
+        done: _Done = under_axis(self.axis_name, observed, self.batch(x, y))
         return done
 
     def _evaluated(self, state: State, x: Any, y: Any) -> _Done:
@@ -351,7 +356,12 @@ class Loop:
             after = self._split({**things, **found}, more, layout) if left else None
             return _Done(after, loss, None)
 
-        done: _Done = under_axis(self.axis_name, call, self.batch(x, y))
+        def observed(batch: Any) -> _Done:
+            mode = "evaluation" if self.evaluation is None else ""
+            found: _Done = retraced(call, batch, state, mode=mode)
+            return found
+
+        done: _Done = under_axis(self.axis_name, observed, self.batch(x, y))
         return done
 
     def _called(

@@ -529,3 +529,54 @@ class TestNnx:
             bnverify.nnx_loop(make, step)
         assert isinstance(caught.value, SubjectError)
         assert caught.value.mistake.name in {"nnx_object_by_closure", "nnx_variable_from_outside"}
+
+
+class TestFunctionsCompiledInside:
+    """JAX keeps the program of an inner jit, so an observed or replaced call must be a new one."""
+
+    @staticmethod
+    def subject() -> Subject:
+        model, tx = code.Model(), optax.sgd(0.1)
+
+        def create(rng: Any) -> dict[str, Any]:
+            variables = model.init(rng, jnp.ones((1, 3)), train=False)
+            return {**variables, "opt_state": tx.init(variables["params"])}
+
+        @jax.jit
+        def update(state: Any, x: Any, y: Any) -> Any:
+            def loss(params: Any) -> Any:
+                variables = {"params": params, "batch_stats": state["batch_stats"]}
+                out, new = model.apply(variables, x, train=True, mutable=["batch_stats"])
+                return jnp.mean((out.reshape(-1) - y) ** 2), new
+
+            (value, new), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
+            updates, opt_state = tx.update(grads, state["opt_state"])
+            params = optax.apply_updates(state["params"], updates)
+            return {"params": params, **new, "opt_state": opt_state}, value
+
+        def step(state: Any, x: Any, y: Any) -> Any:
+            return update(state, x, y)
+
+        return bnverify.loop(create, step, features=3)
+
+    def test_gradients_are_observed_every_time(self) -> None:
+        """Also in a second trace with the same shapes, and without jit."""
+        subject = self.subject()
+        x, y = np.eye(4, 3, dtype=np.float32), np.ones(4, np.float32)
+        state = subject.init(0, x)
+        seen = [
+            jax.tree.structure(jax.eval_shape(lambda *args: subject.step(*args)[1].grads, *given))
+            for given in 2 * [(state, x, y, 0.1)]
+        ]
+        seen.append(jax.tree.structure(subject.step(state, x, y, 0.1)[1].grads))
+        assert seen == 3 * [jax.tree.structure(state.params)]
+
+    def test_evaluation_without_an_eval_step_is_in_eval_mode(self) -> None:
+        """The program of the training pass, compiled for the same shapes, is not used."""
+        subject = self.subject()
+        x, y = np.eye(4, 3, dtype=np.float32), np.ones(4, np.float32)
+        state = subject.init(0, x)
+        subject.step(state, x, y, 0.1)
+        moved = state._replace(batch_stats=jax.tree.map(lambda leaf: leaf + 1, state.batch_stats))
+        losses = [float(subject.evaluate(each, x, y)[0]) for each in (state, moved)]
+        assert losses[0] != losses[1]
