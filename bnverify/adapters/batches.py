@@ -76,7 +76,7 @@ def retraced(function: Callable[[Any], Any], inputs: Any, state: Any, *, mode: s
     if not (tracing or mode):
         return function(inputs)
     axis = f"bnverify {next(_TRACES) if tracing else mode}"
-    once = jax.vmap(
+    once: Callable[[int], Any] = jax.vmap(
         lambda _: function(inputs), in_axes=None, out_axes=None, axis_size=1, axis_name=axis
     )
     return once(0)

@@ -75,7 +75,9 @@ def kinds_of_variables(node: Any) -> tuple[Any, ...]:
         if kind_of(module) == "model"
         for name in statistics_of(module)
     }
-    statistics = nnx.Any(nnx.BatchStat, lambda path, _: tuple(map(str, path)) in named)
+    # An array that replaced a Variable has its path, but is none.
+    by_name = nnx.All(nnx.Variable, lambda path, _: tuple(map(str, path)) in named)
+    statistics = nnx.Any(nnx.BatchStat, by_name)
     return (nnx.Param, statistics, nnx.RngState, ...)
 
 

@@ -22,7 +22,8 @@ def first_nonfinite(observed: ObservedCase) -> Clues:
     The step is read on the case, and on the same case with constant features; then the evaluation.
     """
     subject, t = observed.calls.subject, observed.t
-    for case in (observed.case, constant_features(observed.case)):
+    even = observed.case._replace(seed=np.zeros_like(observed.case.seed))  # all features, not one
+    for case in (observed.case, constant_features(even)):
         one = take(case, 0)
         for function, state, more in (
             (subject.step, t.before, (one.lr,)),

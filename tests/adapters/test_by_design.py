@@ -17,6 +17,7 @@ from flax.training import dynamic_scale
 import bnverify
 from bnverify.model import Subject
 from bnverify.profile import Profile
+from tests.tiers import first_of
 
 loop = partial(bnverify.train_state, features=3)
 GRADIENT = "gradients_are_gradients_of_the_loss"
@@ -290,7 +291,7 @@ class TestGradientsChangedByHand:
         "scaled": (over(lambda g, _: g / (1 + jnp.linalg.norm(g))), "scaled by a number"),
     }
 
-    @pytest.mark.parametrize("how", CHANGED)
+    @pytest.mark.parametrize("how", first_of(CHANGED))
     def test_they_are_not_the_slope_by_design(self, how: str) -> None:
         """The reason says what was done; the update is still judged."""
         by_hand, said = self.CHANGED[how]
@@ -307,7 +308,7 @@ class TestGradientsChangedByHand:
         "scaled back": over(lambda g, _: g * 0.5 / 0.5),
     }
 
-    @pytest.mark.parametrize("how", UNCHANGED)
+    @pytest.mark.parametrize("how", first_of(UNCHANGED))
     def test_what_changes_no_finite_gradient_is_judged(self, how: str) -> None:
         """And held."""
         subject = self.subject(self.UNCHANGED[how])
@@ -616,7 +617,7 @@ class TestUpdates:
         assert "penalty" in scaled(0.01).exempt[GRADIENT]
         assert GRADIENT not in scaled(0.0).exempt
 
-    @pytest.mark.parametrize("every", [pytest.param(2, marks=pytest.mark.nightly), 4])
+    @pytest.mark.parametrize("every", first_of([4, 2]))
     def test_accumulated_updates_are_counted(self, every: int) -> None:
         """With ``optax.MultiSteps``, the steps before an update are part of the warm-up."""
 

@@ -11,6 +11,7 @@ import bnverify
 from bnverify.lifetime import process
 from bnverify.profile import Profile
 from tests.faults.processes import LAW, MISTAKE, PROCESS_CONTROLS, PROCESS_FAULTS
+from tests.tiers import first_of
 
 TWO = Profile("two", processes=1)
 HOME = "tests.faults.processes:"
@@ -22,7 +23,7 @@ def evidence(target: str, plan: Profile = TWO) -> bnverify.Evidence:
     return report[LAW]
 
 
-@pytest.mark.parametrize("name", PROCESS_FAULTS)
+@pytest.mark.parametrize("name", first_of(PROCESS_FAULTS))
 def test_a_fault_is_caught_and_named(name: str) -> None:
     """With the leaf, and a script that loads the target."""
     found = evidence(HOME + name)
@@ -35,7 +36,7 @@ def test_a_fault_is_caught_and_named(name: str) -> None:
     assert f"bnverify.load('{HOME}{name}')" in found.counterexample.script
 
 
-@pytest.mark.parametrize("name", PROCESS_CONTROLS)
+@pytest.mark.parametrize("name", first_of(PROCESS_CONTROLS))
 def test_a_right_twin_is_not_accused(name: str) -> None:
     """A different order of operations is allowed for."""
     found = evidence(HOME + name)
