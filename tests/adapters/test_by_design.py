@@ -216,6 +216,23 @@ class TestInputsOfTheModel:
         (note,) = self.notes(lambda x, key: x, lambda x: x / 255)
         assert "training takes x as it is, evaluation computes them" in note
 
+    def test_a_part_of_the_rows_is_not_noted(self) -> None:
+        """As when gradients are accumulated over parts of the batch."""
+
+        def step(state: Any, batch: Any) -> Any:
+            def loss(params: Any) -> Any:
+                half, stats, total = len(batch["label"]) // 2, state.batch_stats, 0.0
+                for part in (slice(None, half), slice(half, None)):
+                    out, stats = code.run(state, params, stats, batch["image"][part])
+                    total += code.mse(out, batch["label"][part]) / 2
+                return total, stats
+
+            grads, stats = jax.grad(loss, has_aux=True)(state.params)
+            return state.apply_gradients(grads=grads, batch_stats=stats)
+
+        notes = loop(code.create, step, code.eval_step).notes
+        assert not [note for note in notes if "evaluated on the inputs" in note]
+
     def test_the_same_in_both_or_by_chance_is_not(self) -> None:
         """Augmentation is by design."""
         assert not self.notes(lambda x, key: standardised(x), standardised)
