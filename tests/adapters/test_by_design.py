@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 import pytest
 import users_code as code
 from flax import nnx
@@ -387,6 +388,24 @@ class TestPasses:
         assert "at perturbed params" in subject.exempt[GRADIENT]
         assert TARGETS not in subject.exempt  # by which the wrong twin is caught
 
+    def test_params_adapted_on_other_rows_are_by_design(self) -> None:
+        """Meta-learning: the statistics of the second batch depend on the targets of the first."""
+
+        def step(state: Any, batch: Any) -> Any:
+            def loss(params: Any, stats: Any, x: Any) -> Any:
+                out, new = code.run(state, params, stats, x)
+                return code.mse(out, batch["label"]), new
+
+            def outer(params: Any) -> Any:
+                grads, new = jax.grad(loss, has_aux=True)(params, state.batch_stats, batch["image"])
+                fast = jax.tree_util.tree_map(lambda p, g: p - 0.1 * g, params, grads)
+                return loss(fast, new, batch["image"][:, ::-1])
+
+            (value, stats), grads = jax.value_and_grad(outer, has_aux=True)(state.params)
+            return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": value}
+
+        assert "another batch" in found(step).exempt[TARGETS]
+
     @pytest.mark.parametrize("threaded", [False, True], ids=["wrong", "right"])
     def test_two_views_are_two_batches(self, threaded: bool) -> None:
         """Each batch must update the statistics; if one is dropped, the momentum is not as declared."""
@@ -741,3 +760,16 @@ def test_a_statistic_that_becomes_an_array_is_told() -> None:
         ValueError, match=r"mean is no longer an nnx.Variable.*self\.mean\[\.\.\.\] ="
     ):
         bnverify.nnx(Norm)
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_an_optimizer_that_computes_params_from_a_copy_rounds(*, free: bool) -> None:
+    """Schedule-free optimizers interpolate, so a learning rate of 0 moves params by their rounding."""
+
+    def create(rng: Any, lr: float) -> Any:
+        made = code.variables(rng)
+        tx = optax.contrib.schedule_free_adamw(lr) if free else optax.adamw(lr)
+        return code.TrainState.create(apply_fn=code.Model().apply, tx=tx, **made)
+
+    exempt = loop(create, code.train_step, code.eval_step).exempt
+    assert ("zero_learning_rate_moves_nothing" in exempt) == free
