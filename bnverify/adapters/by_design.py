@@ -98,7 +98,8 @@ class Declared:
         row_losses: whether the eval loss is a mean over independent rows. None: unless it divides by
             a number that depends on the batch, or multiplies rows with rows.
         online: whether training also normalises by running statistics. None: if a gradient through
-            running statistics is stopped, as in batch renormalisation.
+            running statistics is stopped, as in batch renormalisation, or if the model makes inputs of
+            its own training pass in eval mode, as an adversarial attack does.
         carried: patterns (``fnmatch``) of paths in batch_stats that are no moving averages.
         frozen: patterns of paths in params and batch_stats that no step may change: "backbone/*" for
             a whole layer, "backbone/mean" for one statistic. False: the statistics of layers with
@@ -199,8 +200,28 @@ class Design:
     def is_online(self) -> bool:
         """Return whether training also normalises by running statistics, by design."""
         return bool(self._declared.online) or (
-            self._declared.online is None and bool(self._renormalised())
+            self._declared.online is None and bool(self._renormalised() or self._is_attacked())
         )
+
+    def _is_attacked(self) -> bool:
+        """Return whether a model makes inputs of its training pass in eval mode, as an attack does.
+
+        A layer that never trains does not count: it may be in eval mode by mistake.
+        """
+        recording, flows = self._of.recording, self._of.flows
+        calls = recording.calls.items()
+        trained = {call.path for _, call in calls if call.training}
+        made = flows.reached(
+            [
+                node
+                for label, call in calls
+                if not call.training and call.path in trained
+                for node in flows.of_label(label)
+            ]
+        )
+        turns = {call.turn for _, call in calls if call.training and call.turn}
+        marks = [mark for turn in turns if (mark := recording.turns[turn - 1]) is not None]
+        return any(not made.isdisjoint(flows.of_label(mark)) for mark in marks)
 
     def _renormalised(self) -> set[int]:
         """Return the nodes where gradients through running statistics are stopped."""
@@ -268,7 +289,9 @@ class Design:
         found: dict[str, str] = {}
         if self.is_online():
             said = "online=True: training also normalises by running statistics"
-            if not self._declared.online:
+            if not self._declared.online and not self._renormalised():
+                said = "the model makes inputs of its training pass in eval mode, as an attack does"
+            elif not self._declared.online:
                 at = self._of.flows.where(min(self._renormalised()))
                 said = "training also normalises by running statistics, like batch renormalisation"
                 said += f": their gradient is stopped at {at}" if at else ""

@@ -388,6 +388,28 @@ class TestPasses:
         assert "at perturbed params" in subject.exempt[GRADIENT]
         assert TARGETS not in subject.exempt  # by which the wrong twin is caught
 
+    @pytest.mark.parametrize("attack", [True, False])
+    def test_inputs_made_in_eval_mode_are_by_design(self, attack: bool) -> None:
+        """An adversarial attack on the model in eval mode, outside the loss and without stop_gradient."""
+
+        def step(state: Any, batch: Any) -> Any:
+            def attacked(x: Any) -> Any:
+                given = {"params": state.params, "batch_stats": state.batch_stats}
+                return code.mse(state.apply_fn(given, x, train=False), batch["label"])
+
+            def loss(params: Any) -> Any:
+                out, new = code.run(state, params, state.batch_stats, x)
+                return code.mse(out, batch["label"]), new
+
+            x = batch["image"]
+            x = x + 0.1 * jnp.sign(jax.grad(attacked)(x)) if attack else x
+            (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+            return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": value}
+
+        subject = found(step)
+        assert ("training_is_free_of_old_statistics" in subject.exempt) == attack
+        assert subject.momentum == MOMENTUM
+
     def test_params_adapted_on_other_rows_are_by_design(self) -> None:
         """Meta-learning: the statistics of the second batch depend on the targets of the first."""
 
@@ -766,9 +788,9 @@ def test_a_statistic_that_becomes_an_array_is_told() -> None:
 def test_an_optimizer_that_computes_params_from_a_copy_rounds(*, free: bool) -> None:
     """Schedule-free optimizers interpolate, so a learning rate of 0 moves params by their rounding."""
 
-    def create(rng: Any, lr: float) -> Any:
+    def create(rng: Any) -> Any:
         made = code.variables(rng)
-        tx = optax.contrib.schedule_free_adamw(lr) if free else optax.adamw(lr)
+        tx = optax.contrib.schedule_free_adamw(0.1) if free else optax.adamw(0.1)
         return code.TrainState.create(apply_fn=code.Model().apply, tx=tx, **made)
 
     exempt = loop(create, code.train_step, code.eval_step).exempt
