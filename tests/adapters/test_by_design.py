@@ -795,3 +795,49 @@ def test_an_optimizer_that_computes_params_from_a_copy_rounds(*, free: bool) -> 
 
     exempt = loop(create, code.train_step, code.eval_step).exempt
     assert ("zero_learning_rate_moves_nothing" in exempt) == free
+
+
+def test_numbers_drawn_by_rejection_are_draws() -> None:
+    """Mixup weighs rows with the next ones by a number from a beta distribution."""
+
+    def step(state: Any, batch: Any, z_rng: Any) -> Any:
+        weight = jax.random.beta(z_rng, 0.2, 0.2)
+
+        def loss(params: Any) -> Any:
+            x = weight * batch["image"] + (1 - weight) * jnp.roll(batch["image"], 1, 0)
+            out, stats = code.run(state, params, state.batch_stats, x)
+            return code.mse(out, batch["label"]), stats
+
+        grads, stats = jax.grad(loss, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, batch_stats=stats)
+
+    exempt = loop(code.create, step, code.eval_step).exempt
+    assert "random numbers" in exempt["row_order_changes_nothing"]
+
+
+def test_statistics_under_another_name_are_found_if_no_layer_trains() -> None:
+    """A step in eval mode by mistake must not pass for one without statistics."""
+    tx = optax.sgd(0.1)
+
+    def create(rng: Any) -> Any:
+        made = code.variables(rng)
+        return {
+            "params": made["params"],
+            "norms": made["batch_stats"],
+            "opt": tx.init(made["params"]),
+        }
+
+    def step(state: Any, batch: Any) -> Any:
+        def loss(params: Any) -> Any:
+            given = {"params": params, "batch_stats": state["norms"]}
+            out = code.Model().apply(given, batch["image"], train=False)
+            return code.mse(out, batch["label"])
+
+        value, grads = jax.value_and_grad(loss)(state["params"])
+        updates, opt = tx.update(grads, state["opt"])
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "norms": state["norms"], "opt": opt}, value
+
+    subject = loop(create, step)
+    state = jax.eval_shape(subject.init, 0, jnp.ones((4, 3)))
+    assert jax.tree_util.tree_leaves(state.batch_stats)
