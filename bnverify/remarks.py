@@ -128,11 +128,24 @@ def _paths(tree: Any) -> list[str]:
 
 
 def _evaluated_untrained(influence: Influence) -> set[str]:
-    """Return the params that may affect the eval loss but cannot affect the training loss."""
+    """Return the params that may affect the eval loss but cannot affect the training loss.
+
+    Without copies of trained params, such as the slow ones of a lookahead optimizer.
+    """
     if "loss" not in influence.leaves or "eval_loss" not in influence.leaves:
         return set()
     missing = influence.leaves["eval_loss"] - influence.leaves["loss"]
-    return {leaf for leaf in missing if leaf.startswith("params/")}
+    trained = {
+        _within_copy(leaf) for leaf in influence.leaves["loss"] if leaf.startswith("params/")
+    }
+    return {leaf for leaf in missing if leaf.startswith("params/")} - {
+        leaf for leaf in missing if leaf.count("/") > 2 and _within_copy(leaf) in trained
+    }
+
+
+def _within_copy(leaf: str) -> str:
+    """Return the path of a param within its copy: "BatchNorm_0/bias" for "params/slow/BatchNorm_0/bias"."""
+    return leaf.split("/", 2)[-1]
 
 
 def _listed(paths: Collection[str]) -> str:

@@ -1,6 +1,7 @@
 """Remarks: choices that break no law, told by the name of the mistake they usually are."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -151,6 +152,23 @@ def test_statistics_among_the_params_are_named() -> None:
     (line,) = remarks(subject := bnverify.linen(StatisticsAsParams()), read(subject).influence)
     assert line.startswith("statistics_trained_as_params")
     assert "params/running_mean" in line
+
+
+@pytest.mark.parametrize(
+    ("trained", "named"),
+    [("params/fast/Dense_0/bias", False), ("params/fast/Dense_1/bias", True)],
+)
+def test_a_copy_of_trained_params_is_no_statistic(trained: str, *, named: bool) -> None:
+    """Evaluation may use the slow params of a lookahead optimizer, which no training loss reads."""
+    leaves = {
+        "loss": frozenset({trained}),
+        "eval_loss": frozenset({"params/slow/Dense_0/bias"}),
+    }
+    subject = bnverify.linen(Model())
+    influence = read(subject).influence
+    assert influence is not None
+    lines = remarks(subject, replace(influence, leaves=leaves))
+    assert [line.startswith("statistics_trained_as_params") for line in lines] == [True] * named
 
 
 @pytest.mark.parametrize("name", ["canonical", "momentum", "nnx", "train_state", "handwritten"])

@@ -76,8 +76,12 @@ def retraced(function: Callable[[Any], Any], inputs: Any, state: Any, *, mode: s
     if not (tracing or mode):
         return function(inputs)
     axis = f"bnverify {next(_TRACES) if tracing else mode}"
-    once: Callable[[int], Any] = jax.vmap(
-        lambda _: function(inputs), in_axes=None, out_axes=None, axis_size=1, axis_name=axis
+
+    def with_nothing_mapped(_: Any) -> Any:
+        return function(inputs)
+
+    once: Callable[[Any], Any] = jax.vmap(
+        with_nothing_mapped, in_axes=None, out_axes=None, axis_size=1, axis_name=axis
     )
     return once(0)
 
@@ -94,8 +98,8 @@ Reading: TypeAlias = str | Callable[[Any, Any], Any] | None
 """Where the loss is in a report: a key, a function of (report, batch), or None to search for it."""
 
 
-DENOMINATOR = "denominator"
-"""What the metrics of a step are sums over, beside them, as Flax's own examples of text have it."""
+DENOMINATORS = ("denominator", "weight_sum")
+"""What the metrics of a step are sums over, beside them, as Flax's examples of text and T5X have it."""
 
 
 class NoLoss(UsageError):
@@ -167,7 +171,7 @@ def loss_of(report: Any, how: Reading, batch: Any) -> Any:
 
     Args:
         report: a mapping of metrics, an object with ``compute()``, a loss, or a tuple with one of
-            them. A pair is (sum, count), and so are "loss" and "denominator".
+            them. A pair is (sum, count), and so are "loss" and "denominator" or "weight_sum".
         how: see ``Reading``.
         batch: the batch that was passed to the step.
 
@@ -204,7 +208,8 @@ def _in_part(part: Any, key: str, *, named: bool) -> Any:
     if is_metrics(part):
         part = part.compute()
     if isinstance(part, Mapping):
-        found, count = part.get(key), None if named else part.get(DENOMINATOR)
+        counts = [part[name] for name in DENOMINATORS if name in part and not named]
+        found, count = part.get(key), counts[0] if counts else None
         return found if found is None or count is None else (found, count)
     if named and hasattr(part, key):
         return getattr(part, key)

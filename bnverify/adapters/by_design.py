@@ -98,7 +98,8 @@ class Declared:
         row_losses: whether the eval loss is a mean over independent rows. None: unless it divides by
             a number that depends on the batch, or multiplies rows with rows.
         online: whether training also normalises by running statistics. None: if a gradient through
-            running statistics is stopped, as in batch renormalisation.
+            running statistics is stopped, as in batch renormalisation, or if the model makes inputs of
+            its own training pass in eval mode, as an adversarial attack does.
         carried: patterns (``fnmatch``) of paths in batch_stats that are no moving averages.
         frozen: patterns of paths in params and batch_stats that no step may change: "backbone/*" for
             a whole layer, "backbone/mean" for one statistic. False: the statistics of layers with
@@ -203,8 +204,28 @@ class Design:
     def is_online(self) -> bool:
         """Return whether training also normalises by running statistics, by design."""
         return bool(self._declared.online) or (
-            self._declared.online is None and bool(self._renormalised())
+            self._declared.online is None and bool(self._renormalised() or self._is_attacked())
         )
+
+    def _is_attacked(self) -> bool:
+        """Return whether a model makes inputs of its training pass in eval mode, as an attack does.
+
+        A layer that never trains does not count: it may be in eval mode by mistake.
+        """
+        recording, flows = self._of.recording, self._of.flows
+        calls = recording.calls.items()
+        trained = {call.path for _, call in calls if call.training}
+        made = flows.reached(
+            [
+                node
+                for label, call in calls
+                if not call.training and call.path in trained
+                for node in flows.of_label(label)
+            ]
+        )
+        turns = {call.turn for _, call in calls if call.training and call.turn}
+        marks = [mark for turn in turns if (mark := recording.turns[turn - 1]) is not None]
+        return any(not made.isdisjoint(flows.of_label(mark)) for mark in marks)
 
     def _renormalised(self) -> set[int]:
         """Return the nodes where gradients through running statistics are stopped."""
@@ -222,6 +243,7 @@ class Design:
             **self._of_targets(),
             **self._of_rows(pairings),
             **self._of_updates(),
+            **self._of_optimizers(),
         }
 
     def _of_variables(self) -> dict[str, str]:
@@ -271,7 +293,9 @@ class Design:
         found: dict[str, str] = {}
         if self.is_online():
             said = "online=True: training also normalises by running statistics"
-            if not self._declared.online:
+            if not self._declared.online and not self._renormalised():
+                said = "the model makes inputs of its training pass in eval mode, as an attack does"
+            elif not self._declared.online:
                 at = self._of.flows.where(min(self._renormalised()))
                 said = "training also normalises by running statistics, like batch renormalisation"
                 said += f": their gradient is stopped at {at}" if at else ""
@@ -448,7 +472,7 @@ class Design:
                 found |= because(said, FREE_STATISTICS)
         elif moved_since:
             said = "the gradient is taken at perturbed params, as in sharpness-aware minimisation"
-            found |= because(said, GRADIENT)
+            found |= because(said, GRADIENT) | self._of_adapted_params(moved_since)
         if self._of.updates() > 1:
             said = "a step makes several updates, each with the gradient of a different loss"
             found |= because(said, GRADIENT)
@@ -468,6 +492,55 @@ class Design:
             said = "the loss contains jax.lax.stop_gradient, so the gradient is not its slope"
             found |= because(_with_place(said, at), GRADIENT)
         return found
+
+    def _of_adapted_params(self, labels: Collection[str]) -> dict[str, str]:
+        """Return the laws that these calls violate if they process another batch, as in meta-learning."""
+        if not self._have_another_batch(labels):
+            return {}
+        said = "the model runs on another batch with params that are adapted to the targets"
+        found = because(said, FREE_STATISTICS)
+        if "eval_is_training_loss" in self._of.subject.capabilities:
+            said = "evaluation adapts the params to its batch, as training does"
+            found |= because(said, INDEPENDENT_ROWS[:1])
+        return found
+
+    def _of_optimizers(self) -> dict[str, str]:
+        if not self._computes_params_from_its_own():
+            return {}
+        said = (
+            "the optimizer keeps a copy of the params and computes the new ones from it: it rounds"
+        )
+        return because(said, ("zero_learning_rate_moves_nothing",))
+
+    def _computes_params_from_its_own(self) -> bool:
+        """Return whether the optimizer state starts with all params and reaches the new ones."""
+        flows, nodes = self._of.start
+
+        def value(node: int) -> int:
+            while (eqn := flows.equation(node)) is not None and eqn.primitive.name in SAME_VALUES:
+                node = flows.operands(node)[0]
+            return node
+
+        params = {value(node) for node in under(nodes, "params/")}
+        copies = [
+            path
+            for path, node in nodes.items()
+            if path.startswith("opt_state/") and value(node) in params
+        ]
+        if not params or not params <= {value(nodes[path]) for path in copies}:
+            return False
+        reached = self._of.flows.reached([self._of.inputs[path] for path in copies])
+        return not reached.isdisjoint(under(self._of.outputs, "params/"))
+
+    def _have_another_batch(self, labels: Collection[str]) -> bool:
+        """Return whether the forward passes of these calls have other inputs than all others."""
+        recording, flows = self._of.recording, self._of.flows
+        inputs: dict[bool, set[int]] = {True: set(), False: set()}
+        for label, call in recording.calls.items():
+            mark = recording.turns[call.turn - 1] if call.turn and call.training else None
+            if mark is not None:
+                inputs[label in labels].update(map(flows.number, flows.of_label(mark)))
+        return bool(inputs[True]) and inputs[True].isdisjoint(inputs[False])
 
     def _of_changed_gradients(self) -> dict[str, str]:
         """Return the laws that gradients violate which are changed by hand before an optimizer."""

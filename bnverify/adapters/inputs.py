@@ -50,8 +50,20 @@ def _model_inputs(flows: Flows, inputs: Mapping[str, int]) -> Iterator[tuple[Exp
     for product in flows.of_primitives(PRODUCTS):
         operands = flows.operands(product)
         if len(operands) == 2 and operands[1] in params and operands[0] in alone:
-            node = flows.value(operands[0])
+            node = operands[0]
+            while _only_moves(flows, node):
+                node = flows.operands(node)[0]
             yield _expression(flows, node, known), node
+
+
+def _only_moves(flows: Flows, node: int) -> bool:
+    """Return whether a node has the values of its first operand, or those of some of its rows."""
+    eqn = flows.equation(node)
+    if eqn is None:
+        return False
+    if eqn.primitive.name in {"slice", "dynamic_slice"}:
+        return bool(eqn.invars[0].aval.shape[1:] == eqn.outvars[0].aval.shape[1:])
+    return eqn.primitive.name in SAME_VALUES
 
 
 def _expression(flows: Flows, node: int, known: dict[int, Expression]) -> Expression:
@@ -62,7 +74,7 @@ def _expression(flows: Flows, node: int, known: dict[int, Expression]) -> Expres
         eqn, operands = flows.equation(each), flows.operands(each)
         if eqn is None:
             known[each] = "constant"  # a literal's value is part of the equation that uses it
-        elif eqn.primitive.name in SAME_VALUES:
+        elif _only_moves(flows, each):
             known[each] = known.get(operands[0])
         else:
             known[each] = hash((eqn.primitive.name, said(eqn), *map(known.get, operands)))

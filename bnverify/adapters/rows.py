@@ -118,17 +118,20 @@ def _way(spread: Any, use: Any) -> Spread:
 def _library_frames(eqn: Any) -> list[tuple[Any, ...]]:
     """Return the user's frame that made an equation and the library's inside it; [] if unknown.
 
-    Under ``jax.vmap`` the batching itself spreads values.
+    Under ``jax.vmap`` the batching itself spreads values, unless nothing is mapped: see
+    ``bnverify.adapters.batches.retraced``.
     """
     try:
         frames = list(eqn.source_info.traceback.frames)
     except (AttributeError, TypeError):  # tracebacks are not public API
         return []
-    if any(frame.function_name.startswith("vmap") for frame in frames):
+    names = [frame.function_name for frame in frames]
+    outer = [i for i, name in enumerate(names) if name.endswith("with_nothing_mapped")]
+    if any(name.startswith("vmap") for name in names[: outer[-1] if outer else None]):
         return []
-    names = [frame.file_name for frame in frames]
+    files = [frame.file_name for frame in frames]
     # "<...>" is code typed at a prompt.
-    users = [i for i, name in enumerate(names) if name.startswith("<") or not is_library(name)]
+    users = [i for i, name in enumerate(files) if name.startswith("<") or not is_library(name)]
     if not users:
         return []
     own = users[0]

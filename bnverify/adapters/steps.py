@@ -192,12 +192,17 @@ class Loop:
         return found[0]
 
     def with_statistics(self) -> Loop:
-        """Return this loop with its statistics found by what the normalisation layers write."""
+        """Return this loop with its statistics found by what the normalisation layers write.
+
+        If no layer is in train mode, perhaps by mistake, by what they read.
+        """
         if self.of_nnx or self.layout.parts.get(trees.STATISTICS):
             return self
         with watching() as recording:
             jax.make_jaxpr(self.step)(*self.example(), RATE)
-        layers = {call.path: call.names for call in recording.calls.values() if call.training}
+        calls = recording.calls.values()
+        written = [call for call in calls if call.training]
+        layers = {call.path: call.names for call in written or calls}
         place = trees.search(self.template, layers) if layers else None
         return self if place is None else self.with_layout(place)
 

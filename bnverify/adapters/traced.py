@@ -23,7 +23,9 @@ from bnverify.model import LayerInput
 
 PREFIX = "bnverify:"
 PRIMITIVE = "name"  # of checkpoint_name, which does nothing where no policy asks for the name
-DRAWS = frozenset({"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"})
+DRAWS = frozenset(
+    {"random_bits", "random_gamma", "threefry2x32", "rng_bit_generator", "rng_uniform"}
+)
 # Their bodies see one shard, along an axis that is not bound outside.
 _MAPPED = frozenset({"shard_map", "xla_pmap"})
 SAME_VALUES = frozenset(

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 import pytest
 import users_code as code
 from flax import nnx
@@ -217,6 +218,23 @@ class TestInputsOfTheModel:
         (note,) = self.notes(lambda x, key: x, lambda x: x / 255)
         assert "training takes x as it is, evaluation computes them" in note
 
+    def test_a_part_of_the_rows_is_not_noted(self) -> None:
+        """As when gradients are accumulated over parts of the batch."""
+
+        def step(state: Any, batch: Any) -> Any:
+            def loss(params: Any) -> Any:
+                half, stats, total = len(batch["label"]) // 2, state.batch_stats, 0.0
+                for part in (slice(None, half), slice(half, None)):
+                    out, stats = code.run(state, params, stats, batch["image"][part])
+                    total += code.mse(out, batch["label"][part]) / 2
+                return total, stats
+
+            grads, stats = jax.grad(loss, has_aux=True)(state.params)
+            return state.apply_gradients(grads=grads, batch_stats=stats)
+
+        notes = loop(code.create, step, code.eval_step).notes
+        assert not [note for note in notes if "evaluated on the inputs" in note]
+
     def test_the_same_in_both_or_by_chance_is_not(self) -> None:
         """Augmentation is by design."""
         assert not self.notes(lambda x, key: standardised(x), standardised)
@@ -370,6 +388,46 @@ class TestPasses:
         assert subject.momentum == MOMENTUM
         assert "at perturbed params" in subject.exempt[GRADIENT]
         assert TARGETS not in subject.exempt  # by which the wrong twin is caught
+
+    @pytest.mark.parametrize("attack", [True, False])
+    def test_inputs_made_in_eval_mode_are_by_design(self, attack: bool) -> None:
+        """An adversarial attack on the model in eval mode, outside the loss and without stop_gradient."""
+
+        def step(state: Any, batch: Any) -> Any:
+            def attacked(x: Any) -> Any:
+                given = {"params": state.params, "batch_stats": state.batch_stats}
+                return code.mse(state.apply_fn(given, x, train=False), batch["label"])
+
+            def loss(params: Any) -> Any:
+                out, new = code.run(state, params, state.batch_stats, x)
+                return code.mse(out, batch["label"]), new
+
+            x = batch["image"]
+            x = x + 0.1 * jnp.sign(jax.grad(attacked)(x)) if attack else x
+            (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+            return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": value}
+
+        subject = found(step)
+        assert ("training_is_free_of_old_statistics" in subject.exempt) == attack
+        assert subject.momentum == MOMENTUM
+
+    def test_params_adapted_on_other_rows_are_by_design(self) -> None:
+        """Meta-learning: the statistics of the second batch depend on the targets of the first."""
+
+        def step(state: Any, batch: Any) -> Any:
+            def loss(params: Any, stats: Any, x: Any) -> Any:
+                out, new = code.run(state, params, stats, x)
+                return code.mse(out, batch["label"]), new
+
+            def outer(params: Any) -> Any:
+                grads, new = jax.grad(loss, has_aux=True)(params, state.batch_stats, batch["image"])
+                fast = jax.tree_util.tree_map(lambda p, g: p - 0.1 * g, params, grads)
+                return loss(fast, new, batch["image"][:, ::-1])
+
+            (value, stats), grads = jax.value_and_grad(outer, has_aux=True)(state.params)
+            return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": value}
+
+        assert "another batch" in found(step).exempt[TARGETS]
 
     @pytest.mark.parametrize("threaded", [False, True], ids=["wrong", "right"])
     def test_two_views_are_two_batches(self, threaded: bool) -> None:
@@ -725,3 +783,62 @@ def test_a_statistic_that_becomes_an_array_is_told() -> None:
         ValueError, match=r"mean is no longer an nnx.Variable.*self\.mean\[\.\.\.\] ="
     ):
         bnverify.nnx(Norm)
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_an_optimizer_that_computes_params_from_a_copy_rounds(*, free: bool) -> None:
+    """Schedule-free optimizers interpolate, so a learning rate of 0 moves params by their rounding."""
+
+    def create(rng: Any) -> Any:
+        made = code.variables(rng)
+        tx = optax.contrib.schedule_free_adamw(0.1) if free else optax.adamw(0.1)
+        return code.TrainState.create(apply_fn=code.Model().apply, tx=tx, **made)
+
+    exempt = loop(create, code.train_step, code.eval_step).exempt
+    assert ("zero_learning_rate_moves_nothing" in exempt) == free
+
+
+def test_numbers_drawn_by_rejection_are_draws() -> None:
+    """Mixup weighs rows with the next ones by a number from a beta distribution."""
+
+    def step(state: Any, batch: Any, z_rng: Any) -> Any:
+        weight = jax.random.beta(z_rng, 0.2, 0.2)
+
+        def loss(params: Any) -> Any:
+            x = weight * batch["image"] + (1 - weight) * jnp.roll(batch["image"], 1, 0)
+            out, stats = code.run(state, params, state.batch_stats, x)
+            return code.mse(out, batch["label"]), stats
+
+        grads, stats = jax.grad(loss, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, batch_stats=stats)
+
+    exempt = loop(code.create, step, code.eval_step).exempt
+    assert "random numbers" in exempt["row_order_changes_nothing"]
+
+
+def test_statistics_under_another_name_are_found_if_no_layer_trains() -> None:
+    """A step in eval mode by mistake must not pass for one without statistics."""
+    tx = optax.sgd(0.1)
+
+    def create(rng: Any) -> Any:
+        made = code.variables(rng)
+        return {
+            "params": made["params"],
+            "norms": made["batch_stats"],
+            "opt": tx.init(made["params"]),
+        }
+
+    def step(state: Any, batch: Any) -> Any:
+        def loss(params: Any) -> Any:
+            given = {"params": params, "batch_stats": state["norms"]}
+            out = code.Model().apply(given, batch["image"], train=False)
+            return code.mse(out, batch["label"])
+
+        value, grads = jax.value_and_grad(loss)(state["params"])
+        updates, opt = tx.update(grads, state["opt"])
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "norms": state["norms"], "opt": opt}, value
+
+    subject = loop(create, step)
+    state = jax.eval_shape(subject.init, 0, jnp.ones((4, 3)))
+    assert jax.tree_util.tree_leaves(state.batch_stats)
