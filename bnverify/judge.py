@@ -160,7 +160,7 @@ class RoundingBounds:
             "undrawn", step.args, lambda: Rounding(step, self._seed, UndrawnReading)
         )
         exact, noise = reading.evaluate(*given)
-        other = evaluate_stacked(again, *doubled, reading=UndrawnReading)
+        other = evaluate_stacked(again, *doubled, reading=UndrawnReading(count=1))
         return Undrawn(Outcome(*exact), Outcome(*other), Outcome(*noise))
 
     def exact(self, before: State, case: Case) -> tuple[Outcome, bool]:

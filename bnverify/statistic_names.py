@@ -17,12 +17,13 @@ _BESIDE = frozenset({"running", "moving", "ra", "ema", "avg", "average", "pop", 
 """Words that may stand before or after the name of a moment: all of them mean "running"."""
 
 
-def moment_of(name: str) -> Moment | None:
-    """Return which moment a statistic of this name is; None if its name does not tell.
+def moment_of(path: str) -> Moment | None:
+    """Return which moment a statistic is, by its name; None if its name does not tell.
 
     Args:
-        name: the last part of a path: "running_mean". ``mean_sq`` and ``log_var`` are neither.
+        path: its path or the last part of it: "running_mean". ``mean_sq`` and ``log_var`` are neither.
     """
+    name = path.rpartition("/")[2]
     words = [word for word in name.lower().split("_") if word not in _BESIDE]
     return _MOMENTS.get(words[0]) if len(words) == 1 else None
 
@@ -33,11 +34,11 @@ def moments_among(leaves: Mapping[str, T]) -> dict[str, T]:
     A moment that no name or several names stand for is left out.
 
     Args:
-        leaves: name -> leaf.
+        leaves: name or path -> leaf.
     """
     found: dict[str, list[T]] = {}
-    for name, leaf in leaves.items():
-        if moment := moment_of(name):
+    for path, leaf in leaves.items():
+        if moment := moment_of(path):
             found.setdefault(moment, []).append(leaf)
     return {moment: each[0] for moment, each in found.items() if len(each) == 1}
 

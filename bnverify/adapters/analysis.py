@@ -63,16 +63,17 @@ def completed(
     """
     declared = declared or Declared()
     programs = Programs(subject)
-    patterns = [*declared.carried, *(declared.frozen or ()), *Layers(programs).carried()]
+    layers = Layers(programs, declared.passes)
+    patterns = [*declared.carried, *(declared.frozen or ()), *layers.carried()]
     others = {
         path: reason
-        for path, reason in Averages(programs, Layers(programs)).others().items()
+        for path, reason in Averages(programs, layers).others().items()
         if not any(fnmatchcase(path, pattern) for pattern in patterns)
     }
     if patterns or others:
         subject = _carrying(subject, [*patterns, *map(escape, others)])
         programs = Programs(subject)
-    layers = Layers(programs, declared.passes)
+        layers = Layers(programs, declared.passes)
     design = Design(programs, layers, declared, batch)
     notes = [*subject.notes]
     missing = layers.without_statistics()

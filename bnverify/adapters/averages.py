@@ -10,7 +10,7 @@ a note of the report, with what to declare.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -45,10 +45,11 @@ class Averages:
 
     @cached_property
     def _written(self) -> dict[str, list[str]]:
-        """Path of a layer -> its statistics that the step changes, as paths in batch_stats."""
+        """Path of a layer -> its floating statistics that the step changes, as paths in batch_stats."""
         found: dict[str, list[str]] = defaultdict(list)
         for path, node in self._of.inputs.items():
-            if path.startswith(STATISTICS) and self._of.outputs.get(path, node) != node:
+            moves = path.startswith(STATISTICS) and self._of.outputs.get(path, node) != node
+            if moves and self._of.is_floating(path):
                 name = path.removeprefix(STATISTICS)
                 found[name.rpartition("/")[0]].append(name)
         return found
@@ -57,15 +58,13 @@ class Averages:
         """Return path in batch_stats -> why it is no exponential moving average of the batch."""
         found: dict[str, str] = {}
         for names in self._written.values():
-            floating = [name for name in names if self._of.is_floating(STATISTICS + name)]
-            counted = self._counted(floating)
-            mixed = self._mixed(floating)
-            for name in floating:
+            counted, mixed = self._counted(names), self._mixed(names)
+            for name in names:
                 if name in counted:
                     found[name] = CUMULATIVE
                 elif self._is_set_once(name):
                     found[name] = SET_ONCE
-                elif moment_of(_last(name)):
+                elif moment_of(name):
                     continue
                 elif self._follows_params(name):
                     found[name] = OF_PARAMS
@@ -83,7 +82,7 @@ class Averages:
     def _is_set_once(self, name: str) -> bool:
         """Return whether a flag in the state selects between the old value and another one."""
         flows, inputs = self._of.flows, self._of.inputs
-        node = self._of.flows.value(self._of.outputs[STATISTICS + name])
+        node = flows.value(self._of.outputs[STATISTICS + name])
         eqn = flows.equation(node)
         if eqn is None or eqn.primitive.name != "select_n":
             return False
@@ -92,7 +91,7 @@ class Averages:
             n for p, n in inputs.items() if p in self._of.types and not self._of.is_floating(p)
         ]
         behind = flows.origins([flag]) & set(flows.inputs)
-        kept = inputs[STATISTICS + name] in map(self._of.flows.value, values)
+        kept = inputs[STATISTICS + name] in map(flows.value, values)
         return kept and bool(behind) and behind <= set(flags)
 
     def _counted(self, names: Iterable[str]) -> set[str]:
@@ -100,20 +99,19 @@ class Averages:
         flows, found = self._of.flows, set[str]()
         for name in names:
             start, new = (at[STATISTICS + name] for at in (self._of.inputs, self._of.outputs))
-            node = self._of.flows.value(new)
+            node = flows.value(new)
             eqn, operands = flows.equation(node), flows.operands(node)
             if eqn is None or eqn.primitive.name != "add" or len(operands) != 2:
                 continue
-            others = [n for n in operands if self._of.flows.value(n) != start]
+            others = [n for n in operands if flows.value(n) != start]
             if len(others) == 1 and flows.origins(others).isdisjoint(flows.inputs):
                 reached = flows.reached([start])
                 found |= {n for n in names if self._of.outputs[STATISTICS + n] in reached}
         return found
 
-    def _mixed(self, names: Iterable[str]) -> set[str]:
+    def _mixed(self, names: Sequence[str]) -> set[str]:
         """Return a layer's statistics if none is a moment and one depends on another's old value."""
-        names = list(names)
-        if any(moment_of(_last(name)) for name in names):
+        if any(moment_of(name) for name in names):
             return set()
         for name in names:
             reached = self._of.flows.reached([self._of.inputs[STATISTICS + name]])
@@ -153,9 +151,7 @@ class Averages:
             calls = [self._of.recording.calls[n] for n in self._layers.calls.get(path, ())]
             if path in compared or any(call.of_flax for call in calls):
                 continue
-            floating = [name for name in names if self._of.is_floating(STATISTICS + name)]
-            both = has_both(_last(name) for name in floating)
-            (unseen if both else unnamed).extend(STATISTICS + name for name in floating)
+            (unseen if has_both(names) else unnamed).extend(STATISTICS + name for name in names)
         if unnamed:
             yield (
                 f"{listed(unnamed)}: checked as moving averages, but not what they average, because "
@@ -210,24 +206,23 @@ class Averages:
         for path, names in self._written.items():
             calls = [self._of.recording.calls[n] for n in self._layers.calls.get(path, ())]
             told = any(call.momentum is not None for call in calls)
-            first = next((n for n in names if self._of.is_floating(STATISTICS + n)), None)
-            momentum = None if told or first is None else self._momentum(first)
-            if first is not None and momentum is not None and 0 < momentum < LOW_MOMENTUM:
-                yield first, momentum
+            momentum = None if told else self._momentum(names[0])
+            if momentum is not None and 0 < momentum < LOW_MOMENTUM:
+                yield names[0], momentum
 
     def _momentum(self, name: str) -> float | None:
         """Return m if the step computes a statistic as m * old + ..., with a constant m."""
         flows, start = self._of.flows, self._of.inputs[STATISTICS + name]
-        node = self._of.flows.value(self._of.outputs[STATISTICS + name])
+        node = flows.value(self._of.outputs[STATISTICS + name])
         eqn = flows.equation(node)
         of_old = flows.reached([start])
-        terms = [self._of.flows.value(n) for n in flows.operands(node) if n in of_old]
+        terms = [flows.value(n) for n in flows.operands(node) if n in of_old]
         if eqn is None or eqn.primitive.name != "add" or len(terms) != 1:
             return None
         product = flows.equation(terms[0])
         if product is None or product.primitive.name != "mul":
             return None
-        if start not in map(self._of.flows.value, flows.operands(terms[0])):
+        if start not in map(flows.value, flows.operands(terms[0])):
             return None
         factors = [atom.val for atom in product.invars if hasattr(atom, "val")]
         return float(factors[0]) if len(factors) == 1 and jnp.ndim(factors[0]) == 0 else None
@@ -242,7 +237,7 @@ def unrecognised_moments(statistics: Any) -> dict[str, str]:
     layers: dict[str, list[str]] = defaultdict(list)
     for path, leaf in by_path(statistics).items():
         if is_floating(leaf):
-            layers[path.rpartition("/")[0]].append(_last(path))
+            layers[path.rpartition("/")[0]].append(path)
     kinds = {moment_of(name) for names in layers.values() for name in names}
     found = {}
     if layers and "var" not in kinds:
@@ -254,10 +249,6 @@ def unrecognised_moments(statistics: Any) -> dict[str, str]:
         said = "no running statistic has the name of a mean or a variance"
         found["initial_statistics_are_zero_and_one"] = said
     return found
-
-
-def _last(path: str) -> str:
-    return path.rpartition("/")[2]
 
 
 def _shared(names: Iterable[str]) -> str:

@@ -515,19 +515,13 @@ class Design:
     def _computes_params_from_its_own(self) -> bool:
         """Return whether the optimizer state starts with all params and reaches the new ones."""
         flows, nodes = self._of.start
-
-        def value(node: int) -> int:
-            while (eqn := flows.equation(node)) is not None and eqn.primitive.name in SAME_VALUES:
-                node = flows.operands(node)[0]
-            return node
-
-        params = {value(node) for node in under(nodes, "params/")}
+        params = {flows.value(node) for node in under(nodes, "params/")}
         copies = [
             path
             for path, node in nodes.items()
-            if path.startswith("opt_state/") and value(node) in params
+            if path.startswith("opt_state/") and flows.value(node) in params
         ]
-        if not params or not params <= {value(nodes[path]) for path in copies}:
+        if not params or not params <= {flows.value(nodes[path]) for path in copies}:
             return False
         reached = self._of.flows.reached([self._of.inputs[path] for path in copies])
         return not reached.isdisjoint(under(self._of.outputs, "params/"))

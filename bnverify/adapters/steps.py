@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -328,10 +329,7 @@ class Loop:
             grads = _gradients(seen.gradients, state.params, self.networks()) if shows else None
             return _Done(self._split(after, more, layout), loss, grads)
 
-        def observed(batch: Any) -> _Done:
-            found: _Done = retraced(call, batch, state)
-            return found
-
+        observed = partial(retraced, call, state=state)
         done: _Done = under_axis(self.axis_name, observed, self.batch(x, y))
         return done
 
@@ -361,11 +359,8 @@ class Loop:
             after = self._split({**things, **found}, more, layout) if left else None
             return _Done(after, loss, None)
 
-        def observed(batch: Any) -> _Done:
-            mode = "evaluation" if self.evaluation is None else ""
-            found: _Done = retraced(call, batch, state, mode=mode)
-            return found
-
+        mode = "evaluation" if self.evaluation is None else ""
+        observed = partial(retraced, call, state=state, mode=mode)
         done: _Done = under_axis(self.axis_name, observed, self.batch(x, y))
         return done
 

@@ -182,7 +182,7 @@ def _with_other_moments(observed: ObservedCase, train: float, own: float) -> Ite
 
     if observed.rows > 1:
         scale = observed.rows / (observed.rows - 1)
-        if near(_changed(observed, lambda name, v: v * scale if _moment(name) == "var" else v)):
+        if near(_changed(observed, lambda name, v: v * scale if moment_of(name) == "var" else v)):
             yield "sample variance"
     if near(_one_moment(observed)):
         yield "one moment for all channels"
@@ -193,24 +193,14 @@ def _one_moment(observed: ObservedCase) -> State:
     leaves = raw(observed.own.batch_stats)
 
     def change(name: str, value: Any) -> Any:
-        if _moment(name) == "mean":
+        if moment_of(name) == "mean":
             return np.full_like(value, np.mean(value))
         layer = name.rpartition("/")[0]
         beside = {n: leaf for n, leaf in leaves.items() if n.rpartition("/")[0] == layer}
-        means = moments_among({_last(n): leaf for n, leaf in beside.items()}).get(
-            "mean", np.zeros(1)
-        )
+        means = moments_among(beside).get("mean", np.zeros(1))
         return np.full_like(value, np.mean(value) + np.var(means))
 
     return _changed(observed, change)
-
-
-def _last(name: str) -> str:
-    return name.rpartition("/")[2]
-
-
-def _moment(name: str) -> str | None:
-    return moment_of(_last(name))
 
 
 def rows_of_evaluation(observed: ObservedCase) -> Clues:

@@ -9,9 +9,10 @@ import numpy as np
 
 from bnverify.clues.observed import Clues, ObservedCase
 from bnverify.jaxpr.graph import source_line
-from bnverify.jaxpr.interpreter import Body, read
-from bnverify.jaxpr.numeric import apply, from_jax, through_jax
-from bnverify.lazy import jax, jnp
+from bnverify.jaxpr.rounding import RoundingReading, evaluate
+from bnverify.jaxpr.tracing import trace
+from bnverify.jaxpr.values import Array
+from bnverify.lazy import jnp
 from bnverify.pytree import take
 from bnverify.reruns import constant_features
 
@@ -31,62 +32,34 @@ def first_nonfinite(observed: ObservedCase) -> Clues:
         ):
             given = (take(state, 0), one.x, one.y, *more)
             reading = _FirstNonfinite()
-            read(jax.make_jaxpr(function)(*given), reading, _widened(given))
+            evaluate(trace(function, *given), *given, reading=reading)
             if reading.found:
                 return reading.found
     return {}
 
 
-def _widened(given: Any) -> list[Any]:
-    return [from_jax(leaf) for leaf in jax.tree_util.tree_leaves(given)]
+class _FirstNonfinite(RoundingReading):
+    """Evaluates a program and notes the first equation that makes finite numbers non-finite.
 
-
-class _FirstNonfinite:
-    """Runs a program in NumPy and notes the first equation that gives a non-finite number.
-
-    Numbers are held in float64; one beyond the range of the program's own dtype is infinite. Programs
-    with loops and branches are not run.
+    Numbers are held in float64; one beyond the range of the program's own dtype is infinite.
 
     Attributes:
         found: the clues; empty if all numbers are finite.
     """
 
     def __init__(self) -> None:
+        super().__init__(count=1)
         self.found: Clues = {}
 
-    def constant(self, value: Any, _aval: Any, /) -> Any:
-        """Return it as an array."""
-        return from_jax(value)
-
-    def equation(self, eqn: Any, inputs: Sequence[Any]) -> Sequence[Any]:
-        """Run it; finite numbers that give others are noted."""
-        try:
-            results = apply(eqn, inputs)
-        except NotImplementedError:
-            results = through_jax(eqn, inputs)
-        results = [
+    def equation(self, eqn: Any, inputs: Sequence[Array]) -> Sequence[Array]:
+        """Evaluate it."""
+        outputs = [
             _in_range(value, atom.aval.dtype)
-            for value, atom in zip(results, eqn.outvars, strict=True)
+            for value, atom in zip(super().equation(eqn, inputs), eqn.outvars, strict=True)
         ]
-        if not self.found and all(map(_finite, inputs)) and not all(map(_finite, results)):
+        if not self.found and all(map(_finite, inputs)) and not all(map(_finite, outputs)):
             self.found = {"nonfinite": eqn.primitive.name, "nonfinite_at": source_line([eqn]) or ""}
-        return results
-
-    def call(self, _eqn: Any, inputs: Sequence[Any], body: Body[Any]) -> Sequence[Any]:
-        """Run its body."""
-        return body(inputs)
-
-    def scan(self, eqn: Any, _split: Any, _inputs: Any, _body: Any) -> Sequence[Any]:
-        """Refuse it."""
-        raise NotImplementedError(eqn.primitive.name)
-
-    def while_loop(self, eqn: Any, _inputs: Any, _predicate: Any, _body: Any) -> Sequence[Any]:
-        """Refuse it."""
-        raise NotImplementedError(eqn.primitive.name)
-
-    def cond(self, eqn: Any, _inputs: Any, _branches: Any) -> Sequence[Any]:
-        """Refuse it."""
-        raise NotImplementedError(eqn.primitive.name)
+        return outputs
 
 
 def _finite(value: Any) -> bool:

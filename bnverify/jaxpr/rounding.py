@@ -611,29 +611,31 @@ class Rounding:
         return exacts + noises
 
 
-def evaluate(program: tracing.Program, *args: Any) -> Any:
+def evaluate(program: tracing.Program, *args: Any, reading: RoundingReading | None = None) -> Any:
     """Evaluate a program on one case without rounding: floats in float64, nothing compiled.
 
     Args:
         program: the traced program.
         *args: pytrees of arrays like those it was traced on.
+        reading: how the program is read, with one row; None: as it is.
 
     Raises:
         TypeError: the tree structures differ from those of the trace.
     """
-    outcome = evaluate_stacked(program, *jax.tree_util.tree_map(lambda leaf: leaf[None], args))
+    stacked = jax.tree_util.tree_map(lambda leaf: leaf[None], args)
+    outcome = evaluate_stacked(program, *stacked, reading=reading)
     return jax.tree_util.tree_map(lambda leaf: leaf[0], outcome)
 
 
 def evaluate_stacked(
-    program: tracing.Program, *args: Any, reading: type[RoundingReading] = RoundingReading
+    program: tracing.Program, *args: Any, reading: RoundingReading | None = None
 ) -> Any:
     """Return the same of several cases, every leaf (K, ...), as those of ``args`` are.
 
     Args:
         program: the traced program.
         *args: as for ``evaluate``, stacked.
-        reading: how the program is read.
+        reading: as for ``evaluate``.
 
     Raises:
         TypeError: the trees are not those of the trace.
@@ -641,7 +643,7 @@ def evaluate_stacked(
     leaves = [leaf[None] for leaf in _leaves(program, args)]
     cases = leaves[0].shape[1] if leaves else 1
     with np.errstate(all="ignore"):
-        results = read(program.jaxpr, reading(count=1), leaves)
+        results = read(program.jaxpr, reading or RoundingReading(count=1), leaves)
     structure = jax.tree_util.tree_structure(program.out)
     whole = [np.broadcast_to(each[0], (cases, *each.shape[2:])) for each in results]
     return jax.tree_util.tree_unflatten(structure, whole)

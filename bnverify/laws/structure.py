@@ -120,8 +120,7 @@ def params_hold_no_statistics(t: Transition) -> list[str]:
     shared = [
         path
         for path in paths
-        if _ends_with_one_of(path.lower(), stats)
-        or (_module(path) in astray and moment_of(_last(path)))
+        if _ends_with_one_of(path.lower(), stats) or (_module(path) in astray and moment_of(path))
     ]
     return [f"params contains {path}, a running statistic" for path in shared]
 

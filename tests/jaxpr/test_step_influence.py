@@ -18,6 +18,7 @@ from bnverify.adapters.canonical import linen
 from bnverify.jaxpr import influence, trace_subject
 from bnverify.jaxpr.graph import source_line
 from bnverify.laws import STEP_LAWS
+from tests.tiers import first_of
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 BATCH = {"params", "x", "y"}
@@ -83,9 +84,7 @@ def test_evaluation_returns_its_state_unchanged():
 
 
 @pytest.mark.parametrize(
-    "make",
-    [pytest.param(reference.sgd, marks=pytest.mark.nightly), reference.adam],
-    ids=lambda make: make.__name__,
+    "make", first_of([reference.adam, reference.sgd]), ids=lambda make: make.__name__
 )
 def test_proofs_compile_nothing_and_trace_few_steps(make, compilations):
     """All proofs about the reference step take six traces and no compilation."""

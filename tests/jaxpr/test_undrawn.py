@@ -29,7 +29,7 @@ def once_and_twice(function: Function) -> tuple[float, float]:
     """Return the result for a batch and for its rows twice, with equal random numbers."""
     both = X, np.concatenate([X, X], axis=1)
     return tuple(  # type: ignore[return-value]
-        float(evaluate_stacked(traced(function, x), KEY, x, reading=UndrawnReading)[0])
+        float(evaluate_stacked(traced(function, x), KEY, x, reading=UndrawnReading(count=1))[0])
         for x in both
     )
 
