@@ -6,7 +6,6 @@ into the new state and a report, and the loss is looked for in the report.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -53,37 +52,6 @@ def under_axis(axis_name: str | None, function: Callable[[Any], Any], inputs: An
     one = jax.tree_util.tree_map(lambda leaf: leaf[None], inputs)
     out = jax.vmap(function, axis_name=axis_name)(one)
     return jax.tree_util.tree_map(lambda leaf: leaf[0], out)
-
-
-_TRACES = itertools.count()
-
-
-def retraced(function: Callable[[Any], Any], inputs: Any, state: Any, *, mode: str = "") -> Any:
-    """Return ``function(inputs)``; functions that it compiles are traced again, not taken from a cache.
-
-    JAX keeps the program of an inner ``jax.jit`` for each shape, so what is observed or replaced while
-    it is traced would be missed the second time. Its key contains the names of the mapped axes: within
-    an axis of another name, over which nothing is mapped, the program is the same but a new one.
-
-    Args:
-        function: called once.
-        inputs: its argument.
-        state: what else it computes with.
-        mode: if nothing is traced, the name under which programs are kept; "": that of the user.
-    """
-    leaves = jax.tree_util.tree_leaves((inputs, state))
-    tracing = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-    if not (tracing or mode):
-        return function(inputs)
-    axis = f"bnverify {next(_TRACES) if tracing else mode}"
-
-    def with_nothing_mapped(_: Any) -> Any:
-        return function(inputs)
-
-    once: Callable[[Any], Any] = jax.vmap(
-        with_nothing_mapped, in_axes=None, out_axes=None, axis_size=1, axis_name=axis
-    )
-    return once(0)
 
 
 def image_and_label(x: Any, y: Any) -> dict[str, Any]:

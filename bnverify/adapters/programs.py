@@ -30,7 +30,7 @@ from bnverify.adapters.traced import (
 from bnverify.adapters.trees import extra_of
 from bnverify.adapters.watch import Call, Recording, watching
 from bnverify.compat import transformations
-from bnverify.jaxpr.tracing import leaf_names
+from bnverify.jaxpr.tracing import leaf_names, traced_anew
 from bnverify.model import LayerInput, Pass, State, Subject
 from bnverify.pytree import by_path, is_floating
 
@@ -86,9 +86,8 @@ class Programs:
             self.step, out = _traced(subject.step, *given, np.float32(RATE))
         if self.state.batch_stats and not self.recording.calls:
             # An inner compiled function may have been traced before, without being observed.
-            jax.clear_caches()
             with watching() as self.recording:
-                self.step, out = _traced(subject.step, *given, np.float32(RATE))
+                self.step, out = _traced(traced_anew(subject.step), *given, np.float32(RATE))
         self.after, self.info = out
         with watching() as self.evaluation:
             self.evaluate, _ = _traced(subject.evaluate, *given)

@@ -119,7 +119,7 @@ def _library_frames(eqn: Any) -> list[tuple[Any, ...]]:
     """Return the user's frame that made an equation and the library's inside it; [] if unknown.
 
     Under ``jax.vmap`` the batching itself spreads values, unless nothing is mapped: see
-    ``bnverify.adapters.batches.retraced``.
+    ``bnverify.jaxpr.tracing.traced_anew``.
     """
     try:
         frames = list(eqn.source_info.traceback.frames)

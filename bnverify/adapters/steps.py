@@ -27,7 +27,6 @@ from bnverify.adapters.batches import (
     inputs_and_targets,
     is_metrics,
     loss_of,
-    retraced,
     things_and_report,
     under_axis,
 )
@@ -38,6 +37,7 @@ from bnverify.adapters.programs import RATE, example_of
 from bnverify.adapters.traced import Flows, evaluated, holds_tracers
 from bnverify.adapters.watch import Updates, evaluating, noting, updates, watching
 from bnverify.errors import UsageError
+from bnverify.jaxpr.tracing import traced_anew, unused_axis
 from bnverify.model import State, StepInfo
 
 Optimizer = Callable[[Any], Any]
@@ -47,6 +47,10 @@ SPLIT = (
     "themselves, (model, optimizer), and in the step around yours write graphdef, state = "
     "nnx.split((model, optimizer)) before the call and nnx.update((model, optimizer), state) after it"
 )
+
+
+EVALUATION = "bnverify evaluation"
+"""The mapped axis of training steps that are run, untraced, in eval mode: JAX keeps both programs."""
 
 
 class _Done(NamedTuple):
@@ -77,6 +81,8 @@ class Loop:
         gradients: how gradients are observed: "direct", as values; "marked", if an inner compiled
             function holds them; "hidden", not at all.
         earnest: whether ``create`` is run instead of traced for shapes.
+        anew: whether functions that the steps compile are traced again each time, because what is
+            observed happens in one of them.
         sources: network -> its optimizer, or its index among those in the things; filled while a
             step is traced. None: not to be filled.
     """
@@ -99,6 +105,7 @@ class Loop:
     template: Any = None
     gradients: str = "direct"
     earnest: bool = False
+    anew: bool = True
     sources: Any = None
 
     # What the loop carries.
@@ -329,8 +336,7 @@ class Loop:
             grads = _gradients(seen.gradients, state.params, self.networks()) if shows else None
             return _Done(self._split(after, more, layout), loss, grads)
 
-        observed = partial(retraced, call, state=state)
-        done: _Done = under_axis(self.axis_name, observed, self.batch(x, y))
+        done: _Done = under_axis(self.axis_name, self._observable(call, state, x), self.batch(x, y))
         return done
 
     def _evaluated(self, state: State, x: Any, y: Any) -> _Done:
@@ -359,10 +365,26 @@ class Loop:
             after = self._split({**things, **found}, more, layout) if left else None
             return _Done(after, loss, None)
 
-        mode = "evaluation" if self.evaluation is None else ""
-        observed = partial(retraced, call, state=state, mode=mode)
-        done: _Done = under_axis(self.axis_name, observed, self.batch(x, y))
+        mode = EVALUATION if self.evaluation is None else None
+        observable = self._observable(call, state, x, untraced=mode)
+        done: _Done = under_axis(self.axis_name, observable, self.batch(x, y))
         return done
+
+    def _observable(
+        self, call: Callable[[Any], _Done], *given: Any, untraced: str | None = None
+    ) -> Callable[[Any], _Done]:
+        """Return ``call`` such that what is observed while it is traced is not missed.
+
+        Args:
+            call: runs a step on a batch.
+            *given: what it is run with: nothing is observed if none of it is traced.
+            untraced: the mapped axis to run it in then; None: the user's own program is run.
+        """
+        if not self.anew:
+            return call
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(given)):
+            return traced_anew(call)
+        return call if untraced is None else traced_anew(call, untraced)
 
     def _called(
         self, function: Caller, things: Mapping[str, Any], batch: Any, lr: Any, key: Any
@@ -499,27 +521,36 @@ class Loop:
 
     def settled(self) -> Loop:
         """Return this loop with its mapped axis, and the way its gradients can be observed."""
-        found = replace(self, gradients="direct")
+        found = replace(self, gradients="direct", anew=False)
         for _ in range(6):  # each iteration settles one property, or raises
             found = replace(found, sources={})
             try:
-                found.try_step()
+                anew = found.shows_less_again(partial(found.step, lr=RATE))
             except Exception as error:  # noqa: BLE001 - user code may raise anything
                 found = found.mended(error)
             else:
-                return found.with_lasting_sources()
+                anew = anew or found.shows_less_again(found.evaluate)
+                return replace(found.with_lasting_sources(), anew=anew)
         raise RuntimeError("unreachable: there are fewer properties to settle")
 
-    def try_step(self) -> None:
-        """Trace a step.
+    def shows_less_again(self, function: Callable[..., Any]) -> bool:
+        """Return whether fewer calls of models and optimizers are seen in a second trace of a step.
+
+        JAX traces those in functions that a step compiles only once.
 
         Raises:
             UnexpectedTracerError: the program contains values of another trace.
         """
-        example = self.example()
-        program = jax.make_jaxpr(lambda state, x, y: self.step(state, x, y, RATE))(*example)
-        if holds_tracers(program):
-            raise jax.errors.UnexpectedTracerError("create keeps arrays that it computes")
+        axis, given = unused_axis(), self.example()
+        seen = []
+        for _ in range(2):
+            with watching() as recording:
+                before = recording.size
+                program = jax.make_jaxpr(traced_anew(function, axis))(*given)
+                seen.append(recording.size - before)
+            if holds_tracers(program):
+                raise jax.errors.UnexpectedTracerError("create keeps arrays that it computes")
+        return seen[1] < seen[0]
 
     def with_lasting_sources(self) -> Loop:
         """Return this loop without optimizers that the step creates on every call."""

@@ -81,6 +81,11 @@ class Recording:
     _depth: int = 0
     _marks: int = 0
 
+    @property
+    def size(self) -> int:
+        """The number of calls that were recorded."""
+        return self._marks + len(self.turns)
+
     @contextmanager
     def pass_of_a_model(self, args: Sequence[Any]) -> Iterator[Sequence[Any]]:
         """Count the outermost of nested calls of a model as a forward pass; yield marked arguments."""

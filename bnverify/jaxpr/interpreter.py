@@ -114,10 +114,15 @@ def called_jaxpr(eqn: Any) -> Any | None:
     return bodies[0] if fits else None
 
 
-def live(jaxpr: Any, output: int) -> Any:
-    """Return ``jaxpr`` reduced to the equations that output number ``output`` depends on."""
+def live(jaxpr: Any, output: int | None = None) -> Any:
+    """Return ``jaxpr`` reduced to the equations that its outputs depend on.
+
+    Args:
+        jaxpr: closed or open.
+        output: the number of the only output that is wanted; None: all are.
+    """
     inner, consts = open_jaxpr(jaxpr)
-    outvars = [inner.outvars[output]]
+    outvars = inner.outvars if output is None else [inner.outvars[output]]
     needed = set(map(id, outvars))
     kept = []
     for eqn in reversed(inner.eqns):

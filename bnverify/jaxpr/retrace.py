@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from bnverify.jaxpr.rounding import evaluate
-from bnverify.jaxpr.tracing import Tracer, leaf_names, trace
+from bnverify.jaxpr.tracing import Tracer, leaf_names, trace, traced_anew
 from bnverify.lazy import jax
 from bnverify.model import Outcome
 
 SAME = 1e-9
 """Results in float64 that differ by less, relatively, differ only in the order of operations."""
-
-
-@contextmanager
-def traced_anew() -> Iterator[None]:
-    """Make JAX trace functions again that it has traced before.
-
-    JAX caches the traces of jitted functions by configuration. The option changed here only affects
-    warnings.
-    """
-    other = "allow" if jax.config.jax_numpy_rank_promotion == "warn" else "warn"
-    with jax.numpy_rank_promotion(other), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def changed_by_tracing(tracer: Tracer) -> list[str]:
@@ -60,8 +44,7 @@ def computed(tracer: Tracer, *, anew: bool = False, state: Any = None) -> dict[s
     def program(name: str, function: Callable[..., Any], *types: Any) -> Any:
         if not anew:
             return tracer.trace(name, function, *types)
-        with traced_anew():
-            return trace(partial(function), *types)
+        return trace(traced_anew(function), *types)
 
     subject = tracer.subject
     rows, features = 2 * tracer.multiple, subject.width(2)

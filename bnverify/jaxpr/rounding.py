@@ -45,7 +45,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnverify.jaxpr import arithmetic, draws, kinks, numeric, tracing
-from bnverify.jaxpr.interpreter import hides_code, read
+from bnverify.jaxpr.interpreter import hides_code, live, read
 from bnverify.jaxpr.values import Array, has_rows, is_complex, is_float, limits, per_row, widen
 
 if TYPE_CHECKING:
@@ -562,7 +562,8 @@ class Rounding:
         self.unknown: frozenset[str] = frozenset()
         self._seed = seed
         self._reading = reading
-        self._added = arithmetic.additions_after(program.jaxpr)
+        self._live = live(program.jaxpr)
+        self._added = arithmetic.additions_after(self._live)
         self._drawn = draws.Draws(1 + ROWS)
 
     def evaluate(self, *args: Any) -> Rounded:
@@ -580,7 +581,7 @@ class Rounding:
         """
         leaves = _leaves(self.program, args)
         cases = len(leaves[0]) if leaves else 1
-        chunk = cases_per_chunk(self.program)
+        chunk = cases_per_chunk(self._live)
         parts = [
             self._evaluate_chunk([leaf[start : start + chunk] for leaf in leaves])
             for start in range(0, cases, chunk)
@@ -598,7 +599,7 @@ class Rounding:
         cases = len(leaves[0]) if leaves else 1
         reading = self._reading(self._seed, self._added, drawn=self._drawn)
         with np.errstate(all="ignore"):
-            results = read(self.program.jaxpr, reading, [leaf[None] for leaf in leaves])
+            results = read(self._live, reading, [leaf[None] for leaf in leaves])
             self.unknown = self.unknown | reading.unknown
             exacts, noises = [], []
             types = jax.tree_util.tree_leaves(self.program.out)
@@ -643,15 +644,15 @@ def evaluate_stacked(
     leaves = [leaf[None] for leaf in _leaves(program, args)]
     cases = leaves[0].shape[1] if leaves else 1
     with np.errstate(all="ignore"):
-        results = read(program.jaxpr, reading or RoundingReading(count=1), leaves)
+        results = read(live(program.jaxpr), reading or RoundingReading(count=1), leaves)
     structure = jax.tree_util.tree_structure(program.out)
     whole = [np.broadcast_to(each[0], (cases, *each.shape[2:])) for each in results]
     return jax.tree_util.tree_unflatten(structure, whole)
 
 
-def cases_per_chunk(program: tracing.Program) -> int:
+def cases_per_chunk(jaxpr: Any) -> int:
     """Return how many cases of a program to evaluate at once so that they fit in ``BYTES``."""
-    return max(1, int(BYTES / (8 * (1 + ROWS) * max(arithmetic.count_values(program.jaxpr), 1))))
+    return max(1, int(BYTES / (8 * (1 + ROWS) * max(arithmetic.count_values(jaxpr), 1))))
 
 
 def _leaves(program: tracing.Program, args: Any) -> list[Array]:

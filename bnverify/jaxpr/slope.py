@@ -143,7 +143,7 @@ def directional_derivative(
         args: its arguments; every leaf has a leading axis over K cases. The first argument is a
             pytree of floating-point arrays, the parameters.
         direction: a pytree like the first argument of one case, not all 0. h does not depend on its
-            norm; the derivative is prochunkal to it.
+            norm; the derivative is proportional to it.
         exact: the result at ``args``, (K,), from ``bnverify.jaxpr.rounding.Rounding``.
         noise: its float32 rounding tolerance, (K,), from the same.
         output: the index of the result among all result leaves.
@@ -163,7 +163,7 @@ def directional_derivative(
         size = _norm(place)
         h = np.clip(balanced, _CLOSE, _FAR) * np.where(size > 0, size, 1) / _norm(along)
         steps = POINTS[:, None] * h
-        chunk = cases_per_chunk(program)
+        chunk = cases_per_chunk(wanted)
         values = np.empty((len(POINTS), cases))
         for start in range(0, cases, chunk):
             part = slice(start, start + chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,43 @@ class Program:
     jaxpr: Any
     args: tuple[Any, ...]
     out: Any
+
+
+_TRACES = itertools.count()
+
+
+def unused_axis() -> str:
+    """Return a name for a mapped axis that no other has."""
+    return f"bnverify {next(_TRACES)}"
+
+
+def traced_anew(function: Callable[..., Any], axis: str | None = None) -> Callable[..., Any]:
+    """Return ``function`` such that the functions that it compiles are traced again on every call.
+
+    JAX keeps the program of an inner ``jax.jit`` for each shape, so what is observed or replaced while
+    it is traced would be missed the second time. Its key contains the names of the mapped axes: within
+    an axis of another name, over which nothing is mapped, the program is the same but a new one.
+
+    Args:
+        function: any; its results have no mapped axis.
+        axis: the name of the axis. With the same name, programs are not traced again; None: a new name
+            for every call.
+    """
+
+    def anew(*args: Any) -> Any:
+        def with_nothing_mapped(_: Any) -> Any:
+            return function(*args)
+
+        once: Callable[[Any], Any] = jax.vmap(
+            with_nothing_mapped,
+            in_axes=None,
+            out_axes=None,
+            axis_size=1,
+            axis_name=axis or unused_axis(),
+        )
+        return once(0)
+
+    return anew
 
 
 def trace(function: Callable[..., Any], *args: Any) -> Program:

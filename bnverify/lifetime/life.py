@@ -26,7 +26,7 @@ import numpy as np
 
 from bnverify.errors import did_you_mean, first_line
 from bnverify.evidence import Call, Cause, Counterexample, Evidence, Violation
-from bnverify.jaxpr.retrace import traced_anew
+from bnverify.jaxpr.tracing import traced_anew
 from bnverify.laws import LAWS
 from bnverify.laws.arithmetic import floats
 from bnverify.laws.life import EmaHistory
@@ -239,11 +239,8 @@ class Life:
         return state
 
     def _step(self, state: State, case: Case, *, resumed: bool = False) -> tuple[State, StepInfo]:
-        def again(*args: Any) -> tuple[State, StepInfo]:
-            with traced_anew():
-                return self._subject.step(*args)
-
-        name, step = ("resumed step", again) if resumed else ("step", self._subject.step)
+        step = self._subject.step
+        name, step = ("resumed step", traced_anew(step)) if resumed else ("step", step)
         outcome: tuple[State, StepInfo]
         outcome = self._calls.single(name, step, state, case.x, case.y, case.lr)
         return outcome

@@ -435,6 +435,24 @@ class TestRoles:
         assert found.exempt == expected.exempt
         assert "gradients_are_gradients_of_the_loss" not in found.exempt
 
+    def test_functions_of_libraries_are_not_traced_again(self) -> None:
+        """JAX's own compiled functions, such as jnp.where, are taken from its cache if nothing is missed."""
+        traced = []
+
+        @jax.jit
+        def helper(x: Any) -> Any:
+            traced.append(x)
+            return x
+
+        def step(state: Any, batch: Any) -> Any:
+            return code.train_step(state, {**batch, "image": helper(batch["image"])})
+
+        subject = loop(code.create, step)
+        before = len(traced)
+        for _ in range(3):
+            one_step(subject)
+        assert len(traced) <= before + 1
+
     @pytest.mark.parametrize("key", [jax.random.PRNGKey, jax.random.key])
     def test_a_key_that_is_carried_is_no_new_one(self, key: Any) -> None:
         """``rng, state, info = update(rng, state, batch)``: the step hands its own key on."""

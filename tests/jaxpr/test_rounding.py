@@ -166,6 +166,14 @@ def test_noise_covers_the_error_of_every_operation():
         assert finite == 0 if name == "fft" else finite > 0.95, name
 
 
+def test_equations_that_no_result_depends_on_are_not_read():
+    """What the program computes and drops is neither run nor unknown."""
+    reading = rounding(lambda x: (jnp.fft.fft(x), x + 1)[1], normal(CASES, 4)[0])
+    exact, _ = reading.evaluate(normal(CASES, 4))
+    assert reading.unknown == frozenset()
+    assert exact.shape == (CASES, 4)
+
+
 @pytest.mark.parametrize(
     ("dtype", "unit"), [(jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8), (jnp.float16, 2.0**-11)]
 )
@@ -455,9 +463,9 @@ def test_chunking_does_not_change_the_results(monkeypatch, chunk):
     reading = rounding(steps(subject), *jax.tree_util.tree_map(lambda leaf: leaf[0], some))
     whole = reading.evaluate(*some)
     module = sys.modules[rounding.__module__]
-    size = module.BYTES / cases_per_chunk(reading.program)
+    size = module.BYTES / cases_per_chunk(reading.program.jaxpr)
     monkeypatch.setattr(module, "BYTES", (chunk + 0.5) * size)
-    assert cases_per_chunk(reading.program) == chunk
+    assert cases_per_chunk(reading.program.jaxpr) == chunk
     jax.tree_util.tree_map(equal_but_for_sums, reading.evaluate(*some), whole)
 
 
