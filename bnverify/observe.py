@@ -132,40 +132,36 @@ class CompiledSubject:
         self.refused: dict[str, str] = {}
         self._how = how
         self._most = most
-        self._sizes: dict[int, tuple[float, float]] = {}
+        self._sizes: dict[tuple[int, int], tuple[float, float]] = {}
         self._programs: dict[Any, Future[Callable[..., Any]]] = {}
         self._compilers = ThreadPoolExecutor(COMPILERS)
 
     def block(self, shape: tuple[int, int]) -> int:
         """Return the number of cases of a shape (N, D) in one call under vmap, at least one."""
-        rows, features = shape
-        done, made = self._size(features)
-        room = min(OPERATIONS / max(rows * done, 1), NUMBERS / max(rows * made, 1))
+        done, made = self._size(shape)
+        room = min(OPERATIONS / max(done, 1), NUMBERS / max(made, 1))
         return max(1, int(min(self._most or 1, room)))
 
-    def most_rows(self, features: int) -> int:
-        """Return the largest number of rows, for a number of features."""
-        return max(2, int(OPERATIONS / max(self._size(features)[0], 1)))
+    def fitting_rows(self, shape: tuple[int, int]) -> int:
+        """Return the N of a shape (N, D), or as many rows as one call has room for, two at least."""
+        rows, _ = shape
+        done, _ = self._size(shape)
+        return min(rows, max(2, int(rows * OPERATIONS / max(done, 1))))
 
-    def _size(self, features: int) -> tuple[float, float]:
-        """Return (operations, values computed) of a step per row of its batch.
-
-        They are counted in a trace of few rows; 0 if that is not possible.
-        """
-        if features not in self._sizes:
-            self._sizes[features] = 0.0, 0.0
+    def _size(self, shape: tuple[int, int]) -> tuple[float, float]:
+        """Return (operations, values computed) of a step on a batch of a shape; 0 if unknown."""
+        if shape not in self._sizes:
+            self._sizes[shape] = 0.0, 0.0
             if self._how == "eager":
-                return self._sizes[features]
-            rows = 2 * self.tracer.multiple
+                return self._sizes[shape]
             try:
-                state = self.tracer.state(rows, features)
-                batch = self.tracer.batch(rows, features)
+                state, batch = self.tracer.state(*shape), self.tracer.batch(*shape)
                 given = state, batch.x, batch.y, batch.lr
                 jaxpr = self.tracer.trace("step", self.subject.step, *given).jaxpr
-                self._sizes[features] = count_operations(jaxpr) / rows, count_values(jaxpr) / rows
-            except Exception:  # noqa: BLE001, S110 - the step may not accept so few rows
+                self._sizes[shape] = count_operations(jaxpr), count_values(jaxpr)
+            except Exception:  # noqa: BLE001, S110 - the step may not accept so many rows
                 pass
-        return self._sizes[features]
+        return self._sizes[shape]
 
     def prepare(self, shapes: Iterable[tuple[int, int]]) -> None:
         """Start compiling ``init``, ``step`` and ``evaluate`` for shapes (N, D), in the background."""

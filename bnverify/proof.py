@@ -127,7 +127,7 @@ def read(subject: Subject) -> Reading:
         return Reading(None, None, refusal=str(error), ran=_run(subject))
     probe = None
     if not jax.tree_util.tree_leaves(traces.runs[0].before.opt_state):
-        probe = _probe(subject)
+        probe = _probe(subject, tracer.multiple)
     return Reading(Traced(tracer, traces), influence(traces), probe=probe)
 
 
@@ -143,10 +143,10 @@ def _run(subject: Subject) -> Transition | None:
     return t._replace(facts=_expected_opt_state(subject, t.before.params))
 
 
-def _probe(subject: Subject) -> Traced | None:
+def _probe(subject: Subject, multiple: int) -> Traced | None:
     if subject.with_optimizer is None:
         return None
-    probe = Tracer(subject.with_optimizer(_momentum))
+    probe = Tracer(subject.with_optimizer(_momentum), multiple)
     try:
         return Traced(probe, trace_subject(probe.subject, tracer=probe, corners=False))
     except TraceError:  # the probe only adds evidence

@@ -235,8 +235,8 @@ class Runner:
         width = self.subject.width(4)
         large = [(self._fitting(rows), width) for rows in self.plan.large]
         drawn = [*pool[len(tiny) :], *large]
-        most = self._batched.most_rows
-        found = [(self._fitting(min(rows, most(width))), width) for rows, width in drawn]
+        fitting = self._batched.fitting_rows
+        found = [(self._fitting(fitting(shape)), shape[1]) for shape in drawn]
         notes = []
         if self.domain.multiple > 1:
             notes.append(

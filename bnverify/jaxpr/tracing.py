@@ -137,6 +137,7 @@ class Tracer:
 
     Args:
         subject: see ``bnverify.model.Subject``.
+        multiple: the number of which every N is a multiple, if it is known.
 
     Attributes:
         subject: as given.
@@ -144,9 +145,10 @@ class Tracer:
             batch size for each D is enough.
     """
 
-    def __init__(self, subject: Any) -> None:
+    def __init__(self, subject: Any, multiple: int | None = None) -> None:
         self.subject = subject
         self.init_is_free = False
+        self._multiple = multiple
         self._programs: dict[Any, Program] = {}
         self._rows_of_init: dict[int, int] = {}
 
@@ -156,8 +158,9 @@ class Tracer:
 
         Where the subject does not say, it is the first of ``SPLITS`` rows that ``step`` can be traced at.
         """
-        if self.subject.rows is not None:
-            return int(self.subject.rows)
+        known = self._multiple or self.subject.rows
+        if known is not None:
+            return int(known)
         width = self.subject.width(1)
         for rows in SPLITS:
             try:
