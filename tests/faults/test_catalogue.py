@@ -78,13 +78,14 @@ def observations(subject: Subject, x: Any, y: Any) -> Iterator[Any]:
 
 
 def close(one: Any, other: Any) -> bool:
-    """Return whether two trees agree in structure, shapes, dtypes and, within rounding, values."""
+    """Return whether two trees agree in structure, shapes, types and, within rounding, values."""
     if jax.tree_util.tree_structure(one) != jax.tree_util.tree_structure(other):
         return False
     pairs = zip(jax.tree_util.tree_leaves(one), jax.tree_util.tree_leaves(other), strict=True)
     return all(
         jnp.shape(a) == jnp.shape(b)
         and jnp.asarray(a).dtype == jnp.asarray(b).dtype
+        and getattr(a, "weak_type", False) == getattr(b, "weak_type", False)
         and np.allclose(a, b, rtol=0, atol=2e-5 * float(np.max(np.abs(b))))
         for a, b in pairs
     )
