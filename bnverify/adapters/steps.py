@@ -34,7 +34,7 @@ from bnverify.adapters.calls import Caller, Thing, caller
 from bnverify.adapters.explain import explaining
 from bnverify.adapters.objects import by_variable_path
 from bnverify.adapters.programs import RATE, example_of
-from bnverify.adapters.traced import Flows, evaluated, holds_tracers
+from bnverify.adapters.traced import Flows, evaluated, holds_tracers, marks_within
 from bnverify.adapters.watch import Updates, evaluating, noting, updates, watching
 from bnverify.errors import UsageError
 from bnverify.jaxpr.tracing import traced_anew, unused_axis
@@ -51,6 +51,9 @@ SPLIT = (
 
 EVALUATION = "bnverify evaluation"
 """The mapped axis of training steps that are run, untraced, in eval mode: JAX keeps both programs."""
+
+OBSERVED = "bnverify observed"
+"""The mapped axis of traces that show whether steps compile what is observed."""
 
 
 class _Done(NamedTuple):
@@ -525,32 +528,44 @@ class Loop:
         for _ in range(6):  # each iteration settles one property, or raises
             found = replace(found, sources={})
             try:
-                anew = found.shows_less_again(partial(found.step, lr=RATE))
+                step = found.traced(partial(found.step, lr=RATE))
             except Exception as error:  # noqa: BLE001 - user code may raise anything
                 found = found.mended(error)
             else:
-                anew = anew or found.shows_less_again(found.evaluate)
+                within = any(map(marks_within, (step, found.traced(found.evaluate))))
+                anew = within and found.shows_less_again()
                 return replace(found.with_lasting_sources(), anew=anew)
         raise RuntimeError("unreachable: there are fewer properties to settle")
 
-    def shows_less_again(self, function: Callable[..., Any]) -> bool:
-        """Return whether fewer calls of models and optimizers are seen in a second trace of a step.
-
-        JAX traces those in functions that a step compiles only once.
+    def traced(self, function: Callable[..., Any]) -> Any:
+        """Return the program of a step, with marks.
 
         Raises:
             UnexpectedTracerError: the program contains values of another trace.
         """
-        axis, given = unused_axis(), self.example()
-        seen = []
-        for _ in range(2):
-            with watching() as recording:
-                before = recording.size
-                program = jax.make_jaxpr(traced_anew(function, axis))(*given)
-                seen.append(recording.size - before)
-            if holds_tracers(program):
-                raise jax.errors.UnexpectedTracerError("create keeps arrays that it computes")
-        return seen[1] < seen[0]
+        # What is traced within this axis is observed, so that functions in JAX's cache have marks, too.
+        with watching():
+            program = jax.make_jaxpr(traced_anew(function, OBSERVED))(*self.example())
+        if holds_tracers(program):
+            raise jax.errors.UnexpectedTracerError("create keeps arrays that it computes")
+        return program
+
+    def shows_less_again(self) -> bool:
+        """Return whether fewer calls of models and optimizers are seen in a second trace of a step.
+
+        JAX traces those in functions that a step compiles only once.
+        """
+        for function in (partial(self.step, lr=RATE), self.evaluate):
+            axis, given = unused_axis(), self.example()
+            seen = []
+            for _ in range(2):
+                with watching() as recording:
+                    before = recording.size
+                    jax.eval_shape(traced_anew(function, axis), *given)
+                    seen.append(recording.size - before)
+            if seen[1] < seen[0]:
+                return True
+        return False
 
     def with_lasting_sources(self) -> Loop:
         """Return this loop without optimizers that the step creates on every call."""

@@ -154,6 +154,12 @@ def labels_anywhere(jaxpr: Any) -> Counter[str]:
     return Counter(label for eqn in equations(jaxpr) if (label := label_of(eqn)) is not None)
 
 
+def marks_within(jaxpr: Any) -> bool:
+    """Return whether there are marks in the calls, loops or branches of a program."""
+    inner, _ = open_jaxpr(jaxpr)
+    return any(labels_anywhere(each) for eqn in inner.eqns for each in inner_jaxprs(eqn))
+
+
 def equations(jaxpr: Any) -> Iterator[Any]:
     """Yield every equation of a program and of its inner programs."""
     inner, _ = open_jaxpr(jaxpr)

@@ -65,7 +65,7 @@ class Recording:
             "LABEL old NAME".
         biases: label -> the path in ``params`` of the bias that was added last to the marked value.
         power_iterated: the paths of modules whose statistics are vectors of a power iteration.
-        turns: for each forward pass the label of its input; None if the input is not an array.
+        turns: for each forward pass the label of the first array that it is given; None without one.
         updates: for each update by an optimizer, path -> label of a gradient.
         optimizers: the optimizer of each update.
         alike: networks of the same class whose copies cannot be distinguished.
@@ -98,11 +98,19 @@ class Recording:
             self._depth -= 1
 
     def _begun(self, args: Sequence[Any]) -> Sequence[Any]:
-        if not args or not hasattr(args[0], "dtype"):
+        # Other containers, such as nnx modules, must be passed on as they are.
+        def whole(given: Any) -> bool:
+            return not isinstance(given, dict | list | tuple)
+
+        leaves, structure = jax.tree_util.tree_flatten(list(args), is_leaf=whole)
+        first = next((i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")), None)
+        if first is None:
             self.turns.append(None)
             return args
         self.turns.append(self.label("pass"))
-        return (mark(args[0], str(self.turns[-1])), *args[1:])
+        leaves[first] = mark(leaves[first], str(self.turns[-1]))
+        marked: list[Any] = jax.tree_util.tree_unflatten(structure, leaves)
+        return marked
 
     def given(
         self,

@@ -618,7 +618,8 @@ def evaluate(program: tracing.Program, *args: Any, reading: RoundingReading | No
     Args:
         program: the traced program.
         *args: pytrees of arrays like those it was traced on.
-        reading: how the program is read, with one row; None: as it is.
+        reading: how all of the program is read, with one row; None: what its results depend on is
+            read, as it is.
 
     Raises:
         TypeError: the tree structures differ from those of the trace.
@@ -644,7 +645,10 @@ def evaluate_stacked(
     leaves = [leaf[None] for leaf in _leaves(program, args)]
     cases = leaves[0].shape[1] if leaves else 1
     with np.errstate(all="ignore"):
-        results = read(live(program.jaxpr), reading or RoundingReading(count=1), leaves)
+        if reading is None:
+            results = read(live(program.jaxpr), RoundingReading(count=1), leaves)
+        else:
+            results = read(program.jaxpr, reading, leaves)
     structure = jax.tree_util.tree_structure(program.out)
     whole = [np.broadcast_to(each[0], (cases, *each.shape[2:])) for each in results]
     return jax.tree_util.tree_unflatten(structure, whole)
