@@ -19,7 +19,6 @@ from bnverify.adapters.analysis import completed
 from bnverify.adapters.batches import Reading, image_and_label, rows
 from bnverify.adapters.by_design import Declarations, declared_by
 from bnverify.adapters.calls import caller, label_of
-from bnverify.adapters.explain import explaining
 from bnverify.adapters.programs import sizes_of
 from bnverify.adapters.steps import Loop, Optimizer
 from bnverify.model import Subject
@@ -179,9 +178,7 @@ def _subject(
         axis_name=options.get("axis_name"),
         places={key: options.get(key) for key in ("params", "statistics", "opt_state")},
     )
-    with explaining(creates):
-        found = found.with_things(train_step, eval_step, told)
-    found = found.settled().with_statistics()
+    found = found.matched(train_step, eval_step, told, creates).with_statistics()
     same_loss = declared.same_loss or found.evaluation is None
     subject = _plain(
         found,
