@@ -424,6 +424,56 @@ class TestRoles:
         ):
             loop(code.create, step, roles={"left": "pictures"})
 
+    def test_an_optimizer_that_no_function_takes_is_refused(self) -> None:
+        """It would be ignored."""
+        with pytest.raises(UsageError, match=r"optimizer= is passed to .* neither has one"):
+            loop(code.create, code.train_step, optimizer=optax.adam)
+
+    @pytest.mark.parametrize("mapped", [True, False])
+    def test_an_optimizer_is_seen_outside_vmap(self, mapped: bool) -> None:
+        """Inside, it gets the gradients of one model of an ensemble; the report says where to call it."""
+
+        def create(rng: Any) -> Any:
+            made = jax.vmap(code.variables)(jax.random.split(rng))
+            init = jax.vmap(code.TX.init) if mapped else code.TX.init
+            return {**made, "opt_state": init(made["params"])}
+
+        def gradients(params: Any, stats: Any, batch: Any) -> Any:
+            def loss(params: Any) -> Any:
+                out, new = code.Model().apply(
+                    {"params": params, "batch_stats": stats},
+                    batch["image"],
+                    train=True,
+                    mutable=["batch_stats"],
+                )
+                return code.mse(out, batch["label"]), new["batch_stats"]
+
+            return jax.value_and_grad(loss, has_aux=True)(params)
+
+        def update(grads: Any, opt_state: Any, params: Any) -> Any:
+            updates, opt_state = code.TX.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        def step(state: Any, batch: Any) -> Any:
+            seen = jax.vmap(gradients, in_axes=(0, 0, None))
+            (losses, stats), grads = jax.jit(seen)(state["params"], state["batch_stats"], batch)
+            moved = jax.jit(jax.vmap(update)) if mapped else update
+            params, opt_state = moved(grads, state["opt_state"], state["params"])
+            new = {"params": params, "batch_stats": stats, "opt_state": opt_state}
+            return new, {"loss": jnp.mean(losses)}
+
+        subject = loop(create, step)
+        assert (subject.optimizer is None) == mapped
+        report = bnverify.verify(
+            subject, "quick", select=["params_follow_the_optimizer"], proofs_only=mapped
+        )
+        (found,) = report.results
+        if mapped:
+            assert found.status == "exempt"
+            assert "in one call, outside jax.vmap" in found.reason
+        else:
+            assert found.status == "held"
+
     def test_an_unknown_keyword_is_refused(self) -> None:
         """An unknown keyword raises a TypeError."""
         with pytest.raises(TypeError, match="unexpected keyword argument 'target'"):
