@@ -55,7 +55,9 @@ CASES: dict[str, tuple[str, str, Callable[[Any], Any], Any]] = {
     "log in a scan": (
         "logarithm",
         "log",
-        lambda x: jax.lax.scan(lambda c, row: (c + jnp.sum(jnp.log(row)), None), 0.0, x)[0],
+        lambda x: jax.lax.scan(lambda c, row: (c + jnp.sum(jnp.log(row)), None), jnp.zeros(()), x)[
+            0
+        ],
         ZEROS,
     ),
     "a masked log does not count": (
