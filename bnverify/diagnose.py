@@ -109,6 +109,7 @@ def _short(number: float) -> str:
 MODES = "eval_at_the_batchs_own_moments_is_the_training_loss"
 SLOPE = "gradients_are_gradients_of_the_loss"
 OLD = "training_is_free_of_old_statistics"
+FINITE = ("eval_loss_is_finite", "a_constant_feature_gives_a_finite_step")
 ROWS = "eval_rows_are_independent"
 DOUBLED = "doubling_the_batch_changes_nothing"
 FORM = (
@@ -122,6 +123,15 @@ def _only_cause(law: str) -> Rule:
     """Return the rule for a law that only one mistake violates."""
     (mistake,) = LAWS[law].mistakes
     return Rule(mistake, lambda k: k.broke(law))
+
+
+def _nonfinite(kind: str, mistake: str) -> Rule:
+    """Return the rule for a kind of operation that gives the first number that is not finite."""
+    return Rule(
+        mistake,
+        lambda k: k.any(*FINITE) and k.clue("nonfinite_kind", kind),
+        "the first number that is not finite is the result of {nonfinite} at {nonfinite_at}",
+    )
 
 
 RULES: tuple[Rule, ...] = (
@@ -615,15 +625,21 @@ RULES: tuple[Rule, ...] = (
         lambda k: k.clue("modes", "evaluation ignores the statistics here"),
         "in this case, changing the statistics does not change the eval loss",
     ),
-    Rule(
-        "exponential_overflows",
-        lambda k: (
-            k.any("eval_loss_is_finite", "a_constant_feature_gives_a_finite_step")
-            and k.clue("nonfinite", "exp", "exp2", "expm1", "sinh", "cosh")
-        ),
-        "the first number that is not finite is the result of {nonfinite} at {nonfinite_at}",
+    *(
+        _nonfinite(*kind)
+        for kind in (
+            ("exponential", "exponential_overflows"),
+            ("logarithm", "log_of_zero"),
+            ("zero variance", "division_by_zero_variance"),
+            ("negative variance", "variance_below_zero"),
+            ("slope", "slope_is_infinite"),
+            ("division", "division_by_zero"),
+            ("domain", "outside_the_domain"),
+            ("overflow", "number_overflows"),
+        )
     ),
     Rule("division_by_zero_variance", lambda k: k.broke("eval_loss_is_finite")),
+    Rule("variance_below_zero", lambda k: k.broke("a_constant_feature_gives_a_finite_step")),
     Rule(
         "losses_differ",
         lambda k: k.broke(MODES) and k.clue("modes", "another loss"),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bnverify.errors import first_line
 from bnverify.jaxpr.arithmetic import is_float32_wide_throughout
 from bnverify.jaxpr.rounding import Rounding, evaluate_stacked, rounding
 from bnverify.jaxpr.slope import Slope, directional_derivative
@@ -264,15 +265,15 @@ class Judge:
         traces: whether the subject traces, so that its rounding can be read.
 
     Attributes:
-        incomparable: the names of the laws that could not be judged, because the step changes the
-            structure or shapes of its state, or the loss has the wrong shape.
+        incomparable: the laws that could not be judged, as where the step changes the structure or
+            shapes of its state, or the loss has the wrong shape -> the error.
         bounds: reads the rounding noise of the subject's step.
     """
 
     def __init__(
         self, tracer: Tracer, abstract: Transition | None, seed: int = 0, *, traces: bool = True
     ) -> None:
-        self.incomparable: set[str] = set()
+        self.incomparable: dict[str, str] = {}
         self._subject = tracer.subject
         self._traces = traces
         self.bounds = RoundingBounds(tracer, seed)
@@ -291,8 +292,8 @@ class Judge:
         for law in laws:
             try:
                 found[law.name] = self._unless_skipped(t, law.check(t))
-            except (LookupError, TypeError, ValueError):  # trees or shapes do not match
-                self.incomparable.add(law.name)
+            except (LookupError, TypeError, ValueError) as error:  # trees or shapes do not match
+                self.incomparable[law.name] = first_line(error)
         return found
 
     def _unless_skipped(self, t: Transition, residuals: Any) -> Any:
@@ -307,18 +308,22 @@ class Judge:
         ran = all_finite(tuple(runs))
         return np.where(ran, residuals, UNTRIGGERED)
 
-    def mismatch(self, t: Transition, law: Law) -> Mismatch | None:
-        """Return the entry with the largest error in a violating case; None if there is no such entry.
+    def mismatch(self, t: Transition, law: Law) -> Mismatch | str | None:
+        """Return where a case violates a law.
 
         Args:
             t: the transition of one case, stacked, with ``exact`` and ``noise`` still None.
             law: a law of kind "residual" that the case violates.
+
+        Returns:
+            The entry with the largest error, or else how trees differ in structure or shape, in words;
+            None if neither is known.
         """
         t = self._with_facts(t, [law])
         with watching(t) as seen:
             law.check(t)
-        if seen.worst is not None or not seen.comparable:
-            return seen.worst
+        if seen.worst is not None or seen.unlike:
+            return seen.worst or seen.unlike
         return not_finite(t, ["constant_features"] if EXACT in law.observes else [""])
 
     def with_rounding(self, t: Transition) -> Transition:

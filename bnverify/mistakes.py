@@ -981,6 +981,78 @@ mistake(
     """,
 )
 mistake(
+    "log_of_zero",
+    "a logarithm is taken of a number that is 0 or negative",
+    "compute the log of a probability from the logits: jax.nn.log_softmax, jax.nn.log_sigmoid, "
+    "jax.nn.logsumexp or an Optax loss; for other numbers take jnp.log(jnp.maximum(p, 1e-7))",
+    "https://docs.jax.dev/en/latest/_autosummary/jax.nn.log_softmax.html",
+    looks="An infinite loss, once the model is certain: small probabilities underflow to 0.",
+    wrong="""
+        p = jax.nn.softmax(logits)
+        loss = -jnp.mean(jnp.log(p[rows, labels]))
+    """,
+    right="""
+        log_p = jax.nn.log_softmax(logits)
+        loss = -jnp.mean(log_p[rows, labels])
+    """,
+)
+mistake(
+    "slope_is_infinite",
+    "a function is differentiated at a point where its slope is infinite",
+    "add a small number under the root, or replace the argument at such points before the call, as in "
+    "jnp.sqrt(jnp.where(s > 0, s, 1.0)); a jnp.where around the result alone leaves the gradient NaN",
+    "https://docs.jax.dev/en/latest/faq.html#gradients-contain-nan-where-using-where",
+    looks="The loss is finite, and gradients are NaN: sqrt or norm at 0, arccos at 1.",
+    wrong="""
+        distance = jnp.sqrt(jnp.sum(d**2, axis=1))
+    """,
+    right="""
+        square = jnp.sum(d**2, axis=1)
+        distance = jnp.sqrt(square + 1e-12)
+    """,
+)
+mistake(
+    "division_by_zero",
+    "a number is divided by 0",
+    "add a small number to the divisor, or replace it where it is 0: x / jnp.where(d == 0, 1.0, d); "
+    "jnp.maximum(count, 1) for a number of rows",
+    "https://docs.jax.dev/en/latest/faq.html#gradients-contain-nan-where-using-where",
+    looks="NaN or inf for some batches: a vector of norm 0, or a mask without rows.",
+    wrong="""
+        loss = jnp.sum(mask * errors) / jnp.sum(mask)
+    """,
+    right="""
+        count = jnp.maximum(jnp.sum(mask), 1.0)
+        loss = jnp.sum(mask * errors) / count
+    """,
+)
+mistake(
+    "outside_the_domain",
+    "a function is evaluated where it is not defined",
+    "restrict the argument first: jnp.arccos(jnp.clip(c, -0.999, 0.999)), jnp.sqrt(jnp.maximum(v, 0.0))",
+    looks="NaN where rounding takes a cosine beyond 1, or a sum below 0.",
+    wrong="""
+        angle = jnp.arccos(jnp.sum(u * v, axis=1))
+    """,
+    right="""
+        cosine = jnp.sum(u * v, axis=1)
+        cosine = jnp.clip(cosine, -0.999, 0.999)
+        angle = jnp.arccos(cosine)
+    """,
+)
+mistake(
+    "number_overflows",
+    "a sum or product is larger than its dtype can hold",
+    "scale the factors first, sum logarithms instead of multiplying, or compute it in float32",
+    looks="An infinite loss where the inputs are large; in float16, from 65504.",
+    wrong="""
+        loss = jnp.mean(errors.astype(jnp.float16) ** 2)
+    """,
+    right="""
+        loss = jnp.mean(errors.astype(jnp.float32) ** 2)
+    """,
+)
+mistake(
     "loss_not_a_mean_over_rows",
     "the loss is not a mean over rows",
     "take the mean of the rows' losses; if the root or the sum is intended, declare row_losses=False",

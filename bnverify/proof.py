@@ -25,8 +25,12 @@ from bnverify.observe import CompiledSubject, observe
 from bnverify.pytree import stack, take
 
 MISSING_CAPABILITY = {
-    "optimizer": "the subject's optimizer is unknown",
-    "grads": "the gradients of the step are unknown",
+    "optimizer": "the subject's optimizer is unknown. In a loop it is seen where the step updates all params "
+    "of a network in one call, outside jax.vmap and, if it is not in the state, outside functions that the "
+    "step compiles; it must not be created in each step. A Subject written by hand has optimizer=",
+    "grads": "the gradients of the step are unknown. In a loop they are seen where the step passes those of "
+    "all params of a network to an optimizer in one call, outside jax.vmap. A Subject written by hand "
+    "returns them",
     "loss": "the training loss of the step is unknown: report it as 'loss', or name it with loss=",
     "lr": "the step does not use the learning rate that it is given",
     "momentum": "the momentum of the normalisation layers is unknown, or differs between them; "

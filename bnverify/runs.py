@@ -17,7 +17,7 @@ from bnverify.evidence import Counterexample, Evidence, Status
 from bnverify.jaxpr.tracing import Tracer
 from bnverify.judge import READ_NEEDS, Judge, judged
 from bnverify.laws import LAWS, UNTRIGGERED, Law
-from bnverify.laws.mismatch import factor
+from bnverify.laws.mismatch import Mismatch, factor
 from bnverify.model import Case, Domain, Shape, Transition
 from bnverify.observe import (
     FEW_ROWS,
@@ -157,7 +157,7 @@ def too_far(residual: float) -> str:
     """Return how far a residual exceeds its tolerance, in words."""
     if math.isfinite(residual):
         return f"the error is {factor(residual)} the tolerance"
-    return "the values differ in structure or shape, or differ although they must be equal"
+    return "two values differ although they must be equal"
 
 
 def never(law: Law, cases: int) -> str:
@@ -346,7 +346,7 @@ class Runner:
             said = never(law, cases)
         else:
             mismatch = self.judge.mismatch(self._observed_singly(stack([case]), [law]), law)
-            said = str(mismatch) if mismatch is not None else too_far(residual)
+            said = str(mismatch or too_far(residual))
         return Evidence.of(
             law.name,
             "violated",
@@ -354,7 +354,7 @@ class Runner:
             residual=residual,
             reason=", ".join(filter(None, (said, self.note))),
             shape=case.shape,
-            mismatch=mismatch,
+            mismatch=mismatch if isinstance(mismatch, Mismatch) else None,
             failed=failed,
         )
 
@@ -363,7 +363,8 @@ class Runner:
         if self.refusal:
             return f"not checked, because the step does not trace: {self.refusal}"
         if law.name in self.judge.incomparable:
-            return "the trees that it compares differ in structure or shape: a law of structure says how"
+            error = self.judge.incomparable[law.name]
+            return f"the arrays that it compares do not match ({error}), perhaps as a law of structure says"
         refused = {**self.single.refused, **self._batched.refused}
         return next((refused[need] for need in law.observes if need in refused), UNREACHED)
 

@@ -237,3 +237,53 @@ def test_the_command_tells_what_the_tests_miss(
         for each in json.loads((tmp_path / "audit.json").read_text())["findings"]
     }
     assert found == {"statistics_dropped": "missed", "update_dropped": "noticed"}
+
+
+@pytest.mark.parametrize(
+    ("failure", "verdict", "ended"),
+    [
+        ("raise AssertionError('it differs')", "noticed", ""),
+        ("sys.exit(3)", "noticed", "they ended with exit status 3"),
+        ("os.kill(os.getpid(), 9)", "noticed", "signal 9 ended them"),
+        ("", "missed", ""),
+    ],
+)
+def test_how_a_run_ends_is_kept(
+    failure: str,
+    verdict: str,
+    ended: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With what it printed last, unless the tests simply fail; the report shows both."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(STEP_OF_A_DICT)
+    react = "import os, sys\nparams = step({'params': one, 'batch_stats': one}, one)['params']\n"
+    react += f"print('looked', flush=True)\nif not np.all(params == 2):\n    {failure or 'pass'}\n"
+    (tmp_path / "check.py").write_text(ITS_TEST.partition("assert")[0] + react)
+    command = f"{sys.executable} check.py"
+    found = audit(command, ["mine:step"], [FAULTS["update_dropped"]])
+    (finding,) = found.findings
+    assert (finding.verdict, finding.ended) == (verdict, ended)
+    assert finding.printed == ("" if verdict == "noticed" and not ended else "looked")
+    text = formats.render([found], "terminal")
+    assert ("    | looked" in text) == bool(ended)
+    assert ended in text
+
+
+def test_tests_that_break_off_before_the_fault_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that fails without running the step has not noticed the fault."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(STEP_OF_A_DICT)
+    once = "import os, sys, mine\nif os.path.exists('ran'):\n    sys.exit('no disk left')\n"
+    (tmp_path / "check.py").write_text(once + "open('ran', 'w').close()\n")
+    found = audit(f"{sys.executable} check.py", ["mine:step"], [FAULTS["update_dropped"]])
+    (finding,) = found.findings
+    assert (finding.verdict, finding.status) == ("not reached", 1)
+    assert finding.printed == "no disk left"
+    text = formats.render([found], "terminal")
+    assert "they ended with exit status 1" in text
+    assert "| no disk left" in text

@@ -25,6 +25,7 @@ FOLLOW, SGD = "params_follow_the_optimizer", "sgd_moves_params_by_minus_lr_times
 MODES = "eval_at_the_batchs_own_moments_is_the_training_loss"
 MOMENTS = "batch_moments_are_the_layers_own"
 MOMENTUM = "momentum_is_as_declared"
+FINITE = "eval_loss_is_finite"
 
 
 def evidence(law: str, status: str, **clues: Any) -> Evidence:
@@ -101,8 +102,16 @@ def test_a_mistake_has_one_entry() -> None:
             {"eval_rows": "root of a mean over rows"},
             "loss_not_a_mean_over_rows",
         ),
-        (["eval_loss_is_finite"], {"nonfinite": "exp"}, "exponential_overflows"),
-        (["eval_loss_is_finite"], {"nonfinite": "rsqrt"}, "division_by_zero_variance"),
+        ([FINITE], {"nonfinite_kind": "exponential"}, "exponential_overflows"),
+        ([FINITE], {"nonfinite_kind": "logarithm"}, "log_of_zero"),
+        ([FINITE], {"nonfinite_kind": "zero variance"}, "division_by_zero_variance"),
+        ([FINITE], {"nonfinite_kind": "negative variance"}, "variance_below_zero"),
+        ([FINITE], {"nonfinite_kind": "division"}, "division_by_zero"),
+        ([FINITE], {"nonfinite_kind": "slope"}, "slope_is_infinite"),
+        ([FINITE], {"nonfinite_kind": "domain"}, "outside_the_domain"),
+        ([FINITE], {"nonfinite_kind": "overflow"}, "number_overflows"),
+        ([FINITE], {}, "division_by_zero_variance"),
+        (["a_constant_feature_gives_a_finite_step"], {}, "variance_below_zero"),
         ([MODES], {"mixed": "norm/var", "mixed_with": "norm/mean"}, "wrong_moments"),
         ([MOMENTUM], {"average": "squared"}, "ema_applied_twice"),
         ([MOMENTUM], {"average": "reversed"}, "momentum_reversed"),
@@ -207,7 +216,7 @@ RECOGNISED = {
     "targets_reversed": {"modes": "targets moved"},
     "gradient_doubled_by_two_backward_passes": {"gradient": "scaled"},
     "loss_is_the_root_of_a_mean": {"eval_rows": "root of a mean over rows"},
-    "epsilon_forgotten": {"nonfinite": "rsqrt"},
+    "epsilon_forgotten": {"nonfinite": "rsqrt", "nonfinite_kind": "zero variance"},
 }
 
 

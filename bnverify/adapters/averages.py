@@ -170,13 +170,7 @@ class Averages:
         flows, inputs, outputs = self._of.flows, self._of.inputs, self._of.outputs
         gradients = set().union(*self._of.gradients)
 
-        def is_smooth(node: int) -> bool:
-            eqn = flows.equation(node)
-            return eqn is None or any(
-                jnp.issubdtype(var.aval.dtype, jnp.floating) for var in eqn.outvars
-            )
-
-        of_batch = flows.reached([inputs["x"]], around=gradients, through=is_smooth)
+        of_batch = flows.reached([inputs["x"]], around=gradients, through=flows.is_floating)
         if self._of.loss is not None:  # the average of a loss is a metric
             of_batch -= flows.reached([self._of.loss]) - {self._of.loss}
         behind_eval = self._of.eval_flows.origins(self._of.eval_flows.outputs)

@@ -631,10 +631,7 @@ def _terms(flows: Flows, node: int, varying: Set[int]) -> list[int]:
 def _has_slope(flows: Flows) -> Callable[[int], bool]:
     def passes(node: int) -> bool:
         eqn = flows.equation(node)
-        if eqn is None:
-            return True
-        floating = bool(jnp.issubdtype(flows.aval(node).dtype, jnp.floating))
-        return floating and eqn.primitive.name not in FLAT
+        return eqn is None or (flows.is_floating(node) and eqn.primitive.name not in FLAT)
 
     return passes
 

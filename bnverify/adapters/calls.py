@@ -56,6 +56,9 @@ _KINDS = {
 KIND_OF = {name: kind for kind, words in _KINDS.items() for name in words.split()}
 """Name of a parameter -> the kind of thing that it takes."""
 
+ALL = "things"
+"""The role of a parameter that takes all things in one object, as ``create`` returned it."""
+
 TARGET = "target"
 """A name used both for the targets and for a target network."""
 
@@ -227,7 +230,7 @@ class _Assignment:
         if whole is None:
             whole = all_free and 0 < len(self.left) < self._count
         if whole and self.left:
-            self.assign(self.left.pop(0), "things")
+            self.assign(self.left.pop(0), ALL)
             return
         while self.left and self._unclaimed:
             if self._known and any(map(_is_thing, self.roles.values())):
@@ -258,12 +261,12 @@ def _is_thing(role: str) -> bool:
 def _role(asked: str, parameter: str, allowed: Collection[str], things: Sequence[Thing]) -> str:
     if asked in {thing.name for thing in things}:
         return f"thing:{asked}"
-    if asked in allowed or asked == "things":
+    if asked in allowed or asked == ALL:
         return asked
     kinds = [thing.name for thing in things if thing.kind == asked]
     if kinds:
         return f"thing:{kinds[0]}"
-    known = ", ".join([*sorted(allowed), *(thing.name for thing in things)])
+    known = ", ".join([*sorted(allowed), ALL, *(thing.name for thing in things)])
     raise UsageError(f"roles={{{parameter!r}: {asked!r}}} is not a role; the roles are {known}")
 
 

@@ -19,9 +19,9 @@ from bnverify.adapters.analysis import completed
 from bnverify.adapters.batches import Reading, image_and_label, rows
 from bnverify.adapters.by_design import Declarations, declared_by
 from bnverify.adapters.calls import caller, label_of
-from bnverify.adapters.explain import explaining
 from bnverify.adapters.programs import sizes_of
 from bnverify.adapters.steps import Loop, Optimizer
+from bnverify.errors import UsageError
 from bnverify.model import Subject
 
 BY_TRAINING = "there is no eval_step: evaluation is the training loss with the model in eval mode"
@@ -70,7 +70,9 @@ def loop(
         batch: (x (N, D) float32, y (N,) float32) -> the batch, traceable.
         **options: further keywords:
 
-            optimizer: learning rate -> Optax optimizer, for functions that take an optimizer.
+            optimizer: learning rate -> Optax optimizer, passed to functions that take an optimizer; any
+                other is observed where it updates all params of a network in one call, outside
+                ``jax.vmap`` and, if it is not in the state, outside functions that the step compiles.
             loss: where the loss is in the report of ``train_step``: a key, or a function of (report,
                 batch). By default "loss" or the only key such as "train_loss", or the scalar that is
                 returned; a pair is (sum, count). If there is none, the laws about the loss are exempt.
@@ -179,9 +181,13 @@ def _subject(
         axis_name=options.get("axis_name"),
         places={key: options.get(key) for key in ("params", "statistics", "opt_state")},
     )
-    with explaining(creates):
-        found = found.with_things(train_step, eval_step, told)
-    found = found.settled().with_statistics()
+    found = found.matched(train_step, eval_step, told, creates).with_statistics()
+    if "optimizer" in options and not found.takes("tx"):
+        raise UsageError(
+            f"optimizer= is passed to a parameter 'tx', 'optimizer' or 'opt' of {creates} or train_step, "
+            "and neither has one: add it, or leave optimizer= out, because the optimizer that the step "
+            "uses is observed"
+        )
     same_loss = declared.same_loss or found.evaluation is None
     subject = _plain(
         found,

@@ -113,8 +113,8 @@ def rates(programs: Programs) -> Iterator[RateUse]:
         return
 
     def is_wide(node: int) -> bool:
-        dtype = getattr(flows.aval(node), "dtype", np.dtype(bool))
-        return not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4)
+        aval = flows.aval(node)
+        return aval is None or not flows.is_floating(node) or aval.dtype.itemsize >= 4
 
     reached = flows.reached(flows.inputs[:1])
     in_full = flows.reached(flows.inputs[:1], through=is_wide)

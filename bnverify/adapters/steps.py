@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from bnverify.adapters import objects, trees
+from bnverify.adapters import calls, objects, trees
 from bnverify.adapters.batches import (
     NoLoss,
     Reading,
@@ -36,7 +36,7 @@ from bnverify.adapters.objects import by_variable_path
 from bnverify.adapters.programs import RATE, example_of
 from bnverify.adapters.traced import Flows, evaluated, holds_tracers, marks_within
 from bnverify.adapters.watch import Updates, evaluating, noting, updates, watching
-from bnverify.errors import UsageError
+from bnverify.errors import UsageError, first_line
 from bnverify.jaxpr.tracing import traced_anew, unused_axis
 from bnverify.model import State, StepInfo
 
@@ -137,6 +137,59 @@ class Loop:
             return {"state": made}
         return _things(made)
 
+    def matched(
+        self,
+        train_step: Callable[..., Any],
+        eval_step: Callable[..., Any] | None,
+        told: Mapping[str, str],
+        creates: str,
+    ) -> Loop:
+        """Return this loop with its things matched to the parameters of its steps, and settled.
+
+        A parameter ``state`` is the entry "state" of a dict, or the dict. The dict is tried if the step
+        fails with the entry, and takes none of the others.
+
+        Args:
+            train_step: the training step.
+            eval_step: the evaluation step, if there is one.
+            told: parameter -> role, as declared by the user.
+            creates: what the function that makes the things is called in messages.
+
+        Raises:
+            UsageError: a parameter or a result has no known meaning, or both ways fail.
+        """
+
+        def tried(roles: Mapping[str, str]) -> Loop:
+            with explaining(creates):
+                found.append(self.with_things(train_step, eval_step, roles))
+            return found[-1].settled()
+
+        found: list[Loop] = []
+        try:
+            return tried(told)
+        except Exception as error:
+            entry = found[0].lone_entry() if found else None
+            if entry is None or entry[0] in told:
+                raise
+            parameter, name = entry
+            try:
+                return tried({**told, parameter: calls.ALL})
+            except Exception as other:  # noqa: BLE001 - user code may raise anything
+                both = _said(error), _said(other)
+                raise UsageError(
+                    f"train_step fails whether {parameter!r} is the entry {name!r} of the state, or all "
+                    f"of it. As the entry: {both[0]}. As all of it: {both[1]}. Declare "
+                    f"roles={{{parameter!r}: {name!r}}} or roles={{{parameter!r}: {calls.ALL!r}}} to see "
+                    "one error alone"
+                ) from error
+
+    def lone_entry(self) -> tuple[str, str] | None:
+        """Return (parameter, entry) if the training step takes one entry of several, by its name."""
+        taken = {} if self.of_nnx or self.whole else self.train.things()
+        if len(taken) != 1 or len(self.template) < 2:
+            return None
+        return next(iter(taken.items()))
+
     def with_things(
         self,
         train_step: Callable[..., Any],
@@ -164,9 +217,10 @@ class Loop:
         train = caller(
             train_step, "train_step", things=kinds, whole=False if of_nnx else None, **asked
         )
-        whole = train.takes("things")
+        whole = train.takes(calls.ALL)
         if whole:
             kinds = [Thing("state")]
+            asked["told"] = {n: "state" if r == calls.ALL else r for n, r in told.items()}
             train = caller(train_step, "train_step", things=kinds, **asked)
         evaluation = None
         if eval_step is not None:
@@ -604,6 +658,10 @@ def _things(made: Any) -> dict[str, Any]:
     if type(made) is dict and all(isinstance(key, str) for key in made) and len(made) > 1:
         return dict(made)
     return {"0": made}
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, UsageError) else first_line(error)
 
 
 def _next_key(state: State) -> tuple[dict[str, Any], Any]:

@@ -306,6 +306,11 @@ class Flows:
         variable = self._graph.variables[node]
         return None if variable is None else variable.aval
 
+    def is_floating(self, node: int) -> bool:
+        """Return whether a computed value is floating-point; True for inputs and constants."""
+        aval = self.aval(node)
+        return aval is None or bool(jnp.issubdtype(aval.dtype, jnp.floating))
+
     def shape(self, node: int) -> tuple[int, ...] | None:
         """Return the shape of a computed value; None for inputs and constants."""
         aval = self.aval(node)

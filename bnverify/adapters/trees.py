@@ -230,7 +230,9 @@ def _leaves(path: Path, node: Any) -> Iterator[Path]:
 
 def _part(path: Path, node: Any, told: Mapping[str, Path]) -> str | None:
     for part, wanted in told.items():
-        if path[-len(wanted) :] == wanted and len(path) <= len(wanted) + 1:
+        if path[-len(wanted) :] != wanted or len(path) > len(wanted) + 1:
+            continue
+        if path != wanted or not _has(node, wanted):  # the entry "state" of a thing called "state"
             return part
     by_name = _NAMES.get(path[-1])
     if by_name is not None and by_name not in told:
@@ -238,6 +240,12 @@ def _part(path: Path, node: Any, told: Mapping[str, Path]) -> str | None:
     if is_metrics(node):
         return METRICS
     return OPTIMIZER if OPTIMIZER not in told and _is_optax(node) else None
+
+
+def _has(node: Any, path: Path) -> bool:
+    """Return whether there is something at a path in a node."""
+    inside = dict(_children(node)[0])
+    return path[0] in inside and (len(path) == 1 or _has(inside[path[0]], path[1:]))
 
 
 def _prefixed(name: str, siblings: set[str], told: Mapping[str, Path]) -> str | None:

@@ -62,6 +62,15 @@ class Order:
 
 # In the process of the command.
 
+TOO_LATE = 124
+"""The exit status of tests that a fault makes hang, as timeout(1) reports it: they notice the fault."""
+
+FAILED = 1
+"""The exit status of tests that fail, as pytest's; another one may have another reason."""
+
+LAST = 20
+"""How many of the last printed lines are kept."""
+
 Verdict = Literal["noticed", "missed", "not reached"]
 
 
@@ -76,6 +85,8 @@ class Finding:
         verdict: "noticed": the tests fail; "missed": they pass; "not reached": they never run
             the code that the fault would change.
         seconds: how long the tests took.
+        status: their exit status; 124 if they were stopped, negative if a signal ended them.
+        printed: the last lines that they printed; empty if they failed as expected.
     """
 
     fault: str
@@ -83,6 +94,19 @@ class Finding:
     sentence: str
     verdict: Verdict
     seconds: float
+    status: int = 0
+    printed: str = ""
+
+    @property
+    def ended(self) -> str:
+        """How the tests ended, in words, if that tells more than the verdict; else ""."""
+        if self.status in ({0, 1} if self.verdict == "noticed" else {0}):
+            return ""
+        if self.status == TOO_LATE:
+            return "they took too long and were stopped"
+        if self.status < 0:
+            return f"signal {-self.status} ended them"
+        return f"they ended with exit status {self.status}"
 
 
 @dataclass(frozen=True)
@@ -133,11 +157,11 @@ def audit(
     with tempfile.TemporaryDirectory(prefix="bnverify-") as folder:
         mark = Path(folder) / "mark"
         printed = Path(folder) / "printed"
-        done, seconds = _run(words, Order(tuple(targets), "", str(mark)), None, printed)
+        done, seconds = _run(words, Order(tuple(targets), "", str(mark)), printed)
         if done != 0:
-            last = "\n".join(_lines(printed)[-20:])
             raise UsageError(
-                f"the tests fail without any fault: {command} ended with {done}; it printed\n{last}"
+                f"the tests fail without any fault: {command} ended with {done}; it printed\n"
+                f"{_last(printed)}"
             )
         seen = _lines(mark)
         for target in targets:
@@ -147,10 +171,13 @@ def audit(
         for fault in faults:
             mark.unlink(missing_ok=True)
             order = Order(tuple(targets), fault.name, str(mark))
-            status, took = _run(words, order, 60 + 10 * seconds)
+            status, took = _run(words, order, printed, 60 + 10 * seconds)
             reached = "touched" in _lines(mark)
             verdict: Verdict = "not reached" if not reached else "noticed" if status else "missed"
-            finding = Finding(fault.name, fault.mistake, fault.sentence, verdict, took)
+            last = "" if verdict == "noticed" and status == FAILED else _last(printed)
+            finding = Finding(
+                fault.name, fault.mistake, fault.sentence, verdict, took, status, last
+            )
             findings.append(finding)
             if listener is not None:
                 listener(finding)
@@ -158,11 +185,12 @@ def audit(
 
 
 def _run(
-    words: Sequence[str], order: Order, limit: float | None, printed: Path | None = None
+    words: Sequence[str], order: Order, printed: Path, limit: float | None = None
 ) -> tuple[int, float]:
+    """Run the tests; return their exit status and how long they took. ``printed`` gets their output."""
     started = time.perf_counter()
     try:
-        with Path(printed or os.devnull).open("wb") as out:
+        with printed.open("wb") as out:
             done = subprocess.run(  # noqa: S603 - the user's own command
                 words,
                 env=environment(order),
@@ -175,7 +203,7 @@ def _run(
     except FileNotFoundError:
         raise UsageError(f"the command {words[0]!r} is not found") from None
     except subprocess.TimeoutExpired:
-        status = 124  # as timeout(1) reports it: a fault that makes the tests hang is noticed
+        status = TOO_LATE
     return status, time.perf_counter() - started
 
 
@@ -208,6 +236,10 @@ def environment(order: Order) -> dict[str, str]:
         "HYPOTHESIS_STORAGE_DIRECTORY": str(scratch / "hypothesis"),
         "PYTEST_ADDOPTS": " ".join(options),
     }
+
+
+def _last(printed: Path) -> str:
+    return "\n".join(_lines(printed)[-LAST:])
 
 
 def _lines(mark: Path) -> list[str]:

@@ -117,7 +117,7 @@ def _polynomial(x: Array, *coefficients: Array) -> Array:
     return total
 
 
-BY_ELEMENT: dict[str, Callable[..., Array]] = {
+FUNCTIONS: dict[str, Callable[..., Array]] = {
     "abs": np.abs,
     "acos": np.arccos,
     "acosh": np.arccosh,

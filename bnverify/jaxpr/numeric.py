@@ -26,7 +26,7 @@ import numpy as np
 
 from bnverify.jaxpr import indexing, threefry, windows
 from bnverify.jaxpr.elementwise import (
-    BY_ELEMENT,
+    FUNCTIONS,
     convert,
     integer_power,
     reduce_precision,
@@ -215,7 +215,7 @@ def _by_element(function: Callable[..., Array]) -> Form:
     return run
 
 
-for _name, _function in BY_ELEMENT.items():
+for _name, _function in FUNCTIONS.items():
     form(_name)(_by_element(_function))
 
 

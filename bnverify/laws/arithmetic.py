@@ -197,10 +197,14 @@ def holds_if(condition: Any) -> Any:
     return xp.where(condition, 0.0, np.inf)
 
 
-def never() -> Any:
-    """Return an infinite residual, for trees that cannot be compared."""
+def never(*operands: Tree) -> Any:
+    """Return an infinite residual, for trees that cannot be compared.
+
+    Args:
+        operands: the tree that is judged, then those that it should be like.
+    """
     if (told := watch()) is not None:
-        told.comparable = False
+        told.see_unlike(*operands)
     return xp.full(1, np.inf)
 
 
@@ -224,7 +228,7 @@ def alike(*operands: Tree) -> list[tuple[Any, ...]] | None:
 def trees(function: Callable[..., Any], *operands: Tree) -> Any:
     """Return the largest residual of ``function`` over the leaves of matching trees, (K,).
 
-    The residual is infinite if structures or shapes differ; a law of structure then says how.
+    The residual is infinite if structures or shapes differ.
 
     Args:
         function: takes a leaf of each tree, returns a residual, (K,).
@@ -232,7 +236,7 @@ def trees(function: Callable[..., Any], *operands: Tree) -> Any:
     """
     rows = alike(*operands)
     if rows is None:
-        return never()
+        return never(*operands)
     told, residuals = watch(), []
     for row in rows:
         if told is not None:

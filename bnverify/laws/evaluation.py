@@ -39,6 +39,12 @@ NUDGED = tuple(f"nudged_statistics_{pattern}" for pattern in range(NUDGES))
     mistakes=(
         "division_by_zero_variance",
         "exponential_overflows",
+        "log_of_zero",
+        "division_by_zero",
+        "slope_is_infinite",
+        "outside_the_domain",
+        "variance_below_zero",
+        "number_overflows",
         "statistics_overflow",
         "sample_variance",
         "statistics_trained_as_params",

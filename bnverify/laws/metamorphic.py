@@ -226,6 +226,6 @@ def solution_is_init_step_evaluate(t: Transition) -> Any:
     """The one-call function returns the eval loss after init and one step, with shape (1,)."""
     whole = t.facts["solution"].whole
     if whole.shape[1:] != (1,):
-        return never()
+        return never(whole, t.eval_loss)
     allowed = 2 * wide(t.noise.eval_loss)
     return when(t.case.warmup == 0, residual(wide(whole), t.eval_loss, allowed))

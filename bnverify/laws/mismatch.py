@@ -19,7 +19,7 @@ import numpy as np
 
 from bnverify.lazy import jax
 from bnverify.model import Transition
-from bnverify.pytree import path_name
+from bnverify.pytree import by_path, path_name
 
 RUNS = {
     "before": "before the step",
@@ -140,13 +140,13 @@ class Watch:
     Attributes:
         worst: the worst entry so far; None if everything was within its tolerance.
         row: the leaves being compared, while whole trees are compared.
-        comparable: False once trees of different structure or shapes were to be compared.
+        unlike: how trees that were to be compared differ in structure or shapes; "" if none did.
     """
 
     def __init__(self, t: Transition | Mapping[str, Any]) -> None:
         self.worst: Mismatch | None = None
         self.row: tuple[Any, ...] = ()
-        self.comparable = True
+        self.unlike = ""
         self._ratio = 1.0
         self._known: dict[int, tuple[str, str]] = {}
         self._kept = t  # ids are unique only while their objects are alive
@@ -184,11 +184,38 @@ class Watch:
             "" if quantity else run,
         )
 
+    def see_unlike(self, *operands: Any) -> None:
+        """Record how trees of different structure or shapes differ.
+
+        Args:
+            operands: the tree that a law judges, then the trees that it is compared with.
+        """
+        got = by_path(operands[0])
+        run = next((self._name(leaf)[1] for leaf in got.values()), "")
+        for expected in map(by_path, operands[1:]):
+            for path in [*expected, *(path for path in got if path not in expected)]:
+                there, wanted = (_form(tree.get(path)) for tree in (got, expected))
+                if there != wanted and not self.unlike:
+                    leaf = expected.get(path, got.get(path))
+                    self.unlike = (
+                        f"{self._name(leaf)[0] or path}: got {there} {RUNS.get(run, run)}".rstrip()
+                        + f", expected {wanted}: the step must return the same tree and shapes each time"
+                    )
+        if not self.unlike:
+            forms = [str(jax.tree_util.tree_structure(tree)) for tree in operands]
+            other = next((form for form in forms if form != forms[0]), forms[0])
+            self.unlike = f"got the tree {forms[0]}, expected {other}"
+
     def _name(self, compared: Any) -> tuple[str, str]:
         for leaf in (compared, *self.row):
             if id(leaf) in self._known:
                 return self._known[id(leaf)]
         return "", ""
+
+
+def _form(leaf: Any) -> str:
+    """Return the shape and dtype of a stacked leaf, (1, ...); None: there is none."""
+    return "no such leaf" if leaf is None else f"shape {tuple(leaf.shape[1:])}, dtype {leaf.dtype}"
 
 
 _WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)

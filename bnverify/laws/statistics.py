@@ -602,7 +602,16 @@ def statistics_stay_finite(t: Transition) -> Any:
 @law(
     "statistics",
     observes=("step:constant_features", "exact:constant_features"),
-    mistakes=("variance_below_zero", "division_by_zero_variance", "exponential_overflows"),
+    mistakes=(
+        "variance_below_zero",
+        "division_by_zero_variance",
+        "exponential_overflows",
+        "log_of_zero",
+        "division_by_zero",
+        "slope_is_infinite",
+        "outside_the_domain",
+        "number_overflows",
+    ),
     source="https://github.com/google/flax/issues/1491",
 )
 def a_constant_feature_gives_a_finite_step(t: Transition) -> Any:

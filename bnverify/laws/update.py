@@ -371,9 +371,10 @@ def gradients_are_gradients_of_the_loss(t: Transition) -> Any:
     noise of every gradient.
     """
     slope, allowed, usable = t.facts["directional_derivative"]
-    rows = alike(t.info.grads, t.facts["direction"], t.noise.info.grads)
+    compared = t.info.grads, t.facts["direction"], t.noise.info.grads
+    rows = alike(*compared)
     if rows is None:
-        return never()  # grads is not a tree like params
+        return never(*compared)  # grads is not a tree like params
     along: Any = 0.0
     noise: Any = UNDERFLOW * smallest(t.info.loss)
     for grad, direction, error in rows:

@@ -37,7 +37,7 @@ def render(audit: Audit, stream: TextIO | None = None, verbosity: int = 0) -> st
     Args:
         audit: of a user's own tests.
         stream: the destination, for its width and encoding; None: a file.
-        verbosity: -1: the summary only.
+        verbosity: -1: the summary only; 1: also what the tests last printed where they did not fail.
     """
     out = io.StringIO()
     # Through memory, because rich would swallow the error of a closed pipe.
@@ -53,7 +53,7 @@ def render(audit: Audit, stream: TextIO | None = None, verbosity: int = 0) -> st
     console.print(Text(summary(audit), "bold"))
     if verbosity >= 0:
         console.print()
-        _findings(console, audit)
+        _findings(console, audit, verbosity)
     return out.getvalue() if sign.unicode else in_ascii(out.getvalue())
 
 
@@ -63,11 +63,14 @@ def summary(audit: Audit) -> str:
     return f"{counts}; one run takes {audit.seconds:.1f} s"
 
 
-def _findings(console: Console, audit: Audit) -> None:
+def _findings(console: Console, audit: Audit, verbosity: int) -> None:
     console.print(Text(f"{audit.command}, faults in {', '.join(audit.targets)}", "bold"))
     for finding in audit.findings:
         line = Text(f" {finding.verdict:<12}", VERDICTS[finding.verdict]) + Text(finding.fault)
-        console.print(line)
+        console.print(line + Text(f": {finding.ended}" if finding.ended else ""))
+        if finding.printed and (finding.ended or verbosity > 0):
+            lines = finding.printed.splitlines()
+            console.print(Text("\n".join(f"    | {each}" for each in lines), "dim"), soft_wrap=True)
     missed = audit.of("missed")
     if missed:
         console.print()

@@ -268,7 +268,7 @@ def _of_audit(audit: Audit) -> Findings:
             finding.fault,
             finding.mistake,
             outcomes[finding.verdict],
-            f"{finding.verdict}: {finding.sentence}",
+            ": ".join(filter(None, (finding.verdict, finding.ended, finding.sentence))),
             claim=MISTAKES[finding.mistake].title,
             place=place,
         )

@@ -538,7 +538,7 @@ def _of_audit(audit: Audit) -> dict[str, Any]:
             "name": finding.fault,
             "group": finding.mistake,
             "bad": finding.verdict == "missed",
-            "verdict": finding.verdict,
+            "verdict": ": ".join(filter(None, (finding.verdict, finding.ended))),
             "what": finding.sentence,
         }
         for finding in audit.findings

@@ -24,6 +24,10 @@ BATCH = {"image": CASE.x, "label": CASE.y}
 loop = partial(bnverify.train_state, features=3)
 
 
+def _without(tree: Any, name: str) -> Any:
+    return {key: value for key, value in tree.items() if key != name}
+
+
 def paths(tree: Any) -> list[str]:
     """Return the paths of a tree's leaves."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -103,6 +107,74 @@ class TestLayout:
             "BatchNorm_0/mean",
             "BatchNorm_0/var",
         ]
+
+    @pytest.mark.parametrize("declared", [False, True])
+    @pytest.mark.parametrize("shape", ["nested", "copied", "haiku", "train state"])
+    def test_a_dict_with_an_entry_named_like_the_parameter(
+        self, shape: str, declared: bool
+    ) -> None:
+        """``state`` is the whole dict if the step fails with ``dict["state"]`` alone."""
+        pack, unpack = {
+            "nested": (lambda s: {"state": s, "step": 0}, lambda d: d["state"]),
+            "copied": (lambda s: {"state": s, "ema": s["params"]}, lambda d: d["state"]),
+            "haiku": (
+                lambda s: {**_without(s, "batch_stats"), "state": s["batch_stats"]},
+                lambda d: {**_without(d, "state"), "batch_stats": d["state"]},
+            ),
+            "train state": (
+                lambda s: {"state": code.Own(0, _without(s, "opt_state"), s["opt_state"]), "n": 0},
+                lambda d: {**d["state"].variables, "opt_state": d["state"].opt_state},
+            ),
+        }[shape]
+
+        def create(rng: Any) -> Any:
+            made = code.variables(rng)
+            return pack({**made, "opt_state": code.TX.init(made["params"])})
+
+        def evaluation(state: Any, batch: Any) -> Any:
+            made = _without(unpack(state), "opt_state")
+            out = code.Model().apply(made, batch["image"], train=False)
+            return {"loss": code.mse(out, batch["label"])}
+
+        def step(state: Any, batch: Any) -> Any:
+            own = unpack(state)
+            own = code.Own(0, _without(own, "opt_state"), own["opt_state"])
+            after, metrics = code.own_step(own, batch)
+            return pack({**after.variables, "opt_state": after.opt_state}), metrics
+
+        roles = {"state": "things"} if declared else {}
+        subject = loop(create, step, evaluation, roles=roles)
+        assert paths(moved(subject).batch_stats) == ["BatchNorm_0/mean", "BatchNorm_0/var"]
+        assert subject.optimizer is not None
+        _, after, _ = one_step(subject)
+        _, expected, _ = one_step(loop(code.create_own, code.own_step))
+        jax.tree_util.tree_map(np.testing.assert_array_equal, after.params, expected.params)
+
+    def test_an_entry_named_like_the_parameter_is_taken_alone_if_that_works(self) -> None:
+        """The other entries of the dict then stay as they are."""
+
+        def create(rng: Any) -> Any:
+            return {"state": code.create_own(rng), "other": jnp.zeros(2)}
+
+        assert paths(moved(loop(create, code.own_step)).extra) == [
+            "fields/other",
+            "fields/state/step",
+        ]
+
+    def test_a_step_that_fails_with_the_entry_and_with_the_dict_says_both(self) -> None:
+        """The message has both errors, and how to declare which one is meant."""
+
+        def create(rng: Any) -> Any:
+            return {"state": code.create_own(rng), "step": 0}
+
+        def step(state: Any, batch: Any) -> Any:
+            return code.own_step(state["stat"], batch)
+
+        message = r"whether 'state' .*not subscriptable.* all of it: KeyError: 'stat'.*roles="
+        with pytest.raises(UsageError, match=message):
+            loop(create, step)
+        with pytest.raises(KeyError, match="stat"):
+            loop(create, step, roles={"state": "things"})
 
     def test_statistics_that_are_nowhere_are_refused(self) -> None:
         """A step without running statistics in its state is refused if its layers are trained."""
@@ -351,6 +423,56 @@ class TestRoles:
             UsageError, match=r"roles=\{'left': 'pictures'\} is not a role; the roles are"
         ):
             loop(code.create, step, roles={"left": "pictures"})
+
+    def test_an_optimizer_that_no_function_takes_is_refused(self) -> None:
+        """It would be ignored."""
+        with pytest.raises(UsageError, match=r"optimizer= is passed to .* neither has one"):
+            loop(code.create, code.train_step, optimizer=optax.adam)
+
+    @pytest.mark.parametrize("mapped", [True, False])
+    def test_an_optimizer_is_seen_outside_vmap(self, mapped: bool) -> None:
+        """Inside, it gets the gradients of one model of an ensemble; the report says where to call it."""
+
+        def create(rng: Any) -> Any:
+            made = jax.vmap(code.variables)(jax.random.split(rng))
+            init = jax.vmap(code.TX.init) if mapped else code.TX.init
+            return {**made, "opt_state": init(made["params"])}
+
+        def gradients(params: Any, stats: Any, batch: Any) -> Any:
+            def loss(params: Any) -> Any:
+                out, new = code.Model().apply(
+                    {"params": params, "batch_stats": stats},
+                    batch["image"],
+                    train=True,
+                    mutable=["batch_stats"],
+                )
+                return code.mse(out, batch["label"]), new["batch_stats"]
+
+            return jax.value_and_grad(loss, has_aux=True)(params)
+
+        def update(grads: Any, opt_state: Any, params: Any) -> Any:
+            updates, opt_state = code.TX.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        def step(state: Any, batch: Any) -> Any:
+            seen = jax.vmap(gradients, in_axes=(0, 0, None))
+            (losses, stats), grads = jax.jit(seen)(state["params"], state["batch_stats"], batch)
+            moved = jax.jit(jax.vmap(update)) if mapped else update
+            params, opt_state = moved(grads, state["opt_state"], state["params"])
+            new = {"params": params, "batch_stats": stats, "opt_state": opt_state}
+            return new, {"loss": jnp.mean(losses)}
+
+        subject = loop(create, step)
+        assert (subject.optimizer is None) == mapped
+        report = bnverify.verify(
+            subject, "quick", select=["params_follow_the_optimizer"], proofs_only=mapped
+        )
+        (found,) = report.results
+        if mapped:
+            assert found.status == "exempt"
+            assert "in one call, outside jax.vmap" in found.reason
+        else:
+            assert found.status == "held"
 
     def test_an_unknown_keyword_is_refused(self) -> None:
         """An unknown keyword raises a TypeError."""

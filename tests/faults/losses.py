@@ -201,6 +201,9 @@ fault("training_loss_is_huber", "losses_differ",
 fault("logistic_loss_overflows", "exponential_overflows",
       "The loss is log(1 + exp(y - preds)), which overflows for errors above 88.",
       error=lambda s, preds, y: jnp.mean(jnp.log(1 + jnp.exp(y - preds))))
+fault("logarithm_of_an_underflow", "log_of_zero",
+      "The loss is -log(sigmoid(preds - y)); the sigmoid underflows to 0 for errors above 88.",
+      error=lambda s, preds, y: -jnp.mean(jnp.log(jax.nn.sigmoid(preds - y))))
 fault("loss_is_the_root_of_a_mean", "loss_not_a_mean_over_rows",
       "Training and evaluation take the root of the mean squared error.",
       error=lambda s, preds, y: jnp.sqrt(jnp.mean((preds - y) ** 2) + 1e-12))

@@ -284,6 +284,8 @@ def test_a_fault_breaks_the_laws_that_it_is_made_for(fault: str | Callable[[], A
         assert found.status == "violated", (found.law, found.status, found.reason)
         assert found.counterexample is not None
         assert found.shape is None or max(found.shape) <= 2
+        if LAWS[found.law].kind == "residual":
+            assert found.mismatch is not None or ": got " in found.reason
 
 
 def test_a_fault_of_many_devices_breaks_the_laws_that_it_is_made_for() -> None:
