@@ -2,14 +2,14 @@
 
 A teacher is in a closure or in the state, and no step changes it. Many networks that are not trained are in
 train mode by design, so one is a teacher here only if all of this is certain: its inputs do not depend on
-the params, no trained layer takes its outputs, it draws no random numbers, and it is no copy of the params.
+trained params, no trained layer takes its outputs, it draws no random numbers, and it is no copy of the params.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from bnverify.adapters.programs import Programs, under
+from bnverify.adapters.programs import Programs
 from bnverify.adapters.traced import DRAWS
 from bnverify.adapters.watch import Call
 from bnverify.compat import transformations
@@ -40,12 +40,9 @@ class _Fixed:
         self._of, flows = programs, programs.flows
         inputs, outputs = programs.inputs, programs.outputs
         self._copies = tuple(_copies(programs))
-        self._fixed = {
-            path
-            for path, node in inputs.items()
-            if path.startswith("extra/") and outputs.get(path, node) == node
-        }
-        self._params = flows.reached(under(inputs, "params/"))
+        self._fixed = {p for p, node in inputs.items() if outputs.get(p, node) == node}
+        trained = [n for p, n in inputs.items() if p.startswith("params/") and p not in self._fixed]
+        self._params = flows.reached(trained)
         self._batch = flows.reached([inputs["x"], inputs["y"]])
         self._gradients = set().union(*programs.gradients)
         behind = flows.origins([*self._gradients, *filter(None, [programs.loss])])
@@ -69,15 +66,15 @@ class _Fixed:
         flows = self._of.flows
         nodes = flows.of_label(label)
         rows = call.shape[0] if len(call.shape) > 1 and 0 not in call.feature_axes else 0
-        if rows < 2 or not nodes or self._batch.isdisjoint(nodes):
+        statistics = self._statistics(label, call)
+        if rows < 2 or not statistics or self._batch.isdisjoint(nodes):
             return False
-        if not self._is_fixed([*self._statistics(label, call), *nodes]):
-            return False
-        if not self._statistics(label, call) or self._is_trained_through(call):
+        if not self._is_fixed([*statistics, *nodes]) or self._is_trained_through(call):
             return False
         after = flows.reached(nodes)
         return (
-            not after.isdisjoint(self._gradients)
+            bool(self._params)
+            and not after.isdisjoint(self._gradients)
             and not self._enters_a_layer(after)
             and not self._is_noisy(self._start(label, call))
         )
@@ -87,7 +84,7 @@ class _Fixed:
         return [node for name in call.names for node in flows.of_label(f"{label} old {name}")]
 
     def _is_fixed(self, nodes: Collection[int]) -> bool:
-        """Return whether some values depend on no floating-point state that may change."""
+        """Return whether some values depend on floating-point state that no step changes, or on none."""
         behind = self._of.flows.origins(nodes)
         floats = [
             path
@@ -98,7 +95,7 @@ class _Fixed:
         return all(path in self._fixed and not path.startswith(self._copies) for path in floats)
 
     def _is_trained_through(self, call: Call) -> bool:
-        """Return whether the same network is also called with inputs that depend on the params."""
+        """Return whether the same network is also called with inputs that depend on trained params."""
         return any(
             other.path == call.path
             and not self._params.isdisjoint(self._of.flows.of_label(label))
