@@ -368,16 +368,20 @@ class Layers:
     def parts(self) -> dict[str, int]:
         """Return path of a layer -> the number of rows it normalises at once, if a step splits its batch.
 
-        Only calls that stand for several, in a loop or under ``jax.vmap``, count. If a single call has
-        fewer rows than the batch, the other rows are not used: that is not a split.
+        Either a call stands for several, in a loop or under ``jax.vmap``, or the calls have different
+        inputs with as many rows as the batch in total. If a single call has fewer rows than the batch,
+        the other rows are not used: that is not a split.
         """
-        found = {}
+        found, flows, total = {}, self._of.flows, self._of.x.shape[0]
         for path in self.owners:
+            inputs: dict[int, set[int]] = defaultdict(set)
             for label in self.training(path):
                 call = self._of.recording.calls[label]
                 rows = call.shape[0] if len(call.shape) > 1 and 0 not in call.feature_axes else 0
-                splits = 1 < rows < self._of.x.shape[0] and self._of.x.shape[0] % rows == 0
-                if splits and self._stands_for_several(label, call):
+                if not (1 < rows < total and total % rows == 0):
+                    continue
+                inputs[rows].update(map(flows.number, flows.of_label(label)))
+                if self._stands_for_several(label, call) or len(inputs[rows]) * rows >= total:
                     found[path] = rows
         return found
 

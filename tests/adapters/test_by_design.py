@@ -465,7 +465,9 @@ class TestPasses:
         assert "called in a loop" in exempt["batch_stats_change_only_by_ema"]
         assert TARGETS not in found(code.train_step).exempt
 
-    @pytest.mark.parametrize("how", ["scanned", pytest.param("mapped", marks=pytest.mark.nightly)])
+    @pytest.mark.parametrize(
+        "how", ["scanned", "unrolled", pytest.param("mapped", marks=pytest.mark.nightly)]
+    )
     def test_a_batch_that_is_split(self, how: str) -> None:
         """Each part is normalised by itself; only batches that can be split are run."""
 
@@ -482,6 +484,10 @@ class TestPasses:
 
             if how == "scanned":
                 stats, found = jax.lax.scan(slope, state.batch_stats, parts)
+            elif how == "unrolled":
+                stats, one = slope(state.batch_stats, jax.tree_util.tree_map(lambda a: a[0], parts))
+                stats, two = slope(stats, jax.tree_util.tree_map(lambda a: a[1], parts))
+                found = jax.tree_util.tree_map(lambda *each: jnp.stack(each), one, two)
             else:
                 stats, found = jax.vmap(slope, (None, 0))(state.batch_stats, parts)
                 stats = jax.tree_util.tree_map(lambda s: s.mean(0), stats)
@@ -492,7 +498,8 @@ class TestPasses:
         assert "in parts, 12 of 24 rows" in subject.exempt["row_order_changes_nothing"]
         assert "batch_stats_change_only_by_ema" in subject.exempt
         assert "one_momentum_for_the_whole_model" not in subject.exempt
-        assert subject.momentum == (None if how == "scanned" else MOMENTUM)
+        momenta = {"scanned": None, "unrolled": MOMENTUM**2, "mapped": MOMENTUM}
+        assert subject.momentum == momenta[how]
         report = bnverify.verify(subject, FEW, select=["statistics", "metamorphic"])
         assert report.ok, report
         assert any("multiples of 2 rows" in note for note in report.notes)

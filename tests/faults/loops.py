@@ -536,6 +536,22 @@ def second_batch_forgotten(wrong: bool) -> Subject:
     return loop(loss=loss)
 
 
+@dropping
+def parts_from_old_statistics(wrong: bool) -> Subject:
+    """Gradients are accumulated in a Python loop; each part starts from the statistics before the step."""
+
+    def step(state: Any, x: Any, y: Any, loss: Any) -> Any:
+        half, stats, found = x.shape[0] // 2, state.batch_stats, []
+        for part in (slice(half), slice(half, None)):
+            start = state.batch_stats if wrong else stats
+            (value, stats), grads = part_of(state, state.params, start, x[part], y[part])
+            found.append((value, grads))
+        value, grads = mapped(lambda one, two: (one + two) / 2, *found)
+        return state.apply_gradients(grads=grads, batch_stats=stats), value
+
+    return loop(step=step, rows=2)
+
+
 @repeating
 def sharpness_pass_folded_in(wrong: bool) -> Subject:
     """Both passes of sharpness-aware minimisation update the statistics."""
