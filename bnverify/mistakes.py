@@ -384,11 +384,13 @@ mistake(
     looks="Between two synchronisations every step repeats the same gradient.",
     wrong="""
         grads = jax.grad(loss)(params.slow)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        updates, opt_state = tx.update(
+            grads, opt_state, params)
     """,
     right="""
         grads = jax.grad(loss)(params.fast)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        updates, opt_state = tx.update(
+            grads, opt_state, params)
     """,
 )
 mistake(
@@ -1524,10 +1526,13 @@ mistake(
     "https://arxiv.org/abs/1503.02531",
     looks="Students of the same teacher differ with the batch size, and the teacher's own accuracy is lost.",
     wrong="""
-        targets, _ = teacher.apply(variables, x, train=True, mutable=["batch_stats"])
+        goal, _ = teacher.apply(
+            variables, x, train=True,
+            mutable=["batch_stats"])
     """,
     right="""
-        targets = teacher.apply(variables, x, train=False)
+        goal = teacher.apply(
+            variables, x, train=False)
     """,
 )
 mistake(
