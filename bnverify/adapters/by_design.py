@@ -508,6 +508,9 @@ class Design:
         return found
 
     def _of_optimizers(self) -> dict[str, str]:
+        if self._of.lookaheads():
+            said = "optax.lookahead moves fast and slow params to each other, whatever the learning rate"
+            return because(said, ("zero_learning_rate_moves_nothing",))
         if not self._computes_params_from_its_own():
             return {}
         said = (

@@ -11,10 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from bnverify.adapters.accumulation import parts
 from bnverify.adapters.by_design import Declared
@@ -25,7 +23,6 @@ from bnverify.adapters.teachers import teachers
 from bnverify.adapters.traced import DRAWS, SAME_VALUES, Flows
 from bnverify.model import Axis, Copy, Draw, Look, Lookahead, Mask
 from bnverify.proof import asked
-from bnverify.pytree import path_name
 
 PARAMS, STATISTICS = "params/", "batch_stats/"
 
@@ -190,19 +187,13 @@ def _lookaheads(programs: Programs) -> Iterator[Lookahead]:
     seen = set().union(*programs.gradients) or set(filter(None, [programs.loss]))
     behind = flows.origins(seen)
 
-    def is_pair(node: Any) -> bool:
-        return isinstance(node, optax.LookaheadParams)
-
-    pairs = jax.tree_util.tree_flatten_with_path(programs.state.params, is_leaf=is_pair)[0]
-    for path, node in pairs:
-        if is_pair(node):
-            head = f"{PARAMS}{path_name(path)}".rstrip("/")
-            fast, slow = (
-                not behind.isdisjoint(under(programs.inputs, f"{head}/{name}/"))
-                for name in ("fast", "slow")
-            )
-            if fast or slow:
-                yield Lookahead(head, fast)
+    for head in programs.lookaheads():
+        fast, slow = (
+            not behind.isdisjoint(under(programs.inputs, f"{head}/{name}/"))
+            for name in ("fast", "slow")
+        )
+        if fast or slow:
+            yield Lookahead(head, fast)
 
 
 # The initial state.

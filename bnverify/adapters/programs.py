@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bnverify.adapters.explain import is_library
 from bnverify.adapters.traced import (
@@ -32,7 +33,7 @@ from bnverify.adapters.watch import Call, Recording, watching
 from bnverify.compat import transformations
 from bnverify.jaxpr.tracing import leaf_names, traced_anew
 from bnverify.model import LayerInput, Pass, State, Subject
-from bnverify.pytree import by_path, is_floating
+from bnverify.pytree import by_path, is_floating, path_name
 
 ROWS = 24  # in the traces: unlikely as a feature size, and divisible by many numbers of shards
 FEATURES = 6  # if any will do
@@ -173,6 +174,15 @@ class Programs:
     def is_floating(self, path: str) -> bool:
         """Return whether a leaf of the state has a floating-point dtype."""
         return bool(jnp.issubdtype(self.types[path][1], jnp.floating))
+
+    def lookaheads(self) -> list[str]:
+        """Return the paths of the params that are pairs of fast and slow ones, as of optax.lookahead."""
+
+        def is_pair(node: Any) -> bool:
+            return isinstance(node, optax.LookaheadParams)
+
+        nodes = jax.tree_util.tree_flatten_with_path(self.state.params, is_leaf=is_pair)[0]
+        return [f"params/{path_name(path)}".rstrip("/") for path, node in nodes if is_pair(node)]
 
     def networks(self) -> list[str]:
         """Return the prefix of the paths of each network's params; "" for a single network."""
