@@ -377,6 +377,23 @@ mistake(
 
 # Taking the gradient.
 mistake(
+    "gradient_at_the_slow_params",
+    "with optax.lookahead, the gradient is taken at the slow params",
+    "differentiate with respect to params.fast; evaluate with params.slow",
+    "https://arxiv.org/abs/1907.08610",
+    looks="Between two synchronisations every step repeats the same gradient.",
+    wrong="""
+        grads = jax.grad(loss)(params.slow)
+        updates, opt_state = tx.update(
+            grads, opt_state, params)
+    """,
+    right="""
+        grads = jax.grad(loss)(params.fast)
+        updates, opt_state = tx.update(
+            grads, opt_state, params)
+    """,
+)
+mistake(
     "wrong_gradient",
     "the gradient is not that of the training loss",
     "take jax.value_and_grad of the reported loss, and pass its gradient on unchanged",
@@ -1572,6 +1589,22 @@ mistake(
     right="""
         real, new = forward(params, stats, images)
         fake, new = forward(params, new, fakes)
+    """,
+)
+mistake(
+    "teacher_in_train_mode",
+    "a network that is never trained, such as a teacher, predicts in train mode",
+    "call it in eval mode: its targets then do not depend on the other rows of the batch",
+    "https://arxiv.org/abs/1503.02531",
+    looks="Students of the same teacher differ with the batch size, and the teacher's own accuracy is lost.",
+    wrong="""
+        goal, _ = teacher.apply(
+            variables, x, train=True,
+            mutable=["batch_stats"])
+    """,
+    right="""
+        goal = teacher.apply(
+            variables, x, train=False)
     """,
 )
 mistake(

@@ -98,6 +98,46 @@ class Pass(NamedTuple):
     folds: int
 
 
+class Part(NamedTuple):
+    """Rows of a batch that a loop inside the step normalises in parts, as gradient accumulation does.
+
+    Attributes:
+        layers: the normalisation layers in the loop, in words.
+        rows: the rows, in words.
+        reaches: whether the new running statistics depend on these rows.
+    """
+
+    layers: str
+    rows: str
+    reaches: bool
+
+
+class Teacher(NamedTuple):
+    """A network that no step changes, and whose outputs the training loss uses as targets.
+
+    Attributes:
+        layer: the path of its first normalisation layer in its model.
+        at: "path:line (function)" of the user's code that calls it; "" if unknown.
+        training: whether the layer is in train mode.
+    """
+
+    layer: str
+    at: str
+    training: bool
+
+
+class Lookahead(NamedTuple):
+    """An ``optax.LookaheadParams`` in the params.
+
+    Attributes:
+        path: its path in the state.
+        at_fast: whether the gradient depends on the fast params; False: on the slow ones alone.
+    """
+
+    path: str
+    at_fast: bool
+
+
 class Copy(NamedTuple):
     """A copy or an average of the params in the state, and the running statistics that go with it.
 
@@ -206,6 +246,9 @@ class Look(NamedTuple):
     Attributes:
         draws: the random numbers that affect the results of the step.
         passes: the batches of layers that process several batches, or one batch several times.
+        parts: rows that a loop inside the step normalises in parts.
+        teachers: the networks that no step changes and that make targets of the training loss.
+        lookaheads: the params of ``optax.lookahead``.
         copies: the copies of the params that the step updates without a gradient.
         pretrained: (layer with pretrained params, whether its statistics are pretrained, too).
         frozen_params: the paths of the frozen params, such as "params/Dense_0/kernel".
@@ -222,6 +265,9 @@ class Look(NamedTuple):
 
     draws: tuple[Draw, ...] = ()
     passes: tuple[Pass, ...] = ()
+    parts: tuple[Part, ...] = ()
+    teachers: tuple[Teacher, ...] = ()
+    lookaheads: tuple[Lookahead, ...] = ()
     copies: tuple[Copy, ...] = ()
     pretrained: tuple[tuple[str, bool], ...] = ()
     frozen_params: tuple[str, ...] = ()

@@ -70,6 +70,9 @@ HINTS = {
     "pretrained=True",
     "each_step_draws_anew": "if the same numbers are intended: exempt=",
     "every_pass_reaches_the_statistics": "if a forward pass is left out by design: passes=",
+    "every_part_reaches_the_statistics": "if the statistics of some parts are left out by design: "
+    "exempt=",
+    "teachers_predict_in_eval_mode": "if its predictions should depend on the batch: exempt=",
     "each_batch_is_folded_in_once": "if a layer processes several batches per step by design: passes=",
     "layers_keep_the_feature_axis": "if another axis is normalised by design: exempt=",
     "frozen_statistics_stay": "if the statistics should follow the new data: frozen=False",
@@ -505,6 +508,9 @@ class Design:
         return found
 
     def _of_optimizers(self) -> dict[str, str]:
+        if self._of.lookaheads():
+            said = "optax.lookahead moves fast and slow params to each other, whatever the learning rate"
+            return because(said, ("zero_learning_rate_moves_nothing",))
         if not self._computes_params_from_its_own():
             return {}
         said = (

@@ -14,12 +14,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from bnverify.adapters.accumulation import parts
 from bnverify.adapters.by_design import Declared
 from bnverify.adapters.optimizer import paper_checks, rates, schedules
 from bnverify.adapters.programs import ROWS, Layers, Programs, under
 from bnverify.adapters.rows import pairings
+from bnverify.adapters.teachers import teachers
 from bnverify.adapters.traced import DRAWS, SAME_VALUES, Flows
-from bnverify.model import Axis, Copy, Draw, Look, Mask
+from bnverify.model import Axis, Copy, Draw, Look, Lookahead, Mask
 from bnverify.proof import asked
 
 PARAMS, STATISTICS = "params/", "batch_stats/"
@@ -45,6 +47,9 @@ def look_at(
     return Look(
         draws=tuple(_draws(programs)),
         passes=layers.passes(),
+        parts=tuple(parts(programs, layers)),
+        teachers=tuple(teachers(programs)),
+        lookaheads=tuple(_lookaheads(programs)),
         copies=tuple(_copies(programs)),
         pretrained=tuple(_pretrained(programs, layers, declared)),
         frozen_params=tuple(sorted(frozen.params)),
@@ -117,19 +122,19 @@ def _copies(programs: Programs) -> Iterator[Copy]:
     results = [node for node in flows.outputs if node not in flows.inputs]
     read = flows.origins(results) | {inputs[p] for p in read_by_evaluation(programs)}
     known: set[str] = set()
-    for network in _networks(programs):
+    for network in programs.networks():
         own_params, own_statistics = PARAMS + network, STATISTICS + network
         ends = [p.removeprefix(own_params) for p in inputs if p.startswith(own_params)]
         kept = [p.removeprefix(own_statistics) for p in inputs if p.startswith(own_statistics)]
         if not ends or not kept:
             continue
-        statistics = _heads(programs, own_statistics, kept)
+        statistics = programs.heads(own_statistics, kept)
         own = [own_params + end for end in ends]
         from_params = flows.reached(
             [*(inputs[p] for p in own), *(outputs[p] for p in own if p in outputs)],
             around=gradients,
         )
-        for head in _heads(programs, own_params, ends):
+        for head in programs.heads(own_params, ends):
             copied = [head + end for end in ends]
             moves = all(outputs.get(p) in from_params and outputs[p] != inputs[p] for p in copied)
             beside = [h for h in statistics if _role(h) == _role(head)]
@@ -147,27 +152,6 @@ def read_by_evaluation(programs: Programs) -> list[str]:
     """Return the paths of the leaves of the state that may affect the eval loss."""
     behind = programs.eval_flows.origins(programs.eval_flows.outputs)
     return [p for p, n in programs.eval_inputs.items() if n in behind and p in programs.inputs]
-
-
-def _networks(programs: Programs) -> list[str]:
-    """Return the prefix of the paths of each network's params; "" for a single network."""
-    state = programs.state
-    if not isinstance(state.params, dict) or not isinstance(state.batch_stats, dict):
-        return [""]
-    both = set(state.params) & set(state.batch_stats)
-    inner = [f"{name}/" for name in sorted(both) if isinstance(state.params[name], dict)]
-    return ["", *inner]
-
-
-def _heads(programs: Programs, own: str, ends: Sequence[str]) -> list[str]:
-    """Return the prefixes in the state under which all of ``ends`` exist, with leaves like those of ``own``."""
-    types = programs.types
-    found: dict[str, list[Any]] = {}
-    for head in sorted({p.removesuffix(ends[0]) for p in types if p.endswith(ends[0])}):
-        below = [p for p in types if p.startswith(head)]
-        if set(below) == {head + end for end in ends}:
-            found[head] = [types[head + end] for end in ends]
-    return [head for head, each in found.items() if each == found[own]]
 
 
 _PARTS = (
@@ -192,6 +176,24 @@ def _role(head: str) -> tuple[str, ...]:
 def carried_name(head: str) -> str:
     """Return a user's name for a path in the state: "ema_params" for "extra/fields/ema_params/"."""
     return head.removeprefix("extra/").removeprefix("fields/").rstrip("/")
+
+
+# The params of optax.lookahead.
+
+
+def _lookaheads(programs: Programs) -> Iterator[Lookahead]:
+    """Yield each pair of fast and slow params of which the gradient depends on one."""
+    flows = programs.flows
+    seen = set().union(*programs.gradients) or set(filter(None, [programs.loss]))
+    behind = flows.origins(seen)
+
+    for head in programs.lookaheads():
+        fast, slow = (
+            not behind.isdisjoint(under(programs.inputs, f"{head}/{name}/"))
+            for name in ("fast", "slow")
+        )
+        if fast or slow:
+            yield Lookahead(head, fast)
 
 
 # The initial state.

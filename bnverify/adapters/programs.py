@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bnverify.adapters.explain import is_library
 from bnverify.adapters.traced import (
@@ -32,7 +33,7 @@ from bnverify.adapters.watch import Call, Recording, watching
 from bnverify.compat import transformations
 from bnverify.jaxpr.tracing import leaf_names, traced_anew
 from bnverify.model import LayerInput, Pass, State, Subject
-from bnverify.pytree import by_path, is_floating
+from bnverify.pytree import by_path, is_floating, path_name
 
 ROWS = 24  # in the traces: unlikely as a feature size, and divisible by many numbers of shards
 FEATURES = 6  # if any will do
@@ -174,6 +175,38 @@ class Programs:
         """Return whether a leaf of the state has a floating-point dtype."""
         return bool(jnp.issubdtype(self.types[path][1], jnp.floating))
 
+    def lookaheads(self) -> list[str]:
+        """Return the paths of the params that are pairs of fast and slow ones, as of optax.lookahead."""
+
+        def is_pair(node: Any) -> bool:
+            return isinstance(node, optax.LookaheadParams)
+
+        nodes = jax.tree_util.tree_flatten_with_path(self.state.params, is_leaf=is_pair)[0]
+        return [f"params/{path_name(path)}".rstrip("/") for path, node in nodes if is_pair(node)]
+
+    def networks(self) -> list[str]:
+        """Return the prefix of the paths of each network's params; "" for a single network."""
+        params, batch_stats = self.state.params, self.state.batch_stats
+        if not isinstance(params, dict) or not isinstance(batch_stats, dict):
+            return [""]
+        both = set(params) & set(batch_stats)
+        return ["", *(f"{name}/" for name in sorted(both) if isinstance(params[name], dict))]
+
+    def heads(self, own: str, ends: Sequence[str]) -> list[str]:
+        """Return the prefixes of the trees in the state with the same leaves as those under ``own``.
+
+        Args:
+            own: a prefix of paths in the state: "params/".
+            ends: the rest of the path of each leaf under it.
+        """
+        types = self.types
+        found: dict[str, list[Any]] = {}
+        for head in sorted({p.removesuffix(ends[0]) for p in types if p.endswith(ends[0])}):
+            below = [p for p in types if p.startswith(head)]
+            if set(below) == {head + end for end in ends}:
+                found[head] = [types[head + end] for end in ends]
+        return [head for head, each in found.items() if each == found[own]]
+
     @cached_property
     def gradients(self) -> list[set[int]]:
         """For each update by an optimizer the nodes of its gradients."""
@@ -270,6 +303,8 @@ class Layers:
         if call.known:
             return call.path if call.path in self.owners else None
         fitting = [p for p in self.owners if p == call.path or p.endswith(f"/{call.path}")]
+        if self._is_of_a_constant_network(label, call):
+            return ELSEWHERE
         for name in call.names:
             for node in self._of.flows.of_label(f"{label} old {name}"):
                 behind = self._of.flows.origins([node])
@@ -280,6 +315,24 @@ class Layers:
                 if len(own) == 1 or (not own and elsewhere & set(self._of.flows.operands(node))):
                     return own[0] if own else ELSEWHERE
         return fitting[0] if len(fitting) == 1 else None
+
+    def _is_of_a_constant_network(self, label: str, call: Call) -> bool:
+        """Return whether a layer's statistics are constants, and those of its namesake are not.
+
+        A teacher in a closure, of the same class as the model, has layers of the same names.
+        """
+        if not self._has_constant_statistics(label, call):
+            return False
+        others = self._of.recording.calls.items()
+        return any(
+            other.path == call.path and not self._has_constant_statistics(name, other)
+            for name, other in others
+        )
+
+    def _has_constant_statistics(self, label: str, call: Call) -> bool:
+        flows = self._of.flows
+        old = [node for name in call.names for node in flows.of_label(f"{label} old {name}")]
+        return bool(old) and flows.origins(old).isdisjoint(flows.inputs)
 
     @cached_property
     def _ambiguous(self) -> set[str]:
@@ -325,16 +378,20 @@ class Layers:
     def parts(self) -> dict[str, int]:
         """Return path of a layer -> the number of rows it normalises at once, if a step splits its batch.
 
-        Only calls that stand for several, in a loop or under ``jax.vmap``, count. If a single call has
-        fewer rows than the batch, the other rows are not used: that is not a split.
+        Either a call stands for several, in a loop or under ``jax.vmap``, or the calls have different
+        inputs with as many rows as the batch in total. If a single call has fewer rows than the batch,
+        the other rows are not used: that is not a split.
         """
-        found = {}
+        found, flows, total = {}, self._of.flows, self._of.x.shape[0]
         for path in self.owners:
+            inputs: dict[int, set[int]] = defaultdict(set)
             for label in self.training(path):
                 call = self._of.recording.calls[label]
                 rows = call.shape[0] if len(call.shape) > 1 and 0 not in call.feature_axes else 0
-                splits = 1 < rows < self._of.x.shape[0] and self._of.x.shape[0] % rows == 0
-                if splits and self._stands_for_several(label, call):
+                if not (1 < rows < total and total % rows == 0):
+                    continue
+                inputs[rows].update(map(flows.number, flows.of_label(label)))
+                if self._stands_for_several(label, call) or len(inputs[rows]) * rows >= total:
                     found[path] = rows
         return found
 

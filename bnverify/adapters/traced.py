@@ -160,6 +160,12 @@ def marks_within(jaxpr: Any) -> bool:
     return any(labels_anywhere(each) for eqn in inner.eqns for each in inner_jaxprs(eqn))
 
 
+def labels_in_loops(jaxpr: Any) -> set[str]:
+    """Return the labels inside ``lax.scan``, ``fori_loop``, ``map`` and ``while_loop``."""
+    loops = [eqn for eqn in equations(jaxpr) if eqn.primitive.name in {"scan", "while"}]
+    return {label for eqn in loops for body in inner_jaxprs(eqn) for label in labels_anywhere(body)}
+
+
 def equations(jaxpr: Any) -> Iterator[Any]:
     """Yield every equation of a program and of its inner programs."""
     inner, _ = open_jaxpr(jaxpr)

@@ -331,6 +331,31 @@ def every_pass_reaches_the_statistics(t: Transition) -> list[str]:
     "statistics",
     kind="structure",
     observes=("look",),
+    capabilities=("look", "parts"),
+    mistakes=("pass_dropped",),
+    source="Huang et al. 2019, GPipe, https://arxiv.org/abs/1811.06965, section 2.2: the moving averages "
+    "of the statistics are those over the whole mini-batch",
+)
+def every_part_reaches_the_statistics(t: Transition) -> list[str]:
+    """If a loop processes the batch in parts, every part that trains updates the statistics.
+
+    Each part either starts from the statistics of the part before it, or the statistics of all parts
+    are averaged. If every part starts from those before the step, the last one overwrites all others.
+    The step is evaluated in float64 with and without changes to some rows of a part. If the new params
+    depend on these rows, the new statistics must, too.
+    """
+    return [
+        f"a loop normalises the batch in parts ({each.layers}), but the new statistics do not depend "
+        f"on {each.rows}, which train the params"
+        for each in t.facts["look"].parts
+        if not each.reaches
+    ]
+
+
+@law(
+    "statistics",
+    kind="structure",
+    observes=("look",),
     capabilities=("look", "passes"),
     mistakes=("ema_applied_twice",),
     source="https://github.com/davda54/sam/issues/17",
@@ -408,6 +433,32 @@ def a_copy_of_the_params_takes_their_statistics(t: Transition) -> list[str]:
         "and variance 1"
         for copy in t.facts["look"].copies
         if not copy.written
+    ]
+
+
+@law(
+    "statistics",
+    kind="structure",
+    observes=("look",),
+    capabilities=("look", "teachers"),
+    mistakes=("teacher_in_train_mode",),
+    source="Hinton et al. 2015, https://arxiv.org/abs/1503.02531: the targets are those of the trained "
+    f"teacher; {IOFFE}, section 3.1: the trained network normalises by its running statistics",
+)
+def teachers_predict_in_eval_mode(t: Transition) -> list[str]:
+    """A network that no step changes predicts in eval mode if its outputs are only targets.
+
+    In train mode the target of a row would depend on the other rows of the batch. Not judged are a
+    network through which a gradient flows (a fixed discriminator), whose output a trained layer takes
+    (a backbone), that draws random numbers (dropout by design), or that follows the params (a momentum
+    teacher).
+    """
+    return [
+        f"the layer {each.layer or 'itself'} of a network that is never trained normalises by the batch"
+        f"{_at(each.at)}, so its predictions, which are targets, depend on the other rows; its new "
+        "statistics are dropped"
+        for each in t.facts["look"].teachers
+        if each.training
     ]
 
 

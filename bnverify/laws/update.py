@@ -227,6 +227,23 @@ def frozen_gradients_scale_nothing(t: Transition) -> list[str]:
     "update",
     kind="structure",
     observes=("look",),
+    capabilities=("look", "lookaheads"),
+    mistakes=("gradient_at_the_slow_params",),
+    source="Zhang et al. 2019, Lookahead optimizer, https://arxiv.org/abs/1907.08610, algorithm 1",
+)
+def lookahead_takes_the_gradient_at_the_fast_params(t: Transition) -> list[str]:
+    """With optax.lookahead, the loss that is differentiated depends on the fast params."""
+    return [
+        f"the gradient depends on {each.path}/slow but not on {each.path}/fast, which it updates"
+        for each in t.facts["look"].lookaheads
+        if not each.at_fast
+    ]
+
+
+@law(
+    "update",
+    kind="structure",
+    observes=("look",),
     capabilities=("look", "schedules"),
     mistakes=("schedule_counts_batches",),
     source="https://github.com/AI-Hypercomputer/maxtext/pull/3452",

@@ -465,7 +465,9 @@ class TestPasses:
         assert "called in a loop" in exempt["batch_stats_change_only_by_ema"]
         assert TARGETS not in found(code.train_step).exempt
 
-    @pytest.mark.parametrize("how", ["scanned", pytest.param("mapped", marks=pytest.mark.nightly)])
+    @pytest.mark.parametrize(
+        "how", ["scanned", "unrolled", pytest.param("mapped", marks=pytest.mark.nightly)]
+    )
     def test_a_batch_that_is_split(self, how: str) -> None:
         """Each part is normalised by itself; only batches that can be split are run."""
 
@@ -482,6 +484,10 @@ class TestPasses:
 
             if how == "scanned":
                 stats, found = jax.lax.scan(slope, state.batch_stats, parts)
+            elif how == "unrolled":
+                stats, one = slope(state.batch_stats, jax.tree_util.tree_map(lambda a: a[0], parts))
+                stats, two = slope(stats, jax.tree_util.tree_map(lambda a: a[1], parts))
+                found = jax.tree_util.tree_map(lambda *each: jnp.stack(each), one, two)
             else:
                 stats, found = jax.vmap(slope, (None, 0))(state.batch_stats, parts)
                 stats = jax.tree_util.tree_map(lambda s: s.mean(0), stats)
@@ -492,7 +498,8 @@ class TestPasses:
         assert "in parts, 12 of 24 rows" in subject.exempt["row_order_changes_nothing"]
         assert "batch_stats_change_only_by_ema" in subject.exempt
         assert "one_momentum_for_the_whole_model" not in subject.exempt
-        assert subject.momentum == (None if how == "scanned" else MOMENTUM)
+        momenta = {"scanned": None, "unrolled": MOMENTUM**2, "mapped": MOMENTUM}
+        assert subject.momentum == momenta[how]
         report = bnverify.verify(subject, FEW, select=["statistics", "metamorphic"])
         assert report.ok, report
         assert any("multiples of 2 rows" in note for note in report.notes)
@@ -842,3 +849,123 @@ def test_statistics_under_another_name_are_found_if_no_layer_trains() -> None:
     subject = loop(create, step)
     state = jax.eval_shape(subject.init, 0, jnp.ones((4, 3)))
     assert jax.tree_util.tree_leaves(state.batch_stats)
+
+
+class Teacher(nn.Module):
+    """Dense, BatchNorm and dropout: x (N, 3) -> (N, 3)."""
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        """Return the features."""
+        x = nn.BatchNorm(use_running_average=not train, momentum=MOMENTUM)(nn.Dense(3)(x))
+        return nn.Dropout(self.dropout, deterministic=not train)(nn.tanh(x))
+
+
+def in_train_mode(variables: Any, x: Any, **options: Any) -> Any:
+    """Return the outputs of a teacher in train mode; its new statistics are dropped."""
+    teacher = Teacher(options.pop("dropout", 0.0))
+    return teacher.apply(variables, x, train=True, mutable=["batch_stats"], **options)[0]
+
+
+VARIABLES = Teacher().init(jax.random.PRNGKey(3), jnp.ones((1, 3)), train=False)
+
+
+def mse(out: Any, goal: Any) -> Any:
+    """Return the mean squared error."""
+    return jnp.mean((out - goal) ** 2)
+
+
+def by_a_noisy_teacher(out: Any, batch: Any) -> Any:
+    """Train mode is for the teacher's dropout."""
+    key = {"dropout": jax.random.PRNGKey(0)}
+    goal = in_train_mode(VARIABLES, batch["image"], dropout=0.5, rngs=key)
+    return mse(out, batch["label"]) + mse(out, goal[:, 0])
+
+
+def by_a_fixed_critic(out: Any, batch: Any) -> Any:
+    """The features of a fixed discriminator match, through which the gradient flows."""
+    real = in_train_mode(VARIABLES, batch["image"])
+    fake = in_train_mode(VARIABLES, batch["image"] + out[:, None])
+    return mse(out, batch["label"]) + mse(real.mean(0), fake.mean(0))
+
+
+class TestTeachers:
+    @pytest.mark.parametrize("loss", [by_a_noisy_teacher, by_a_fixed_critic])
+    def test_train_mode_may_be_intended(self, loss: Any) -> None:
+        """Dropout, and a network through which a gradient flows, need train mode."""
+        look = found(with_loss(loss)).look
+        assert look is not None
+        assert not any(each.training for each in look.teachers)
+
+    def test_a_backbone_is_no_teacher(self) -> None:
+        """A trained layer takes the outputs of a fixed network."""
+
+        def step(state: Any, batch: Any) -> Any:
+            inputs = in_train_mode(VARIABLES, batch["image"])
+            return code.train_step(state, {**batch, "image": inputs})
+
+        look = found(step).look
+        assert look is not None
+        assert look.teachers == ()
+
+    @pytest.mark.parametrize("moves", [True, False])
+    def test_a_copy_of_the_params_is_no_teacher(self, *, moves: bool) -> None:
+        """A momentum teacher follows the params; a target network may be copied by other code."""
+
+        def create(rng: Any) -> Any:
+            state = code.create(rng, 0.1)
+            other = code.create(jax.random.fold_in(rng, 1), 0.1)
+            return state, {"params": other.params, "batch_stats": other.batch_stats}
+
+        def step(state: Any, target: Any, batch: Any) -> Any:
+            goal, _ = state.apply_fn(target, batch["image"], train=True, mutable=["batch_stats"])
+            goal = 0.5 * goal[:, 0] + 0.5 * batch["label"]
+            after, report = code.train_step(state, {**batch, "label": goal})
+            if moves:
+                new = jax.tree_util.tree_map(
+                    lambda old, now: 0.9 * old + 0.1 * now, target["params"], after.params
+                )
+                target = {**target, "params": new}
+            return after, target, report
+
+        look = bnverify.loop(
+            create, step, batch=lambda x, y: {"image": x, "label": y}, features=3
+        ).look
+        assert look is not None
+        assert look.teachers == ()
+
+
+class TestParts:
+    @pytest.mark.parametrize("kept", [True, False])
+    def test_rows_that_do_not_train_may_be_left_out(self, *, kept: bool) -> None:
+        """Rows that a loop only measures reach neither params nor statistics."""
+
+        def step(state: Any, batch: Any) -> Any:
+            half = batch["image"].shape[0] // 2
+
+            def body(carry: Any, rows: Any) -> Any:
+                image, label, trains = rows
+
+                def loss(params: Any) -> Any:
+                    out, stats = code.run(state, params, carry[0], image)
+                    return mse(out, label) * trains, stats
+
+                (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+                stats = jax.tree_util.tree_map(
+                    lambda new, old: jnp.where((trains > 0) | kept, new, old), stats, carry[0]
+                )
+                return (stats, jax.tree_util.tree_map(jnp.add, carry[1], grads)), value
+
+            zeros = jax.tree_util.tree_map(jnp.zeros_like, state.params)
+            split = [leaf.reshape(2, half, *leaf.shape[1:]) for leaf in batch.values()]
+            (stats, grads), values = jax.lax.scan(
+                body, (state.batch_stats, zeros), (*split, jnp.array([1.0, 0.0]))
+            )
+            return state.apply_gradients(grads=grads, batch_stats=stats), {"loss": values.sum()}
+
+        look = found(step, rows=2).look
+        assert look is not None
+        assert look.parts != ()
+        assert all(each.reaches for each in look.parts)

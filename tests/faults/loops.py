@@ -536,6 +536,22 @@ def second_batch_forgotten(wrong: bool) -> Subject:
     return loop(loss=loss)
 
 
+@dropping
+def parts_from_old_statistics(wrong: bool) -> Subject:
+    """Gradients are accumulated in a Python loop; each part starts from the statistics before the step."""
+
+    def step(state: Any, x: Any, y: Any, loss: Any) -> Any:
+        half, stats, found = x.shape[0] // 2, state.batch_stats, []
+        for part in (slice(half), slice(half, None)):
+            start = state.batch_stats if wrong else stats
+            (value, stats), grads = part_of(state, state.params, start, x[part], y[part])
+            found.append((value, grads))
+        value, grads = mapped(lambda one, two: (one + two) / 2, *found)
+        return state.apply_gradients(grads=grads, batch_stats=stats), value
+
+    return loop(step=step, rows=2)
+
+
 @repeating
 def sharpness_pass_folded_in(wrong: bool) -> Subject:
     """Both passes of sharpness-aware minimisation update the statistics."""
@@ -771,6 +787,217 @@ def padding_in_the_moments(wrong: bool) -> Subject:
         eval_loss=lambda s, x, y: reduced(evaluated(s, x, y), (y > 0) | ~jnp.any(y > 0)),
         weights=lambda x, y: (y > 0) | ~jnp.any(y > 0),
     )
+
+
+# Batches in parts.
+
+accumulating = pair("pass_dropped", "every_part_reaches_the_statistics")
+
+
+def part_of(state: Any, params: Any, stats: Any, x: Any, y: Any) -> Any:
+    """Return the loss and the new statistics of one part of a batch, and the gradient."""
+
+    def loss(params: Any) -> Any:
+        out, new = run(state, params, x, stats=stats)
+        return squared(out, y).mean(), new
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+@accumulating
+def accumulated_from_old_statistics(wrong: bool) -> Subject:
+    """Each part of a fori_loop starts from the statistics before the step; the last part's are kept."""
+
+    def step(state: Any, x: Any, y: Any, loss: Any) -> Any:
+        half = x.shape[0] // 2
+        (value, stats), grads = part_of(state, state.params, state.batch_stats, x[:half], y[:half])
+
+        def body(i: Any, carry: Any) -> Any:
+            value, stats, grads = carry
+            given = (jax.lax.dynamic_slice_in_dim(each, i * half, half) for each in (x, y))
+            (more, stats), other = part_of(
+                state, state.params, state.batch_stats if wrong else stats, *given
+            )
+            return value + more, stats, mapped(jnp.add, grads, other)
+
+        value, stats, grads = jax.lax.fori_loop(1, 2, body, (value, stats, grads))
+        grads = mapped(lambda g: g / 2, grads)
+        return state.apply_gradients(grads=grads, batch_stats=stats), value / 2
+
+    return loop(step=step, rows=2)
+
+
+@accumulating
+def last_of_the_stacked_statistics(wrong: bool) -> Subject:
+    """A scan stacks the statistics of each part, and the step keeps the last instead of their mean."""
+
+    def step(state: Any, x: Any, y: Any, loss: Any) -> Any:
+        def body(carry: Any, given: Any) -> Any:
+            (value, stats), grads = part_of(state, state.params, state.batch_stats, *given)
+            return mapped(jnp.add, carry, grads), (value, stats)
+
+        zeros = mapped(jnp.zeros_like, state.params)
+        split = x.reshape(3, -1, FEATURES), y.reshape(3, -1)
+        grads, (values, stats) = jax.lax.scan(body, zeros, split)
+        stats = (
+            mapped(lambda leaf: leaf[-1], stats)
+            if wrong
+            else mapped(lambda leaf: leaf.mean(0), stats)
+        )
+        grads = mapped(lambda g: g / 3, grads)
+        return state.apply_gradients(grads=grads, batch_stats=stats), values.mean()
+
+    return loop(step=step, rows=3)
+
+
+@accumulating
+def first_of_the_strided_parts(wrong: bool) -> Subject:
+    """Of two parts, every other row each, the scan hands on the statistics of the first."""
+
+    def step(state: Any, x: Any, y: Any, loss: Any) -> Any:
+        def body(carry: Any, given: Any) -> Any:
+            stats, total, first = carry
+            (value, new), grads = part_of(state, state.params, stats, *given)
+            if wrong:
+                new = mapped(lambda n, o: jnp.where(first, n, o), new, stats)
+            return (new, mapped(jnp.add, total, grads), False), value
+
+        start = state.batch_stats, mapped(jnp.zeros_like, state.params), True
+        split = jnp.stack([x[::2], x[1::2]]), jnp.stack([y[::2], y[1::2]])
+        (stats, grads, _), values = jax.lax.scan(body, start, split)
+        grads = mapped(lambda g: g / 2, grads)
+        return state.apply_gradients(grads=grads, batch_stats=stats), values.mean()
+
+    return loop(step=step, rows=2)
+
+
+# Teachers.
+
+teaching = pair("teacher_in_train_mode", "teachers_predict_in_eval_mode")
+
+
+def taught(teacher: Any, variables: Any, x: Any, wrong: bool) -> Any:
+    """Return the predictions of a teacher, in train mode if ``wrong``."""
+    if not wrong:
+        return teacher.apply(variables, x, train=False)
+    return teacher.apply(variables, x, train=True, mutable=["batch_stats"])[0]
+
+
+@teaching
+def teacher_of_the_same_class(wrong: bool) -> Subject:
+    """A trained teacher in a closure, of the same class as its student, is called in train mode."""
+    variables = trained()
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        goal = taught(Net(), variables, x, wrong)
+        out, stats = run(state, params, x)
+        return squared(out, 0.5 * y + 0.5 * goal).mean(), stats
+
+    return loop(loss=loss)
+
+
+@teaching
+def teacher_in_the_state(wrong: bool) -> Subject:
+    """A teacher of another class is in the state, which no step changes; it is called in train mode."""
+
+    def kept(variables: Any, key: Any) -> Any:
+        del variables
+        return {"teacher": Critic().init(key, jnp.zeros((1, FEATURES)), train=False)}
+
+    def step(state: Any, x: Any, y: Any, loss_of: Pass) -> Any:
+        goal = taught(Critic(), state.kept["teacher"], x, wrong)[:, 0]
+        return by_gradient(state, x, 0.5 * y + 0.5 * goal, loss_of)
+
+    return loop(kept=kept, step=step)
+
+
+@teaching
+def two_teachers_averaged(wrong: bool) -> Subject:
+    """One of two teachers, whose predictions are averaged, is called in train mode, under jit."""
+    one, two = trained(), mapped(lambda leaf: 0.5 * leaf, trained())
+
+    @jax.jit
+    def goal(x: Any) -> Any:
+        return 0.5 * (taught(Net(), one, x, False) + taught(Net(), two, x, wrong))
+
+    def loss(state: Any, params: Any, x: Any, y: Any) -> Any:
+        out, stats = run(state, params, x)
+        return (squared(out, y) + squared(out, goal(x))).mean(), stats
+
+    return loop(loss=loss)
+
+
+# The params of optax.lookahead.
+
+looking = pair("gradient_at_the_slow_params", "lookahead_takes_the_gradient_at_the_fast_params")
+
+
+def lookahead(gradient: Callable[..., Any], inner: Callable[[Any], Any] = optax.sgd) -> Subject:
+    """Return a loop with Lookahead.
+
+    Args:
+        gradient: (loss of params, params) -> the loss, the new statistics, and the gradient.
+        inner: learning rate -> the optimizer of the fast params.
+    """
+
+    def start(variables: Any, key: Any) -> Any:
+        del key
+        return {**variables, "params": optax.LookaheadParams.init_synced(variables["params"])}
+
+    def step(state: Any, x: Any, y: Any, loss_of: Pass) -> Any:
+        (value, stats), grads = gradient(lambda p: loss_of(state, p, x, y), state.params)
+        return state.apply_gradients(grads=grads, batch_stats=stats), value
+
+    def eval_loss(state: Any, x: Any, y: Any) -> Any:
+        return evaluated(state.replace(params=state.params.slow), x, y).mean()
+
+    def tx(lr: Any) -> Any:
+        return optax.lookahead(inner(lr), sync_period=3, slow_step_size=0.5)
+
+    return loop(start=start, step=step, eval_loss=eval_loss, tx=tx)
+
+
+@looking
+def gradient_at_the_slow_params(wrong: bool) -> Subject:
+    """The gradient is taken at the params that are used for evaluation."""
+
+    def gradient(loss: Any, params: Any) -> Any:
+        return jax.value_and_grad(loss, has_aux=True)(params.slow if wrong else params.fast)
+
+    return lookahead(gradient)
+
+
+@looking
+def gradient_of_the_wrong_one_of_a_pair(wrong: bool) -> Subject:
+    """The loss is differentiated with respect to the pair, but depends on its second half."""
+
+    def gradient(loss: Any, params: Any) -> Any:
+        def of_pair(pair: Any) -> Any:
+            return loss(pair[1] if wrong else pair[0])
+
+        value, grads = jax.value_and_grad(of_pair, has_aux=True)(tuple(params))
+        return value, grads[1] if wrong else grads[0]
+
+    return lookahead(gradient, optax.adam)
+
+
+@looking
+def gradient_at_the_slow_backbone_and_head(wrong: bool) -> Subject:
+    """Both halves of the network are taken from the slow params, in a compiled function."""
+
+    @partial(jax.jit, static_argnums=0)
+    def gradient(loss: Any, params: Any) -> Any:
+        at = params.slow if wrong else params.fast
+        head = {name: at[name] for name in at if name == "head"}
+        rest = {name: at[name] for name in at if name != "head"}
+
+        def joined(parts: Any) -> Any:
+            return loss({**parts[0], **parts[1]})
+
+        value, grads = jax.value_and_grad(joined, has_aux=True)((rest, head))
+        return value, {**grads[0], **grads[1]}
+
+    return lookahead(gradient)
 
 
 # Schedules with gradient accumulation.
