@@ -557,6 +557,20 @@ class TestRoles:
         assert found.exempt == expected.exempt
         assert "gradients_are_gradients_of_the_loss" not in found.exempt
 
+    def test_it_shows_it_to_the_next_loop_too(self) -> None:
+        """Although JAX has kept its program from the first one, and from a call by the user."""
+        inner = jax.jit(code.train_step)
+
+        def step(state: Any, batch: Any) -> Any:
+            return inner(state, batch)
+
+        for _ in range(2):
+            subject = loop(code.create, step)
+            assert subject.momentum == 0.9
+            assert subject.biases_before_norm == ("Dense_0/bias",)
+            _, _, info = one_step(subject)
+            assert info.grads is not None
+
     def test_functions_of_libraries_are_not_traced_again(self) -> None:
         """JAX's own compiled functions, such as jnp.where, are taken from its cache if nothing is missed."""
         traced = []
