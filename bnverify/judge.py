@@ -9,7 +9,7 @@ import numpy as np
 
 from bnverify.errors import first_line
 from bnverify.jaxpr.arithmetic import is_float32_wide_throughout
-from bnverify.jaxpr.rounding import Rounding, evaluate_stacked, rounding
+from bnverify.jaxpr.rounding import Rounded, Rounding, evaluate_stacked, rounding
 from bnverify.jaxpr.slope import Slope, directional_derivative
 from bnverify.jaxpr.tracing import Abstract, Tracer, TreeFunction
 from bnverify.jaxpr.undrawn import UndrawnReading, draws_can_be_equal
@@ -126,8 +126,8 @@ class RoundingBounds:
         stacked = jax.tree_util.tree_map(lambda leaf: leaf[None], direction)
         return known._replace(direction=stacked, slope=slope)
 
-    def of_evaluation(self, state: State, case: Case) -> Any:
-        """Return the rounding noise of the eval loss of given states, without that of a step.
+    def of_evaluation(self, state: State, case: Case) -> Rounded:
+        """Return the exact eval loss of given states, and its rounding noise without that of a step.
 
         Args:
             state: stacked states.
@@ -136,7 +136,7 @@ class RoundingBounds:
         single = _of_one_case((state, case.x, case.y))
         program = self._tracer.trace("evaluate", self._tracer.subject.evaluate, *single)
         reading = self._once("evaluate", single, lambda: Rounding(program, self._seed))
-        return reading.evaluate(state, case.x, case.y).noise
+        return reading.evaluate(state, case.x, case.y)
 
     def undrawn(self, before: State, case: Case) -> Undrawn | None:
         """Return a step, and one on the doubled batch, with equal random numbers.
@@ -340,8 +340,9 @@ class Judge:
             exact, wide_range = self.bounds.exact(t.before, constant_features(t.case))
             facts |= {"exact_constant_features": exact, "wide_range": wide_range}
         if "eval_noise" in needs:
-            noise = self.bounds.of_evaluation(t.after, t.case)
-            facts["eval_noise"] = _unless_faint(t.case, noise)
+            evaluated = self.bounds.of_evaluation(t.after, t.case)
+            facts["exact_evaluation"] = evaluated.exact
+            facts["eval_noise"] = _unless_faint(t.case, evaluated.noise)
         if "undrawn" in needs:
             facts["undrawn"] = self.bounds.undrawn(t.before, t.case)
         if not needs.isdisjoint(READ_NEEDS - {EXACT, "eval_noise", "undrawn"}):

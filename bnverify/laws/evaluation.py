@@ -35,7 +35,7 @@ NUDGED = tuple(f"nudged_statistics_{pattern}" for pattern in range(NUDGES))
 
 @law(
     "evaluation",
-    observes=("noise",),
+    observes=("noise", "eval_noise"),
     mistakes=(
         "division_by_zero_variance",
         "exponential_overflows",
@@ -56,11 +56,15 @@ def eval_loss_is_finite(t: Transition) -> Any:
     """After one step from the initial state, the eval loss is finite.
 
     A case is skipped if the exact loss, from the same step in float64, exceeds the range of its dtype
-    or is lost in rounding. That tells a legitimate overflow (lr = 1 where rounding has cancelled the
-    batch variance) from a division by zero.
+    or is lost in rounding, and so is that of evaluating the step's new state in float64. That tells a
+    legitimate overflow (lr = 1 where rounding has cancelled the batch variance) from a division by zero.
     """
-    exact, largest = wide(t.exact.eval_loss), float(jnp.finfo(t.eval_loss.dtype).max)
-    claimed = ~xp.isfinite(exact) | (xp.abs(exact) + t.noise.eval_loss <= largest)
+    largest = float(jnp.finfo(t.eval_loss.dtype).max)
+    exact, noise = wide(t.exact.eval_loss), t.noise.eval_loss
+    claimed = ~xp.isfinite(exact) | (xp.abs(exact) + noise <= largest)
+    # The rounding of the step alone may be unknown, as that of Adam where a gradient is exactly 0.
+    evaluated, noise = wide(t.facts["exact_evaluation"]), t.facts["eval_noise"]
+    claimed = claimed | (xp.abs(evaluated) + noise <= largest)
     finite = all_over(xp.isfinite(t.eval_loss) | ~claimed)
     return when((t.case.warmup == 0) & any_over(claimed), holds_if(finite))
 

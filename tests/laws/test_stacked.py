@@ -93,6 +93,7 @@ def transitions() -> Transition:
         "directional_derivative": (slope, 1e-3 * np.abs(slope), slope != 0),
         "oracle": oracle._replace(eval_loss=loss),
         "exact_constant_features": t.reruns["constant_features"],
+        "exact_evaluation": t.eval_loss,
         "eval_noise": noise.eval_loss,
         "undrawn": Undrawn(outcome, t.reruns["doubled_batch"], noise),
     }
@@ -232,13 +233,14 @@ def test_an_eval_loss_is_one_number_of_either_shape(
     def reshaped(tree: Any) -> Any:
         return jax.tree_util.tree_map(lambda leaf: leaf.reshape(shape), tree)
 
+    of_evaluation = "exact_evaluation", "eval_noise"
     evals = dict(transitions.evals)
     rows = evals.pop("rows").reshape(STACK, SHAPE[0], *shape[1:])
     t = transitions._replace(
         eval_loss=reshaped(transitions.eval_loss),
         evals={**reshaped(evals), "rows": rows},
         noise=transitions.noise._replace(eval_loss=reshaped(transitions.noise.eval_loss)),
-        facts={**transitions.facts, "eval_noise": reshaped(transitions.facts["eval_noise"])},
+        facts={**transitions.facts, **{n: reshaped(transitions.facts[n]) for n in of_evaluation}},
     )
     for name in (
         "eval_rows_are_independent",
