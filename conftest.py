@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from importlib import metadata
@@ -63,3 +64,5 @@ def _compile_cache() -> None:
     from bnverify import compile_cache
 
     compile_cache.enable()
+    # What collecting the tests imported stays: the collector need not go through it again and again.
+    gc.freeze()

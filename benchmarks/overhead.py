@@ -15,6 +15,7 @@ compiled which are not the subject's own: there are none.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -65,6 +66,7 @@ def check(target: str, profile: str) -> dict[str, Any]:
 
     compile_quickly()
     subject = load(target)
+    gc.freeze()
     names = compiled_names()
     began = time.process_time()
     report = verify(subject, profile)

@@ -367,7 +367,10 @@ class Check:
         ]
         if probe is not None and probed:
             few = replace(self._plan, tiny=1, shapes=0, blocks=1, examples=1, large=())
-            runners.append(Runner(probe.tracer, probe.abstract, probed, few, note=proof.PROBED))
+            # Nobody trains with this optimizer, so its step is read and not compiled.
+            runners.append(
+                Runner(probe.tracer, probe.abstract, probed, few, note=proof.PROBED, how="read")
+            )
         return runners
 
     def _explained(self, evidence: Evidence) -> Evidence:

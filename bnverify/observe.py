@@ -17,6 +17,7 @@ import numpy as np
 from bnverify import compat
 from bnverify.errors import first_line
 from bnverify.jaxpr.arithmetic import count_operations, count_values
+from bnverify.jaxpr.rounding import evaluate_stacked
 from bnverify.jaxpr.tracing import Abstract, Program, Tracer, TreeFunction
 from bnverify.lazy import jax, jnp
 from bnverify.model import Case, Outcome, State, Subject, Transition, Tree
@@ -34,7 +35,7 @@ from bnverify.reruns import (
     shift_biases,
 )
 
-How: TypeAlias = Literal["vmap", "jit", "eager"]
+How: TypeAlias = Literal["vmap", "jit", "eager", "read"]
 
 OPERATIONS = 2e9
 """The most operations in the steps of one stack, a few seconds on one core."""
@@ -108,7 +109,8 @@ class CompiledSubject:
     Args:
         subject: the subject.
         how: "vmap": compiled under ``jax.vmap``; "jit": compiled, and called for one case after
-            another, as a user would; "eager": called for one case after another, without jit.
+            another, as a user would; "eager": called for one case after another, without jit; "read":
+            not compiled, but evaluated in NumPy without rounding, all cases at once.
         tracer: the tracer to use, shared with other readers of the subject's traces.
         most: the number of cases in one call under vmap, or fewer for a large model; larger stacks
             are split into blocks, smaller ones padded. None: all at once.
@@ -152,7 +154,7 @@ class CompiledSubject:
         """Return (operations, values computed) of a step on a batch of a shape; 0 if unknown."""
         if shape not in self._sizes:
             self._sizes[shape] = 0.0, 0.0
-            if self._how == "eager":
+            if self._how == "eager":  # it may not trace
                 return self._sizes[shape]
             try:
                 state, batch = self.tracer.state(*shape), self.tracer.batch(*shape)
@@ -193,6 +195,8 @@ class CompiledSubject:
             given = (jax.tree_util.tree_map(jnp.asarray, take(args, i)) for i in range(cases))
             return stack([_host(function(*each)) for each in given])
         single = jax.tree_util.tree_map(lambda leaf: Abstract(leaf.shape[1:], leaf.dtype), args)
+        if self._how == "read":
+            return _read(self.tracer.trace(name, function, *single), args)
         if self._how == "jit":
             program = self._program(name, function, single, None)
             given = ([leaf[i] for leaf in leaves] for i in range(cases))
@@ -303,6 +307,12 @@ def _compiled(lowered: tuple[Any, Any]) -> Callable[..., Any]:
     stage, structure = lowered
     program = compat.compiled(stage, QUICK)
     return lambda *leaves: jax.tree_util.tree_unflatten(structure, program(*leaves))
+
+
+def _read(program: Program, args: Any) -> Any:
+    """Return a program's results on stacked arguments without rounding, in the program's own dtypes."""
+    exact = evaluate_stacked(program, *args)
+    return jax.tree_util.tree_map(lambda leaf, to: leaf.astype(to.dtype), exact, program.out)
 
 
 def _on_device(leaf: Any) -> Any:

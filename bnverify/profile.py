@@ -38,7 +38,8 @@ class Profile:
 
     Attributes:
         name: its name in options.
-        tiny: the number of tiny shapes, where counterexamples are small; the largest of them are used.
+        tiny: the number of tiny shapes: of (2, 2), (1, 1) and (2, 1) the first ones. Smaller
+            counterexamples are sought in (2, 1) in any case.
         shapes: the number of shapes (N, D) drawn from the domain besides the tiny ones.
         blocks: the number of stacks for each shape.
         block: the number of cases in a stack.
@@ -62,7 +63,7 @@ class Profile:
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("quick"),
+        Profile("quick", tiny=2),
         Profile("ci", shapes=3, blocks=4, block=512, examples=60, eager=3, processes=1),
         Profile(
             "nightly",

@@ -176,6 +176,7 @@ class Runner:
         plan: how much to run.
         refusal: why the subject does not trace; empty if it does.
         note: a remark to add to every reason.
+        how: how stacked cases are run; see :class:`CompiledSubject`.
 
     Attributes:
         domain: the domain of the cases.
@@ -193,6 +194,7 @@ class Runner:
         *,
         refusal: str = "",
         note: str = "",
+        how: How = "vmap",
     ) -> None:
         subject = tracer.subject
         self.laws = laws
@@ -205,9 +207,9 @@ class Runner:
         self.judge, self._second = (
             Judge(tracer, abstract, seed, traces=not refusal) for seed in (0, 1)
         )
-        stacked: How = "eager" if refusal else "vmap"
+        self._how: How = "eager" if refusal else how
         alone: How = "eager" if refusal else "jit"
-        self._batched = CompiledSubject(subject, stacked, tracer=tracer, most=plan.block)
+        self._batched = CompiledSubject(subject, self._how, tracer=tracer, most=plan.block)
         self.single = CompiledSubject(subject, alone, tracer=tracer)
         # A function that is init, one step and evaluate in one call is compared with a first step.
         first = bool(laws) and all("solution" in law.observes for law in laws)
@@ -223,8 +225,16 @@ class Runner:
 
     def tiny(self) -> list[Shape]:
         """Return the tiny shapes of the plan, the largest last."""
-        given = tiny_shapes(domain=self.domain, features=self.subject.features)
-        return list(given[-self.plan.tiny :])
+        smallest, *_, largest = self._all_tiny()
+        first = dict.fromkeys([largest, smallest, *self.between()])
+        return sorted([*first][: self.plan.tiny], key=math.prod)
+
+    def between(self) -> list[Shape]:
+        """Return the tiny shapes between the smallest and the largest one."""
+        return self._all_tiny()[1:-1]
+
+    def _all_tiny(self) -> list[Shape]:
+        return list(tiny_shapes(domain=self.domain, features=self.subject.features))
 
     def further(self, seed: int) -> tuple[list[Shape], list[str]]:
         """Return the larger shapes, with as many rows as the model allows, and notes about them."""
@@ -259,13 +269,17 @@ class Runner:
         if not self.laws:
             return 0
         shapes = {*self.tiny(), *self.further(seed)[0]}
-        return 1 + len(shapes) + any(SINGLE.intersection(law.observes) for law in self.laws)
+        return (
+            self.compiles
+            + len(shapes)
+            + any(SINGLE.intersection(law.observes) for law in self.laws)
+        )
 
     # Running.
 
     def prepare(self, shapes: Iterable[Shape]) -> None:
         """Start compiling for several shapes in the background; errors are raised by the later call."""
-        if not self.stacks:
+        if not self.compiles:
             return
         for shape in shapes:
             try:
@@ -303,6 +317,11 @@ class Runner:
         """Run cases one at a time from now on, because the subject does not run under vmap."""
         self.unstacked = f"not run under vmap: {first_line(error)}"
         self._batched = self.single
+
+    @property
+    def compiles(self) -> bool:
+        """Whether stacked cases are run by compiled programs."""
+        return self.stacks and self._how == "vmap"
 
     @property
     def stacks(self) -> bool:
@@ -443,23 +462,25 @@ class Run:
             return
         rng = np.random.default_rng(self._seed)
         tiny = self._runner.tiny()
+        small = sorted({*tiny, *self._runner.between()}, key=math.prod)
         further, notes = self._runner.further(self._seed)
         self.notes += notes
         # The smallest batches come last: BatchNorm maps a single row to 0, so it reveals little.
         shapes = [*sorted(tiny, key=lambda shape: shape[0] == self._domain.multiple), *further]
-        yield "compiling", self.cases  # the proofs are printed before it
-        self._runner.prepare(shapes)
+        if self._runner.compiles:
+            yield "compiling", self.cases  # the proofs are printed before it
+            self._runner.prepare(shapes)
         for shape in shapes:
             if not self._enough:
                 yield from self._stack(shape, self._plan.blocks, rng)
-        yield from self._descend(rng)
+        yield from self._descend(rng, shapes)
         if self._runner.unstacked:
             self.notes.append(self._runner.unstacked)
         yield from self._explore(tiny[-1])
         broken = [t for t in self.tallies.values() if t.violated and t.law.kind == "residual"]
         for place, tally in enumerate(broken):
             yield f"shrinking {tally.law.name}", self.cases
-            shrink.simplify(self._runner, tally, broken[place + 1 :], tiny, self._seed)
+            shrink.simplify(self._runner, tally, broken[place + 1 :], small, self._seed)
 
     @property
     def _enough(self) -> bool:
@@ -503,10 +524,11 @@ class Run:
             if self._enough:
                 break
 
-    def _descend(self, rng: np.random.Generator) -> Iterator[Phase]:
+    def _descend(self, rng: np.random.Generator, run: Collection[Shape]) -> Iterator[Phase]:
         """Look for smaller violating cases of the laws that only large batches were seen to break.
 
-        First with fewer rows and few features, then with few features or few rows.
+        First with fewer rows and few features, then with few features or few rows, and last in the tiny
+        shapes that are not among those that were ``run``.
         """
         if not self._runner.stacks or self._enough:
             return
@@ -525,6 +547,9 @@ class Run:
             rows, columns = min(large)
             yield from self._stack((rows, width), 1, rng)
             yield from self._stack((2 * multiple, columns), 1, rng)
+        for smaller in self._runner.between():
+            if smaller not in run and self._runner.tiny()[-1] in self._violating():
+                yield from self._stack(smaller, 1, rng)
 
     def _violating(self) -> list[Shape]:
         """Return the shape of the simplest counterexample of each violated law."""

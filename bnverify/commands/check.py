@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import sys
 import threading
@@ -96,6 +97,8 @@ def _check(args: argparse.Namespace, shard: Shard) -> tuple[Report, list[str], b
         own = shard.take(laws)
         if not own:
             raise UsageError("no law is left to check")
+        # All that was imported lives as long as the process: the collector need not go through it.
+        gc.freeze()
         check = Check(
             what,
             args.profile,

@@ -25,7 +25,7 @@ GRADIENT = "gradients_are_gradients_of_the_loss"
 ROWS = "eval_rows_are_independent"
 TARGETS = "batch_stats_are_free_of_targets"
 MOMENTUM = 0.9
-FEW = Profile("few", tiny=2, shapes=0, block=64, examples=4)
+FEW = Profile("few", tiny=1, shapes=0, block=64, examples=4)
 
 
 def found(step: Any, create: Any = code.create, **options: Any) -> Subject:

@@ -12,7 +12,7 @@ import pytest
 import bnverify
 from bnverify.profile import Profile
 
-FEW = Profile("few", tiny=2, shapes=0, block=64, examples=4)
+FEW = Profile("few", tiny=1, shapes=0, block=64, examples=4)
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 PLANTED = "  # the mistake"

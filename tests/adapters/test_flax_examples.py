@@ -14,7 +14,7 @@ import bnverify
 from bnverify.adapters.batches import classes
 from bnverify.profile import Profile
 
-FEW = Profile("few", tiny=2, shapes=0, block=32, examples=2)
+FEW = Profile("few", tiny=1, shapes=0, block=32, examples=2)
 LAWS = ("structure", "influence", "statistics", "update", "evaluation")
 
 

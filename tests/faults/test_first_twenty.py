@@ -13,7 +13,7 @@ from bnverify import cli
 from bnverify.profile import Profile
 from tests.faults import FAULTS
 
-FEW = Profile("few", tiny=2, shapes=0, block=64, examples=3, eager=0)
+FEW = Profile("few", tiny=1, shapes=0, block=64, examples=3, eager=0)
 """This is enough for each of them; benchmarks/kills.py runs the real profiles with many seeds."""
 
 # Fault of the catalogue -> the law about it.

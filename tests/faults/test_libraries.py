@@ -8,7 +8,7 @@ from bnverify.parallel.devices import on_devices
 from bnverify.profile import Profile
 from tests.faults.libraries import PARALLEL_LAW, PARALLEL_RIGHT, PARALLEL_WRONG
 
-FEW = Profile("few", tiny=2, shapes=0, block=64, examples=4)
+FEW = Profile("few", tiny=1, shapes=0, block=64, examples=4)
 HOME = "tests.faults.libraries:"
 
 

@@ -13,7 +13,7 @@ from bnverify.laws import LAWS, Law
 from bnverify.profile import Profile
 from tests.faults.libraries import LOOP_CONTROLS, LOOP_FAULTS
 
-FEW = Profile("few", tiny=2, shapes=0, block=64, examples=4)
+FEW = Profile("few", tiny=1, shapes=0, block=64, examples=4)
 CLAIMED = groupby(
     sorted(LOOP_FAULTS, key=lambda n: LOOP_FAULTS[n].law),
     key=lambda n: LOOP_FAULTS[n].law,

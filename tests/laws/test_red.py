@@ -24,7 +24,7 @@ from tests.faults.life import LIFE_FAULTS
 from tests.faults.parallel import PARALLEL_FAULTS
 from tests.faults.processes import PROCESS_FAULTS
 
-FEW = Profile("few", tiny=2, shapes=0, block=64, examples=4)
+FEW = Profile("few", tiny=1, shapes=0, block=64, examples=4)
 SGD = reference.sgd()
 NUMBER = jax.ShapeDtypeStruct((), jnp.float32)
 
