@@ -126,6 +126,12 @@ def _arrays(name: str, kind: str, value: State | StepInfo) -> None:
         for leaf in jax.tree_util.tree_leaves(tree):
             if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
                 raise Unfit(f"{name} returns a {kind} whose {field} holds {described(leaf)}")
+            if jax.numpy.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+                raise Unfit(
+                    f"{name} returns a {kind} whose {field} holds a typed PRNG key, which NumPy cannot "
+                    "hold: keep jax.random.key_data(key) there, and make it a key again with "
+                    "jax.random.wrap_key_data"
+                )
 
 
 def described(value: Any) -> str:

@@ -22,6 +22,9 @@ Seen = Mapping[str, Outcome]
 LONG_SEED = np.int32(2**24 + 1)
 """A seed that float32 cannot represent: it reveals functions that convert their seed to float32."""
 
+HALVES_LOST = np.int32(2**23 + 1)
+"""A seed that float32 can represent, but not with a fraction."""
+
 
 def with_statistics(state: State, change: Callable[[Any], Any]) -> State:
     """Return ``state`` with ``change`` applied to every floating-point statistic."""

@@ -30,7 +30,7 @@ from bnverify.observe import (
 )
 from bnverify.profile import Profile
 from bnverify.pytree import stack, take
-from bnverify.reruns import LONG_SEED
+from bnverify.reruns import HALVES_LOST, LONG_SEED
 from bnverify.shapes import TINY_SHAPES, shape_pool, tiny_shapes
 from bnverify.stacks import stacked_cases
 
@@ -576,6 +576,7 @@ class Run:
             # The one-call function takes a single step, so there must be no warm-up.
             first = [cases[index]._replace(warmup=np.int32(0)) for index in ranked[: 1 + LONG]]
             long = [case._replace(seed=LONG_SEED) for case in first[1:]]
+            long += [case._replace(seed=HALVES_LOST) for case in first[1:2]]
             self._singly([*first[:1], *long], [law for law in laws if "solution" in law.observes])
 
     def _singly(self, cases: list[Case], laws: list[Law]) -> None:

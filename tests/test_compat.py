@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from importlib import metadata
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from bnverify import compat
+from bnverify.observe import QUICK
 
 LEVEL = "--xla_backend_optimization_level=0"
 
@@ -34,3 +37,10 @@ def test_xla_is_told_to_compile_quickly_by_flags_that_it_knows(
     monkeypatch.setenv("XLA_FLAGS", given)
     compat.compile_quickly()
     assert os.environ["XLA_FLAGS"].split() == expected
+
+
+def test_a_stack_of_cases_keeps_the_nan_of_a_single_one() -> None:
+    """XLA may drop it where the maximum with 0 is summed over a large array: docs/findings.md."""
+    x = jnp.full((512, 8), jnp.nan)
+    lowered = jax.jit(lambda x: jax.nn.relu(x).sum(axis=1)).lower(x)
+    assert jnp.isnan(compat.compiled(lowered, QUICK)(x)).all()

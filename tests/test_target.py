@@ -14,6 +14,7 @@ from bnverify.target import TargetError, load
 
 STEPS = """
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from bnverify import State, StepInfo, Subject
 import neighbour
@@ -77,6 +78,7 @@ step_returns_state = without(step=lambda state, x, y, lr: state)
 step_returns_pair = without(step=lambda state, x, y, lr: (state, 1.0))
 no_init = without(init=None)
 init_returns_tuple = without(init=lambda seed, x: (1, 2, 3))
+holds_key = without(init=lambda seed, x: State({"w": x}, {}, (), jax.random.key(seed)))
 holds_text = without(init=lambda seed, x: State({"w": "text"}, {}, ()))
 evaluates_to_none = without(evaluate=lambda state, x, y: None)
 
@@ -200,6 +202,8 @@ REFUSED = {
     "steps.py:step_returns_pair": "step must return (State, StepInfo), got (State, float)",
     "steps.py:no_init": "init is None, not a function init(seed, x)",
     "steps.py:init_returns_tuple": "init must return a bnverify.State, got (int, int, int)",
+    "steps.py:holds_key": "init returns a State whose extra holds a typed PRNG key, which NumPy cannot "
+    "hold: keep jax.random.key_data(key) there, and make it a key again with jax.random.wrap_key_data",
     "steps.py:holds_text": "init returns a State whose params holds a value of type str",
     "steps.py:evaluates_to_none": "evaluate must return an array of shape (1,), got None",
     "steps.py:raises_in_step": "usually batch_stats was not declared mutable. Fix: model.apply",

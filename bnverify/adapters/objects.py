@@ -15,7 +15,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnverify.adapters.batches import is_metrics
-from bnverify.adapters.trees import extra_of
+from bnverify.adapters.trees import extra_of, is_key
 from bnverify.errors import UsageError
 from bnverify.model import State
 from bnverify.pytree import key_name
@@ -79,11 +79,6 @@ def kinds_of_variables(node: Any) -> tuple[Any, ...]:
     by_name = nnx.All(nnx.Variable, lambda path, _: tuple(map(str, path)) in named)
     statistics = nnx.Any(nnx.BatchStat, by_name)
     return (nnx.Param, statistics, nnx.RngState, ...)
-
-
-def is_key(leaf: Any) -> bool:
-    """Return whether a leaf is a typed PRNG key, which NumPy cannot hold."""
-    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
 def is_object(value: Any) -> bool:

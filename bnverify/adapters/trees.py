@@ -79,7 +79,6 @@ class Layout:
             parts[OPTIMIZER] or (),
             extra or (),
         )
-        # A step counter may start as a Python int and become an array.
         return State(*(jax.tree_util.tree_map(_array, tree) for tree in trees))
 
     def join(self, state: State, template: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,7 +340,7 @@ def at(tree: Any, path: Path) -> Any:
 
 def _replaced(node: Any, values: Mapping[Path, Any], path: Path) -> Any:
     if path in values:
-        return values[path]
+        return _with_keys_of(node, values[path])
     children, treedef = _children(node)
     if treedef is None:
         return node
@@ -368,7 +367,32 @@ def _listed(things: Mapping[str, Any]) -> str:
 
 
 def _array(leaf: Any) -> Any:
+    """Return a leaf as an array that NumPy can hold: a typed PRNG key as its data."""
+    if is_key(leaf):
+        return jax.random.key_data(leaf)
+    # A step counter may start as a Python int and become an array.
     return leaf if hasattr(leaf, "dtype") else jnp.array(leaf)
+
+
+def is_key(leaf: Any) -> bool:
+    """Return whether a leaf is a typed PRNG key, which NumPy cannot hold."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
+
+
+def _with_keys_of(template: Any, tree: Any) -> Any:
+    """Return a tree with the data of typed PRNG keys made keys, where the template has some."""
+    if not any(map(is_key, jax.tree_util.tree_leaves(template))):
+        return tree
+    return jax.tree_util.tree_map(
+        lambda old, new: (
+            jax.random.wrap_key_data(jnp.asarray(new), impl=jax.random.key_impl(old))
+            if is_key(old)
+            else new
+        ),
+        template,
+        tree,
+    )
 
 
 def kind_of(tree: Any) -> str:
@@ -389,8 +413,7 @@ def _is_prng_key(value: Any) -> bool:
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     if dtype is None:
         return False
-    typed = bool(jnp.issubdtype(dtype, jax.dtypes.prng_key)) and shape == ()
-    return typed or (dtype == jnp.uint32 and shape in {(2,), (4,)})
+    return (is_key(value) and shape == ()) or (dtype == jnp.uint32 and shape in {(2,), (4,)})
 
 
 def search(things: Mapping[str, Any], layers: Mapping[str, Sequence[str]]) -> str | None:

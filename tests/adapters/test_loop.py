@@ -604,7 +604,9 @@ class TestRoles:
         subject = loop(create, step)
         before, after, _ = one_step(subject)
         assert paths(before.extra) == ["fields/rng", "fields/state/step"]
-        assert np.any(before.extra["fields"]["rng"] != after.extra["fields"]["rng"])
+        rngs = [np.asarray(state.extra["fields"]["rng"]) for state in (before, after)]
+        assert [(rng.shape, rng.dtype) for rng in rngs] == [((2,), np.uint32)] * 2
+        assert np.any(rngs[0] != rngs[1])
 
     def test_any_name_of_a_random_number_generator_is_a_key(self) -> None:
         """``z_rng``, as in Flax's own VAE, and ``rng_g`` of a GAN."""
