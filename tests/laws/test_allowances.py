@@ -165,6 +165,31 @@ def test_only_the_biased_variance_is_the_layers_own() -> None:
     assert law.check(t).item() > 1000
 
 
+def test_equal_rows_may_be_added_one_after_another() -> None:
+    """The sums of the fast variance err by a fraction of the number of rows where these are equal."""
+    law = LAWS["batch_moments_are_the_layers_own"]
+    value = np.full((64, 512), 1.0, np.float32) + np.linspace(0, 1, 512, dtype=np.float32)
+    value[0] *= np.float32(0.5)
+    summed = squares = np.zeros(512, np.float32)
+    for row in value:
+        summed, squares = summed + row, squares + row * row
+    mean = summed / np.float32(64)
+    fast = squares / np.float32(64) - mean * mean
+    exact = LayerInput(value.astype(np.float64)[None])
+    new = State({}, {"norm": {"mean": mean[None], "var": fast[None]}}, ())
+    facts = {
+        "layer_inputs": {"norm": exact},
+        "layer_input_noise": {"norm": LayerInput(0 * exact.value)},
+    }
+    # With momentum 0 the new statistics are the batch's own, whatever the old ones.
+    reruns = dict.fromkeys(
+        ("zero_statistics", "huge_statistics"), Outcome(new, StepInfo(None, None))
+    )
+    state = State({}, {}, ())
+    residual = law.check(transition(state, state, None, reruns=reruns, facts=facts)).item()
+    assert 0.3 < residual <= 1
+
+
 @pytest.mark.parametrize(("places", "beyond"), [(0, False), (1, False), (16, True), (1000, True)])
 def test_sgd_allows_two_units_in_the_last_place(places: int, *, beyond: bool) -> None:
     """Twice the rounding of a product and a sum is allowed, but no more."""
