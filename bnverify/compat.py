@@ -89,7 +89,7 @@ def compile_quickly() -> None:
     """Set XLA_FLAGS so that this process compiles faster, at the cost of slower programs.
 
     Operations outside of jit are compiled one by one, which takes half as long with these flags. Call
-    it before the first of them. A flag that XLA_FLAGS already contains is not changed.
+    it before JAX is imported. A flag that XLA_FLAGS already contains is not changed.
     """
     from packaging.specifiers import SpecifierSet  # may be missing where recordings are made
 
@@ -100,6 +100,10 @@ def compile_quickly() -> None:
         if version in SpecifierSet(releases) and flag.partition("=")[0] not in named:
             given.append(flag)
     os.environ["XLA_FLAGS"] = " ".join(given)
+    if version in SpecifierSet(">=0.9,<0.10"):
+        # It reports each program from its cache as an error, in two kilobytes, on processors where
+        # XLA prefers not to gather; what really fails is raised, too.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 _UNKNOWN_OPTIONS: set[str] = set()
