@@ -509,8 +509,8 @@ def nnx_caller(
 ) -> Caller:
     """Return how to call a function that makes nnx objects: with ``rngs``, D, lr and an optimizer.
 
-    The PRNG streams are passed as ``rngs`` or as the last required parameter; one other required
-    parameter is the number of features, whatever its name.
+    The PRNG streams are passed as ``rngs`` or as the last required parameter, but a key as ``key`` and a
+    number as ``seed``; one other required parameter is the number of features, whatever its name.
 
     Args:
         make: the user's function.
@@ -523,8 +523,10 @@ def nnx_caller(
     """
     roles = dict(told or {})
     names = [n for n in required_names(make) if n not in roles and role_of(n) not in ("lr", "tx")]
-    others = [name for name in names if name != "rngs"]
-    rngs = "rngs" if "rngs" in parameter_names(make) else others.pop() if others else None
+    random = [n for n in names if role_of(n) in ("key", "seed") and not _takes_rngs(make, n)]
+    others = [name for name in names if name != "rngs" and name not in random]
+    takes_rngs = "rngs" in parameter_names(make)
+    rngs = "rngs" if takes_rngs else others.pop() if others and not random else None
     if len(others) > 1:
         raise UsageError(
             f"{what} has the required parameters {', '.join(names)}, but it is called only with rngs "
@@ -532,13 +534,19 @@ def nnx_caller(
         )
     roles |= {} if rngs is None else {rngs: "rngs"}
     roles |= dict.fromkeys(others, "features")
-    found = caller(make, what, allowed=("rngs", "features", "lr", "tx"), told=roles)
+    allowed = ("rngs", "key", "seed", "features", "lr", "tx")
+    found = caller(make, what, allowed=allowed, told=roles)
     if sizes is None and not found.takes("features"):
         raise UsageError(
             f"{what} has no parameter for the number of features: pass features=D, the D that its "
             "model accepts, or add one, as in lambda din, rngs: ..."
         )
     return found
+
+
+def _takes_rngs(make: Callable[..., Any], parameter: str) -> bool:
+    """Return whether a parameter is annotated as ``nnx.Rngs``, whatever its name."""
+    return "Rngs" in str(inspect.signature(make).parameters[parameter].annotation)
 
 
 def _takes(function: Any, count: int) -> bool:

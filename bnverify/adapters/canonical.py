@@ -31,6 +31,7 @@ from bnverify.adapters.programs import RATE, example_of, sizes_of
 from bnverify.adapters.traced import Flows
 from bnverify.adapters.trees import extra_of
 from bnverify.adapters.watch import noting
+from bnverify.errors import UsageError
 from bnverify.model import State, StepInfo, Subject, Tree
 
 CLAIMS = frozenset({"lr", "row_losses", "eval_is_training_loss"})
@@ -497,9 +498,19 @@ class _NnxModule:
     _known: dict[int, Parts] = field(default_factory=dict)
 
     def _make(self, seed: Any, features: Any) -> Any:
-        rngs = flax_nnx.Rngs(jax.random.key(seed))
+        random = {
+            "rngs": flax_nnx.Rngs(jax.random.key(seed)),
+            "key": jax.random.PRNGKey(seed),
+            "seed": seed,
+        }
         # The canonical step has its own optimizer and learning rate.
-        return self.maker({"rngs": rngs, "features": features, "lr": None, "tx": None})
+        made = self.maker({**random, "features": features, "lr": None, "tx": None})
+        if not isinstance(made, flax_nnx.Module):
+            raise UsageError(
+                f"make_module returns a {type(made).__name__}, not an nnx module: return the model alone, "
+                "or check your own loop with bnverify.nnx_loop"
+            )
+        return made
 
     def init(self, seed: Any, x: Any) -> tuple[Tree, Tree, Tree]:
         """Return the initial params, statistics and extra."""

@@ -268,7 +268,8 @@ class Loop:
         calls = recording.calls.values()
         written = [call for call in calls if call.training]
         layers = {call.path: call.names for call in written or calls}
-        place = trees.search(self.template, layers) if layers else None
+        called = {self.names.get(name, name): tree for name, tree in self.template.items()}
+        place = trees.search(called, layers) if layers else None
         return self if place is None else self.with_layout(place)
 
     def takes(self, role: str) -> bool:

@@ -424,7 +424,8 @@ def search(things: Mapping[str, Any], layers: Mapping[str, Sequence[str]]) -> st
         layers: path of a layer -> the names of its statistics.
 
     Returns:
-        The path of the subtree, joined by "/"; None if they are not all in one subtree.
+        The path of the subtree in its thing, joined by "/", or the name of the thing that it is; None if
+        they are not all in one subtree.
     """
     paths = leaf_names(dict(things))
     holders: set[str] = set()
@@ -435,5 +436,5 @@ def search(things: Mapping[str, Any], layers: Mapping[str, Sequence[str]]) -> st
             holders = found if not holders else holders & found
             if not holders:
                 return None
-    holder = min(holders, key=len, default="").partition("/")[2]
-    return holder or None
+    thing, _, inside = min(holders, key=len, default="").partition("/")
+    return inside or thing or None

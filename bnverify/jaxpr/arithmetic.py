@@ -202,8 +202,8 @@ def rounding_ulps(eqn: Any) -> float:
     """Return how many roundings, in ulps of the result, an equation amounts to.
 
     A sum of n numbers rounds n - 1 partial sums. Independent errors add up to sqrt(n) roundings;
-    those of equal numbers agree, and add up to a fraction of n. XLA's CPU backend adds up to 32
-    numbers one after another, and then such sums.
+    those of equal numbers agree, and add up to a fraction of n: to an eighth or a quarter where XLA's
+    CPU backend adds one after another, as in most sums over several axes.
     """
     name = eqn.primitive.name
     if name in _APPROXIMATE:
@@ -213,8 +213,7 @@ def rounding_ulps(eqn: Any) -> float:
     if name == "one_minus_square":  # 1 + x, 1 - x and their product
         return math.sqrt(3)
     count = terms(eqn)
-    in_a_row = min(count, 32) if count >= 16 and name not in PRODUCTS else 0
-    return math.sqrt(count) + count / 64 + in_a_row / 8
+    return math.sqrt(count) + count / (64 if name in PRODUCTS else 16)
 
 
 def accumulation_dtype(dtype: Any, eqn: Any) -> Any:

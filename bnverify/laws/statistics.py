@@ -223,9 +223,9 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
 
     The moments are measured as b = new(0) / (1 - m). The subtraction 1 - m turns the 3 u error of m
     into 3 u / (1 - m), or into half a unit in the last place if m is a decimal with four places. A
-    sum of n terms errs by at most (log2 n + 8) u of the sum of magnitudes in XLA's blocked order, and
-    comes close where the terms are equal. So E[h^2] errs by (log2 n + 16) u E[h^2], all else that is
-    rounded included, and the fast variance E[h^2] - E[h]^2 by 2 (log2 n + 8) u E[h]^2 more.
+    sum of n equal terms errs by up to n / 4 u where XLA adds them one after another. So the mean and
+    E[h^2] err by (n / 4 + 16) u sqrt(E[h^2]) and u E[h^2], all else that is rounded included, and the
+    fast variance E[h^2] - E[h]^2 by 2 (n / 4 + 8) u E[h]^2 more.
 
     The expected moments come from the layer's input in float64, read from the traced step. The step
     computes that input in its own precision, so the rounding noise of everything before the layer
@@ -241,7 +241,7 @@ def batch_moments_are_the_layers_own(t: Transition) -> Any:
             continue
         of_mean, of_var = apart_by(given, own, wide(t.facts["layer_input_noise"][path].value))
         square = own.var + own.mean**2
-        places = xp.log2(own.count) + 16
+        places = own.count / 4 + 16
         of_squares = places * square + 2 * (places - 8) * own.mean**2
         for name, expected, moved, errs in (
             ("mean", own.mean, of_mean, places * xp.sqrt(square)),

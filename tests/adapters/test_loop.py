@@ -176,6 +176,22 @@ class TestLayout:
         with pytest.raises(KeyError, match="stat"):
             loop(create, step, roles={"state": "things"})
 
+    def test_a_thing_that_is_the_statistics_is_found_whatever_its_name(self) -> None:
+        """``step(params, moving, opt_state, batch)``, as methods of a trainer often are."""
+
+        def create(rng: Any, lr: Any) -> Any:
+            state = code.create(rng, lr)
+            return state.params, state.batch_stats, state.opt_state
+
+        def step(params: Any, moving: Any, opt_state: Any, batch: Any) -> Any:
+            state = code.create(jax.random.PRNGKey(0), 0.1)
+            state = state.replace(params=params, batch_stats=moving, opt_state=opt_state)
+            state, info = code.train_step(state, batch)
+            return state.params, state.batch_stats, state.opt_state, info
+
+        before, after, _ = one_step(loop(create, step))
+        assert paths(before.batch_stats) == paths(after.batch_stats) != []
+
     def test_statistics_that_are_nowhere_are_refused(self) -> None:
         """A step without running statistics in its state is refused if its layers are trained."""
         made = code.variables(jax.random.PRNGKey(0))

@@ -1,5 +1,6 @@
 """The nnx loop adapter: users' steps that change their arguments."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -14,6 +15,7 @@ from flax import nnx as flax_nnx
 from bnverify.adapters.canonical import nnx
 from bnverify.adapters.explain import SubjectError
 from bnverify.adapters.loop import nnx_loop
+from bnverify.errors import UsageError
 from bnverify.model import State
 
 HOLDS_MODEL = "model" not in inspect.signature(flax_nnx.Optimizer.update).parameters  # to flax 0.10
@@ -76,6 +78,35 @@ def test_the_optimizers_state_is_optaxs() -> None:
     assert jax.tree_util.tree_structure(after.opt_state) == expected
     assert after.extra["optimizer"] == {"step": 1}
     assert {"lr"} <= subject.capabilities
+
+
+def of_a_key(din: int, key: Any) -> Any:
+    return NnxModel(din, flax_nnx.Rngs(params=key, dropout=jax.random.fold_in(key, 1)))
+
+
+def of_a_seed(din: int, seed: Any) -> Any:
+    return NnxModel(din, flax_nnx.Rngs(jax.random.key(seed)))
+
+
+def of_streams(din: int, noise: flax_nnx.Rngs) -> Any:
+    return NnxModel(din, noise)
+
+
+@pytest.mark.parametrize("make_module", [of_a_key, of_a_seed, of_streams])
+def test_a_function_that_makes_a_model_may_take_a_key_or_a_seed(make_module: Any) -> None:
+    """And streams under any name, if it is annotated so."""
+
+    @functools.wraps(make_module)
+    def made(*args: Any) -> Any:
+        model = make_module(*args)
+        return model, flax_nnx.Optimizer(model, optax.sgd(0.1), wrt=flax_nnx.Param)
+
+    before, after, _ = one_step(nnx_loop(made, train_step, eval_step))
+    assert np.any(before.params["first"]["kernel"] != after.params["first"]["kernel"])
+    alone = nnx(make_module).init(0, CASE.x).params
+    assert jax.tree_util.tree_structure(alone) == jax.tree_util.tree_structure(before.params)
+    with pytest.raises(UsageError, match="returns a tuple, not an nnx module: return the model"):
+        nnx(made)
 
 
 def test_an_optimizer_over_statistics_keeps_its_own_tree() -> None:

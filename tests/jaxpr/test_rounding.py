@@ -557,6 +557,22 @@ def test_many_equal_rows_in_32_bits_have_equal_errors():
     assert worst(actual, exact, noise) <= 1  # 9 with independent errors
 
 
+@pytest.mark.parametrize("images", [(8, 4, 4), (41, 4, 4), (64, 8, 8)], ids=str)
+def test_equal_numbers_may_be_added_one_after_another(images):
+    """The error of such a sum grows with the number of its terms, and that of a fast variance too."""
+
+    def function(x):
+        mean, squares = (jnp.mean(each, axis=(0, 1, 2)) for each in (x, x * x))
+        return mean, squares, squares - mean * mean
+
+    x = np.broadcast_to(RNG.uniform(1, 2, (32, 1, 1, 1, 6)).astype(np.float32), (32, *images, 6))
+    x = x * np.where(np.arange(images[0]) == 0, np.float32(0.5), 1).reshape(-1, 1, 1, 1)
+    _, exact, noise, _ = claim(function, x)
+    program = compat.compiled(jax.jit(jax.vmap(function)).lower(x), QUICK)
+    actual = [np.asarray(leaf).astype(np.float64) for leaf in program(x)]
+    assert worst(actual, list(exact), list(noise)) <= 1
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
     "values", [(1.129, -1.129, 2.258, -2.258), (1.0121, 1.0126, 1.0131, 1.0135)]
