@@ -17,6 +17,7 @@ from bnverify.adapters.programs import ROWS, Layers, Programs, listed, under
 from bnverify.adapters.reported import computed_beside
 from bnverify.adapters.rows import statistic_of_targets
 from bnverify.adapters.traced import DRAWS, SAME_VALUES, Flows
+from bnverify.jaxpr.undrawn import draws_can_be_equal
 from bnverify.model import Pairing
 
 TARGETS = (
@@ -290,6 +291,12 @@ class Design:
                     "eval_at_the_batchs_own_moments_is_the_training_loss",
                 ),
             )
+            if not draws_can_be_equal(self._of.step):
+                found |= because(
+                    "some of its random numbers cannot be held equal: they are drawn until one is "
+                    "accepted, as from a gamma or beta distribution",
+                    ("doubling_changes_nothing_if_draws_are_equal",),
+                )
         return found
 
     def _of_layers(self) -> dict[str, str]:

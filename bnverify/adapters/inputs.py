@@ -63,6 +63,10 @@ def _only_moves(flows: Flows, node: int) -> bool:
         return False
     if eqn.primitive.name in {"slice", "dynamic_slice"}:
         return bool(eqn.invars[0].aval.shape[1:] == eqn.outvars[0].aval.shape[1:])
+    if eqn.primitive.name == "scan":  # inside, one part of what it maps over
+        operands = [flows.aval(operand) for operand in flows.operands(node)]
+        part = flows.aval(node)
+        return len(operands) == 1 and getattr(operands[0], "shape", ())[1:] == part.shape != ()
     return eqn.primitive.name in SAME_VALUES
 
 

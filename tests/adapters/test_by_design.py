@@ -235,6 +235,26 @@ class TestInputsOfTheModel:
         notes = loop(code.create, step, code.eval_step).notes
         assert not [note for note in notes if "evaluated on the inputs" in note]
 
+    def test_a_part_of_the_rows_in_a_scan_is_not_noted(self) -> None:
+        """The same, with ``lax.scan``."""
+
+        def step(state: Any, batch: Any) -> Any:
+            def one(stats: Any, part: Any) -> Any:
+                def loss(params: Any) -> Any:
+                    out, new = code.run(state, params, stats, part["image"])
+                    return code.mse(out, part["label"]), new
+
+                grads, new = jax.grad(loss, has_aux=True)(state.params)
+                return new, grads
+
+            parts = jax.tree_util.tree_map(lambda a: a.reshape(2, -1, *a.shape[1:]), batch)
+            stats, grads = jax.lax.scan(one, state.batch_stats, parts)
+            grads = jax.tree_util.tree_map(lambda g: g.mean(0), grads)
+            return state.apply_gradients(grads=grads, batch_stats=stats)
+
+        notes = loop(code.create, step, code.eval_step).notes
+        assert not [note for note in notes if "evaluated on the inputs" in note]
+
     def test_the_same_in_both_or_by_chance_is_not(self) -> None:
         """Augmentation is by design."""
         assert not self.notes(lambda x, key: standardised(x), standardised)
