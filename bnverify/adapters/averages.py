@@ -168,9 +168,10 @@ class Averages:
     def _outside(self) -> Iterator[str]:
         """Yield a note about values in ``State.extra`` that are updated from the batch and used."""
         flows, inputs, outputs = self._of.flows, self._of.inputs, self._of.outputs
-        gradients = set().union(*self._of.gradients)
+        # What follows the params or the running statistics, as a target network does, is no average.
+        around = set().union(*self._of.gradients, under(outputs, STATISTICS))
 
-        of_batch = flows.reached([inputs["x"]], around=gradients, through=flows.is_floating)
+        of_batch = flows.reached([inputs["x"]], around=around, through=flows.is_floating)
         if self._of.loss is not None:  # the average of a loss is a metric
             of_batch -= flows.reached([self._of.loss]) - {self._of.loss}
         behind_eval = self._of.eval_flows.origins(self._of.eval_flows.outputs)

@@ -12,11 +12,14 @@ from typing import Any, Literal, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bnverify.adapters.programs import ROWS, Layers, Programs, listed, under
 from bnverify.adapters.reported import computed_beside
 from bnverify.adapters.rows import statistic_of_targets
 from bnverify.adapters.traced import DRAWS, SAME_VALUES, Flows
+from bnverify.jaxpr.rounding import evaluate
+from bnverify.jaxpr.tracing import trace
 from bnverify.jaxpr.undrawn import draws_can_be_equal
 from bnverify.model import Pairing
 
@@ -167,6 +170,22 @@ def declared_by(given: Declarations) -> Declared:
     return Declared(**said)
 
 
+def _combines_rows(batch: Callable[[Any, Any], Any], shape: tuple[int, int]) -> bool:
+    """Return whether a row of what ``batch`` makes depends on other rows than its own of x and y."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=size).astype(np.float32) for size in (shape, shape[:1]))
+    order = rng.permutation(len(x))
+    try:
+        program = trace(batch, x, y)
+        one, other = (evaluate(program, *each) for each in ((x, y), (x[order], y[order])))
+    except Exception:  # noqa: BLE001 - it may need values, or refuse these
+        return False
+    return any(
+        a.shape[:1] == (len(x),) and not np.array_equal(a[order], b, equal_nan=a.dtype.kind == "f")
+        for a, b in zip(*map(jax.tree_util.tree_leaves, (one, other)), strict=True)
+    )
+
+
 def _with_place(said: str, place: str | None) -> str:
     """Return a reason with the line of the user's code in brackets, if it is known."""
     return f"{said} ({place})" if place else said
@@ -274,6 +293,15 @@ class Design:
             found |= because(
                 f"the training loss depends on state that changes in every step: {what}",
                 ("eval_at_the_batchs_own_moments_is_the_training_loss",),
+            )
+        statistics = set(under(self._of.outputs, "batch_stats/"))
+        by_chance = self._of.flows.reached(self._of.flows.of_primitives(DRAWS))
+        of_x = self._of.flows.reached([self._of.inputs["x"]])
+        generates = statistics and not statistics & of_x and statistics & by_chance
+        if generates and not of_x.isdisjoint(under(self._of.outputs, "params/")):
+            found |= because(
+                "the layers normalise random numbers and not x, as a generator's do",
+                ("inputs_reach_the_statistics",),
             )
         draws = self._of.eval_flows.of_primitives(DRAWS)
         if self._of.eval_flows.depends_on(draws):
@@ -400,6 +428,9 @@ class Design:
             said = "row_losses=False: the loss is not a mean over rows"
             return {} if self._declared.row_losses else because(said, INDEPENDENT_ROWS, PAIRED)
         found: dict[str, str] = {}
+        if self._batch is not None and _combines_rows(self._batch, self._of.x.shape):
+            said = "batch= makes rows from other rows of x and y"
+            found |= because(said, ("row_order_changes_nothing",), INDEPENDENT_ROWS)
         if self._declared.weights is None:
             count = self._divides_by_the_batch()
             if count is not None:

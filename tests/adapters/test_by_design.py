@@ -990,3 +990,60 @@ class TestParts:
         assert look is not None
         assert look.parts != ()
         assert all(each.reaches for each in look.parts)
+
+
+@pytest.mark.parametrize("neighbours", [jnp.roll, lambda x, *_: x[::-1], lambda x, *_: x])
+def test_a_batch_may_be_made_of_other_rows(neighbours: Any) -> None:
+    """As observations with those that follow: the step is not to blame."""
+
+    def batch(x: Any, y: Any) -> Any:
+        return {"image": x, "label": neighbours(y, 1, 0)}
+
+    exempt = loop(code.create, code.train_step, code.eval_step, batch=batch).exempt
+    itself = neighbours(jnp.arange(3.0), 1, 0)[0] == 0
+    reason = exempt.get("row_order_changes_nothing", "")
+    assert ("rows from other rows" in reason) == (not itself)
+
+
+def test_a_generators_statistics_are_those_of_random_numbers() -> None:
+    """They do not depend on x, which trains the generator all the same."""
+
+    def step(state: Any, batch: Any, z_rng: Any) -> Any:
+        def loss(params: Any) -> Any:
+            noise = jax.random.normal(z_rng, batch["image"].shape)
+            out, stats = code.run(state, params, state.batch_stats, noise)
+            return jnp.mean((out.mean() - batch["image"].mean()) ** 2), stats
+
+        grads, stats = jax.grad(loss, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, batch_stats=stats)
+
+    exempt = loop(code.create, step, code.eval_step).exempt
+    assert "normalise random numbers" in exempt["inputs_reach_the_statistics"]
+    assert "inputs_reach_the_statistics" not in loop(code.create, code.train_step).exempt
+
+
+def test_statistics_of_a_target_network_follow_the_running_ones() -> None:
+    """They are in the state and evaluation uses them, but they are no averages of the batch."""
+
+    class WithTarget(code.TrainState):
+        target_params: Any
+        target_stats: Any
+
+    def create(rng: Any, lr: Any) -> Any:
+        made = code.create(rng, lr)
+        kept = {"params": made.params, "batch_stats": made.batch_stats}
+        target = {"target_params": made.params, "target_stats": made.batch_stats}
+        return WithTarget.create(apply_fn=made.apply_fn, tx=made.tx, **kept, **target)
+
+    def train_step(state: Any, batch: Any) -> Any:
+        new, info = code.train_step(state, batch)
+        params = optax.incremental_update(new.params, state.target_params, 0.1)
+        stats = optax.incremental_update(new.batch_stats, state.target_stats, 0.1)
+        return new.replace(target_params=params, target_stats=stats), info
+
+    def eval_step(state: Any, batch: Any) -> Any:
+        own = {"params": state.target_params, "batch_stats": state.target_stats}
+        return code.eval_step(state.replace(**own), batch)
+
+    notes = loop(create, train_step, eval_step).notes
+    assert not [note for note in notes if "not found as running statistics" in note]
