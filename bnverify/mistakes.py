@@ -987,7 +987,8 @@ mistake(
     "exponential_overflows",
     "an exponential of a large number overflows",
     "use jax.nn.softmax, jax.nn.logsumexp, jax.nn.softplus or an Optax loss, which subtract the largest "
-    "exponent first",
+    "exponent first; bound an exponent that the model computes, such as a log-variance: "
+    "jnp.clip(log_var, -20, 20)",
     "https://docs.jax.dev/en/latest/_autosummary/jax.nn.logsumexp.html",
     looks="NaN or an infinite loss, once the model's outputs are large.",
     wrong="""
