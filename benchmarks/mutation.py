@@ -156,7 +156,7 @@ FAULTS = (
         "bnverify/proof.py",
         "if flows is None or not flows.proved:",
         "if flows is None:",
-        ("tests/test_untraced.py", "tests/adapters", "tests/test_runs.py"),
+        ("tests/jaxpr/test_step_influence.py", "tests/test_untraced.py"),
     ),
     # The laws.
     Fault(

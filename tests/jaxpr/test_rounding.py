@@ -546,6 +546,28 @@ def test_equal_rows_in_16_bits_have_equal_errors():
     assert worst(actual, exact, noise) <= 2  # the laws' limit; 8 times this with independent errors
 
 
+def test_errors_of_partial_sums_do_not_cancel():
+    """Rows and columns that add up to 0 cancel the errors of the factors, but not those of the sums."""
+
+    def factor(part, rest):
+        return np.stack([*(both := np.concatenate([part, rest], -1)), both.sum(0)]).astype(
+            np.float32
+        )
+
+    def function(a, b):
+        signs = jnp.array([1.0, 1.0, -1.0])
+        return signs @ (a @ b.T) @ signs
+
+    a, b = (RNG.integers(-2048, 2048, (CASES, 2, 64)) for _ in range(2))
+    small = RNG.integers(-4, 4, b.shape)  # the two halves of a sum cancel but for this
+    left = np.stack([factor(each, each) for each in a])
+    right = np.stack([factor(*each) for each in zip(b, small - b, strict=True)])
+    actual, exact, noise, _ = claim(function, left, right)
+    assert (exact == 0).all()
+    assert (actual != 0).any()
+    assert worst(actual, exact, noise) <= 1
+
+
 def test_many_equal_rows_in_32_bits_have_equal_errors():
     """In a long sum equal errors are visible in float32 too, above all where terms cancel."""
 

@@ -224,3 +224,17 @@ def test_extra_state_has_named_leaves():
     assert "extra" in flows.matrix["loss"]
     assert "extra" not in flows.matrix["eval_loss"]
     assert flows.matrix["eval_extra"] == {"extra"}
+
+
+def test_a_trace_at_one_shape_proves_no_absence():
+    """Where Python code asks for the number of rows, another number may take another branch."""
+    sgd = reference.sgd()
+
+    def step(state, x, y, lr):
+        return sgd.step(state, x, y, lr * (int(x.shape[0]) > 0))
+
+    law = STEP_LAWS["batch_stats_are_free_of_targets"]
+    everywhere, once = (proof.read(each) for each in (sgd, dataclasses.replace(sgd, step=step)))
+    assert proof.prove_influence(law, everywhere) is not None
+    assert proof.prove_influence(law, once) is None
+    assert proof.forbidden(law, once.influence) == []  # it is absent, but that is no proof
