@@ -77,7 +77,7 @@ def kinds_of_variables(node: Any) -> tuple[Any, ...]:
     }
     # An array that replaced a Variable has its path, but is none.
     by_name = nnx.All(nnx.Variable, lambda path, _: tuple(map(str, path)) in named)
-    statistics = nnx.Any(nnx.BatchStat, by_name)
+    statistics = (nnx.BatchStat, by_name)  # either; flax 0.8.5 has no nnx.Any
     return (nnx.Param, statistics, nnx.RngState, ...)
 
 

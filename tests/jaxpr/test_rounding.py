@@ -100,7 +100,7 @@ def test_relative_faults_of_a_ten_thousandth_exceed_the_noise():
         "last": lambda out: out[1].grads["Dense_1"]["kernel"],
         "eval": lambda out: out[2],
     }
-    for fault, caught in ((1e-4, 0.99), (1e-5, 0.75), (3e-6, 0.4)):
+    for fault, caught in ((1e-4, 0.99), (1e-5, 0.75), (3e-6, 0.35)):
         for name, leaf in leaves.items():
             size = (np.abs(leaf(exact)) / (2 * leaf(noise))).reshape(CASES, -1).max(axis=1)
             assert (size * fault > 1).mean() >= caught, (name, fault)
