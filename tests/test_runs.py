@@ -138,8 +138,8 @@ def test_a_step_is_traced_once_for_each_shape_it_is_run_on(watched: Watched) -> 
     concrete = {shape for shape in traces if not re.search("[a-z]", shape)}
     symbolic = sum(traces[shape] for shape in set(traces) - concrete)
     assert len(concrete) >= 3
-    # From jax 0.11 a symbolic D is refused: there are three sizes D for each symbolic N.
-    assert 1 <= symbolic <= 3
+    # From jax 0.11 a symbolic D is refused, perhaps within the step: then there are three sizes D.
+    assert 1 <= symbolic <= 4
     assert sum(traces.values()) - symbolic <= len(concrete) + 2
 
 

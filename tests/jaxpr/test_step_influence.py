@@ -87,7 +87,7 @@ def test_evaluation_returns_its_state_unchanged():
     "make", first_of([reference.adam, reference.sgd]), ids=lambda make: make.__name__
 )
 def test_proofs_compile_nothing_and_trace_few_steps(make, compilations):
-    """All proofs about the reference step take six traces and no compilation."""
+    """All proofs about the reference step take six traces, and one that jax 0.12 refuses."""
     subject, traced = make(), []
 
     def step(*args):
@@ -98,7 +98,7 @@ def test_proofs_compile_nothing_and_trace_few_steps(make, compilations):
     assert len(compilations) >= 1
     compilations.clear()
     report = verify(dataclasses.replace(subject, step=step), "quick", proofs_only=True)
-    assert 1 <= len(traced) <= 6
+    assert 1 <= len(traced) <= 7
     assert compilations == []
     proved = {evidence.law for evidence in report.results if evidence.status == "proved"}
     read = {
