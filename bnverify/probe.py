@@ -12,6 +12,7 @@ import numpy as np
 from bnverify.errors import UsageError
 from bnverify.lazy import jax
 from bnverify.model import CheckpointedSubject, Parallel, State, StepInfo, Subject, Target
+from bnverify.pytree import is_key
 
 CALLS = {
     "init": ("seed", "x"),
@@ -126,7 +127,7 @@ def _arrays(name: str, kind: str, value: State | StepInfo) -> None:
         for leaf in jax.tree_util.tree_leaves(tree):
             if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
                 raise Unfit(f"{name} returns a {kind} whose {field} holds {described(leaf)}")
-            if jax.numpy.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+            if is_key(leaf):
                 raise Unfit(
                     f"{name} returns a {kind} whose {field} holds a typed PRNG key, which NumPy cannot "
                     "hold: keep jax.random.key_data(key) there, and make it a key again with "

@@ -20,6 +20,12 @@ def is_floating(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
+def is_key(leaf: Any) -> bool:
+    """Return whether a leaf is a typed PRNG key, which NumPy cannot hold."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
+
+
 def key_name(key: Any) -> str:
     """Return one step of a pytree path as a string: a dict key, an attribute or an index."""
     return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))

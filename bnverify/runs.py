@@ -225,9 +225,9 @@ class Runner:
 
     def tiny(self) -> list[Shape]:
         """Return the tiny shapes of the plan, the largest last."""
-        smallest, *_, largest = self._all_tiny()
-        first = dict.fromkeys([largest, smallest, *self.between()])
-        return sorted([*first][: self.plan.tiny], key=math.prod)
+        given = self._all_tiny()  # a single one where N and D have one value each
+        chosen = [*dict.fromkeys([given[-1], given[0], *given])][: self.plan.tiny]
+        return [shape for shape in given if shape in chosen]
 
     def between(self) -> list[Shape]:
         """Return the tiny shapes between the smallest and the largest one."""
@@ -241,7 +241,7 @@ class Runner:
         features = self.subject.features
         size = len(TINY_SHAPES) + self.plan.shapes
         pool = shape_pool(seed, domain=self.domain, features=features, size=size)
-        tiny = tiny_shapes(domain=self.domain, features=features)
+        tiny = self._all_tiny()
         width = self.subject.width(4)
         large = [(self._fitting(rows), width) for rows in self.plan.large]
         drawn = [*pool[len(tiny) :], *large]

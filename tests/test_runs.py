@@ -319,6 +319,14 @@ def test_other_draws_must_confirm_a_close_call(shrunk: Any) -> None:
     assert evidence.counterexample
 
 
+def test_there_may_be_a_single_tiny_shape() -> None:
+    """If the batch has a fixed number of rows that is over half of the most, and one number of features."""
+    subject = dataclasses.replace(reference.sgd(), features=(3,), rows=48)
+    runner = Runner(Tracer(subject), None, [], named("quick"))
+    assert runner.tiny() == [(48, 3)]
+    assert runner.between() == []
+
+
 def test_a_check_after_another_says_what_a_fresh_one_says() -> None:
     """What is kept between checks is programs: nothing that was drawn or seen."""
     names = [LAW, "float_seeds_act_as_their_integer_part", "a_copy_keeps_everything"]

@@ -298,7 +298,8 @@ class Design:
         by_chance = self._of.flows.reached(self._of.flows.of_primitives(DRAWS))
         of_x = self._of.flows.reached([self._of.inputs["x"]])
         generates = statistics and not statistics & of_x and statistics & by_chance
-        if generates and not of_x.isdisjoint(under(self._of.outputs, "params/")):
+        trained = under(self._of.outputs, "params/")
+        if generates and not of_x.isdisjoint(trained):
             found |= because(
                 "the layers normalise random numbers and not x, as a generator's do",
                 ("inputs_reach_the_statistics",),
@@ -309,8 +310,7 @@ class Design:
                 "evaluation draws random numbers for each row",
                 ("row_order_changes_nothing", "eval_rows_are_independent"),
             )
-        trained = under(self._of.outputs, "params/")
-        if {*trained, *seen} & self._of.flows.reached(self._of.flows.of_primitives(DRAWS)):
+        if {*trained, *seen} & by_chance:
             found |= because(
                 "the training pass draws random numbers for each row",
                 (

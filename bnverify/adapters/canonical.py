@@ -26,7 +26,7 @@ from bnverify.adapters.batches import mse, rows, under_axis
 from bnverify.adapters.by_design import Declarations, declared_by
 from bnverify.adapters.calls import Caller, Mode, call_mode, known_names, named
 from bnverify.adapters.explain import explaining
-from bnverify.adapters.objects import Parts, kinds_of_variables
+from bnverify.adapters.objects import Parts, kinds_of_variables, of_seed
 from bnverify.adapters.programs import RATE, example_of, sizes_of
 from bnverify.adapters.traced import Flows
 from bnverify.adapters.trees import extra_of
@@ -498,13 +498,8 @@ class _NnxModule:
     _known: dict[int, Parts] = field(default_factory=dict)
 
     def _make(self, seed: Any, features: Any) -> Any:
-        random = {
-            "rngs": flax_nnx.Rngs(jax.random.key(seed)),
-            "key": jax.random.PRNGKey(seed),
-            "seed": seed,
-        }
         # The canonical step has its own optimizer and learning rate.
-        made = self.maker({**random, "features": features, "lr": None, "tx": None})
+        made = self.maker({**of_seed(seed), "features": features, "lr": None, "tx": None})
         if not isinstance(made, flax_nnx.Module):
             raise UsageError(
                 f"make_module returns a {type(made).__name__}, not an nnx module: return the model alone, "

@@ -15,10 +15,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnverify.adapters.batches import is_metrics
-from bnverify.adapters.trees import extra_of, is_key
+from bnverify.adapters.trees import extra_of
 from bnverify.errors import UsageError
 from bnverify.model import State
-from bnverify.pytree import key_name
+from bnverify.pytree import is_key, key_name
 from bnverify.statistic_names import moments_among
 
 Tree = Any
@@ -79,6 +79,15 @@ def kinds_of_variables(node: Any) -> tuple[Any, ...]:
     by_name = nnx.All(nnx.Variable, lambda path, _: tuple(map(str, path)) in named)
     statistics = (nnx.BatchStat, by_name)  # either; flax 0.8.5 has no nnx.Any
     return (nnx.Param, statistics, nnx.RngState, ...)
+
+
+def of_seed(seed: Any) -> dict[str, Any]:
+    """Return role -> what a function that makes objects may take to draw their initial values."""
+    return {
+        "key": jax.random.PRNGKey(seed),
+        "rngs": nnx.Rngs(jax.random.key(seed)),
+        "seed": seed,
+    }
 
 
 def is_object(value: Any) -> bool:

@@ -117,12 +117,9 @@ class Loop:
         """Return the things that ``create`` returns, by name."""
         batch = self.batch(x, jnp.zeros(x.shape[:1], jnp.float32))
         inputs, targets = inputs_and_targets(batch)
-        key = jax.random.PRNGKey(seed)
         made = self.create(
             {
-                "key": key,
-                "rngs": nnx.Rngs(jax.random.key(seed)),
-                "seed": seed,
+                **objects.of_seed(seed),
                 "batch": batch,
                 "inputs": inputs,
                 "targets": targets,

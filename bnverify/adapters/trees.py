@@ -19,7 +19,7 @@ from bnverify.adapters.batches import is_metrics
 from bnverify.errors import UsageError, did_you_mean
 from bnverify.jaxpr.tracing import leaf_names
 from bnverify.model import State, Tree
-from bnverify.pytree import by_path, path_name
+from bnverify.pytree import by_path, is_key, path_name
 from bnverify.statistic_names import moment_of
 
 Path = tuple[str, ...]
@@ -372,12 +372,6 @@ def _array(leaf: Any) -> Any:
         return jax.random.key_data(leaf)
     # A step counter may start as a Python int and become an array.
     return leaf if hasattr(leaf, "dtype") else jnp.array(leaf)
-
-
-def is_key(leaf: Any) -> bool:
-    """Return whether a leaf is a typed PRNG key, which NumPy cannot hold."""
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
 
 
 def _with_keys_of(template: Any, tree: Any) -> Any:
