@@ -139,7 +139,7 @@ def test_a_step_is_traced_once_for_each_shape_it_is_run_on(watched: Watched) -> 
     symbolic = sum(traces[shape] for shape in set(traces) - concrete)
     assert len(concrete) >= 3
     # From jax 0.11 a symbolic D is refused, perhaps within the step: then there are three sizes D.
-    assert 1 <= symbolic <= 4
+    assert 1 <= symbolic <= 3 + (jax.__version_info__ >= (0, 11))
     assert sum(traces.values()) - symbolic <= len(concrete) + 2
 
 

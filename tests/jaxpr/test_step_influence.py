@@ -98,7 +98,7 @@ def test_proofs_compile_nothing_and_trace_few_steps(make, compilations):
     assert len(compilations) >= 1
     compilations.clear()
     report = verify(dataclasses.replace(subject, step=step), "quick", proofs_only=True)
-    assert 1 <= len(traced) <= 7
+    assert 1 <= len(traced) <= 6 + (jax.__version_info__ >= (0, 11))
     assert compilations == []
     proved = {evidence.law for evidence in report.results if evidence.status == "proved"}
     read = {
